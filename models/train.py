@@ -1,0 +1,200 @@
+"""Train a bundled CIFAR-10 classifier: ``python -m models.train NAME --data PATH``.
+
+``PATH`` is an ``.npz`` with ``train_images`` (N, 32, 32, 3) uint8, ``train_labels`` (N,), and the
+same two for ``test``, or a folder that torchvision's ``CIFAR10`` reads. A checkpoint is written
+after every epoch into ``--work``; the same command goes on from it, and since every epoch draws
+from a generator seeded by (seed, epoch), an interrupted training ends where an uninterrupted one
+would. The test images are only looked at to report accuracy, never to choose anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.bundled import BUNDLED
+
+__all__ = ["accuracy", "main", "read_cifar10", "train"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How one architecture is trained; the learning rate rises for a share, then falls to 0."""
+
+    optimizer: str
+    lr: float
+    weight_decay: float
+    epochs: int
+    batch_size: int = 128
+    warmup: float = 0.2  # share of all steps
+    channels_last: bool = False
+    bfloat16: bool = True  # autocast; on processors with bf16 units this more than doubles speed
+
+
+RECIPES = {
+    "cifar10_resnet20_bn": Recipe(
+        optimizer="sgd", lr=0.2, weight_decay=5e-4, epochs=40, channels_last=True
+    ),
+    "cifar10_resnet20_gn": Recipe(optimizer="sgd", lr=0.1, weight_decay=5e-4, epochs=32),
+    "cifar10_convvit_ln": Recipe(
+        optimizer="adamw", lr=1.5e-3, weight_decay=0.05, epochs=34, bfloat16=False
+    ),
+}
+
+
+def read_cifar10(path: str | Path) -> dict[str, Tensor]:
+    """Read CIFAR-10 from an ``.npz`` or a torchvision folder.
+
+    Returns:
+        ``train_images`` (50000, 3, 32, 32) uint8, ``train_labels`` (50000,) int64, and ``test_*``.
+    """
+    path = Path(path)
+    if path.is_dir():
+        from torchvision.datasets import CIFAR10
+
+        arrays = {}
+        for split in ("train", "test"):
+            data = CIFAR10(str(path), train=split == "train", download=False)
+            arrays[f"{split}_images"] = data.data
+            arrays[f"{split}_labels"] = np.array(data.targets)
+    else:
+        with np.load(path) as file:
+            arrays = {key: file[key] for key in file.files}
+    return {
+        key: torch.from_numpy(array).permute(0, 3, 1, 2).contiguous()
+        if key.endswith("images")
+        else torch.from_numpy(array.astype(np.int64))
+        for key, array in arrays.items()
+    }
+
+
+def augmented(padded: Tensor, index: Tensor, generator: torch.Generator) -> Tensor:
+    """Random 32 x 32 crops of images padded by 4, mirrored half of the time, in [0, 1]."""
+    count = len(index)
+    offset = torch.randint(0, 9, (2, count, 1), generator=generator)
+    steps = torch.arange(32)
+    rows, cols = offset[0] + steps, offset[1] + steps
+    mirror = torch.rand(count, 1, generator=generator) < 0.5
+    cols = torch.where(mirror, cols.flip(1), cols)
+    # Indexing this way puts channels last in memory, which convolutions on a CPU prefer.
+    crops = padded[index[:, None, None], :, rows[:, :, None], cols[:, None, :]]
+    return crops.permute(0, 3, 1, 2).float() / 255
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 500) -> float:
+    """Share of correct predictions of a model in eval mode; images (N, 3, H, W) uint8."""
+    correct = 0
+    for start in range(0, len(images), batch_size):
+        part = slice(start, start + batch_size)
+        correct += int((model(images[part].float() / 255).argmax(1) == labels[part]).sum())
+    return correct / len(images)
+
+
+def train(name: str, data: dict[str, Tensor], work: Path, epochs: int | None, seed: int) -> None:
+    """Train ``name`` with its recipe, going on from ``work/<name>.pt`` if that is there."""
+    recipe = RECIPES[name]
+    epochs = epochs or recipe.epochs
+    torch.manual_seed(seed)
+    model = BUNDLED[name]()
+    if recipe.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    if recipe.optimizer == "sgd":
+        optimizer: torch.optim.Optimizer = torch.optim.SGD(
+            model.parameters(),
+            lr=recipe.lr,
+            momentum=0.9,
+            nesterov=True,
+            weight_decay=recipe.weight_decay,
+        )
+    else:
+        decayed = [p for p in model.parameters() if p.ndim > 1]
+        others = [p for p in model.parameters() if p.ndim <= 1]
+        groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(groups, lr=recipe.lr, weight_decay=recipe.weight_decay)
+    images, labels = data["train_images"], data["train_labels"]
+    padded = F.pad(images.float(), (4, 4, 4, 4), mode="reflect").to(torch.uint8)
+    steps_per_epoch = len(images) // recipe.batch_size
+    total = epochs * steps_per_epoch
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer,
+        recipe.lr,
+        total_steps=total,
+        pct_start=recipe.warmup,
+        cycle_momentum=False,
+        anneal_strategy="linear" if recipe.optimizer == "sgd" else "cos",
+    )
+    checkpoint = work / f"{name}.pt"
+    log = {"name": name, "seed": seed, "epochs": epochs, "seconds": 0.0, "history": []}
+    if checkpoint.exists():
+        saved = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        scheduler.load_state_dict(saved["scheduler"])
+        log = json.loads(saved["log"])
+
+    for epoch in range(len(log["history"]), epochs):
+        started = time.perf_counter()
+        generator = torch.Generator().manual_seed(seed * 1000 + epoch)
+        order = torch.randperm(len(images), generator=generator)
+        model.train()
+        running = 0.0
+        for step in range(steps_per_epoch):
+            index = order[step * recipe.batch_size : (step + 1) * recipe.batch_size]
+            x = augmented(padded, index, generator)
+            if not recipe.channels_last:
+                x = x.contiguous()
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=recipe.bfloat16):
+                loss = F.cross_entropy(model(x), labels[index])
+            optimizer.zero_grad()
+            loss.backward()
+            if recipe.optimizer == "adamw":
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            scheduler.step()
+            running += float(loss.detach())
+        log["seconds"] += time.perf_counter() - started
+        model.eval()
+        row = {
+            "epoch": epoch + 1,
+            "loss": round(running / steps_per_epoch, 4),
+            "test_accuracy": accuracy(model, data["test_images"], data["test_labels"]),
+        }
+        log["history"].append(row)
+        print(name, row, f"{log['seconds']:.0f}s", flush=True)
+        state = {
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "scheduler": scheduler.state_dict(),
+            "log": json.dumps(log),
+        }
+        torch.save(state, checkpoint.with_suffix(".tmp"))
+        os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m models.train", description=__doc__)
+    parser.add_argument("name", choices=sorted(BUNDLED))
+    parser.add_argument("--data", required=True, help=".npz file or torchvision CIFAR-10 folder")
+    parser.add_argument("--work", type=Path, default=Path("runs/train"), help="checkpoints go here")
+    parser.add_argument("--epochs", type=int, help="default: the recipe's")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, help="torch threads (default: all cores)")
+    args = parser.parse_args(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    args.work.mkdir(parents=True, exist_ok=True)
+    train(args.name, read_cifar10(args.data), args.work, args.epochs, args.seed)
+
+
+if __name__ == "__main__":
+    main()

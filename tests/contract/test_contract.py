@@ -1,0 +1,281 @@
+"""What every component and composition promises, on every norm family it can take."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tta
+from tests.contract.cases import BATCH, CASES, images, make, source_batches
+from tests.nets import tiny
+from tta.registry import component
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*preset, made for:UserWarning")
+
+
+def _name(value: object) -> str:
+    return "+".join(value.values()) if isinstance(value, dict) else str(value)
+
+
+@pytest.fixture(params=CASES, ids=lambda c: f"{c[0]}-{_name(c[1])}")
+def case(request):
+    return request.param
+
+
+def _same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return list(a) == list(b) and all(torch.equal(_bits(a[k]), _bits(b[k])) for k in a)
+
+
+def _bits(t: Tensor) -> Tensor:
+    return torch.nan_to_num(t, nan=12345.0) if t.is_floating_point() else t
+
+
+def _learns(case) -> bool:
+    return any(component(n).slot == "update" for n in case[1].values())
+
+
+def test_logits_have_the_models_shape_and_learning_moves_what_was_chosen(case) -> None:
+    _, adapter = make(*case)
+    with torch.no_grad():
+        expected = tiny(case[0])(images(0))
+    others = {
+        n: p.detach().clone()
+        for n, p in adapter.model.named_parameters()
+        if not any(p is q for q in adapter.parameters_adapted.values())
+    }
+    before = adapter.state()
+    for t in range(3):
+        y = adapter(images(t))
+        assert y.shape == expected.shape and y.dtype == expected.dtype
+        assert torch.isfinite(y).all() and not y.requires_grad
+    after = adapter.state()
+    moved = [k for k in before if not torch.equal(_bits(before[k]), _bits(after[k]))]
+    if _learns(case):
+        assert any(k.startswith("param/") for k in moved)
+        assert adapter.report.stepped and adapter.report.selected == BATCH
+    assert all(
+        torch.equal(p, others[n]) for n, p in adapter.model.named_parameters() if n in others
+    )
+    assert adapter.report.seen == BATCH and adapter.report.rejected == 0
+
+
+def test_reset_replays_bitwise(case) -> None:
+    _, adapter = make(*case)
+    start = adapter.state()
+    first = [adapter(images(t)) for t in range(3)]
+    adapter.reset()
+    assert _same(adapter.state(), start)
+    assert all(torch.equal(a, adapter(images(t))) for t, a in enumerate(first))
+
+
+def test_state_resumes_bitwise(case, tmp_path) -> None:
+    _, adapter = make(*case)
+    adapter(images(0))
+    saved = adapter.state()
+    tta.save(adapter, tmp_path)
+    expected = [adapter(images(t)) for t in (1, 2)]
+    _, other = make(*case)
+    other.load_state(saved)
+    assert all(torch.equal(a, other(images(t))) for t, a in zip((1, 2), expected, strict=True))
+    from_disk = tta.load(tiny(case[0]), tmp_path)
+    assert from_disk.config == adapter.config
+    assert all(torch.equal(a, from_disk(images(t))) for t, a in zip((1, 2), expected, strict=True))
+    adapter.reset()
+    from_disk.reset()
+    assert _same(adapter.state(), from_disk.state())
+
+
+def test_two_streams_interleaved_are_two_streams(case) -> None:
+    _, one = make(*case)
+    expected = [[one(images(10 * s + t)) for t in range(3)] for s in (0, 1) if not one.reset()]
+    _, shared = make(*case)
+    states = [shared.state(), shared.state()]
+    for t in range(3):
+        for s in (0, 1):
+            shared.load_state(states[s])
+            assert torch.equal(shared(images(10 * s + t)), expected[s][t])
+            states[s] = shared.state()
+
+
+def test_unwrap_gives_the_model_back_bitwise(case) -> None:
+    family = case[0]
+    net = tiny(family)
+    net.train()
+    for i, p in enumerate(net.parameters()):
+        p.requires_grad_(i % 2 == 0)
+    reference = copy.deepcopy(net)
+    types = [type(m) for m in net.modules()]
+    adapter = tta.wrap(net, *_arguments(case), **_slots(case))
+    adapter(images(0))
+    assert adapter.unwrap() is net
+    assert [type(m) for m in net.modules()] == types
+    assert _same(net.state_dict(), reference.state_dict())
+    for a, b in zip(net.parameters(), reference.parameters(), strict=True):
+        assert a.requires_grad == b.requires_grad and a.grad is None
+    for a, b in zip(net.modules(), reference.modules(), strict=True):
+        assert a.training == b.training and not a._forward_pre_hooks
+    assert torch.equal(net.eval()(images(1)), reference.eval()(images(1)))
+
+
+def _arguments(case) -> tuple:
+    return (case[1].get("recipe"),)
+
+
+def _slots(case) -> dict:
+    return {k: v for k, v in case[1].items() if k != "recipe"} | {"source": source_batches()}
+
+
+def test_frozen_predicts_and_changes_nothing(case) -> None:
+    _, adapter = make(*case)
+    adapter(images(0))
+    before = adapter.state()
+    with adapter.frozen():
+        first = adapter(images(1))
+        assert torch.equal(first, adapter(images(1)))
+    assert _same(adapter.state(), before)
+    adapter.freeze()
+    adapter(images(2))
+    assert _same(adapter.state(), before)
+    adapter.unfreeze()
+    adapter(images(2))
+    if _learns(case):
+        assert not _same(adapter.state(), before)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_callers_grad_mode_does_not_matter(case, mode) -> None:
+    _, plain = make(*case)
+    expected = [plain(images(t)) for t in range(2)]
+    _, adapter = make(*case)
+    with mode():
+        for t in range(2):
+            assert torch.equal(adapter(images(t)), expected[t])
+
+
+def test_train_and_eval_have_no_effect(case) -> None:
+    _, plain = make(*case)
+    _, adapter = make(*case)
+    adapter.train()
+    for t, call in enumerate((adapter.eval, adapter.train, adapter.model.train)):
+        assert torch.equal(adapter(images(t)), plain(images(t)))
+        call()
+
+
+def test_bfloat16_autocast(case) -> None:
+    _, adapter = make(*case)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for t in range(2):
+            y = adapter(images(t))
+    assert torch.isfinite(y).all()
+    assert all(v.isfinite().all() for k, v in adapter.state().items() if k.startswith("param/"))
+
+
+def test_short_batches(case) -> None:
+    _, adapter = make(*case)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for t, count in enumerate((BATCH, 3, 1, BATCH)):
+            y = adapter(images(t, count))
+            assert y.shape == (count, 10) and torch.isfinite(y).all()
+
+
+def test_constant_images(case) -> None:
+    _, adapter = make(*case)
+    for value in (0.0, 0.5, 1.0):
+        assert torch.isfinite(adapter(torch.full((BATCH, 3, 32, 32), value))).all()
+    assert torch.isfinite(adapter(images(0))).all()
+
+
+def test_nonfinite_images_are_left_out(case) -> None:
+    bad = images(0)
+    bad[2, 0, 3, 3] = float("nan")
+    bad[5, 1, 0, 0] = float("inf")
+    good = [i for i in range(BATCH) if i not in (2, 5)]
+    _, adapter = make(*case)
+    with pytest.warns(UserWarning, match="2 of 8 with NaN or infinite"):
+        y = adapter(bad)
+    assert adapter.report.rejected == 2 and adapter.report.seen == BATCH
+    assert y.shape == (BATCH, 10) and y[[2, 5]].isnan().all()
+    _, other = make(*case)
+    assert torch.equal(other(bad[good]), y[good])
+    assert _same(other.state(), adapter.state())
+    before = adapter.state()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it warned once, and once is enough
+        assert adapter(torch.full((3, 3, 32, 32), float("nan"))).isnan().all()
+    assert _same(adapter.state(), before)
+
+
+def test_same_seed_same_numbers_and_the_global_generator_is_left_alone(case) -> None:
+    torch.manual_seed(1)
+    _, one = make(*case, seed=3)
+    a = [one(images(t)) for t in range(2)]
+    torch.manual_seed(2)
+    before = torch.get_rng_state()
+    _, two = make(*case, seed=3)
+    assert all(torch.equal(x, two(images(t))) for t, x in enumerate(a))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_deepcopy_and_pickle_go_on_alone(case) -> None:
+    _, adapter = make(*case)
+    adapter(images(0))
+    twins = [copy.deepcopy(adapter), pickle.loads(pickle.dumps(adapter))]
+    before = adapter.state()
+    expected = None
+    for twin in twins:
+        y = twin(images(1))
+        assert expected is None or torch.equal(expected, y)
+        expected = y
+    assert _same(adapter.state(), before)
+    assert torch.equal(adapter(images(1)), expected)
+
+
+def test_config_round_trip(case) -> None:
+    _, adapter = make(*case)
+    again = tta.AdapterConfig.from_json(adapter.config.to_json())
+    assert again == adapter.config
+    other = tta.wrap(tiny(case[0]), again, source=source_batches())
+    assert torch.equal(adapter(images(0)), other(images(0)))
+
+
+def test_nothing_selected_changes_no_parameter(case) -> None:
+    family, parts = case
+    fields = {"entropy_margin": 1e-9}
+    changed = {
+        slot: tta.get_config(name, **fields)
+        for slot, name in parts.items()
+        if all(f in tta.get_config(name).to_dict() for f in fields)
+    }
+    if not changed:
+        return  # this composition has no filter
+    slots = {k: changed.get(k, v) for k, v in parts.items()}
+    adapter = tta.wrap(tiny(family), slots.pop("recipe", None), source=source_batches(), **slots)
+    before = adapter.state()
+    assert torch.isfinite(adapter(images(0))).all()
+    after = adapter.state()
+    assert adapter.report.selected == 0 and not adapter.report.stepped
+    for key in before:
+        if key.startswith(("param/", "optim/")):
+            assert torch.equal(before[key], after[key])
+
+
+@pytest.mark.parametrize("name", tta.list_methods())
+def test_a_component_is_documented(name: str) -> None:
+    cls = component(name)
+    module = __import__(cls.__module__, fromlist=["_"])
+    assert name == "source" or "arXiv" in (module.__doc__ or ""), "the module cites its paper"
+    assert cls.__doc__ and cls.Config.__doc__
+    assert cls.Config.name == name
+
+
+def test_wrapping_copies_only_what_moves() -> None:
+    net = nn.Sequential(tiny("bn"), nn.Identity())
+    storages = {p.data_ptr() for p in net.parameters()}
+    adapter = tta.wrap(net, "tent.cifar10")
+    assert {p.data_ptr() for p in adapter.model.parameters()} == storages

@@ -1,0 +1,90 @@
+"""Replaying traces of the official implementations; the README beside them gives tolerances."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.traces import FOLDER, Trace
+
+TRACES = sorted(FOLDER.glob("*.npz"))
+LOGITS = {"atol": 5e-5, "rtol": 1e-5}
+SECOND_ORDER = {"atol": 1e-9, "rtol": 1e-4}  # Adam's exp_avg_sq and Fisher values: relative
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("path", TRACES, ids=lambda p: p.stem)
+def test_source_outputs(path: Path) -> None:
+    """The model is rebuilt as it was; everything else rests on that."""
+    trace = Trace(path)
+    net = trace.model()
+    with torch.no_grad():
+        for x, expected in zip(trace.tensor("inputs"), trace.tensor("source_outputs"), strict=True):
+            torch.testing.assert_close(net(x), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("path", TRACES, ids=lambda p: p.stem)
+def test_trace(path: Path) -> None:
+    """Outputs, decisions, losses, averages, parameters, optimiser and norm state, step by step."""
+    trace = Trace(path)
+    for key, adapter in trace.adapters():
+        _replay(trace, key, adapter)
+
+
+def _replay(trace: Trace, key: str, adapter) -> None:
+    expected, resets = trace.tensor(key), trace.params.get("reset_before", [])
+    if trace.group("fisher"):
+        constants = adapter.constants()
+        for name, value in trace.group("fisher").items():
+            torch.testing.assert_close(constants[f"update/fisher.{name}"], value, **SECOND_ORDER)
+    for t, x in enumerate(trace.tensor("inputs")):
+        if trace.params.get("episodic") or t in resets:
+            adapter.reset()
+        y = adapter(x)
+        if trace.hparams["method"] == "lame":
+            y = y.exp()
+        torch.testing.assert_close(y, expected[t], **LOGITS)
+        _check_step(trace, t, adapter)
+    state = adapter.state()
+    if "param_names" in trace.arrays:
+        assert list(adapter.parameters_adapted) == [str(n) for n in trace.arrays["param_names"]]
+    for name, value in trace.group("adapted").items():
+        torch.testing.assert_close(state[f"param/{name}"], value, **LOGITS)
+    for name, value in trace.group("opt").items():
+        parameter, _, slot = name.rpartition("/")
+        tolerance = SECOND_ORDER if slot == "exp_avg_sq" else LOGITS
+        torch.testing.assert_close(
+            state[f"optim/{parameter}.{slot}"], value, **tolerance, check_dtype=False
+        )
+    if trace.hparams["method"] == "unmixtns":
+        for name, value in trace.group("final").items():
+            torch.testing.assert_close(state[f"norm/{name}"], value, **LOGITS)
+        rates = [layer.rule.rate for layer in adapter.norm_layers.values()]
+        np.testing.assert_allclose(rates, trace.arrays["momentum"], rtol=1e-6)
+
+
+def _check_step(trace: Trace, t: int, adapter) -> None:
+    report = adapter.report
+    for key, figure in (("n_reliable", "reliable"), ("n_selected", "selected")):
+        if key in trace.arrays:
+            assert report[figure] == int(trace.arrays[key][t])
+    if "loss" in trace.arrays:
+        np.testing.assert_allclose(report.loss, trace.arrays["loss"][t], atol=5e-5)
+        assert report.stepped == bool(np.isfinite(trace.arrays["loss"][t]))
+    if "ewc_term" in trace.arrays and report.stepped:
+        np.testing.assert_allclose(
+            report.get("fisher_penalty", 0.0), trace.arrays["ewc_term"][t], atol=5e-5
+        )
+    if "ema_probs" in trace.arrays:
+        average = adapter.state()["update/ema_probs"]
+        np.testing.assert_allclose(average, trace.arrays["ema_probs"][t], atol=5e-5)

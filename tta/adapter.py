@@ -1,0 +1,350 @@
+"""The adapter: a model, what fills its slots, and everything generic about their state."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tta import norm
+from tta.backbone import Backbone
+from tta.config import AdapterConfig, nearest
+from tta.slots import Context, Output, Prediction, Report, Update
+
+__all__ = ["Adapter"]
+
+MARK = "_tta_wrapped"
+
+
+class Adapter(nn.Module):
+    """A classifier that adapts while it predicts; made by :func:`tta.wrap`.
+
+    Call it like the model: images in, logits of the same shape out. The model inside stays in
+    eval mode whatever ``train()`` or ``eval()`` is called; learning is paused with
+    :meth:`freeze` or :meth:`frozen`. It works under ``torch.no_grad`` and ``inference_mode``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: AdapterConfig,
+        context: Context,
+        network: Backbone,
+        wrappers: dict[str, norm.AdaptiveNorm],
+        update: Update | None,
+        output: Output | None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.config = config
+        self.update = update
+        self.output = output
+        self._network: Backbone | None = network
+        self._context = context
+        self._wrappers = wrappers
+        self._learning = True
+        self._warned: set[str] = set()
+        self._modes = [(m, m.training) for m in model.modules()]
+        self._flags = [(p, p.requires_grad) for p in model.parameters()]
+        self._rejected = 0
+        self._seen = 0
+        model.__dict__[MARK] = True
+        model.eval()
+        if update is not None:
+            chosen = {id(p) for p in context.parameters.values()}
+            for p in model.parameters():
+                p.requires_grad_(id(p) in chosen)
+            update.recover = self._recover
+        self._original = {n: p.detach().clone() for n, p in context.parameters.items()}
+        self._initial: dict[str, Tensor] = {}
+
+    # What users do with it -----------------------------------------------------------------
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Predict a batch, and learn from it unless frozen.
+
+        Args:
+            images: What the model takes, usually (B, 3, H, W).
+
+        Returns:
+            Logits (B, C), without gradient. Rows of images with non-finite pixels are NaN and
+            nothing is learned from them.
+
+        Raises:
+            TypeError: When ``images`` is no floating-point tensor of the model's dtype.
+            ValueError: When rank or channels do not fit the model, or the batch is empty.
+        """
+        if self._network is None:
+            raise RuntimeError(
+                "this adapter was unwrapped and no longer holds a model: wrap the model again."
+            )
+        self._network.check(images)
+        if self.model.training:
+            self.model.eval()
+        with torch.inference_mode(False):
+            x = images.clone() if images.is_inference() else images.detach()
+            self._seen, self._rejected = len(x), 0
+            # One cheap pass tells whether anything is wrong; only then look at every row.
+            if bool(torch.isfinite(x.sum())):
+                return self._forward(x)
+            good = torch.isfinite(x).flatten(1).all(1)
+            self._rejected = int((~good).sum())
+            if self._rejected == 0:
+                return self._forward(x)
+            return self._forward_some(x, good)
+
+    def reset(self) -> None:
+        """Put everything back to what it was when ``wrap`` returned, bit for bit."""
+        kept = self.update.survives_reset() if self.update is not None else ()
+        names = {f"update/{name}" for name in kept}
+        self._copy_in({k: v for k, v in self._initial.items() if k not in names})
+
+    def freeze(self) -> None:
+        """Stop all learning: parameters, moving statistics, memory. Predictions go on."""
+        self._set_learning(False)
+
+    def unfreeze(self) -> None:
+        """Go on learning."""
+        self._set_learning(True)
+
+    @contextmanager
+    def frozen(self) -> Iterator[Adapter]:
+        """Freeze within a ``with`` block."""
+        before = self._learning
+        self._set_learning(False)
+        try:
+            yield self
+        finally:
+            self._set_learning(before)
+
+    def state(self) -> dict[str, Tensor]:
+        """Clones of everything that moves, by name; see the contract in ``docs/state.md``."""
+        return {k: v.detach().clone() for k, v in self._moving().items()}
+
+    def load_state(self, state: dict[str, Tensor], as_source: bool = False) -> None:
+        """Copy a full or partial state in.
+
+        Args:
+            state: Tensors by the names that :meth:`state` uses.
+            as_source: Also make these values the ones that :meth:`reset` restores.
+
+        Raises:
+            ValueError: For a name or a shape that this adapter does not have; nothing is copied.
+        """
+        moving = self._moving()
+        for key, value in state.items():
+            if key not in moving:
+                raise ValueError(
+                    f"`state` must come from an adapter like this one, got the key {key!r}: "
+                    + nearest(key, _few(moving, key))
+                )
+            if not isinstance(value, Tensor) or value.shape != moving[key].shape:
+                got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(
+                    f"`state`[{key!r}] must have shape {tuple(moving[key].shape)}, got {got}: load "
+                    "a state made with the same model and method."
+                )
+        self._copy_in(state)
+        if as_source:
+            self._initial |= {k: moving[k].detach().clone() for k in state if k != "rng"}
+            if "rng" in state:
+                self._initial["rng"] = state["rng"].clone()
+
+    def reset_point(self) -> dict[str, Tensor]:
+        """The state that :meth:`reset` restores (not clones)."""
+        return dict(self._initial)
+
+    def constants(self) -> dict[str, Tensor]:
+        """What was fixed at wrap (Fisher information, anchors, ...), by name."""
+        parts = {"update": self.update, "output": self.output}
+        return {
+            f"{slot}/{name}": value
+            for slot, part in parts.items()
+            if part is not None
+            for name, value in part.constants().items()
+        }
+
+    def unwrap(self) -> nn.Module:
+        """Give the caller's model back as it was: weights, modules, flags, key order.
+
+        The adapter cannot be used afterwards.
+        """
+        if self._network is None:
+            raise RuntimeError("this adapter was unwrapped before: use the model it returned.")
+        model = self.model
+        self._network.close()
+        norm.remove(model, self._wrappers)
+        with torch.no_grad():
+            for name, p in self._context.parameters.items():
+                p.copy_(self._original[name])
+                p.grad = None
+        for p, flag in self._flags:
+            p.requires_grad_(flag)
+        for module, mode in self._modes:
+            module.training = mode
+        del model.__dict__[MARK]
+        self._network = None
+        del self._modules["model"]
+        return model
+
+    @property
+    def report(self) -> Report:
+        """Figures of the last batch; see :class:`tta.slots.Report`."""
+        update = self.update
+        base = {"seen": self._seen, "rejected": self._rejected}
+        if update is None:
+            return Report(base, selected=0, loss=float("nan"), stepped=False, resets=0)
+        idle = {"selected": 0, "loss": float("nan"), "stepped": False}
+        return Report(base | idle | dict.copy(update.report), resets=update.resets)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes of the model."""
+        return self._context.num_classes
+
+    @property
+    def parameters_adapted(self) -> dict[str, nn.Parameter]:
+        """The parameters that move, by their name in the caller's model."""
+        return dict(self._context.parameters)
+
+    @property
+    def norm_layers(self) -> dict[str, norm.AdaptiveNorm]:
+        """The wrapped BatchNorm layers, by their name in the caller's model."""
+        return dict(self._wrappers)
+
+    def train(self, mode: bool = True) -> Adapter:
+        """Change nothing but the flag: adaptation is paused by :meth:`freeze`, not by ``eval``."""
+        self.training = mode
+        return self
+
+    def __repr__(self) -> str:
+        filled = [
+            f"{slot}={part.name}"
+            for slot in ("norm", "update", "output")
+            if (part := getattr(self.config, slot)) is not None
+        ]
+        moving = [v for k, v in self._moving().items() if k != "rng"]
+        trained = sum(p.numel() for p in self._context.parameters.values())
+        total = sum(p.numel() for p in self.parameters())
+        size = sum(v.numel() * v.element_size() for v in moving) / 1e6
+        model = "unwrapped" if self._network is None else type(self.model).__name__
+        return (
+            f"Adapter({model}, {', '.join(filled) or 'source'}, "
+            f"{len(self._wrappers)} norm layers wrapped, {trained:,} of {total:,} parameters "
+            f"trained, state {size:.2f} MB{'' if self._learning else ', frozen'})"
+        )
+
+    # How it works ---------------------------------------------------------------------------
+
+    def _forward(self, x: Tensor) -> Tensor:
+        if self.update is not None and self._learning:
+            with torch.enable_grad():
+                prediction = self.update.learn(x)
+        else:
+            with torch.no_grad():
+                predict: Any = self._network if self.update is None else self.update.predict
+                prediction = predict(x)
+        self._warn_of_small_batch()
+        logits = prediction.logits.detach()
+        if self.output is None:
+            return logits
+        features = prediction.features
+        with torch.no_grad():
+            detached = Prediction(logits, None if features is None else features.detach())
+            return self.output.correct(detached).to(logits.dtype)
+
+    def _forward_some(self, x: Tensor, good: Tensor) -> Tensor:
+        self._warn(
+            "nonfinite",
+            f"`images` must be finite, got {self._rejected} of {len(x)} with NaN or infinite "
+            "pixels: these rows are returned as NaN and nothing is learned from them.",
+        )
+        if self._rejected == len(x):
+            if self.update is not None:
+                self.update.report = Report()
+            return x.new_full((len(x), self.num_classes), float("nan"))
+        some = self._forward(x[good])
+        logits = some.new_full((len(x), self.num_classes), float("nan"))
+        logits[good] = some
+        return logits
+
+    def _warn(self, key: str, text: str) -> None:
+        if key not in self._warned:
+            self._warned.add(key)
+            warnings.warn(text, stacklevel=4)
+
+    def _warn_of_small_batch(self) -> None:
+        if "small" not in self._warned and any(w.rule.fell_back for w in self._wrappers.values()):
+            self._warn(
+                "small",
+                "`images` must hold at least 2 images for batch statistics, got 1: the source "
+                "statistics are used for such a batch; use larger batches, norm='alpha_bn' or "
+                "norm='unmix_tns'.",
+            )
+
+    def _set_learning(self, learning: bool) -> None:
+        self._learning = learning
+        for wrapper in self._wrappers.values():
+            wrapper.rule.learning = learning
+        if self.output is not None:
+            self.output.learning = learning
+
+    def _moving(self) -> dict[str, Tensor]:
+        """Everything that moves, as the tensors themselves (``rng`` as a copy)."""
+        found: dict[str, Tensor] = {
+            f"param/{n}": p.detach() for n, p in self._context.parameters.items()
+        }
+        for name, wrapper in self._wrappers.items():
+            found |= {f"norm/{name}.{k}": v for k, v in wrapper.rule.state_dict().items()}
+        for slot, part in (("update", self.update), ("output", self.output)):
+            if part is not None:
+                found |= {f"{slot}/{k}": v for k, v in part.state_dict().items()}
+        if self.update is not None:
+            for name, p in self._context.parameters.items():
+                for key, value in self.update.optimizer.state.get(p, {}).items():
+                    found[f"optim/{name}.{key}"] = value
+        found["rng"] = self._context.generator.get_state()
+        return found
+
+    @torch.no_grad()
+    def _copy_in(self, state: dict[str, Tensor]) -> None:
+        moving = self._moving()
+        keys = [k for k in state if k != "rng"]
+        if keys:
+            foreach: Any = torch  # not in its type stubs
+            foreach._foreach_copy_([moving[k] for k in keys], [state[k] for k in keys])
+        if "rng" in state:
+            self._context.generator.set_state(state["rng"].cpu())
+
+    def _recover(self) -> None:
+        """A method's own recovery: parameters and optimiser back to the reset point."""
+        self._copy_in(
+            {k: v for k, v in self._initial.items() if k.startswith(("param/", "optim/"))}
+        )
+
+    def _mark_reset_point(self) -> None:
+        self._initial = self.state()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Adapter:
+        super()._apply(fn, recurse)
+        if self.update is not None:
+            for p in self._context.parameters.values():
+                slots = self.update.optimizer.state.get(p, {})
+                for key, value in slots.items():
+                    if key != "step":  # torch keeps the step count on the CPU
+                        slots[key] = fn(value)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__
+
+
+def _few(moving: dict[str, Tensor], key: str) -> list[str]:
+    """The keys worth listing for a wrong one: those of its group, else the groups."""
+    group = key.partition("/")[0]
+    same = [k for k in moving if k.partition("/")[0] == group]
+    return same[:40] or sorted({k.partition("/")[0] for k in moving})

@@ -1,0 +1,146 @@
+"""From a finished config to an adapter: checks, surgery, components, source artefacts.
+
+Everything that can be refused is refused before the first change to the model; what fails later
+(a source pass, say) is undone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tta import norm as surgery
+from tta.adapter import MARK, Adapter
+from tta.backbone import Backbone, num_classes
+from tta.config import AdapterConfig, ComponentConfig, UpdateConfig
+from tta.norm import AdaptiveNorm
+from tta.params import select
+from tta.registry import component
+from tta.slots import Context, NormRule, Output, Update
+from tta.source import SourceStatistics, as_source
+
+__all__ = ["build"]
+
+
+def build(
+    model: nn.Module,
+    config: AdapterConfig,
+    source: Any,
+    constants: dict[str, Tensor] | None = None,
+) -> Adapter:
+    """Make the adapter that ``config`` describes.
+
+    Args:
+        model: The classifier.
+        config: All slots, with every figure decided.
+        source: As for :func:`wrap`.
+        constants: What a saved adapter had; when given, nothing is computed from source data.
+    """
+    _check_model(model)
+    statistics = as_source(source)
+    with torch.inference_mode(False):
+        return _build(model, config, statistics, constants)
+
+
+def _build(
+    model: nn.Module,
+    config: AdapterConfig,
+    source: SourceStatistics,
+    constants: dict[str, Tensor] | None,
+) -> Adapter:
+    classes = num_classes(model)
+    context = Context(
+        num_classes=classes,
+        generator=torch.Generator().manual_seed(config.seed),
+        batch_size=config.batch_size,
+    )
+    if isinstance(config.update, UpdateConfig):
+        context.parameters = select(model, config.update.params)
+    output = None
+    if config.output is not None:
+        output_class: Any = component(config.output.name)
+        assert issubclass(output_class, Output)
+        output = output_class(config.output, context)
+    wrappers: dict[str, AdaptiveNorm] = {}
+    if config.norm is not None:
+        wrappers = _insert_norm(model, config.norm, context)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    needs_features = output is not None and output.needs_features
+    adapter = None
+    try:
+        network = Backbone(model, classes, needs_features)
+        update = None
+        if config.update is not None:
+            update_class: Any = component(config.update.name)
+            assert issubclass(update_class, Update)
+            update = update_class(config.update, network, context)
+            update.to(device)
+        if output is not None:
+            output.to(device)
+        for wrapper in wrappers.values():
+            wrapper.rule.to(device)
+        adapter = Adapter(model, config, context, network, wrappers, update, output)
+        parts = [p for p in (update, output) if p is not None]
+        if constants is not None:
+            _load_constants({"update": update, "output": output}, constants)
+        else:
+            before = adapter.state()
+            for part in parts:
+                part.fit(source)
+            # Source passes go through the norm rule and must leave no trace in it.
+            adapter.load_state({k: v for k, v in before.items() if k.startswith("norm/")})
+    except Exception:
+        if adapter is not None:
+            adapter.unwrap()
+        else:
+            surgery.remove(model, wrappers)
+        raise
+    adapter._mark_reset_point()
+    return adapter
+
+
+def _load_constants(parts: dict[str, Any], constants: dict[str, Tensor]) -> None:
+    for slot, part in parts.items():
+        if part is not None:
+            prefix = f"{slot}/"
+            part.load_constants(
+                {k[len(prefix) :]: v for k, v in constants.items() if k.startswith(prefix)}
+            )
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"`model` must be a torch.nn.Module, got {type(model).__name__}: pass a classifier."
+        )
+    inside = [m for m in model.modules() if isinstance(m, Adapter) or MARK in m.__dict__]
+    if inside:
+        raise ValueError(
+            f"`model` must not be wrapped yet, got {type(model).__name__} that is or holds a "
+            "wrapped model: call unwrap() on its adapter first."
+        )
+
+
+def _insert_norm(
+    model: nn.Module, config: ComponentConfig, context: Context
+) -> dict[str, AdaptiveNorm]:
+    cls: Any = component(config.name)
+    assert issubclass(cls, NormRule)
+    layers = surgery.batch_norm_layers(model)
+    if not layers or "" in layers:
+        found = sorted({type(m).__name__ for m in model.modules() if "Norm" in type(m).__name__})
+        raise ValueError(
+            f"`norm`={config.name!r} must find BatchNorm layers in the model, but this "
+            f"{type(model).__name__} has " + (", ".join(found) or "no norm layers") + ": leave "
+            "norm= out, or use a model with BatchNorm."
+        )
+    if cls.needs_source_stats:
+        for name, layer in layers.items():
+            if layer.running_mean is None:
+                raise ValueError(
+                    f"`norm`={config.name!r} must find running statistics in every BatchNorm "
+                    f"layer, but {name!r} has none: use norm='bn'."
+                )
+    return surgery.insert(model, lambda base: cls(config, base, context))

@@ -1,0 +1,179 @@
+"""Configs: one frozen dataclass per component, to and from JSON, strict about names.
+
+A config says *what* a component does and nothing about the model, so it can be written to a file
+beside a result and read back. :class:`AdapterConfig` holds the configs of all slots together with
+the arguments of ``wrap`` that change figures.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+__all__ = ["AdapterConfig", "ComponentConfig", "UpdateConfig", "check", "nearest"]
+
+Self = TypeVar("Self", bound="ComponentConfig")
+SelfUpdate = TypeVar("SelfUpdate", bound="UpdateConfig")
+
+
+def nearest(name: str, options: Iterable[str]) -> str:
+    """The end of an error sentence: the closest of ``options``, then all of them."""
+    options = sorted(options)
+    close = difflib.get_close_matches(str(name), options, n=1, cutoff=0.4)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{hint}Known: {', '.join(options)}."
+
+
+def check(condition: bool, field: str, expected: str, got: Any) -> None:
+    """Raise ``ValueError`` in the house form unless ``condition`` holds."""
+    if not condition:
+        raise ValueError(f"`{field}` must be {expected}, got {got!r}: pass such a value.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComponentConfig:
+    """Base of all component configs; ``name`` is set when the component is registered."""
+
+    name: ClassVar[str] = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The component's name and every field, as JSON types."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {"name": self.name} | {
+            key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()
+        }
+
+    def replace(self: Self, **changes: Any) -> Self:
+        """A copy with some fields changed.
+
+        Raises:
+            ValueError: For an unknown field, naming the nearest one.
+        """
+        known = {f.name: f for f in dataclasses.fields(self)}
+        for key in changes:
+            if key not in known:
+                raise ValueError(
+                    f"`{key}` is not a field of {self.name or type(self).__name__}: "
+                    + nearest(key, known)
+                )
+        changes = {k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()}
+        return dataclasses.replace(self, **changes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateConfig(ComponentConfig):
+    """Fields of every update that takes gradient steps."""
+
+    lr: float = 2.5e-4  # learning rate
+    lr_scaling: str = "none"  # how wrap(batch_size=) changes lr: "none", "linear" or "small_batch"
+    lr_batch_size: int = 64  # batch size for which lr is given
+    optimizer: str = "sgd"  # "sgd" or "adam"
+    momentum: float = 0.9  # SGD only; dampening is 0
+    betas: tuple[float, float] = (0.9, 0.999)  # Adam only; its eps is 1e-8
+    weight_decay: float = 0.0
+    nesterov: bool = False  # SGD only
+    steps: int = 1  # (forward, update) cycles per batch; the last cycle's forward is returned
+    params: str = "norm"  # what is trained: "norm", "weight_bias", "head", "all" or a regex
+    official: bool = False  # reproduce the official code's known defects, see the method's page
+
+    def __post_init__(self) -> None:
+        check(self.lr >= 0, "lr", "at least 0", self.lr)
+        rules = ("none", "linear", "small_batch")
+        check(self.lr_scaling in rules, "lr_scaling", f"one of {rules}", self.lr_scaling)
+        check(self.lr_batch_size >= 1, "lr_batch_size", "at least 1", self.lr_batch_size)
+        check(self.optimizer in ("sgd", "adam"), "optimizer", "'sgd' or 'adam'", self.optimizer)
+        check(0 <= self.momentum < 1, "momentum", "in [0, 1)", self.momentum)
+        check(
+            len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
+            "betas",
+            "two values in [0, 1)",
+            self.betas,
+        )
+        check(self.weight_decay >= 0, "weight_decay", "at least 0", self.weight_decay)
+        check(
+            isinstance(self.steps, int) and self.steps >= 1, "steps", "an int of 1 up", self.steps
+        )
+        check(
+            not self.nesterov or self.momentum > 0,
+            "momentum",
+            "above 0 with nesterov",
+            self.momentum,
+        )
+
+    def scaled(self: SelfUpdate, batch_size: int | None) -> SelfUpdate:
+        """This config with ``lr`` made for ``batch_size``, once and for all.
+
+        The rules are those of the authors' scripts (EATA and SAR repositories): "linear" for
+        vision transformers, lr * B / reference; "small_batch" for ResNets, lr unchanged from 32
+        images up and lr * 2 B / reference below; "none" elsewhere.
+        """
+        if batch_size is None or self.lr_scaling == "none":
+            return self.replace(lr_scaling="none")
+        share = batch_size / self.lr_batch_size
+        if self.lr_scaling == "small_batch":
+            share = 2 * share if batch_size < 32 else 1.0
+        return self.replace(lr=self.lr * share, lr_batch_size=batch_size, lr_scaling="none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """What an adapter is made of; ``tta.wrap(model, config)`` makes its equal.
+
+    ``source`` records which source artefacts were used, as words; the artefacts themselves are
+    not part of a config.
+    """
+
+    norm: ComponentConfig | None = None
+    update: ComponentConfig | None = None
+    output: ComponentConfig | None = None
+    batch_size: int | None = None
+    seed: int = 0
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    source: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested JSON types."""
+        result: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, ComponentConfig):
+                value = value.to_dict()
+            result[field.name] = list(value) if isinstance(value, tuple) else value
+        return result
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> AdapterConfig:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            ValueError: For an unknown key or component, naming the nearest one.
+        """
+        from tta.registry import get_config  # the registry imports this module
+
+        known = {f.name for f in dataclasses.fields(cls)}
+        values: dict[str, Any] = {}
+        for key, value in data.items():
+            if key not in known:
+                raise ValueError(
+                    f"`{key}` is not a key of an adapter config: " + nearest(key, known)
+                )
+            if isinstance(value, dict):
+                value = get_config(value["name"]).replace(
+                    **{k: v for k, v in value.items() if k != "name"}
+                )
+            values[key] = tuple(value) if isinstance(value, list) else value
+        return cls(**values)
+
+    def to_json(self) -> str:
+        """A JSON text."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> AdapterConfig:
+        """The inverse of :meth:`to_json`."""
+        return cls.from_dict(json.loads(text))

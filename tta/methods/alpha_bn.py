@@ -1,0 +1,64 @@
+"""alpha-BN: a fixed mixture of source and batch statistics.
+
+You, Li, Zhao: Test-time Batch Statistics Calibration for Covariate Shift, 2021, arXiv 2110.04065.
+No official code was found; this follows the most widely used public implementation, and what it
+does beyond the abstract is not verified against the paper.
+
+Batch statistics undo a covariate shift but also wash out what the source statistics say about the
+class structure; mixing the two keeps some of both and works down to a batch of one.
+
+    mean = w * mean_source + (1 - w) * mean_batch,   var = w * var_source + (1 - w) * var_batch
+
+with w = ``source_weight``. Papers and repositories disagree on which side alpha multiplies: 1 is
+the source model here, 0 batch statistics. The batch variance is the unbiased one, as in the public
+code (``unbiased=False`` gives the biased one), and variances are mixed, not standard deviations.
+Gradients flow through the batch part; ``official=True`` treats the mixture as a constant, as that
+code does. The paper's Core loss is not part of this rule.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from tta.config import ComponentConfig, check
+from tta.norm import batch_stats, normalize
+from tta.registry import register
+from tta.slots import NormRule
+
+__all__ = ["AlphaBn", "AlphaBnConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlphaBnConfig(ComponentConfig):
+    """Fields of ``alpha_bn``."""
+
+    source_weight: float = 0.9  # w; 1 = source model, 0 = batch statistics
+    unbiased: bool = True  # batch variance with n - 1, as the public code
+    official: bool = False  # no gradient through the statistics
+
+    def __post_init__(self) -> None:
+        check(0 <= self.source_weight <= 1, "source_weight", "in [0, 1]", self.source_weight)
+
+
+@register("alpha_bn")
+class AlphaBn(NormRule):
+    """Source and batch statistics, mixed."""
+
+    Config = AlphaBnConfig
+    needs_source_stats = True
+
+    def forward(self, x: Tensor, base: Any) -> Tensor:
+        """Normalise (B, C, ...) with the mixture; with one value per channel, with the source's."""
+        if x.numel() == x.shape[1]:
+            self.fell_back = True
+            return normalize(x, base.running_mean, base.running_var, base)
+        mean, var = batch_stats(x, self.config.unbiased)
+        if self.config.official:
+            mean, var = mean.detach(), var.detach()
+        w = self.config.source_weight
+        mean = w * base.running_mean + (1 - w) * mean
+        var = w * base.running_var + (1 - w) * var
+        return normalize(x, mean, var, base)

@@ -1,0 +1,56 @@
+"""Prediction-time batch normalisation: the statistics of the current batch.
+
+Nado et al.: Evaluating Prediction-Time Batch Normalization for Robustness under Covariate Shift,
+2020, arXiv 2006.10963. Schneider et al.: Improving Robustness against Common Corruptions by
+Covariate Shift Adaptation, NeurIPS 2020, arXiv 2006.16971.
+
+A corruption shifts the mean and scale of every channel; taking both from the test batch undoes
+that, with nothing learned and nothing remembered. It wants large batches of one domain with mixed
+classes, and fails on label-sorted streams, where the batch statistics carry the label.
+
+    y = (x - mean_B(x)) / sqrt(var_B(x) + eps) * gamma + beta   (biased variance, over B, H, W)
+
+Differences: the TENT repository overwrites every layer's eps with 1e-5, which changes models
+whose eps differs; here the layer's own eps stays, and ``official=True`` overwrites it. Running
+statistics are neither read nor updated, except that a batch of one is normalised with them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from tta.config import ComponentConfig
+from tta.norm import normalize, too_few_values
+from tta.registry import register
+from tta.slots import NormRule
+
+__all__ = ["BatchNormRule", "BnConfig"]
+
+OFFICIAL_EPS = 1e-5
+
+
+@dataclass(frozen=True, kw_only=True)
+class BnConfig(ComponentConfig):
+    """Fields of ``bn``."""
+
+    official: bool = False  # every layer's eps becomes 1e-5
+
+
+@register("bn")
+class BatchNormRule(NormRule):
+    """Statistics of the batch at hand."""
+
+    Config = BnConfig
+
+    def forward(self, x: Tensor, base: Any) -> Tensor:
+        """Normalise (B, C, ...) with its own statistics, or the source's for a batch of one."""
+        if too_few_values(x) and base.running_mean is not None:
+            self.fell_back = True
+            return normalize(x, base.running_mean, base.running_var, base)
+        eps = OFFICIAL_EPS if self.config.official else base.eps
+        # The fused training kernel, without buffers to update.
+        return F.batch_norm(x, None, None, base.weight, base.bias, True, 0.0, eps)

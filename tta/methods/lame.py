@@ -1,0 +1,124 @@
+"""LAME: correct the predictions of a batch so that neighbours agree, leave the network alone.
+
+Boudiaf, Mueller, Ben Ayed, Bertinetto: Parameter-free Online Test-time Adaptation, CVPR 2022,
+arXiv 2201.05718.
+
+The softmax outputs of a batch are pulled towards those of its neighbours in feature space by
+Laplacian-regularised maximum likelihood, solved by a few fixed-point iterations. It shines on
+streams where neighbours share the label and hurts on class-balanced i.i.d. batches: it is made for
+the former.
+
+    U = -log(P + 1e-10),   Y <- softmax(-U + W Y)   until the energy stops falling      (eq. 6-8)
+
+W is the affinity of L2-normalised features: "rbf" (bandwidth from the ``neighbours``-th smallest
+distance, the zero distance to oneself counted), "knn" (directed, without oneself) or "linear".
+What is returned is log Y (B, C), so that softmax of it gives the paper's probabilities. Official
+code returns Y, and NaN for one image or identical features (rbf, zero bandwidth), where this
+returns the source prediction; ``official=True`` gives the NaN.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tta.config import ComponentConfig, check
+from tta.registry import register
+from tta.slots import Output, Prediction
+
+__all__ = ["Lame", "LameConfig"]
+
+MAX_ITERATIONS = 100
+RELATIVE_ENERGY_CHANGE = 1e-8
+
+
+@dataclass(frozen=True, kw_only=True)
+class LameConfig(ComponentConfig):
+    """Fields of ``lame``."""
+
+    affinity: str = "rbf"  # W: "rbf", "knn" or "linear"
+    neighbours: int = 5  # k of rbf's bandwidth and of knn
+    symmetric: bool = False  # use (W + W^T) / 2
+    official: bool = False  # NaN where the bandwidth is 0
+
+    def __post_init__(self) -> None:
+        kinds = ("rbf", "knn", "linear")
+        check(self.affinity in kinds, "affinity", f"one of {kinds}", self.affinity)
+        check(
+            isinstance(self.neighbours, int) and self.neighbours >= 1,
+            "neighbours",
+            "an int of 1 up",
+            self.neighbours,
+        )
+
+
+def affinity(features: Tensor, kind: str, neighbours: int, symmetric: bool) -> Tensor:
+    """Affinity matrix of a batch.
+
+    Args:
+        features: (B, D), not normalised.
+        kind: "rbf", "knn" or "linear".
+        neighbours: k.
+        symmetric: Average with the transpose.
+
+    Returns:
+        (B, B) float32; NaN for "rbf" when all features coincide.
+    """
+    unit = F.normalize(features.float(), dim=1)
+    if kind == "linear":
+        weights = unit @ unit.t()
+    else:
+        # Differences, not the matrix-product shortcut: an image must be at distance 0 of itself.
+        distance = torch.cdist(unit, unit, compute_mode="donot_use_mm_for_euclid_dist")
+        if kind == "rbf":
+            nearest = distance.topk(min(neighbours, len(unit)), largest=False).values
+            sigma = nearest[:, -1].mean()
+            weights = torch.exp(-distance.square() / (2 * sigma.square()))
+        else:
+            index = distance.topk(min(neighbours + 1, len(unit)), largest=False).indices[:, 1:]
+            weights = torch.zeros_like(distance).scatter_(1, index, 1.0)
+    return (weights + weights.t()) / 2 if symmetric else weights
+
+
+def assign(unary: Tensor, weights: Tensor) -> Tensor:
+    """Solve for the assignment.
+
+    Args:
+        unary: (B, C), -log of the predicted probabilities.
+        weights: (B, B) affinity.
+
+    Returns:
+        (B, C), the logarithm of the assignment Y.
+    """
+    log_y = (-unary).log_softmax(1)
+    before = torch.tensor(float("inf"))
+    for i in range(MAX_ITERATIONS):
+        pull = weights @ log_y.exp()
+        log_y = (pull - unary).log_softmax(1)
+        y = log_y.exp()
+        energy = (unary * y - pull * y + y * y.clamp_min(1e-20).log()).sum()
+        if i > 1 and (energy - before).abs() <= RELATIVE_ENERGY_CHANGE * before.abs():
+            break
+        before = energy
+    return log_y
+
+
+@register("lame")
+class Lame(Output):
+    """Laplacian-adjusted maximum-likelihood estimation."""
+
+    Config = LameConfig
+    needs_features = True
+
+    def correct(self, prediction: Prediction) -> Tensor:
+        """Log of the assignment (B, C)."""
+        c = self.config
+        assert prediction.features is not None
+        logits = prediction.logits.float()
+        weights = affinity(prediction.features, c.affinity, c.neighbours, c.symmetric)
+        if not c.official and bool(weights.isnan().any()):
+            return logits.log_softmax(1)
+        return assign(-torch.log(logits.softmax(1) + 1e-10), weights)

@@ -1,0 +1,28 @@
+"""The source model: no adaptation, the lower reference of every comparison.
+
+``tta.wrap(model, "source")`` predicts in eval mode with running statistics and learns nothing, so
+that a baseline runs through the same code as the methods. In a slot, the name means "leave this
+slot as the source model has it".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tta.config import ComponentConfig
+from tta.registry import register
+from tta.slots import Component
+
+__all__ = ["Source", "SourceConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig(ComponentConfig):
+    """Nothing to set."""
+
+
+@register("source")
+class Source(Component):
+    """A name for empty slots; no object of it is ever made."""
+
+    Config = SourceConfig

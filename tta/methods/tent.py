@@ -1,0 +1,56 @@
+"""TENT: entropy minimisation over the norm layers.
+
+Wang, Shelhamer, Liu, Olshausen, Darrell: Tent: Fully Test-Time Adaptation by Entropy
+Minimization, ICLR 2021, arXiv 2006.10726.
+
+Confident predictions tend to be right, so the scale and shift of every norm layer are moved, batch
+after batch, to make predictions confident; normalisation uses batch statistics. The returned
+logits are those of the forward pass before the update. It is online: nothing is reset unless the
+caller does so, and on long, sorted or small-batch streams it collapses, which is a property of the
+method and not of this code.
+
+    L = mean_b H(softmax(z_b)),   theta <- theta - lr dL/dtheta,   theta = norm weight and bias
+
+The ``imagenet`` preset is that of the EATA and SAR repositories (TENT's own ImageNet code was never
+released); ``cifar10`` is TENT's released recipe. All norm layers are trained, GroupNorm and
+LayerNorm included, as in the SAR repository; TENT's own code knows only BatchNorm2d.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from tta.config import UpdateConfig
+from tta.losses import entropy
+from tta.registry import register
+from tta.slots import Prediction, Report, Update
+
+__all__ = ["Tent", "TentConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TentConfig(UpdateConfig):
+    """Fields of ``tent``: those of every gradient method."""
+
+
+@register("tent")
+class Tent(Update):
+    """Entropy minimisation."""
+
+    Config = TentConfig
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "imagenet": {"lr": 2.5e-4, "lr_scaling": "small_batch"},
+        "imagenet_vit": {"lr": 1e-3, "lr_scaling": "linear"},
+        "cifar10": {"optimizer": "adam", "lr": 1e-3, "lr_batch_size": 200},
+        "cifar100": {"optimizer": "adam", "lr": 1e-3, "lr_batch_size": 200},
+    }
+
+    def adapt(self, x: Tensor) -> Prediction:
+        """Predict, then one step on the mean entropy of the batch."""
+        prediction = self.network(x)
+        loss = entropy(prediction.logits).mean()
+        self.report = Report(selected=len(x), loss=loss.detach(), stepped=self.step(loss))
+        return prediction

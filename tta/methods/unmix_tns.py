@@ -1,0 +1,133 @@
+"""UnMix-TNS: statistics for each image from K running components.
+
+Tomar, Vray, Thiran, Bozorgtabar: Un-Mixing Test-Time Normalization Statistics: Combatting
+Label Temporal Correlation, ICLR 2024, arXiv 2401.08328.
+
+Every BatchNorm layer keeps K sets of statistics that spread around the source's. Each image's own
+statistics are mixed into all K, by similarity, and the image is normalised with their average, so
+that a batch of one class is normalised as if it were a mixed one; then the components move
+towards the images. Given the components, an image does not depend on its batch mates.
+
+    p_bk = softmax_k(cos(m_b, mu_k) / T)
+    M_bk = (1 - p_bk) mu_k + p_bk m_b,     V_bk = (1 - p_bk) s_k + p_bk v_b
+    mean_b = avg_k M_bk,                   var_b = avg_k V_bk + avg_k M_bk^2 - mean_b^2
+    mu_k += lambda avg_b p_bk (m_b - mu_k),   s_k likewise
+
+Paper and code differ: a published review reads the paper as one random number per component and
+statistics shared by the batch; the official code draws per channel and normalises per image, and
+so does this. BatchNorm1d keeps its source statistics, as there. Differences from the code: the
+components are drawn from the adapter's own generator, and wrapping keeps subclasses' activations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tta.config import ComponentConfig, check
+from tta.norm import instance_stats, normalize
+from tta.registry import register
+from tta.slots import Context, NormRule
+
+__all__ = ["UnmixTns", "UnmixTnsConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnmixTnsConfig(ComponentConfig):
+    """Fields of ``unmix_tns``."""
+
+    components: int = 16  # K; the authors use 128 for mixed domains
+    momentum: float | None = None  # lambda; None = 1 - (1 - m)^(B / batch_size_max), m the layer's
+    batch_size: int | None = None  # B of that formula; None = wrap's, else batch_size_max
+    batch_size_max: int = 64
+    temperature: float = 0.07  # T
+    alpha: float = 0.5  # share of the source variance that the spread of components makes up
+
+    def __post_init__(self) -> None:
+        check(
+            isinstance(self.components, int) and self.components >= 1,
+            "components",
+            "an int of 1 up",
+            self.components,
+        )
+        check(
+            self.momentum is None or 0 <= self.momentum <= 1, "momentum", "in [0, 1]", self.momentum
+        )
+        check(
+            self.batch_size is None or self.batch_size >= 1, "batch_size", "1 up", self.batch_size
+        )
+        check(self.batch_size_max >= 1, "batch_size_max", "1 up", self.batch_size_max)
+        check(self.temperature > 0, "temperature", "above 0", self.temperature)
+        check(0 <= self.alpha <= 1, "alpha", "in [0, 1]", self.alpha)
+
+
+def _rate(config: UnmixTnsConfig, momentum: float) -> float:
+    """Lambda, from the layer's own momentum unless the config says it."""
+    if config.momentum is not None:
+        return config.momentum
+    share = (config.batch_size or config.batch_size_max) / config.batch_size_max
+    return 1 - (1 - momentum) ** share
+
+
+@register("unmix_tns")
+class UnmixTns(NormRule):
+    """K components of statistics for one layer: ``means`` and ``vars``, each (K, C)."""
+
+    Config = UnmixTnsConfig
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "imagenet": {"batch_size_max": 16},
+        "cifar10": {"batch_size_max": 64},
+        "cifar100": {"batch_size_max": 64},
+    }
+    needs_source_stats = True
+
+    means: Tensor
+    vars: Tensor
+
+    def __init__(self, config: UnmixTnsConfig, base: Any, context: Context) -> None:
+        super().__init__(config, base, context)
+        mean, var, k = base.running_mean, base.running_var, config.components
+        if k == 1:
+            means, variances = mean[None].clone(), var[None].clone()
+        else:
+            # Spread and shrink so that the mixture has the source variance in expectation.
+            noise = torch.randn(k, len(mean), generator=context.generator).to(mean)
+            spread = (config.alpha * k / (k - 1)) ** 0.5
+            means = mean + spread * var.sqrt() * noise
+            variances = ((1 - config.alpha) * var).expand(k, -1).clone()
+        self.register_buffer("means", means)
+        self.register_buffer("vars", variances)
+        self.rate: float = _rate(config, 0.1 if base.momentum is None else base.momentum)
+
+    def forward(self, x: Tensor, base: Any) -> Tensor:
+        """Normalise each image of (B, C, ...) with its own mixture, then move the components."""
+        if x.ndim == 2:
+            return normalize(x, base.running_mean, base.running_var, base)
+        mean, var = instance_stats(x)
+        with torch.no_grad():
+            similarity = F.normalize(mean, dim=1) @ F.normalize(self.means, dim=1).t()
+            p = (similarity / self.config.temperature).softmax(1)  # (B, K)
+        k, rest = len(self.means), 1 - p
+        # Averages over k of M, V and M^2, expanded so that nothing of size (B, K, C) is made.
+        mixed_mean = (rest @ self.means + p.sum(1, keepdim=True) * mean) / k
+        mixed_var = (rest @ self.vars + p.sum(1, keepdim=True) * var) / k
+        second = (
+            rest.square() @ self.means.square()
+            + 2 * (rest * p) @ self.means * mean
+            + p.square().sum(1, keepdim=True) * mean.square()
+        ) / k
+        y = normalize(x, mixed_mean, mixed_var + second - mixed_mean.square(), base)
+        if self.learning:
+            self._move(p, mean.detach(), var.detach())
+        return y
+
+    @torch.no_grad()
+    def _move(self, p: Tensor, mean: Tensor, var: Tensor) -> None:
+        """All components towards the images, in proportion to similarity, divided by B."""
+        rate, weight = self.rate / len(p), p.sum(0)[:, None]
+        self.means += rate * (p.t() @ mean - weight * self.means)
+        self.vars += rate * (p.t() @ var - weight * self.vars)

@@ -1,0 +1,155 @@
+"""Norm surgery: a wrapper around each BatchNorm layer that asks a rule for its statistics.
+
+The original layer stays inside as ``.base`` and is never changed, so taking the wrapper away gives
+the caller's model back. Replacing layers by plain ones, as many repositories do, loses what
+subclasses add (timm's ``BatchNormAct2d`` carries its activation): here the rule does the
+normalisation and the base's own ``drop`` and ``act`` follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from tta.slots import NormRule
+
+__all__ = [
+    "AdaptiveNorm",
+    "batch_norm_layers",
+    "batch_stats",
+    "insert",
+    "instance_stats",
+    "normalize",
+    "remove",
+    "too_few_values",
+]
+
+
+class AdaptiveNorm(nn.Module):
+    """A BatchNorm layer whose statistics come from a rule.
+
+    Args:
+        base: The layer it stands for, kept as it is.
+        rule: Decides mean and variance.
+    """
+
+    def __init__(self, base: nn.Module, rule: NormRule) -> None:
+        super().__init__()
+        self.base = base
+        self.rule = rule
+        # A subclass with a forward of its own does something after normalising.
+        self.finish = type(base).forward is not _BatchNorm.forward and not isinstance(
+            base, nn.SyncBatchNorm
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.rule(x, self.base)
+        return _finish(y, self.base) if self.finish else y
+
+    def __getattr__(self, name: str) -> Any:
+        # Models that read `self.bn1.weight` or `self.bn1.eps` in their forward keep working.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base"), name)
+
+
+def _finish(y: Tensor, base: Any) -> Tensor:
+    """What a BatchNorm subclass does after normalising.
+
+    timm's protocol is a ``drop`` and an ``act`` module. Anything else is run through the layer's
+    own forward with statistics and affine parameters that make the normalisation the identity.
+    """
+    if isinstance(getattr(base, "act", None), nn.Module):
+        drop = getattr(base, "drop", None)
+        return base.act(drop(y) if isinstance(drop, nn.Module) else y)
+    channels, like = y.shape[1], {"device": y.device, "dtype": torch.float32}
+    neutral = {
+        "running_mean": torch.zeros(channels, **like),
+        "running_var": torch.full((channels,), 1.0 - base.eps, **like),
+    }
+    if base.affine:
+        neutral |= {
+            "weight": torch.ones(channels, **like),
+            "bias": torch.zeros(channels, **like),
+        }
+    return torch.func.functional_call(base, neutral, (y,))
+
+
+def batch_norm_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """BatchNorm1d, 2d, 3d and subclasses inside ``model``, by name, in definition order."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm)}
+
+
+def insert(model: nn.Module, make: Callable[[nn.Module], NormRule]) -> dict[str, AdaptiveNorm]:
+    """Put an :class:`AdaptiveNorm` around every BatchNorm layer, in place.
+
+    A layer that is used in several places gets one wrapper, in all of them. All rules are made
+    before the first layer is touched, so a rule that raises leaves the model as it was.
+    """
+    wrappers = {n: AdaptiveNorm(b, make(b)) for n, b in batch_norm_layers(model).items()}
+    _swap(model, {w.base: w for w in wrappers.values()})
+    for wrapper in wrappers.values():
+        wrapper.train(wrapper.base.training)
+    return wrappers
+
+
+def remove(model: nn.Module, wrappers: dict[str, AdaptiveNorm]) -> None:
+    """Undo :func:`insert`."""
+    _swap(model, {w: w.base for w in wrappers.values()})
+
+
+def _swap(model: nn.Module, replacement: dict[Any, Any]) -> None:
+    for parent in list(model.modules()):
+        if isinstance(parent, AdaptiveNorm) and parent in replacement:
+            continue  # its own `base` must stay
+        for key, child in parent._modules.items():
+            if child in replacement:
+                parent._modules[key] = replacement[child]
+
+
+def too_few_values(x: Tensor) -> bool:
+    """Whether a batch of one, or one value per channel, makes batch statistics meaningless."""
+    return x.shape[0] < 2
+
+
+def batch_stats(x: Tensor, unbiased: bool = False) -> tuple[Tensor, Tensor]:
+    """Mean and variance per channel over the batch: (B, C, ...) to two (C,), in float32."""
+    axes = [0, *range(2, x.ndim)]
+    var, mean = torch.var_mean(x.float(), dim=axes, correction=int(unbiased))
+    return mean, var
+
+
+def instance_stats(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance per image and channel: (B, C, ...) to two (B, C), in float32."""
+    var, mean = torch.var_mean(x.float(), dim=list(range(2, x.ndim)), correction=0)
+    return mean, var
+
+
+def normalize(x: Tensor, mean: Tensor, var: Tensor, base: Any) -> Tensor:
+    """``(x - mean) / sqrt(var + eps) * weight + bias`` with the affine part of ``base``.
+
+    Args:
+        x: (B, C, ...).
+        mean: (C,) or, one set for each image, (B, C).
+        var: Like ``mean``.
+        base: The BatchNorm layer.
+
+    Returns:
+        (B, C, ...) of x's dtype. Gradients flow into mean and var where these carry any.
+    """
+    if mean.ndim == 1 and not (torch.is_grad_enabled() and mean.requires_grad):
+        return F.batch_norm(x, mean, var, base.weight, base.bias, False, 0.0, base.eps)
+    scale = torch.rsqrt(var + base.eps)
+    if base.weight is not None:
+        scale = scale * base.weight
+    shift = -mean * scale
+    if base.bias is not None:
+        shift = shift + base.bias
+    shape = (-1, x.shape[1]) + (1,) * (x.ndim - 2)
+    return torch.addcmul(shift.to(x.dtype).view(shape), x, scale.to(x.dtype).view(shape))

@@ -1,0 +1,112 @@
+"""Names: which components exist, in which slot, with which presets.
+
+A component class says its ``slot``, its ``Config`` and its ``PRESETS``; the decorator adds the
+name. A preset is asked for as ``"eata.cifar10"``; the bare name means the ImageNet preset, which
+is what most papers tune.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fnmatch import fnmatch
+from typing import Any, TypeVar
+
+from tta.config import ComponentConfig, nearest
+from tta.slots import Component
+
+__all__ = ["component", "get_config", "list_methods", "register"]
+
+_COMPONENTS: dict[str, type[Component]] = {}
+DEFAULT_PRESET = "imagenet"
+
+C = TypeVar("C", bound=type[Component])
+
+
+def register(name: str) -> Callable[[C], C]:
+    """Class decorator: make a component known under ``name``.
+
+    Raises:
+        ValueError: When the name is taken or not an identifier.
+        TypeError: When the class has no slot or shares its ``Config`` with another component.
+
+    Example:
+        >>> @register("my_method")  # doctest: +SKIP
+        ... class MyMethod(Update): ...
+    """
+
+    def add(cls: C) -> C:
+        if not name.isidentifier():
+            raise ValueError(f"`name` must be an identifier, got {name!r}: rename the component.")
+        if name in _COMPONENTS and _COMPONENTS[name].__qualname__ != cls.__qualname__:
+            raise ValueError(
+                f"`name` must be new, got {name!r}, which {_COMPONENTS[name].__module__} has: "
+                "choose another name."
+            )
+        if cls.slot not in ("", "norm", "update", "output"):
+            raise TypeError(f"`slot` must be 'norm', 'update' or 'output', got {cls.slot!r}.")
+        if "name" in vars(cls.Config) and cls.Config.name != name:
+            raise TypeError(
+                f"`Config` of {name!r} must be its own, got that of {cls.Config.name!r}: "
+                "subclass it."
+            )
+        cls.name = name
+        cls.Config.name = name
+        _COMPONENTS[name] = cls
+        return cls
+
+    return add
+
+
+def component(name: str) -> type[Component]:
+    """The class registered under ``name``.
+
+    Raises:
+        ValueError: For an unknown name, naming the nearest one.
+    """
+    if name not in _COMPONENTS:
+        raise ValueError(f"unknown method {name!r}: " + nearest(name, _COMPONENTS))
+    return _COMPONENTS[name]
+
+
+def list_methods(pattern: str = "*", slot: str | None = None) -> list[str]:
+    """Names of the registered components, sorted.
+
+    Args:
+        pattern: Shell-style pattern; one with a dot (``"eata.*"``) lists presets.
+        slot: Only components of this slot: "norm", "update" or "output".
+
+    Raises:
+        ValueError: For an unknown slot.
+
+    Example:
+        >>> list_methods("*bn", slot="norm")
+        ['alpha_bn', 'bn']
+    """
+    if slot not in (None, "norm", "update", "output"):
+        raise ValueError(f"`slot` must be 'norm', 'update', 'output' or None, got {slot!r}.")
+    chosen = {n: c for n, c in _COMPONENTS.items() if slot is None or c.slot == slot}
+    names = [f"{n}.{tag}" for n, c in chosen.items() for tag in c.PRESETS]
+    return sorted(n for n in (names if "." in pattern else chosen) if fnmatch(n, pattern))
+
+
+def get_config(name: str, **overrides: Any) -> ComponentConfig:
+    """The config of a component, from ``"name"`` or ``"name.preset"``, with some fields changed.
+
+    An explicit ``lr`` is taken as it is and never scaled for batch size.
+
+    Raises:
+        ValueError: For an unknown name, preset or field, naming the nearest one.
+
+    Example:
+        >>> get_config("alpha_bn", source_weight=0.7).source_weight
+        0.7
+    """
+    base, _, tag = name.partition(".")
+    cls = component(base)
+    if tag and tag not in cls.PRESETS:
+        known = nearest(tag, cls.PRESETS) if cls.PRESETS else "it has none."
+        raise ValueError(f"unknown preset {tag!r} of {base!r}: {known}")
+    values = dict(cls.PRESETS.get(tag or DEFAULT_PRESET, {}))
+    if "lr" in overrides:
+        overrides.setdefault("lr_scaling", "none")
+    return cls.Config().replace(**(values | overrides))

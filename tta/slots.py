@@ -1,0 +1,240 @@
+"""The slots of an adapter and what flows between them.
+
+An adapter is ``output(update(x))`` with a norm rule inside the model. A component fills one slot:
+
+* :class:`NormRule` says where the statistics of a BatchNorm layer come from (one object a layer),
+* :class:`Update` says how parameters move,
+* :class:`Output` says what is returned in the end.
+
+Whatever a component remembers is a registered buffer: persistent ones move and make up the state,
+non-persistent ones are constants fixed at wrap. Everything else about state (reset, save, resume,
+devices) is generic and lives in :mod:`tta.adapter` and :mod:`tta.state`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from tta.config import ComponentConfig, UpdateConfig
+
+if TYPE_CHECKING:
+    from tta.backbone import Backbone
+    from tta.source import SourceStatistics
+
+__all__ = ["Component", "Context", "NormRule", "Output", "Prediction", "Report", "Update"]
+
+Batches = Iterable[tuple[Tensor, Tensor]]
+
+
+@dataclass
+class Prediction:
+    """What a forward pass gives: logits (B, C), and features (B, D) if a component needs them."""
+
+    logits: Tensor
+    features: Tensor | None = None
+
+
+class Report(dict[str, Any]):
+    """Figures of the last batch, readable as keys or as attributes.
+
+    Always there: ``seen`` (images in the batch), ``rejected`` (of these, with non-finite pixels),
+    ``selected`` (samples in the loss), ``loss``, ``stepped``, ``resets`` (total since wrap or
+    reset). 0-dimensional tensors become Python numbers on reading, so that writing a report never
+    waits for a GPU.
+    """
+
+    def __getitem__(self, key: str) -> Any:
+        value = super().__getitem__(key)
+        return value.item() if isinstance(value, Tensor) and value.ndim == 0 else value
+
+    def __getattr__(self, key: str) -> Any:
+        try:
+            return self[key]
+        except KeyError:
+            raise AttributeError(f"no figure {key!r} in this report: {', '.join(self)}") from None
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """As ``dict.get``, with tensors read as numbers."""
+        return self[key] if key in self else default  # noqa: SIM401
+
+    def items(self) -> Any:
+        """As ``dict.items``, with tensors read as numbers."""
+        return [(key, self[key]) for key in self]
+
+
+@dataclass
+class Context:
+    """What a component may know of its surroundings when it is built."""
+
+    num_classes: int
+    parameters: dict[str, nn.Parameter] = field(default_factory=dict)  # to be trained, by name
+    generator: torch.Generator = field(default_factory=torch.Generator)
+    batch_size: int | None = None
+
+    @property
+    def log_classes(self) -> float:
+        """The largest entropy there is, ln C."""
+        return math.log(self.num_classes)
+
+
+class Component(nn.Module):
+    """Base of everything registered; see the slot classes for what to write."""
+
+    slot: ClassVar[str] = ""
+    name: ClassVar[str] = ""
+    Config: ClassVar[type[ComponentConfig]] = ComponentConfig
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+
+    def source_artefacts(self) -> dict[str, Any]:
+        """What :meth:`fit` took of the source, as fields of ``SourceStatistics``."""
+        return {}
+
+    def constants(self) -> dict[str, Tensor]:
+        """What was fixed at wrap, by name."""
+        moving = set(self.state_dict())
+        return {name: b for name, b in self.named_buffers() if name not in moving}
+
+    def load_constants(self, values: dict[str, Tensor]) -> None:
+        """Set what :meth:`constants` returned."""
+        buffers = dict(self.named_buffers())
+        for name, value in values.items():
+            buffers[name].copy_(value)
+
+
+class NormRule(Component):
+    """Where one BatchNorm layer takes its statistics from; built once for every layer.
+
+    A subclass writes :meth:`forward`, usually with :func:`tta.norm.normalize`. ``learning`` is
+    False while the adapter is frozen; ``fell_back`` is set when too few values came for batch
+    statistics and the source statistics were used instead.
+    """
+
+    slot = "norm"
+    needs_source_stats: ClassVar[bool] = False  # the layer must have running statistics
+
+    def __init__(self, config: Any, base: Any, context: Context) -> None:
+        super().__init__(config)
+        self.learning = True
+        self.fell_back = False
+
+    def forward(self, x: Tensor, base: Any) -> Tensor:
+        """Normalise ``x`` (B, C, ...) with this rule's statistics and the base's affine part."""
+        raise NotImplementedError  # pragma: no cover
+
+
+class Update(Component):
+    """How parameters move. A subclass writes :meth:`adapt`, top to bottom as the paper has it.
+
+    ``self.network(x)`` is one forward pass, ``self.step(loss)`` the only place where a loss
+    becomes a change of parameters.
+    """
+
+    slot = "update"
+    Config: ClassVar[type[ComponentConfig]] = UpdateConfig
+    default_norm: ClassVar[str | None] = "bn"  # norm rule when the caller names none
+
+    resets: Tensor
+
+    def __init__(self, config: Any, network: Backbone, context: Context) -> None:
+        super().__init__(config)
+        self.network = network
+        self.context = context
+        self.parameters_adapted = context.parameters
+        self.report = Report()
+        self.recover: Callable[[], None] = lambda: None  # set by the adapter
+        self.register_buffer("resets", torch.zeros((), dtype=torch.int64))
+        self.optimizer = self._make_optimizer()
+
+    def adapt(self, x: Tensor) -> Prediction:
+        """One cycle: predict ``x`` (B, ...), learn from it, fill ``self.report``."""
+        raise NotImplementedError  # pragma: no cover
+
+    def learn(self, x: Tensor) -> Prediction:
+        """``config.steps`` cycles; the prediction is that of the last one."""
+        prediction = self.adapt(x)
+        for _ in range(self.config.steps - 1):
+            prediction = self.adapt(x)
+        return prediction
+
+    def predict(self, x: Tensor) -> Prediction:
+        """Predict without learning, as a frozen adapter does."""
+        return self.network(x)
+
+    def fit(self, source: SourceStatistics) -> None:
+        """Take what the method needs of ``source`` and raise ``ValueError`` if it is not there."""
+
+    def survives_reset(self) -> tuple[str, ...]:
+        """Buffers that ``reset`` leaves as they are; only ``official=True`` may name some."""
+        return ()
+
+    def step(self, loss: Tensor) -> bool:
+        """Back-propagate ``loss`` and take one optimiser step, unless something is not finite.
+
+        Returns:
+            Whether the parameters moved. Gradients are cleared either way.
+        """
+        loss.backward()
+        grads = [p.grad for p in self.parameters_adapted.values() if p.grad is not None]
+        total = torch.nn.utils.get_total_norm(grads) if grads else loss.detach()
+        finite = bool(torch.isfinite(loss.detach() + total))
+        if finite:
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return finite
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        """The optimiser, with its slots filled with zeros so that the state has fixed keys.
+
+        A zero momentum buffer gives the same first step as torch's lazily made one, because
+        dampening is 0.
+        """
+        c, params = self.config, list(self.parameters_adapted.values())
+        if c.optimizer == "sgd":
+            optimizer: torch.optim.Optimizer = torch.optim.SGD(
+                params,
+                lr=c.lr,
+                momentum=c.momentum,
+                nesterov=c.nesterov,
+                weight_decay=c.weight_decay,
+                foreach=True,
+            )
+            if c.momentum > 0:
+                for p in params:
+                    optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            return optimizer
+        optimizer = torch.optim.Adam(
+            params, lr=c.lr, betas=c.betas, weight_decay=c.weight_decay, foreach=True
+        )
+        for p in params:
+            optimizer.state[p].update(
+                step=torch.zeros(()), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p)
+            )
+        return optimizer
+
+
+class Output(Component):
+    """What is returned in the end. A subclass writes :meth:`correct`."""
+
+    slot = "output"
+    needs_features: ClassVar[bool] = False
+
+    def __init__(self, config: Any, context: Context) -> None:
+        super().__init__(config)
+        self.learning = True
+
+    def fit(self, source: SourceStatistics) -> None:
+        """Take what the rule needs of ``source`` and raise ``ValueError`` if it is not there."""
+
+    def correct(self, prediction: Prediction) -> Tensor:
+        """Scores (B, C) that replace the logits."""
+        raise NotImplementedError  # pragma: no cover

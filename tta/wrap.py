@@ -1,0 +1,202 @@
+"""``wrap``: from names or configs in slots to an :class:`~tta.adapter.Adapter`."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from tta import norm as surgery
+from tta.adapter import Adapter
+from tta.build import build
+from tta.config import AdapterConfig, ComponentConfig, UpdateConfig, nearest
+from tta.registry import DEFAULT_PRESET, component, get_config
+from tta.slots import Update
+
+__all__ = ["wrap"]
+
+SLOTS = ("norm", "update", "output")
+PRESET_CLASSES = {"imagenet": 1000, "cifar100": 100, "cifar10": 10}
+
+Choice = str | ComponentConfig | None
+
+
+def wrap(
+    model: nn.Module,
+    recipe: str | ComponentConfig | AdapterConfig | None = None,
+    *,
+    norm: Choice = None,
+    update: Choice = None,
+    output: Choice = None,
+    source: Any = None,
+    batch_size: int | None = None,
+    seed: int = 0,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    **overrides: Any,
+) -> Adapter:
+    """Make a classifier adapt while it predicts, in place.
+
+    Args:
+        model: Any classifier that takes a batch and returns logits (B, C).
+        recipe: A component name or ``"name.preset"`` (an update brings its default norm rule), a
+            config, or a whole ``AdapterConfig``. A bare name means the ImageNet preset.
+        norm: Replaces the norm slot: a name, a config, or "source" for running statistics.
+        update: Replaces the update slot, likewise.
+        output: Replaces the output slot, likewise.
+        source: Source batches ``(images, labels)`` or a :class:`tta.SourceStatistics`, for
+            methods that need something of the training data.
+        batch_size: What the stream will have; learning rates are scaled for it once, unless
+            given explicitly.
+        seed: Seeds the adapter's own generator; the global one is never touched.
+        mean: Channel means that turn pixels in [0, 1] into what the model takes, for methods
+            that augment; 0 says that it takes raw pixels.
+        std: Channel standard deviations, likewise; 1 for raw pixels.
+        **overrides: Fields of the chosen components.
+
+    Returns:
+        The adapter. ``adapter.unwrap()`` gives the model back, bit for bit.
+
+    Raises:
+        TypeError: When an argument is of the wrong kind.
+        ValueError: For unknown names or fields, a model that a component cannot work on, missing
+            source artefacts, or a model that is already wrapped. The model is left as it was.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(),
+        ...                     nn.Linear(4 * 6 * 6, 10))
+        >>> adapter = wrap(net, "tent", lr=1e-3, update="tent.cifar10")
+        >>> adapter(torch.rand(8, 3, 8, 8)).shape
+        torch.Size([8, 10])
+    """
+    if isinstance(recipe, AdapterConfig):
+        given = {"norm": norm, "update": update, "output": output}
+        if overrides or any(v is not None for v in given.values()):
+            raise TypeError(
+                "`recipe` as an AdapterConfig takes no slots or overrides: replace() it."
+            )
+        return build(model, recipe, source)
+    chosen = _choose(recipe, {"norm": norm, "update": update, "output": output})
+    chosen = _override(chosen, overrides)
+    configs: dict[str, ComponentConfig | None] = {slot: chosen.get(slot) for slot in SLOTS}
+    if isinstance(configs["update"], UpdateConfig):
+        configs["update"] = configs["update"].scaled(batch_size)
+    if configs["norm"] is None and "norm" not in chosen and configs["update"] is not None:
+        cls = component(configs["update"].name)
+        default = cls.default_norm if issubclass(cls, Update) else None
+        if (
+            default is not None
+            and isinstance(model, nn.Module)
+            and surgery.batch_norm_layers(model)
+        ):
+            configs["norm"] = get_config(default)
+    if (rule := configs["norm"]) is not None and getattr(rule, "batch_size", 0) is None:
+        configs["norm"] = rule.replace(batch_size=batch_size)
+    config = AdapterConfig(
+        **configs,  # type: ignore[arg-type]
+        batch_size=batch_size,
+        seed=seed,
+        mean=None if mean is None else tuple(float(m) for m in mean),
+        std=None if std is None else tuple(float(s) for s in std),
+    )
+    adapter = build(model, config, source)
+    names = [c for c in (recipe, norm, update, output) if isinstance(c, str)]
+    _warn_of_preset(names, adapter.num_classes)
+    return adapter
+
+
+def _choose(recipe: Any, slots: dict[str, Any]) -> dict[str, ComponentConfig | None]:
+    """Configs of the slots that the caller named; a slot named "source" is there as None."""
+    chosen: dict[str, ComponentConfig | None] = {}
+    if recipe is None and all(v is None for v in slots.values()):
+        raise ValueError(
+            "`recipe` must name a method, or norm=, update= or output= must, got none: pass one, "
+            "such as wrap(model, 'tent')."
+        )
+    if recipe is not None and recipe != "source":
+        config = _as_config("recipe", recipe)
+        chosen[component(config.name).slot] = config
+    elif recipe == "source":
+        chosen["norm"] = None
+    for slot, value in slots.items():
+        if value is None:
+            continue
+        if value == "source":
+            chosen[slot] = None
+            continue
+        config = _as_config(slot, value)
+        actual = component(config.name).slot
+        if actual != slot:
+            raise ValueError(
+                f"`{slot}` must be a component of that slot, got {config.name!r}, which belongs "
+                f"to {actual}: pass {actual}={config.name!r}."
+            )
+        chosen[slot] = config
+    return chosen
+
+
+def _as_config(argument: str, value: Any) -> ComponentConfig:
+    if isinstance(value, ComponentConfig):
+        return value
+    if isinstance(value, str):
+        return get_config(value)
+    raise TypeError(
+        f"`{argument}` must be a name or a config, got {type(value).__name__}: pass a name from "
+        "tta.list_methods() or what tta.get_config returns."
+    )
+
+
+def _override(
+    chosen: dict[str, ComponentConfig | None], overrides: dict[str, Any]
+) -> dict[str, ComponentConfig | None]:
+    """Give each keyword to the one chosen component that has such a field."""
+    for key, value in overrides.items():
+        owners = [
+            s for s, c in chosen.items() if c is not None and key in c.to_dict() and key != "name"
+        ]
+        if not owners:
+            fields = {f for c in chosen.values() if c for f in c.to_dict()} - {"name"}
+            arguments = ("source", "batch_size", "seed", "mean", "std")
+            raise ValueError(
+                f"`{key}` is not a field of {_names(chosen)} and not an argument of wrap: "
+                + nearest(key, [*fields, *arguments])
+            )
+        if len(owners) > 1:
+            raise ValueError(
+                f"`{key}` must belong to one component, but {_names(chosen)} share it: set it in "
+                f"a config object, such as {owners[0]}=tta.get_config("
+                f"{chosen[owners[0]].name!r}, {key}=...)."  # type: ignore[union-attr]
+            )
+        config = chosen[owners[0]]
+        extra = {"lr_scaling": "none"} if key == "lr" else {}
+        chosen = chosen | {owners[0]: config.replace(**{key: value}, **extra)}  # type: ignore[union-attr]
+    return chosen
+
+
+def _names(chosen: dict[str, ComponentConfig | None]) -> str:
+    return " + ".join(c.name for c in chosen.values() if c is not None) or "source"
+
+
+def _warn_of_preset(names: list[str], classes: int) -> None:
+    """Say so when figures made for another number of classes are about to be used."""
+    for name in names:
+        base, _, tag = name.partition(".")
+        if base == "source":
+            continue
+        presets = component(base).PRESETS
+        family = (tag or DEFAULT_PRESET).partition("_")[0]
+        if not presets or family not in PRESET_CLASSES or PRESET_CLASSES[family] == classes:
+            continue
+        if (tag or DEFAULT_PRESET) not in presets:
+            continue
+        fitting = [
+            f"{base}.{t}" for t in presets if PRESET_CLASSES.get(t.partition("_")[0]) == classes
+        ]
+        better = f"'{fitting[0]}' exists" if fitting else "set its fields for your data"
+        warnings.warn(
+            f"{name!r} uses the {family} preset, made for {PRESET_CLASSES[family]} classes, and "
+            f"this model has {classes}: {better}.",
+            stacklevel=3,
+        )
