@@ -4,7 +4,9 @@
 same two for ``test``, or a folder that torchvision's ``CIFAR10`` reads. A checkpoint is written
 after every epoch into ``--work``; the same command goes on from it, and since every epoch draws
 from a generator seeded by (seed, epoch), an interrupted training ends where an uninterrupted one
-would. The test images are only looked at to report accuracy, never to choose anything.
+would. At the end the weights, the source artefacts and the training log go to
+``models/weights/NAME``. The test images are only looked at to report accuracy, never to choose
+anything.
 """
 
 from __future__ import annotations
@@ -19,9 +21,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from models.bundled import BUNDLED
+from models.artefacts import collect, save_half, swag
+from models.bundled import BUNDLED, FOLDER
 
 __all__ = ["accuracy", "main", "read_cifar10", "train"]
 
@@ -181,6 +185,34 @@ def train(name: str, data: dict[str, Tensor], work: Path, epochs: int | None, se
         os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
 
 
+def export(name: str, data: dict[str, Tensor], work: Path, command: str) -> None:
+    """Write weights in half precision, source artefacts and the training log of a finished run."""
+    saved = torch.load(work / f"{name}.pt", weights_only=True)
+    log = json.loads(saved["log"]) | {"command": command}
+    folder = FOLDER / name
+    folder.mkdir(parents=True, exist_ok=True)
+    save_half(saved["model"], folder / "weights.safetensors")
+    # Artefacts are those of the weights as stored, which half precision has rounded.
+    model = BUNDLED[name]()
+    weights = load_file(str(folder / "weights.safetensors"))
+    model.load_state_dict(
+        {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}
+    )
+    model.eval()
+    images, labels = data["train_images"], data["train_labels"]
+    source = collect(model, images, labels, log["seed"])
+    scratch = work / f"{name}-swag"
+    scratch.mkdir(exist_ok=True)
+    source.posterior_mean, source.posterior_variance = swag(
+        model, images, labels, scratch, log["seed"], RECIPES[name].bfloat16
+    )
+    source.save(folder / "source.safetensors")
+    tensors = load_file(str(folder / "source.safetensors"))
+    save_half(tensors, folder / "source.safetensors", ("fisher", "posterior_variance"))
+    (folder / "training.json").write_text(json.dumps(log, indent=1) + "\n")
+    print(f"wrote {folder}", flush=True)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m models.train", description=__doc__)
     parser.add_argument("name", choices=sorted(BUNDLED))
@@ -193,7 +225,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     args.work.mkdir(parents=True, exist_ok=True)
-    train(args.name, read_cifar10(args.data), args.work, args.epochs, args.seed)
+    data = read_cifar10(args.data)
+    train(args.name, data, args.work, args.epochs, args.seed)
+    export(args.name, data, args.work, f"python -m models.train {args.name} --seed {args.seed}")
 
 
 if __name__ == "__main__":
