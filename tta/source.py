@@ -7,6 +7,7 @@ from batches of source images, read from a file, or built by keyword.
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,7 +159,10 @@ def collect_source(
 
     collected = SourceStatistics()
     for name in [for_methods] if isinstance(for_methods, str) else for_methods:
-        adapter = wrap(model, name, source=loader, **wrap_arguments)
+        with warnings.catch_warnings():
+            # Thresholds of a preset play no part in source artefacts.
+            warnings.filterwarnings("ignore", message=".*preset, made for")
+            adapter = wrap(model, name, source=loader, **wrap_arguments)
         try:
             for part in (adapter.update, adapter.output):
                 found = {} if part is None else part.source_artefacts()

@@ -1,0 +1,224 @@
+"""Inputs, warnings, state names and devices of an adapter."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import tta
+from tests.contract.cases import images, source_batches
+from tests.nets import tiny
+
+BAD_INPUT = [
+    ("not a tensor", [[0.0]], TypeError, "list"),
+    ("integers", torch.zeros(2, 3, 32, 32, dtype=torch.uint8), TypeError, "uint8"),
+    ("double", torch.zeros(2, 3, 32, 32, dtype=torch.float64), TypeError, "float64"),
+    ("half", torch.zeros(2, 3, 32, 32, dtype=torch.float16), TypeError, "float16"),
+    ("one image", torch.zeros(3, 32, 32), ValueError, r"\(3, 32, 32\).*images\[None\]"),
+    ("five axes", torch.zeros(1, 1, 3, 32, 32), ValueError, r"4 axes"),
+    ("channels", torch.zeros(2, 1, 32, 32), ValueError, r"3 channels.*\(2, 1, 32, 32\)"),
+    ("empty", torch.zeros(0, 3, 32, 32), ValueError, "at least one image"),
+]
+
+
+@pytest.mark.parametrize("method", ["source", "eata.cifar10"])
+@pytest.mark.parametrize("family", ["bn", "ln"])
+@pytest.mark.parametrize(
+    ("bad", "error", "words"), [b[1:] for b in BAD_INPUT], ids=[b[0] for b in BAD_INPUT]
+)
+def test_bad_input_is_refused_and_changes_nothing(method, family, bad, error, words) -> None:
+    adapter = tta.wrap(tiny(family), method, source=source_batches())
+    adapter(images(0))
+    before = adapter.state()
+    with pytest.raises(error, match=words) as caught:
+        adapter(bad)
+    assert "`images`" in str(caught.value) and "\n" not in str(caught.value)
+    after = adapter.state()
+    assert all(torch.equal(before[k].nan_to_num(), after[k].nan_to_num()) for k in before)
+    assert torch.isfinite(adapter(images(1))).all()
+
+
+def test_a_batch_of_one_falls_back_and_warns_once() -> None:
+    net = tiny("bn")
+    with torch.no_grad():
+        expected = net(images(0, 1))
+    adapter = tta.wrap(net, "bn")
+    with pytest.warns(UserWarning, match="at least 2 images for batch statistics, got 1"):
+        assert torch.equal(adapter(images(0, 1)), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(adapter(images(0, 1)), expected)
+        adapter(images(0))
+
+
+def test_batch_norm_1d_and_3d() -> None:
+    one = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 10)).eval()
+    three = nn.Sequential(
+        nn.Conv3d(2, 4, 3),
+        nn.BatchNorm3d(4),
+        nn.AdaptiveAvgPool3d(1),
+        nn.Flatten(),
+        nn.Linear(4, 10),
+    ).eval()
+    for net, x in ((one, torch.rand(8, 6)), (three, torch.rand(8, 2, 4, 4, 4))):
+        for norm in tta.list_methods(slot="norm"):
+            adapter = tta.wrap(net, norm=norm, update="tent.cifar10")
+            assert torch.isfinite(adapter(x)).all()
+            adapter.unwrap()
+
+
+def test_alpha_bn_at_its_ends_is_the_source_model_and_batch_statistics() -> None:
+    net, x = tiny("bn_act"), images(0)
+    with torch.no_grad():
+        source = net(x)
+    adapter = tta.wrap(net, "alpha_bn", source_weight=1.0)
+    torch.testing.assert_close(adapter(x), source)
+    adapter.unwrap()
+    adapter = tta.wrap(net, "alpha_bn", source_weight=0.0, unbiased=False)
+    mixed = adapter(x)
+    adapter.unwrap()
+    torch.testing.assert_close(mixed, tta.wrap(net, "bn")(x))
+
+
+def test_a_subclass_with_a_forward_of_its_own_keeps_it() -> None:
+    class Doubling(nn.BatchNorm2d):
+        def forward(self, input):
+            return 2 * super().forward(input).relu()
+
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3), Doubling(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10)
+    ).eval()
+    x = images(0)
+    with torch.no_grad():
+        expected = net(x)
+    torch.testing.assert_close(tta.wrap(net, "alpha_bn", source_weight=1.0)(x), expected)
+
+
+def test_state_names() -> None:
+    adapter = tta.wrap(
+        tiny("bn"), "eata.cifar10", norm="unmix_tns", output="lame", source=source_batches()
+    )
+    state = adapter.state()
+    for key in (
+        "param/layer1.1.weight",
+        "norm/layer1.1.means",
+        "norm/layer2.1.vars",
+        "update/ema_probs",
+        "optim/layer1.1.bias.momentum_buffer",
+        "rng",
+    ):
+        assert key in state
+    assert state["norm/layer1.1.means"].shape == (16, 4)
+    assert state["update/ema_probs"].isnan().all()
+    assert not any(k.startswith("norm/") and ".base" in k for k in state)
+    constants = adapter.constants()
+    assert {"update/fisher.layer1.1.weight", "update/anchor.layer2.1.bias"} <= set(constants)
+
+
+def test_load_state_refuses_what_is_not_its_own() -> None:
+    adapter = tta.wrap(tiny("bn"), "tent.cifar10")
+    before = adapter.state()
+    other = tta.wrap(tiny("bn"), "eta.cifar10").state()
+    with pytest.raises(ValueError, match=r"`state`.*'update/ema_probs'"):
+        adapter.load_state(other)
+    with pytest.raises(ValueError, match=r"'param/layer1.1.weight'.*\(4,\).*\(5,\)"):
+        adapter.load_state(
+            {
+                "param/layer1.1.bias": before["param/layer1.1.bias"] + 1,
+                "param/layer1.1.weight": torch.zeros(5),
+            }
+        )
+    assert all(torch.equal(before[k], v) for k, v in adapter.state().items())
+
+
+def test_load_state_as_source_moves_the_reset_point() -> None:
+    adapter = tta.wrap(tiny("bn"), "tent.cifar10")
+    name = "param/layer1.1.weight"
+    adapter.load_state({name: torch.full((4,), 2.0)}, as_source=True)
+    adapter(images(0))
+    adapter.reset()
+    assert torch.equal(adapter.state()[name], torch.full((4,), 2.0))
+    net = adapter.unwrap()
+    assert torch.equal(
+        net.state_dict()["layer1.1.weight"], tiny("bn").state_dict()["layer1.1.weight"]
+    )
+
+
+def test_state_is_cloned() -> None:
+    adapter = tta.wrap(tiny("bn"), "tent.cifar10")
+    state = adapter.state()
+    kept = {k: v.clone() for k, v in state.items()}
+    adapter(images(0))
+    assert all(torch.equal(kept[k], v) for k, v in state.items())
+    for value in state.values():
+        value.zero_()
+    adapter.reset()
+    assert all(torch.equal(kept[k], v) for k, v in adapter.state().items())
+
+
+def test_save_and_load_refuse_other_models_and_folders(tmp_path) -> None:
+    adapter = tta.wrap(tiny("bn"), "tent.cifar10")
+    tta.save(adapter, tmp_path / "a")
+    with pytest.raises(FileNotFoundError, match=r"config.json"):
+        tta.load(tiny("bn"), tmp_path)
+    other = tiny("gn")
+    with pytest.raises(ValueError, match="`norm`='bn'"):
+        tta.load(other, tmp_path / "a")
+    bigger = nn.Sequential(tiny("bn"), nn.BatchNorm1d(10)).eval()
+    with pytest.raises(ValueError, match="`model` must be the one that was saved"):
+        tta.load(bigger, tmp_path / "a")
+    tta.wrap(bigger, "source")  # it was given back
+    with pytest.raises(TypeError, match="`adapter`"):
+        tta.save(tiny("bn"), tmp_path / "b")  # type: ignore[arg-type]
+
+
+def test_nonfinite_weights_stop_learning_not_predicting() -> None:
+    net = tiny("bn")
+    adapter = tta.wrap(net, "tent.cifar10")
+    with torch.no_grad():
+        net.fc.bias[0] = float("nan")
+    before = adapter.state()
+    adapter(images(0))
+    assert not adapter.report.stepped
+    after = adapter.state()
+    assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_report_reads_as_numbers() -> None:
+    adapter = tta.wrap(tiny("bn"), "tent.cifar10")
+    assert adapter.report.stepped is False and adapter.report.resets == 0
+    adapter(images(0))
+    report = adapter.report
+    assert isinstance(report.loss, float) and report["loss"] == report.loss
+    assert report.selected == report.seen == 8 and report.stepped is True
+    with pytest.raises(AttributeError, match="no figure 'accuracy'"):
+        _ = report.accuracy
+
+
+def test_memory_does_not_grow_with_the_stream() -> None:
+    adapter = tta.wrap(tiny("bn"), "eata.cifar10", norm="unmix_tns", source=source_batches())
+    sizes = {k: v.shape for k, v in adapter.state().items()}
+    for t in range(50):
+        adapter(images(t, 4))
+    assert {k: v.shape for k, v in adapter.state().items()} == sizes
+
+
+def test_moving_the_adapter_to_another_dtype_moves_the_optimiser() -> None:
+    adapter = tta.wrap(tiny("bn"), "tent.cifar10").double()
+    assert torch.isfinite(adapter(images(0).double())).all()
+    assert adapter.state()["optim/layer1.1.weight.exp_avg"].dtype == torch.float64
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_agrees_with_the_cpu() -> None:
+    for name in ("bn", "tent.cifar10", "eata.cifar10", "lame"):
+        cpu = tta.wrap(tiny("bn"), name, source=source_batches())
+        gpu = tta.wrap(tiny("bn").cuda(), name, source=source_batches())
+        for t in range(3):
+            torch.testing.assert_close(
+                cpu(images(t)), gpu(images(t).cuda()).cpu(), atol=1e-3, rtol=1e-3
+            )

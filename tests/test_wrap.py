@@ -1,0 +1,206 @@
+"""What ``wrap`` accepts, refuses and warns of; whatever is refused leaves the model as it was."""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import tta
+from tests.contract.cases import images, source_batches
+from tests.nets import tiny
+
+
+def _state(net: nn.Module) -> tuple:
+    return (
+        {k: v.clone() for k, v in net.state_dict().items()},
+        [(type(m), m.training, len(m._forward_pre_hooks)) for m in net.modules()],
+        [p.requires_grad for p in net.parameters()],
+    )
+
+
+def _equal(a: tuple, b: tuple) -> bool:
+    return a[1:] == b[1:] and all(torch.equal(a[0][k], b[0][k]) for k in a[0])
+
+
+REFUSED = [
+    ("unknown method", "bn", {"recipe": "tnet"}, ["unknown method 'tnet'", "'tent'"]),
+    ("unknown preset", "bn", {"recipe": "eata.cifar"}, ["unknown preset 'cifar'", "'cifar10'"]),
+    ("unknown field", "bn", {"recipe": "tent", "learning_rate": 1}, ["`learning_rate`", "tent"]),
+    ("near field", "bn", {"recipe": "eta", "entropy_margn": 1}, ["did you mean 'entropy_margin'"]),
+    ("wrong slot", "bn", {"norm": "lame"}, ["`norm`", "'lame'", "output='lame'"]),
+    ("not a name", "bn", {"recipe": 3}, ["`recipe`", "int"]),
+    ("nothing", "bn", {}, ["`recipe`", "none"]),
+    ("no BatchNorm", "ln", {"norm": "unmix_tns"}, ["'unmix_tns'", "LayerNorm", "leave norm= out"]),
+    ("no BatchNorm", "gn", {"recipe": "bn"}, ["'bn'", "GroupNorm"]),
+    ("no source", "bn", {"recipe": "eata"}, ["`source`", "tta.collect_source"]),
+    ("bad source", "bn", {"recipe": "eata", "source": 5}, ["`source`", "int"]),
+    ("empty source", "bn", {"recipe": "eata", "source": []}, ["`source`", "at least one batch"]),
+    ("bad value", "bn", {"recipe": "tent", "lr": -1.0}, ["`lr`", "-1.0"]),
+    ("bad steps", "bn", {"recipe": "tent", "steps": 0}, ["`steps`", "0"]),
+    ("bad regex", "bn", {"recipe": "tent", "params": "("}, ["`params`", "'('"]),
+    ("no such parameters", "bn", {"recipe": "tent", "params": "lora"}, ["`params`", "'lora'"]),
+    ("bad affinity", "bn", {"recipe": "lame", "affinity": "cosine"}, ["`affinity`", "'cosine'"]),
+    (
+        "shared field",
+        "bn",
+        {"norm": "unmix_tns", "update": "tent", "momentum": 0.5},
+        ["`momentum`", "tta.get_config("],
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("family", "arguments", "words"), [r[1:] for r in REFUSED], ids=[r[0] for r in REFUSED]
+)
+def test_refused_in_one_sentence_and_without_a_trace(family, arguments, words) -> None:
+    net = tiny(family).train()
+    before = _state(net)
+    with pytest.raises((ValueError, TypeError)) as caught:
+        tta.wrap(net, **arguments)
+    text = str(caught.value)
+    for word in words:
+        assert word in text
+    assert "\n" not in text and text.rstrip().endswith((".", "?"))
+    assert _equal(_state(net), before)
+    tta.wrap(net, "source")  # nothing was left behind that would forbid it
+
+
+def test_a_model_without_norm_layers() -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 10))
+    with pytest.raises(ValueError, match=r"`params`='norm'.*no norm layers"):
+        tta.wrap(net, "tent")
+    assert tta.wrap(net, "tent.cifar10", params="head")(torch.rand(4, 3, 2, 2)).shape == (4, 10)
+
+
+def test_not_a_model() -> None:
+    with pytest.raises(TypeError, match=r"`model`.*function"):
+        tta.wrap(lambda x: x, "tent")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["source", "tent.cifar10"])
+def test_wrapping_twice(name: str) -> None:
+    net = tiny("bn")
+    adapter = tta.wrap(net, name)
+    before = adapter.state()
+    for target in (net, adapter, nn.Sequential(net)):
+        with pytest.raises(ValueError, match="must not be wrapped yet"):
+            tta.wrap(target, name)
+    assert all(torch.equal(before[k], v) for k, v in adapter.state().items())
+    adapter.unwrap()
+    tta.wrap(net, name)
+    with pytest.raises(RuntimeError, match="unwrapped"):
+        adapter(images(0))
+    with pytest.raises(RuntimeError, match="unwrapped"):
+        adapter.unwrap()
+
+
+def test_a_failing_source_pass_is_undone() -> None:
+    def broken():
+        yield images(0), torch.zeros(8)
+        raise OSError("disk gone")
+
+    net = tiny("bn")
+    before = _state(net)
+    with pytest.raises(OSError, match="disk gone"):
+        tta.wrap(net, "eata.cifar10", source=broken())
+    assert _equal(_state(net), before)
+
+
+def test_bare_names_warn_of_another_class_count() -> None:
+    with pytest.warns(UserWarning, match=r"1000 classes.*has 10: 'eta.cifar10' exists"):
+        tta.wrap(tiny("bn"), "eta")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tta.wrap(tiny("bn"), "eta.cifar10")
+        tta.wrap(tiny("bn"), "lame")
+
+
+def test_an_update_brings_batch_statistics_only_where_there_is_batch_norm() -> None:
+    assert tta.wrap(tiny("bn"), "tent.cifar10").config.norm == tta.get_config("bn")
+    assert tta.wrap(tiny("ln"), "tent.cifar10").config.norm is None
+    assert tta.wrap(tiny("bn"), "tent.cifar10", norm="source").config.norm is None
+    assert tta.wrap(tiny("bn"), "source").config.norm is None
+
+
+def test_learning_rates_are_scaled_once_and_never_when_given() -> None:
+    def lr(name: str, **arguments) -> float:
+        return tta.wrap(tiny("bn"), name, **arguments).config.update.lr  # type: ignore[union-attr]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert lr("tent") == 2.5e-4
+        assert lr("tent", batch_size=128) == 2.5e-4
+        assert lr("tent", batch_size=16) == pytest.approx(2.5e-4 / 64 * 16 * 2)
+        assert lr("tent.imagenet_vit", batch_size=16) == pytest.approx(1e-3 / 4)
+        assert lr("tent", batch_size=16, lr=0.1) == 0.1
+        config = tta.get_config("tent", lr=0.1)
+        assert tta.wrap(tiny("bn"), update=config, batch_size=1).config.update.lr == 0.1  # type: ignore[union-attr]
+        adapter = tta.wrap(tiny("bn"), "tent", batch_size=16)
+        again = tta.wrap(tiny("bn"), adapter.config)
+        assert again.config.update.lr == adapter.config.update.lr  # type: ignore[union-attr]
+
+
+def test_batch_size_reaches_the_norm_rule() -> None:
+    rates = [
+        next(iter(a.norm_layers.values())).rule.rate
+        for a in (
+            tta.wrap(tiny("bn"), norm="unmix_tns.cifar10"),
+            tta.wrap(tiny("bn"), norm="unmix_tns.cifar10", batch_size=1),
+            tta.wrap(tiny("bn"), norm="unmix_tns.imagenet"),
+            tta.wrap(tiny("bn"), norm="unmix_tns", momentum=0.3),
+        )
+    ]
+    assert rates == pytest.approx([0.1, 1 - 0.9 ** (1 / 64), 0.1, 0.3])
+
+
+def test_the_collected_fisher_is_what_wrap_would_compute() -> None:
+    net = tiny("bn")
+    statistics = tta.collect_source(net, source_batches(), for_methods=["eata"])
+    direct = tta.wrap(net, "eata.cifar10", source=source_batches()).constants()
+    assert statistics.fisher is not None
+    for name, value in statistics.fisher.items():
+        assert torch.equal(value, direct[f"update/fisher.{name}"])
+
+
+def test_fisher_leaves_the_norm_rule_untouched_and_sees_it() -> None:
+    adapters = [
+        tta.wrap(tiny("bn"), "eata.cifar10", norm=norm, source=source_batches())
+        for norm in ("bn", "unmix_tns")
+    ]
+    plain = tta.wrap(tiny("bn"), norm="unmix_tns")
+    for key, value in plain.state().items():
+        if key.startswith("norm/"):
+            assert torch.equal(value, adapters[1].state()[key])
+    fishers = [a.constants()["update/fisher.layer1.1.weight"] for a in adapters]
+    assert not torch.equal(*fishers)
+
+
+def test_fisher_of_another_model() -> None:
+    statistics = tta.collect_source(tiny("gn"), source_batches(), for_methods=["eata"])
+    assert statistics.fisher is not None
+    statistics.fisher.pop("layer1.1.weight")
+    with pytest.raises(ValueError, match=r"`source.fisher`.*'layer1.1.weight'"):
+        tta.wrap(tiny("gn"), "eata.cifar10", source=statistics)
+
+
+def test_shared_layers_get_one_wrapper() -> None:
+    bn = nn.BatchNorm2d(3)
+    net = nn.Sequential(bn, nn.Conv2d(3, 3, 1), bn, nn.Flatten(), nn.Linear(48, 10)).eval()
+    reference = copy.deepcopy(net)
+    adapter = tta.wrap(net, "bn")
+    assert net[0] is net[2] and len(adapter.norm_layers) == 1
+    adapter(torch.rand(4, 3, 4, 4))
+    adapter.unwrap()
+    assert net[0] is bn and net[2] is bn
+    x = torch.rand(2, 3, 4, 4)
+    assert torch.equal(net(x), reference(x))
+
+
+def test_repr_says_what_is_inside() -> None:
+    text = repr(tta.wrap(tiny("bn"), "tent.cifar10", output="lame"))
+    assert re.search(r"norm=bn, update=tent, output=lame, 2 norm layers wrapped, 24 of", text)
