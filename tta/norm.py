@@ -8,6 +8,7 @@ normalisation and the base's own ``drop`` and ``act`` follow.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +29,9 @@ __all__ = [
     "remove",
     "too_few_values",
 ]
+
+
+LARGE_MEAN = 1e-2  # share of variance in the mean square below which digits would be lost
 
 
 class AdaptiveNorm(nn.Module):
@@ -120,14 +124,37 @@ def too_few_values(x: Tensor) -> bool:
 
 def batch_stats(x: Tensor, unbiased: bool = False) -> tuple[Tensor, Tensor]:
     """Mean and variance per channel over the batch: (B, C, ...) to two (C,), in float32."""
-    axes = [0, *range(2, x.ndim)]
-    var, mean = torch.var_mean(x.float(), dim=axes, correction=int(unbiased))
-    return mean, var
+    if x.ndim == 2 or x.device.type != "cpu":
+        axes = [0, *range(2, x.ndim)]
+        var, mean = torch.var_mean(x.float(), dim=axes, correction=int(unbiased))
+        return mean, var
+    means, variances = instance_stats(x)
+    mean = means.mean(0)
+    # Within images plus between them; both terms are positive, so nothing cancels.
+    var = variances.mean(0) + (means - mean).square().mean(0)
+    count = x.numel() // x.shape[1]
+    return mean, var * (count / (count - 1)) if unbiased else var
 
 
 def instance_stats(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance per image and channel: (B, C, ...) to two (B, C), in float32."""
-    var, mean = torch.var_mean(x.float(), dim=list(range(2, x.ndim)), correction=0)
+    """Mean and biased variance per image and channel: (B, C, ...) to two (B, C), in float32.
+
+    On a CPU ``torch.var_mean`` costs many times a convolution's share, while a mean and a vector
+    norm are vectorised; their difference of squares loses digits where the mean is large, and there
+    the deviations are taken first.
+    """
+    axes = list(range(2, x.ndim))
+    if x.device.type != "cpu":
+        var, mean = torch.var_mean(x.float(), dim=axes, correction=0)
+        return mean, var
+    count = math.prod(x.shape[2:])
+    mean = x.mean(axes, dtype=torch.float32)
+    square = torch.linalg.vector_norm(x, dim=axes, dtype=torch.float32).square() / count
+    var = square - mean.square()
+    if bool((var < LARGE_MEAN * square).any()):
+        deviation = x - mean.view(*mean.shape, *(1 for _ in axes)).to(x.dtype)
+        norm = torch.linalg.vector_norm(deviation, dim=axes, dtype=torch.float32)
+        var = norm.square() / count
     return mean, var
 
 

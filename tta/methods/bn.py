@@ -20,11 +20,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tta.config import ComponentConfig
-from tta.norm import normalize, too_few_values
+from tta.norm import batch_stats, normalize, too_few_values
 from tta.registry import register
 from tta.slots import NormRule
 
@@ -52,5 +53,9 @@ class BatchNormRule(NormRule):
             self.fell_back = True
             return normalize(x, base.running_mean, base.running_var, base)
         eps = OFFICIAL_EPS if self.config.official else base.eps
+        if not torch.is_grad_enabled() and x.device.type == "cpu" and x.ndim > 2:
+            # Statistics, then the evaluation kernel: faster on a CPU than the training kernel.
+            mean, var = batch_stats(x)
+            return F.batch_norm(x, mean, var, base.weight, base.bias, False, 0.0, eps)
         # The fused training kernel, without buffers to update.
         return F.batch_norm(x, None, None, base.weight, base.bias, True, 0.0, eps)

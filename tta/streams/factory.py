@@ -1,0 +1,220 @@
+"""`build`: from a scenario's name and data to a stream."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from .arguments import fit_options, list_domains, merge_options
+from .checks import flag, nearest, number, one_of, whole
+from .clock import Clock, as_clock
+from .draws import Draws
+from .orders import Orders
+from .parts import ARRANGEMENTS, SCHEDULES, SELECTIONS, options_of
+from .plan import Plan, Segment, interleaved
+from .scenarios import SCENARIOS
+from .schedules import Visit
+from .sources import Domains, Transform
+from .stream import Stream
+
+__all__ = ["build", "from_config"]
+
+
+def build(
+    scenario: str,
+    dataset: Any | None = None,
+    domains: Sequence[str] | Mapping[str, Any] | None = None,
+    severity: float = 5,
+    batch_size: int = 64,
+    seed: int = 0,
+    transform: Transform | None = None,
+    *,
+    labels: Any | None = None,
+    shared_order: bool = False,
+    shuffle_domains: bool = False,
+    num_samples: int | None = None,
+    reset: str | None = None,
+    last_batch: str | None = None,
+    clock: Clock | Mapping[str, Any] | None = None,
+    window: int | None = None,
+    schedule: str | None = None,
+    select: str | None = None,
+    arrange: str | None = None,
+    **options: Any,
+) -> Stream:
+    """Make the stream of a scenario.
+
+    Args:
+        scenario: One of `list_scenarios()`.
+        dataset: Anything with `__len__` and `__getitem__ -> (image, label)`, or a pair of arrays
+            (N, H, W, 3) uint8 and (N,). May be None where `domains` brings the datasets.
+        domains: Names for `transform` ("clean" is the dataset as it is), or a mapping from name
+            to a dataset, or from name to a mapping from severity to a dataset. Default: the 15
+            corruptions in the scenario's published order, or "clean" without `transform`.
+        severity: 0 to 5, for all domains; `gradual` and `walk` have their own.
+        batch_size: Samples per batch; `single` always has 1.
+        seed: Of all draws; the global generators are neither read nor advanced.
+        transform: `transform(images, domain, severity, generator=g)`, applied to each batch; its
+            generator depends on seed, domain, severity and step alone.
+        labels: (N,) labels of `dataset`, to spare reading a dataset that has them only in its
+            items.
+        shared_order: Show all domains in the same sample order, as published protocols do by
+            reseeding; by default each visit has its own.
+        shuffle_domains: Draw the order of the domains from the seed.
+        num_samples: Use a random subset of this size of each domain, drawn for each visit.
+        reset: Set `Batch.reset` at the first batch only ("start"), also whenever the domain
+            changes ("shift"), or not at all ("never"). Default: the scenario's.
+        last_batch: "keep" a short batch at the end of each visit, "drop" it, or let batches
+            "span" visits up to the next reset. Default: "keep"; `walk`: "span".
+        clock: Time budget, a `Clock` or its fields.
+        window: For batches of one: keep the last `window` images in `Batch.window` and set
+            `Batch.adapt` once every `window` samples.
+        schedule: Replaces the scenario's order of domains: a name in `SCHEDULES`.
+        select: Replaces its choice of samples: a name in `SELECTIONS`.
+        arrange: Replaces its order of samples: a name in `ARRANGEMENTS`. So
+            `build("mixed", ..., arrange="dirichlet")` orders the pool of all domains.
+        options: Of the scenario's parts, such as `delta`; see the parts' docstrings.
+
+    Returns:
+        The stream.
+
+    Raises:
+        ValueError: A value that cannot work, or an unknown name.
+        TypeError: A value of the wrong kind.
+
+    >>> import numpy as np
+    >>> data = np.zeros((20, 8, 8, 3), dtype=np.uint8), np.arange(20) % 4
+    >>> stream = build("sorted", data, domains=["clean"], batch_size=10)
+    >>> [batch.labels.unique().tolist() for batch in stream]
+    [[0, 1], [2, 3]]
+    """
+    if not isinstance(scenario, str) or scenario not in SCENARIOS:
+        raise ValueError(
+            f"`scenario` must be one of the names in list_scenarios(), got {scenario!r}; "
+            f"{nearest(scenario, SCENARIOS)}"
+        )
+    spec = SCENARIOS[scenario]
+    names = {
+        "schedule": one_of("schedule", schedule or spec.schedule, SCHEDULES),
+        "select": one_of("select", select or spec.select, SELECTIONS),
+        "arrange": one_of("arrange", arrange or spec.arrange, ARRANGEMENTS),
+    }
+    chosen = merge_options(scenario, names, options)
+    given, listed = list_domains(spec, domains, transform, names["schedule"], chosen)
+    source = Domains(dataset, given, transform, labels)
+    timing = as_clock(clock)
+    seed = whole("seed", seed, 0)
+    config: dict[str, Any] = {
+        "scenario": scenario,
+        "domains": listed,
+        "severity": number("severity", severity, 0.0, 5.0),
+        "batch_size": 1 if scenario == "single" else whole("batch_size", batch_size, 1),
+        "seed": seed,
+        "shared_order": flag("shared_order", shared_order),
+        "shuffle_domains": flag("shuffle_domains", shuffle_domains),
+        "num_samples": None if num_samples is None else whole("num_samples", num_samples, 1),
+        "reset": one_of("reset", reset or spec.reset, ["start", "shift", "never"]),
+        "last_batch": one_of("last_batch", last_batch or spec.last_batch, ["keep", "drop", "span"]),
+        "clock": None if timing is None else asdict(timing),
+        "window": None if window is None else whole("window", window, 1),
+        **names,
+    }
+    if window is not None and config["batch_size"] != 1:
+        raise ValueError(
+            f"`window` must be None unless batches hold one image, got {window} with batch_size="
+            f'{config["batch_size"]}; use the scenario "single" or batch_size=1'
+        )
+    fit_options(source, names["schedule"], listed, chosen)
+    if shuffle_domains:
+        listed = [listed[i] for i in Draws(seed, "domains").permutation(len(listed))]
+    plan = _plan(source, listed, config, chosen)
+    return Stream(plan, source, _plain({**config, **chosen}), timing, window)
+
+
+def from_config(
+    config: Mapping[str, Any],
+    dataset: Any | None = None,
+    *,
+    domains: Mapping[str, Any] | None = None,
+    transform: Transform | None = None,
+    labels: Any | None = None,
+) -> Stream:
+    """Make the stream that a `Stream.config` describes, from the same data.
+
+    Args:
+        config: As `Stream.config` gave it, perhaps by way of JSON.
+        dataset: As given to `build`.
+        domains: The mapping given to `build`, if it was one.
+        transform: As given to `build`.
+        labels: As given to `build`.
+
+    >>> import numpy as np
+    >>> data = np.zeros((20, 8, 8, 3), dtype=np.uint8), np.arange(20) % 4
+    >>> stream = build("continual", data, domains=["clean"], batch_size=10)
+    >>> from_config(stream.config, data).config == stream.config
+    True
+    """
+    arguments = dict(config)
+    if domains is not None:
+        arguments["domains"] = {name: domains[name] for name in arguments["domains"]}
+    return build(dataset=dataset, transform=transform, labels=labels, **arguments)
+
+
+def _plan(
+    source: Domains, listed: list[str], config: Mapping[str, Any], options: Mapping[str, Any]
+) -> Plan:
+    """Put the parts together."""
+    seed = config["seed"]
+    part = SCHEDULES[config["schedule"]]
+    visits: list[Visit] = part.function(
+        listed,
+        config["severity"],
+        Draws(seed, "schedule"),
+        **{name: options[name] for name in options_of(part)},
+    )
+    orders = Orders(
+        visits,
+        source,
+        select=config["select"],
+        arrange=config["arrange"],
+        options=options,
+        seed=seed,
+        shared_order=config["shared_order"],
+        num_samples=config["num_samples"],
+    )
+    orders.check()
+    counts = [orders.count(i) for i in range(len(visits))]
+    if options.get("interleave"):
+        segments = interleaved(visits, counts, config["batch_size"], seed)
+    else:
+        segments = [Segment(i, 0, count) for i, count in enumerate(counts)]
+    segments = _with_resets(segments, visits, config["reset"])
+    return Plan(visits, segments, orders.order, config["batch_size"], config["last_batch"])
+
+
+def _with_resets(segments: list[Segment], visits: Sequence[Visit], reset: str) -> list[Segment]:
+    """Mark the segments before which the model is reset."""
+    marked: list[Segment] = []
+    before: tuple[str, ...] | None = None
+    for segment in segments:
+        domains = tuple(c.domain for c in visits[segment.visit].conditions)
+        due = reset != "never" and (before is None or (reset == "shift" and domains != before))
+        marked.append(Segment(segment.visit, segment.start, segment.stop, due))
+        before = domains
+    return marked
+
+
+def _plain(value: Any) -> Any:
+    """Turn a configuration into plain JSON types."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and value == int(value) and abs(value) < 2**53:
+        return int(value)
+    return value

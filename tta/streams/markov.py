@@ -1,0 +1,155 @@
+"""Streams whose domain and class follow two independent Markov chains (UniTTA).
+
+Source: Du et al., "UniTTA: Unified Benchmark and Versatile Framework Towards Realistic Test-Time
+Adaptation", 2024, arXiv 2407.20080. The state is (domain, class); the joint transition matrix is
+the Kronecker product of the chains'. In a chain of n states, state i stays with probability c_i
+and moves to each other state with (1 - c_i)/(n - 1), so its stationary mass is proportional to
+1/(1 - c_i). An imbalance IF between head and tail is therefore 1 - c_i = (1 - c_max) IF^(i/(n-1)),
+possible while (1 - c_max) IF <= 1 - 1/n; beyond that all c_i = c_max and a state closes once its
+quota, which decays by IF, is used up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .draws import Draws, exp, log
+from .pool import Ints, Pool, by_class
+
+__all__ = ["Chain", "make_chain", "markov"]
+
+
+@dataclass(frozen=True)
+class Chain:
+    """One chain.
+
+    Args:
+        stay: (n,) self-transition probabilities.
+        quota: (n,) relative quotas, 1 for all where the chain itself makes the imbalance.
+    """
+
+    stay: np.ndarray
+    quota: np.ndarray
+
+
+def make_chain(states: int, correlation: float | None, imbalance: float) -> Chain:
+    """Make the chain of a self-transition probability and an imbalance factor.
+
+    Args:
+        states: n.
+        correlation: c_max in [0, 1]; None = 1/n, successive states independent.
+        imbalance: IF, at least 1.
+    """
+    c_max = 1.0 / states if correlation is None else correlation
+    ranks = np.arange(states) / max(1, states - 1)
+    decay = exp(log(np.array(float(imbalance))) * ranks)
+    if c_max < 1.0 and (1.0 - c_max) * imbalance <= 1.0 - 1.0 / states + 1e-12:
+        return Chain(1.0 - (1.0 - c_max) * decay, np.ones(states))
+    return Chain(np.full(states, c_max), 1.0 / decay)
+
+
+class _Words:
+    """Uniform numbers one at a time, drawn in blocks."""
+
+    def __init__(self, draws: Draws) -> None:
+        self._draws = draws
+        self._block: list[float] = []
+
+    def next(self) -> float:
+        if not self._block:
+            self._block = self._draws.uniform(4096).tolist()[::-1]
+        return self._block.pop()
+
+
+def _move(chain: Chain, state: int, open_states: list[int], words: _Words) -> int:
+    """Take one step of a chain, among the open states.
+
+    A closed state's probability is shared in proportion: stay with c_i if still open, else move
+    to another open state uniformly.
+    """
+    n = len(chain.stay)
+    whole = len(open_states) == n  # then a state is at its own number; no need to search
+    if whole or state in open_states:
+        others = len(open_states) - 1
+        stay = float(chain.stay[state])
+        leave = (1.0 - stay) * others / max(1, n - 1)
+        u = words.next() * (stay + leave)
+        if u < stay or others == 0:
+            return state
+        chosen = min(int((u - stay) / leave * others), others - 1)
+        place = state if whole else open_states.index(state)
+        return open_states[chosen + (chosen >= place)]
+    return open_states[int(words.next() * len(open_states))]
+
+
+def markov(
+    pool: Pool,
+    draws: Draws,
+    *,
+    class_correlation: float | None = None,
+    class_imbalance: float = 1.0,
+    domain_correlation: float | None = None,
+    domain_imbalance: float = 1.0,
+    max_state_samples: int | None = None,
+) -> Ints:
+    """Walk over (domain, class) states; each state shows its samples from a shuffled ring.
+
+    The stream ends when a state that is not closed by a quota has shown `max_state_samples`.
+    With `domain_correlation` = 1 the domains come strictly one after the other: each ends so,
+    within its own quota.
+
+    Args:
+        pool: Samples of all domains.
+        draws: Source of randomness.
+        class_correlation: c_max of the class chain; None = 1/C (independent); UniTTA: 0.95.
+        class_imbalance: Class IF, at least 1 (UniTTA: 1 or 10); the head is class 0.
+        domain_correlation: c_max of the domain chain; None = 1/D; UniTTA: 0.85, or 1.
+        domain_imbalance: Domain IF, at least 1 (UniTTA: 1 or 5); the head is the first domain.
+        max_state_samples: Default: the size of the largest state, so that no sample comes twice
+            in a balanced pool.
+
+    Returns:
+        (m,) row numbers.
+    """
+    classes, class_of = np.unique(pool.labels, return_inverse=True)
+    domains = int(pool.which.max()) + 1
+    n_classes = len(classes)
+    state_of = pool.which * n_classes + class_of
+    rings: dict[int, Ints] = {}
+    for rows in by_class(state_of):
+        rings[int(state_of[rows[0]])] = rows[draws.permutation(len(rows))]
+    most = max_state_samples or max(len(ring) for ring in rings.values())
+    class_chain = make_chain(n_classes, class_correlation, class_imbalance)
+    domain_chain = make_chain(domains, domain_correlation, domain_imbalance)
+    sequential = domain_correlation == 1.0
+    quota = np.maximum(
+        1, np.floor(most * np.outer(domain_chain.quota, class_chain.quota) + 1e-9)
+    ).astype(int)
+    words = _Words(draws)
+    shown = np.zeros((domains, n_classes), dtype=int)
+    open_classes = [
+        [k for k in range(n_classes) if d * n_classes + k in rings] for d in range(domains)
+    ]
+    open_domains = [d for d in range(domains) if open_classes[d]]
+    order: list[int] = []
+    domain = open_domains[0] if sequential else open_domains[int(words.next() * len(open_domains))]
+    label = open_classes[domain][int(words.next() * len(open_classes[domain]))]
+    while True:
+        ring = rings[domain * n_classes + label]
+        count = int(shown[domain, label])
+        order.append(int(ring[count % len(ring)]))
+        shown[domain, label] += 1
+        # The largest quota of the domain (of all, unless sequential) ends the stay.
+        limit = quota[domain].max() if sequential else most
+        if count + 1 >= limit:
+            open_domains = [d for d in open_domains if d != domain] if sequential else []
+        elif count + 1 >= quota[domain, label]:
+            open_classes[domain] = [k for k in open_classes[domain] if k != label]
+            if not open_classes[domain]:
+                open_domains = [d for d in open_domains if d != domain]
+        if not open_domains:
+            return np.array(order, dtype=np.int64)
+        domain = open_domains[0] if sequential else _move(domain_chain, domain, open_domains, words)
+        label = _move(class_chain, label, open_classes[domain], words)

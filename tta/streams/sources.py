@@ -1,0 +1,282 @@
+"""Where a stream's pixels and labels come from: one dataset, seen through named domains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+__all__ = ["CLEAN", "Condition", "Domains", "ImageSource", "Transform"]
+
+Transform = Callable[..., Tensor]
+CLEAN = "clean"
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What is done to an image: the transforms applied in turn, as (domain, severity).
+
+    One pair in every scenario but `walk`, which has two; the domain called "clean" is untouched.
+    """
+
+    steps: tuple[tuple[str, float], ...]
+
+    @property
+    def domain(self) -> str:
+        """The domain's name; two are joined by a plus sign."""
+        return "+".join(name for name, _ in self.steps)
+
+    @property
+    def severity(self) -> float | tuple[float, ...]:
+        """The severity; one per transform where there are two."""
+        values = tuple(value for _, value in self.steps)
+        return values[0] if len(values) == 1 else values
+
+    @staticmethod
+    def of(domain: str, severity: float) -> Condition:
+        """Make the condition of one domain; "clean" always has severity 0."""
+        value = 0 if domain == CLEAN else severity
+        return Condition(((domain, int(value) if value == int(value) else float(value)),))
+
+
+def _as_pixels(image: Any) -> Tensor:
+    """Turn one image of a dataset (PIL, array or tensor) into (3, H, W) float in [0, 1]."""
+    tensor = image if isinstance(image, Tensor) else torch.from_numpy(np.array(image))
+    if not isinstance(image, Tensor) and tensor.ndim == 3 and tensor.shape[-1] == 3:
+        tensor = tensor.permute(2, 0, 1)
+    if tensor.ndim != 3 or tensor.shape[0] != 3:
+        raise ValueError(
+            f"`dataset` must give colour images, a (3, H, W) tensor or an (H, W, 3) array, "
+            f"got shape {tuple(tensor.shape)}; convert it to RGB"
+        )
+    return _scale(tensor)
+
+
+def _scale(pixels: Tensor) -> Tensor:
+    """Bring uint8 or float pixels to float32 in [0, 1]."""
+    if pixels.dtype == torch.uint8:
+        return pixels.float() / 255.0
+    if not pixels.is_floating_point():
+        raise TypeError(
+            f"`dataset` must give uint8 or float images, got {pixels.dtype}; convert to uint8"
+        )
+    pixels = pixels.float()
+    if pixels.numel() and not (float(pixels.min()) >= 0.0 and float(pixels.max()) <= 1.0):
+        raise ValueError(
+            f"`dataset` must give pixels in [0, 1], got {float(pixels.min()):.3g}.."
+            f"{float(pixels.max()):.3g}; leave normalisation to the model"
+        )
+    return pixels
+
+
+def _found_labels(dataset: Any) -> Any | None:
+    """Look for labels that can be read without loading images; None where there are none."""
+    if getattr(dataset, "target_transform", None) is not None:
+        return None  # torchvision: items then have other labels than `targets` says
+    if hasattr(dataset, "indices") and hasattr(dataset, "dataset"):  # torch's Subset
+        inner = _found_labels(dataset.dataset)
+        return None if inner is None else np.asarray(inner)[np.asarray(dataset.indices)]
+    for name in ("targets", "labels"):
+        values = getattr(dataset, name, None)
+        if values is not None and hasattr(values, "__len__") and len(values) == len(dataset):
+            return values
+    tensors = getattr(dataset, "tensors", None)  # torch's TensorDataset
+    return tensors[1] if isinstance(tensors, tuple) and len(tensors) == 2 else None
+
+
+class ImageSource:
+    """One dataset: pixels by index, and all labels.
+
+    Args:
+        dataset: Anything with `__len__` and `__getitem__ -> (image, label)`, or a pair
+            (images (N, H, W, 3) uint8, labels (N,)).
+        name: What errors call it.
+        labels: (N,) labels, to spare reading a dataset whose labels are not in `targets`,
+            `labels` or `tensors[1]`; without it such a dataset is read through once.
+    """
+
+    def __init__(self, dataset: Any, name: str, labels: Any | None = None) -> None:
+        self.name = name
+        self._dataset = dataset
+        self._arrays: Any | None = None
+        if (
+            isinstance(dataset, (tuple, list))
+            and len(dataset) == 2
+            and hasattr(dataset[0], "shape")
+        ):
+            images, own = dataset
+            shape = tuple(images.shape)
+            if len(shape) != 4 or (shape[3] != 3 and shape[1] != 3):
+                raise ValueError(
+                    f"`{name}` must be a pair of images (N, H, W, 3) and labels (N,), "
+                    f"got images of shape {shape}"
+                )
+            if len(own) != shape[0]:
+                raise ValueError(
+                    f"`{name}` must hold one label per image, got {shape[0]} images "
+                    f"and {len(own)} labels; pass arrays of the same length"
+                )
+            self._arrays = images
+            labels = own if labels is None else labels
+        elif not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+            raise TypeError(
+                f"`{name}` must have __len__ and __getitem__ giving (image, label), or be a pair "
+                f"of arrays (N, H, W, 3) and (N,), got {type(dataset).__name__}"
+            )
+        self._size = len(dataset if self._arrays is None else self._arrays)
+        if self._size == 0:
+            raise ValueError(f"`{name}` must hold at least one image, got an empty dataset")
+        if labels is not None and len(labels) != self._size:
+            raise ValueError(
+                f"`labels` must hold one label per image of `{name}`, got {len(labels)} labels "
+                f"for {self._size} images"
+            )
+        self._given = labels
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return self._size
+
+    @cached_property
+    def labels(self) -> NDArray[np.int64]:
+        """All labels, (N,) int64."""
+        found = self._given if self._given is not None else _found_labels(self._dataset)
+        if found is None:
+            found = [int(self._dataset[i][1]) for i in range(self._size)]
+        labels = np.asarray(found)
+        if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+            raise TypeError(
+                f"the labels of `{self.name}` must be whole numbers of shape (N,), got "
+                f"{labels.dtype} of shape {labels.shape}; pass class numbers"
+            )
+        if int(labels.min()) < 0:
+            raise ValueError(
+                f"the labels of `{self.name}` must be class numbers from 0, "
+                f"got {int(labels.min())}; remove or renumber the samples without a class"
+            )
+        return labels.astype(np.int64)
+
+    def images(self, index: NDArray[np.int64]) -> Tensor:
+        """Read the images at `index` (B,), as (B, 3, H, W) float32 in [0, 1]."""
+        if self._arrays is None:
+            return torch.stack([_as_pixels(self._dataset[int(i)][0]) for i in index])
+        rows = self._arrays[
+            index if not isinstance(self._arrays, Tensor) else torch.from_numpy(index)
+        ]
+        pixels = rows if isinstance(rows, Tensor) else torch.from_numpy(np.ascontiguousarray(rows))
+        if pixels.shape[-1] == 3:
+            pixels = pixels.permute(0, 3, 1, 2)
+        return _scale(pixels).contiguous()
+
+
+class Domains:
+    """All domains of a stream: which dataset each one reads, and how its pixels are changed.
+
+    Args:
+        dataset: The dataset behind every named domain, and the "clean" one; None if `domains`
+            brings its own datasets.
+        domains: Names, or a mapping from name to a dataset, or from name to a mapping from
+            severity to a dataset (files of one corruption at several levels).
+        transform: `transform(images, domain, severity, generator=g)`, for named domains.
+        labels: (N,) labels of `dataset`, if it cannot tell them itself.
+    """
+
+    def __init__(
+        self,
+        dataset: Any | None,
+        domains: Sequence[str] | Mapping[str, Any],
+        transform: Transform | None,
+        labels: Any | None = None,
+    ) -> None:
+        if transform is not None and not callable(transform):
+            raise TypeError(
+                f"`transform` must be callable as transform(images, domain, severity, "
+                f"generator=g), got {type(transform).__name__}"
+            )
+        own = isinstance(domains, Mapping)
+        if own and transform is not None:
+            raise ValueError(
+                "`transform` must be None where `domains` are datasets of their own, got both; "
+                "pass names in `domains` to have `dataset` transformed"
+            )
+        if dataset is None and not own:
+            raise ValueError(
+                "`dataset` must be a dataset or a pair of arrays, got None; it may be left out "
+                "only where `domains` maps names to datasets"
+            )
+        self.names = [str(name) for name in domains]
+        self.transform = transform
+        self.base = None if dataset is None else ImageSource(dataset, "dataset", labels)
+        self._own: dict[str, dict[float | None, ImageSource]] = {}
+        if isinstance(domains, Mapping):
+            for name, data in domains.items():
+                levels = data if isinstance(data, Mapping) else {None: data}
+                self._own[str(name)] = {
+                    level: ImageSource(item, f'domains["{name}"]') for level, item in levels.items()
+                }
+        elif transform is None and set(self.names) != {CLEAN}:
+            raise ValueError(
+                f"`transform` must be given for the domains {self.names}, got None; pass "
+                "transform=corruptions.corrupt, or map each name to its own dataset in `domains`"
+            )
+
+    def source(self, condition: Condition) -> ImageSource:
+        """Return the dataset that a condition reads."""
+        name, severity = condition.steps[0]
+        levels = self._own.get(name)
+        if levels is None:
+            if self.base is None:
+                raise ValueError(
+                    f'`dataset` must be given for the domain "{name}", got None; pass the clean '
+                    f'set as `dataset`, or as domains["{name}"]'
+                )
+            return self.base
+        if None in levels:
+            return levels[None]
+        if severity not in levels:
+            raise ValueError(
+                f'`domains["{name}"]` must hold severity {severity}, got only '
+                f"{sorted(level for level in levels if level is not None)}; add that level's files"
+            )
+        return levels[severity]
+
+    def has_levels(self, name: str) -> bool:
+        """Tell whether a domain can be shown at more than one severity."""
+        levels = self._own.get(name)
+        return self.transform is not None if levels is None else None not in levels
+
+    def render(self, condition: Condition, index: NDArray[np.int64], seed: int) -> Tensor:
+        """Read and transform images.
+
+        Args:
+            condition: What to show.
+            index: (B,) positions in the condition's dataset.
+            seed: Seeds the transform's own generator.
+
+        Returns:
+            (B, 3, H, W) float32 in [0, 1].
+        """
+        images = self.source(condition).images(index)
+        generator = torch.Generator().manual_seed(seed)
+        for name, severity in condition.steps:
+            if (
+                self.transform is None
+                or name == CLEAN
+                or (severity == 0 and len(condition.steps) > 1)
+            ):
+                continue
+            result = self.transform(images, name, severity, generator=generator)
+            if not isinstance(result, Tensor) or result.shape[:2] != images.shape[:2]:
+                kind = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
+                raise TypeError(
+                    f"`transform` must return a tensor like its input, {tuple(images.shape)}, "
+                    f"got {kind}"
+                )
+            images = result
+        return images

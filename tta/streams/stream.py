@@ -1,0 +1,180 @@
+"""The stream itself: batches made when asked for, each from its number alone."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .batch import MIXED, Batch
+from .checks import whole
+from .clock import Clock, Stopwatch
+from .draws import Draws
+from .plan import Plan, Rows
+from .pool import Ints
+from .preview import Preview, summarise
+from .sources import Domains
+
+__all__ = ["Stream"]
+
+
+class Stream:
+    """An iterable of `Batch`es; made by `build`.
+
+    Iterating again starts over and gives the same batches. A batch depends on the configuration
+    and its step only, so a stream continued with `from_step` equals one run through.
+
+    Args:
+        plan: Says which samples each batch holds.
+        domains: Reads and transforms them.
+        config: JSON-able arguments of `build` that reproduce the stream.
+        clock: The time budget, or None.
+        window: Images kept for single-sample streams, or None.
+
+    >>> import numpy as np
+    >>> from tta.streams import build
+    >>> data = np.zeros((20, 8, 8, 3), dtype=np.uint8), np.arange(20) % 4
+    >>> stream = build("continual", data, domains=["clean"], batch_size=8)
+    >>> [(batch.step, len(batch), batch.reset) for batch in stream]
+    [(0, 8, True), (1, 8, False), (2, 4, False)]
+    >>> [batch.step for batch in stream.from_step(2)]
+    [2]
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        domains: Domains,
+        config: dict[str, Any],
+        clock: Clock | None,
+        window: int | None,
+    ) -> None:
+        self._plan = plan
+        self._domains = domains
+        self._config = config
+        self._window = window
+        self._start = 0
+        self.clock = clock
+        self.stopwatch = Stopwatch(clock) if clock is not None and clock.measured else None
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The arguments of `build` that reproduce the stream, as plain JSON types."""
+        return copy.deepcopy(self._config)
+
+    def __len__(self) -> int:
+        """Return the number of batches from the start step on."""
+        return len(self._plan) - self._start
+
+    def __repr__(self) -> str:
+        """Say what the stream is."""
+        c = self._config
+        return (
+            f"Stream({c['scenario']!r}, {len(c['domains'])} domains, {len(self)} batches of "
+            f"{c['batch_size']}, seed {c['seed']})"
+        )
+
+    def from_step(self, n: int) -> Stream:
+        """Return the stream from batch `n` of the whole stream on; no image before it is made.
+
+        With a measured clock the view starts without a pending delay.
+
+        Args:
+            n: Batch number, as in `Batch.step`; the whole stream's length gives an empty one.
+        """
+        n = whole("n", n, 0)
+        if n > len(self._plan):
+            raise ValueError(
+                f"`n` must be at most the stream's length, {len(self._plan)} batches, got {n}"
+            )
+        view = copy.copy(self)
+        view._start = n
+        if self.clock is not None and self.clock.measured:
+            view.stopwatch = Stopwatch(self.clock)
+        return view
+
+    def rows(self) -> Iterator[tuple[Rows, Ints]]:
+        """Iterate over (rows, labels (B,)) of each batch without making images."""
+        for step in range(self._start, len(self._plan)):
+            rows = self._plan.rows(step)
+            yield rows, self._labels(rows)
+
+    def preview(self) -> Preview:
+        """Summarise what the stream shows, from indices and labels alone.
+
+        No model is run and no image is made; a dataset that cannot tell its labels otherwise is
+        read through once.
+        """
+        return summarise(self.rows(), self._config["scenario"])
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Make the batches one by one."""
+        if self.stopwatch is not None:
+            self.stopwatch.restart()
+        recent: deque[Tensor] = deque(maxlen=self._window or 1)
+        for step in range(self._start, len(self._plan)):
+            rows = self._plan.rows(step)
+            if self._window is not None and step == self._start:
+                # A stream taken up in the middle needs the images its window would hold.
+                back = min(rows.since_reset, self._window - 1)
+                recent.extend(self._images(self._plan.rows(s)) for s in range(step - back, step))
+            if self.stopwatch is not None:
+                late = self.stopwatch.tick()
+            else:
+                late = self.clock is not None and self.clock.is_late(step)
+            yield self._batch(rows, late, recent)
+
+    def _batch(self, rows: Rows, late: bool, recent: deque[Tensor]) -> Batch:
+        images = self._images(rows)
+        names = [c.domain for c in rows.conditions]
+        levels = [c.severity for c in rows.conditions]
+        window, adapt = None, not late
+        if self._window is not None:
+            if rows.since_reset == 0:
+                recent.clear()
+            recent.append(images)
+            window = torch.cat(list(recent))
+            adapt = adapt and rows.since_reset % self._window == self._window - 1
+        return Batch(
+            images=images,
+            labels=torch.from_numpy(self._labels(rows)),
+            domain=names[0] if len(set(names)) == 1 else MIXED,
+            severity=levels[0] if len(set(levels)) == 1 else math.nan,
+            index=torch.from_numpy(rows.index.copy()),
+            step=rows.step,
+            domains=tuple(names[i] for i in rows.which),
+            severities=tuple(levels[i] for i in rows.which),
+            reset=rows.reset,
+            late=late,
+            adapt=adapt,
+            visit=rows.visit,
+            window=window,
+        )
+
+    def _labels(self, rows: Rows) -> Ints:
+        labels = np.empty(len(rows.index), dtype=np.int64)
+        for code, condition in enumerate(rows.conditions):
+            mask = rows.which == code
+            labels[mask] = self._domains.source(condition).labels[rows.index[mask]]
+        return labels
+
+    def _images(self, rows: Rows) -> Tensor:
+        """Make a batch's images, one call of the transform per condition."""
+        made, places = [], []
+        for code, condition in enumerate(rows.conditions):
+            place = np.flatnonzero(rows.which == code)
+            # Named by domain, severity and step, so that no skipped batch changes it.
+            key = [float(x) if not isinstance(x, str) else x for s in condition.steps for x in s]
+            seed = Draws(self._config["seed"], "pixels", *key, rows.step).seed()
+            made.append(self._domains.render(condition, rows.index[place], seed))
+            places.append(place)
+        if len(made) == 1:
+            return made[0]
+        back = torch.from_numpy(np.argsort(np.concatenate(places)))
+        return torch.cat(made).index_select(0, back.to(made[0].device))
