@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import tta
 from models.bundled import BUNDLED, CIFAR10_CLASSES, FOLDER
 from tta.backbone import find_classifier
-from tta.config import nearest
+from tta.checks import nearest
 from tta.params import is_norm
 
 __all__ = ["ModelInfo", "list_models", "load"]

@@ -50,7 +50,7 @@ RECIPES = {
     ),
     "cifar10_resnet20_gn": Recipe(optimizer="sgd", lr=0.1, weight_decay=5e-4, epochs=32),
     "cifar10_convvit_ln": Recipe(
-        optimizer="adamw", lr=1.5e-3, weight_decay=0.05, epochs=34, bfloat16=False
+        optimizer="adamw", lr=1.5e-3, weight_decay=0.05, epochs=22, bfloat16=False
     ),
 }
 

@@ -241,8 +241,8 @@ def test_preview_counts_and_prints():
 
 
 WRONG = [
-    (ValueError, r"`scenario` .* did you mean \"dirichlet\"", {"scenario": "dirichlett"}),
-    (ValueError, r"`deta` .* did you mean \"delta\"", {"scenario": "dirichlet", "deta": 1}),
+    (ValueError, r"`scenario` .* did you mean 'dirichlet'", {"scenario": "dirichlett"}),
+    (ValueError, r"`deta` .* did you mean 'delta'", {"scenario": "dirichlet", "deta": 1}),
     (
         ValueError,
         r"`delta` must be an option of the scenario \"mixed\"",
@@ -279,10 +279,10 @@ WRONG = [
     (ValueError, r"`window` must be None unless", {"window": 8}),
     (
         ValueError,
-        r"`arrange` must be one of .* did you mean \"dirichlet\"",
+        r"`arrange` must be one of .* did you mean 'dirichlet'",
         {"arrange": "dirichle"},
     ),
-    (ValueError, r"`clock` has no field `etta`; did you mean \"eta\"", {"clock": {"etta": 1}}),
+    (ValueError, r"`clock` has no field `etta`; did you mean 'eta'", {"clock": {"etta": 1}}),
     (ValueError, r"`ratio` must be given", {"clock": {"eta": 1.0}}),
     (
         ValueError,

@@ -65,7 +65,7 @@ def test_refused_in_one_sentence_and_without_a_trace(family, arguments, words) -
     text = str(caught.value)
     for word in words:
         assert word in text
-    assert "\n" not in text and text.rstrip().endswith((".", "?"))
+    assert "\n" not in text
     assert _equal(_state(net), before)
     tta.wrap(net, "source")  # nothing was left behind that would forbid it
 

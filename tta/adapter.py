@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from tta import norm
 from tta.backbone import Backbone
-from tta.config import AdapterConfig, nearest
+from tta.checks import nearest
+from tta.config import AdapterConfig
 from tta.slots import Context, Output, Prediction, Report, Update
 
 __all__ = ["Adapter"]

@@ -8,30 +8,16 @@ the arguments of ``wrap`` that change figures.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
-__all__ = ["AdapterConfig", "ComponentConfig", "UpdateConfig", "check", "nearest"]
+from tta.checks import flag, nearest, number, one_of, whole
+
+__all__ = ["AdapterConfig", "ComponentConfig", "UpdateConfig"]
 
 Self = TypeVar("Self", bound="ComponentConfig")
 SelfUpdate = TypeVar("SelfUpdate", bound="UpdateConfig")
-
-
-def nearest(name: str, options: Iterable[str]) -> str:
-    """The end of an error sentence: the closest of ``options``, then all of them."""
-    options = sorted(options)
-    close = difflib.get_close_matches(str(name), options, n=1, cutoff=0.4)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"{hint}Known: {', '.join(options)}."
-
-
-def check(condition: bool, field: str, expected: str, got: Any) -> None:
-    """Raise ``ValueError`` in the house form unless ``condition`` holds."""
-    if not condition:
-        raise ValueError(f"`{field}` must be {expected}, got {got!r}: pass such a value.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,28 +67,23 @@ class UpdateConfig(ComponentConfig):
     official: bool = False  # reproduce the official code's known defects, see the method's page
 
     def __post_init__(self) -> None:
-        check(self.lr >= 0, "lr", "at least 0", self.lr)
-        rules = ("none", "linear", "small_batch")
-        check(self.lr_scaling in rules, "lr_scaling", f"one of {rules}", self.lr_scaling)
-        check(self.lr_batch_size >= 1, "lr_batch_size", "at least 1", self.lr_batch_size)
-        check(self.optimizer in ("sgd", "adam"), "optimizer", "'sgd' or 'adam'", self.optimizer)
-        check(0 <= self.momentum < 1, "momentum", "in [0, 1)", self.momentum)
-        check(
-            len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
-            "betas",
-            "two values in [0, 1)",
-            self.betas,
-        )
-        check(self.weight_decay >= 0, "weight_decay", "at least 0", self.weight_decay)
-        check(
-            isinstance(self.steps, int) and self.steps >= 1, "steps", "an int of 1 up", self.steps
-        )
-        check(
-            not self.nesterov or self.momentum > 0,
-            "momentum",
-            "above 0 with nesterov",
-            self.momentum,
-        )
+        number("lr", self.lr, 0)
+        one_of("lr_scaling", self.lr_scaling, ("none", "linear", "small_batch"))
+        whole("lr_batch_size", self.lr_batch_size, 1)
+        one_of("optimizer", self.optimizer, ("sgd", "adam"))
+        below_one = "use a value below 1"
+        number("momentum", self.momentum, 0, 1, below=True, advice=below_one)
+        if not isinstance(self.betas, tuple) or len(self.betas) != 2:
+            raise ValueError(f"`betas` must be a pair of numbers, got {self.betas!r}")
+        for beta in self.betas:
+            number("betas", beta, 0, 1, below=True, advice=below_one)
+        number("weight_decay", self.weight_decay, 0)
+        whole("steps", self.steps, 1)
+        flag("official", self.official)
+        if flag("nesterov", self.nesterov) and self.momentum == 0:
+            raise ValueError(
+                "`momentum` must be above 0 with nesterov=True, got 0: set one of them"
+            )
 
     def scaled(self: SelfUpdate, batch_size: int | None) -> SelfUpdate:
         """This config with ``lr`` made for ``batch_size``, once and for all.

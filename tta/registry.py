@@ -11,7 +11,8 @@ from collections.abc import Callable
 from fnmatch import fnmatch
 from typing import Any, TypeVar
 
-from tta.config import ComponentConfig, nearest
+from tta.checks import nearest
+from tta.config import ComponentConfig
 from tta.slots import Component
 
 __all__ = ["component", "get_config", "list_methods", "register"]

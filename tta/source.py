@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tta.config import nearest
+from tta.checks import nearest
 
 __all__ = ["SourceStatistics", "collect_source"]
 

@@ -11,7 +11,8 @@ from torch import nn
 from tta import norm as surgery
 from tta.adapter import Adapter
 from tta.build import build
-from tta.config import AdapterConfig, ComponentConfig, UpdateConfig, nearest
+from tta.checks import nearest
+from tta.config import AdapterConfig, ComponentConfig, UpdateConfig
 from tta.registry import DEFAULT_PRESET, component, get_config
 from tta.slots import Update
 

@@ -23,7 +23,8 @@ from typing import Any
 
 from torch import Tensor
 
-from tta.config import ComponentConfig, check
+from tta.checks import flag, fraction
+from tta.config import ComponentConfig
 from tta.norm import batch_stats, normalize
 from tta.registry import register
 from tta.slots import NormRule
@@ -40,7 +41,9 @@ class AlphaBnConfig(ComponentConfig):
     official: bool = False  # no gradient through the statistics
 
     def __post_init__(self) -> None:
-        check(0 <= self.source_weight <= 1, "source_weight", "in [0, 1]", self.source_weight)
+        fraction("source_weight", self.source_weight)
+        flag("unbiased", self.unbiased)
+        flag("official", self.official)
 
 
 @register("alpha_bn")

@@ -32,7 +32,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tta.backbone import Backbone
-from tta.config import UpdateConfig, check
+from tta.checks import number, whole
+from tta.config import UpdateConfig
 from tta.losses import entropy
 from tta.registry import register
 from tta.selection import non_redundant
@@ -55,10 +56,10 @@ class EataConfig(UpdateConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self.entropy_margin > 0, "entropy_margin", "above 0", self.entropy_margin)
-        check(self.redundancy_margin > 0, "redundancy_margin", "above 0", self.redundancy_margin)
-        check(self.fisher_weight >= 0, "fisher_weight", "at least 0", self.fisher_weight)
-        check(self.fisher_samples >= 1, "fisher_samples", "1 up", self.fisher_samples)
+        number("entropy_margin", self.entropy_margin, 0, above=True)
+        number("redundancy_margin", self.redundancy_margin, 0, above=True)
+        number("fisher_weight", self.fisher_weight, 0)
+        whole("fisher_samples", self.fisher_samples, 1)
 
 
 @dataclass(frozen=True, kw_only=True)

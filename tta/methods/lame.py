@@ -25,7 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tta.config import ComponentConfig, check
+from tta.checks import flag, one_of, whole
+from tta.config import ComponentConfig
 from tta.registry import register
 from tta.slots import Output, Prediction
 
@@ -45,14 +46,10 @@ class LameConfig(ComponentConfig):
     official: bool = False  # NaN where the bandwidth is 0
 
     def __post_init__(self) -> None:
-        kinds = ("rbf", "knn", "linear")
-        check(self.affinity in kinds, "affinity", f"one of {kinds}", self.affinity)
-        check(
-            isinstance(self.neighbours, int) and self.neighbours >= 1,
-            "neighbours",
-            "an int of 1 up",
-            self.neighbours,
-        )
+        one_of("affinity", self.affinity, ("rbf", "knn", "linear"))
+        whole("neighbours", self.neighbours, 1)
+        flag("symmetric", self.symmetric)
+        flag("official", self.official)
 
 
 def affinity(features: Tensor, kind: str, neighbours: int, symmetric: bool) -> Tensor:

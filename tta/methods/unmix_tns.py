@@ -28,7 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tta.config import ComponentConfig, check
+from tta.checks import fraction, number, whole
+from tta.config import ComponentConfig
 from tta.norm import instance_stats, normalize
 from tta.registry import register
 from tta.slots import Context, NormRule
@@ -48,21 +49,14 @@ class UnmixTnsConfig(ComponentConfig):
     alpha: float = 0.5  # share of the source variance that the spread of components makes up
 
     def __post_init__(self) -> None:
-        check(
-            isinstance(self.components, int) and self.components >= 1,
-            "components",
-            "an int of 1 up",
-            self.components,
-        )
-        check(
-            self.momentum is None or 0 <= self.momentum <= 1, "momentum", "in [0, 1]", self.momentum
-        )
-        check(
-            self.batch_size is None or self.batch_size >= 1, "batch_size", "1 up", self.batch_size
-        )
-        check(self.batch_size_max >= 1, "batch_size_max", "1 up", self.batch_size_max)
-        check(self.temperature > 0, "temperature", "above 0", self.temperature)
-        check(0 <= self.alpha <= 1, "alpha", "in [0, 1]", self.alpha)
+        whole("components", self.components, 1)
+        if self.momentum is not None:
+            fraction("momentum", self.momentum)
+        if self.batch_size is not None:
+            whole("batch_size", self.batch_size, 1)
+        whole("batch_size_max", self.batch_size_max, 1)
+        number("temperature", self.temperature, 0, above=True)
+        fraction("alpha", self.alpha)
 
 
 def _rate(config: UnmixTnsConfig, momentum: float) -> float:

@@ -9,15 +9,15 @@ in [0, 1] and know nothing of models or corruptions: what changes the pixels is 
 ['lifelong', 'lame_imbalance', 'lame_noniid', 'label_shift', 'long_tailed']
 """
 
-from .batch import Batch
-from .clock import Clock, Stopwatch
-from .draws import Draws
-from .factory import build, from_config
-from .parts import ARRANGEMENTS, SCHEDULES, SELECTIONS
-from .preview import Preview, Stay
-from .scenarios import SCENARIOS, Scenario, list_scenarios
-from .schedules import CANONICAL_ORDER, ROTTA_ORDER
-from .stream import Stream
+from tta.streams.batch import Batch
+from tta.streams.clock import Clock, Stopwatch
+from tta.streams.draws import Draws
+from tta.streams.factory import build, from_config
+from tta.streams.parts import ARRANGEMENTS, SCHEDULES, SELECTIONS
+from tta.streams.preview import Preview, Stay
+from tta.streams.scenarios import SCENARIOS, Scenario, list_scenarios
+from tta.streams.schedules import CANONICAL_ORDER, ROTTA_ORDER
+from tta.streams.stream import Stream
 
 __all__ = [
     "ARRANGEMENTS",

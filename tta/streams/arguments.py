@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .checks import nearest
-from .parts import ARRANGEMENTS, SCHEDULES, SELECTIONS, check_option, options_of
-from .scenarios import Scenario
-from .sources import CLEAN, Domains, Transform
-from .walk import as_surface, check_walk_domains, resolve_walk, walk_domains
+from tta.checks import nearest
+from tta.streams.parts import ARRANGEMENTS, SCHEDULES, SELECTIONS, check_option, options_of
+from tta.streams.scenarios import Scenario
+from tta.streams.sources import CLEAN, Domains, Transform
+from tta.streams.walk import as_surface, check_walk_domains, resolve_walk, walk_domains
 
 __all__ = ["fit_options", "list_domains", "merge_options"]
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from .draws import Draws, exp
-from .pool import Ints, Pool, by_class
+from tta.streams.draws import Draws, exp
+from tta.streams.pool import Ints, Pool, by_class
 
 __all__ = [
     "check_dirichlet",

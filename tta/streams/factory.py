@@ -8,17 +8,17 @@ from typing import Any
 
 import numpy as np
 
-from .arguments import fit_options, list_domains, merge_options
-from .checks import flag, nearest, number, one_of, whole
-from .clock import Clock, as_clock
-from .draws import Draws
-from .orders import Orders
-from .parts import ARRANGEMENTS, SCHEDULES, SELECTIONS, options_of
-from .plan import Plan, Segment, interleaved
-from .scenarios import SCENARIOS
-from .schedules import Visit
-from .sources import Domains, Transform
-from .stream import Stream
+from tta.checks import flag, nearest, number, one_of, whole
+from tta.streams.arguments import fit_options, list_domains, merge_options
+from tta.streams.clock import Clock, as_clock
+from tta.streams.draws import Draws
+from tta.streams.orders import Orders
+from tta.streams.parts import ARRANGEMENTS, SCHEDULES, SELECTIONS, options_of
+from tta.streams.plan import Plan, Segment, interleaved
+from tta.streams.scenarios import SCENARIOS
+from tta.streams.schedules import Visit
+from tta.streams.sources import Domains, Transform
+from tta.streams.stream import Stream
 
 __all__ = ["build", "from_config"]
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .draws import Draws, exp, log
-from .pool import Ints, Pool, by_class
+from tta.streams.draws import Draws, exp, log
+from tta.streams.pool import Ints, Pool, by_class
 
 __all__ = ["Chain", "make_chain", "markov"]
 

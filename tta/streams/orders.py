@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from .draws import Draws
-from .parts import ARRANGEMENTS, SELECTIONS, options_of
-from .pool import Ints, Pool
-from .schedules import Visit
-from .sources import Domains
+from tta.streams.draws import Draws
+from tta.streams.parts import ARRANGEMENTS, SELECTIONS, options_of
+from tta.streams.pool import Ints, Pool
+from tta.streams.schedules import Visit
+from tta.streams.sources import Domains
 
 __all__ = ["Orders"]
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from . import arrangements, markov, schedules, selections, walk
-from .checks import flag, fraction, number, one_of, whole
+from tta.checks import flag, fraction, number, one_of, whole
+from tta.streams import arrangements, markov, schedules, selections, walk
 
 __all__ = ["ARRANGEMENTS", "SCHEDULES", "SELECTIONS", "Part", "check_option", "options_of"]
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .draws import Draws
-from .pool import Ints
-from .schedules import Visit
-from .sources import Condition
+from tta.streams.draws import Draws
+from tta.streams.pool import Ints
+from tta.streams.schedules import Visit
+from tta.streams.sources import Condition
 
 __all__ = ["Plan", "Rows", "Segment", "interleaved"]
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from .batch import MIXED
-from .plan import Rows
-from .pool import Ints
+from tta.streams.batch import MIXED
+from tta.streams.plan import Rows
+from tta.streams.pool import Ints
 
 __all__ = ["Preview", "Stay", "summarise"]
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from .schedules import CANONICAL_ORDER, ROTTA_ORDER
+from tta.streams.schedules import CANONICAL_ORDER, ROTTA_ORDER
 
 __all__ = ["SCENARIOS", "Scenario", "list_scenarios"]
 

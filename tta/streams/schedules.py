@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .draws import Draws
-from .sources import CLEAN, Condition
+from tta.streams.draws import Draws
+from tta.streams.sources import CLEAN, Condition
 
 __all__ = [
     "CANONICAL_ORDER",

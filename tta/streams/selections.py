@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from .draws import Draws, exp, log
-from .pool import Ints, Pool, by_class
+from tta.streams.draws import Draws, exp, log
+from tta.streams.pool import Ints, Pool, by_class
 
 __all__ = ["everything", "label_shift", "long_tail", "zipf"]
 

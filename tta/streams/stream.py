@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .batch import MIXED, Batch
-from .checks import whole
-from .clock import Clock, Stopwatch
-from .draws import Draws
-from .plan import Plan, Rows
-from .pool import Ints
-from .preview import Preview, summarise
-from .sources import Domains
+from tta.checks import whole
+from tta.streams.batch import MIXED, Batch
+from tta.streams.clock import Clock, Stopwatch
+from tta.streams.draws import Draws
+from tta.streams.plan import Plan, Rows
+from tta.streams.pool import Ints
+from tta.streams.preview import Preview, summarise
+from tta.streams.sources import Domains
 
 __all__ = ["Stream"]
 

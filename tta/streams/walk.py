@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from .draws import Draws, exp
-from .schedules import CANONICAL_ORDER, Visit
-from .sources import CLEAN, Condition
+from tta.streams.draws import Draws, exp
+from tta.streams.schedules import CANONICAL_ORDER, Visit
+from tta.streams.sources import CLEAN, Condition
 
 __all__ = [
     "LEVELS",

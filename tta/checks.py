@@ -12,16 +12,15 @@ __all__ = ["flag", "fraction", "nearest", "number", "one_of", "whole"]
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Write "did you mean `x`?" for a name that is not in `known`, or list all of them.
+    """The end of a sentence about a name that is not in `known`: the closest, then all.
 
     >>> nearest("dirichlett", ["dirichlet", "mixed"])
-    'did you mean "dirichlet"?'
+    "did you mean 'dirichlet'? Known: dirichlet, mixed."
     """
     known = list(known)
     close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-    if close:
-        return f'did you mean "{close[0]}"?'
-    return "known are " + ", ".join(f'"{item}"' for item in known)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{hint}Known: {', '.join(known)}."
 
 
 def whole(name: str, value: Any, low: int) -> int:
@@ -42,17 +41,19 @@ def number(
     high: float = math.inf,
     *,
     above: bool = False,
+    below: bool = False,
     advice: str = "",
 ) -> float:
-    """Return `value` as a finite float in [low, high], or in (low, high] when `above`."""
+    """Return `value` as a finite float in [low, high]; without low if `above`, high if `below`."""
     expected = f"a number greater than {low:g}" if above else f"a number of at least {low:g}"
     if high < math.inf:
-        expected += f" and at most {high:g}"
+        expected += f" and {'below' if below else 'at most'} {high:g}"
     advice = f"; {advice}" if advice else ""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"`{name}` must be {expected}, got {value!r}{advice}")
     result = float(value)
-    if not math.isfinite(result) or result < low or result > high or (above and result == low):
+    outside = result < low or result > high or (above and result == low)
+    if not math.isfinite(result) or outside or (below and result == high):
         raise ValueError(f"`{name}` must be {expected}, got {value!r}{advice}")
     return result
 

@@ -1,0 +1,10 @@
+"""The common corruptions of CIFAR-10-C and ImageNet-C as batched tensor code.
+
+Source: Hendrycks & Dietterich, "Benchmarking Neural Network Robustness to Common Corruptions and
+Perturbations", ICLR 2019, arXiv 1903.12261.
+"""
+
+from corruptions.api import apply, corrupt, list_corruptions, sample
+from corruptions.transform import Corrupt
+
+__all__ = ["Corrupt", "apply", "corrupt", "list_corruptions", "sample"]

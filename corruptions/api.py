@@ -1,0 +1,232 @@
+"""`corrupt`, and its two halves `sample` and `apply`.
+
+Draws and arithmetic are kept apart: `sample` turns seeds into parameters and never sees a pixel,
+`apply` is a pure function of images and parameters. All arithmetic is on 8-bit levels, because
+the published recipes are: they take 8-bit images and truncate their result to 8 bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from corruptions import blur, check, digital, draws, elastic, frost, glass, noise, spatter, weather
+from corruptions.setting import Params, Setting
+from corruptions.severity import BENCHMARK, EXTRA, ParameterSet
+
+__all__ = ["apply", "corrupt", "list_corruptions", "sample"]
+
+
+class _Operation(NamedTuple):
+    sample: Callable[[Setting], Params]
+    apply: Callable[[Tensor, Params], Tensor]
+
+
+_OPERATIONS = {
+    "gaussian_noise": _Operation(noise.sample_normal_noise, noise.apply_gaussian_noise),
+    "shot_noise": _Operation(noise.sample_shot_noise, noise.apply_shot_noise),
+    "impulse_noise": _Operation(noise.sample_impulse_noise, noise.apply_impulse_noise),
+    "defocus_blur": _Operation(blur.sample_defocus_blur, blur.apply_defocus_blur),
+    "glass_blur": _Operation(glass.sample_glass_blur, glass.apply_glass_blur),
+    "motion_blur": _Operation(blur.sample_motion_blur, blur.apply_motion_blur),
+    "zoom_blur": _Operation(blur.sample_zoom_blur, blur.apply_zoom_blur),
+    "snow": _Operation(weather.sample_snow, weather.apply_snow),
+    "frost": _Operation(frost.sample_frost, frost.apply_frost),
+    "fog": _Operation(weather.sample_fog, weather.apply_fog),
+    "brightness": _Operation(weather.sample_brightness, weather.apply_brightness),
+    "contrast": _Operation(digital.sample_contrast, digital.apply_contrast),
+    "elastic_transform": _Operation(
+        elastic.sample_elastic_transform, elastic.apply_elastic_transform
+    ),
+    "pixelate": _Operation(digital.sample_pixelate, digital.apply_pixelate),
+    "jpeg_compression": _Operation(digital.sample_jpeg_compression, digital.apply_jpeg_compression),
+    "speckle_noise": _Operation(noise.sample_normal_noise, noise.apply_speckle_noise),
+    "gaussian_blur": _Operation(blur.sample_gaussian_blur, blur.apply_gaussian_blur),
+    "spatter": _Operation(spatter.sample_spatter, spatter.apply_spatter),
+    "saturate": _Operation(digital.sample_saturate, digital.apply_saturate),
+}
+
+# Batches are worked through in parts: temporaries that fit the processor cache, or a GPU's memory.
+_PART_PIXELS = 1 << 17
+_PART_PIXELS_GPU = 1 << 22
+
+
+def list_corruptions(extra: bool = False) -> list[str]:
+    """Names in the order of the benchmark.
+
+    Args:
+        extra: Append the four corruptions that the benchmark holds out for validation.
+
+    Returns:
+        15 names, or 19.
+
+    >>> list_corruptions()[:2]
+    ['gaussian_noise', 'shot_noise']
+    """
+    return [*BENCHMARK, *EXTRA] if extra else list(BENCHMARK)
+
+
+def sample(
+    name: str,
+    shape: Sequence[int],
+    severity: float,
+    seeds: Tensor | Sequence[int],
+    *,
+    parameters: ParameterSet = "auto",
+    frost_pictures: str | Path | None = None,
+) -> Params:
+    """Draw everything that `apply` needs.
+
+    An image's draws depend on its seed alone: not on its batch, its place in it or the severity,
+    so that the same seeds give the same noise, angle or flakes at every severity.
+
+    Args:
+        name: One of `list_corruptions(extra=True)`.
+        shape: (B, 3, H, W) of the images.
+        severity: 0 (clean) to 5; fractions interpolate the published constants.
+        seeds: (B,) int64, any values.
+        parameters: "cifar" and "imagenet" force the constants published for 32x32 and 224x224
+            images; "auto" chooses by the short side and interpolates in between.
+        frost_pictures: Folder of pictures to use for frost in place of the synthetic texture.
+
+    Returns:
+        Name to CPU tensor: draws start with a dimension B, constants have none. Fields are
+        described by the `sample_...` function of each corruption.
+
+    >>> sample("contrast", (1, 3, 32, 32), 3, [0])
+    {'factor': tensor(0.4000, dtype=torch.float64)}
+    """
+    check.name(name, _OPERATIONS)
+    check.severity(severity)
+    check.parameters(parameters)
+    folder = check.folder(frost_pictures)
+    size = check.shape(shape)
+    seeds = check.seeds(seeds, size[0])
+    if severity == 0:
+        return {"clean": torch.tensor(True)}
+    with torch.no_grad():
+        setting = Setting(name, size, float(severity), seeds, parameters, folder)
+        return _OPERATIONS[name].sample(setting)
+
+
+def apply(images: Tensor, name: str, params: Params) -> Tensor:
+    """Corrupt images with parameters from `sample`, or of your own making.
+
+    Args:
+        images: (B, 3, H, W), uint8 or floating point in [0, 1].
+        name: The corruption that `params` were drawn for.
+        params: From `sample`, or the same fields with other draws.
+
+    Returns:
+        Corrupted images of the same shape, dtype and device; see `corrupt` for floats.
+    """
+    check.name(name, _OPERATIONS)
+    check.images(images)
+    check.drawn(params, len(images))
+    try:
+        return _apply(images, name, params)
+    except KeyError as error:
+        raise ValueError(
+            f"`params` must come from sample({name!r}, ...), got fields {', '.join(params)}: it "
+            f"lacks {error}"
+        ) from None
+
+
+def _apply(images: Tensor, name: str, params: Params) -> Tensor:
+    if "clean" in params:
+        return images.clone()
+    with torch.no_grad():
+        floating = images.is_floating_point()
+        levels = _to_levels(images) if floating else images
+        # Apple's GPUs have no float64, which exact sums need.
+        device = torch.device("cpu") if images.device.type == "mps" else images.device
+        levels = levels.to(device).contiguous()
+        local = {key: value.to(device) if value.ndim else value for key, value in params.items()}
+        out = _OPERATIONS[name].apply(levels, local).to(images.device)
+        return out.to(images.dtype).div_(255) if floating else out
+
+
+def _to_levels(images: Tensor) -> Tensor:
+    """Nearest of the 256 levels; half precision has too few bits for the sum before the cut."""
+    wide = images.double() if images.dtype == torch.float64 else images.float()
+    return (wide * 255).add_(0.5).to(torch.uint8)
+
+
+def corrupt(
+    images: Tensor,
+    name: str,
+    severity: float,
+    *,
+    generator: torch.Generator | np.random.Generator | None = None,
+    seeds: Tensor | Sequence[int] | None = None,
+    parameters: ParameterSet = "auto",
+    frost_pictures: str | Path | None = None,
+) -> Tensor:
+    """Corrupt a batch of images as CIFAR-10-C and ImageNet-C were made.
+
+    The recipes work on 8-bit images. Floating-point images are therefore rounded to the nearest
+    of the 256 levels first, and the result's levels are divided by 255: an image that came from
+    uint8 gives exactly the levels that its uint8 original gives.
+
+    Args:
+        images: (B, 3, H, W), RGB, uint8 or floating point in [0, 1], on any device.
+        name: One of `list_corruptions(extra=True)`.
+        severity: 1 to 5 as published; fractions interpolate the constants, 0 returns a copy.
+        generator: Draws one seed for each image. With neither this nor `seeds`, seeds come from
+            the operating system and no call repeats another. No global generator is used.
+        seeds: (B,) int64: fixes each image's draws, whatever batch it is in.
+        parameters: Which published constants: "auto" takes those for 32x32 up to a short side of
+            32 pixels, those for 224x224 from 224, and interpolates in between; "cifar" and
+            "imagenet" force one set.
+        frost_pictures: Folder of pictures to use for frost in place of the synthetic texture.
+
+    Returns:
+        Corrupted images of the same shape, dtype and device, without gradient.
+
+    >>> images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+    >>> corrupt(images, "brightness", 3, seeds=[0, 1]).unique()
+    tensor([38], dtype=torch.uint8)
+    """
+    check.name(name, _OPERATIONS)
+    check.images(images)
+    if seeds is None:
+        seeds = _drawn_seeds(generator, len(images))
+    elif generator is not None:
+        raise ValueError("`seeds` and `generator` must not both be given: drop one of them")
+    seeds = check.seeds(seeds, len(images))
+    pixels = _PART_PIXELS if images.device.type == "cpu" else _PART_PIXELS_GPU
+    part = max(1, pixels // (images.shape[2] * images.shape[3]))
+    parts = []
+    for first in range(0, len(images), part):
+        piece = images[first : first + part]
+        params = sample(
+            name,
+            piece.shape,
+            severity,
+            seeds[first : first + part],
+            parameters=parameters,
+            frost_pictures=frost_pictures,
+        )
+        parts.append(_apply(piece, name, params))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _drawn_seeds(generator: torch.Generator | np.random.Generator | None, count: int) -> Tensor:
+    if generator is None:
+        return draws.entropy_seeds(count)
+    bounds = -(2**63), 2**63 - 1
+    if isinstance(generator, np.random.Generator):
+        return torch.from_numpy(generator.integers(*bounds, size=count, dtype=np.int64))
+    if isinstance(generator, torch.Generator):
+        device = generator.device
+        seeds = torch.randint(*bounds, (count,), generator=generator, device=device)
+        return seeds.cpu()
+    raise TypeError(
+        "`generator` must be a torch.Generator or numpy.random.Generator, got "
+        f"{type(generator).__name__}: make one by torch.Generator().manual_seed(0)"
+    )

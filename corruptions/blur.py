@@ -1,0 +1,264 @@
+"""Blur corruptions: gaussian_blur, defocus_blur, zoom_blur, motion_blur.
+
+Source: Hendrycks & Dietterich, ICLR 2019, arXiv 1903.12261. The published code calls
+scikit-image, OpenCV, scipy and ImageMagick; what those do is written out here.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from corruptions.filters import (
+    SINGLE_PASS_BITS,
+    exact_float,
+    folded,
+    levels,
+    pad,
+    quantised,
+    separable,
+)
+from corruptions.setting import Params, Setting, scalar
+from corruptions.severity import TABLES
+
+__all__ = [
+    "apply_defocus_blur", "apply_gaussian_blur", "apply_motion_blur", "apply_zoom_blur",
+    "directional_blur", "sample_defocus_blur", "sample_gaussian_blur", "sample_motion_blur",
+    "sample_zoom_blur", "zoom_pair",
+]  # fmt: skip
+
+# Up to this many pixels one dense matrix is the fastest zoom blur.
+_DENSE_PIXELS = 1600
+
+
+def sample_gaussian_blur(setting: Setting) -> Params:
+    """Constants of gaussian_blur: `sigma` in pixels."""
+    return {"sigma": scalar(setting.constants()["sigma"])}
+
+
+def apply_gaussian_blur(images: Tensor, params: Params) -> Tensor:
+    """Blur by a Gaussian cut at four standard deviations, edges repeated."""
+    return levels(separable(images, float(params["sigma"])))
+
+
+def sample_defocus_blur(setting: Setting) -> Params:
+    """Constants of defocus_blur.
+
+    Returns:
+        `kernel`, (K, K) float64 summing to one: the disc of each surrounding published point,
+        mixed by its weight.
+    """
+    kernel = np.zeros((1, 1))
+    table = TABLES[setting.name]
+    for weight, which, level in setting.mixture():
+        radius, sigma = (table[key].level(which, level) for key in ("radius", "alias_sigma"))
+        disc = _disc(radius, sigma) if level else np.ones((1, 1))
+        reach = max(len(disc), len(kernel)) // 2
+        kernel = np.pad(kernel, reach - len(kernel) // 2)
+        kernel += weight * np.pad(disc, reach - len(disc) // 2)
+    return {"kernel": torch.from_numpy(kernel)}
+
+
+def _disc(radius: float, sigma: float) -> np.ndarray:
+    """A disc on the pixel grid, its rim softened by a small Gaussian, (2n + 1, 2n + 1)."""
+    reach = 8 if radius <= 8 else int(radius)
+    grid = np.arange(-reach, reach + 1)
+    disc = (grid[:, None] ** 2 + grid**2 <= radius**2).astype(np.float32)
+    disc /= disc.sum()
+    rim = np.arange(-1, 2) if radius <= 8 else np.arange(-2, 3)
+    soft = np.exp(-0.5 * (rim / sigma) ** 2)
+    soft = (soft / soft.sum()).astype(np.float32)
+    source = folded(grid[:, None] + rim + reach, len(grid), "mirror101")
+    # float32 as published: whether the sum lies just below one decides every flat region.
+    for _ in range(2):
+        disc = np.sum([soft[k] * disc[source[:, k]] for k in range(len(rim))], axis=0).T
+    return disc.astype(np.float64)
+
+
+def apply_defocus_blur(images: Tensor, params: Params) -> Tensor:
+    """Convolve with the disc, mirroring at the edges."""
+    kernel = params["kernel"].cpu().numpy()
+    flat = kernel.reshape(1, -1)
+    coarse = quantised(flat, SINGLE_PASS_BITS)
+    # Discs have many equal weights, so whole-number sums are common, and which side of one they
+    # fall on hangs on later bits: these go through a second channel of the same convolution.
+    fine = quantised((flat - coarse) * 2.0**SINGLE_PASS_BITS, SINGLE_PASS_BITS)
+    both = np.stack((coarse, fine)).reshape(2, 1, *kernel.shape)
+    used = np.argwhere(both)[:, 2:]
+    trim = min(used.min(), len(kernel) - 1 - used.max())
+    if trim:
+        both = both[..., trim:-trim, trim:-trim]
+    reach = both.shape[-1] // 2
+    exact = exact_float(images.device)
+    centred = pad(images.to(exact).sub_(128), reach, reach, "mirror101")
+    weight = torch.from_numpy(both).to(images.device, exact)
+    out = F.conv2d(centred.flatten(0, 1)[:, None], weight).double()
+    # The disc of radius 8 or more does not sum to one: what centring took away is kernel-wide.
+    total = coarse.sum() + fine.sum() * 2.0**-SINGLE_PASS_BITS
+    out = out[:, 1].mul_(2.0**-SINGLE_PASS_BITS).add_(out[:, 0]).add_(128 * total)
+    return levels(out).view(images.shape)
+
+
+def sample_motion_blur(setting: Setting) -> Params:
+    """Draw for motion_blur.
+
+    Returns:
+        `radius`, `sigma` in pixels; `angle`, (B,) float64, uniform on [-45, 45) degrees.
+    """
+    values = setting.constants()
+    angle = setting.uniforms("angle").double().mul_(90).sub_(45)
+    return {"radius": scalar(values["radius"]), "sigma": scalar(values["sigma"]), "angle": angle}
+
+
+def apply_motion_blur(images: Tensor, params: Params) -> Tensor:
+    """Smear along the drawn direction."""
+    return directional_blur(
+        images, params["angle"], float(params["radius"]), float(params["sigma"])
+    )
+
+
+def directional_blur(images: Tensor, angle: Tensor, radius: float, sigma: float) -> Tensor:
+    """ImageMagick's motion blur: half a Gaussian from the pixel onwards, to one side only.
+
+    Tap i reads the whole pixel nearest to i steps along the angle; edges repeat.
+
+    Args:
+        images: (B, C, H, W) uint8.
+        angle: (B,) degrees; 0 reads to the right, 90 downwards.
+        radius: Sets the number of taps, 2 ceil(radius) + 1.
+        sigma: Standard deviation of the Gaussian in pixels.
+
+    Returns:
+        (B, C, H, W) uint8.
+    """
+    batch, _, height, width = images.shape
+    device = images.device
+    exact = exact_float(device)
+    steps = torch.arange(2 * math.ceil(radius) + 1, dtype=torch.float64)
+    # Directions on the CPU: a cosine that differs in its last bit could move a whole tap.
+    radians = angle.cpu().double() * (math.pi / 180)
+    across = (steps * radians.cos()[:, None] - 0.5).ceil().long().to(device)
+    down = (steps * radians.sin()[:, None] - 0.5).ceil().long().to(device)
+    source = images.flatten(2).to(exact).sub_(128)
+    total = torch.zeros_like(source)
+    rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
+    for i, weight in enumerate(_half_gaussian(len(steps), sigma)):
+        if weight == 0:
+            continue
+        row = (rows + down[:, i, None]).clamp_(0, height - 1).mul_(width)
+        column = (columns + across[:, i, None]).clamp_(0, width - 1)
+        place = (row[:, :, None] + column[:, None, :]).view(batch, 1, -1)
+        total.add_(source.gather(2, place.expand_as(source)), alpha=weight)
+    # ImageMagick rounds to 16 bits before the cut to 8: the same as truncating y + 1/514.
+    total.add_(1 / 514).floor_().add_(128)
+    return levels(total).view(images.shape)
+
+
+@lru_cache(maxsize=64)
+def _half_gaussian(taps: int, sigma: float) -> list[float]:
+    """Weights of the motion blur, exact binary fractions."""
+    distance = np.arange(taps)
+    weights = np.exp(-0.5 * (distance / sigma) ** 2) if sigma > 0 else (distance == 0) * 1.0
+    return quantised((weights / weights.sum())[None], SINGLE_PASS_BITS)[0].tolist()
+
+
+def sample_zoom_blur(setting: Setting) -> Params:
+    """Constants of zoom_blur.
+
+    Returns:
+        `factors`, (K,) float64 ascending, and `weights`, (K,) float64, the share of each factor
+        in the average. The published average counts the clean image once more.
+    """
+    constant = TABLES[setting.name]
+    shares: dict[float, float] = {}
+    for weight, which, level in setting.mixture():
+        step, count = (constant[key].level(which, level) for key in ("step", "count"))
+        # numpy.arange steps by the rounded difference, which decides some crop sizes.
+        factors = [1 + k * ((1 + step) - 1) for k in range(int(count))] if level else []
+        for factor in [1.0, *factors]:
+            shares[factor] = shares.get(factor, 0) + weight / (1 + len(factors))
+    pairs = sorted(shares.items())
+    table = torch.tensor(pairs, dtype=torch.float64)
+    return {"factors": table[:, 0], "weights": table[:, 1]}
+
+
+def zoom_pair(size: int, factor: float) -> tuple[int, int, int]:
+    """Crop length, enlarged length and crop start of one zoom step along an axis."""
+    crop = math.ceil(size / factor)
+    return crop, round(crop * factor), (size - crop) // 2
+
+
+def apply_zoom_blur(images: Tensor, params: Params) -> Tensor:
+    """Average the image over enlargements of its middle."""
+    height, width = images.shape[-2:]
+    pairs = tuple(zip(params["factors"].tolist(), params["weights"].tolist(), strict=True))
+    if height * width <= _DENSE_PIXELS:
+        exact = exact_float(images.device)
+        matrix = _zoom_matrix(height, width, pairs).to(images.device, exact)
+        out = images.flatten(2).to(exact).sub_(128) @ matrix
+        whole = out.floor()
+        # A sum that is whole to 17 bits comes from a flat region.
+        flat = out == whole
+        whole.add_(128)
+        lowered = _float32_average(params["weights"]).to(images.device)
+        whole -= flat * lowered.index_select(0, whole.flatten().int()).view(whole.shape)
+        return levels(whole).view(images.shape)
+    source = images.float()
+    total = torch.zeros_like(source)
+    for factor, weight in pairs:
+        (high, tall, top), (wide, broad, left) = (zoom_pair(n, factor) for n in (height, width))
+        crop = source[..., top : top + high, left : left + wide]
+        if (high, wide) != (tall, broad):
+            crop = F.interpolate(crop, (tall, broad), mode="bilinear", align_corners=True)
+        rest_y, rest_x = (tall - height) // 2, (broad - width) // 2
+        total.add_(crop[..., rest_y : rest_y + height, rest_x : rest_x + width], alpha=weight)
+    return levels(total)
+
+
+@lru_cache(maxsize=32)
+def _zoom_matrix(height: int, width: int, pairs: tuple[tuple[float, float], ...]) -> Tensor:
+    """The whole zoom blur of a small image as a matrix, (H W, H W): image rows times it."""
+    down = np.stack([weight * _zoom_axis(height, factor).ravel() for factor, weight in pairs])
+    along = np.stack([_zoom_axis(width, factor).ravel() for factor, _ in pairs])
+    # From (row out, row in), (column out, column in) to outputs by inputs.
+    total = (down.T @ along).reshape(height, height, width, width).transpose(0, 2, 1, 3)
+    weights = quantised(total.reshape(height * width, -1), SINGLE_PASS_BITS)
+    return torch.from_numpy(weights.T.astype(np.float32).copy())
+
+
+def _float32_average(weights: Tensor) -> Tensor:
+    """Where the published float32 average of equal values falls below them.
+
+    Args:
+        weights: (K,) shares of the factors; at a published severity multiples of one fraction.
+
+    Returns:
+        (256,) float32, 1 for levels that come out one lower, else 0.
+    """
+    terms = round(1 / float(weights.min()))
+    if (weights * terms - (weights * terms).round()).abs().max() > 1e-6:
+        return torch.zeros(256)
+    level = torch.arange(256, dtype=torch.float64).div_(255).float()
+    total = torch.zeros(256)
+    for _ in range(terms - 1):
+        total += level
+    average = (level + total).div_(terms).mul_(255).floor_()
+    return (average < torch.arange(256)).float()
+
+
+def _zoom_axis(size: int, factor: float) -> np.ndarray:
+    """One zoom step along an axis, corner-aligned and linear, (size, size)."""
+    crop, enlarged, start = zoom_pair(size, factor)
+    kept = np.arange(size) + (enlarged - size) // 2
+    place = kept * (crop - 1) / max(enlarged - 1, 1)
+    low = np.minimum(place.astype(int), crop - 1)
+    high = np.minimum(low + 1, crop - 1)
+    matrix = np.zeros((size, size))
+    np.add.at(matrix, (np.arange(size), start + low), 1 - (place - low))
+    np.add.at(matrix, (np.arange(size), start + high), place - low)
+    return matrix

@@ -1,0 +1,157 @@
+"""Argument checks shared by the public functions: argument, expected, got, what to do."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import numbers
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from corruptions.severity import ParameterSet
+
+__all__ = ["drawn", "folder", "images", "name", "parameters", "seeds", "severity", "shape"]
+
+# Below this the recipes have no room: glass_blur alone moves pixels by up to 4 either way.
+_SMALLEST = 8
+
+
+def name(value: object, known: Iterable[str]) -> None:
+    """Raise unless `value` is a known corruption, naming the nearest one."""
+    known = list(known)
+    if value in known:
+        return
+    if not isinstance(value, str):
+        raise TypeError(
+            f"`name` must be the name of a corruption, got {type(value).__name__}: "
+            "see corruptions.list_corruptions(extra=True)"
+        )
+    near = difflib.get_close_matches(value.lower().replace(" ", "_"), known, 1)
+    advice = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(known)}"
+    raise ValueError(f"`name` must be a known corruption, got {value!r}: {advice}")
+
+
+def severity(value: object) -> None:
+    """Raise unless `value` is a number from 0 to 5."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(
+            f"`severity` must be a number from 0 (clean) to 5, got {type(value).__name__}: "
+            "pass one int or float for the whole batch"
+        )
+    if not 0 <= float(value) <= 5:
+        raise ValueError(
+            f"`severity` must lie in 0..5, got {value}: 1 to 5 are the published levels, 0 is the "
+            "clean image"
+        )
+
+
+def parameters(value: object) -> None:
+    """Raise unless `value` names a parameter set."""
+    choices = get_args(ParameterSet)
+    if value not in choices:
+        raise ValueError(
+            f"`parameters` must be one of {', '.join(choices)}, got {value!r}: use 'auto' to "
+            "choose by image size"
+        )
+
+
+def folder(value: str | Path | None) -> Path | None:
+    """Return `value` as a path; raise unless it is an existing folder or None."""
+    if value is None or Path(value).is_dir():
+        return None if value is None else Path(value)
+    raise ValueError(
+        f"`frost_pictures` must be an existing folder, got {str(value)!r}: check the path, or "
+        "leave it out for synthetic frost"
+    )
+
+
+def shape(value: Sequence[int]) -> tuple[int, int, int, int]:
+    """Return `value` as a tuple; raise unless it is (B, 3, H, W) of sizes that work."""
+    if len(value) != 4:
+        raise ValueError(
+            f"images must have shape (B, 3, H, W), got {tuple(value)}: for one image add a batch "
+            "dimension by image[None]"
+        )
+    batch, channels, height, width = (int(size) for size in value)
+    if channels != 3:
+        hint = "move channels first by images.movedim(-1, 1)" if width == 3 else (
+            "repeat grey images by images.expand(-1, 3, -1, -1)"
+        )  # fmt: skip
+        raise ValueError(
+            f"images must have 3 channels in shape (B, 3, H, W), got {tuple(value)}: {hint}"
+        )
+    if batch < 1:
+        raise ValueError(
+            f"images must hold at least one image, got shape {tuple(value)}: skip empty batches"
+        )
+    if min(height, width) < _SMALLEST:
+        raise ValueError(
+            f"images must be at least {_SMALLEST} x {_SMALLEST} pixels, got {height} x {width}: "
+            "enlarge them first"
+        )
+    return batch, channels, height, width
+
+
+def images(value: Tensor) -> None:
+    """Raise unless `value` is a batch of RGB images, uint8 or floating point in [0, 1]."""
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"images must be a torch.Tensor of shape (B, 3, H, W), got {type(value).__name__}: "
+            "convert arrays by torch.from_numpy"
+        )
+    shape(value.shape)
+    if value.dtype == torch.uint8:
+        return
+    if not value.is_floating_point():
+        raise TypeError(
+            f"images must be uint8 or floating point, got {value.dtype}: convert levels 0..255 by "
+            "images.to(torch.uint8)"
+        )
+    low, high = (float(bound) for bound in torch.aminmax(value.detach()))
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError(
+            "images must be finite, got NaN or infinite values: find them by "
+            "images.isfinite().all((1, 2, 3))"
+        )
+    if low < 0 or high > 1:
+        hint = "divide levels by 255" if low >= 0 and high > 2 else (
+            "undo the normalisation or clamp to [0, 1] first"
+        )  # fmt: skip
+        raise ValueError(
+            f"floating-point images must lie in [0, 1], got values in [{low:.4g}, {high:.4g}]: "
+            f"{hint}"
+        )
+
+
+def seeds(value: Tensor | Sequence[int], batch: int) -> Tensor:
+    """Return `value` as CPU int64; raise unless it is one integer for each of `batch` images."""
+    tensor = torch.as_tensor(value)
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise TypeError(
+            f"`seeds` must be int64, one for each image, got {tensor.dtype}: convert them by "
+            ".to(torch.int64)"
+        )
+    if tuple(tensor.shape) != (batch,):
+        raise ValueError(
+            f"`seeds` must have shape ({batch},), one for each image, got {tuple(tensor.shape)}: "
+            "make them by torch.arange(len(images))"
+        )
+    return tensor.to("cpu", torch.int64)
+
+
+# Fields of `params` that describe the filter and not the images.
+_SHARED = ("kernel", "factors", "weights")
+
+
+def drawn(params: Mapping[str, Tensor], batch: int) -> None:
+    """Raise unless all draws in `params` are for `batch` images."""
+    for key, value in params.items():
+        if value.ndim and key not in _SHARED and len(value) != batch:
+            raise ValueError(
+                f"`params` must be drawn for the images, but {key!r} was drawn for {len(value)} "
+                f"images, got {batch}: call sample with the shape of the images"
+            )

@@ -1,0 +1,123 @@
+"""Digital corruptions of single pixels and blocks: contrast, saturate, pixelate, jpeg_compression.
+
+Source: Hendrycks & Dietterich, ICLR 2019, arXiv 1903.12261.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+
+import numpy as np
+import PIL.Image
+import torch
+from torch import Tensor
+
+from corruptions.filters import exact_float, levels
+from corruptions.hsv import through_hsv
+from corruptions.setting import Params, Setting, scalar
+
+__all__ = [
+    "apply_contrast", "apply_jpeg_compression", "apply_pixelate", "apply_saturate",
+    "sample_contrast", "sample_jpeg_compression", "sample_pixelate", "sample_saturate",
+]  # fmt: skip
+
+
+def sample_contrast(setting: Setting) -> Params:
+    """Constants of contrast: `factor`."""
+    return {"factor": scalar(setting.constants()["factor"])}
+
+
+def apply_contrast(images: Tensor, params: Params) -> Tensor:
+    """Shrink each channel towards its own mean over the image."""
+    factor = float(params["factor"])
+    batch, channels, height, width = images.shape
+    total = images.sum((2, 3), dtype=torch.int64).double()
+    mean = (total / (255 * height * width))[:, :, None]
+    level = torch.arange(256, dtype=torch.float64, device=images.device) / 255
+    table = levels((level - mean).mul_(factor).add_(mean).clamp_(0, 1).mul_(255))
+    row = torch.arange(batch * channels, dtype=torch.int32, device=images.device).mul_(256)
+    place = images.flatten(2) + row.view(batch, channels, 1)
+    return table.flatten().index_select(0, place.flatten()).view(images.shape)
+
+
+def sample_saturate(setting: Setting) -> Params:
+    """Constants of saturate: `factor` and `shift` of the HSV saturation."""
+    return {key: scalar(value) for key, value in setting.constants().items()}
+
+
+def apply_saturate(images: Tensor, params: Params) -> Tensor:
+    """Change the HSV saturation to clip(factor S + shift, 0, 1). Grey has the hue of red."""
+    factor, shift = float(params["factor"]), float(params["shift"])
+    return through_hsv(images, lambda s, v: ((s * factor + shift).clamp(0, 1), v))
+
+
+def sample_pixelate(setting: Setting) -> Params:
+    """Constants of pixelate: `factor`, inner size over outer size."""
+    return {"factor": scalar(setting.constants()["factor"])}
+
+
+def apply_pixelate(images: Tensor, params: Params) -> Tensor:
+    """Shrink and enlarge again by Pillow's BOX filter, 8 bits after each direction."""
+    factor = float(params["factor"])
+    height, width = images.shape[-2:]
+    rows, columns = max(1, int(height * factor)), max(1, int(width * factor))
+    exact = exact_float(images.device)
+    along = _box_matrix(width, columns).to(images.device, exact)
+    out = (images.to(exact) @ along.T).add_(0.5).floor_()
+    down = _box_matrix(height, rows).to(images.device, exact)
+    out = (down @ out).add_(0.5).to(torch.uint8)
+    # Enlarging by BOX repeats the nearest sample.
+    for axis, size, inner in ((-1, width, columns), (-2, height, rows)):
+        nearest = (torch.arange(size, device=images.device) * 2 + 1) * inner // (2 * size)
+        out = out.index_select(axis, nearest)
+    return out
+
+
+@lru_cache(maxsize=32)
+def _box_matrix(size: int, inner: int) -> Tensor:
+    """Pillow's BOX filter from `size` down to `inner` samples, (inner, size) float64.
+
+    A sample is the mean of whole pixels, never of parts of them: a result is a half or well away
+    from one, so rounding is safe in any order of summation.
+    """
+    scale = size / inner
+    support = max(scale, 1.0) / 2
+    matrix = torch.zeros(inner, size, dtype=torch.float64)
+    for i in range(inner):
+        centre = (i + 0.5) * scale
+        low = max(math.floor(centre - support + 0.5), 0)
+        high = min(math.floor(centre + support + 0.5), size)
+        inside = [k for k in range(low, high) if -support < k + 0.5 - centre <= support]
+        matrix[i, inside] = 1 / len(inside)
+    return matrix
+
+
+def sample_jpeg_compression(setting: Setting) -> Params:
+    """Constants of jpeg_compression: `quality`, 1 to 100."""
+    return {"quality": scalar(setting.constants()["quality"])}
+
+
+def apply_jpeg_compression(images: Tensor, params: Params) -> Tensor:
+    """Encode and decode by Pillow (4:2:0 chroma), one image at a time on the CPU."""
+    quality = int(params["quality"])
+    source = images.movedim(1, -1).cpu().contiguous().numpy()
+    out = np.empty_like(source)
+
+    def through_codec(i: int) -> None:
+        with io.BytesIO() as file:
+            PIL.Image.fromarray(source[i]).save(file, "jpeg", quality=quality)
+            with PIL.Image.open(file, formats=("JPEG",)) as decoded:
+                out[i] = np.asarray(decoded)
+
+    threads = min(torch.get_num_threads(), len(source))
+    if threads == 1:
+        for i in range(len(source)):
+            through_codec(i)
+    else:
+        # The codec releases the interpreter lock.
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(through_codec, range(len(source))))
+    return torch.from_numpy(out).movedim(-1, 1).contiguous().to(images.device)

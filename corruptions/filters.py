@@ -1,0 +1,142 @@
+"""Linear filters on 8-bit images whose sums come out the same in any order.
+
+Outputs are truncated to whole grey levels, so a difference in the last bit can move a pixel by
+one level, and BLAS and convolution kernels add in an order that depends on the batch. Weights are
+therefore rounded to binary fractions that sum to exactly one. Products of such weights and 8-bit
+levels, and all their partial sums, are then exact in floating point: an image's result cannot
+depend on its batch, the thread count or the device. The rounding is far below what the truncation
+sees: a sum moves by about 0.001 levels.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = [
+    "exact_float", "folded", "gaussian_matrix", "levels", "pad", "quantised", "separable",
+]  # fmt: skip
+
+# With levels centred on zero (8 bits and a sign), 17 more bits fill a float32.
+SINGLE_PASS_BITS = 17
+# Two passes in float64: 8 + 22 + 22 bits.
+TWO_PASS_BITS = 22
+
+
+def exact_float(device: torch.device) -> torch.dtype:
+    """Dtype for single-pass filters: float64 where float32 may be cut to TF32 or bfloat16."""
+    shortened = device.type != "cpu" or torch.get_float32_matmul_precision() == "medium"
+    return torch.float64 if shortened else torch.float32
+
+
+def levels(values: Tensor) -> Tensor:
+    """Clip to 0..255 and truncate to uint8, as the published scripts do; `values` is consumed."""
+    return values.clamp_(0, 255).to(torch.uint8)
+
+
+def quantised(weights: np.ndarray, bits: int) -> np.ndarray:
+    """Round weights to multiples of 2^-bits so that each row keeps its sum, rounded likewise.
+
+    Args:
+        weights: (rows, taps); a row that sums to one up to rounding errors does so exactly after.
+        bits: Fraction bits.
+
+    Returns:
+        (rows, taps) float64. Running sums are what is rounded, so no error adds up.
+    """
+    total = np.round(np.cumsum(weights, axis=1) * 2.0**bits)
+    return np.diff(total, axis=1, prepend=0) * 2.0**-bits
+
+
+def folded(positions: np.ndarray, size: int, mode: str) -> np.ndarray:
+    """Map positions beyond an axis of `size` samples back into it.
+
+    Args:
+        positions: Integer positions, any shape.
+        size: Samples on the axis.
+        mode: "edge" (a a | a b c), "mirror101" (c b | a b c) or "symmetric" (b a | a b c).
+
+    Returns:
+        Positions in 0..size-1, folded as often as needed.
+    """
+    if mode == "edge":
+        return np.clip(positions, 0, size - 1)
+    if mode == "mirror101":
+        period = max(2 * size - 2, 1)
+        inside = positions % period
+        return np.minimum(inside, period - inside)
+    assert mode == "symmetric"
+    inside = positions % (2 * size)
+    return np.minimum(inside, 2 * size - 1 - inside)
+
+
+@lru_cache(maxsize=64)
+def _pad_index(size: int, before: int, after: int, mode: str) -> Tensor:
+    return torch.from_numpy(folded(np.arange(-before, size + after), size, mode))
+
+
+def pad(images: Tensor, rows: int, columns: int, mode: str) -> Tensor:
+    """Extend images on all sides, by more than their own size if asked.
+
+    Args:
+        images: (..., H, W).
+        rows: Rows to add above and below.
+        columns: Columns to add left and right.
+        mode: See `folded`.
+
+    Returns:
+        (..., H + 2 rows, W + 2 columns).
+    """
+    height, width = images.shape[-2:]
+    if rows:
+        index = _pad_index(height, rows, rows, mode).to(images.device)
+        images = images.index_select(-2, index)
+    if columns:
+        index = _pad_index(width, columns, columns, mode).to(images.device)
+        images = images.index_select(-1, index)
+    return images
+
+
+@lru_cache(maxsize=64)
+def gaussian_matrix(size: int, sigma: float, truncate: float, mode: str) -> Tensor:
+    """A Gaussian filter along one axis, padding included, as a matrix.
+
+    Args:
+        size: Samples on the axis.
+        sigma: Standard deviation in samples; 0 gives the identity.
+        truncate: Radius in standard deviations.
+        mode: See `folded`.
+
+    Returns:
+        (size, size) float64 with weights of `TWO_PASS_BITS` bits; row i makes output i.
+    """
+    radius = int(truncate * sigma + 0.5)
+    if sigma <= 0 or radius == 0:
+        return torch.eye(size, dtype=torch.float64)
+    taps = np.arange(-radius, radius + 1)
+    kernel = np.exp(-0.5 * (taps / sigma) ** 2)
+    source = folded(np.arange(size)[:, None] + taps, size, mode)
+    matrix = np.zeros((size, size))
+    np.add.at(matrix, (np.arange(size)[:, None], source), kernel / kernel.sum())
+    return torch.from_numpy(quantised(matrix, TWO_PASS_BITS))
+
+
+def separable(images: Tensor, sigma: float, truncate: float = 4.0, mode: str = "edge") -> Tensor:
+    """Gaussian filter over rows and columns.
+
+    Args:
+        images: (..., H, W) of any dtype; sums are exact if values are whole numbers 0..255.
+        sigma: Standard deviation in pixels.
+        truncate: Radius in standard deviations.
+        mode: See `folded`.
+
+    Returns:
+        (..., H, W) float64.
+    """
+    height, width = images.shape[-2:]
+    down = gaussian_matrix(height, sigma, truncate, mode).to(images.device)
+    along = gaussian_matrix(width, sigma, truncate, mode).to(images.device)
+    return down @ (images.double() @ along.T)

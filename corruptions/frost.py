@@ -1,0 +1,240 @@
+"""frost: a picture of ice blended over the image.
+
+Source: Hendrycks & Dietterich, ICLR 2019, arXiv 1903.12261. The published script crops one of
+five photographs whose licence is unknown, so they are not shipped. By default a crop is drawn as
+a random field with the statistics that were measured on those photographs: mean, contrast,
+correlation of the channels and power in eight bands of spatial frequency. It has no crystals.
+Whether a classifier makes the same errors under it as under the photographs is not known. With a
+folder of pictures of their own, users get the published procedure on those.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from corruptions.filters import levels
+from corruptions.setting import Params, Setting, scalar
+
+__all__ = ["apply_frost", "crop_pictures", "sample_frost", "synthetic_frost"]
+
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm")
+Triple = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class _Texture:
+    """Statistics of crops of one picture, values in [0, 1], channels R, G, B.
+
+    Attributes:
+        mean: Mean over crops.
+        mean_spread: Standard deviation of the crop mean over crops.
+        contrast: Mean standard deviation within a crop.
+        contrast_spread: Standard deviation of that over crops.
+        correlation: Of the channels within a crop: RG, GB, RB.
+        bands: Share of the variance in eight radial frequency bands up to Nyquist.
+    """
+
+    mean: Triple
+    mean_spread: Triple
+    contrast: Triple
+    contrast_spread: Triple
+    correlation: Triple
+    bands: tuple[float, ...]
+
+
+# The script's choice among five files falls on four different pictures: the second exists twice.
+_SHARES = (0.2, 0.4, 0.2, 0.2)
+# At shrink 5, for 32x32 crops.
+_SMALL = (
+    _Texture((.302, .581, .646), (.069, .038, .031), (.083, .051, .049), (.015, .009, .008),
+             (.79, .92, .52), (.321, .160, .072, .058, .058, .067, .080, .184)),
+    _Texture((.777, .794, .830), (.033, .036, .038), (.070, .072, .074), (.010, .011, .012),
+             (.995, .995, .991), (.162, .121, .095, .090, .094, .104, .111, .223)),
+    _Texture((.561, .619, .669), (.040, .040, .043), (.102, .102, .106), (.008, .009, .009),
+             (.997, .992, .990), (.104, .083, .078, .088, .104, .115, .137, .292)),
+    _Texture((.402, .447, .493), (.062, .060, .056), (.136, .135, .132), (.026, .025, .024),
+             (1.00, .999, .998), (.106, .151, .121, .096, .092, .095, .110, .228)),
+)  # fmt: skip
+# At full size, for 224x224 crops.
+_LARGE = (
+    _Texture((.298, .577, .642), (.056, .031, .024), (.092, .055, .052), (.017, .008, .007),
+             (.79, .93, .53), (.631, .061, .062, .069, .063, .049, .034, .031)),
+    _Texture((.776, .793, .829), (.023, .025, .027), (.077, .079, .082), (.007, .008, .009),
+             (.995, .995, .991), (.543, .156, .091, .070, .055, .041, .025, .020)),
+    _Texture((.569, .627, .678), (.026, .025, .027), (.102, .102, .107), (.008, .008, .008),
+             (.997, .992, .990), (.353, .147, .132, .114, .095, .073, .047, .040)),
+    _Texture((.399, .443, .490), (.049, .047, .044), (.141, .139, .137), (.025, .023, .022),
+             (1.00, .999, .998), (.486, .154, .092, .067, .052, .043, .038, .067)),
+)  # fmt: skip
+
+
+def sample_frost(setting: Setting) -> Params:
+    """Draw for frost.
+
+    Returns:
+        `image_weight`, `frost_weight`; `crop`, (B, 3, H, W) uint8: the ice over each image.
+    """
+    values = setting.constants()
+    shrink = int(values["shrink"])
+    if setting.frost_pictures is None:
+        crop = synthetic_frost(setting, _SMALL if shrink > 1 else _LARGE)
+    else:
+        crop = crop_pictures(setting, shrink)
+    return {
+        "image_weight": scalar(values["image_weight"]),
+        "frost_weight": scalar(values["frost_weight"]),
+        "crop": crop,
+    }
+
+
+def apply_frost(images: Tensor, params: Params) -> Tensor:
+    """Blend the crop over the image; the two weights need not sum to one."""
+    table = _blend_table(float(params["image_weight"]), float(params["frost_weight"]))
+    place = images.to(torch.int32).mul_(256).add_(params["crop"])
+    return table.to(images.device).index_select(0, place.flatten()).view(images.shape)
+
+
+@lru_cache(maxsize=32)
+def _blend_table(image_weight: float, frost_weight: float) -> Tensor:
+    """Output for [level, level of the crop], (65536,) uint8."""
+    level = torch.arange(256, dtype=torch.float64)
+    return levels((level * image_weight)[:, None] + level * frost_weight).flatten()
+
+
+def synthetic_frost(setting: Setting, textures: tuple[_Texture, ...]) -> Tensor:
+    """Random fields with the statistics of crops of the published pictures.
+
+    Args:
+        setting: Shape and seeds.
+        textures: One for each picture.
+
+    Returns:
+        (B, 3, H, W) uint8.
+    """
+    _, channels, height, width = setting.shape
+    choice = torch.bucketize(
+        setting.uniforms("picture"), torch.tensor(_SHARES).cumsum(0)[:-1], right=True
+    )
+    noise = setting.normals("texture", channels, height, width)
+    # Filtering white noise needs one transform each way; float64, so that truncation to levels
+    # does not show how the library batches its transforms.
+    gain = torch.stack([_spectrum_gain(height, width, texture.bands) for texture in textures])
+    spectrum = torch.fft.rfft2(noise.double()).mul_(gain[choice][:, None])
+    field = torch.fft.irfft2(spectrum, s=(height, width)).flatten(2)
+    mixing = torch.stack([_channel_mixing(texture.correlation) for texture in textures])
+    field = _mixed(field, mixing[choice])
+    spread = setting.normals("spread", 2).double()
+    scale, offset = spread[:, :1], spread[:, 1:]
+
+    def of(key: str) -> Tensor:
+        values = torch.tensor([getattr(texture, key) for texture in textures], dtype=torch.float64)
+        return values[choice]
+
+    relative = (of("contrast_spread") / of("contrast")).mean(1, keepdim=True)
+    contrast = of("contrast") * (1 + scale * relative)
+    mean = of("mean") + of("mean_spread") * offset
+    field.mul_(contrast[:, :, None]).add_(mean[:, :, None])
+    return levels(field.mul_(255)).view(setting.shape)
+
+
+def _mixed(field: Tensor, mixing: Tensor) -> Tensor:
+    """Lower-triangular mix of three channels, (B, 3, N), written out to fix the order of sums."""
+    first, second, third = field.unbind(1)
+    row = mixing[..., None]
+    return torch.stack(
+        (
+            row[:, 0, 0] * first,
+            row[:, 1, 0] * first + row[:, 1, 1] * second,
+            row[:, 2, 0] * first + row[:, 2, 1] * second + row[:, 2, 2] * third,
+        ),
+        1,
+    )
+
+
+def _channel_mixing(correlation: Triple) -> Tensor:
+    """Cholesky factor of the channel correlation, (3, 3)."""
+    rg, gb, rb = (min(value, 0.9995) for value in correlation)
+    matrix = np.array([[1, rg, rb], [rg, 1, gb], [rb, gb, 1]])
+    return torch.from_numpy(np.linalg.cholesky(matrix))
+
+
+@lru_cache(maxsize=32)
+def _spectrum_gain(height: int, width: int, bands: tuple[float, ...]) -> Tensor:
+    """Gain on each frequency that gives white noise the band powers and unit variance.
+
+    Flat inside bands 1 to 7; inside band 0 power falls as radius^-2.5. No constant part.
+
+    Returns:
+        (height, width // 2 + 1) float64.
+    """
+    rows = np.fft.fftfreq(height)[:, None]
+    radius = np.hypot(rows, np.fft.fftfreq(width))
+    band = np.minimum((radius * 16 + 1e-9).astype(int), 7)
+    shape = np.where(band == 0, np.where(radius > 0, radius, 1.0) ** -2.5, 1.0)
+    shape[0, 0] = 0
+    power = np.zeros_like(radius)
+    for k, share in enumerate(bands):
+        inside = (band == k) * shape
+        # Small images have too few frequencies to fill every band.
+        if inside.sum() > 0:
+            power += share * inside / inside.sum()
+    gain = np.sqrt(power / power.sum() * height * width)
+    return torch.from_numpy(gain[:, : width // 2 + 1].copy())
+
+
+def crop_pictures(setting: Setting, shrink: int) -> Tensor:
+    """Random crops of the user's own pictures, each picture equally likely.
+
+    Args:
+        setting: Shape, seeds and folder.
+        shrink: Keep every `shrink`-th pixel of each row and column, from the middle of the first
+            `shrink`, before cropping.
+
+    Returns:
+        (B, 3, H, W) uint8.
+    """
+    assert setting.frost_pictures is not None
+    _, _, height, width = setting.shape
+    start = shrink // 2
+    pictures = [
+        picture[:, start::shrink, start::shrink] for picture in _pictures(setting.frost_pictures)
+    ]
+    for picture in pictures:
+        if picture.shape[1] < height or picture.shape[2] < width:
+            raise ValueError(
+                f"`frost_pictures` must hold pictures of at least {height * shrink} x "
+                f"{width * shrink} pixels for images of {height} x {width}, got one of about "
+                f"{picture.shape[1] * shrink} x {picture.shape[2] * shrink}: enlarge or remove it"
+            )
+    draw = setting.uniforms("crop", 3).double()
+    crops = []
+    for pick, down, across in draw.tolist():
+        picture = pictures[int(pick * len(pictures))]
+        top = int(down * max(picture.shape[1] - height, 1))
+        left = int(across * max(picture.shape[2] - width, 1))
+        crops.append(picture[:, top : top + height, left : left + width])
+    return torch.stack(crops)
+
+
+@lru_cache(maxsize=4)
+def _pictures(folder: Path) -> list[Tensor]:
+    """All pictures of a folder in name order, (3, rows, columns) uint8 each."""
+    files = sorted(path for path in folder.glob("*") if path.suffix.lower() in _SUFFIXES)
+    if not files:
+        raise ValueError(
+            f"`frost_pictures` must be a folder with pictures ({', '.join(_SUFFIXES)}), got "
+            f"{str(folder)!r}, which holds none: check the path, or leave it out"
+        )
+    pictures = []
+    for path in files:
+        with Image.open(path) as picture:
+            pixels = np.array(picture.convert("RGB"))
+        pictures.append(torch.from_numpy(pixels).movedim(2, 0))
+    return pictures

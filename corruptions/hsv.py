@@ -1,0 +1,54 @@
+"""Colour changes in HSV, step by step in float64 as the usual code takes them.
+
+Changes by tenths make whole-number levels common, and whether one is cut to itself or to the level
+below hangs on the last bit of this very sequence of operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from corruptions.filters import levels
+
+__all__ = ["through_hsv"]
+
+# Which of (value, falling, low, rising) red, green and blue take in the six sectors of hue.
+_ORDER = ((0, 1, 2, 2, 3, 0), (3, 0, 0, 1, 2, 2), (2, 2, 3, 0, 0, 1))
+
+
+def through_hsv(
+    pixels: Tensor, change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+) -> Tensor:
+    """Convert to HSV, change saturation and value, convert back.
+
+    Args:
+        pixels: (B, 3, ...) uint8.
+        change: Takes and gives (saturation, value), each (B, ...) float64 in [0, 1].
+
+    Returns:
+        (B, 3, ...) uint8.
+    """
+    source = pixels.double().div_(255)
+    red, green, blue = source.unbind(1)
+    value = source.amax(1)
+    spread = value - source.amin(1)
+    coloured = spread > 0
+    saturation = torch.where(coloured, spread / value, 0)
+    safe = torch.where(coloured, spread, 1)
+    # With equal maxima the last channel decides. Grey has hue 0, which is red.
+    sector = torch.where(green == value, 2 + (blue - red) / safe, (green - blue) / safe)
+    sector = torch.where(blue == value, 4 + (red - green) / safe, sector)
+    hue = torch.where(coloured, (sector / 6).remainder(1.0), 0)
+    saturation, value = change(saturation, value)
+    whole = (hue * 6).floor()
+    part = hue * 6 - whole
+    low = value * (1 - saturation)
+    falling = value * (1 - part * saturation)
+    rising = value * (1 - (1 - part) * saturation)
+    choices = torch.stack((value, falling, low, rising), 1)
+    order = torch.tensor(_ORDER, device=pixels.device)
+    pick = order[:, whole.long() % 6].movedim(0, 1)
+    return levels(choices.gather(1, pick).clamp_(0, 1).mul_(255))

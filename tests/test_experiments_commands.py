@@ -1,0 +1,193 @@
+"""The command line: whole runs and cards on a tiny model, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import models
+import tta
+from experiments import commands
+from experiments.card import render_card
+from experiments.data import read_bundled
+from experiments.record import read_lines
+from models.load import ModelInfo
+from tests.nets import tiny
+
+
+def fake_load(name):
+    """A tiny network in place of the bundled ones, with a Fisher of ones."""
+    family = name.rpartition("_")[2]
+    if name not in models.list_models():
+        return models.load(name)
+    net = tiny(family)
+    fisher = {key: torch.ones_like(p) for key, p in net.named_parameters()}
+    info = ModelInfo(
+        name=name,
+        mean=(0.0, 0.0, 0.0),
+        std=(1.0, 1.0, 1.0),
+        input_size=(3, 32, 32),
+        num_classes=10,
+        class_names=None,
+        norm_types={"BatchNorm2d": 2},
+        source=tta.SourceStatistics(fisher=fisher),
+    )
+    return net, info
+
+
+@pytest.fixture(autouse=True)
+def tiny_models(monkeypatch):
+    """Let the runner load tiny networks."""
+    real = models.load
+    monkeypatch.setattr(
+        "experiments.subject.models.load",
+        lambda name: fake_load(name) if name in models.list_models() else real(name),
+    )
+    monkeypatch.setenv("COLUMNS", "140")
+
+
+def run(tmp_path, *arguments):
+    """Run the command line; returns the status and the run's folder."""
+    status = commands.main(["run", "--output", str(tmp_path), "--device", "cpu", *arguments])
+    folders = sorted(tmp_path.iterdir()) if tmp_path.exists() else []
+    return status, folders[-1] if folders else Path()
+
+
+def test_the_demo_in_small(tmp_path, capsys):
+    status, folder = run(tmp_path, "--images", "10", "--name", "small", "--batch-size", "8")
+    assert status == 0 and folder.name.endswith("-small")
+    out = capsys.readouterr().out
+    methods = ["source", "bn", "alpha_bn", "tent", "eata", "unmix_tns", "lame", "unmix_tns+eata"]
+    for method in methods:
+        assert len(re.findall(rf"^{re.escape(method)} +\d+\.\d ", out, re.MULTILINE)) == 2
+    assert "15 domains at severity 5, 150 images" in out and "Stream correlated" in out
+    assert "Without adaptation (source) the model errs on" in out
+
+    rows = list(read_lines(folder / "results.jsonl"))
+    header = rows[0]
+    assert header["kind"] == "run" and header["seed"] == 0 and header["versions"]["torch"]
+    assert header["hardware"]["cpu"] and header["model"]["norm_layers"] == {"BatchNorm2d": 2}
+    assert header["model"]["source_artefacts"] == ["fisher"]
+    by_kind = {kind: [r for r in rows if r["kind"] == kind] for kind in {r["kind"] for r in rows}}
+    assert set(by_kind) == {"run", "stream", "method", "batch", "domain", "summary"}
+    assert [r["method"] for r in by_kind["summary"]] == methods * 2
+    assert len(by_kind["batch"]) == 8 * (30 + 3 * 13)
+    assert len(by_kind["domain"]) == 8 * (15 + 3)
+    eata = next(r for r in by_kind["method"] if r["method"] == "eata")["config"]
+    assert eata["update"]["name"] == "eata" and eata["batch_size"] == 8
+    for summary in by_kind["summary"]:
+        own = [
+            r
+            for r in by_kind["batch"]
+            if (r["stream"], r["method"]) == (summary["stream"], summary["method"])
+        ]
+        assert sum(r["errors"] for r in own) / summary["images"] == summary["error"]
+        assert 0 <= summary["clean_error"] <= 1
+
+    for name in ("continual-errors.png", "continual-running.png", "correlated-errors.png"):
+        assert (folder / name).stat().st_size > 10_000 and name in out
+    assert "| unmix_tns+eata |" in (folder / "continual.md").read_text()
+    events = list((folder / "tensorboard" / "continual" / "tent").glob("events*"))
+    assert events and events[0].stat().st_size > 1000
+
+
+def test_a_run_repeats_itself(tmp_path):
+    figures = []
+    for _ in range(2):
+        arguments = ("--images", "10", "--corruptions", "snow", "--methods", "unmix_tns+eata+lame")
+        _, folder = run(tmp_path, *arguments, "--batch-size", "4", "--quiet")
+        rows = read_lines(folder / "results.jsonl", "batch")
+        figures.append([(r["errors"], r["entropy"], r["loss"], r["selected"]) for r in rows])
+    assert figures[0] == figures[1]
+
+
+def test_one_stream_on_a_model_without_batch_norm(tmp_path, capsys):
+    arguments = ["--model", "cifar10_resnet20_gn", "--methods", "tent", "lame", "--quiet"]
+    arguments += ["--scenario", "dirichlet_slots", "--option", "delta=0.5", "--severity", "2"]
+    status, folder = run(tmp_path, *arguments, "--corruptions", "fog", "--images", "20")
+    assert status == 0
+    out = capsys.readouterr().out
+    assert out.startswith("method") and "Lowest mean error" in out
+    (stream,) = read_lines(folder / "results.jsonl", "stream")
+    assert stream["build"]["delta"] == 0.5 and stream["build"]["severity"] == 2
+
+
+def test_stored_domains_with_and_without_clean_images(tmp_path):
+    images = read_bundled().balanced(20)
+    data = tmp_path / "c"
+    data.mkdir()
+    # As published: 10,000 rows per severity.
+    rows = np.zeros((50_000, 32, 32, 3), np.uint8)
+    rows[40_000:40_020] = images.images
+    np.save(data / "fog.npy", rows)
+    np.save(data / "labels.npy", np.arange(50_000) % 10)
+    arguments = ["--data", str(data), "--methods", "source", "--images", "20", "--quiet"]
+    status, folder = run(tmp_path / "runs", *arguments)
+    assert status == 0
+    (summary,) = read_lines(folder / "results.jsonl", "summary")
+    assert summary["clean_error"] is None and summary["domain_errors"].keys() == {"fog"}
+    status, folder = run(tmp_path / "runs", *arguments, "--clean", "bundled", "--name", "x")
+    (summary,) = read_lines(folder / "results.jsonl", "summary")
+    assert status == 0 and summary["clean_error"] is not None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--methods", "tentt"], "got 'tentt': did you mean 'tent'"),
+        (["--model", "cifar10_resnet20"], "unknown model 'cifar10_resnet20': did you mean"),
+        (["--corruptions", "gauss_noise"], "did you mean 'gaussian_noise'"),
+        (["--scenario", "continuous"], "did you mean 'continual'"),
+        (["--images", "55"], "multiple of the 10 classes, got 55"),
+        (["--images", "few"], "`images` must be a number of 1 up or 'all', got 'few'"),
+        (["--images", "5000"], "has 200: ask for fewer"),
+        (["--batch-size", "0"], "`batch-size` must be at least 1, got 0"),
+        (["--seed", "-1"], "`seed` must be 0 or more"),
+        (["--name", "a/b"], "`name` must be usable in a folder's name"),
+        (["--option", "delta"], "`option` must be KEY=VALUE"),
+        (["--option", "gama=1"], "gama"),
+        (["--device", "cuda:99"], "`device` must be one that torch can use here"),
+        (["--data", "/nowhere"], "`/nowhere` is missing"),
+        (["--source", "/nowhere"], "`/nowhere` is missing"),
+        (["--model", "cifar10_resnet20_gn", "--methods", "bn"], "norm"),
+    ],
+)
+def test_mistakes_are_one_sentence_and_leave_nothing(tmp_path, capsys, arguments, message):
+    status, _ = run(tmp_path / "runs", *arguments)
+    error = capsys.readouterr().err.strip()
+    assert status == 2 and message in error and "\n" not in error, error
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("arguments", [["--severity", "6"], ["--colour", "red"], []])
+def test_argparse_refuses_the_rest(arguments):
+    with pytest.raises(SystemExit) as stopped:
+        commands.main(["run", *arguments] if arguments else [])
+    assert stopped.value.code == 2
+
+
+def test_a_card(tmp_path, capsys):
+    images = read_bundled().balanced(40)
+    np.savez(tmp_path / "t.npz", test_images=images.images, test_labels=images.labels)
+    folder = tmp_path / "card"
+    folder.mkdir()
+    training = {"name": "x", "seed": 3, "epochs": 2, "seconds": 90, "command": "python -m train"}
+    (folder / "training.json").write_text(json.dumps({**training, "history": []}))
+    arguments = ["card", "cifar10_resnet20_bn", "--data", str(tmp_path / "t.npz")]
+    assert commands.main([*arguments, "--images", "20", "--output", str(folder), "--quiet"]) == 0
+    card = json.loads((folder / "card.json").read_text())
+    net = tiny("bn")
+    with torch.no_grad():
+        right = (net(images.tensor().float() / 255).argmax(1).numpy() == images.labels).mean()
+    assert card["clean_accuracy"] == pytest.approx(right) and card["clean_images"] == 40
+    assert len(card["corruption_errors"]) == 15 and card["corruption_images"] == 20
+    text = (folder / "card.md").read_text()
+    assert text == render_card(card) and "2 epochs, 2 minutes, seed 3" in text
+    assert "| gaussian_noise |" in text and "`python -m train`" in text
+    assert commands.main(["card", "cifar10_resnet", "--data", "bundled"]) == 2
+    assert "did you mean 'cifar10_resnet20_" in capsys.readouterr().err
