@@ -1,0 +1,124 @@
+"""Loading classifiers: bundled, timm, torchvision, local checkpoints."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import models
+import tta
+from experiments.data import load_bundled
+from models.bundled import FOLDER
+
+BUNDLED = models.list_models()
+CLEAN_ACCURACY = {  # on the 10,000 test images; the cards have the measured figures
+    "cifar10_resnet20_bn": 0.90,
+    "cifar10_resnet20_gn": 0.87,
+    "cifar10_convvit_ln": 0.80,
+}
+
+
+def test_there_are_three() -> None:
+    assert set(BUNDLED) == set(CLEAN_ACCURACY)
+    weights = [FOLDER / name / "weights.safetensors" for name in BUNDLED]
+    assert sum(path.stat().st_size for path in weights) < 8e6
+
+
+@pytest.mark.parametrize("name", BUNDLED)
+def test_a_bundled_model_does_what_its_card_says(name: str) -> None:
+    net, info = models.load(name)
+    parameters = sum(p.numel() for p in net.parameters())
+    assert parameters <= (400_000 if "vit" in name else 1_000_000)
+    assert not net.training and info.mean == (0.0, 0.0, 0.0) and info.std == (1.0, 1.0, 1.0)
+    assert info.input_size == (3, 32, 32) and len(info.class_names or ()) == 10
+    card = json.loads((FOLDER / name / "card.json").read_text())
+    assert card["clean_accuracy"] >= CLEAN_ACCURACY[name]
+    data = load_bundled()
+    x = torch.stack([data[i][0] for i in range(0, len(data), 4)])
+    y = torch.tensor([int(data[i][1]) for i in range(0, len(data), 4)])
+    with torch.no_grad():
+        accuracy = float((net(x).argmax(1) == y).float().mean())
+    # 500 images: four standard deviations are below 0.06.
+    assert abs(accuracy - card["clean_accuracy"]) < 0.06
+
+
+@pytest.mark.parametrize("name", BUNDLED)
+def test_source_artefacts_serve_every_method(name: str) -> None:
+    net, info = models.load(name)
+    source = info.source
+    assert source is not None
+    names = {n for n, _ in net.named_parameters()}
+    assert source.prototypes is not None and source.prototypes.shape[0] == 10
+    assert source.features is not None and source.feature_labels is not None
+    assert torch.bincount(source.feature_labels).tolist() == [200] * 10
+    assert source.features.shape == (2000, source.prototypes.shape[1])
+    assert source.posterior_mean is not None and set(source.posterior_mean) == names
+    assert source.posterior_variance is not None and set(source.posterior_variance) == names
+    assert all((v >= 0).all() for v in source.posterior_variance.values())
+    assert any((v > 0).any() for v in source.posterior_variance.values())
+    adapter = tta.wrap(net, "eata.cifar10", source=source)
+    fisher = [v for k, v in adapter.constants().items() if "fisher" in k]
+    assert all((v >= 0).all() and v.isfinite().all() for v in fisher)
+    assert any((v > 0).any() for v in fisher)
+
+
+def test_features_are_those_of_the_model() -> None:
+    net, info = models.load("cifar10_resnet20_gn")
+    assert info.source is not None and info.source.features is not None
+    with torch.no_grad():
+        labels = net.get_classifier()(info.source.features).argmax(1)
+    assert info.source.feature_labels is not None
+    assert float((labels == info.source.feature_labels).float().mean()) > 0.85
+
+
+def test_random_weights_and_unknown_names() -> None:
+    _, info = models.load("cifar10_resnet20_bn", pretrained=False)
+    assert info.source is None and info.norm_types == {"BatchNorm2d": 21}
+    with pytest.raises(ValueError, match="unknown model 'cifar10_resnet20'.*_bn|_gn"):
+        models.load("cifar10_resnet20")
+    with pytest.raises(ValueError, match="unknown library 'tim'.*'timm'"):
+        models.load("tim:resnet18")
+    with pytest.raises(ValueError, match=r"unknown torchvision model.*resnet18"):
+        models.load("torchvision:resnet_18")
+    with pytest.raises(ValueError, match=r"unknown timm model.*resnet18"):
+        models.load("timm:resnet_18")
+
+
+@pytest.mark.parametrize("name", ["timm:test_resnet", "torchvision:mobilenet_v3_small"])
+def test_library_models_and_their_preprocessing(name: str) -> None:
+    net, info = models.load(name, pretrained=False)
+    assert len(info.mean) == len(info.std) == 3 and min(info.std) > 0
+    x = torch.rand(2, *info.input_size)
+    with torch.no_grad():
+        assert net(x).shape == (2, info.num_classes)
+
+
+def test_vit_normalisation_is_the_models_own() -> None:
+    _, info = models.load("timm:vit_tiny_patch16_224.augreg_in21k_ft_in1k", pretrained=False)
+    assert info.mean == (0.5, 0.5, 0.5) and info.std == (0.5, 0.5, 0.5)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_a_local_checkpoint(tmp_path, suffix: str) -> None:
+    import timm
+
+    torch.manual_seed(0)
+    net = timm.create_model("test_resnet", num_classes=7).eval()
+    path = tmp_path / f"net{suffix}"
+    if suffix == ".pt":
+        state = {f"module.{k}": v for k, v in net.state_dict().items()}
+        torch.save({"state_dict": state, "epoch": 3}, path)
+    else:
+        save_file(net.state_dict(), str(path))
+    loaded, info = models.load(f"timm:test_resnet@{path}")
+    assert info.num_classes == 7
+    x = torch.rand(2, *info.input_size)
+    with torch.no_grad():
+        assert torch.equal(loaded(x), net(x))
+    with pytest.raises(ValueError, match="`checkpoint` must hold a state dict of timm:test_vit"):
+        models.load("timm:test_vit", checkpoint=path)
+    with pytest.raises(FileNotFoundError, match=r"nothing\.pt"):
+        models.load("timm:test_vit", checkpoint=tmp_path / "nothing.pt")
