@@ -180,6 +180,16 @@ def test_fisher_leaves_the_norm_rule_untouched_and_sees_it() -> None:
     assert not torch.equal(*fishers)
 
 
+def test_the_config_records_what_was_used_of_the_source() -> None:
+    given = tta.collect_source(tiny("bn"), source_batches(), for_methods=["eata"])
+    for source, words in (
+        (source_batches(), "fisher from 16 images in 2 batches"),
+        (given, "fisher as given"),
+    ):
+        assert tta.wrap(tiny("bn"), "eata.cifar10", source=source).config.source == words
+    assert tta.wrap(tiny("bn"), "eta.cifar10", source=given).config.source is None
+
+
 def test_fisher_of_another_model() -> None:
     statistics = tta.collect_source(tiny("gn"), source_batches(), for_methods=["eata"])
     assert statistics.fisher is not None

@@ -6,6 +6,7 @@ Everything that can be refused is refused before the first change to the model; 
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -89,6 +90,8 @@ def _build(
             before = adapter.state()
             for part in parts:
                 part.fit(source)
+            used = "; ".join(part.source_used for part in parts if part.source_used)
+            adapter.config = dataclasses.replace(config, source=used or None)
             # Source passes go through the norm rule and must leave no trace in it.
             adapter.load_state({k: v for k, v in before.items() if k.startswith("norm/")})
     except Exception:

@@ -94,6 +94,7 @@ class Component(nn.Module):
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.config = config
+        self.source_used: str | None = None  # what `fit` took, in words, for the record
 
     def source_artefacts(self) -> dict[str, Any]:
         """What :meth:`fit` took of the source, as fields of ``SourceStatistics``."""

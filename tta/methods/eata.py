@@ -140,6 +140,7 @@ class Eata(Update):
                 )
             parts = [source.fisher[n].flatten() for n in self.parameters_adapted]
             self.fisher.copy_(torch.cat(parts))
+            self.source_used = "fisher as given"
         elif source.batches is not None:
             self.fisher.copy_(self._measure_fisher(source))
         else:
@@ -182,7 +183,7 @@ class Eata(Update):
 
     def _measure_fisher(self, source: SourceStatistics) -> Tensor:
         """Mean over batches of the squared gradient of the batch-mean pseudo-label loss."""
-        total, batches = torch.zeros_like(self.fisher), 0
+        total, batches, seen = torch.zeros_like(self.fisher), 0, 0
         parameters = list(self.parameters_adapted.values())
         device = self.fisher.device
         with torch.enable_grad():
@@ -191,12 +192,13 @@ class Eata(Update):
                 loss = F.cross_entropy(logits, logits.detach().argmax(1))
                 gradients = torch.autograd.grad(loss, parameters)
                 total += torch.cat([g.flatten() for g in gradients]).square()
-                batches += 1
+                batches, seen = batches + 1, seen + len(images)
         if batches == 0:
             raise ValueError(
                 "`source` must hold at least one batch, got none: pass an iterable of "
                 "(images, labels) that was not read to its end."
             )
+        self.source_used = f"fisher from {seen} images in {batches} batches"
         return total / batches
 
     def _flat(self, detach: bool = True) -> Tensor:
