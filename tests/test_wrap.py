@@ -145,6 +145,17 @@ def test_learning_rates_are_scaled_once_and_never_when_given() -> None:
         assert again.config.update.lr == adapter.config.update.lr  # type: ignore[union-attr]
 
 
+def test_a_norm_rule_may_lower_the_learning_rate_of_a_named_update() -> None:
+    def lr(**arguments) -> float:
+        return tta.wrap(tiny("bn"), norm="unmix_tns.cifar10", **arguments).config.update.lr  # type: ignore[union-attr]
+
+    assert lr(update="tent.cifar10") == 1e-5
+    assert lr(recipe="eta.cifar10") == 1e-5
+    assert lr(update="tent.cifar10", lr=0.1) == 0.1
+    assert lr(update=tta.get_config("tent.cifar10")) == 1e-3
+    assert lr(update="tent.cifar10", update_lr=0.2) == 0.2
+
+
 def test_batch_size_reaches_the_norm_rule() -> None:
     rates = [
         next(iter(a.norm_layers.values())).rule.rate

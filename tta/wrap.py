@@ -93,8 +93,13 @@ def wrap(
             and surgery.batch_norm_layers(model)
         ):
             configs["norm"] = get_config(default)
-    if (rule := configs["norm"]) is not None and getattr(rule, "batch_size", 0) is None:
-        configs["norm"] = rule.replace(batch_size=batch_size)
+    if (rule := configs["norm"]) is not None:
+        if getattr(rule, "batch_size", 0) is None:
+            configs["norm"] = rule.replace(batch_size=batch_size)
+        update_lr = getattr(rule, "update_lr", None)
+        named = isinstance(recipe if update is None else update, str) and "lr" not in overrides
+        if update_lr is not None and named and isinstance(configs["update"], UpdateConfig):
+            configs["update"] = configs["update"].replace(lr=update_lr)
     config = AdapterConfig(
         **configs,  # type: ignore[arg-type]
         batch_size=batch_size,
