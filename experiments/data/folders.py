@@ -1,0 +1,156 @@
+"""Images in folders, one folder per class: ImageNet-C and anything shaped like it.
+
+Images are decoded when they are asked for; nothing is kept in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+from torchvision import datasets
+from torchvision.transforms import v2
+
+from experiments.data.image_set import balanced_positions
+
+__all__ = ["FolderSet", "list_imagenet_c", "read_folder", "read_imagenet_c"]
+
+
+class FolderSet:
+    """Labelled image files, decoded on access.
+
+    Args:
+        files: (path, label) of each image.
+        classes: Class names in label order.
+        origin: What the images are, in words, for results files.
+        size: Height and width every image is brought to: the shorter side is resized to
+            `size / crop`, then the middle is cut out. Images of that size already are not touched.
+        crop: Share of the resized image that is kept; 0.875 is usual for ImageNet.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[tuple[str, int]],
+        classes: Sequence[str],
+        origin: str,
+        size: int = 224,
+        crop: float = 0.875,
+    ) -> None:
+        self.files = list(files)
+        self.classes = tuple(classes)
+        self.origin = origin
+        self.labels = np.array([label for _, label in self.files], dtype=np.int64)
+        self.index = np.arange(len(self.files))
+        self.size = size
+        self._resize = v2.Compose(
+            [v2.Resize(round(size / crop), antialias=True), v2.CenterCrop(size)]
+        )
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, position: int) -> tuple[Tensor, int]:
+        """The image as (3, size, size) uint8, and its label."""
+        path, label = self.files[position]
+        try:
+            picture = datasets.folder.pil_loader(path)
+        except OSError as error:
+            raise OSError(
+                f"`{path}` cannot be decoded ({error}): fetch it again or remove it"
+            ) from error
+        if picture.size != (self.size, self.size):
+            picture = self._resize(picture)
+        return v2.functional.pil_to_tensor(picture), label
+
+    def subset(self, positions: Sequence[int] | np.ndarray) -> FolderSet:
+        """The images at `positions`, in that order."""
+        part = object.__new__(FolderSet)
+        part.__dict__.update(self.__dict__)
+        part.files = [self.files[i] for i in positions]
+        part.labels = self.labels[positions]
+        part.index = self.index[positions]
+        return part
+
+    def balanced(self, count: int) -> FolderSet:
+        """The first `count // len(classes)` images of every class, in the order of this set."""
+        return self.subset(balanced_positions(self, count))
+
+
+def read_folder(
+    root: str | Path, size: int = 224, classes: Sequence[str] | None = None, crop: float = 0.875
+) -> FolderSet:
+    """Read ``root/<class>/<image>``.
+
+    Args:
+        root: The folder; its sub-folders are the classes.
+        size: Height and width of the images given out.
+        classes: Folder names in label order, for sets that have only some of a model's classes
+            (ImageNet-R has 200 of 1,000). Default: the folder names, sorted.
+        crop: See `FolderSet`.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise FileNotFoundError(f"`{root}` is missing: expected a folder with one folder per class")
+    try:
+        found = datasets.ImageFolder(str(root))
+    except FileNotFoundError as error:  # no class folders, or one without images
+        raise FileNotFoundError(
+            f"`{root}` must hold one folder of images per class, but {_first_line(error)}"
+        ) from error
+    if classes is None:
+        return FolderSet(found.samples, found.classes, str(root), size, crop)
+    unknown = sorted(set(found.classes) - set(classes))
+    if unknown:
+        raise ValueError(
+            f"`{root}` has folders that are not among the {len(classes)} classes "
+            f"({', '.join(unknown[:3])}): remove them or pass the right `classes`"
+        )
+    label_of = {name: label for label, name in enumerate(classes)}
+    files = [(path, label_of[found.classes[label]]) for path, label in found.samples]
+    return FolderSet(files, classes, str(root), size, crop)
+
+
+def list_imagenet_c(root: str | Path) -> list[str]:
+    """The corruptions that an ImageNet-C folder has, alphabetically."""
+    root = Path(root)
+    severities = [*root.glob("*/[1-5]"), *root.glob("*/*/[1-5]")]
+    return sorted({path.parent.name for path in severities if path.is_dir()})
+
+
+def read_imagenet_c(
+    root: str | Path,
+    corruption: str,
+    severity: int,
+    size: int = 224,
+    classes: Sequence[str] | None = None,
+) -> FolderSet:
+    """Read ``root/<corruption>/<severity>/<class>/<image>``.
+
+    The archives' own grouping, ``root/<noise|blur|...>/<corruption>/...``, is read as well.
+
+    Args:
+        root: The ImageNet-C folder.
+        corruption: For example "gaussian_noise".
+        severity: 1 to 5.
+        size: Height and width of the images given out; the published ones are 224.
+        classes: See `read_folder`.
+    """
+    if severity not in range(1, 6):
+        raise ValueError(f"`severity` must be an integer in 1..5, got {severity}")
+    root = Path(root)
+    found = [root / corruption, *sorted(root.glob(f"*/{corruption}"))]
+    folder = next((path for path in found if path.is_dir()), None)
+    if folder is None:
+        have = ", ".join(list_imagenet_c(root)) or "none"
+        raise FileNotFoundError(
+            f"`{root / corruption}` is missing: unpack that part of ImageNet-C into {root}, whose "
+            f"corruptions are: {have}"
+        )
+    return read_folder(folder / str(severity), size, classes)
+
+
+def _first_line(error: Exception) -> str:
+    message = str(error).splitlines()[0]
+    return message[:1].lower() + message[1:].rstrip(".")

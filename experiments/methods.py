@@ -1,0 +1,101 @@
+"""Method strings of the command line: ``"eata"``, ``"eata.cifar10"``, ``"unmix_tns+eata+lame"``.
+
+A string is sugar for `tta.wrap`'s keywords: every component goes to the slot it belongs to, so
+their order does not matter. A component without a preset gets the one made for the model's number
+of classes, if it has one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+import tta
+from tta.checks import nearest
+
+__all__ = ["Method", "parse_method", "parse_methods"]
+
+SLOTS = ("norm", "update", "output")
+PRESET_OF_CLASSES = {10: "cifar10", 100: "cifar100", 1000: "imagenet"}
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table.
+
+    Args:
+        label: What the user wrote, for tables.
+        slots: Component of each filled slot, with its preset; empty for the source model.
+    """
+
+    label: str
+    slots: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def cost(self) -> float:
+        """Rough cost of a batch in plain forwards, to foretell the time left."""
+        return 4.0 if "update" in self.slots else 1.3 if self.slots else 1.0
+
+    def wrap(self, model: nn.Module, **arguments: Any) -> tta.Adapter:
+        """Wrap `model`; `arguments` are those of `tta.wrap`."""
+        if not self.slots:
+            return tta.wrap(model, "source", **arguments)
+        return tta.wrap(model, **self.slots, **arguments)  # type: ignore[arg-type]
+
+
+def parse_method(text: str, classes: int) -> Method:
+    """Read one method string.
+
+    Args:
+        text: Component names joined by ``+``, each with or without ``.preset``.
+        classes: The model's number of classes, which chooses presets that are not given.
+
+    Raises:
+        ValueError: For an unknown component or preset (with the nearest name), or two components
+            of one slot.
+    """
+    label = text.strip()
+    if label == "source":
+        return Method(label)
+    slot_of = {name: slot for slot in SLOTS for name in tta.list_methods(slot=slot)}
+    slots: dict[str, str] = {}
+    for part in label.split("+"):
+        name = part.strip()
+        base, _, preset = name.partition(".")
+        if base == "source":
+            raise ValueError(
+                f"`methods` has {label!r}, but source means no adaptation and is joined to "
+                "nothing: leave it out"
+            )
+        if base not in slot_of:
+            raise ValueError(
+                f"`methods` must be names of components, got {base!r}: "
+                + nearest(base, [*slot_of, "source"])
+            )
+        slot = slot_of[base]
+        if slot in slots:
+            raise ValueError(
+                f"`methods` has {label!r}, where {slots[slot]} and {name} are both {slot} "
+                "components: keep one for each of norm, update and output"
+            )
+        default = PRESET_OF_CLASSES.get(classes)
+        if not preset and f"{base}.{default}" in tta.list_methods(f"{base}.*"):
+            name = f"{base}.{default}"
+        tta.get_config(name)  # raises for an unknown preset
+        slots[slot] = name
+    return Method(label, slots)
+
+
+def parse_methods(texts: Sequence[str], classes: int) -> list[Method]:
+    """Read all method strings; the same one twice is an error."""
+    methods = [parse_method(text, classes) for text in texts]
+    labels = [method.label for method in methods]
+    twice = sorted({label for label in labels if labels.count(label) > 1})
+    if twice:
+        raise ValueError(f"`methods` must name each method once, got {', '.join(twice)} twice")
+    if not methods:
+        raise ValueError("`methods` must name at least one method, got none: such as source tent")
+    return methods

@@ -1,0 +1,114 @@
+"""The model and the images of a run, opened and checked against each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import models
+import tta
+from experiments.data import Collection, LabelledSet, open_data
+
+__all__ = ["Subject", "load_subject", "pick_device"]
+
+
+@dataclass
+class Subject:
+    """A model and what it is shown.
+
+    Args:
+        name: The model's name.
+        model: On `device`, in eval mode.
+        info: What `models.load` says about it.
+        source: Artefacts made from its training images, or None.
+        data: Shifted domains, or the images to shift.
+        clean: Clean images, or None.
+        preprocess: Pixels (B, 3, H, W) in [0, 1] to what the model takes.
+        device: Where the model is.
+    """
+
+    name: str
+    model: nn.Module
+    info: models.ModelInfo
+    source: tta.SourceStatistics | None
+    data: Collection
+    clean: LabelledSet | None
+    preprocess: Callable[[Tensor], Tensor]
+    device: torch.device
+
+    def describe(self) -> dict[str, Any]:
+        """The model for a results file."""
+        return {
+            "name": self.name,
+            "architecture": type(self.model).__name__,
+            "norm_layers": self.info.norm_types,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "source_artefacts": [] if self.source is None else self.source.contents,
+        }
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device called `name`; None for CUDA where there is one, else the CPU."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"`device` must be one that torch can use here, got {name!r} ({reason}): leave it out "
+            "to have it chosen"
+        ) from error
+    return device
+
+
+def load_subject(
+    model_name: str,
+    data_name: str,
+    device: torch.device,
+    clean_name: str | None = None,
+    source_path: str | None = None,
+) -> Subject:
+    """Load a model and open the data it is shown.
+
+    Args:
+        model_name: For `models.load`.
+        data_name: For `experiments.data.open_data`.
+        device: Where the model goes.
+        clean_name: Path of clean images, where the data holds only shifted ones.
+        source_path: File of a `tta.SourceStatistics`; default: what comes with the model.
+    """
+    model, info = models.load(model_name)
+    size = info.input_size[-1]
+    data = open_data(data_name, size=size)
+    clean = data.clean if clean_name is None else open_data(clean_name, size=size).clean
+    if clean_name is not None and clean is None:
+        raise ValueError(f"`clean` must be a path of clean images, got {clean_name!r}")
+    if clean is not None and len(clean.classes) > info.num_classes:
+        raise ValueError(
+            f"`data` must not have more classes than the model, got {len(clean.classes)} in "
+            f"{clean.origin} and {info.num_classes} in {model_name}: choose another model"
+        )
+    source = info.source
+    if source_path is not None:
+        if not Path(source_path).is_file():
+            raise FileNotFoundError(
+                f"`{source_path}` is missing: make it with tta.collect_source(...).save(path)"
+            )
+        source = tta.SourceStatistics.load(source_path)
+    preprocess = _preprocess(info, device)
+    model = model.to(device).eval()
+    return Subject(model_name, model, info, source, data, clean, preprocess, device)
+
+
+def _preprocess(info: models.ModelInfo, device: torch.device) -> Callable[[Tensor], Tensor]:
+    mean, std = (torch.tensor(v, device=device).view(1, -1, 1, 1) for v in (info.mean, info.std))
+    if bool((mean == 0).all()) and bool((std == 1).all()):
+        return lambda images: images
+    return lambda images: (images - mean) / std
