@@ -10,8 +10,8 @@ when the average of the loss falls under a threshold, as it does in a collapse, 
 comes back. It is meant for models with GroupNorm or LayerNorm.
 
     S1 = [H_b(theta) < E0],   theta' = theta + rho g / |g|,   g = grad mean_{S1} H_b(theta)
-    S2 = S1 [H_b(theta') < E0],   theta <- theta - lr grad mean_{S2} H_b(theta')       (eq. 2-4)
-    e <- 0.9 e + 0.1 L2;   e < ``reset_threshold``: theta <- theta_0                     (sec. 3.3)
+    S2 = S1 [H_b(theta') < E0],   theta <- theta - lr grad mean_{S2} H_b(theta')
+    e <- 0.9 e + 0.1 L2;   e < ``reset_threshold``: theta <- theta_0
 
 What is returned are the logits of the first forward pass. The last blocks and the final norm are
 not trained. Here that goes by position: of the norm layers, in the order in which a forward pass
@@ -58,9 +58,9 @@ OFFICIAL_LEFT_OUT = ("layer4", "blocks.9", "blocks.10", "blocks.11", "norm.")
 class SarConfig(UpdateConfig):
     """Fields of ``sar``."""
 
-    entropy_margin: float = 0.4  # E0 as a share of ln C, eq. 2
-    rho: float = 0.05  # length of the sharpness-aware perturbation, eq. 3
-    reset_threshold: float = 0.2  # of the average loss in nats, e0 of sec. 3.3
+    entropy_margin: float = 0.4  # E0 as a share of ln C
+    rho: float = 0.05  # length of the sharpness-aware perturbation
+    reset_threshold: float = 0.2  # of the average loss in nats
     skip_blocks: float = 0.25  # share of the norm layers left out at the end, and the final norm
 
     def __post_init__(self) -> None:
