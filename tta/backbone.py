@@ -7,6 +7,7 @@ by a hook, so that no model has to be split.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -62,6 +63,17 @@ class _Tap:
         self.value = args[0]
 
 
+class _Mark:
+    """A forward pre-hook that notes the first call of its layer."""
+
+    def __init__(self, name: str, order: list[str]) -> None:
+        self.name, self.order = name, order
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if self.name not in self.order:
+            self.order.append(self.name)
+
+
 class Backbone:
     """Calls the model, checks what comes out, and reads features when asked to.
 
@@ -75,9 +87,11 @@ class Backbone:
         self.model = model
         self.num_classes = classes
         self.tap = _Tap() if features else None
-        self._handle = None
+        self._handles: list[Any] = []
+        self._marks: list[Any] = []
+        self._order: list[str] = []
         if self.tap is not None:
-            self._handle = find_classifier(model).register_forward_pre_hook(self.tap)
+            self._handles.append(find_classifier(model).register_forward_pre_hook(self.tap))
         self.entry = next((m for m in model.modules() if _takes_images(m)), None)
 
     def __call__(self, x: Tensor) -> Prediction:
@@ -148,10 +162,27 @@ class Backbone:
                     f"{tuple(x.shape)}: convert them to what the model takes."
                 )
 
+    def watch_calls(self, names: Iterable[str]) -> None:
+        """Note, from now on, in which order the named layers are called."""
+        for name in names:
+            mark = _Mark(name, self._order)
+            self._marks.append(self.model.get_submodule(name).register_forward_pre_hook(mark))
+
+    def call_order(self) -> list[str]:
+        """The watched layers in the order of their first call, those never called left out.
+
+        Watching ends here.
+        """
+        for handle in self._marks:
+            handle.remove()
+        order, self._marks, self._order = self._order, [], []
+        return order
+
     def close(self) -> None:
-        """Take the hook off the model."""
-        if self._handle is not None:
-            self._handle.remove()
+        """Take all hooks off the model."""
+        self.call_order()
+        for handle in self._handles:
+            handle.remove()
 
 
 def _takes_images(module: nn.Module) -> bool:

@@ -58,7 +58,7 @@ def _build(
         batch_size=config.batch_size,
     )
     if isinstance(config.update, UpdateConfig):
-        context.parameters = select(model, config.update.params)
+        context.parameters = _parameters(model, config.update)
     output = None
     if config.output is not None:
         output_class: Any = component(config.output.name)
@@ -67,6 +67,8 @@ def _build(
     wrappers: dict[str, AdaptiveNorm] = {}
     if config.norm is not None:
         wrappers = _insert_norm(model, config.norm, context)
+    else:
+        context.rows_independent = surgery.rows_independent(model)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     needs_features = output is not None and output.needs_features
     adapter = None
@@ -83,13 +85,15 @@ def _build(
         for wrapper in wrappers.values():
             wrapper.rule.to(device)
         adapter = Adapter(model, config, context, network, wrappers, update, output)
-        parts = [p for p in (update, output) if p is not None]
         if constants is not None:
             _load_constants({"update": update, "output": output}, constants)
         else:
             before = adapter.state()
-            for part in parts:
-                part.fit(source)
+            if output is not None:
+                with surgery.running_statistics(wrappers):
+                    output.fit(source, network)
+            if update is not None:
+                update.fit(source)
             used = "; ".join(part.source_used for part in parts if part.source_used)
             adapter.config = dataclasses.replace(config, source=used or None)
             # Source passes go through the norm rule and must leave no trace in it.
@@ -102,6 +106,19 @@ def _build(
         raise
     adapter._mark_reset_point()
     return adapter
+
+
+def _parameters(model: nn.Module, config: UpdateConfig) -> dict[str, nn.Parameter]:
+    found, cls = select(model, config.params), component(config.name)
+    assert issubclass(cls, Update)
+    left_out = cls.leaves_out(config, found)
+    if len(left_out) == len(found):
+        raise ValueError(
+            f"`params`={config.params!r} must leave {config.name} something to train, but it "
+            f"leaves out all {len(found)} parameters of this {type(model).__name__}: choose other "
+            "params=."
+        )
+    return {name: p for name, p in found.items() if name not in left_out}
 
 
 def _load_constants(parts: dict[str, Any], constants: dict[str, Tensor]) -> None:

@@ -9,7 +9,8 @@ normalisation and the base's own ``drop`` and ``act`` follow.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ __all__ = [
     "instance_stats",
     "normalize",
     "remove",
+    "rows_independent",
+    "running_statistics",
     "too_few_values",
 ]
 
@@ -46,12 +49,15 @@ class AdaptiveNorm(nn.Module):
         super().__init__()
         self.base = base
         self.rule = rule
+        self.bypassed = False  # the base normalises, as in the source model
         # A subclass with a forward of its own does something after normalising.
         self.finish = type(base).forward is not _BatchNorm.forward and not isinstance(
             base, nn.SyncBatchNorm
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.bypassed:
+            return self.base(x)
         y = self.rule(x, self.base)
         return _finish(y, self.base) if self.finish else y
 
@@ -106,6 +112,24 @@ def insert(model: nn.Module, make: Callable[[nn.Module], NormRule]) -> dict[str,
 def remove(model: nn.Module, wrappers: dict[str, AdaptiveNorm]) -> None:
     """Undo :func:`insert`."""
     _swap(model, {w: w.base for w in wrappers.values()})
+
+
+@contextmanager
+def running_statistics(wrappers: dict[str, AdaptiveNorm]) -> Iterator[None]:
+    """The source model's own normalisation within a ``with`` block, no rule asked or moved."""
+    for wrapper in wrappers.values():
+        wrapper.bypassed = True
+    try:
+        yield
+    finally:
+        for wrapper in wrappers.values():
+            wrapper.bypassed = False
+
+
+def rows_independent(model: nn.Module) -> bool:
+    """Whether no BatchNorm layer of an unwrapped model in eval mode mixes the rows of a batch."""
+    layers: Any = batch_norm_layers(model).values()
+    return all(m.running_mean is not None for m in layers)
 
 
 def _swap(model: nn.Module, replacement: dict[Any, Any]) -> None:

@@ -14,7 +14,7 @@ devices) is generic and lives in :mod:`tta.adapter` and :mod:`tta.state`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from tta.source import SourceStatistics
 
 __all__ = ["Component", "Context", "NormRule", "Output", "Prediction", "Report", "Update"]
+
+# A kept row costs a forward and a backward of its own, about 2.3 forwards; the backward of the
+# whole batch, about 1.3, whether one row or all of them are in the loss.
+RERUN_BELOW = 0.55  # share of kept rows
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 
@@ -76,6 +80,7 @@ class Context:
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)  # to be trained, by name
     generator: torch.Generator = field(default_factory=torch.Generator)
     batch_size: int | None = None
+    rows_independent: bool = False  # no image changes what the model says of another one
 
     @property
     def log_classes(self) -> float:
@@ -104,6 +109,10 @@ class Component(nn.Module):
         """What was fixed at wrap, by name."""
         moving = set(self.state_dict())
         return {name: b for name, b in self.named_buffers() if name not in moving}
+
+    def growing(self) -> tuple[str, ...]:
+        """Buffers whose first axis may have any length; only ``official=True`` may name some."""
+        return ()
 
     def load_constants(self, values: dict[str, Tensor]) -> None:
         """Set what :meth:`constants` returned."""
@@ -152,9 +161,14 @@ class Update(Component):
         self.context = context
         self.parameters_adapted = context.parameters
         self.report = Report()
-        self.recover: Callable[[], None] = lambda: None  # set by the adapter
+        self.recover: Callable[..., None] = lambda **_: None  # set by the adapter
         self.register_buffer("resets", torch.zeros((), dtype=torch.int64))
         self.optimizer = self._make_optimizer()
+
+    @classmethod
+    def leaves_out(cls, config: Any, names: Iterable[str]) -> set[str]:
+        """Parameters, of those that ``config.params`` selects, that the method does not train."""
+        return set()
 
     def adapt(self, x: Tensor) -> Prediction:
         """One cycle: predict ``x`` (B, ...), learn from it, fill ``self.report``."""
@@ -178,13 +192,41 @@ class Update(Component):
         """Buffers that ``reset`` leaves as they are; only ``official=True`` may name some."""
         return ()
 
-    def step(self, loss: Tensor) -> bool:
+    def forward_rows(self, x: Tensor, rows: Tensor) -> Tensor:
+        """Logits (N, C) of the rows of ``x`` in the mask ``rows`` (B,), in a new forward pass.
+
+        Where rows depend on each other (batch statistics) the whole batch goes through the model.
+        """
+        if self.context.rows_independent:
+            return self.network(x[rows]).logits
+        return self.network(x).logits[rows]
+
+    def kept_logits(self, x: Tensor, prediction: Prediction, rows: Tensor) -> Tensor:
+        """Logits (N, C) of the rows that go into a loss, those of ``prediction`` for ``x``.
+
+        A backward pass costs the same for every row, in the loss or not. Where rows do not depend
+        on each other and few are kept, these go through the model again alone and the graph of
+        the whole batch is dropped: the same gradient, up to rounding, for less.
+        """
+        if self.context.rows_independent and int(rows.sum()) < RERUN_BELOW * len(rows):
+            return self.forward_rows(x, rows)
+        return prediction.logits[rows]
+
+    def step(self, loss: Tensor, gradients: Sequence[Tensor] | None = None) -> bool:
         """Back-propagate ``loss`` and take one optimiser step, unless something is not finite.
+
+        Args:
+            loss: What falls.
+            gradients: Its gradients where they were taken already, elsewhere than here (SAM).
 
         Returns:
             Whether the parameters moved. Gradients are cleared either way.
         """
-        loss.backward()
+        if gradients is None:
+            loss.backward()
+        else:
+            for p, g in zip(self.parameters_adapted.values(), gradients, strict=True):
+                p.grad = g
         grads = [p.grad for p in self.parameters_adapted.values() if p.grad is not None]
         total = torch.nn.utils.get_total_norm(grads) if grads else loss.detach()
         finite = bool(torch.isfinite(loss.detach() + total))
@@ -231,10 +273,17 @@ class Output(Component):
 
     def __init__(self, config: Any, context: Context) -> None:
         super().__init__(config)
+        self.context = context
         self.learning = True
+        self.report = Report()
 
-    def fit(self, source: SourceStatistics) -> None:
-        """Take what the rule needs of ``source`` and raise ``ValueError`` if it is not there."""
+    def fit(self, source: SourceStatistics, network: Backbone) -> None:
+        """Take what the rule needs of ``source`` and raise ``ValueError`` if it is not there.
+
+        Args:
+            source: The artefacts at hand.
+            network: The source model under its running statistics.
+        """
 
     def correct(self, prediction: Prediction) -> Tensor:
         """Scores (B, C) that replace the logits."""

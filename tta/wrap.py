@@ -176,7 +176,8 @@ def _override(
                 f"{chosen[owners[0]].name!r}, {key}=...)."  # type: ignore[union-attr]
             )
         config = chosen[owners[0]]
-        extra = {"lr_scaling": "none"} if key == "lr" else {}
+        scales = key == "lr" and isinstance(config, UpdateConfig)
+        extra = {"lr_scaling": "none"} if scales else {}
         chosen = chosen | {owners[0]: config.replace(**{key: value}, **extra)}  # type: ignore[union-attr]
     return chosen
 
