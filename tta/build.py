@@ -94,7 +94,11 @@ def _build(
                     output.fit(source, network)
             if update is not None:
                 update.fit(source)
-            used = "; ".join(part.source_used for part in parts if part.source_used)
+            used = "; ".join(
+                part.source_used
+                for part in (update, output)
+                if part is not None and part.source_used
+            )
             adapter.config = dataclasses.replace(config, source=used or None)
             # Source passes go through the norm rule and must leave no trace in it.
             adapter.load_state({k: v for k, v in before.items() if k.startswith("norm/")})
