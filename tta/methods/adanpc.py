@@ -313,6 +313,8 @@ class AdanpcBn(Adanpc):
         return scores.detach(), self._remember(unit.detach(), scores.detach())
 
     def _step(self, gradients: tuple[Tensor, ...]) -> None:
+        if not all(bool(g.isfinite().all()) for g in gradients):
+            return
         adam(
             [self.weight, self.bias],
             list(gradients),
