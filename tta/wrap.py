@@ -66,6 +66,7 @@ def wrap(
             source artefacts, or a model that is already wrapped. The model is left as it was.
 
     Example:
+        >>> import torch
         >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(),
         ...                     nn.Linear(4 * 6 * 6, 10))
         >>> adapter = wrap(net, "tent", lr=1e-3, update="tent.cifar10")
