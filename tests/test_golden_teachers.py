@@ -11,8 +11,13 @@ from torch import Tensor, nn
 
 import tta
 from tests.traces_teachers import FOLDER, KEYS, TeacherTrace
+from tta import losses
+from tta.augment import View, jitter_colours, make_view
+from tta.posterior import Moments, prior
+from tta.teachers import OtherWeights, low_values
 
-TRACES = [p for p in sorted(FOLDER.glob("*.npz")) if p.stem.split("_")[0] in ("cotta", "petal", "rmt")]
+METHODS = ("cotta", "petal", "rmt")
+TRACES = [p for p in sorted(FOLDER.glob("*.npz")) if p.stem.partition("_")[0] in METHODS]
 LOGITS = {"atol": 5e-5, "rtol": 1e-4}
 STUDENT = {"atol": 5e-5, "rtol": 0.0}
 TEACHER = {"atol": 2e-6, "rtol": 0.0}
@@ -119,5 +124,113 @@ def _check_fisher(trace: TeacherTrace, seen: list[tuple[Tensor, Tensor]]) -> Non
         assert int((mask != expected).sum()) <= 3
 
 
-def _piece(name: str) -> TeacherTrace:
-    return TeacherTrace(FOLDER / f"pieces_{name}.npz")
+class Piece(TeacherTrace):
+    """A trace of single functions, which must be read to the last key."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(FOLDER / f"pieces_{name}.npz")
+        provenance = {"hparams_json", "kind", "official_commit", "seeds_cotta", "seeds_roid"}
+        self.unread = set(self.arrays) - provenance
+
+    def tensor(self, key: str) -> Tensor:
+        """An array, noted as read."""
+        self.unread.discard(key)
+        return super().tensor(key)
+
+
+def test_pieces_of_losses() -> None:
+    piece = Piece("losses")
+    student, teacher = piece.tensor("logits_student"), piece.tensor("logits_teacher")
+
+    def check(key: str, loss, reduction: str = "mean") -> None:
+        z = student.clone().requires_grad_()
+        values = loss(z)
+        close(values.detach(), piece.tensor(f"{key}_per_sample"), **PIECES)
+        getattr(values, reduction)().backward()
+        close(z.grad, piece.tensor(f"{key}_grad"), **PIECES)
+
+    check("ce_cifar", lambda z: losses.consistency(z, teacher, symmetric=False))
+    check("ce_imagenet", lambda z: losses.consistency(z, teacher, symmetric=True))
+    for i, alpha in enumerate(piece.tensor("sce_alpha").tolist()):
+        check(f"sce_{i}", lambda z, a=alpha: losses.symmetric_cross_entropy(z, teacher, a))
+    check("slr", losses.soft_likelihood_ratio, "sum")
+    close(losses.entropy(student), piece.tensor("entropy_per_sample"), **PIECES)
+    for i, momentum in enumerate(piece.tensor("ema_alpha").tolist()):
+        weights = {"w": nn.Parameter(piece.tensor("ema_student"))}
+        network = type("Network", (), {"names": lambda self, parameters: ["w"], "wrappers": []})()
+        average = OtherWeights(network, weights)
+        average.named()["w"].copy_(piece.tensor("ema_teacher"))
+        average.follow(momentum)
+        close(average.named()["w"], piece.tensor("ema_out")[i], **PIECES)
+    projector = nn.Sequential(nn.Linear(32, 128), nn.ReLU(), nn.Linear(128, 128))
+    projector.load_state_dict(piece.group("projector"))
+    for i, temperature in enumerate(piece.tensor("con_temperature").tolist()):
+        features = piece.tensor("con_features").requires_grad_()
+        projector.zero_grad()
+        loss = losses.contrastive(projector(features), temperature)
+        loss.backward()
+        close(loss.detach(), piece.tensor(f"con_{i}_loss"), **PIECES)
+        close(features.grad, piece.tensor(f"con_{i}_grad_features"), **PIECES)
+        grad = projector.get_parameter("0.weight").grad
+        close(grad, piece.tensor(f"con_{i}_grad_proj0_weight"), **PIECES)
+    assert not piece.unread
+
+
+def test_pieces_of_petal() -> None:
+    piece = Piece("petal")
+    shares = piece.tensor("quantile_perc").tolist()
+    for tail in ("", "_zeros"):
+        for i, share in enumerate(shares):
+            mask, threshold = low_values(piece.tensor("quantile_arr" + tail), share)
+            close(threshold, piece.tensor("quantile_value" + tail)[i], **PIECES)
+            assert int(mask.sum()) == int(piece.tensor("quantile_n_below" + tail)[i])
+    snapshots = piece.group("snapshots")
+    moments = Moments([s[0] for s in snapshots.values()])
+    for i in range(4):
+        moments.add(s[i] for s in snapshots.values())
+    found = {
+        "swa_mean": [m.float() for m in moments.mean],
+        "swa_sqmean": [m.float() for m in moments.square],
+        "swa_cov": moments.variance(),
+    }
+    for key, values in found.items():
+        for name, value in zip(snapshots, values, strict=True):
+            close(value, piece.group(key)[name], **PIECES)
+    smallest = min(float(v.min()) for v in found["swa_cov"])
+    np.testing.assert_allclose(smallest, float(piece.tensor("cov_min")), atol=2e-6)
+    mean, cov = piece.group("swa_mean"), piece.group("swa_cov")
+    value, pull = prior(
+        [s[3] for s in snapshots.values()],
+        [mean[n] for n in snapshots],
+        [cov[n] for n in snapshots],
+        piece.hparams["damp"],
+    )
+    close(value, piece.tensor("reg_loss"), **PIECES)
+    for name, gradient in zip(snapshots, pull, strict=True):
+        close(gradient, piece.group("reg_grad")[name], **PIECES)
+    assert piece.unread == {k for k in piece.arrays if k.startswith("weights/")}  # the source model
+
+
+@pytest.mark.parametrize("draw", ["cotta_0", "cotta_1", "cotta_2", "roid_0"])
+def test_pieces_of_augmentation(draw: str) -> None:
+    piece = Piece("aug")
+    got = piece.group(draw)
+    factors = [0.0] * 5
+    for operation, factor in zip(got["colour_order"].tolist(), got["colour_factor"], strict=True):
+        factors[operation] = float(factor)
+    angle, right, down, scale = got["affine_angle_tx_ty_scale"].tolist()
+    view = View(
+        order=tuple(got["colour_order"].tolist()),
+        factors=tuple(factors),
+        angle=angle,
+        shift=(int(right), int(down)),
+        scale=scale,
+        sigma=float(got.get("blur_sigma", 0.0)),
+        flip=bool(got["flip"]),
+    )
+    images, padding = piece.tensor("inputs"), "reflect" if draw.startswith("roid") else "edge"
+    close(jitter_colours(images, view), got["after_colour"], **PIECES)
+    close(make_view(images, view._replace(flip=False), None, padding), got["after_crop"], **PIECES)
+    noise = got.get("noise_standard_normal")
+    close(make_view(images, view, noise, padding), got["final"], **PIECES)
+    assert not {k for k in piece.unread if k.startswith(draw)}

@@ -293,6 +293,23 @@ class Augmenter:
         self.augment: Callable[[Tensor, int], Tensor] | None = context.augment
         self.calls = 0  # of the caller's `augment`, since wrap
 
+    def check(self, x: Tensor) -> None:
+        """Refuse what cannot be augmented, before anything has changed.
+
+        Raises:
+            ValueError: When ``x`` is not (B, C, H, W) with as many channels as there are means.
+        """
+        if x.ndim != 4:
+            raise ValueError(
+                f"`images` must be (B, C, H, W) to be augmented, got shape {tuple(x.shape)}: use a "
+                "method that does not augment."
+            )
+        if {len(self.mean), len(self.std)} - {1, x.shape[1]}:
+            raise ValueError(
+                f"`mean` and `std` must have one value, or one for each of {x.shape[1]} channels, "
+                f"got {self.mean} and {self.std}: wrap the model with those it was trained with."
+            )
+
     @torch.no_grad()
     def views(self, x: Tensor, count: int, generator: torch.Generator) -> Iterator[Tensor]:
         """So many views of ``x``, one by one.
@@ -305,17 +322,9 @@ class Augmenter:
         Yields:
             (B, C, H, W), what the model takes.
         """
-        if x.ndim != 4:
-            raise ValueError(
-                f"`images` must be (B, C, H, W) to be augmented, got shape {tuple(x.shape)}: use a "
-                "method that does not augment."
-            )
-        shape = (1, -1, 1, 1)
-        mean, std = (torch.tensor(v, device=x.device).view(shape) for v in (self.mean, self.std))
-        if x.shape[1] % mean.shape[1] != 0:
-            raise ValueError(
-                f"`mean` must have one value for each of {x.shape[1]} channels, got {self.mean}."
-            )
+        mean, std = (
+            torch.tensor(v, device=x.device).view(1, -1, 1, 1) for v in (self.mean, self.std)
+        )
         # Autocast would do the blur in half precision.
         with torch.autocast(x.device.type, enabled=False):
             pixels = x.float() if self.raw else x.float() * std + mean

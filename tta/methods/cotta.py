@@ -74,6 +74,7 @@ class Cotta(ConsistencyUpdate):
         """Learn from the teacher, move it, restore; the prediction is the teacher's before that."""
         config = self.config
         self.report = Report(selected=len(x))
+        self.augmenter.check(x)
         student = self.network(x)
         target = self.target(x)
         loss = consistency(student.logits, target.logits, config.symmetric_loss).mean()

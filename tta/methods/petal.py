@@ -102,6 +102,7 @@ class Petal(ConsistencyUpdate):
         """Learn from teacher and prior, move the teacher, restore the least informative."""
         config = self.config
         self.report = Report(selected=len(x))
+        self.augmenter.check(x)
         student = self.network(x)
         target = self.target(x)
         loss = consistency(student.logits, target.logits, config.symmetric_loss).mean()
