@@ -43,7 +43,9 @@ def test_the_neutral_view_is_the_image() -> None:
     torch.testing.assert_close(make_view(x, PLAIN), x, atol=2e-6, rtol=0)
     tiny_blur = make_view(x, PLAIN._replace(sigma=0.001))
     torch.testing.assert_close(tiny_blur, x, atol=2e-6, rtol=0)
-    torch.testing.assert_close(make_view(x, PLAIN._replace(flip=True)), x.flip(3), atol=2e-6, rtol=0)
+    torch.testing.assert_close(
+        make_view(x, PLAIN._replace(flip=True)), x.flip(3), atol=2e-6, rtol=0
+    )
 
 
 def test_a_shift_moves_the_image_and_repeats_its_edge() -> None:

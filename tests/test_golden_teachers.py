@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -36,7 +34,10 @@ def test_every_key_is_accounted_for(trace: TeacherTrace) -> None:
 
 def _parameters(adapter: tta.Adapter, trace: TeacherTrace, when: str) -> None:
     state = adapter.state()
-    for who, prefix, limit in (("student", "param/", STUDENT), ("teacher", "update/teacher.", TEACHER)):
+    for who, prefix, limit in (
+        ("student", "param/", STUDENT),
+        ("teacher", "update/teacher.", TEACHER),
+    ):
         for name, value in trace.group(f"{who}_{when}").items():
             close(state[prefix + name], value, **limit)
 

@@ -1,6 +1,6 @@
 """Traces of CoTTA, PETAL and RMT: reading them, and how their hyper-parameters become arguments.
 
-``KEYS`` says of every key of every trace how it is checked; a test fails for a key that is not there.
+``KEYS`` says of every key of every trace how it is checked; a test fails for one that is missing.
 """
 
 from __future__ import annotations

@@ -72,7 +72,9 @@ def draw_view(height: int, width: int, generator: torch.Generator) -> View:
     order = torch.randperm(5, generator=generator, device=device).tolist()
     u = torch.rand(11, generator=generator, device=device, dtype=torch.float64).tolist()
     factors = tuple(low + (high - low) * r for (low, high), r in zip(RANGES, u, strict=False))
-    right, down = (round((2 * r - 1) * SHIFT * n) for r, n in zip(u[5:7], (width, height), strict=True))
+    right, down = (
+        round((2 * r - 1) * SHIFT * n) for r, n in zip(u[5:7], (width, height), strict=True)
+    )
     return View(
         order=tuple(order),
         factors=factors,
@@ -340,6 +342,6 @@ class Augmenter:
             view = self.augment(pixels, self.calls)
             self.calls += 1
             return view.clone()
-        parameters = draw_view(*pixels.shape[2:], generator)
+        parameters = draw_view(pixels.shape[2], pixels.shape[3], generator)
         noise = torch.randn(pixels.shape, generator=generator, device=pixels.device)
         return make_view(pixels, parameters, noise)
