@@ -14,7 +14,7 @@ from tta import norm
 from tta.backbone import Backbone
 from tta.checks import nearest
 from tta.config import AdapterConfig
-from tta.slots import Context, Output, Prediction, Report, Update
+from tta.slots import Context, Output, Prediction, Report, Update, forget_casts
 
 __all__ = ["Adapter"]
 
@@ -130,13 +130,15 @@ class Adapter(nn.Module):
         """Copy a full or partial state in.
 
         Args:
-            state: Tensors by the names that :meth:`state` uses.
+            state: Tensors by the names that :meth:`state` uses; ``update/student.<name>`` is
+                another name for ``param/<name>``.
             as_source: Also make these values the ones that :meth:`reset` restores.
 
         Raises:
             ValueError: For a name or a shape that this adapter does not have; nothing is copied.
         """
         moving = self._moving()
+        state = {_alias(key): value for key, value in state.items()}
         for key, value in state.items():
             if key not in moving:
                 raise ValueError(
@@ -243,6 +245,7 @@ class Adapter(nn.Module):
     # How it works ---------------------------------------------------------------------------
 
     def _forward(self, x: Tensor) -> Tensor:
+        forget_casts(x.device.type)  # whoever filled the cache may have done so without gradient
         if self.update is not None and self._learning:
             with torch.enable_grad():
                 prediction = self.update.learn(x)
@@ -307,7 +310,7 @@ class Adapter(nn.Module):
             if part is not None:
                 found |= {f"{slot}/{k}": v for k, v in part.state_dict().items()}
         if self.update is not None:
-            for name, p in self._context.parameters.items():
+            for name, p in self.update.optimized().items():
                 for key, value in self.update.optimizer.state.get(p, {}).items():
                     found[f"optim/{name}.{key}"] = value
         found["rng"] = self._context.generator.get_state()
@@ -359,7 +362,7 @@ class Adapter(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Adapter:
         super()._apply(fn, recurse)
         if self.update is not None:
-            for p in self._context.parameters.values():
+            for p in self.update.optimized().values():
                 slots = self.update.optimizer.state.get(p, {})
                 for key, value in slots.items():
                     if key != "step":  # torch keeps the step count on the CPU
@@ -378,6 +381,12 @@ def _check_shape(key: str, value: Any, mine: Tensor, grows: bool) -> None:
             f"`state`[{key!r}] must have shape {expected}, got {got}: load a state made with the "
             "same model and method."
         )
+
+
+def _alias(key: str) -> str:
+    """Methods with a teacher call the trained parameters the student."""
+    student = "update/student."
+    return f"param/{key[len(student) :]}" if key.startswith(student) else key
 
 
 def _few(moving: dict[str, Tensor], key: str) -> list[str]:

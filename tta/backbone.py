@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tta.norm import AdaptiveNorm
 from tta.slots import Prediction
 
-__all__ = ["Backbone", "find_classifier", "num_classes"]
+__all__ = ["Backbone", "feature_size", "find_classifier", "num_classes"]
 
 
 def find_classifier(model: nn.Module) -> nn.Module:
@@ -49,6 +50,23 @@ def num_classes(model: nn.Module) -> int:
                 return getattr(module, name)
     raise ValueError(
         f"`model` must have a classifier with out_features, got a {type(head).__name__}: give "
+        "the model a get_classifier() that returns its last linear layer."
+    )
+
+
+def feature_size(model: nn.Module) -> int:
+    """Length of the features that the classifier takes, read off its first layer.
+
+    Raises:
+        ValueError: When no layer of it says so.
+    """
+    head = find_classifier(model)
+    for module in [head, *head.modules()]:
+        for name in ("in_features", "in_channels"):
+            if isinstance(getattr(module, name, None), int):
+                return getattr(module, name)
+    raise ValueError(
+        f"`model` must have a classifier with in_features, got a {type(head).__name__}: give "
         "the model a get_classifier() that returns its last linear layer."
     )
 
@@ -92,10 +110,25 @@ class Backbone:
         self._order: list[str] = []
         if self.tap is not None:
             self._handles.append(find_classifier(model).register_forward_pre_hook(self.tap))
+        self.wrappers = [m for m in model.modules() if isinstance(m, AdaptiveNorm)]
         self.entry = next((m for m in model.modules() if _takes_images(m)), None)
 
-    def __call__(self, x: Tensor) -> Prediction:
-        logits = self.model(x)
+    def names(self, parameters: Iterable[nn.Parameter]) -> list[str]:
+        """Names in the model as it is now, with norm layers inside their wrappers."""
+        known = {id(p): name for name, p in self.model.named_parameters()}
+        return [known[id(p)] for p in parameters]
+
+    def __call__(self, x: Tensor, weights: dict[str, Tensor] | None = None) -> Prediction:
+        """One forward pass.
+
+        Args:
+            x: What the model takes.
+            weights: Used in place of the parameters of these :meth:`names`.
+        """
+        if weights is None:
+            logits = self.model(x)
+        else:
+            logits = torch.func.functional_call(self.model, weights, (x,))
         if not isinstance(logits, Tensor):
             raise TypeError(
                 f"`model` must return one tensor of logits, got {type(logits).__name__}: wrap it "

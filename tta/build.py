@@ -30,6 +30,7 @@ def build(
     config: AdapterConfig,
     source: Any,
     constants: dict[str, Tensor] | None = None,
+    **injected: Any,
 ) -> Adapter:
     """Make the adapter that ``config`` describes.
 
@@ -38,11 +39,12 @@ def build(
         config: All slots, with every figure decided.
         source: As for :func:`wrap`.
         constants: What a saved adapter had; when given, nothing is computed from source data.
+        **injected: ``augment`` and ``restore_mask``, as for :func:`wrap`.
     """
     _check_model(model)
     statistics = as_source(source)
     with torch.inference_mode(False):
-        return _build(model, config, statistics, constants)
+        return _build(model, config, statistics, constants, injected)
 
 
 def _build(
@@ -50,12 +52,17 @@ def _build(
     config: AdapterConfig,
     source: SourceStatistics,
     constants: dict[str, Tensor] | None,
+    injected: dict[str, Any],
 ) -> Adapter:
+    _check_injected(config, injected)
     classes = num_classes(model)
     context = Context(
         num_classes=classes,
         generator=torch.Generator().manual_seed(config.seed),
         batch_size=config.batch_size,
+        mean=config.mean,
+        std=config.std,
+        **injected,
     )
     if isinstance(config.update, UpdateConfig):
         context.parameters = _parameters(model, config.update)
@@ -70,13 +77,13 @@ def _build(
     else:
         context.rows_independent = surgery.rows_independent(model)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    needs_features = output is not None and output.needs_features
-    adapter = None
+    update_class: Any = None if config.update is None else component(config.update.name)
+    needs_features = any(c is not None and c.needs_features for c in (output, update_class))
+    adapter = network = None
     try:
         network = Backbone(model, classes, needs_features)
         update = None
-        if config.update is not None:
-            update_class: Any = component(config.update.name)
+        if update_class is not None:
             assert issubclass(update_class, Update)
             update = update_class(config.update, network, context)
             update.to(device)
@@ -87,10 +94,12 @@ def _build(
         adapter = Adapter(model, config, context, network, wrappers, update, output)
         if constants is not None:
             _load_constants({"update": update, "output": output}, constants)
+            if update is not None:
+                update.attach(source)
         else:
             before = adapter.state()
             if output is not None:
-                with surgery.running_statistics(wrappers):
+                with surgery.overriding(wrappers.values(), surgery.by_source):
                     output.fit(source, network)
             if update is not None:
                 update.fit(source)
@@ -106,6 +115,8 @@ def _build(
         if adapter is not None:
             adapter.unwrap()
         else:
+            if network is not None:
+                network.close()
             surgery.remove(model, wrappers)
         raise
     adapter._mark_reset_point()
@@ -131,6 +142,20 @@ def _load_constants(parts: dict[str, Any], constants: dict[str, Tensor]) -> None
             prefix = f"{slot}/"
             part.load_constants(
                 {k[len(prefix) :]: v for k, v in constants.items() if k.startswith(prefix)}
+            )
+
+
+def _check_injected(config: AdapterConfig, injected: dict[str, Any]) -> None:
+    update: Any = None if config.update is None else component(config.update.name)
+    for name, value in injected.items():
+        if value is None:
+            continue
+        if not callable(value):
+            raise TypeError(f"`{name}` must be callable, got {type(value).__name__}.")
+        if update is None or name not in update.injects:
+            chosen = "no update" if update is None else repr(update.name)
+            raise ValueError(
+                f"`{name}` must belong to an update that takes it, got {chosen}: leave it out."
             )
 
 

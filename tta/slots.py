@@ -27,7 +27,16 @@ if TYPE_CHECKING:
     from tta.backbone import Backbone
     from tta.source import SourceStatistics
 
-__all__ = ["Component", "Context", "NormRule", "Output", "Prediction", "Report", "Update"]
+__all__ = [
+    "Component",
+    "Context",
+    "NormRule",
+    "Output",
+    "Prediction",
+    "Report",
+    "Update",
+    "forget_casts",
+]
 
 # A kept row costs a forward and a backward of its own, about 2.3 forwards; the backward of the
 # whole batch, about 1.3, whether one row or all of them are in the loss.
@@ -81,11 +90,25 @@ class Context:
     generator: torch.Generator = field(default_factory=torch.Generator)
     batch_size: int | None = None
     rows_independent: bool = False  # no image changes what the model says of another one
+    mean: tuple[float, ...] | None = None  # of the channels, if the caller said so
+    std: tuple[float, ...] | None = None
+    augment: Callable[[Tensor, int], Tensor] | None = None  # instead of drawing views
+    restore_mask: Callable[[str, torch.Size], Tensor] | None = None  # instead of drawing masks
 
     @property
     def log_classes(self) -> float:
         """The largest entropy there is, ln C."""
         return math.log(self.num_classes)
+
+
+def forget_casts(device: str) -> None:
+    """Clear autocast's cache of half-precision weights, which knows nothing of a change in place.
+
+    Within one ``torch.autocast`` block a second batch would be predicted with the weights of the
+    first, and back-propagate through its graph.
+    """
+    if torch.is_autocast_enabled(device):
+        torch.clear_autocast_cache()
 
 
 class Component(nn.Module):
@@ -152,6 +175,9 @@ class Update(Component):
     slot = "update"
     Config: ClassVar[type[ComponentConfig]] = UpdateConfig
     default_norm: ClassVar[str | None] = "bn"  # norm rule when the caller names none
+    needs_features: ClassVar[bool] = False
+    for_artefacts: ClassVar[dict[str, Any]] = {}  # fields that leave out what artefacts need not
+    injects: ClassVar[tuple[str, ...]] = ()  # of wrap's "augment" and "restore_mask"
 
     resets: Tensor
 
@@ -188,6 +214,9 @@ class Update(Component):
     def fit(self, source: SourceStatistics) -> None:
         """Take what the method needs of ``source`` and raise ``ValueError`` if it is not there."""
 
+    def attach(self, source: SourceStatistics) -> None:
+        """Take again what no file holds when an adapter is loaded, and raise if it is missing."""
+
     def survives_reset(self) -> tuple[str, ...]:
         """Buffers that ``reset`` leaves as they are; only ``official=True`` may name some."""
         return ()
@@ -212,27 +241,45 @@ class Update(Component):
             return self.forward_rows(x, rows)
         return prediction.logits[rows]
 
-    def step(self, loss: Tensor, gradients: Sequence[Tensor] | None = None) -> bool:
+    def optimized(self) -> dict[str, nn.Parameter]:
+        """What the optimiser moves: the model's chosen parameters, then the method's own."""
+        return self.parameters_adapted | {f"update.{n}": p for n, p in self.named_parameters()}
+
+    def step(
+        self,
+        loss: Tensor,
+        gradients: Sequence[Tensor] | None = None,
+        see: Callable[[list[Tensor]], None] | None = None,
+    ) -> bool:
         """Back-propagate ``loss`` and take one optimiser step, unless something is not finite.
 
         Args:
-            loss: What falls.
+            loss: A scalar.
             gradients: Its gradients where they were taken already, elsewhere than here (SAM).
+            see: Called between the two with the gradients, in the order of :meth:`optimized`
+                (zeros where a parameter got none); it may change them in place.
 
         Returns:
             Whether the parameters moved. Gradients are cleared either way.
         """
+        params = list(self.optimized().values())
         if gradients is None:
             loss.backward()
         else:
-            for p, g in zip(self.parameters_adapted.values(), gradients, strict=True):
+            for p, g in zip(params, gradients, strict=True):
                 p.grad = g
-        grads = [p.grad for p in self.parameters_adapted.values() if p.grad is not None]
+        if see is not None:
+            for p in params:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            with torch.no_grad():
+                see([p.grad for p in params if p.grad is not None])
+        grads = [p.grad for p in params if p.grad is not None]
         total = torch.nn.utils.get_total_norm(grads) if grads else loss.detach()
         finite = bool(torch.isfinite(loss.detach() + total))
         if finite:
             self.optimizer.step()
         self.optimizer.zero_grad()
+        forget_casts(loss.device.type)
         return finite
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
@@ -241,7 +288,7 @@ class Update(Component):
         A zero momentum buffer gives the same first step as torch's lazily made one, because
         dampening is 0.
         """
-        c, params = self.config, list(self.parameters_adapted.values())
+        c, params = self.config, list(self.optimized().values())
         if c.optimizer == "sgd":
             optimizer: torch.optim.Optimizer = torch.optim.SGD(
                 params,

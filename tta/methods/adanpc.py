@@ -146,8 +146,10 @@ class Adanpc(Output):
         """
         if source.features is not None and source.feature_labels is not None:
             features, labels = source.features, source.feature_labels
+            self.source_used = "features as given"
         elif source.batches is not None:
             features, labels = self._measure(source, network)
+            self.source_used = "features from batches"
         else:
             raise ValueError(
                 f"`source` must give {self.name} labelled features, got "
