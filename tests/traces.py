@@ -60,7 +60,7 @@ class Trace:
         entry = dict(self.hparams.get("optimizer", {}))
         if not entry:
             return {}
-        entry["optimizer"] = entry.pop("name").lower()
+        entry["optimizer"] = entry.pop("name").lower().removeprefix("sam(").removesuffix(")")
         return entry
 
     def source(self) -> tta.SourceStatistics | None:
@@ -103,6 +103,23 @@ class Trace:
                 **self.optimizer(),
             )
             return [("outputs", tta.wrap(self.model(), update=config, source=self.source()))]
+        if method == "rdumb":
+            config = tta.get_config(
+                "rdumb",
+                entropy_margin=p["e_margin"] / self.log_classes,
+                redundancy_margin=p["d_margin"],
+                reset_every=p["reset_every"],
+                **self.optimizer(),
+            )
+            return [("outputs", tta.wrap(self.model(), update=config))]
+        if method == "sar":
+            config = tta.get_config(
+                "sar",
+                entropy_margin=p["margin_e0"] / self.log_classes,
+                official=True,
+                **self.optimizer(),
+            )
+            return [("outputs", tta.wrap(self.model(), update=config))]
         if method == "lame":
             return [
                 (

@@ -14,7 +14,7 @@ from tta import norm
 from tta.backbone import Backbone
 from tta.checks import nearest
 from tta.config import AdapterConfig
-from tta.slots import Context, Output, Prediction, Report, Update
+from tta.slots import Context, Output, Prediction, Report, Update, forget_casts
 
 __all__ = ["Adapter"]
 
@@ -130,27 +130,26 @@ class Adapter(nn.Module):
         """Copy a full or partial state in.
 
         Args:
-            state: Tensors by the names that :meth:`state` uses.
+            state: Tensors by the names that :meth:`state` uses; ``update/student.<name>`` is
+                another name for ``param/<name>``.
             as_source: Also make these values the ones that :meth:`reset` restores.
 
         Raises:
             ValueError: For a name or a shape that this adapter does not have; nothing is copied.
         """
         moving = self._moving()
+        state = {_alias(key): value for key, value in state.items()}
         for key, value in state.items():
             if key not in moving:
                 raise ValueError(
                     f"`state` must come from an adapter like this one, got the key {key!r}: "
                     + nearest(key, _few(moving, key))
                 )
-            if not isinstance(value, Tensor) or value.shape != moving[key].shape:
-                got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                raise ValueError(
-                    f"`state`[{key!r}] must have shape {tuple(moving[key].shape)}, got {got}: load "
-                    "a state made with the same model and method."
-                )
+            _check_shape(key, value, moving[key], grows=key in self._growing())
+        self._check_rows(state)
         self._copy_in(state)
         if as_source:
+            moving = self._moving()
             self._initial |= {k: moving[k].detach().clone() for k in state if k != "rng"}
             if "rng" in state:
                 self._initial["rng"] = state["rng"].clone()
@@ -195,12 +194,13 @@ class Adapter(nn.Module):
     @property
     def report(self) -> Report:
         """Figures of the last batch; see :class:`tta.slots.Report`."""
-        update = self.update
-        base = {"seen": self._seen, "rejected": self._rejected}
-        if update is None:
-            return Report(base, selected=0, loss=float("nan"), stepped=False, resets=0)
-        idle = {"selected": 0, "loss": float("nan"), "stepped": False}
-        return Report(base | idle | dict.copy(update.report), resets=update.resets)
+        figures = {"seen": self._seen, "rejected": self._rejected, "selected": 0}
+        figures |= {"loss": float("nan"), "stepped": False, "resets": 0}
+        if self.output is not None:
+            figures |= dict.copy(self.output.report)
+        if self.update is not None:
+            figures |= dict.copy(self.update.report) | {"resets": self.update.resets}
+        return Report(figures)
 
     @property
     def num_classes(self) -> int:
@@ -209,8 +209,11 @@ class Adapter(nn.Module):
 
     @property
     def parameters_adapted(self) -> dict[str, nn.Parameter]:
-        """The parameters that move, by their name in the caller's model."""
-        return dict(self._context.parameters)
+        """The parameters that move, by their name in the caller's model.
+
+        A method that leaves layers out by position knows which after the first batch.
+        """
+        return {} if self.update is None else dict(self.update.parameters_adapted)
 
     @property
     def norm_layers(self) -> dict[str, norm.AdaptiveNorm]:
@@ -229,7 +232,7 @@ class Adapter(nn.Module):
             if (part := getattr(self.config, slot)) is not None
         ]
         moving = [v for k, v in self._moving().items() if k != "rng"]
-        trained = sum(p.numel() for p in self._context.parameters.values())
+        trained = sum(p.numel() for p in self.parameters_adapted.values())
         total = sum(p.numel() for p in self.parameters())
         size = sum(v.numel() * v.element_size() for v in moving) / 1e6
         model = "unwrapped" if self._network is None else type(self.model).__name__
@@ -242,6 +245,7 @@ class Adapter(nn.Module):
     # How it works ---------------------------------------------------------------------------
 
     def _forward(self, x: Tensor) -> Tensor:
+        forget_casts(x.device.type)  # whoever filled the cache may have done so without gradient
         if self.update is not None and self._learning:
             with torch.enable_grad():
                 prediction = self.update.learn(x)
@@ -265,8 +269,9 @@ class Adapter(nn.Module):
             "pixels: these rows are returned as NaN and nothing is learned from them.",
         )
         if self._rejected == len(x):
-            if self.update is not None:
-                self.update.report = Report()
+            for part in (self.update, self.output):
+                if part is not None:
+                    part.report = Report()
             return x.new_full((len(x), self.num_classes), float("nan"))
         some = self._forward(x[good])
         logits = some.new_full((len(x), self.num_classes), float("nan"))
@@ -305,7 +310,7 @@ class Adapter(nn.Module):
             if part is not None:
                 found |= {f"{slot}/{k}": v for k, v in part.state_dict().items()}
         if self.update is not None:
-            for name, p in self._context.parameters.items():
+            for name, p in self.update.optimized().items():
                 for key, value in self.update.optimizer.state.get(p, {}).items():
                     found[f"optim/{name}.{key}"] = value
         found["rng"] = self._context.generator.get_state()
@@ -313,6 +318,7 @@ class Adapter(nn.Module):
 
     @torch.no_grad()
     def _copy_in(self, state: dict[str, Tensor]) -> None:
+        self._make_room(state)
         moving = self._moving()
         keys = [k for k in state if k != "rng"]
         if keys:
@@ -321,11 +327,34 @@ class Adapter(nn.Module):
         if "rng" in state:
             self._context.generator.set_state(state["rng"].cpu())
 
-    def _recover(self) -> None:
-        """A method's own recovery: parameters and optimiser back to the reset point."""
-        self._copy_in(
-            {k: v for k, v in self._initial.items() if k.startswith(("param/", "optim/"))}
-        )
+    def _growing(self) -> dict[str, tuple[Any, str]]:
+        """Keys whose tensors have any length, with the component and the buffer's name."""
+        return {
+            f"{slot}/{name}": (part, name)
+            for slot, part in (("update", self.update), ("output", self.output))
+            if part is not None
+            for name in part.growing()
+        }
+
+    def _check_rows(self, state: dict[str, Tensor]) -> None:
+        """Buffers that grow together come together."""
+        lengths = {k: len(state[k]) if k in state else None for k in self._growing()}
+        given = {k: v for k, v in lengths.items() if v is not None}
+        if given and len(set(lengths.values())) > 1:
+            raise ValueError(
+                f"`state` must hold {' and '.join(lengths)} with as many rows each, got "
+                f"{', '.join(f'{k}: {v}' for k, v in given.items())}: load them together."
+            )
+
+    def _make_room(self, state: dict[str, Tensor]) -> None:
+        for key, (part, name) in self._growing().items():
+            if key in state and state[key].shape != getattr(part, name).shape:
+                setattr(part, name, getattr(part, name).new_empty(state[key].shape))
+
+    def _recover(self, optimizer: bool = True) -> None:
+        """A method's own recovery: parameters, and the optimiser, back to the reset point."""
+        groups = ("param/", "optim/") if optimizer else ("param/",)
+        self._copy_in({k: v for k, v in self._initial.items() if k.startswith(groups)})
 
     def _mark_reset_point(self) -> None:
         self._initial = self.state()
@@ -333,7 +362,7 @@ class Adapter(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Adapter:
         super()._apply(fn, recurse)
         if self.update is not None:
-            for p in self._context.parameters.values():
+            for p in self.update.optimized().values():
                 slots = self.update.optimizer.state.get(p, {})
                 for key, value in slots.items():
                     if key != "step":  # torch keeps the step count on the CPU
@@ -342,6 +371,22 @@ class Adapter(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__
+
+
+def _check_shape(key: str, value: Any, mine: Tensor, grows: bool) -> None:
+    expected = tuple(mine.shape)
+    got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+    if got != expected and not (grows and isinstance(got, tuple) and got[1:] == expected[1:]):
+        raise ValueError(
+            f"`state`[{key!r}] must have shape {expected}, got {got}: load a state made with the "
+            "same model and method."
+        )
+
+
+def _alias(key: str) -> str:
+    """Methods with a teacher call the trained parameters the student."""
+    student = "update/student."
+    return f"param/{key[len(student) :]}" if key.startswith(student) else key
 
 
 def _few(moving: dict[str, Tensor], key: str) -> list[str]:

@@ -7,14 +7,16 @@ by a hook, so that no model has to be split.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tta.norm import AdaptiveNorm
 from tta.slots import Prediction
 
-__all__ = ["Backbone", "find_classifier", "num_classes"]
+__all__ = ["Backbone", "feature_size", "find_classifier", "num_classes"]
 
 
 def find_classifier(model: nn.Module) -> nn.Module:
@@ -52,6 +54,23 @@ def num_classes(model: nn.Module) -> int:
     )
 
 
+def feature_size(model: nn.Module) -> int:
+    """Length of the features that the classifier takes, read off its first layer.
+
+    Raises:
+        ValueError: When no layer of it says so.
+    """
+    head = find_classifier(model)
+    for module in [head, *head.modules()]:
+        for name in ("in_features", "in_channels"):
+            if isinstance(getattr(module, name, None), int):
+                return getattr(module, name)
+    raise ValueError(
+        f"`model` must have a classifier with in_features, got a {type(head).__name__}: give "
+        "the model a get_classifier() that returns its last linear layer."
+    )
+
+
 class _Tap:
     """A forward pre-hook that keeps the input of its layer; picklable, unlike a closure."""
 
@@ -60,6 +79,17 @@ class _Tap:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self.value = args[0]
+
+
+class _Mark:
+    """A forward pre-hook that notes the first call of its layer."""
+
+    def __init__(self, name: str, order: list[str]) -> None:
+        self.name, self.order = name, order
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if self.name not in self.order:
+            self.order.append(self.name)
 
 
 class Backbone:
@@ -75,13 +105,30 @@ class Backbone:
         self.model = model
         self.num_classes = classes
         self.tap = _Tap() if features else None
-        self._handle = None
+        self._handles: list[Any] = []
+        self._marks: list[Any] = []
+        self._order: list[str] = []
         if self.tap is not None:
-            self._handle = find_classifier(model).register_forward_pre_hook(self.tap)
+            self._handles.append(find_classifier(model).register_forward_pre_hook(self.tap))
+        self.wrappers = [m for m in model.modules() if isinstance(m, AdaptiveNorm)]
         self.entry = next((m for m in model.modules() if _takes_images(m)), None)
 
-    def __call__(self, x: Tensor) -> Prediction:
-        logits = self.model(x)
+    def names(self, parameters: Iterable[nn.Parameter]) -> list[str]:
+        """Names in the model as it is now, with norm layers inside their wrappers."""
+        known = {id(p): name for name, p in self.model.named_parameters()}
+        return [known[id(p)] for p in parameters]
+
+    def __call__(self, x: Tensor, weights: dict[str, Tensor] | None = None) -> Prediction:
+        """One forward pass.
+
+        Args:
+            x: What the model takes.
+            weights: Used in place of the parameters of these :meth:`names`.
+        """
+        if weights is None:
+            logits = self.model(x)
+        else:
+            logits = torch.func.functional_call(self.model, weights, (x,))
         if not isinstance(logits, Tensor):
             raise TypeError(
                 f"`model` must return one tensor of logits, got {type(logits).__name__}: wrap it "
@@ -148,10 +195,27 @@ class Backbone:
                     f"{tuple(x.shape)}: convert them to what the model takes."
                 )
 
+    def watch_calls(self, names: Iterable[str]) -> None:
+        """Note, from now on, in which order the named layers are called."""
+        for name in names:
+            mark = _Mark(name, self._order)
+            self._marks.append(self.model.get_submodule(name).register_forward_pre_hook(mark))
+
+    def call_order(self) -> list[str]:
+        """The watched layers in the order of their first call, those never called left out.
+
+        Watching ends here.
+        """
+        for handle in self._marks:
+            handle.remove()
+        order, self._marks, self._order = self._order, [], []
+        return order
+
     def close(self) -> None:
-        """Take the hook off the model."""
-        if self._handle is not None:
-            self._handle.remove()
+        """Take all hooks off the model."""
+        self.call_order()
+        for handle in self._handles:
+            handle.remove()
 
 
 def _takes_images(module: nn.Module) -> bool:

@@ -30,6 +30,7 @@ def build(
     config: AdapterConfig,
     source: Any,
     constants: dict[str, Tensor] | None = None,
+    **injected: Any,
 ) -> Adapter:
     """Make the adapter that ``config`` describes.
 
@@ -38,11 +39,12 @@ def build(
         config: All slots, with every figure decided.
         source: As for :func:`wrap`.
         constants: What a saved adapter had; when given, nothing is computed from source data.
+        **injected: ``augment`` and ``restore_mask``, as for :func:`wrap`.
     """
     _check_model(model)
     statistics = as_source(source)
     with torch.inference_mode(False):
-        return _build(model, config, statistics, constants)
+        return _build(model, config, statistics, constants, injected)
 
 
 def _build(
@@ -50,15 +52,20 @@ def _build(
     config: AdapterConfig,
     source: SourceStatistics,
     constants: dict[str, Tensor] | None,
+    injected: dict[str, Any],
 ) -> Adapter:
+    _check_injected(config, injected)
     classes = num_classes(model)
     context = Context(
         num_classes=classes,
         generator=torch.Generator().manual_seed(config.seed),
         batch_size=config.batch_size,
+        mean=config.mean,
+        std=config.std,
+        **injected,
     )
     if isinstance(config.update, UpdateConfig):
-        context.parameters = select(model, config.update.params)
+        context.parameters = _parameters(model, config.update)
     output = None
     if config.output is not None:
         output_class: Any = component(config.output.name)
@@ -67,14 +74,16 @@ def _build(
     wrappers: dict[str, AdaptiveNorm] = {}
     if config.norm is not None:
         wrappers = _insert_norm(model, config.norm, context)
+    else:
+        context.rows_independent = surgery.rows_independent(model)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    needs_features = output is not None and output.needs_features
-    adapter = None
+    update_class: Any = None if config.update is None else component(config.update.name)
+    needs_features = any(c is not None and c.needs_features for c in (output, update_class))
+    adapter = network = None
     try:
         network = Backbone(model, classes, needs_features)
         update = None
-        if config.update is not None:
-            update_class: Any = component(config.update.name)
+        if update_class is not None:
             assert issubclass(update_class, Update)
             update = update_class(config.update, network, context)
             update.to(device)
@@ -83,14 +92,22 @@ def _build(
         for wrapper in wrappers.values():
             wrapper.rule.to(device)
         adapter = Adapter(model, config, context, network, wrappers, update, output)
-        parts = [p for p in (update, output) if p is not None]
         if constants is not None:
             _load_constants({"update": update, "output": output}, constants)
+            if update is not None:
+                update.attach(source)
         else:
             before = adapter.state()
-            for part in parts:
-                part.fit(source)
-            used = "; ".join(part.source_used for part in parts if part.source_used)
+            if output is not None:
+                with surgery.overriding(wrappers.values(), surgery.by_source):
+                    output.fit(source, network)
+            if update is not None:
+                update.fit(source)
+            used = "; ".join(
+                part.source_used
+                for part in (update, output)
+                if part is not None and part.source_used
+            )
             adapter.config = dataclasses.replace(config, source=used or None)
             # Source passes go through the norm rule and must leave no trace in it.
             adapter.load_state({k: v for k, v in before.items() if k.startswith("norm/")})
@@ -98,10 +115,25 @@ def _build(
         if adapter is not None:
             adapter.unwrap()
         else:
+            if network is not None:
+                network.close()
             surgery.remove(model, wrappers)
         raise
     adapter._mark_reset_point()
     return adapter
+
+
+def _parameters(model: nn.Module, config: UpdateConfig) -> dict[str, nn.Parameter]:
+    found, cls = select(model, config.params), component(config.name)
+    assert issubclass(cls, Update)
+    left_out = cls.leaves_out(config, found)
+    if len(left_out) == len(found):
+        raise ValueError(
+            f"`params`={config.params!r} must leave {config.name} something to train, but it "
+            f"leaves out all {len(found)} parameters of this {type(model).__name__}: choose other "
+            "params=."
+        )
+    return {name: p for name, p in found.items() if name not in left_out}
 
 
 def _load_constants(parts: dict[str, Any], constants: dict[str, Tensor]) -> None:
@@ -110,6 +142,20 @@ def _load_constants(parts: dict[str, Any], constants: dict[str, Tensor]) -> None
             prefix = f"{slot}/"
             part.load_constants(
                 {k[len(prefix) :]: v for k, v in constants.items() if k.startswith(prefix)}
+            )
+
+
+def _check_injected(config: AdapterConfig, injected: dict[str, Any]) -> None:
+    update: Any = None if config.update is None else component(config.update.name)
+    for name, value in injected.items():
+        if value is None:
+            continue
+        if not callable(value):
+            raise TypeError(f"`{name}` must be callable, got {type(value).__name__}.")
+        if update is None or name not in update.injects:
+            chosen = "no update" if update is None else repr(update.name)
+            raise ValueError(
+                f"`{name}` must belong to an update that takes it, got {chosen}: leave it out."
             )
 
 

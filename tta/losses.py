@@ -6,9 +6,18 @@ coarse to compare with a threshold.
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["entropy"]
+__all__ = [
+    "consistency",
+    "contrastive",
+    "entropy",
+    "soft_cross_entropy",
+    "soft_likelihood_ratio",
+    "symmetric_cross_entropy",
+]
 
 
 def entropy(logits: Tensor) -> Tensor:
@@ -27,3 +36,91 @@ def entropy(logits: Tensor) -> Tensor:
     """
     logits = logits.float()
     return -(logits.softmax(1) * logits.log_softmax(1)).sum(1)
+
+
+def soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """Cross-entropy of softmax(logits) against softmax(target).
+
+    Args:
+        logits: (B, C).
+        target: (B, C) logits; gradients flow into them too.
+
+    Returns:
+        (B,).
+    """
+    return -(target.float().softmax(1) * logits.float().log_softmax(1)).sum(1)
+
+
+def symmetric_cross_entropy(logits: Tensor, target: Tensor, alpha: float = 0.5) -> Tensor:
+    """``(1 - alpha) CE(target -> logits) + alpha CE(logits -> target)``.
+
+    Args:
+        logits: (B, C).
+        target: (B, C) logits.
+        alpha: Share of the reverse direction; 0 leaves it out.
+
+    Returns:
+        (B,).
+
+    Example:
+        >>> import torch
+        >>> z, q = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+        >>> bool(symmetric_cross_entropy(z, q) == symmetric_cross_entropy(q, z))
+        True
+    """
+    forward = soft_cross_entropy(logits, target)
+    if alpha == 0:
+        return forward
+    return (1 - alpha) * forward + alpha * soft_cross_entropy(target, logits)
+
+
+def consistency(logits: Tensor, target: Tensor, symmetric: bool) -> Tensor:
+    """What CoTTA and PETAL train a student with; the teacher's logits are a constant.
+
+    Args:
+        logits: (B, C) of the student.
+        target: (B, C) of the teacher.
+        symmetric: Half of either direction, else the teacher's only.
+
+    Returns:
+        (B,).
+    """
+    return symmetric_cross_entropy(logits, target.detach(), 0.5 if symmetric else 0.0)
+
+
+def soft_likelihood_ratio(logits: Tensor, clip: float = 0.99, eps: float = 1e-5) -> Tensor:
+    """``-sum_k p_k log(p_k / (1 - p_k))``, which keeps a gradient where entropy has none.
+
+    Args:
+        logits: (B, C).
+        clip: Largest probability.
+        eps: Added to the ratio.
+
+    Returns:
+        (B,); may be negative.
+    """
+    probs = logits.float().softmax(1).clamp(0.0, clip)
+    return -(probs * torch.log(probs / (1 - probs) + eps)).sum(1)
+
+
+def contrastive(vectors: Tensor, temperature: float) -> Tensor:
+    """Pull the vectors of a sample together and away from all other samples'.
+
+    Every vector is an anchor; the others of its sample are positives, everything else negatives,
+    even where two samples share a vector.
+
+    Args:
+        vectors: (B, V, D), V vectors of each sample, not normalised.
+        temperature: Divides the cosine similarities.
+
+    Returns:
+        The mean over all anchors, a scalar.
+    """
+    samples, each, _ = vectors.shape
+    unit = F.normalize(vectors.float(), dim=2).transpose(0, 1).flatten(0, 1)  # V blocks of B
+    similarity = unit @ unit.t() / temperature
+    itself = torch.eye(len(unit), dtype=torch.bool, device=unit.device)
+    log_share = similarity.masked_fill(itself, -torch.inf).log_softmax(1)
+    sample = torch.arange(samples, device=unit.device).repeat(each)
+    positive = (sample[:, None] == sample) & ~itself
+    return -log_share.masked_fill(~positive, 0.0).sum() / positive.sum()

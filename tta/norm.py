@@ -9,7 +9,8 @@ normalisation and the base's own ``drop`` and ``act`` follow.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,12 +22,17 @@ from tta.slots import NormRule
 
 __all__ = [
     "AdaptiveNorm",
+    "at_rest",
     "batch_norm_layers",
     "batch_stats",
+    "by_batch",
+    "by_source",
     "insert",
     "instance_stats",
     "normalize",
+    "overriding",
     "remove",
+    "rows_independent",
     "too_few_values",
 ]
 
@@ -46,13 +52,14 @@ class AdaptiveNorm(nn.Module):
         super().__init__()
         self.base = base
         self.rule = rule
+        self.override: Callable[[Tensor, Any], Tensor] | None = None  # set by `overriding`
         # A subclass with a forward of its own does something after normalising.
         self.finish = type(base).forward is not _BatchNorm.forward and not isinstance(
             base, nn.SyncBatchNorm
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.rule(x, self.base)
+        y = (self.rule if self.override is None else self.override)(x, self.base)
         return _finish(y, self.base) if self.finish else y
 
     def __getattr__(self, name: str) -> Any:
@@ -106,6 +113,54 @@ def insert(model: nn.Module, make: Callable[[nn.Module], NormRule]) -> dict[str,
 def remove(model: nn.Module, wrappers: dict[str, AdaptiveNorm]) -> None:
     """Undo :func:`insert`."""
     _swap(model, {w: w.base for w in wrappers.values()})
+
+
+@contextmanager
+def at_rest(wrappers: Iterable[AdaptiveNorm]) -> Iterator[None]:
+    """Forward passes that use the rules' statistics and leave them as they are."""
+    before = [(w.rule, w.rule.learning) for w in wrappers]
+    for rule, _ in before:
+        rule.learning = False
+    try:
+        yield
+    finally:
+        for rule, learning in before:
+            rule.learning = learning
+
+
+@contextmanager
+def overriding(
+    wrappers: Iterable[AdaptiveNorm], normalise: Callable[[Tensor, Any], Tensor]
+) -> Iterator[None]:
+    """Forward passes with other statistics than the rules', :func:`by_batch` or the like."""
+    wrappers = list(wrappers)
+    for wrapper in wrappers:
+        wrapper.override = normalise
+    try:
+        yield
+    finally:
+        for wrapper in wrappers:
+            wrapper.override = None
+
+
+def by_batch(x: Tensor, base: Any) -> Tensor:
+    """Normalise ``x`` (B, C, ...) with its own statistics, or the source's for a single image."""
+    if too_few_values(x) and base.running_mean is not None:
+        return by_source(x, base)
+    return F.batch_norm(x, None, None, base.weight, base.bias, True, 0.0, base.eps)
+
+
+def by_source(x: Tensor, base: Any) -> Tensor:
+    """Normalise ``x`` (B, C, ...) as the source model does in eval mode."""
+    if base.running_mean is None:
+        return by_batch(x, base)
+    return normalize(x, base.running_mean, base.running_var, base)
+
+
+def rows_independent(model: nn.Module) -> bool:
+    """Whether no BatchNorm layer of an unwrapped model in eval mode mixes the rows of a batch."""
+    layers: Any = batch_norm_layers(model).values()
+    return all(m.running_mean is not None for m in layers)
 
 
 def _swap(model: nn.Module, replacement: dict[Any, Any]) -> None:

@@ -12,7 +12,7 @@ from fnmatch import fnmatch
 from typing import Any, TypeVar
 
 from tta.checks import nearest
-from tta.config import ComponentConfig
+from tta.config import ComponentConfig, UpdateConfig
 from tta.slots import Component
 
 __all__ = ["component", "get_config", "list_methods", "register"]
@@ -108,6 +108,6 @@ def get_config(name: str, **overrides: Any) -> ComponentConfig:
         known = nearest(tag, cls.PRESETS) if cls.PRESETS else "it has none."
         raise ValueError(f"unknown preset {tag!r} of {base!r}: {known}")
     values = dict(cls.PRESETS.get(tag or DEFAULT_PRESET, {}))
-    if "lr" in overrides:
+    if "lr" in overrides and issubclass(cls.Config, UpdateConfig):
         overrides.setdefault("lr_scaling", "none")
     return cls.Config().replace(**(values | overrides))

@@ -1,11 +1,25 @@
-"""Which samples of a batch a method learns from, as pure functions that return masks."""
+"""Which samples of a batch a method learns from, and the averages that decide about it."""
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["non_redundant"]
+__all__ = ["move_average", "non_redundant"]
+
+
+@torch.no_grad()
+def move_average(average: Tensor, value: Tensor, momentum: float = 0.9) -> None:
+    """Move an exponential average in place; the first value, after NaN, becomes the average.
+
+    Args:
+        average: Any shape; NaN while undefined.
+        value: Like ``average``.
+        momentum: Share of the old average that stays.
+    """
+    moved = momentum * average + (1 - momentum) * value
+    average.copy_(torch.where(average.isnan(), value, moved))
 
 
 def non_redundant(probs: Tensor, average: Tensor, margin: float) -> Tensor:

@@ -14,7 +14,7 @@ devices) is generic and lives in :mod:`tta.adapter` and :mod:`tta.state`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -27,7 +27,20 @@ if TYPE_CHECKING:
     from tta.backbone import Backbone
     from tta.source import SourceStatistics
 
-__all__ = ["Component", "Context", "NormRule", "Output", "Prediction", "Report", "Update"]
+__all__ = [
+    "Component",
+    "Context",
+    "NormRule",
+    "Output",
+    "Prediction",
+    "Report",
+    "Update",
+    "forget_casts",
+]
+
+# A kept row costs a forward and a backward of its own, about 2.3 forwards; the backward of the
+# whole batch, about 1.3, whether one row or all of them are in the loss.
+RERUN_BELOW = 0.55  # share of kept rows
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 
@@ -76,11 +89,26 @@ class Context:
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)  # to be trained, by name
     generator: torch.Generator = field(default_factory=torch.Generator)
     batch_size: int | None = None
+    rows_independent: bool = False  # no image changes what the model says of another one
+    mean: tuple[float, ...] | None = None  # of the channels, if the caller said so
+    std: tuple[float, ...] | None = None
+    augment: Callable[[Tensor, int], Tensor] | None = None  # instead of drawing views
+    restore_mask: Callable[[str, torch.Size], Tensor] | None = None  # instead of drawing masks
 
     @property
     def log_classes(self) -> float:
         """The largest entropy there is, ln C."""
         return math.log(self.num_classes)
+
+
+def forget_casts(device: str) -> None:
+    """Clear autocast's cache of half-precision weights, which knows nothing of a change in place.
+
+    Within one ``torch.autocast`` block a second batch would be predicted with the weights of the
+    first, and back-propagate through its graph.
+    """
+    if torch.is_autocast_enabled(device):
+        torch.clear_autocast_cache()
 
 
 class Component(nn.Module):
@@ -104,6 +132,10 @@ class Component(nn.Module):
         """What was fixed at wrap, by name."""
         moving = set(self.state_dict())
         return {name: b for name, b in self.named_buffers() if name not in moving}
+
+    def growing(self) -> tuple[str, ...]:
+        """Buffers whose first axis may have any length; only ``official=True`` may name some."""
+        return ()
 
     def load_constants(self, values: dict[str, Tensor]) -> None:
         """Set what :meth:`constants` returned."""
@@ -143,6 +175,9 @@ class Update(Component):
     slot = "update"
     Config: ClassVar[type[ComponentConfig]] = UpdateConfig
     default_norm: ClassVar[str | None] = "bn"  # norm rule when the caller names none
+    needs_features: ClassVar[bool] = False
+    for_artefacts: ClassVar[dict[str, Any]] = {}  # fields that leave out what artefacts need not
+    injects: ClassVar[tuple[str, ...]] = ()  # of wrap's "augment" and "restore_mask"
 
     resets: Tensor
 
@@ -152,9 +187,14 @@ class Update(Component):
         self.context = context
         self.parameters_adapted = context.parameters
         self.report = Report()
-        self.recover: Callable[[], None] = lambda: None  # set by the adapter
+        self.recover: Callable[..., None] = lambda **_: None  # set by the adapter
         self.register_buffer("resets", torch.zeros((), dtype=torch.int64))
         self.optimizer = self._make_optimizer()
+
+    @classmethod
+    def leaves_out(cls, config: Any, names: Iterable[str]) -> set[str]:
+        """Parameters, of those that ``config.params`` selects, that the method does not train."""
+        return set()
 
     def adapt(self, x: Tensor) -> Prediction:
         """One cycle: predict ``x`` (B, ...), learn from it, fill ``self.report``."""
@@ -174,23 +214,72 @@ class Update(Component):
     def fit(self, source: SourceStatistics) -> None:
         """Take what the method needs of ``source`` and raise ``ValueError`` if it is not there."""
 
+    def attach(self, source: SourceStatistics) -> None:
+        """Take again what no file holds when an adapter is loaded, and raise if it is missing."""
+
     def survives_reset(self) -> tuple[str, ...]:
         """Buffers that ``reset`` leaves as they are; only ``official=True`` may name some."""
         return ()
 
-    def step(self, loss: Tensor) -> bool:
+    def forward_rows(self, x: Tensor, rows: Tensor) -> Tensor:
+        """Logits (N, C) of the rows of ``x`` in the mask ``rows`` (B,), in a new forward pass.
+
+        Where rows depend on each other (batch statistics) the whole batch goes through the model.
+        """
+        if self.context.rows_independent:
+            return self.network(x[rows]).logits
+        return self.network(x).logits[rows]
+
+    def kept_logits(self, x: Tensor, prediction: Prediction, rows: Tensor) -> Tensor:
+        """Logits (N, C) of the rows that go into a loss, those of ``prediction`` for ``x``.
+
+        A backward pass costs the same for every row, in the loss or not. Where rows do not depend
+        on each other and few are kept, these go through the model again alone and the graph of
+        the whole batch is dropped: the same gradient, up to rounding, for less.
+        """
+        if self.context.rows_independent and int(rows.sum()) < RERUN_BELOW * len(rows):
+            return self.forward_rows(x, rows)
+        return prediction.logits[rows]
+
+    def optimized(self) -> dict[str, nn.Parameter]:
+        """What the optimiser moves: the model's chosen parameters, then the method's own."""
+        return self.parameters_adapted | {f"update.{n}": p for n, p in self.named_parameters()}
+
+    def step(
+        self,
+        loss: Tensor,
+        gradients: Sequence[Tensor] | None = None,
+        see: Callable[[list[Tensor]], None] | None = None,
+    ) -> bool:
         """Back-propagate ``loss`` and take one optimiser step, unless something is not finite.
+
+        Args:
+            loss: A scalar.
+            gradients: Its gradients where they were taken already, elsewhere than here (SAM).
+            see: Called between the two with the gradients, in the order of :meth:`optimized`
+                (zeros where a parameter got none); it may change them in place.
 
         Returns:
             Whether the parameters moved. Gradients are cleared either way.
         """
-        loss.backward()
-        grads = [p.grad for p in self.parameters_adapted.values() if p.grad is not None]
+        params = list(self.optimized().values())
+        if gradients is None:
+            loss.backward()
+        else:
+            for p, g in zip(params, gradients, strict=True):
+                p.grad = g
+        if see is not None:
+            for p in params:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            with torch.no_grad():
+                see([p.grad for p in params if p.grad is not None])
+        grads = [p.grad for p in params if p.grad is not None]
         total = torch.nn.utils.get_total_norm(grads) if grads else loss.detach()
         finite = bool(torch.isfinite(loss.detach() + total))
         if finite:
             self.optimizer.step()
         self.optimizer.zero_grad()
+        forget_casts(loss.device.type)
         return finite
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
@@ -199,7 +288,7 @@ class Update(Component):
         A zero momentum buffer gives the same first step as torch's lazily made one, because
         dampening is 0.
         """
-        c, params = self.config, list(self.parameters_adapted.values())
+        c, params = self.config, list(self.optimized().values())
         if c.optimizer == "sgd":
             optimizer: torch.optim.Optimizer = torch.optim.SGD(
                 params,
@@ -231,10 +320,17 @@ class Output(Component):
 
     def __init__(self, config: Any, context: Context) -> None:
         super().__init__(config)
+        self.context = context
         self.learning = True
+        self.report = Report()
 
-    def fit(self, source: SourceStatistics) -> None:
-        """Take what the rule needs of ``source`` and raise ``ValueError`` if it is not there."""
+    def fit(self, source: SourceStatistics, network: Backbone) -> None:
+        """Take what the rule needs of ``source`` and raise ``ValueError`` if it is not there.
+
+        Args:
+            source: The artefacts at hand.
+            network: The source model under its running statistics.
+        """
 
     def correct(self, prediction: Prediction) -> Tensor:
         """Scores (B, C) that replace the logits."""

@@ -155,14 +155,19 @@ def collect_source(
         TypeError: When ``loader`` is not iterable.
         ValueError: For an unknown method.
     """
-    from tta.wrap import wrap  # wrap uses this module
+    from tta.registry import component, get_config  # both use this module
+    from tta.wrap import wrap
 
+    if wrap_arguments.get("mean") is None and wrap_arguments.get("std") is None:
+        wrap_arguments |= {"mean": (0.0,), "std": (1.0,)}  # no artefact depends on augmentation
     collected = SourceStatistics()
     for name in [for_methods] if isinstance(for_methods, str) else for_methods:
         with warnings.catch_warnings():
             # Thresholds of a preset play no part in source artefacts.
             warnings.filterwarnings("ignore", message=".*preset, made for")
-            adapter = wrap(model, name, source=loader, **wrap_arguments)
+            fields = getattr(component(name.partition(".")[0]), "for_artefacts", {})
+            recipe = get_config(name).replace(**fields) if fields else name
+            adapter = wrap(model, recipe, source=loader, **wrap_arguments)
         try:
             for part in (adapter.update, adapter.output):
                 found = {} if part is None else part.source_artefacts()

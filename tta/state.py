@@ -52,12 +52,14 @@ def save(adapter: Adapter, folder: str | Path) -> None:
     _write(folder / "config.json", lambda p: p.write_text(json.dumps(about, indent=2)))
 
 
-def load(model: nn.Module, folder: str | Path) -> Adapter:
+def load(model: nn.Module, folder: str | Path, *, source: Any = None) -> Adapter:
     """Wrap ``model`` as the saved adapter was and go on from its state.
 
     Args:
         model: The classifier that was wrapped, unwrapped and with its source weights.
         folder: What :func:`save` wrote.
+        source: As for :func:`tta.wrap`; only a method that replays source batches from a data
+            loader asks for it (a list of batches is saved with the adapter).
 
     Raises:
         FileNotFoundError: When the folder holds no adapter.
@@ -82,7 +84,7 @@ def load(model: nn.Module, folder: str | Path) -> Adapter:
         for key in file.keys():  # noqa: SIM118
             kind, _, name = key.partition(":")
             parts[kind][name] = file.get_tensor(key)
-    adapter = build(model, config, source=None, constants=parts["constant"])
+    adapter = build(model, config, source, constants=parts["constant"])
     try:
         expected = _signature(adapter.model, adapter)
         if expected != about["model"]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from tta import norm as surgery
 from tta.adapter import Adapter
@@ -36,6 +37,8 @@ def wrap(
     seed: int = 0,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    augment: Callable[[Tensor, int], Tensor] | None = None,
+    restore_mask: Callable[[str, torch.Size], Tensor] | None = None,
     **overrides: Any,
 ) -> Adapter:
     """Make a classifier adapt while it predicts, in place.
@@ -54,7 +57,13 @@ def wrap(
         seed: Seeds the adapter's own generator; the global one is never touched.
         mean: Channel means that turn pixels in [0, 1] into what the model takes, for methods
             that augment; 0 says that it takes raw pixels.
-        std: Channel standard deviations, likewise; 1 for raw pixels.
+        std: Channel standard deviations, likewise; 1 for raw pixels. Without both, timm's
+            ``pretrained_cfg`` is read.
+        augment: For methods that augment, instead of their own random views: ``images, index ->
+            images`` on pixels in [0, 1], ``index`` counting calls since wrap (a reset does not
+            rewind it). Not part of the config, nor saved.
+        restore_mask: For CoTTA and PETAL, instead of their own draws: ``parameter name, shape ->
+            bool tensor``, True = back to source. Likewise.
         **overrides: Fields of the chosen components.
 
     Returns:
@@ -79,7 +88,7 @@ def wrap(
             raise TypeError(
                 "`recipe` as an AdapterConfig takes no slots or overrides: replace() it."
             )
-        return build(model, recipe, source)
+        return build(model, recipe, source, augment=augment, restore_mask=restore_mask)
     chosen = _choose(recipe, {"norm": norm, "update": update, "output": output})
     chosen = _override(chosen, overrides)
     configs: dict[str, ComponentConfig | None] = {slot: chosen.get(slot) for slot in SLOTS}
@@ -108,7 +117,7 @@ def wrap(
         mean=None if mean is None else tuple(float(m) for m in mean),
         std=None if std is None else tuple(float(s) for s in std),
     )
-    adapter = build(model, config, source)
+    adapter = build(model, config, source, augment=augment, restore_mask=restore_mask)
     names = [c for c in (recipe, norm, update, output) if isinstance(c, str)]
     _warn_of_preset(names, adapter.num_classes)
     return adapter
@@ -165,7 +174,7 @@ def _override(
         ]
         if not owners:
             fields = {f for c in chosen.values() if c for f in c.to_dict()} - {"name"}
-            arguments = ("source", "batch_size", "seed", "mean", "std")
+            arguments = ("source", "batch_size", "seed", "mean", "std", "augment", "restore_mask")
             raise ValueError(
                 f"`{key}` is not a field of {_names(chosen)} and not an argument of wrap: "
                 + nearest(key, [*fields, *arguments])
@@ -177,7 +186,8 @@ def _override(
                 f"{chosen[owners[0]].name!r}, {key}=...)."  # type: ignore[union-attr]
             )
         config = chosen[owners[0]]
-        extra = {"lr_scaling": "none"} if key == "lr" else {}
+        scales = key == "lr" and isinstance(config, UpdateConfig)
+        extra = {"lr_scaling": "none"} if scales else {}
         chosen = chosen | {owners[0]: config.replace(**{key: value}, **extra)}  # type: ignore[union-attr]
     return chosen
 

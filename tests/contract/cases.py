@@ -18,7 +18,16 @@ from tta.norm import batch_norm_layers
 from tta.registry import component
 from tta.slots import NormRule, Update
 
-__all__ = ["BATCH", "CASES", "FAMILIES", "images", "make", "source_batches"]
+__all__ = [
+    "BATCH",
+    "CASES",
+    "FAMILIES",
+    "arguments",
+    "images",
+    "make",
+    "source_batches",
+    "surroundings",
+]
 
 BATCH = 8
 
@@ -50,25 +59,44 @@ def _fits(case: dict[str, Any], family: str) -> bool:
     has_bn = bool(batch_norm_layers(tiny(family)))
     names = [v for v in case.values() if isinstance(v, str)]
     wants_bn = any(issubclass(component(n), NormRule) for n in names)
-    return has_bn or not wants_bn
+    return (has_bn or not wants_bn) and (len(case) < 3 or family == "bn")
 
 
+# Triples add only what a pair and another pair do not show; one family is enough for them.
 CASES = [(family, case) for case in _compositions() for family in FAMILIES if _fits(case, family)]
 
 
-def make(family: str, case: dict[str, Any], **arguments: Any) -> tuple[nn.Module, tta.Adapter]:
-    """A fresh model of the family and its adapter, with a learning rate that moves things."""
-    net = tiny(family)
+def surroundings() -> dict[str, Any]:
+    """What any component may ask for beside a model: source batches, and that it takes pixels."""
+    return {"source": source_batches(), "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+
+
+def arguments(case: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of ``wrap``, with a learning rate that moves things and little to compute."""
     parts = dict(case)
     for slot, name in parts.items():
         if issubclass(component(name), Update):
             parts[slot] = tta.get_config(name, lr=0.05, **_loose(name))
-    recipe = parts.pop("recipe", None)
-    adapter = tta.wrap(net, recipe, source=source_batches(), **parts, **arguments)
-    return net, adapter
+    return parts | surroundings()
+
+
+def make(family: str, case: dict[str, Any], **extra: Any) -> tuple[nn.Module, tta.Adapter]:
+    """A fresh model of the family and its adapter."""
+    net = tiny(family)
+    return net, tta.wrap(net, **arguments(case), **extra)
+
+
+# Thresholds wide enough that an untrained network's samples pass them, and short source passes.
+LOOSE = {
+    "entropy_margin": 10.0,
+    "redundancy_margin": 10.0,
+    "confidence_threshold": 10.0,
+    "views": 2,
+    "warmup_samples": 2 * BATCH,
+    "posterior_epochs": 2,
+}
 
 
 def _loose(name: str) -> dict[str, Any]:
-    """Thresholds wide enough that an untrained network's samples pass them."""
     fields = tta.get_config(name).to_dict()
-    return {key: 10.0 for key in ("entropy_margin", "redundancy_margin") if key in fields}
+    return {key: value for key, value in LOOSE.items() if key in fields}

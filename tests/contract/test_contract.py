@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import tta
-from tests.contract.cases import BATCH, CASES, images, make, source_batches
+from tests.contract.cases import BATCH, CASES, arguments, images, make, surroundings
 from tests.nets import tiny
 from tta.registry import component
 
@@ -110,7 +110,7 @@ def test_unwrap_gives_the_model_back_bitwise(case) -> None:
         p.requires_grad_(i % 2 == 0)
     reference = copy.deepcopy(net)
     types = [type(m) for m in net.modules()]
-    adapter = tta.wrap(net, *_arguments(case), **_slots(case))
+    adapter = tta.wrap(net, **arguments(case[1]))
     adapter(images(0))
     assert adapter.unwrap() is net
     assert [type(m) for m in net.modules()] == types
@@ -120,14 +120,6 @@ def test_unwrap_gives_the_model_back_bitwise(case) -> None:
     for a, b in zip(net.modules(), reference.modules(), strict=True):
         assert a.training == b.training and not a._forward_pre_hooks
     assert torch.equal(net.eval()(images(1)), reference.eval()(images(1)))
-
-
-def _arguments(case) -> tuple:
-    return (case[1].get("recipe"),)
-
-
-def _slots(case) -> dict:
-    return {k: v for k, v in case[1].items() if k != "recipe"} | {"source": source_batches()}
 
 
 def test_frozen_predicts_and_changes_nothing(case) -> None:
@@ -240,7 +232,7 @@ def test_config_round_trip(case) -> None:
     _, adapter = make(*case)
     again = tta.AdapterConfig.from_json(adapter.config.to_json())
     assert again == adapter.config
-    other = tta.wrap(tiny(case[0]), again, source=source_batches())
+    other = tta.wrap(tiny(case[0]), again, source=surroundings()["source"])
     assert torch.equal(adapter(images(0)), other(images(0)))
 
 
@@ -254,8 +246,7 @@ def test_nothing_selected_changes_no_parameter(case) -> None:
     }
     if not changed:
         return  # this composition has no filter
-    slots = {k: changed.get(k, v) for k, v in parts.items()}
-    adapter = tta.wrap(tiny(family), slots.pop("recipe", None), source=source_batches(), **slots)
+    adapter = tta.wrap(tiny(family), **arguments(parts) | changed)
     before = adapter.state()
     assert torch.isfinite(adapter(images(0))).all()
     after = adapter.state()

@@ -1,5 +1,33 @@
 """One paper, one file. Importing this package registers every component."""
 
-from tta.methods import alpha_bn, bn, eata, lame, source, tent, unmix_tns
+from tta.methods import (
+    adanpc,
+    alpha_bn,
+    bn,
+    cotta,
+    eata,
+    lame,
+    petal,
+    rdumb,
+    rmt,
+    sar,
+    source,
+    tent,
+    unmix_tns,
+)
 
-__all__ = ["alpha_bn", "bn", "eata", "lame", "source", "tent", "unmix_tns"]
+__all__ = [
+    "adanpc",
+    "alpha_bn",
+    "bn",
+    "cotta",
+    "eata",
+    "lame",
+    "petal",
+    "rdumb",
+    "rmt",
+    "sar",
+    "source",
+    "tent",
+    "unmix_tns",
+]

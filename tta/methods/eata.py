@@ -33,31 +33,24 @@ from torch import Tensor
 
 from tta.backbone import Backbone
 from tta.checks import number, whole
-from tta.config import UpdateConfig
-from tta.losses import entropy
 from tta.registry import register
-from tta.selection import non_redundant
+from tta.selection import move_average
+from tta.selective import SelectiveConfig, select, weighted_entropy
 from tta.slots import Context, Prediction, Report, Update
 from tta.source import SourceStatistics
 
 __all__ = ["Eata", "EataConfig", "Eta", "EtaConfig"]
 
-AVERAGE_MOMENTUM = 0.9  # of q; hard-wired in the official code
-
 
 @dataclass(frozen=True, kw_only=True)
-class EataConfig(UpdateConfig):
+class EataConfig(SelectiveConfig):
     """Fields of ``eata``."""
 
-    entropy_margin: float = 0.4  # E0 as a share of ln C, eq. 3
-    redundancy_margin: float = 0.05  # d, largest cosine similarity with q, eq. 5
     fisher_weight: float = 2000.0  # beta, eq. 8; 0 = no penalty and no source data
     fisher_samples: int = 2000  # at most so many source images are used
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        number("entropy_margin", self.entropy_margin, 0, above=True)
-        number("redundancy_margin", self.redundancy_margin, 0, above=True)
         number("fisher_weight", self.fisher_weight, 0)
         whole("fisher_samples", self.fisher_samples, 1)
 
@@ -99,22 +92,16 @@ class Eata(Update):
 
     def adapt(self, x: Tensor) -> Prediction:
         """Predict, select, weigh, step; nothing moves when no sample is selected."""
-        config = self.config
+        config, margin = self.config, self.config.entropy_margin * self.context.log_classes
         prediction = self.network(x)
-        entropies = entropy(prediction.logits)
-        probs = prediction.logits.detach().float().softmax(1)
-        margin = config.entropy_margin * self.context.log_classes
-        reliable = entropies.detach() < margin
-        chosen = reliable & non_redundant(probs, self.ema_probs, config.redundancy_margin)
-        count = int(chosen.sum())
+        found = select(prediction.logits, self.ema_probs, margin, config.redundancy_margin)
         self.report = Report(
-            reliable=reliable.sum(), selected=count, loss=float("nan"), stepped=False
+            reliable=found.reliable, selected=found.count, loss=float("nan"), stepped=False
         )
-        if count == 0:
+        if found.count == 0:
             return prediction
-        self._update_average(probs[chosen].mean(0))
-        kept = entropies[chosen]
-        loss = (kept * torch.exp(margin - kept.detach())).mean()
+        move_average(self.ema_probs, found.mean_probs)
+        loss = weighted_entropy(self.kept_logits(x, prediction, found.chosen), margin)
         if config.fisher_weight > 0:
             penalty = self._penalty()
             loss = loss + penalty
@@ -172,10 +159,6 @@ class Eata(Update):
     def survives_reset(self) -> tuple[str, ...]:
         """The official reset leaves q in place."""
         return ("ema_probs",) if self.config.official else ()
-
-    def _update_average(self, mean: Tensor) -> None:
-        moved = AVERAGE_MOMENTUM * self.ema_probs + (1 - AVERAGE_MOMENTUM) * mean
-        self.ema_probs.copy_(torch.where(moved.isnan(), mean, moved))
 
     def _penalty(self) -> Tensor:
         offset = self._flat(detach=False) - self.anchor

@@ -1,0 +1,95 @@
+"""What CoTTA and PETAL share: a teacher, a source anchor, and the decision what to learn from.
+
+The teacher's logits on the batch are the target, or, when the source model is unsure of it, their
+mean over augmented views. What a method does with the target is in its own file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from tta.augment import Augmenter, fork
+from tta.backbone import Backbone
+from tta.checks import flag, fraction, number, whole
+from tta.config import UpdateConfig
+from tta.slots import Context, Prediction, Update
+from tta.teachers import OtherWeights, random_mask, restore
+
+__all__ = ["ConsistencyConfig", "ConsistencyUpdate"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConsistencyConfig(UpdateConfig):
+    """Fields of updates that learn from a teacher over views."""
+
+    params: str = "weight_bias"  # what is trained: every parameter called weight or bias
+    lr: float = 0.01  # learning rate
+    nesterov: bool = True  # SGD only
+    teacher_momentum: float = 0.999  # alpha of the teacher's moving average
+    restore_probability: float = 0.001  # p, share of elements put back to source every step
+    confidence_threshold: float = 0.1  # tau; views are used when the source is less sure than this
+    views: int = 32  # N, augmented views
+    symmetric_loss: bool = True  # half of the cross-entropy in either direction
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        fraction("teacher_momentum", self.teacher_momentum)
+        fraction("restore_probability", self.restore_probability)
+        number("confidence_threshold", self.confidence_threshold, 0)
+        whole("views", self.views, 1)
+        flag("symmetric_loss", self.symmetric_loss)
+
+
+class ConsistencyUpdate(Update):
+    """A student of the teacher that it moves; predictions are the teacher's."""
+
+    injects: ClassVar[tuple[str, ...]] = ("augment", "restore_mask")
+
+    def __init__(self, config: ConsistencyConfig, network: Backbone, context: Context) -> None:
+        super().__init__(config, network, context)
+        self.teacher = OtherWeights(network, context.parameters)
+        self.anchor = OtherWeights(network, context.parameters, constant=True)
+        self.augmenter = Augmenter(network.model, context)
+
+    def predict(self, x: Tensor) -> Prediction:
+        """The teacher's prediction, without views."""
+        return self.teacher.predict(x)
+
+    def target(self, x: Tensor) -> Prediction:
+        """The teacher's logits (B, C), over views if the source is unsure of the batch.
+
+        Fills the report's ``anchor_confidence`` and ``augmented``.
+        """
+        config = self.config
+        # Forked whether views are needed or not, so that what is drawn later does not depend on it.
+        generator = fork(self.context.generator, x.device)
+        confidence = self.anchor.predict(x).logits.float().softmax(1).amax(1).mean()
+        unsure = bool(confidence < config.confidence_threshold)
+        self.report |= {"anchor_confidence": confidence, "augmented": unsure}
+        plain = views = None
+        if unsure or config.official:
+            views = self.teacher.average(self.augmenter.views(x, config.views, generator))
+        if not unsure or config.official:
+            plain = self.teacher.predict(x)
+        chosen = views if unsure else plain
+        assert chosen is not None
+        return chosen
+
+    def restore_at_random(self) -> None:
+        """Put a random share of all elements back to their source values."""
+        parameters, draw = self.parameters_adapted, self.context.restore_mask
+        generator = fork(self.context.generator, next(iter(parameters.values())).device)
+        sizes = [p.numel() for p in parameters.values()]
+        if draw is not None:
+            masks = [draw(n, p.shape) for n, p in parameters.items()]
+        elif self.config.restore_probability > 0:
+            mask = random_mask(sum(sizes), self.config.restore_probability, generator)
+            self.report["restored"] = torch.count_nonzero(mask)
+            masks = list(mask.split(sizes))
+        else:
+            return
+        restore(list(parameters.values()), self.anchor.tensors(), masks)

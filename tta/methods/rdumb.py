@@ -1,0 +1,98 @@
+"""RDumb: ETA, put back to the source model after every so many batches.
+
+Press, Schneider, Kuemmerer, Bethge: RDumb: A simple approach that questions our progress in
+continual test-time adaptation, NeurIPS 2023, arXiv 2306.05401.
+
+On streams of millions of images most adaptation methods end up worse than the model they started
+from. Forgetting everything at fixed intervals bounds how far anything can drift, and ETA restarted
+every 1,000 batches beats methods made for long streams. What it costs is a new transient after
+every reset, and what was learned on a stream that did not change.
+
+    ETA's step on S(b) = [H_b < E0] [|cos(q, p_b)| < d];   theta <- theta_0 before batch N, 2N, ...
+
+Before batch t with t mod ``reset_every`` = 0 parameters, optimiser and q go back to the start;
+every batch counts, also one from which nothing was selected. The official code does so at t = 0
+as well, where it changes nothing and is not counted in ``resets`` here. Everything else is ETA's:
+see ``eta``.
+
+Differences: the official code trains BatchNorm2d only, this all norm layers; its margins are those
+of 1,000 classes, here a share of ln C. The CIFAR presets are those of the mariodoebler repository
+(Adam, batches of 200); a whole continual CIFAR-C run there has 750 batches, so with N = 1,000 it
+never resets and is ETA: set ``reset_every`` for your stream.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from tta.backbone import Backbone
+from tta.checks import whole
+from tta.registry import register
+from tta.selection import move_average
+from tta.selective import SelectiveConfig, select, weighted_entropy
+from tta.slots import Context, Prediction, Report, Update
+
+__all__ = ["Rdumb", "RdumbConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RdumbConfig(SelectiveConfig):
+    """Fields of ``rdumb``."""
+
+    reset_every: int = 1000  # N, batches between resets
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        whole("reset_every", self.reset_every, 1)
+
+
+_CIFAR = {"optimizer": "adam", "lr": 1e-3, "lr_batch_size": 200, "redundancy_margin": 0.4}
+
+
+@register("rdumb")
+class Rdumb(Update):
+    """ETA with a full reset every N batches."""
+
+    Config = RdumbConfig
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "imagenet": {"lr": 2.5e-4, "lr_scaling": "small_batch"},
+        "cifar10": _CIFAR,
+        "cifar100": _CIFAR,
+    }
+
+    ema_probs: Tensor  # (C,), q; NaN while undefined
+    batches: Tensor  # 0-dimensional, t: batches learned from
+
+    def __init__(self, config: RdumbConfig, network: Backbone, context: Context) -> None:
+        super().__init__(config, network, context)
+        self.register_buffer("ema_probs", torch.full((context.num_classes,), float("nan")))
+        self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
+
+    def learn(self, x: Tensor) -> Prediction:
+        """Reset if it is time, then ETA's cycles on the batch."""
+        count = int(self.batches)
+        if count > 0 and count % self.config.reset_every == 0:
+            self.recover()
+            self.ema_probs.fill_(float("nan"))
+            self.resets += 1
+        self.batches += 1
+        return super().learn(x)
+
+    def adapt(self, x: Tensor) -> Prediction:
+        """Predict, select, weigh, step; nothing moves when no sample is selected."""
+        config, margin = self.config, self.config.entropy_margin * self.context.log_classes
+        prediction = self.network(x)
+        found = select(prediction.logits, self.ema_probs, margin, config.redundancy_margin)
+        self.report = Report(
+            reliable=found.reliable, selected=found.count, loss=float("nan"), stepped=False
+        )
+        if found.count == 0:
+            return prediction
+        move_average(self.ema_probs, found.mean_probs)
+        loss = weighted_entropy(self.kept_logits(x, prediction, found.chosen), margin)
+        self.report |= {"loss": loss.detach(), "stepped": self.step(loss)}
+        return prediction

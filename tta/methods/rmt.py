@@ -1,0 +1,313 @@
+"""RMT: a robust mean teacher with symmetric cross-entropy, contrast and source replay.
+
+Döbler, Marsden, Yang: Robust Mean Teacher for Continual and Gradual Test-Time Adaptation,
+CVPR 2023, arXiv 2211.13081.
+
+Student and teacher agree under a symmetric cross-entropy, whose gradient is even between confident
+and unsure samples; a contrastive loss pulls a sample, its augmented view and the nearest source
+prototype together; a labelled source batch beside each test batch keeps what was learned, after a
+warm-up on source images. Student and teacher predict together.
+
+    L = l_trg mean_b [SCE(z, q) + SCE(z', q)] / 2 + l_cont L_con + l_src CE(f_s(x_src), y_src)
+    SCE(z, q) = CE(q -> z) / 2 + CE(z -> q) / 2,   z' = f_s(A(x)),   q = f_t(x),   return z + q
+
+L_con has 3B anchors: prototype, feature and feature of the view of each image, through a projector
+that is trained too, with cosine similarities over T; the other two of the same image are positives,
+all else is negative, even if two images share a prototype. All passes are apart, each with its own
+batch statistics. Prototypes are class means of features under batch statistics, over at most the
+batches needed to pass 100,000 images; a class without images has none and is never the nearest.
+Warm-up makes floor(``warmup_samples`` / batch) updates on source images with SCE alone, the rate
+rising linearly, and keeps the optimiser's moments. The paper is said to have more variants of
+warm-up and replay; without source data set ``weight_source=0, warmup_samples=0`` and pass
+prototypes.
+
+Differences: the returned sum doubles the scale of logits, ``combine="mean"`` does not. ``reset``
+also rewinds the source batches to where they were after warm-up; the official code goes on in
+them, and so does ``official=True``. Source batches are taken in the order given, warm-up and replay
+one after the other, wrapping around. With timm models the official code, as far as can be told
+from it, leaves the classifier untrained; here it is trained. With ``norm="source"`` prototypes are
+taken under running statistics. A saved adapter holds the source batches if they came as a list; a
+data loader must be given to ``tta.load`` again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tta.augment import Augmenter, fork
+from tta.backbone import Backbone, feature_size
+from tta.checks import fraction, number, one_of, whole
+from tta.config import UpdateConfig
+from tta.losses import contrastive, symmetric_cross_entropy
+from tta.norm import at_rest, by_batch, overriding
+from tta.registry import register
+from tta.replay import Replay
+from tta.slots import Context, Prediction, Report, Update
+from tta.source import SourceStatistics
+from tta.teachers import OtherWeights
+
+__all__ = ["Rmt", "RmtConfig"]
+
+PROTOTYPE_IMAGES = 100_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class RmtConfig(UpdateConfig):
+    """Fields of ``rmt``."""
+
+    params: str = "weight_bias"  # what is trained: every parameter called weight or bias
+    lr: float = 0.01  # learning rate
+    nesterov: bool = True  # SGD only
+    teacher_momentum: float = 0.999  # alpha of the teacher's moving average
+    weight_source: float = 1.0  # lambda of the replayed source batch; 0 = no replay
+    weight_target: float = 1.0  # lambda of the symmetric cross-entropy
+    weight_contrastive: float = 1.0  # lambda of the contrastive loss
+    temperature: float = 0.1  # T of the contrastive loss
+    projection_dim: int = 128  # width of the projector; 0 = no projector
+    warmup_samples: int = 50_000  # source images of the warm-up; 0 = none
+    combine: str = "sum"  # of student and teacher logits: "sum" or "mean"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        fraction("teacher_momentum", self.teacher_momentum)
+        number("weight_source", self.weight_source, 0)
+        number("weight_target", self.weight_target, 0)
+        number("weight_contrastive", self.weight_contrastive, 0)
+        number("temperature", self.temperature, 0, above=True)
+        whole("projection_dim", self.projection_dim, 0)
+        whole("warmup_samples", self.warmup_samples, 0)
+        one_of("combine", self.combine, ("sum", "mean"))
+
+
+@register("rmt")
+class Rmt(Update):
+    """Robust mean teacher: symmetric cross-entropy, contrast, source replay."""
+
+    Config = RmtConfig
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "imagenet": {"lr": 0.01},
+        "cifar10": {"optimizer": "adam", "lr": 1e-3, "lr_batch_size": 200, "nesterov": False},
+        "cifar100": {"optimizer": "adam", "lr": 1e-3, "lr_batch_size": 200, "nesterov": False},
+        "domainnet126": {"lr": 0.01, "lr_batch_size": 128, "projection_dim": 0},
+    }
+    needs_features = True
+    injects: ClassVar[tuple[str, ...]] = ("augment",)
+    for_artefacts: ClassVar[dict[str, Any]] = {"weight_source": 0.0, "warmup_samples": 0}
+
+    prototypes: Tensor  # (C, D), NaN for a class without images
+    source_position: Tensor  # of the next source batch
+
+    def __init__(self, config: RmtConfig, network: Backbone, context: Context) -> None:
+        super().__init__(config, network, context)
+        size, width = feature_size(network.model), config.projection_dim
+        device = next(iter(context.parameters.values())).device
+        self.teacher = OtherWeights(network, context.parameters)
+        self.augmenter = Augmenter(network.model, context)
+        self.projector = _projector(size, width, context.generator).to(device)
+        self.optimizer = self._make_optimizer()  # again, now with the projector
+        self.replay: Replay | None = None
+        self.register_buffer("source_position", torch.zeros((), dtype=torch.int64))
+        self.register_buffer(
+            "prototypes", torch.full((context.num_classes, size), float("nan")), persistent=False
+        )
+
+    def adapt(self, x: Tensor) -> Prediction:
+        """Learn from teacher, prototypes and source; predict with student and teacher together."""
+        config = self.config
+        self.report = Report(selected=len(x))
+        self.augmenter.check(x)
+        student = self.network(x)
+        (view,) = self.augmenter.views(x, 1, fork(self.context.generator, x.device))
+        with at_rest(self.network.wrappers):
+            augmented = self.network(view)
+        teacher = self.teacher.predict(x)
+        plain = symmetric_cross_entropy(student.logits, teacher.logits).mean()
+        other = symmetric_cross_entropy(augmented.logits, teacher.logits).mean()
+        contrast = self.contrast(student, augmented)
+        loss = config.weight_target * 0.5 * (plain + other) + config.weight_contrastive * contrast
+        if config.weight_source > 0:
+            source = self.source_loss(x)
+            loss = loss + config.weight_source * source
+            self.report["source"] = source.detach()
+        stepped = self.step(loss)
+        if stepped:
+            self.teacher.follow(config.teacher_momentum)
+        self.report |= {
+            "loss": loss.detach(),
+            "contrastive": contrast.detach(),
+            "self_training": plain.detach(),
+            "self_training_view": other.detach(),
+            "stepped": stepped,
+        }
+        return self._together(student, teacher)
+
+    def predict(self, x: Tensor) -> Prediction:
+        """Student and teacher together, nothing learned."""
+        return self._together(self.network(x), self.teacher.predict(x))
+
+    def nearest(self, features: Tensor) -> Tensor:
+        """Class (B,) of the prototype most similar to each of (B, D) by cosine."""
+        unit = F.normalize(features.float(), dim=1)
+        similarity = unit @ F.normalize(self.prototypes, dim=1).t()
+        return similarity.nan_to_num(nan=-2.0).argmax(1)
+
+    def contrast(self, student: Prediction, augmented: Prediction) -> Tensor:
+        """The contrastive loss over prototypes, features and features of the view."""
+        assert student.features is not None and augmented.features is not None
+        chosen = self.prototypes[self.nearest(student.features.detach())]
+        vectors = [chosen, student.features.float(), augmented.features.float()]
+        return contrastive(self.projector(torch.stack(vectors, dim=1)), self.config.temperature)
+
+    def source_loss(self, x: Tensor) -> Tensor:
+        """Cross-entropy on the next labelled source batch."""
+        images, labels = self._next_batch(x.device)
+        with at_rest(self.network.wrappers):
+            logits = self.network(images).logits
+        return F.cross_entropy(logits.float(), labels)
+
+    def fit(self, source: SourceStatistics) -> None:
+        """Take or make prototypes, keep the source batches, warm up.
+
+        Raises:
+            ValueError: When prototypes or batches are needed and ``source`` has none.
+        """
+        if source.prototypes is not None:
+            given, size = source.prototypes, tuple(self.prototypes.shape)
+            if tuple(given.shape) != size:
+                raise ValueError(
+                    f"`source.prototypes` must be of shape {size}, got {tuple(given.shape)}: make "
+                    "them for this model with "
+                    "tta.collect_source(model, loader, for_methods=['rmt'])."
+                )
+            self.prototypes.copy_(given)
+            self.source_used = "prototypes as given"
+        elif source.batches is not None:
+            self.prototypes.copy_(self._measure_prototypes(source))
+            self.source_used = "prototypes from batches"
+        else:
+            raise ValueError(
+                f"`source` must give {self.name} class prototypes, got "
+                f"{source.contents or 'nothing'}: pass prototypes, source batches, or what "
+                "tta.collect_source(model, loader, for_methods=['rmt']) returns."
+            )
+        if bool(self.prototypes.isnan().all()):
+            raise ValueError("`source` must give at least one class a prototype, got none.")
+        if self.config.weight_source > 0 or self.config.warmup_samples > 0:
+            self._keep_batches(source)
+        if self.config.warmup_samples > 0:
+            self._warm_up()
+
+    def attach(self, source: SourceStatistics) -> None:
+        """Take the batches to replay again, if the saved adapter could not hold them."""
+        if self.config.weight_source > 0 and self.replay is None:
+            self._keep_batches(source)
+
+    def source_artefacts(self) -> dict[str, Any]:
+        """The prototypes."""
+        return {"prototypes": self.prototypes}
+
+    def constants(self) -> dict[str, Tensor]:
+        """``prototypes``, and ``source.<i>.images`` and ``.labels`` of batches that were a list."""
+        found = super().constants()
+        if self.replay is not None and self.replay.in_memory and self.config.weight_source > 0:
+            for i, (images, labels) in enumerate(self.replay.batches):
+                found |= {f"source.{i}.images": images, f"source.{i}.labels": labels}
+        return found
+
+    def load_constants(self, values: dict[str, Tensor]) -> None:
+        """Set what :meth:`constants` returned."""
+        super().load_constants({k: v for k, v in values.items() if not k.startswith("source.")})
+        count = sum(k.startswith("source.") for k in values) // 2
+        pairs = [(values[f"source.{i}.images"], values[f"source.{i}.labels"]) for i in range(count)]
+        if pairs:
+            self.replay = Replay(pairs)
+
+    def survives_reset(self) -> tuple[str, ...]:
+        """The official reset goes on in the source batches."""
+        return ("source_position",) if self.config.official else ()
+
+    def _keep_batches(self, source: SourceStatistics) -> None:
+        if source.batches is None:
+            raise ValueError(
+                f"`source` must give {self.name} labelled batches for warm-up and replay, got "
+                f"{source.contents or 'nothing'}: pass source= batches or SourceStatistics("
+                "batches=...), or weight_source=0 and warmup_samples=0."
+            )
+        self.replay = Replay(source.batches)
+
+    def _together(self, student: Prediction, teacher: Prediction) -> Prediction:
+        logits = student.logits.detach() + teacher.logits
+        if self.config.combine == "mean":
+            logits = logits / 2
+        return Prediction(logits, student.features)
+
+    def _next_batch(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        assert self.replay is not None
+        images, labels = self.replay[int(self.source_position)]
+        self.source_position += 1
+        return images.to(device), labels.to(device)
+
+    def _warm_up(self) -> None:
+        """Mean teacher on source images, without labels or views, the rate rising linearly."""
+        config, device = self.config, self.prototypes.device
+        assert self.replay is not None
+        total = config.warmup_samples // len(self.replay[0][0])
+        with torch.enable_grad():
+            for i in range(total):
+                images, _ = self._next_batch(device)
+                student, teacher = self.network(images), self.teacher.predict(images)
+                loss = symmetric_cross_entropy(student.logits, teacher.logits).mean()
+                self._set_rate(config.lr * (i + 1) / total)
+                if self.step(loss):
+                    self.teacher.follow(config.teacher_momentum)
+        self._set_rate(config.lr)
+
+    def _set_rate(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+    @torch.no_grad()
+    def _measure_prototypes(self, source: SourceStatistics) -> Tensor:
+        """Mean feature of each class under batch statistics; NaN where a class has no image."""
+        total = torch.zeros_like(self.prototypes)
+        count = torch.zeros(len(total), device=total.device)
+        seen = 0
+        with overriding(self.network.wrappers, by_batch):
+            for images, labels in source.iter_batches():
+                features = self.network(images.to(total.device)).features
+                assert features is not None
+                labels = labels.to(total.device)
+                total.index_add_(0, labels, features.float())
+                count.index_add_(0, labels, torch.ones_like(labels, dtype=count.dtype))
+                seen += len(images)
+                if seen > PROTOTYPE_IMAGES:
+                    break
+        if seen == 0:
+            raise ValueError(
+                "`source` must hold at least one batch, got none: pass an iterable of "
+                "(images, labels) that was not read to its end."
+            )
+        return total / count[:, None]
+
+
+def _projector(size: int, width: int, generator: torch.Generator) -> nn.Sequential:
+    """Linear, ReLU, linear, with torch's default initialisation from the adapter's generator."""
+    if width == 0:
+        return nn.Sequential()
+    layers = nn.Sequential(
+        nn.utils.skip_init(nn.Linear, size, width),
+        nn.ReLU(),
+        nn.utils.skip_init(nn.Linear, width, width),
+    )
+    with torch.no_grad():
+        for layer in layers:
+            if isinstance(layer, nn.Linear):
+                bound = layer.in_features**-0.5
+                layer.weight.uniform_(-bound, bound, generator=generator)
+                layer.bias.uniform_(-bound, bound, generator=generator)
+    return layers

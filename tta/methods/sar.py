@@ -1,0 +1,182 @@
+"""SAR: sharpness-aware entropy minimisation on reliable samples, with recovery from collapse.
+
+Niu, Wu, Zhang, Wen, Chen, Zhao, Tan: Towards Stable Test-Time Adaptation in Dynamic Wild World,
+ICLR 2023, arXiv 2302.12400.
+
+Batches of one, mixed domains and shifting labels make entropy minimisation collapse, through few
+samples with large gradients. Samples of high entropy are left out, the rest takes a
+sharpness-aware step, which looks for flat minima that noisy gradients do not throw it out of; and
+when the average of the loss falls under a threshold, as it does in a collapse, the source model
+comes back. It is meant for models with GroupNorm or LayerNorm.
+
+    S1 = [H_b(theta) < E0],   theta' = theta + rho g / |g|,   g = grad mean_{S1} H_b(theta)
+    S2 = S1 [H_b(theta') < E0],   theta <- theta - lr grad mean_{S2} H_b(theta')
+    e <- 0.9 e + 0.1 L2;   e < ``reset_threshold``: theta <- theta_0
+
+What is returned are the logits of the first forward pass. The last blocks and the final norm are
+not trained. Here that goes by position: of the norm layers, in the order in which a forward pass
+first calls them, the last ``skip_blocks`` share is left out, rounded up and at least the last one
+(for ViT-B the six of blocks 9 to 11 and the final one, as in the official code; one layer is always
+trained). The order is seen during the first batch; until then ``parameters_adapted`` and, for good,
+the state's keys name all norm layers, of which those left out never move. Layers that a forward
+pass does not call are not counted. This concerns ``params="norm"`` alone.
+
+Differences: the official code leaves layers out by name (layer4, blocks.9, blocks.10, blocks.11,
+norm), which leaves out nothing in most models; ignores its threshold argument (0.2); after a
+recovery keeps the average that triggered it, so that the next batches recover as well, and the
+momentum; and, when nothing is selected, still steps on momentum. ``official=True`` does all that.
+Here the average and the momentum are cleared and an empty selection is no step. The official
+repository has no CIFAR settings; those presets are the mariodoebler repository's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from tta.backbone import Backbone
+from tta.checks import number
+from tta.config import UpdateConfig
+from tta.losses import entropy
+from tta.registry import register
+from tta.selection import move_average
+from tta.sharpness import perturbed
+from tta.slots import Context, Prediction, Report, Update
+
+__all__ = ["Sar", "SarConfig"]
+
+OFFICIAL_THRESHOLD = 0.2
+OFFICIAL_LEFT_OUT = ("layer4", "blocks.9", "blocks.10", "blocks.11", "norm.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SarConfig(UpdateConfig):
+    """Fields of ``sar``."""
+
+    entropy_margin: float = 0.4  # E0 as a share of ln C
+    rho: float = 0.05  # length of the sharpness-aware perturbation
+    reset_threshold: float = 0.2  # of the average loss in nats
+    skip_blocks: float = 0.25  # share of the norm layers left out at the end, and the final norm
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        number("entropy_margin", self.entropy_margin, 0, above=True)
+        number("rho", self.rho, 0)
+        number("reset_threshold", self.reset_threshold, 0)
+        number("skip_blocks", self.skip_blocks, 0, 1, below=True)
+
+    def scaled(self, batch_size: int | None) -> SarConfig:
+        """As for every update, and doubled for a stream of single images, as in the scripts."""
+        scaled = super().scaled(batch_size)
+        if batch_size == 1 and self.lr_scaling != "none":
+            return scaled.replace(lr=2 * scaled.lr)
+        return scaled
+
+
+@register("sar")
+class Sar(Update):
+    """Sharpness-aware and reliable entropy minimisation."""
+
+    Config = SarConfig
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "imagenet": {"lr": 2.5e-4, "lr_scaling": "small_batch"},
+        "imagenet_vit": {"lr": 1e-3, "lr_scaling": "linear"},
+        "cifar10": {"lr": 1e-3, "lr_batch_size": 200},
+        "cifar100": {"lr": 1e-3, "lr_batch_size": 200},
+    }
+
+    ema: Tensor  # 0-dimensional, e; NaN while undefined
+
+    def __init__(self, config: SarConfig, network: Backbone, context: Context) -> None:
+        super().__init__(config, network, context)
+        self.register_buffer("ema", torch.tensor(float("nan")))
+        self.order_unknown = config.params == "norm" and not config.official
+        if self.order_unknown:
+            network.watch_calls({_layer(name) for name in context.parameters})
+
+    @classmethod
+    def leaves_out(cls, config: Any, names: Iterable[str]) -> set[str]:
+        """What the official code leaves out, by the names of layers."""
+        if not config.official or config.params != "norm":
+            return set()
+        return {n for n in names if _officially_left_out(_layer(n))}
+
+    def adapt(self, x: Tensor) -> Prediction:
+        """Predict, select, step from the perturbed point, recover if the average says so."""
+        config = self.config
+        prediction = self.network(x)
+        if self.order_unknown:
+            self._leave_out_last_layers()
+        margin = config.entropy_margin * self.context.log_classes
+        reliable = entropy(prediction.logits.detach()) < margin
+        count = int(reliable.sum())
+        self.report = Report(
+            selected=count, selected_second=0, loss=float("nan"), gradient_norm=0.0, stepped=False
+        )
+        if count > 0:
+            self._sharp_step(x, prediction, reliable, margin)
+        if config.official and self.report["selected_second"] == 0:
+            self._coast()
+        threshold = OFFICIAL_THRESHOLD if config.official else config.reset_threshold
+        if bool(self.ema < threshold):
+            self.recover(optimizer=not config.official)
+            self.resets += 1
+            if not config.official:
+                self.ema.fill_(float("nan"))
+        return prediction
+
+    def _sharp_step(
+        self, x: Tensor, prediction: Prediction, reliable: Tensor, margin: float
+    ) -> None:
+        parameters = list(self.parameters_adapted.values())
+        first = entropy(self.kept_logits(x, prediction, reliable)).mean()
+        climb = _gradients(first, parameters)
+        with perturbed(parameters, climb, self.config.rho) as norm:
+            entropies = entropy(self.forward_rows(x, reliable))
+            kept = entropies.detach() < margin
+            count = int(kept.sum())
+            self.report |= {"selected_second": count, "gradient_norm": norm}
+            if count == 0:
+                return
+            loss = entropies[kept].mean()
+            gradients = _gradients(loss, parameters)
+        move_average(self.ema, loss.detach())
+        self.report |= {"loss": loss.detach(), "stepped": self.step(loss, gradients)}
+
+    def _coast(self) -> None:
+        """A step with a gradient of zero: only the momentum acts."""
+        zeros = [torch.zeros_like(p) for p in self.parameters_adapted.values()]
+        self.report["stepped"] = self.step(torch.zeros((), device=self.ema.device), zeros)
+
+    def _leave_out_last_layers(self) -> None:
+        """Stop training the layers that the first forward pass called last."""
+        self.order_unknown = False
+        order = self.network.call_order()
+        if not order:  # their weights are used, but not by calling them
+            order = list(dict.fromkeys(_layer(n) for n in self.parameters_adapted))
+        # Rounded before rounding up: 0.1 * 30 must not make 4.
+        skipped = max(1, math.ceil(round(self.config.skip_blocks * len(order), 6)))
+        trained = set(order[: max(1, len(order) - skipped)])
+        for name, p in self.parameters_adapted.items():
+            p.requires_grad_(_layer(name) in trained)
+        self.parameters_adapted = {
+            n: p for n, p in self.parameters_adapted.items() if _layer(n) in trained
+        }
+
+
+def _layer(parameter: str) -> str:
+    return parameter.rpartition(".")[0]
+
+
+def _officially_left_out(layer: str) -> bool:
+    return layer == "norm" or any(part in layer for part in OFFICIAL_LEFT_OUT)
+
+
+def _gradients(loss: Tensor, parameters: list[Any]) -> list[Tensor]:
+    found = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+    return list(found)
