@@ -222,3 +222,53 @@ def test_cuda_agrees_with_the_cpu() -> None:
             torch.testing.assert_close(
                 cpu(images(t)), gpu(images(t).cuda()).cpu(), atol=1e-3, rtol=1e-3
             )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("norm", ["bn", "alpha_bn", "unmix_tns"])
+def test_models_in_other_precisions(norm: str, dtype: torch.dtype) -> None:
+    expected = tta.wrap(tiny("bn"), norm=norm, update="tent.cifar10")
+    adapter = tta.wrap(tiny("bn").to(dtype), norm=norm, update="tent.cifar10")
+    for t in range(2):
+        y = adapter(images(t).to(dtype))
+        assert y.dtype == dtype
+        torch.testing.assert_close(y.float(), expected(images(t)), atol=0.1, rtol=0.1)
+    with adapter.frozen():
+        assert torch.isfinite(adapter(images(2).to(dtype))).all()
+
+
+def test_one_huge_image_does_not_spoil_the_components() -> None:
+    adapter = tta.wrap(tiny("bn"), norm="unmix_tns")
+    spoiled = images(0)
+    spoiled[0] = 3e38
+    adapter(spoiled)
+    assert torch.isfinite(adapter(images(1))).all()
+
+
+def test_a_frozen_report_is_of_its_own_batch() -> None:
+    adapter = tta.wrap(tiny("bn"), "tent.cifar10")
+    adapter(images(0))
+    adapter.freeze()
+    adapter(images(1, 3))
+    assert adapter.report.seen == 3 and adapter.report.selected == 0
+    assert adapter.report.stepped is False
+
+
+def test_a_wrong_generator_state_copies_nothing() -> None:
+    adapter = tta.wrap(tiny("bn"), "tent.cifar10")
+    before = adapter.state()
+    wrong = {k: v + 1 if k.startswith("param/") else v for k, v in before.items()}
+    wrong["rng"] = torch.zeros(7)
+    with pytest.raises(ValueError, match=r"`state`\['rng'\]"):
+        adapter.load_state(wrong)
+    assert all(torch.equal(before[k], v) for k, v in adapter.state().items())
+
+
+def test_an_unwrapped_adapter_lets_go_of_the_model() -> None:
+    adapter = tta.wrap(tiny("bn"), "tent.cifar10")
+    state = adapter.state()
+    net = adapter.unwrap()
+    for call in (adapter.reset, lambda: adapter.load_state(state)):
+        with pytest.raises(RuntimeError, match="unwrapped"):
+            call()
+    assert torch.equal(net.layer1[1].weight, tiny("bn").layer1[1].weight)

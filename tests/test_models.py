@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 import models
 import tta
-from experiments.data import load_bundled
+from experiments.data import open_data
 from models.bundled import FOLDER
 
 BUNDLED = models.list_models()
@@ -36,8 +36,9 @@ def test_a_bundled_model_does_what_its_card_says(name: str) -> None:
     assert info.input_size == (3, 32, 32) and len(info.class_names or ()) == 10
     card = json.loads((FOLDER / name / "card.json").read_text())
     assert card["clean_accuracy"] >= CLEAN_ACCURACY[name]
-    data = load_bundled()
-    x = torch.stack([data[i][0] for i in range(0, len(data), 4)])
+    data = open_data("bundled").clean
+    assert data is not None
+    x = torch.stack([data[i][0] for i in range(0, len(data), 4)]).float() / 255
     y = torch.tensor([int(data[i][1]) for i in range(0, len(data), 4)])
     with torch.no_grad():
         accuracy = float((net(x).argmax(1) == y).float().mean())

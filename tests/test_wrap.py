@@ -225,3 +225,54 @@ def test_shared_layers_get_one_wrapper() -> None:
 def test_repr_says_what_is_inside() -> None:
     text = repr(tta.wrap(tiny("bn"), "tent.cifar10", output="lame"))
     assert re.search(r"norm=bn, update=tent, output=lame, 2 norm layers wrapped, 24 of", text)
+
+
+def test_the_callers_gradients_are_neither_used_nor_lost() -> None:
+    net, clean = tiny("bn"), tiny("bn")
+    net(images(3)).sum().backward()
+    before = {n: p.grad.clone() for n, p in net.named_parameters() if p.grad is not None}
+    one, two = (tta.wrap(m, "tent.cifar10", lr=0.1) for m in (net, clean))
+    for t in range(2):
+        assert torch.equal(one(images(t)), two(images(t)))
+    one.unwrap()
+    after = {n: p.grad for n, p in net.named_parameters() if p.grad is not None}
+    assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
+
+
+def test_parts_and_wholes_of_a_wrapped_model_are_wrapped() -> None:
+    inner = tiny("bn")
+    adapter = tta.wrap(nn.Sequential(inner), "source")
+    with pytest.raises(ValueError, match="must not be wrapped yet"):
+        tta.wrap(inner, "tent.cifar10")
+    adapter.unwrap()
+    tta.wrap(inner, "tent.cifar10")
+
+
+def test_a_warning_turned_into_an_error_leaves_the_model_alone() -> None:
+    net = tiny("bn")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning):
+            tta.wrap(net, "tent")
+    tta.wrap(net, "tent.cifar10")
+
+
+def test_eta_gives_no_fisher_and_spoils_none() -> None:
+    found = tta.collect_source(tiny("bn"), source_batches(), for_methods=["eata", "eta"])
+    assert found.fisher is not None and any((v > 0).any() for v in found.fisher.values())
+    assert tta.collect_source(tiny("bn"), source_batches(), for_methods=["eta"]).fisher is None
+
+
+def test_a_taken_name_is_taken() -> None:
+    from tta.methods.tent import Tent as Original
+
+    class TentConfig(Original.Config):
+        """A config of its own."""
+
+    class Tent(Original):
+        """Another one."""
+
+        Config = TentConfig
+
+    with pytest.raises(ValueError, match=r"`name` must be new, got 'tent'.*tta\.methods\.tent"):
+        tta.register("tent")(Tent)

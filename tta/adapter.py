@@ -14,6 +14,7 @@ from tta import norm
 from tta.backbone import Backbone
 from tta.checks import nearest
 from tta.config import AdapterConfig
+from tta.keys import alias, check_rng, check_shape, neighbours
 from tta.slots import Context, Output, Prediction, Report, Update, forget_casts
 
 __all__ = ["Adapter"]
@@ -53,7 +54,11 @@ class Adapter(nn.Module):
         self._flags = [(p, p.requires_grad) for p in model.parameters()]
         self._rejected = 0
         self._seen = 0
-        model.__dict__[MARK] = True
+        for module, _ in self._modes:
+            module.__dict__[MARK] = True
+        self._grads = [(p, p.grad) for p in context.parameters.values()]
+        for p, _ in self._grads:
+            p.grad = None  # the caller's, given back by unwrap
         model.eval()
         if update is not None:
             chosen = {id(p) for p in context.parameters.values()}
@@ -123,7 +128,7 @@ class Adapter(nn.Module):
             self._set_learning(before)
 
     def state(self) -> dict[str, Tensor]:
-        """Clones of everything that moves, by name; see the contract in ``docs/state.md``."""
+        """Clones of everything that moves, by name; see ``docs/streaming.md``."""
         return {k: v.detach().clone() for k, v in self._moving().items()}
 
     def load_state(self, state: dict[str, Tensor], as_source: bool = False) -> None:
@@ -138,15 +143,17 @@ class Adapter(nn.Module):
             ValueError: For a name or a shape that this adapter does not have; nothing is copied.
         """
         moving = self._moving()
-        state = {_alias(key): value for key, value in state.items()}
+        state = {alias(key): value for key, value in state.items()}
         for key, value in state.items():
             if key not in moving:
                 raise ValueError(
                     f"`state` must come from an adapter like this one, got the key {key!r}: "
-                    + nearest(key, _few(moving, key))
+                    + nearest(key, neighbours(moving, key))
                 )
-            _check_shape(key, value, moving[key], grows=key in self._growing())
+            check_shape(key, value, moving[key], grows=key in self._growing())
         self._check_rows(state)
+        if "rng" in state:
+            check_rng(state["rng"])
         self._copy_in(state)
         if as_source:
             moving = self._moving()
@@ -181,12 +188,13 @@ class Adapter(nn.Module):
         with torch.no_grad():
             for name, p in self._context.parameters.items():
                 p.copy_(self._original[name])
-                p.grad = None
+        for p, grad in self._grads:
+            p.grad = grad
         for p, flag in self._flags:
             p.requires_grad_(flag)
         for module, mode in self._modes:
             module.training = mode
-        del model.__dict__[MARK]
+            module.__dict__.pop(MARK, None)
         self._network = None
         del self._modules["model"]
         return model
@@ -250,6 +258,8 @@ class Adapter(nn.Module):
             with torch.enable_grad():
                 prediction = self.update.learn(x)
         else:
+            if self.update is not None:
+                self.update.report = Report()  # nothing is learned from this batch
             with torch.no_grad():
                 predict: Any = self._network if self.update is None else self.update.predict
                 prediction = predict(x)
@@ -318,6 +328,8 @@ class Adapter(nn.Module):
 
     @torch.no_grad()
     def _copy_in(self, state: dict[str, Tensor]) -> None:
+        if self._network is None:
+            raise RuntimeError("this adapter was unwrapped: it has no model any more.")
         self._make_room(state)
         moving = self._moving()
         keys = [k for k in state if k != "rng"]
@@ -368,29 +380,3 @@ class Adapter(nn.Module):
                     if key != "step":  # torch keeps the step count on the CPU
                         slots[key] = fn(value)
         return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__
-
-
-def _check_shape(key: str, value: Any, mine: Tensor, grows: bool) -> None:
-    expected = tuple(mine.shape)
-    got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-    if got != expected and not (grows and isinstance(got, tuple) and got[1:] == expected[1:]):
-        raise ValueError(
-            f"`state`[{key!r}] must have shape {expected}, got {got}: load a state made with the "
-            "same model and method."
-        )
-
-
-def _alias(key: str) -> str:
-    """Methods with a teacher call the trained parameters the student."""
-    student = "update/student."
-    return f"param/{key[len(student) :]}" if key.startswith(student) else key
-
-
-def _few(moving: dict[str, Tensor], key: str) -> list[str]:
-    """The keys worth listing for a wrong one: those of its group, else the groups."""
-    group = key.partition("/")[0]
-    same = [k for k in moving if k.partition("/")[0] == group]
-    return same[:40] or sorted({k.partition("/")[0] for k in moving})

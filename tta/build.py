@@ -119,6 +119,8 @@ def _build(
                 network.close()
             surgery.remove(model, wrappers)
         raise
+    for wrapper in wrappers.values():
+        wrapper.rule.fell_back = False  # source batches may have been short
     adapter._mark_reset_point()
     return adapter
 
@@ -164,8 +166,12 @@ def _check_model(model: Any) -> None:
         raise TypeError(
             f"`model` must be a torch.nn.Module, got {type(model).__name__}: pass a classifier."
         )
-    inside = [m for m in model.modules() if isinstance(m, Adapter) or MARK in m.__dict__]
-    if inside:
+    if any(p.is_inference() for p in model.parameters()):
+        raise ValueError(
+            "`model` must have ordinary parameters, got inference tensors: build it outside "
+            "torch.inference_mode()."
+        )
+    if any(isinstance(m, (Adapter, AdaptiveNorm)) or MARK in m.__dict__ for m in model.modules()):
         raise ValueError(
             f"`model` must not be wrapped yet, got {type(model).__name__} that is or holds a "
             "wrapped model: call unwrap() on its adapter first."

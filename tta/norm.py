@@ -27,6 +27,7 @@ __all__ = [
     "batch_stats",
     "by_batch",
     "by_source",
+    "evaluate",
     "insert",
     "instance_stats",
     "normalize",
@@ -106,7 +107,7 @@ def insert(model: nn.Module, make: Callable[[nn.Module], NormRule]) -> dict[str,
     wrappers = {n: AdaptiveNorm(b, make(b)) for n, b in batch_norm_layers(model).items()}
     _swap(model, {w.base: w for w in wrappers.values()})
     for wrapper in wrappers.values():
-        wrapper.train(wrapper.base.training)
+        wrapper.training = wrapper.rule.training = wrapper.base.training
     return wrappers
 
 
@@ -203,14 +204,23 @@ def instance_stats(x: Tensor) -> tuple[Tensor, Tensor]:
         var, mean = torch.var_mean(x.float(), dim=axes, correction=0)
         return mean, var
     count = math.prod(x.shape[2:])
-    mean = x.mean(axes, dtype=torch.float32)
-    square = torch.linalg.vector_norm(x, dim=axes, dtype=torch.float32).square() / count
+    wide = torch.promote_types(x.dtype, torch.float32)
+    mean = x.mean(axes, dtype=wide)
+    square = torch.linalg.vector_norm(x, dim=axes, dtype=wide).square() / count
     var = square - mean.square()
     if bool((var < LARGE_MEAN * square).any()):
         deviation = x - mean.view(*mean.shape, *(1 for _ in axes)).to(x.dtype)
-        norm = torch.linalg.vector_norm(deviation, dim=axes, dtype=torch.float32)
+        norm = torch.linalg.vector_norm(deviation, dim=axes, dtype=wide)
         var = norm.square() / count
     return mean, var
+
+
+def evaluate(x: Tensor, mean: Tensor, var: Tensor, base: Any, eps: float) -> Tensor:
+    """The evaluation kernel, with the affine part in the precision of the statistics (C,)."""
+    weight, bias = base.weight, base.bias
+    if weight is not None and weight.dtype != mean.dtype:
+        weight, bias = weight.to(mean.dtype), bias.to(mean.dtype)
+    return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
 
 
 def normalize(x: Tensor, mean: Tensor, var: Tensor, base: Any) -> Tensor:
@@ -226,7 +236,7 @@ def normalize(x: Tensor, mean: Tensor, var: Tensor, base: Any) -> Tensor:
         (B, C, ...) of x's dtype. Gradients flow into mean and var where these carry any.
     """
     if mean.ndim == 1 and not (torch.is_grad_enabled() and mean.requires_grad):
-        return F.batch_norm(x, mean, var, base.weight, base.bias, False, 0.0, base.eps)
+        return evaluate(x, mean, var, base, base.eps)
     scale = torch.rsqrt(var + base.eps)
     if base.weight is not None:
         scale = scale * base.weight

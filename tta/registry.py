@@ -38,12 +38,13 @@ def register(name: str) -> Callable[[C], C]:
     def add(cls: C) -> C:
         if not name.isidentifier():
             raise ValueError(f"`name` must be an identifier, got {name!r}: rename the component.")
-        if name in _COMPONENTS and _COMPONENTS[name].__qualname__ != cls.__qualname__:
+        other = _COMPONENTS.get(name, cls)
+        if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
             raise ValueError(
-                f"`name` must be new, got {name!r}, which {_COMPONENTS[name].__module__} has: "
+                f"`name` must be new, got {name!r}, which {other.__module__} has: "
                 "choose another name."
             )
-        if cls.slot not in ("", "norm", "update", "output"):
+        if cls.slot not in ("norm", "update", "output") and name != "source":
             raise TypeError(f"`slot` must be 'norm', 'update' or 'output', got {cls.slot!r}.")
         if "name" in vars(cls.Config) and cls.Config.name != name:
             raise TypeError(

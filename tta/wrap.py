@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tta import norm as surgery
 from tta.adapter import Adapter
+from tta.backbone import num_classes
 from tta.build import build
 from tta.checks import nearest
 from tta.config import AdapterConfig, ComponentConfig, UpdateConfig
@@ -84,9 +85,11 @@ def wrap(
     """
     if isinstance(recipe, AdapterConfig):
         given = {"norm": norm, "update": update, "output": output}
-        if overrides or any(v is not None for v in given.values()):
+        others = (batch_size, mean, std, seed or None)
+        if overrides or any(v is not None for v in (*given.values(), *others)):
             raise TypeError(
-                "`recipe` as an AdapterConfig takes no slots or overrides: replace() it."
+                "`recipe` as an AdapterConfig takes no other slots or fields: "
+                "use dataclasses.replace on it."
             )
         return build(model, recipe, source, augment=augment, restore_mask=restore_mask)
     chosen = _choose(recipe, {"norm": norm, "update": update, "output": output})
@@ -117,10 +120,10 @@ def wrap(
         mean=None if mean is None else tuple(float(m) for m in mean),
         std=None if std is None else tuple(float(s) for s in std),
     )
-    adapter = build(model, config, source, augment=augment, restore_mask=restore_mask)
-    names = [c for c in (recipe, norm, update, output) if isinstance(c, str)]
-    _warn_of_preset(names, adapter.num_classes)
-    return adapter
+    if isinstance(model, nn.Module):  # a warning may be an error, so before anything is changed
+        names = [c for c in (recipe, norm, update, output) if isinstance(c, str)]
+        _warn_of_preset(names, num_classes(model))
+    return build(model, config, source, augment=augment, restore_mask=restore_mask)
 
 
 def _choose(recipe: Any, slots: dict[str, Any]) -> dict[str, ComponentConfig | None]:

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tta.config import ComponentConfig
-from tta.norm import batch_stats, normalize, too_few_values
+from tta.norm import batch_stats, evaluate, normalize, too_few_values
 from tta.registry import register
 from tta.slots import NormRule
 
@@ -56,6 +56,6 @@ class BatchNormRule(NormRule):
         if not torch.is_grad_enabled() and x.device.type == "cpu" and x.ndim > 2:
             # Statistics, then the evaluation kernel: faster on a CPU than the training kernel.
             mean, var = batch_stats(x)
-            return F.batch_norm(x, mean, var, base.weight, base.bias, False, 0.0, eps)
+            return evaluate(x, mean, var, base, eps)
         # The fused training kernel, without buffers to update.
         return F.batch_norm(x, None, None, base.weight, base.bias, True, 0.0, eps)

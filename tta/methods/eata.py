@@ -140,7 +140,7 @@ class Eata(Update):
 
     def source_artefacts(self) -> dict[str, Any]:
         """The Fisher information by parameter name."""
-        return {"fisher": self._by_name(self.fisher)}
+        return {"fisher": self._by_name(self.fisher)} if self.config.fisher_weight > 0 else {}
 
     def constants(self) -> dict[str, Tensor]:
         """``fisher.<parameter>`` and ``anchor.<parameter>``."""
@@ -173,7 +173,9 @@ class Eata(Update):
             for images, _ in source.iter_batches(self.config.fisher_samples):
                 logits = self.network(images.to(device)).logits.float()
                 loss = F.cross_entropy(logits, logits.detach().argmax(1))
-                gradients = torch.autograd.grad(loss, parameters)
+                gradients = torch.autograd.grad(
+                    loss, parameters, allow_unused=True, materialize_grads=True
+                )
                 total += torch.cat([g.flatten() for g in gradients]).square()
                 batches, seen = batches + 1, seen + len(images)
         if batches == 0:

@@ -110,15 +110,16 @@ class UnmixTns(NormRule):
             return normalize(x, base.running_mean, base.running_var, base)
         mean, var = instance_stats(x)
         with torch.no_grad():
-            similarity = F.normalize(mean, dim=1) @ F.normalize(self.means, dim=1).t()
+            means, variances = self.means.to(mean.dtype), self.vars.to(mean.dtype)
+            similarity = F.normalize(mean, dim=1) @ F.normalize(means, dim=1).t()
             p = (similarity / self.config.temperature).softmax(1)  # (B, K)
         k, rest = len(self.means), 1 - p
         # Averages over k of M, V and M^2, expanded so that nothing of size (B, K, C) is made.
-        mixed_mean = (rest @ self.means + p.sum(1, keepdim=True) * mean) / k
-        mixed_var = (rest @ self.vars + p.sum(1, keepdim=True) * var) / k
+        mixed_mean = (rest @ means + p.sum(1, keepdim=True) * mean) / k
+        mixed_var = (rest @ variances + p.sum(1, keepdim=True) * var) / k
         second = (
-            rest.square() @ self.means.square()
-            + 2 * (rest * p) @ self.means * mean
+            rest.square() @ means.square()
+            + 2 * (rest * p) @ means * mean
             + p.square().sum(1, keepdim=True) * mean.square()
         ) / k
         y = normalize(x, mixed_mean, mixed_var + second - mixed_mean.square(), base)
@@ -129,6 +130,9 @@ class UnmixTns(NormRule):
     @torch.no_grad()
     def _move(self, p: Tensor, mean: Tensor, var: Tensor) -> None:
         """All components towards the images, in proportion to similarity, divided by B."""
+        # Finite pixels may overflow; such an image would spoil the components for good.
+        fine = (mean.isfinite() & var.isfinite()).all(1, keepdim=True)
+        p, mean, var = (torch.where(fine, v, torch.zeros_like(v)) for v in (p, mean, var))
         rate, weight = self.rate / len(p), p.sum(0)[:, None]
         self.means += rate * (p.t() @ mean - weight * self.means)
         self.vars += rate * (p.t() @ var - weight * self.vars)
