@@ -171,6 +171,10 @@ def test_save_and_load_refuse_other_models_and_folders(tmp_path) -> None:
     with pytest.raises(ValueError, match="`model` must be the one that was saved"):
         tta.load(bigger, tmp_path / "a")
     tta.wrap(bigger, "source")  # it was given back
+    twin = tiny("bn", seed=5)
+    with pytest.raises(ValueError, match="weights"):
+        tta.load(twin, tmp_path / "a")
+    assert tta.load(tiny("bn"), tmp_path / "a").config == adapter.config
     with pytest.raises(TypeError, match="`adapter`"):
         tta.save(tiny("bn"), tmp_path / "b")  # type: ignore[arg-type]
 

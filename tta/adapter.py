@@ -14,7 +14,7 @@ from tta import norm
 from tta.backbone import Backbone
 from tta.checks import nearest
 from tta.config import AdapterConfig
-from tta.keys import alias, check_rng, check_shape, neighbours
+from tta.keys import alias, check_rng, check_shape, checksum, neighbours
 from tta.slots import Context, Output, Prediction, Report, Update, forget_casts
 
 __all__ = ["Adapter"]
@@ -160,6 +160,11 @@ class Adapter(nn.Module):
             self._initial |= {k: moving[k].detach().clone() for k in state if k != "rng"}
             if "rng" in state:
                 self._initial["rng"] = state["rng"].clone()
+
+    def source_checksum(self) -> int:
+        """CRC-32 of the model's weights as they were before wrapping."""
+        originals = {id(p): self._original[n] for n, p in self._context.parameters.items()}
+        return checksum(originals.get(id(p), p) for p in self.model.parameters())
 
     def reset_point(self) -> dict[str, Tensor]:
         """The state that :meth:`reset` restores (not clones)."""

@@ -1,13 +1,15 @@
-"""Keys of an adapter's state: other names for them, and what may be loaded under them."""
+"""Keys of an adapter's state: other names for them, what may be loaded, what it belongs to."""
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["alias", "check_rng", "check_shape", "neighbours"]
+__all__ = ["alias", "check_rng", "check_shape", "checksum", "neighbours"]
 
 
 def check_shape(key: str, value: Any, mine: Tensor, grows: bool) -> None:
@@ -40,3 +42,12 @@ def neighbours(moving: dict[str, Tensor], key: str) -> list[str]:
     group = key.partition("/")[0]
     same = [k for k in moving if k.partition("/")[0] == group]
     return same[:40] or sorted({k.partition("/")[0] for k in moving})
+
+
+def checksum(tensors: Iterable[Tensor]) -> int:
+    """CRC-32 of the bytes of tensors, in order."""
+    crc = 0
+    for tensor in tensors:
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        crc = zlib.crc32(flat.view(torch.uint8).numpy().tobytes(), crc)
+    return crc

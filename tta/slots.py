@@ -243,7 +243,7 @@ class Update(Component):
 
     def optimized(self) -> dict[str, nn.Parameter]:
         """What the optimiser moves: the model's chosen parameters, then the method's own."""
-        return self.parameters_adapted | {f"update.{n}": p for n, p in self.named_parameters()}
+        return self.context.parameters | {f"update.{n}": p for n, p in self.named_parameters()}
 
     def step(
         self,
@@ -266,7 +266,7 @@ class Update(Component):
         if gradients is None:
             loss.backward()
         else:
-            for p, g in zip(params, gradients, strict=True):
+            for p, g in zip(self.parameters_adapted.values(), gradients, strict=True):
                 p.grad = g
         if see is not None:
             for p in params:

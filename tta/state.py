@@ -90,9 +90,16 @@ def load(model: nn.Module, folder: str | Path, *, source: Any = None) -> Adapter
         if expected != about["model"]:
             raise ValueError(
                 f"`model` must be the one that was saved ({about['model']['type']}, "
-                f"{about['model']['classes']} classes, {about['model']['parameters']} parameters), "
-                f"got {expected['type']}, {expected['classes']} classes, "
-                f"{expected['parameters']} parameters: pass the model that {folder} was made for."
+                f"{about['model']['classes']} classes, {about['model']['parameters']} parameters, "
+                f"source weights {about['model'].get('weights')}), got {expected['type']}, "
+                f"{expected['classes']} classes, {expected['parameters']} parameters, weights "
+                f"{expected['weights']}: pass the model that {folder} was made for."
+            )
+        missing = set(adapter.state()) - set(parts["state"]) - set(parts["initial"])
+        if missing:
+            raise ValueError(
+                f"`folder` must hold a whole state, but {folder} lacks {min(missing)!r}: save the "
+                "adapter again."
             )
         adapter.load_state(parts["initial"], as_source=True)
         adapter.load_state(parts["state"])
@@ -107,6 +114,7 @@ def _signature(model: nn.Module, adapter: Adapter) -> dict[str, Any]:
         "type": type(model).__name__,
         "classes": adapter.num_classes,
         "parameters": sum(p.numel() for p in model.parameters()),
+        "weights": adapter.source_checksum(),
     }
 
 
