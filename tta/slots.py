@@ -42,8 +42,6 @@ __all__ = [
 # whole batch, about 1.3, whether one row or all of them are in the loss.
 RERUN_BELOW = 0.55  # share of kept rows
 
-Batches = Iterable[tuple[Tensor, Tensor]]
-
 
 @dataclass
 class Prediction:

@@ -72,10 +72,6 @@ class ImageSet:
         """All images as (N, 3, H, W) uint8."""
         return torch.from_numpy(np.ascontiguousarray(self.images.transpose(0, 3, 1, 2)))
 
-    def with_images(self, images: Tensor, origin: str) -> ImageSet:
-        """The same labels with other images, (N, 3, H, W) uint8 on any device."""
-        return replace(self, images=images.permute(0, 2, 3, 1).cpu().numpy(), origin=origin)
-
     def subset(self, positions: Sequence[int] | np.ndarray) -> ImageSet:
         """The images at `positions`, in that order."""
         positions = np.asarray(positions, dtype=np.int64)
