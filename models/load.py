@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 import tta
 from models.bundled import BUNDLED, CIFAR10_CLASSES, FOLDER
-from tta.backbone import find_classifier
 from tta.checks import nearest
+from tta.classifier import find_classifier, num_classes
 from tta.params import is_norm
 
 __all__ = ["ModelInfo", "list_models", "load"]
@@ -97,9 +97,7 @@ def load(
     if state is not None:
         _fill(model, state, name, Path(str(checkpoint)))
     norms = Counter(type(m).__name__ for m in model.modules() if is_norm(m))
-    info = ModelInfo(
-        name=name, num_classes=tta.backbone.num_classes(model), norm_types=dict(norms), **about
-    )
+    info = ModelInfo(name=name, num_classes=num_classes(model), norm_types=dict(norms), **about)
     return model.eval(), info
 
 

@@ -276,3 +276,31 @@ def test_a_taken_name_is_taken() -> None:
 
     with pytest.raises(ValueError, match=r"`name` must be new, got 'tent'.*tta\.methods\.tent"):
         tta.register("tent")(Tent)
+
+
+def test_a_shuffling_loader_leaves_the_global_generator_alone() -> None:
+    data = torch.utils.data.TensorDataset(images(0), torch.arange(8))
+    loader = torch.utils.data.DataLoader(data, batch_size=4, shuffle=True)
+    for method in ("eata.cifar10", "adanpc"):
+        torch.manual_seed(3)
+        before = torch.get_rng_state()
+        first = tta.wrap(tiny("bn"), method, source=loader).constants()
+        assert torch.equal(before, torch.get_rng_state())
+        again = tta.wrap(tiny("bn"), method, source=loader).constants()
+        assert all(torch.equal(v, again[k]) for k, v in first.items())
+
+
+def test_a_layer_that_normalises_its_weight_is_no_norm_layer() -> None:
+    class NormedLinear(nn.Linear):
+        pass
+
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 4), nn.LayerNorm(4), NormedLinear(4, 10))
+    assert list(tta.wrap(net, "tent.cifar10").parameters_adapted) == ["2.weight", "2.bias"]
+
+
+def test_a_tied_parameter_is_trained_once() -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 4), nn.LayerNorm(4), nn.LayerNorm(4))
+    net[3].weight = net[2].weight
+    net.append(nn.Linear(4, 10))
+    adapted = tta.wrap(net, "tent.cifar10").parameters_adapted
+    assert list(adapted) == ["2.weight", "2.bias", "3.bias"]

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from tta import norm as surgery
 from tta.adapter import MARK, Adapter
-from tta.backbone import Backbone, num_classes
+from tta.backbone import Backbone
+from tta.classifier import find_classifier, size_out
 from tta.config import AdapterConfig, ComponentConfig, UpdateConfig
 from tta.norm import AdaptiveNorm
 from tta.params import select
@@ -55,7 +56,8 @@ def _build(
     injected: dict[str, Any],
 ) -> Adapter:
     _check_injected(config, injected)
-    classes = num_classes(model)
+    classifier = find_classifier(model)
+    classes = size_out(classifier)
     context = Context(
         num_classes=classes,
         generator=torch.Generator().manual_seed(config.seed),
@@ -81,7 +83,7 @@ def _build(
     needs_features = any(c is not None and c.needs_features for c in (output, update_class))
     adapter = network = None
     try:
-        network = Backbone(model, classes, needs_features)
+        network = Backbone(model, classifier, needs_features)
         update = None
         if update_class is not None:
             assert issubclass(update_class, Update)

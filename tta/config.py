@@ -117,6 +117,12 @@ class AdapterConfig:
     std: tuple[float, ...] | None = None
     source: str | None = None
 
+    @property
+    def label(self) -> str:
+        """The components in one word, such as "bn+eata"; "source" for none."""
+        chosen = (self.norm, self.update, self.output)
+        return "+".join(c.name for c in chosen if c is not None) or "source"
+
     def to_dict(self) -> dict[str, Any]:
         """Nested JSON types."""
         result: dict[str, Any] = {}

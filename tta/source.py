@@ -71,7 +71,7 @@ class SourceStatistics:
     def iter_batches(self, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """One pass over ``batches``, cut after ``limit`` images."""
         seen = 0
-        for images, labels in self.batches or ():
+        for images, labels in aside(self.batches or ()):
             if limit is not None and seen + len(images) > limit:
                 images, labels = images[: limit - seen], labels[: limit - seen]
             if len(images):
@@ -113,6 +113,27 @@ class SourceStatistics:
             else:
                 values[name] = tensor
         return cls(**values)
+
+
+def aside(batches: Iterable[Any]) -> Iterator[Any]:
+    """One pass over ``batches`` that leaves torch's global generator as it is between them.
+
+    Every pass over a data loader draws from it, and datasets may. They get its state as a copy,
+    which goes on from batch to batch.
+    """
+    reader, inside = None, torch.get_rng_state()
+    while True:
+        outside = torch.get_rng_state()
+        torch.set_rng_state(inside)
+        try:
+            reader = iter(batches) if reader is None else reader
+            batch = next(reader)
+        except StopIteration:
+            return
+        finally:
+            inside = torch.get_rng_state()
+            torch.set_rng_state(outside)
+        yield batch
 
 
 def as_source(source: Any) -> SourceStatistics:

@@ -114,7 +114,7 @@ def _signature(model: nn.Module, adapter: Adapter) -> dict[str, Any]:
         "type": type(model).__name__,
         "classes": adapter.num_classes,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "weights": adapter.source_checksum(),
+        "weights": adapter.made_by["weights"],
     }
 
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from tta import norm as surgery
 from tta.adapter import Adapter
-from tta.backbone import num_classes
 from tta.build import build
 from tta.checks import nearest
+from tta.classifier import num_classes
 from tta.config import AdapterConfig, ComponentConfig, UpdateConfig
 from tta.registry import DEFAULT_PRESET, component, get_config
 from tta.slots import Update
