@@ -304,3 +304,47 @@ def test_a_tied_parameter_is_trained_once() -> None:
     net.append(nn.Linear(4, 10))
     adapted = tta.wrap(net, "tent.cifar10").parameters_adapted
     assert list(adapted) == ["2.weight", "2.bias", "3.bias"]
+
+
+@pytest.mark.parametrize("method", ["source", "bn", "eata.cifar10", "lame"])
+def test_a_compiled_model_adapts_as_a_plain_one(method: str) -> None:
+    source = source_batches()
+    plain = tta.wrap(tiny("bn"), method, source=source)
+    net = torch.compile(tiny("bn"), backend="eager")
+    adapter = tta.wrap(net, method, source=source)
+    for t in range(3):
+        torch.testing.assert_close(adapter(images(t)), plain(images(t)))
+    assert adapter.unwrap() is net
+    with torch.no_grad():
+        torch.testing.assert_close(net(images(0)), tiny("bn")(images(0)))
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (nn.DataParallel, r"one copy of a network, got a DataParallel.*wrap its \.module"),
+        (lambda net: nn.Sequential(nn.DataParallel(net)), "got a DataParallel"),
+        (lambda net: torch.jit.trace(net, images(0)), "looked into, got a TopLevelTracedModule"),
+    ],
+)
+def test_models_that_cannot_be_wrapped_are_refused_in_words(make, words) -> None:
+    with pytest.raises(ValueError, match=f"`model` must .*{words}"):
+        tta.wrap(make(tiny("bn")), "tent.cifar10")
+
+
+def test_a_normaliser_around_a_model_of_odd_size() -> None:
+    import timm
+
+    class Normalised(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = timm.create_model("test_vit", img_size=48, num_classes=10)
+            self.unused = nn.Linear(3, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.net((x - 0.5) / 0.2)
+
+    adapter = tta.wrap(
+        Normalised(), "adanpc.cifar10", source=[(torch.rand(10, 3, 48, 48), torch.arange(10))]
+    )
+    assert adapter(torch.rand(4, 3, 48, 48)).shape == (4, 10)

@@ -23,7 +23,9 @@ from tta.registry import component
 from tta.slots import Context, NormRule, Output, Update
 from tta.source import SourceStatistics, as_source
 
-__all__ = ["build"]
+__all__ = ["build", "check_model"]
+
+PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
 def build(
@@ -42,7 +44,7 @@ def build(
         constants: What a saved adapter had; when given, nothing is computed from source data.
         **injected: ``augment`` and ``restore_mask``, as for :func:`wrap`.
     """
-    _check_model(model)
+    check_model(model)
     statistics = as_source(source)
     with torch.inference_mode(False):
         return _build(model, config, statistics, constants, injected)
@@ -163,11 +165,23 @@ def _check_injected(config: AdapterConfig, injected: dict[str, Any]) -> None:
             )
 
 
-def _check_model(model: Any) -> None:
+def check_model(model: Any) -> None:
+    """Refuse what is no single, unwrapped network."""
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"`model` must be a torch.nn.Module, got {type(model).__name__}: pass a classifier."
         )
+    for module in model.modules():
+        if isinstance(module, PARALLEL):
+            raise ValueError(
+                f"`model` must be one copy of a network, got a {type(module).__name__}, whose "
+                "copies would each adapt and forget: wrap its .module."
+            )
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(
+                f"`model` must have layers that can be looked into, got a {type(module).__name__}: "
+                "wrap the network it was scripted from."
+            )
     if any(p.is_inference() for p in model.parameters()):
         raise ValueError(
             "`model` must have ordinary parameters, got inference tensors: build it outside "

@@ -26,13 +26,8 @@ def find_classifier(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: When the model has neither ``get_classifier()`` nor a linear layer.
     """
-    get_classifier: Any = getattr(model, "get_classifier", None)
-    if callable(get_classifier):
-        head = get_classifier()
-        if isinstance(head, (tuple, list)):
-            head = head[0]
-        if isinstance(head, nn.Module) and not isinstance(head, nn.Identity):
-            return head
+    if (head := _declared(model)) is not None:
+        return head
     candidates = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
     if not candidates:
         raise ValueError(
@@ -42,7 +37,18 @@ def find_classifier(model: nn.Module) -> nn.Module:
     linear = [m for m in candidates if isinstance(m, nn.Linear)]
     if len(linear) == 1:
         return linear[0]
-    return _called_last(model, candidates) or (linear or candidates)[-1]
+    # Part of the model may say it, where a normaliser is around a timm model.
+    inside = (head for m in model.modules() if (head := _declared(m)) is not None)
+    return _called_last(model, candidates) or next(inside, (linear or candidates)[-1])
+
+
+def _declared(model: nn.Module) -> nn.Module | None:
+    """What ``get_classifier()`` returns, if anything; of several heads, the first."""
+    get_classifier: Any = getattr(model, "get_classifier", None)
+    head = get_classifier() if callable(get_classifier) else None
+    if isinstance(head, (tuple, list)):
+        head = head[0]
+    return head if isinstance(head, nn.Module) and not isinstance(head, nn.Identity) else None
 
 
 def num_classes(model: nn.Module) -> int:

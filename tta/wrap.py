@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tta import norm as surgery
 from tta.adapter import Adapter
-from tta.build import build
+from tta.build import build, check_model
 from tta.checks import nearest
 from tta.classifier import num_classes
 from tta.config import AdapterConfig, ComponentConfig, UpdateConfig
@@ -120,9 +120,10 @@ def wrap(
         mean=None if mean is None else tuple(float(m) for m in mean),
         std=None if std is None else tuple(float(s) for s in std),
     )
-    if isinstance(model, nn.Module):  # a warning may be an error, so before anything is changed
-        names = [c for c in (recipe, norm, update, output) if isinstance(c, str)]
-        _warn_of_preset(names, num_classes(model))
+    check_model(model)
+    # A warning may be an error, so before anything is changed.
+    names = [c for c in (recipe, norm, update, output) if isinstance(c, str)]
+    _warn_of_preset(names, num_classes(model))
     return build(model, config, source, augment=augment, restore_mask=restore_mask)
 
 
