@@ -127,7 +127,7 @@ def apply(images: Tensor, name: str, params: Params) -> Tensor:
     """
     check.name(name, _OPERATIONS)
     check.images(images)
-    check.drawn(params, len(images))
+    check.drawn(params, images)
     try:
         return _apply(images, name, params)
     except KeyError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from tta import norm
 from tta.backbone import Backbone
+from tta.caller import warn
 from tta.checks import nearest
 from tta.config import AdapterConfig
 from tta.keys import alias, check_rng, check_shape, checksum, neighbours
@@ -210,9 +210,9 @@ class Adapter(nn.Module):
         figures = {"seen": self._seen, "rejected": self._rejected, "selected": 0}
         figures |= {"loss": float("nan"), "stepped": False, "resets": 0}
         if self.output is not None:
-            figures |= dict.copy(self.output.report)
+            figures |= self.output.report.raw()
         if self.update is not None:
-            figures |= dict.copy(self.update.report) | {"resets": self.update.resets}
+            figures |= self.update.report.raw() | {"resets": self.update.resets}
         return Report(figures)
 
     @property
@@ -296,15 +296,18 @@ class Adapter(nn.Module):
     def _warn(self, key: str, text: str) -> None:
         if key not in self._warned:
             self._warned.add(key)
-            warnings.warn(text, stacklevel=4)
+            warn(text)
 
     def _warn_of_small_batch(self) -> None:
         if "small" not in self._warned and any(w.rule.fell_back for w in self._wrappers.values()):
+            rule = getattr(self.config.norm, "name", None)
+            others = [name for name in ("alpha_bn", "unmix_tns") if name != rule]
             self._warn(
                 "small",
                 "`images` must hold at least 2 images for batch statistics, got 1: the source "
-                "statistics are used for such a batch; use larger batches, norm='alpha_bn' or "
-                "norm='unmix_tns'.",
+                "statistics are used for such a batch; use larger batches or "
+                + " or ".join(f"norm={name!r}" for name in others)
+                + ".",
             )
 
     def _set_learning(self, learning: bool) -> None:

@@ -21,6 +21,7 @@ from tta.params import select
 from tta.registry import component
 from tta.slots import Context, NormRule, Output, Update
 from tta.source import SourceStatistics, as_source
+from tta.source_checks import check_parameters, checked
 
 __all__ = ["build"]
 
@@ -43,6 +44,7 @@ def build(
     """
     _check_model(model)
     statistics = as_source(source)
+    check_parameters(statistics, model)
     with torch.inference_mode(False):
         return _build(model, config, statistics, constants, injected)
 
@@ -92,6 +94,11 @@ def _build(
         for wrapper in wrappers.values():
             wrapper.rule.to(device)
         adapter = Adapter(model, config, context, network, wrappers, update, output)
+        used_by = [part for part in (update, output) if part is not None]
+        if source.batches is not None and used_by:
+            labels = any(part.uses_labels for part in used_by)
+            batches = checked(source.batches, network.check, classes if labels else None)
+            source = dataclasses.replace(source, batches=batches)
         if constants is not None:
             _load_constants({"update": update, "output": output}, constants)
             if update is not None:
@@ -140,10 +147,20 @@ def _parameters(model: nn.Module, config: UpdateConfig) -> dict[str, nn.Paramete
 
 def _load_constants(parts: dict[str, Any], constants: dict[str, Tensor]) -> None:
     for slot, part in parts.items():
-        if part is not None:
-            prefix = f"{slot}/"
-            part.load_constants(
-                {k[len(prefix) :]: v for k, v in constants.items() if k.startswith(prefix)}
+        if part is None:
+            continue
+        prefix = f"{slot}/"
+        mine = {k[len(prefix) :]: v for k, v in constants.items() if k.startswith(prefix)}
+        try:
+            part.load_constants(mine)
+            missing = min(set(part.constants()) - set(mine), default=None)
+            reason = f"{missing!r} is missing"
+        except (KeyError, RuntimeError) as error:
+            missing, reason = "", str(error)
+        if missing is not None:
+            raise ValueError(
+                f"`folder` must hold the constants of {part.name} for this model, but does not "
+                f"({reason}): save the adapter again."
             )
 
 
@@ -153,7 +170,9 @@ def _check_injected(config: AdapterConfig, injected: dict[str, Any]) -> None:
         if value is None:
             continue
         if not callable(value):
-            raise TypeError(f"`{name}` must be callable, got {type(value).__name__}.")
+            raise TypeError(
+                f"`{name}` must be callable, got {type(value).__name__}: pass a function."
+            )
         if update is None or name not in update.injects:
             chosen = "no update" if update is None else repr(update.name)
             raise ValueError(
