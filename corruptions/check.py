@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import numbers
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import get_args
@@ -61,6 +62,11 @@ def parameters(value: object) -> None:
 
 def folder(value: str | Path | None) -> Path | None:
     """Return `value` as a path; raise unless it is an existing folder or None."""
+    if value is not None and not isinstance(value, (str, os.PathLike)):
+        raise TypeError(
+            f"`frost_pictures` must be a path, got {type(value).__name__}: leave it out for "
+            "synthetic frost"
+        )
     if value is None or Path(value).is_dir():
         return None if value is None else Path(value)
     raise ValueError(
@@ -71,6 +77,11 @@ def folder(value: str | Path | None) -> Path | None:
 
 def shape(value: Sequence[int]) -> tuple[int, int, int, int]:
     """Return `value` as a tuple; raise unless it is (B, 3, H, W) of sizes that work."""
+    whole = isinstance(value, Sequence) and all(isinstance(n, numbers.Integral) for n in value)
+    if not whole:
+        raise TypeError(
+            f"`shape` must be the whole numbers (B, 3, H, W), got {value!r}: pass images.shape"
+        )
     if len(value) != 4:
         raise ValueError(
             f"images must have shape (B, 3, H, W), got {tuple(value)}: for one image add a batch "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import textwrap
 from collections import Counter
 from dataclasses import dataclass
@@ -202,7 +203,8 @@ def _read(path: Path) -> dict[str, Tensor]:
     except OSError:
         raise
     except Exception as error:  # junk makes an unpickler raise anything
-        reason = textwrap.shorten(str(error) or type(error).__name__, 200, placeholder=" ...")
+        odd = isinstance(error, pickle.UnpicklingError) or not str(error)
+        reason = "it holds no plain tensors" if odd else textwrap.shorten(str(error), 200)
         raise _no_checkpoint(path, reason) from None
     for key in ("state_dict", "model", "net"):  # where training scripts put it
         if isinstance(state, dict) and isinstance(state.get(key), dict):

@@ -241,7 +241,7 @@ def test_source_statistics(error, words, fields) -> None:
     ("words", "fisher"),
     [
         (r"'layer1.1.weight' of shape \(4,\), got \(8,\)", FISHER | {NAME: torch.ones(8)}),
-        (r"got 'layer9.weight': .*Known: .* more", FISHER | {"layer9.weight": torch.ones(4)}),
+        (r"got 'layer9.weight': did you mean .*Known: layer1", FISHER | {"layer9.weight": torch.ones(4)}),
         (r"'layer1.1.weight' is missing", {k: v for k, v in FISHER.items() if k != NAME}),
     ],
 )
@@ -251,6 +251,21 @@ def test_a_fisher_that_is_not_this_models(words, fisher) -> None:
     text = _refused(ValueError, words, lambda: tta.wrap(net, "eata.cifar10", source=given))
     assert "`source.fisher`" in text
     tta.wrap(net, "source")
+
+
+def test_states_that_are_none() -> None:
+    adapter: Any = tta.wrap(tiny("bn"), "tent.cifar10")
+    for state in ([1], None, 3):
+        _refused(TypeError, r"`state` must be a dict", lambda s=state: adapter.load_state(s))
+    _refused(ValueError, r"`state`.*'3'", lambda: adapter.load_state({3: torch.ones(2)}))
+
+
+def test_a_first_row_of_another_model() -> None:
+    given = tta.SourceStatistics(
+        features=torch.ones(2, 8), feature_labels=torch.arange(2), memory_init=torch.ones(3)
+    )
+    words = r"`source.memory_init` must be of shape \(8,\).*got \(3,\)"
+    _refused(ValueError, words, lambda: tta.wrap(tiny("bn"), "adanpc.domainbed", source=given))
 
 
 def test_statistics_from_files(tmp_path: Path) -> None:
@@ -524,6 +539,20 @@ def test_params_that_are_none() -> None:
     _refused(TypeError, r"`params` must be a dict of tensors, got int", lambda: apply(X, "fog", 3))
     _refused(TypeError, r"`params` .* float for 'a'", lambda: apply(X, "fog", {"a": 1.0}))
     _refused(ValueError, r"`params` must come from sample", lambda: apply(X, "fog", {}))
+    drawn = corruptions.sample("fog", X.shape, 3, range(4))
+    for change in ({"amount": torch.ones(4)}, {"noise": torch.ones(4, 9, 9)}):
+        words = r"`params` must come from sample\('fog', ...\) .* do not fit"
+        _refused(ValueError, words, lambda c=change: apply(X, "fog", drawn | c))
+
+
+def test_shapes_and_folders_that_are_none() -> None:
+    sample: Any = corruptions.sample
+    for shape in (3, "abcd", (4, 3, 32, 32.5), None):
+        words = r"`shape` must be the whole numbers"
+        _refused(TypeError, words, lambda s=shape: sample("fog", s, 3, [0]))
+    call: Any = corruptions.corrupt
+    words = r"`frost_pictures` must be a path, got int"
+    _refused(TypeError, words, lambda: call(X, "frost", 3, frost_pictures=3))
 
 
 @pytest.mark.parametrize("name", corruptions.list_corruptions(extra=True))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -140,10 +140,16 @@ class Adapter(nn.Module):
             as_source: Also make these values the ones that :meth:`reset` restores.
 
         Raises:
+            TypeError: When ``state`` is no dict.
             ValueError: For a name or a shape that this adapter does not have; nothing is copied.
         """
+        if not isinstance(state, Mapping):
+            raise TypeError(
+                f"`state` must be a dict of tensors, got {type(state).__name__}: pass what "
+                "state() gave."
+            )
         moving = self._moving()
-        state = {alias(key): value for key, value in state.items()}
+        state = {alias(str(key)): value for key, value in state.items()}
         for key, value in state.items():
             if key not in moving:
                 raise ValueError(

@@ -74,6 +74,7 @@ def number(
         expected += f" and {'below' if below else 'at most'} {high:g}"
     advice = f"; {advice}" if advice else ""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        advice = advice or "; pass an int or a float"
         raise TypeError(f"`{name}` must be {expected}, got {value!r}{advice}")
     try:
         result = float(value)

@@ -41,7 +41,7 @@ def neighbours(moving: dict[str, Tensor], key: str) -> list[str]:
     """The keys worth listing for a wrong one: those of its group, else the groups."""
     group = key.partition("/")[0]
     same = [k for k in moving if k.partition("/")[0] == group]
-    return same[:40] or sorted({k.partition("/")[0] for k in moving})
+    return same or sorted({k.partition("/")[0] for k in moving})
 
 
 def checksum(tensors: Iterable[Tensor]) -> int:

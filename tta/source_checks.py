@@ -35,14 +35,14 @@ def check_parameters(source: Any, model: nn.Module) -> None:
     Raises:
         ValueError: For a name that the model does not have, or another shape.
     """
-    mine: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    mine |= dict(model.named_buffers(remove_duplicate=False))
+    names = dict(model.named_parameters(remove_duplicate=False))
+    mine = names | dict(model.named_buffers(remove_duplicate=False))  # as a posterior may have
     for kind in BY_PARAMETER:
         for name, value in (getattr(source, kind) or {}).items():
             if name not in mine:
                 raise ValueError(
                     f"`source.{kind}` must go by the names of this {type(model).__name__}'s "
-                    f"parameters, got {name!r}: {nearest(name, mine, limit=10)}"
+                    f"parameters, got {name!r}: {nearest(name, names, limit=10)}"
                 )
             if value.shape != mine[name].shape:
                 raise ValueError(
