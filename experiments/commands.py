@@ -31,6 +31,18 @@ CORRELATED = StreamConfig(
     options={"delta": 0.01},
 )
 
+# Arguments of `tta.streams.build` that the run sets, with the flag that decides each.
+OWN_FLAGS = {
+    "scenario": "--scenario",
+    "dataset": "--data",
+    "domains": "--corruptions",
+    "severity": "--severity",
+    "batch_size": "--batch-size",
+    "seed": "--seed",
+    "transform": "--corruptions",
+    "labels": "--data",
+}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
@@ -129,6 +141,9 @@ def _prepare_run(args: argparse.Namespace) -> Run:
         raise ValueError(f"`seed` must be 0 or more, got {args.seed}")
     if not args.name or set(args.name) & set("/\\"):
         raise ValueError(f"`name` must be usable in a folder's name, got {args.name!r}")
+    files = [path for path in (args.output, *args.output.parents) if path.is_file()]
+    if files:
+        raise ValueError(f"`output` must be a folder, got the file {files[0]}: choose another")
     scenario = args.scenario or "continual"
     if scenario not in tta.streams.list_scenarios():
         raise ValueError(
@@ -251,6 +266,11 @@ def _options(pairs: Sequence[str]) -> dict[str, Any]:
         key, equals, text = pair.partition("=")
         if not key or not equals:
             raise ValueError(f"`option` must be KEY=VALUE, got {pair!r}: such as delta=0.1")
+        if key in OWN_FLAGS:
+            raise ValueError(
+                f"`option` must be none of the run's own arguments, got {pair!r}: use "
+                f"{OWN_FLAGS[key]}"
+            )
         try:
             options[key] = ast.literal_eval(text)
         except (ValueError, SyntaxError):

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from tta import norm
 from tta.backbone import Backbone
+from tta.caller import warn
 from tta.config import AdapterConfig
 from tta.keys import alias, check_origin, check_state, checksum
 from tta.slots import Context, Output, Prediction, Report, Update, forget_casts
@@ -20,6 +20,7 @@ from tta.slots import Context, Output, Prediction, Report, Update, forget_casts
 __all__ = ["Adapter"]
 
 MARK = "_tta_wrapped"
+CHECKED = 1024  # elements of each parameter that tell sets of weights apart: training moves all
 
 
 class Adapter(nn.Module):
@@ -67,7 +68,7 @@ class Adapter(nn.Module):
             update.recover = self._recover
         self._original = {n: p.detach().clone() for n, p in context.parameters.items()}
         self._initial: dict[str, Tensor] = {}
-        self.made_by = {"method": config.label, "weights": checksum(model.parameters())}
+        self.made_by = {"method": config.label, "weights": checksum(model.parameters(), CHECKED)}
 
     # What users do with it -----------------------------------------------------------------
 
@@ -143,11 +144,17 @@ class Adapter(nn.Module):
             as_source: Also make these values the ones that :meth:`reset` restores.
 
         Raises:
+            TypeError: When ``state`` is no dict.
             ValueError: For a name or a shape that this adapter does not have, or a state that
                 :meth:`state` made for another method or other weights; nothing is copied.
         """
+        if not isinstance(state, Mapping):
+            raise TypeError(
+                f"`state` must be a dict of tensors, got {type(state).__name__}: pass what "
+                "state() gave."
+            )
         check_origin(getattr(state, "made_by", self.made_by), self.made_by)
-        state = {alias(key): value for key, value in state.items()}
+        state = {alias(str(key)): value for key, value in state.items()}
         check_state(state, self._moving(), self._growing())
         self._copy_in(state)
         if as_source:
@@ -200,9 +207,9 @@ class Adapter(nn.Module):
         figures = {"seen": self._seen, "rejected": self._rejected, "selected": 0}
         figures |= {"loss": float("nan"), "stepped": False, "resets": 0}
         if self.output is not None:
-            figures |= dict.copy(self.output.report)
+            figures |= self.output.report.raw()
         if self.update is not None:
-            figures |= dict.copy(self.update.report) | {"resets": self.update.resets}
+            figures |= self.update.report.raw() | {"resets": self.update.resets}
         return Report(figures)
 
     @property
@@ -255,15 +262,11 @@ class Adapter(nn.Module):
         rng = self._context.generator.get_state()
         try:
             return self._predict(x)
-        except Exception as error:
+        except Exception:
             for buffer, value in zip(buffers, before, strict=True):
                 buffer.copy_(value)
             self._context.generator.set_state(rng)
-            assert self._network is not None
-            reason = self._network.explain(x)
-            if reason is None or isinstance(error, torch.OutOfMemoryError):
-                raise
-            raise ValueError(reason) from error
+            raise
 
     def _predict(self, x: Tensor) -> Tensor:
         forget_casts(x.device.type)  # whoever filled the cache may have done so without gradient
@@ -304,15 +307,18 @@ class Adapter(nn.Module):
     def _warn(self, key: str, text: str) -> None:
         if key not in self._warned:
             self._warned.add(key)
-            warnings.warn(text, stacklevel=4)
+            warn(text)
 
     def _warn_of_small_batch(self) -> None:
         if "small" not in self._warned and any(w.rule.fell_back for w in self._wrappers.values()):
+            rule = getattr(self.config.norm, "name", None)
+            others = [name for name in ("alpha_bn", "unmix_tns") if name != rule]
             self._warn(
                 "small",
                 "`images` must hold at least 2 images for batch statistics, got 1: the source "
-                "statistics are used for such a batch; use larger batches, norm='alpha_bn' or "
-                "norm='unmix_tns'.",
+                "statistics are used for such a batch; use larger batches or "
+                + " or ".join(f"norm={name!r}" for name in others)
+                + ".",
             )
 
     def _set_learning(self, learning: bool) -> None:

@@ -16,7 +16,11 @@ from tta.classifier import CONVOLUTIONS, first_layer, size_out
 from tta.norm import AdaptiveNorm
 from tta.slots import Prediction
 
-__all__ = ["Backbone"]
+__all__ = ["Backbone", "ImagesRefusedError"]
+
+
+class ImagesRefusedError(ValueError):
+    """The model raised on images of a shape that its first layer does not take."""
 
 
 class _Tap:
@@ -73,12 +77,21 @@ class Backbone:
         Args:
             x: What the model takes.
             weights: Used in place of the parameters of these :meth:`names`.
+
+        Raises:
+            ImagesRefusedError: When the model raised and the shape of ``x`` is the reason.
         """
-        if weights is None:
-            logits = self.model(x)
-        else:
-            logits = torch.func.functional_call(self.model, weights, (x,))
-        self._check_logits(logits, len(x))
+        try:
+            if weights is None:
+                logits = self.model(x)
+            else:
+                logits = torch.func.functional_call(self.model, weights, (x,))
+            self._check_logits(logits, len(x))
+        except Exception as error:
+            reason = self._explain(x)
+            if reason is None or isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise ImagesRefusedError(reason) from error
         features = None
         if self.tap is not None:
             if self.tap.value is None:
@@ -140,7 +153,7 @@ class Backbone:
                 "one of them, or call under torch.autocast."
             )
 
-    def explain(self, x: Tensor) -> str | None:
+    def _explain(self, x: Tensor) -> str | None:
         """Why the model may have raised on ``x``, after it did, or None if the shape is no reason.
 
         The first layer is taken for what images meet. Models that rearrange or repeat pixels

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tta import norm as surgery
 from tta.adapter import MARK, Adapter
-from tta.backbone import Backbone
+from tta.backbone import Backbone, ImagesRefusedError
 from tta.classifier import find_classifier, size_out
 from tta.config import AdapterConfig, ComponentConfig, UpdateConfig
 from tta.norm import AdaptiveNorm
@@ -22,6 +22,7 @@ from tta.params import select
 from tta.registry import component
 from tta.slots import Context, NormRule, Output, Update
 from tta.source import SourceStatistics, as_source
+from tta.source_checks import check_parameters, checked
 
 __all__ = ["build", "check_model"]
 
@@ -46,6 +47,7 @@ def build(
     """
     check_model(model)
     statistics = as_source(source)
+    check_parameters(statistics, model)
     with torch.inference_mode(False):
         return _build(model, config, statistics, constants, injected)
 
@@ -96,25 +98,17 @@ def _build(
         for wrapper in wrappers.values():
             wrapper.rule.to(device)
         adapter = Adapter(model, config, context, network, wrappers, update, output)
+        used_by = [part for part in (update, output) if part is not None]
+        if source.batches is not None and used_by:
+            labels = any(part.uses_labels for part in used_by)
+            batches = checked(source.batches, network.check, classes if labels else None)
+            source = dataclasses.replace(source, batches=batches)
         if constants is not None:
             _load_constants({"update": update, "output": output}, constants)
             if update is not None:
                 update.attach(source)
         else:
-            before = adapter.state()
-            if output is not None:
-                with surgery.overriding(wrappers.values(), surgery.by_source):
-                    output.fit(source, network)
-            if update is not None:
-                update.fit(source)
-            used = "; ".join(
-                part.source_used
-                for part in (update, output)
-                if part is not None and part.source_used
-            )
-            adapter.config = dataclasses.replace(config, source=used or None)
-            # Source passes go through the norm rule and must leave no trace in it.
-            adapter.load_state({k: v for k, v in before.items() if k.startswith("norm/")})
+            adapter.config = dataclasses.replace(config, source=_fit(adapter, network, source))
     except Exception:
         if adapter is not None:
             adapter.unwrap()
@@ -127,6 +121,27 @@ def _build(
         wrapper.rule.fell_back = False  # source batches may have been short
     adapter._mark_reset_point()
     return adapter
+
+
+def _fit(adapter: Adapter, network: Backbone, source: SourceStatistics) -> str | None:
+    """Give the components what they need of the source; returns what that was, in words."""
+    wrappers = adapter.norm_layers.values()
+    before = adapter.state()
+    try:
+        if adapter.output is not None:
+            with surgery.overriding(wrappers, surgery.by_source):
+                adapter.output.fit(source, network)
+        if adapter.update is not None:
+            adapter.update.fit(source)
+    except ImagesRefusedError as error:
+        raise ValueError(
+            "`source` must give pairs (images, labels), but a batch has images that this model "
+            f"cannot take: {error}"
+        ) from error
+    # Source passes go through the norm rule and must leave no trace in it.
+    adapter.load_state({k: v for k, v in before.items() if k.startswith("norm/")})
+    used = [p.source_used for p in (adapter.update, adapter.output) if p is not None]
+    return "; ".join(words for words in used if words) or None
 
 
 def _parameters(model: nn.Module, config: UpdateConfig) -> dict[str, nn.Parameter]:
@@ -144,10 +159,20 @@ def _parameters(model: nn.Module, config: UpdateConfig) -> dict[str, nn.Paramete
 
 def _load_constants(parts: dict[str, Any], constants: dict[str, Tensor]) -> None:
     for slot, part in parts.items():
-        if part is not None:
-            prefix = f"{slot}/"
-            part.load_constants(
-                {k[len(prefix) :]: v for k, v in constants.items() if k.startswith(prefix)}
+        if part is None:
+            continue
+        prefix = f"{slot}/"
+        mine = {k[len(prefix) :]: v for k, v in constants.items() if k.startswith(prefix)}
+        try:
+            part.load_constants(mine)
+            missing = min(set(part.constants()) - set(mine), default=None)
+            reason = f"{missing!r} is missing"
+        except (KeyError, RuntimeError) as error:
+            missing, reason = "", str(error)
+        if missing is not None:
+            raise ValueError(
+                f"`folder` must hold the constants of {part.name} for this model, but does not "
+                f"({reason}): save the adapter again."
             )
 
 
@@ -157,7 +182,9 @@ def _check_injected(config: AdapterConfig, injected: dict[str, Any]) -> None:
         if value is None:
             continue
         if not callable(value):
-            raise TypeError(f"`{name}` must be callable, got {type(value).__name__}.")
+            raise TypeError(
+                f"`{name}` must be callable, got {type(value).__name__}: pass a function."
+            )
         if update is None or name not in update.injects:
             chosen = "no update" if update is None else repr(update.name)
             raise ValueError(

@@ -11,8 +11,6 @@ from torch import Tensor
 
 from tta.checks import nearest
 
-CHECKED = 1024  # elements of a tensor in the checksum; training moves them all
-
 __all__ = ["alias", "check_origin", "check_state", "checksum"]
 
 
@@ -86,13 +84,13 @@ def _neighbours(moving: dict[str, Tensor], key: str) -> list[str]:
     """The keys worth listing for a wrong one: those of its group, else the groups."""
     group = key.partition("/")[0]
     same = [k for k in moving if k.partition("/")[0] == group]
-    return same[:40] or sorted({k.partition("/")[0] for k in moving})
+    return same or sorted({k.partition("/")[0] for k in moving})
 
 
-def checksum(tensors: Iterable[Tensor]) -> int:
-    """CRC-32 of the first bytes of every tensor, in order: tells sets of weights apart."""
+def checksum(tensors: Iterable[Tensor], first: int | None = None) -> int:
+    """CRC-32 of the bytes of tensors, in order; of the ``first`` elements of each, if given."""
     crc = 0
     for tensor in tensors:
-        flat = tensor.detach().reshape(-1)[:CHECKED].cpu().contiguous()
+        flat = tensor.detach().reshape(-1)[:first].cpu().contiguous()
         crc = zlib.crc32(flat.view(torch.uint8).numpy().tobytes(), crc)
     return crc

@@ -192,7 +192,7 @@ def _swap(model: nn.Module, replacement: dict[Any, Any]) -> None:
 
 
 def too_few_values(x: Tensor) -> bool:
-    """Whether a batch of one, or one value per channel, makes batch statistics meaningless."""
+    """Whether the batch holds a single image, which makes batch statistics meaningless."""
     return x.shape[0] < 2
 
 

@@ -210,6 +210,11 @@ class Adanpc(Output):
     def _first_row(self, source: SourceStatistics, width: int) -> Tensor:
         """What the official memory is constructed with: (1, D), label 0, not normalised."""
         if source.memory_init is not None:
+            if source.memory_init.numel() != width:
+                raise ValueError(
+                    f"`source.memory_init` must be of shape ({width},), as this model's features, "
+                    f"got {tuple(source.memory_init.shape)}: make it for this model."
+                )
             return source.memory_init.reshape(1, -1)
         bound = 1 / math.sqrt(width / 3)
         return (2 * torch.rand(1, width, generator=self.context.generator) - 1) * bound

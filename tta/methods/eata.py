@@ -78,6 +78,7 @@ class Eata(Update):
 
     Config = EataConfig
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = _presets(2000.0, 1.0)
+    uses_labels = False
 
     ema_probs: Tensor  # (C,), q; NaN while undefined
     fisher: Tensor  # (P,) flat over the trained parameters
