@@ -34,9 +34,8 @@ from torch import Tensor
 from tta.backbone import Backbone
 from tta.checks import number, whole
 from tta.registry import register
-from tta.selection import move_average
-from tta.selective import SelectiveConfig, select, weighted_entropy
-from tta.slots import Context, Prediction, Report, Update
+from tta.selective import SelectiveConfig, SelectiveUpdate
+from tta.slots import Context
 from tta.source import SourceStatistics
 
 __all__ = ["Eata", "EataConfig", "Eta", "EtaConfig"]
@@ -73,41 +72,29 @@ def _presets(beta: float, beta_cifar: float) -> dict[str, dict[str, Any]]:
 
 
 @register("eata")
-class Eata(Update):
+class Eata(SelectiveUpdate):
     """Selective entropy minimisation with a Fisher penalty."""
 
     Config = EataConfig
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = _presets(2000.0, 1.0)
 
-    ema_probs: Tensor  # (C,), q; NaN while undefined
     fisher: Tensor  # (P,) flat over the trained parameters
     anchor: Tensor  # (P,) source values
 
     def __init__(self, config: EataConfig, network: Backbone, context: Context) -> None:
         super().__init__(config, network, context)
-        self.register_buffer("ema_probs", torch.full((context.num_classes,), float("nan")))
         anchor = self._flat()
         self.register_buffer("anchor", anchor, persistent=False)
         self.register_buffer("fisher", torch.zeros_like(anchor), persistent=False)
 
-    def adapt(self, x: Tensor) -> Prediction:
-        """Predict, select, weigh, step; nothing moves when no sample is selected."""
-        config, margin = self.config, self.config.entropy_margin * self.context.log_classes
-        prediction = self.network(x)
-        found = select(prediction.logits, self.ema_probs, margin, config.redundancy_margin)
-        self.report = Report(
-            reliable=found.reliable, selected=found.count, loss=float("nan"), stepped=False
-        )
-        if found.count == 0:
-            return prediction
-        move_average(self.ema_probs, found.mean_probs)
-        loss = weighted_entropy(self.kept_logits(x, prediction, found.chosen), margin)
-        if config.fisher_weight > 0:
-            penalty = self._penalty()
-            loss = loss + penalty
-            self.report["fisher_penalty"] = penalty.detach()
-        self.report |= {"loss": loss.detach(), "stepped": self.step(loss)}
-        return prediction
+    def penalty(self) -> Tensor | None:
+        """Beta times the Fisher-weighted squared distance from the source; None where beta is 0."""
+        if self.config.fisher_weight == 0:
+            return None
+        offset = self._flat(detach=False) - self.anchor
+        penalty = self.config.fisher_weight * (self.fisher * offset.square()).sum()
+        self.report["fisher_penalty"] = penalty.detach()
+        return penalty
 
     def fit(self, source: SourceStatistics) -> None:
         """Take the Fisher information, or compute it from source batches.
@@ -159,10 +146,6 @@ class Eata(Update):
     def survives_reset(self) -> tuple[str, ...]:
         """The official reset leaves q in place."""
         return ("ema_probs",) if self.config.official else ()
-
-    def _penalty(self) -> Tensor:
-        offset = self._flat(detach=False) - self.anchor
-        return self.config.fisher_weight * (self.fisher * offset.square()).sum()
 
     def _measure_fisher(self, source: SourceStatistics) -> Tensor:
         """Mean over batches of the squared gradient of the batch-mean pseudo-label loss."""
