@@ -354,14 +354,16 @@ class Adapter(nn.Module):
         }
 
     def _check_rows(self, state: dict[str, Tensor]) -> None:
-        """Buffers that grow together come together."""
-        lengths = {k: len(state[k]) if k in state else None for k in self._growing()}
-        given = {k: v for k, v in lengths.items() if v is not None}
-        if given and len(set(lengths.values())) > 1:
-            raise ValueError(
-                f"`state` must hold {' and '.join(lengths)} with as many rows each, got "
-                f"{', '.join(f'{k}: {v}' for k, v in given.items())}: load them together."
-            )
+        """Buffers of a component that grow together come together."""
+        for slot in ("update/", "output/"):
+            keys = [k for k in self._growing() if k.startswith(slot)]
+            lengths = {k: len(state[k]) if k in state else None for k in keys}
+            given = {k: v for k, v in lengths.items() if v is not None}
+            if given and len(set(lengths.values())) > 1:
+                raise ValueError(
+                    f"`state` must hold {' and '.join(lengths)} with as many rows each, got "
+                    f"{', '.join(f'{k}: {v}' for k, v in given.items())}: load them together."
+                )
 
     def _make_room(self, state: dict[str, Tensor]) -> None:
         for key, (part, name) in self._growing().items():

@@ -15,7 +15,10 @@ __all__ = ["alias", "check_rng", "check_shape", "checksum", "neighbours"]
 def check_shape(key: str, value: Any, mine: Tensor, grows: bool) -> None:
     expected = tuple(mine.shape)
     got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-    if got != expected and not (grows and isinstance(got, tuple) and got[1:] == expected[1:]):
+    if grows and isinstance(got, tuple):
+        # Nothing is there yet, here or there, and the first batch decides what it looks like.
+        grows = 0 in (mine.numel(), value.numel()) or got[1:] == expected[1:]
+    if got != expected and not grows:
         raise ValueError(
             f"`state`[{key!r}] must have shape {expected}, got {got}: load a state made with the "
             "same model and method."

@@ -19,7 +19,8 @@ squares.
 
 Differences: ``reset`` also clears q; ``official=True`` keeps it, as the official code does. The
 CIFAR-10 preset follows the paper's settings as recalled by a secondary source (SGD 0.005), which
-the authors' repository does not contain.
+the authors' repository does not contain; the CIFAR-100 preset is the mariodoebler repository's
+(Adam, batches of 200, d = 0.1).
 """
 
 from __future__ import annotations
@@ -62,12 +63,12 @@ class EtaConfig(EataConfig):
 
 
 def _presets(beta: float, beta_cifar: float) -> dict[str, dict[str, Any]]:
-    cifar = {"lr": 0.005, "entropy_margin": 0.4, "fisher_weight": beta_cifar}
+    adam = {"optimizer": "adam", "lr": 1e-3, "lr_batch_size": 200}
     return {
         "imagenet": {"lr": 2.5e-4, "lr_scaling": "small_batch", "fisher_weight": beta},
         "imagenet_vit": {"lr": 1e-3, "lr_scaling": "linear", "fisher_weight": beta},
-        "cifar10": cifar | {"redundancy_margin": 0.4},
-        "cifar100": cifar | {"redundancy_margin": 0.4},
+        "cifar10": {"lr": 0.005, "redundancy_margin": 0.4, "fisher_weight": beta_cifar},
+        "cifar100": adam | {"redundancy_margin": 0.1, "fisher_weight": beta_cifar},
     }
 
 
