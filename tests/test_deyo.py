@@ -116,9 +116,9 @@ def test_two_steps_are_those_of_the_definition(monkeypatch) -> None:
         with torch.no_grad():
             after = net(_roll(x[first], 4, _generator())).softmax(1)
         labels = p.argmax(1)
-        drops = {i: float(p[i, labels[i]] - after[j, labels[i]]) for j, i in enumerate(first)}
+        drops = {i: (p[i, labels[i]] - after[j, labels[i]]).item() for j, i in enumerate(first)}
         second = [i for i in first if drops[i] > threshold]
-        weights = [math.exp(0.4 * math.log(10) - float(h[i])) + math.exp(drops[i]) for i in second]
+        weights = [math.exp(0.4 * math.log(10) - h[i].item()) + math.exp(drops[i]) for i in second]
         loss = sum(w * h[i] for w, i in zip(weights, second, strict=True)) / len(second)
         adam.zero_grad()
         loss.backward()
@@ -127,7 +127,7 @@ def test_two_steps_are_those_of_the_definition(monkeypatch) -> None:
         assert adapter.report.reliable == len(first) and adapter.report.selected == len(second)
         if t == 0:
             assert (len(first), len(second)) == (8, 4)
-        assert adapter.report.loss == pytest.approx(float(loss), rel=1e-5)
+        assert adapter.report.loss == pytest.approx(loss.item(), rel=1e-5)
     assert list(adapter.parameters_adapted) == ["layer1.1.weight", "layer1.1.bias"]
     for p, value in zip(adapter.parameters_adapted.values(), theta, strict=True):
         close(p.detach(), value.detach(), atol=2e-5, rtol=0)
