@@ -18,6 +18,8 @@ student on one view of it, and the statistics of both move, each with what it ra
 passes use the statistics as they are. Which image goes to which slot says
 :class:`tta.memory.Cstu`.
 
+With ``steps`` above 1 every batch is offered to the memory so many times.
+
 As a norm rule of its own ``robust_bn`` moves with every batch. Gradients flow through the batch
 part. With another norm rule the teacher has a state of that rule for itself as well. A layer with
 one value per channel is normalised with the statistics as they are.
@@ -153,8 +155,8 @@ class Rotta(Update):
             wait = self.config.update_every - int(self.offered) % self.config.update_every
             end = min(start + wait, len(x))
             placed = self.bank.offer(labels[start:end], entropies[start:end])
-            for slot, position in placed.items():
-                self.memory[slot] = pixels[start + position]
+            if placed:
+                self.memory[list(placed)] = pixels[[start + p for p in placed.values()]]
             self.offered += end - start
             if end - start == wait:
                 self._update(x.dtype)
