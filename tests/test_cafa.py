@@ -76,6 +76,14 @@ def test_rmt_and_cafa_share_their_prototypes() -> None:
     assert torch.equal(both.prototypes.nan_to_num(9), alone.prototypes.nan_to_num(9))
 
 
+@pytest.mark.parametrize("norm", ["alpha_bn", "robust_bn", "unmix_tns"])
+def test_moments_are_under_batch_statistics_whatever_the_rule(norm: str) -> None:
+    plain = tta.collect_source(tiny("bn"), _source(), "cafa.cifar10")
+    found = tta.collect_source(tiny("bn"), _source(), "cafa.cifar10", norm=norm)
+    assert found.prototypes is not None and plain.prototypes is not None
+    assert torch.equal(found.prototypes.nan_to_num(9), plain.prototypes.nan_to_num(9))
+
+
 def test_distances_are_those_of_the_inverse() -> None:
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(30, 6, generator=generator) + 100
@@ -136,7 +144,7 @@ def test_two_steps_are_those_of_the_definition(kind: str) -> None:
         adam.step()
         close(adapter(x), z.detach(), atol=1e-4, rtol=1e-4)
         assert adapter.report.selected == len(terms) and adapter.report.stepped
-        assert adapter.report.loss == pytest.approx(float(loss), abs=1e-4)
+        assert adapter.report.loss == pytest.approx(loss.item(), abs=1e-4)
     for p, value in zip(adapter.parameters_adapted.values(), theta, strict=True):
         close(p.detach(), value.detach(), atol=1e-4, rtol=0)
 

@@ -86,7 +86,7 @@ def test_two_steps_are_those_of_the_definition(balanced: bool) -> None:
         loss.backward()
         sgd.step()
         close(adapter(images(t, 6)), z.detach(), atol=1e-5, rtol=1e-5)
-        assert adapter.report.loss == pytest.approx(float(loss), abs=1e-5)
+        assert adapter.report.loss == pytest.approx(loss.item(), abs=1e-5)
         assert adapter.report.selected == 6 and adapter.report.stepped
     for p, value in zip(adapter.parameters_adapted.values(), theta, strict=True):
         close(p.detach(), value.detach(), atol=1e-5, rtol=1e-5)
