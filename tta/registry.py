@@ -82,7 +82,7 @@ def list_methods(pattern: str = "*", slot: str | None = None) -> list[str]:
 
     Example:
         >>> list_methods("*bn", slot="norm")
-        ['alpha_bn', 'bn']
+        ['alpha_bn', 'bn', 'robust_bn']
     """
     if slot not in (None, "norm", "update", "output"):
         raise ValueError(f"`slot` must be 'norm', 'update', 'output' or None, got {slot!r}.")
