@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import tta
 from tests.contract.cases import BATCH, CASES, arguments, images, make, surroundings
 from tests.nets import tiny
+from tta.classifier import find_classifier
 from tta.registry import component
 from tta.slots import Update
 
@@ -210,6 +211,26 @@ def test_nonfinite_images_are_left_out(case) -> None:
         warnings.simplefilter("error")  # it warned once, and once is enough
         assert adapter(torch.full((3, 3, 32, 32), float("nan"))).isnan().all()
     assert _same(adapter.state(), before)
+
+
+def test_a_model_that_raises_halfway_has_changed_nothing(case) -> None:
+    net, adapter = make(*case)
+    adapter(images(0))
+    before = adapter.state()
+
+    def fail(module: nn.Module, args: object) -> None:
+        raise RuntimeError("out of order")
+
+    handle = find_classifier(net).register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="out of order"):
+        adapter(images(1))
+    assert _same(adapter.state(), before)
+    handle.remove()
+    wrong = images(1)[:, :2]
+    with pytest.raises(ValueError, match="`images` must have 3 channels"):
+        adapter(wrong)
+    assert _same(adapter.state(), before)
+    adapter(images(1))
 
 
 def test_same_seed_same_numbers_and_the_global_generator_is_left_alone(case) -> None:

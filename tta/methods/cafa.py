@@ -31,9 +31,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tta.backbone import Backbone, feature_size
+from tta.backbone import Backbone
 from tta.checks import number, one_of
 from tta.class_moments import class_moments, mahalanobis, whitening
+from tta.classifier import size_in
 from tta.config import UpdateConfig
 from tta.registry import register
 from tta.slots import Context, Prediction, Report, Update
@@ -91,7 +92,7 @@ class Cafa(Update):
 
     def __init__(self, config: CafaConfig, network: Backbone, context: Context) -> None:
         super().__init__(config, network, context)
-        classes, size = context.num_classes, feature_size(network.model)
+        classes, size = context.num_classes, size_in(network.classifier)
         each = (classes,) if config.covariance == "class" else ()
         self.register_buffer(
             "prototypes", torch.full((classes, size), float("nan")), persistent=False

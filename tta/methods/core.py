@@ -26,7 +26,6 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from tta.checks import flag
 from tta.config import UpdateConfig
 from tta.losses import class_correlation
 from tta.registry import register
@@ -40,10 +39,6 @@ class CoreConfig(UpdateConfig):
     """Fields of ``core``."""
 
     balanced: bool = False  # rows of R sum to 1, every class counts alike
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        flag("balanced", self.balanced)
 
 
 @register("core")

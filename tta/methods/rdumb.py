@@ -72,9 +72,11 @@ class Rdumb(SelectiveUpdate):
     def learn(self, x: Tensor) -> Prediction:
         """Reset if it is time, then ETA's cycles on the batch."""
         count = int(self.batches)
-        if count > 0 and count % self.config.reset_every == 0:
+        due = count > 0 and count % self.config.reset_every == 0
+        if due:
             self.recover()
             self.ema_probs.fill_(float("nan"))
-            self.resets += 1
-        self.batches += 1
-        return super().learn(x)
+        prediction = super().learn(x)
+        self.batches += 1  # afterwards: a batch that the model refuses does not count
+        self.resets += due
+        return prediction

@@ -40,9 +40,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tta.augment import Augmenter, fork
-from tta.backbone import Backbone, feature_size
+from tta.backbone import Backbone
 from tta.checks import fraction, number, one_of, whole
 from tta.class_moments import class_moments
+from tta.classifier import size_in
 from tta.config import UpdateConfig
 from tta.losses import contrastive, symmetric_cross_entropy
 from tta.norm import at_rest
@@ -103,7 +104,7 @@ class Rmt(Update):
 
     def __init__(self, config: RmtConfig, network: Backbone, context: Context) -> None:
         super().__init__(config, network, context)
-        size, width = feature_size(network.model), config.projection_dim
+        size, width = size_in(network.classifier), config.projection_dim
         device = next(iter(context.parameters.values())).device
         self.teacher = OtherWeights(network, context.parameters)
         self.augmenter = Augmenter(network.model, context)

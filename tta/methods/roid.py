@@ -45,7 +45,7 @@ from torch import Tensor
 
 from tta.augment import Augmenter, fork
 from tta.backbone import Backbone
-from tta.checks import flag, fraction, number
+from tta.checks import fraction, number
 from tta.config import ComponentConfig, UpdateConfig
 from tta.losses import entropy, soft_likelihood_ratio, symmetric_cross_entropy
 from tta.norm import at_rest
@@ -72,7 +72,6 @@ class RoidConfig(UpdateConfig):
         number("temperature", self.temperature, 0, above=True)
         fraction("probs_momentum", self.probs_momentum)
         fraction("source_momentum", self.source_momentum)
-        flag("consistency", self.consistency)
 
 
 def sample_weights(logits: Tensor, average: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -137,7 +136,6 @@ class Roid(Update):
         prediction = self.network(x)
         logits = prediction.logits.detach()
         weights, kept = sample_weights(logits, self.ema_probs, config.temperature)
-        move_average(self.ema_probs, logits.float().softmax(1).mean(0), config.probs_momentum)
         chosen = self.kept_logits(x, prediction, kept)
         losses = soft_likelihood_ratio(chosen)
         self.report = Report(selected=len(chosen), likelihood_ratio=_mean(losses))
@@ -146,6 +144,7 @@ class Roid(Update):
             losses = losses + agreement
             self.report["consistency"] = _mean(agreement)
         loss = (weights[kept] * losses).sum() / (self.context.batch_size or len(x))
+        move_average(self.ema_probs, logits.float().softmax(1).mean(0), config.probs_momentum)
         stepped = self.step(loss)
         if stepped:
             parameters = self.parameters_adapted.values()

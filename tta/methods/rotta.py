@@ -61,6 +61,7 @@ class RobustBnConfig(ComponentConfig):
     batch_weight: float = 0.05  # a, share of the batch in the new statistics
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         fraction("batch_weight", self.batch_weight)
 
 
@@ -144,9 +145,12 @@ class Rotta(Update):
     def adapt(self, x: Tensor) -> Prediction:
         """The teacher predicts; then image by image into the memory, with updates when due."""
         self.augmenter.check(x)
-        self._make_room(x)
+        self._check_size(x)
         self.report = Report(selected=0, loss=float("nan"), stepped=False)
         prediction = self.teacher.predict(x)
+        if self.memory.numel() == 0:
+            shape = (len(self.memory), *x.shape[1:])
+            self.memory = torch.zeros(shape, dtype=torch.uint8, device=self.memory.device)
         labels = prediction.logits.argmax(1).tolist()
         entropies = entropy(prediction.logits).tolist()
         pixels = (self.augmenter.pixels(x) * 255).round().to(torch.uint8)
@@ -187,11 +191,8 @@ class Rotta(Update):
             self.teacher.follow(self.config.teacher_momentum)
         self.report |= {"selected": len(images), "loss": loss.detach(), "stepped": stepped}
 
-    def _make_room(self, x: Tensor) -> None:
-        shape = (self.config.memory_size, *x.shape[1:])
-        if self.memory.numel() == 0:
-            self.memory = torch.zeros(shape, dtype=torch.uint8, device=self.memory.device)
-        elif self.memory.shape != shape:
+    def _check_size(self, x: Tensor) -> None:
+        if self.memory.numel() > 0 and self.memory.shape[1:] != x.shape[1:]:
             raise ValueError(
                 "`images` must be of the size of those in the memory, "
                 f"{tuple(self.memory.shape[1:])}, got {tuple(x.shape[1:])}: resize them, or call "

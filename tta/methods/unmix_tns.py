@@ -30,11 +30,11 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from tta.checks import fraction, number, whole
 from tta.config import ComponentConfig
-from tta.norm import instance_stats, normalize
+from tta.norm import by_source, instance_stats, normalize
 from tta.registry import register
 from tta.slots import Context, NormRule
 
@@ -110,8 +110,8 @@ class UnmixTns(NormRule):
 
     def forward(self, x: Tensor, base: Any) -> Tensor:
         """Normalise each image of (B, C, ...) with its own mixture, then move the components."""
-        if x.ndim == 2:
-            return normalize(x, base.running_mean, base.running_var, base)
+        if x.ndim == 2 or isinstance(base, nn.BatchNorm1d):
+            return by_source(x, base)
         mean, var = instance_stats(x)
         with torch.no_grad():
             means, variances = self.means.to(mean.dtype), self.vars.to(mean.dtype)
