@@ -16,7 +16,9 @@ The loss is therefore the mean quadratic entropy: unlike Shannon's its gradient 
 unsure samples, and it vanishes for confident ones. ``balanced=True`` divides each row of R by its
 sum and averages the mass off the diagonal over classes, in the spirit of minimum class confusion;
 that depends on how often classes are predicted. What is trained, the rates and the prediction,
-which comes before the update, are TENT's, by our own choice.
+which comes before the update, are TENT's, by our own choice; on the bundled BatchNorm classifier
+and a continual stream they are too high, and it collapses (72 % error against 49 % of the source,
+15 corruptions of 200 images at severity 5), as TENT does on ``alpha_bn``; at 1e-4 it does not.
 """
 
 from __future__ import annotations

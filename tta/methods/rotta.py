@@ -24,12 +24,15 @@ As a norm rule of its own ``robust_bn`` moves with every batch. Gradients flow t
 part. With another norm rule the teacher has a state of that rule for itself as well. A layer with
 one value per channel is normalised with the statistics as they are.
 
-Differences: images are kept as 8-bit pixels, exact for images that come from such files, a quarter
-of the memory else; the shape of ``update/memory`` is known from the first batch on, and images of
-another size are refused until ``reset``. All norm layers are trained, not BatchNorm alone (the
-mariodoebler repository trains GroupNorm and LayerNorm too). The figures are the authors' for CIFAR;
-those for ImageNet are the mariodoebler repository's. There is no trace to compare with, and
-equation numbers are not given: this follows a description of the authors' code.
+Statistics move by a at every update and no faster, so a stream whose domains are over within a
+few hundred images is over before they arrive; ``robust_bn`` alone moves with every batch.
+
+Differences: images are kept as 8-bit pixels, in a quarter of the space: exact where images come
+from such files, within 1/510 elsewhere. The shape of ``update/memory`` is known from the first
+batch on, and images of another size are refused until ``reset``. All norm layers are trained, not
+BatchNorm alone (the mariodoebler repository trains GroupNorm and LayerNorm too). The figures are
+the authors' for CIFAR; those for ImageNet are the mariodoebler repository's. There is no trace to
+compare with, and equation numbers are not given: this follows a description of the authors' code.
 """
 
 from __future__ import annotations
