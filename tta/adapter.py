@@ -262,11 +262,14 @@ class Adapter(nn.Module):
         rng = self._context.generator.get_state()
         try:
             return self._predict(x)
-        except Exception:
+        except Exception as error:
             for buffer, value in zip(buffers, before, strict=True):
                 buffer.copy_(value)
             self._context.generator.set_state(rng)
-            raise
+            assert self._network is not None
+            if (refusal := self._network.refusal(error, x)) is None:
+                raise
+            raise refusal from error
 
     def _predict(self, x: Tensor) -> Tensor:
         forget_casts(x.device.type)  # whoever filled the cache may have done so without gradient

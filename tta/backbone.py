@@ -88,10 +88,9 @@ class Backbone:
                 logits = torch.func.functional_call(self.model, weights, (x,))
             self._check_logits(logits, len(x))
         except Exception as error:
-            reason = self._explain(x)
-            if reason is None or isinstance(error, torch.OutOfMemoryError):
+            if (refusal := self.refusal(error, x)) is None:
                 raise
-            raise ImagesRefusedError(reason) from error
+            raise refusal from error
         features = None
         if self.tap is not None:
             if self.tap.value is None:
@@ -153,12 +152,19 @@ class Backbone:
                 "one of them, or call under torch.autocast."
             )
 
-    def _explain(self, x: Tensor) -> str | None:
-        """Why the model may have raised on ``x``, after it did, or None if the shape is no reason.
+    def refusal(self, error: Exception, x: Tensor) -> ImagesRefusedError | None:
+        """What to raise in place of ``error``, which came of ``x``, if the shape may be why.
 
         The first layer is taken for what images meet. Models that rearrange or repeat pixels
         before it accept other shapes, so this is no ground to refuse a batch beforehand.
         """
+        reason = self._misfit(x)
+        if reason is None or isinstance(error, (ImagesRefusedError, torch.OutOfMemoryError)):
+            return None
+        return ImagesRefusedError(reason)
+
+    def _misfit(self, x: Tensor) -> str | None:
+        """What of the shape of ``x`` the first layer does not take, if anything."""
         entry, shape = self.entry, tuple(x.shape)
         if isinstance(entry, nn.Linear):
             if shape[-1] == entry.in_features:
