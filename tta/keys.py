@@ -35,7 +35,7 @@ def check_state(
     Args:
         state: What is to be copied, in part or in full.
         moving: Everything that moves.
-        growing: Keys whose first axis may have any length; these come together.
+        growing: Keys whose first axis may have any length; those of a component come together.
     """
     for key, value in state.items():
         if key not in moving:
@@ -44,13 +44,15 @@ def check_state(
                 + nearest(key, _neighbours(moving, key))
             )
         _check_shape(key, value, moving[key], grows=key in growing)
-    lengths = {k: len(state[k]) if k in state else None for k in growing}
-    given = {k: v for k, v in lengths.items() if v is not None}
-    if given and len(set(lengths.values())) > 1:
-        raise ValueError(
-            f"`state` must hold {' and '.join(lengths)} with as many rows each, got "
-            f"{', '.join(f'{k}: {v}' for k, v in given.items())}: load them together."
-        )
+    for slot in ("update/", "output/"):
+        keys = [k for k in growing if k.startswith(slot)]
+        lengths = {k: len(state[k]) if k in state else None for k in keys}
+        given = {k: v for k, v in lengths.items() if v is not None}
+        if given and len(set(lengths.values())) > 1:
+            raise ValueError(
+                f"`state` must hold {' and '.join(lengths)} with as many rows each, got "
+                f"{', '.join(f'{k}: {v}' for k, v in given.items())}: load them together."
+            )
     if "rng" in state:
         _check_rng(state["rng"])
 
@@ -58,7 +60,10 @@ def check_state(
 def _check_shape(key: str, value: Any, mine: Tensor, grows: bool) -> None:
     expected = tuple(mine.shape)
     got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-    if got != expected and not (grows and isinstance(got, tuple) and got[1:] == expected[1:]):
+    if grows and isinstance(got, tuple):
+        # Nothing is there yet, here or there, and the first batch decides what it looks like.
+        grows = 0 in (mine.numel(), value.numel()) or got[1:] == expected[1:]
+    if got != expected and not grows:
         raise ValueError(
             f"`state`[{key!r}] must have shape {expected}, got {got}: load a state made with the "
             "same model and method."

@@ -93,7 +93,7 @@ def list_methods(pattern: str = "*", slot: str | None = None) -> list[str]:
 
     Example:
         >>> list_methods("*bn", slot="norm")
-        ['alpha_bn', 'bn']
+        ['alpha_bn', 'bn', 'robust_bn']
     """
     text("pattern", pattern)
     if slot is not None:

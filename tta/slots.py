@@ -152,7 +152,10 @@ class Component(nn.Module):
         return {name: b for name, b in self.named_buffers() if name not in moving}
 
     def growing(self) -> tuple[str, ...]:
-        """Buffers whose first axis may have any length; only ``official=True`` may name some."""
+        """Buffers whose first axis may have any length, and any shape once they are not empty.
+
+        Only an official memory without limit, or one of what is known from the first batch on.
+        """
         return ()
 
     def load_constants(self, values: dict[str, Tensor]) -> None:
@@ -193,9 +196,11 @@ class Update(Component):
     slot = "update"
     Config: ClassVar[type[ComponentConfig]] = UpdateConfig
     default_norm: ClassVar[str | None] = "bn"  # norm rule when the caller names none
+    default_output: ClassVar[str | None] = None  # output rule, likewise
     needs_features: ClassVar[bool] = False
     for_artefacts: ClassVar[dict[str, Any]] = {}  # fields that leave out what artefacts need not
     injects: ClassVar[tuple[str, ...]] = ()  # of wrap's "augment" and "restore_mask"
+    learns_from_all: ClassVar[bool] = True  # given margins wide enough, from all of a batch at once
 
     resets: Tensor
 

@@ -32,11 +32,11 @@ class SourceStatistics:
         fisher: Diagonal Fisher information by parameter name (EATA).
         posterior_mean: Mean of the source posterior by parameter name (PETAL).
         posterior_variance: Its variance, likewise.
-        prototypes: Class means of features (C, D) (RMT).
+        prototypes: Class means of features (C, D) under batch statistics (RMT, CAFA).
         features: Features as the classifier sees them (N, D), not normalised (AdaNPC).
         feature_labels: Their labels (N,).
         memory_init: First row of AdaNPC's memory in the official code (D,).
-        covariance: Covariance of features (D, D), or (C, D, D) per class.
+        covariance: Covariance of features within classes (D, D), or (C, D, D) of each (CAFA).
         batches: Source batches ``(images, labels)``, kept for methods that run the model on them,
             in the order given.
 

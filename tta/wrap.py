@@ -46,11 +46,11 @@ def wrap(
 
     Args:
         model: Any classifier that takes a batch and returns logits (B, C).
-        recipe: A component name or ``"name.preset"`` (an update brings its default norm rule), a
-            config, or a whole ``AdapterConfig``. A bare name means the ImageNet preset.
+        recipe: A component name or ``"name.preset"`` (an update brings its default norm and output
+            rules), a config, or a whole ``AdapterConfig``. A bare name means the ImageNet preset.
         norm: Replaces the norm slot: a name, a config, or "source" for running statistics.
         update: Replaces the update slot, likewise.
-        output: Replaces the output slot, likewise.
+        output: Replaces the output slot, likewise; "source" for the plain logits.
         source: Source batches ``(images, labels)`` or a :class:`tta.SourceStatistics`, for
             methods that need something of the training data.
         batch_size: What the stream will have; learning rates are scaled for it once, unless
@@ -108,6 +108,9 @@ def wrap(
             and surgery.batch_norm_layers(model)
         ):
             configs["norm"] = get_config(default)
+    if configs["output"] is None and "output" not in chosen and configs["update"] is not None:
+        brings = getattr(component(configs["update"].name), "default_output", None)
+        configs["output"] = None if brings is None else get_config(brings)
     if (rule := configs["norm"]) is not None:
         if getattr(rule, "batch_size", 0) is None:
             configs["norm"] = rule.replace(batch_size=batch_size)
