@@ -54,6 +54,8 @@ LOOSE: dict[str, dict[str, Any]] = {
         "warmup_samples": 0,
         "posterior_epochs": 2,
         "reset_threshold": 0.0,
+        "plpd_threshold": -1.0,
+        "update_every": BATCH,
     },
     "output": {"confidence_threshold": 0.0},
 }
