@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ __all__ = ["REASONS", "Zoo", "candidates", "examine", "render_zoo"]
 
 SIZES = (32, 64, 96, 128, 160, 192, 224, 240, 256, 288, 299, 320, 384, 448, 512, 518)
 BATCH = 2
+LARGEST = 150_000_000  # parameters of a network that a recipe may train as a whole
+TOO_LARGE = "not tried"
 
 # Why a recipe may refuse a network, by what its sentence says.
 REASONS = {
@@ -158,46 +160,48 @@ def examine(name: str, recipes: Iterable[str]) -> dict[str, Any]:
         line: dict[str, Any] = {"model": name, "size": size, "norms": _norms(net), "recipes": {}}
         _give_the_head_weights(net)
         for recipe in recipes:
-            line["recipes"][recipe] = _try(net, size, recipe)
+            line["recipes"][recipe] = _try(net, size, recipe) if _fits(net, recipe) else TOO_LARGE
     return line
 
 
-def _make(name: str, size: int) -> nn.Module:
+def _fits(net: nn.Module, recipe: str) -> bool:
+    """Whether a recipe that trains every parameter fits into memory with its many copies."""
+    trains_all = getattr(tta.get_config(recipe), "params", "") not in ("", "norm")
+    return not trains_all or sum(p.numel() for p in net.parameters()) <= LARGEST
+
+
+def _make(name: str, size: int | None) -> nn.Module:
+    """With random weights, in eval mode; for images of `size` where a size is to be chosen."""
     library, _, rest = name.partition(":")
     if library == "torchvision":
-        return torchvision.models.get_model(rest, weights=None, num_classes=10).eval()
-    try:
-        return timm.create_model(rest, num_classes=10, img_size=size).eval()
-    except TypeError:  # takes images of any size, or of one size only
-        return timm.create_model(rest, num_classes=10).eval()
+        chosen = {"image_size": size} if size is not None and rest.startswith("vit_") else {}
+        return torchvision.models.get_model(rest, weights=None, num_classes=10, **chosen).eval()
+    chosen = {} if size is None else {"img_size": size}
+    return timm.create_model(rest, num_classes=10, **chosen).eval()
 
 
 def _smallest(name: str) -> tuple[nn.Module, int]:
     """The network with the smallest image that it takes."""
-    net, error = _make(name, 224), None
-    flexible = "img_size" not in _complaint(lambda: net(torch.zeros(1, 3, 1, 1)))
+    net, error = _make(name, None), None
     for size in SIZES:
         try:
-            net = net if flexible else _make(name, size)
-            with torch.no_grad():
-                logits = net(_images(0, size))
-            if isinstance(logits, Tensor) and not logits.isfinite().all():
-                continue
+            if not _takes(net, size):
+                net = _make(name, size)
+                if not _takes(net, size):
+                    continue
             return net, size
-        except Exception as problem:  # whatever a network raises on a size that it does not take
-            error = problem
-            if flexible and size == SIZES[-1]:
-                break
-            net = _make(name, size) if not flexible else net
+        except Exception as problem:  # whatever a library raises on a size that it cannot make
+            error, net = problem, _make(name, None)
     raise RuntimeError(f"{name} takes no square image up to {SIZES[-1]}: {error}")
 
 
-def _complaint(call: Callable[[], Any]) -> str:
+def _takes(net: nn.Module, size: int) -> bool:
     try:
-        call()
-    except Exception as problem:
-        return str(problem)
-    return ""
+        with torch.no_grad():
+            logits = net(_images(0, size))
+    except Exception:  # whatever a network raises on a size that it does not take
+        return False
+    return not isinstance(logits, Tensor) or bool(logits.isfinite().all())
 
 
 def _images(seed: int, size: int) -> Tensor:
@@ -241,11 +245,11 @@ def _try(net: nn.Module, size: int, recipe: str) -> str:
 def _adapt(net: nn.Module, size: int, recipe: str) -> str:
     config, loose = tta.get_config(recipe), LOOSE.get(component(recipe).slot, {})
     fields = {k: v for k, v in loose.items() if k in config.to_dict()}
-    labels = torch.arange(BATCH) % 10
+    labels = torch.arange(10).split(BATCH)  # every class once
     adapter = tta.wrap(
         net,
         config.replace(**fields) if fields else recipe,
-        source=[(_images(100 + i, size), labels + i) for i in range(2)],
+        source=[(_images(100 + i, size), y) for i, y in enumerate(labels)],
         mean=(0.0, 0.0, 0.0),
         std=(1.0, 1.0, 1.0),
     )
@@ -284,15 +288,19 @@ def _outcomes(lines: Sequence[dict[str, Any]]) -> list[str]:
 def _totals(lines: Sequence[dict[str, Any]]) -> str:
     said = _outcomes(lines)
     refused = {reason: said.count(reason) for reason in REASONS if reason in said}
-    faults = len(said) - said.count("adapts") - sum(refused.values())
+    left_out = said.count(TOO_LARGE)
+    faults = len(said) - said.count("adapts") - sum(refused.values()) - left_out
     parts = [f"{said.count('adapts')} adapt", *(f"{n} refuse ({r})" for r, n in refused.items())]
+    parts += [f"{left_out} not tried (over {LARGEST // 10**6} M parameters, all trained)"] * (
+        left_out > 0
+    )
     return f"{len(lines)} networks, {len(said)} runs: {', '.join(parts)}, {faults} unexplained"
 
 
 def render_zoo(lines: Sequence[dict[str, Any]]) -> str:
     """The lines as a Markdown table: a row for each network, a column for each recipe."""
     recipes = list(dict.fromkeys(r for line in lines for r in line["recipes"]))
-    letters = {reason: chr(ord("a") + i) for i, reason in enumerate(REASONS)}
+    letters = {reason: chr(ord("a") + i) for i, reason in enumerate([*REASONS, TOO_LARGE])}
     rows = [f"| network | size | norm layers | {' | '.join(recipes)} |"]
     rows.append("|---|---:|---|" + ":-:|" * len(recipes))
     for line in sorted(lines, key=lambda line: line["model"]):

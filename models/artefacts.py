@@ -1,7 +1,8 @@
 """Source artefacts of the bundled classifiers, made from training images and nothing else.
 
-Fisher information (EATA), class prototypes (RMT), a diagonal SWAG posterior (PETAL) and 200
-features per class (AdaNPC): what methods ask of a source, so that none is ever fed test images.
+Fisher information (EATA), class prototypes (RMT, CAFA), the covariance around them (CAFA), a
+diagonal SWAG posterior (PETAL), 200 features per class (AdaNPC): what methods ask of a source, so
+that none is ever fed test images.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ def swag(
 
 
 def collect(model: nn.Module, images: Tensor, labels: Tensor, seed: int) -> tta.SourceStatistics:
-    """Fisher information, prototypes and features of a trained model in eval mode.
+    """Fisher information, prototypes, covariance and features of a trained model in eval mode.
 
     Args:
         model: The classifier with its final weights.
@@ -109,18 +110,24 @@ def collect(model: nn.Module, images: Tensor, labels: Tensor, seed: int) -> tta.
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     few = list(batches(images, labels, 64, order[:FISHER_IMAGES]))
     fisher = tta.collect_source(model, few, for_methods=["eata"]).fisher
-    # RMT takes prototypes under batch statistics, AdaNPC features under running ones.
+    # RMT and CAFA take moments under batch statistics, AdaNPC features under running ones.
     has_bn = bool(tta.norm.batch_norm_layers(model))
     adapter = tta.wrap(model, "bn") if has_bn else None
     features, found = _features(model, batches(images, labels, 200, order))
     classes = int(labels.max()) + 1
     prototypes = torch.stack([features[found == c].mean(0) for c in range(classes)])
+    around = (features - prototypes[found]).double()
+    covariance = (around.t() @ around / len(around)).float()
     if adapter is not None:
         adapter.unwrap()
     per_class = [order[labels[order] == c][:FEATURES_PER_CLASS] for c in range(classes)]
     memory, memory_labels = _features(model, batches(images, labels, 200, torch.cat(per_class)))
     return tta.SourceStatistics(
-        fisher=fisher, prototypes=prototypes, features=memory, feature_labels=memory_labels
+        fisher=fisher,
+        prototypes=prototypes,
+        covariance=covariance,
+        features=memory,
+        feature_labels=memory_labels,
     )
 
 
@@ -132,13 +139,14 @@ def save_half(tensors: dict[str, Tensor], path: Path, wide: tuple[str, ...] = ()
         path: A ``.safetensors`` file.
         wide: Prefixes of names whose values are too small for float16 (variances, Fisher
             information) and go to bfloat16, which has the exponent of float32.
+
+    The covariance keeps all its digits: it is to be inverted.
     """
-    small = {
-        n: (
-            t.to(torch.bfloat16 if n.startswith(wide) else torch.float16)
-            if t.is_floating_point()
-            else t
-        )
-        for n, t in tensors.items()
-    }
+
+    def stored(name: str, t: Tensor) -> Tensor:
+        if not t.is_floating_point() or name == "covariance":
+            return t
+        return t.to(torch.bfloat16 if name.startswith(wide) else torch.float16)
+
+    small = {name: stored(name, t) for name, t in tensors.items()}
     save_file({n: t.detach().contiguous() for n, t in small.items()}, str(path))
