@@ -177,6 +177,33 @@ def test_bfloat16_autocast(case) -> None:
     assert all(v.isfinite().all() for k, v in adapter.state().items() if k.startswith("param/"))
 
 
+ALONE = [case for case in CASES if "recipe" in case[1]]
+
+
+@pytest.mark.parametrize("case", ALONE, ids=lambda c: f"{c[0]}-{_name(c[1])}")
+def test_a_model_in_bfloat16(case) -> None:
+    family, parts = case
+    net = tiny(family).to(torch.bfloat16)
+    source = [(x.to(torch.bfloat16), y) for x, y in surroundings()["source"]]
+    adapter = tta.wrap(net, **arguments(parts) | {"source": source})
+    for t in range(3):
+        y = adapter(images(t).to(torch.bfloat16))
+        assert y.shape == (BATCH, 10) and y.dtype == torch.bfloat16 and torch.isfinite(y).all()
+    state = adapter.state()
+    assert all(v.isfinite().all() for k, v in state.items() if k.startswith(("param/", "norm/")))
+
+
+@pytest.mark.parametrize("case", ALONE, ids=lambda c: f"{c[0]}-{_name(c[1])}")
+def test_channels_last_gives_the_same(case) -> None:
+    _, plain = make(*case)
+    net = tiny(case[0]).to(memory_format=torch.channels_last)
+    adapter = tta.wrap(net, **arguments(case[1]))
+    for t in range(2):
+        x = images(t)
+        y = adapter(x.to(memory_format=torch.channels_last))
+        torch.testing.assert_close(y, plain(x), rtol=1e-2, atol=1e-3)
+
+
 def test_short_batches(case) -> None:
     _, adapter = make(*case)
     with warnings.catch_warnings():
