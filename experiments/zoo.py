@@ -113,27 +113,30 @@ class Zoo:
 
 
 def candidates(cache: Path | None = None) -> list[str]:
-    """Names of the networks, ``timm:`` and then ``torchvision:``, from a file if it is there."""
+    """Names of the networks, small ones first, from a file if it is there."""
     if cache is not None and cache.is_file():
         return json.loads(cache.read_text())
     smallest: dict[tuple[str, str], tuple[int, str]] = {}
     for name in timm.list_models():
         with warnings.catch_warnings(), torch.device("meta"):
             warnings.simplefilter("ignore")
-            try:
-                net = timm.create_model(name)
-            except Exception:  # some cannot be made on the meta device: measured by a sibling
-                continue
-        module = type(net).__module__
-        size = sum(p.numel() for p in net.parameters())
+            net = timm.create_model(name)
         for kind in ("", *{type(m).__name__ for m in net.modules() if _norm_like(m)}):
-            smallest[module, kind] = min(smallest.get((module, kind), (size, name)), (size, name))
-    names = sorted({f"timm:{name}" for _, name in smallest.values()})
-    names += [f"torchvision:{n}" for n in torchvision.models.list_models(module=torchvision.models)]
+            key, found = (type(net).__module__, kind), (_parameters(net), f"timm:{name}")
+            smallest[key] = min(smallest.get(key, found), found)
+    found = set(smallest.values())
+    for name in torchvision.models.list_models(module=torchvision.models):
+        weights = next(iter(torchvision.models.get_model_weights(name)))
+        found.add((weights.meta["num_params"], f"torchvision:{name}"))
+    names = [name for _, name in sorted(found)]
     if cache is not None:
         cache.parent.mkdir(parents=True, exist_ok=True)
         cache.write_text(json.dumps(names, indent=1) + "\n")
     return names
+
+
+def _parameters(net: nn.Module) -> int:
+    return sum(p.numel() for p in net.parameters())
 
 
 def _norm_like(module: nn.Module) -> bool:
@@ -167,7 +170,7 @@ def examine(name: str, recipes: Iterable[str]) -> dict[str, Any]:
 def _fits(net: nn.Module, recipe: str) -> bool:
     """Whether a recipe that trains every parameter fits into memory with its many copies."""
     trains_all = getattr(tta.get_config(recipe), "params", "") not in ("", "norm")
-    return not trains_all or sum(p.numel() for p in net.parameters()) <= LARGEST
+    return not trains_all or _parameters(net) <= LARGEST
 
 
 def _make(name: str, size: int | None) -> nn.Module:
@@ -246,10 +249,11 @@ def _adapt(net: nn.Module, size: int, recipe: str) -> str:
     config, loose = tta.get_config(recipe), LOOSE.get(component(recipe).slot, {})
     fields = {k: v for k, v in loose.items() if k in config.to_dict()}
     labels = torch.arange(10).split(BATCH)  # every class once
+    batches = [(_images(100 + i, size), y) for i, y in enumerate(labels)]
     adapter = tta.wrap(
         net,
         config.replace(**fields) if fields else recipe,
-        source=[(_images(100 + i, size), y) for i, y in enumerate(labels)],
+        source=_source(net, batches, "posterior_epochs" in fields),
         mean=(0.0, 0.0, 0.0),
         std=(1.0, 1.0, 1.0),
     )
@@ -266,6 +270,15 @@ def _adapt(net: nn.Module, size: int, recipe: str) -> str:
         return "adapts" if moved or not moves else "nothing moved"
     finally:
         adapter.unwrap()
+
+
+def _source(net: nn.Module, batches: Any, posterior: bool) -> tta.SourceStatistics:
+    """Batches, and a posterior where a method would train one for hours."""
+    if not posterior:
+        return tta.SourceStatistics(batches=batches)
+    mean = {n: p.detach().clone() for n, p in net.named_parameters()}
+    variance = {n: torch.full_like(p, 1e-4) for n, p in mean.items()}
+    return tta.SourceStatistics(batches=batches, posterior_mean=mean, posterior_variance=variance)
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:
