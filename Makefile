@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
+PYTEST := $(PY) -m pytest -q -n 2  # two processes, each with one torch thread
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all lint types clean
@@ -24,10 +25,10 @@ demo: $(VENV)/.ready  ## the main job: eight methods on 15 corruptions of CIFAR-
 	$(PY) -m experiments run $(ARGS)
 
 test: $(VENV)/.ready  ## the quick tests
-	$(PY) -m pytest -q -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 test-all: $(VENV)/.ready  ## all tests; what .ci/run calls
-	$(PY) -m pytest -q $(ARGS)
+	$(PYTEST) $(ARGS)
 
 $(VENV)/.dev: $(VENV)/.ready
 	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[dev]'
