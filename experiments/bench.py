@@ -38,6 +38,7 @@ __all__ = ["RECIPES", "SETTINGS", "Bench", "render_bench"]
 KEPT = 0.3  # share of samples that pass the filters of eata and sar
 MEMORY_FEATURES = 50_000  # rows of AdaNPC's memory
 WARM_UP = 3  # rounds that are not counted
+START, END = "<!-- bench -->", "<!-- /bench -->"
 TWIN = "plain (twin)"
 BARE = "bare forward and backward"
 
@@ -109,6 +110,8 @@ class Bench:
         recipes: Some of the setting's; default all.
         memory: Also start one process per recipe for its peak of memory.
         output: A JSON-lines file that the result is appended to.
+        page: A Markdown page that gets the last result of every setting in `output`, between its
+            two `bench` comments.
         quiet: Print nothing but the table.
     """
 
@@ -120,8 +123,14 @@ class Bench:
         recipes: tuple[str, ...] = (),
         memory: bool = True,
         output: Path | None = None,
+        page: Path | None = None,
         quiet: bool = False,
     ) -> None:
+        if page is not None and (output is None or not page.is_file()):
+            raise ValueError(
+                f"`page` must be a file with bench comments, beside an output, got {page} and "
+                f"{output}: pass both."
+            )
         if setting not in SETTINGS:
             raise ValueError(
                 f"`setting` must be one of the bench's, got {setting!r}: "
@@ -137,7 +146,7 @@ class Bench:
                     + nearest(recipe, known)
                 )
         self.name, self.setting, self.device = setting, SETTINGS[setting], device
-        self.rounds, self.memory, self.output = rounds, memory, output
+        self.rounds, self.memory, self.output, self.page = rounds, memory, output, page
         self.recipes = tuple(recipes) or known
         self.progress = Progress(rounds + WARM_UP, quiet)
 
@@ -165,7 +174,7 @@ class Bench:
                 "ratio": statistics.median(times[name]) / plain,
                 "forwards": flops[name][0] / flops["plain"][0],
                 "backwards": flops[name][1] / flops["plain"][0],
-                "outside": _share_outside(times[name], inside[name]),
+                "outside": None if name == BARE else _share_outside(times[name], inside[name]),
                 "megabytes": memory.get(name),
             }
             for name in names
@@ -187,7 +196,18 @@ class Bench:
             self.output.parent.mkdir(parents=True, exist_ok=True)
             with self.output.open("a") as file:
                 file.write(json.dumps(result) + "\n")
+            if self.page is not None:
+                _write_page(self.page, self.output)
         return result
+
+
+def _write_page(page: Path, results: Path) -> None:
+    """Put the last result of every setting between the page's two comments."""
+    last = {r["setting"]: r for r in map(json.loads, results.read_text().splitlines())}
+    tables = "\n".join(render_bench(last[name]) for name in SETTINGS if name in last)
+    before, _, rest = page.read_text().partition(START)
+    _, _, after = rest.partition(END)
+    page.write_text(f"{before}{START}\n{tables}{END}{after}")
 
 
 def _batch(setting: Setting, seed: int, device: torch.device) -> Tensor:
@@ -311,7 +331,7 @@ def _peak_memory(setting: str, name: str, device: torch.device) -> float:
 
 def _peak(setting: str, name: str, device_name: str) -> float:
     device = torch.device(device_name)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _peak_kilobytes()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     subject = _subject(SETTINGS[setting], name, device)
@@ -320,7 +340,16 @@ def _peak(setting: str, name: str, device_name: str) -> float:
             subject(_batch(SETTINGS[setting], seed, device))
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10
+    return (_peak_kilobytes() - before) / 2**10
+
+
+def _peak_kilobytes() -> int:
+    """Peak of this process's memory; ``ru_maxrss`` would begin with that of its parent."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    (line,) = (t for t in status.read_text().splitlines() if t.startswith("VmHWM"))
+    return int(line.split()[1])
 
 
 def render_bench(result: dict[str, Any]) -> str:

@@ -214,6 +214,7 @@ def _add_bench(commands: Any) -> None:
     add("--rounds", type=int, default=50, help="turns of each recipe (default: %(default)s)")
     add("--no-memory", action="store_true", help="leave the peak of memory out")
     add("--output", type=Path, help="JSON-lines file to append the result to")
+    add("--page", type=Path, help="Markdown page to renew from that file, such as docs/cost.md")
     add("--device", help="cpu, cuda, cuda:1 (default: CUDA if there is one)")
     add("--quiet", action="store_true", help="print only the table")
     parser.set_defaults(prepare=_prepare_bench)
@@ -221,8 +222,16 @@ def _add_bench(commands: Any) -> None:
 
 def _prepare_bench(args: argparse.Namespace) -> Bench:
     device = pick_device(args.device)
-    recipes, memory = tuple(args.recipes), not args.no_memory
-    return Bench(args.setting, device, args.rounds, recipes, memory, args.output, args.quiet)
+    return Bench(
+        args.setting,
+        device,
+        args.rounds,
+        tuple(args.recipes),
+        not args.no_memory,
+        args.output,
+        args.page,
+        args.quiet,
+    )
 
 
 def _add_zoo(commands: Any) -> None:

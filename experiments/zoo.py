@@ -162,6 +162,7 @@ def examine(name: str, recipes: Iterable[str]) -> dict[str, Any]:
         net, size = _smallest(name)
         line: dict[str, Any] = {"model": name, "size": size, "norms": _norms(net), "recipes": {}}
         _give_the_head_weights(net)
+        _give_statistics(net, size)
         for recipe in recipes:
             line["recipes"][recipe] = _try(net, size, recipe) if _fits(net, recipe) else TOO_LARGE
     return line
@@ -227,6 +228,24 @@ def _give_the_head_weights(net: nn.Module) -> None:
             nn.init.normal_(module.weight, 0.0, 0.05)
 
 
+def _give_statistics(net: nn.Module, size: int) -> None:
+    """Running statistics of an untrained network are not those of its activations.
+
+    Deep ones would fade to nothing or overflow with them.
+    """
+    layers: list[Any] = list(tta.norm.batch_norm_layers(net).values())
+    momenta = [layer.momentum for layer in layers]
+    for layer in layers:
+        layer.momentum = 1.0
+        layer.train()
+    if layers:
+        with torch.no_grad():
+            net(torch.cat([_images(50 + i, size) for i in range(4)]))
+    for layer, momentum in zip(layers, momenta, strict=True):
+        layer.momentum = momentum
+        layer.eval()
+
+
 def _try(net: nn.Module, size: int, recipe: str) -> str:
     before = {k: v.clone() for k, v in net.state_dict().items()}
     flags = [(m, m.training) for m in net.modules()]
@@ -248,7 +267,7 @@ def _try(net: nn.Module, size: int, recipe: str) -> str:
 def _adapt(net: nn.Module, size: int, recipe: str) -> str:
     config, loose = tta.get_config(recipe), LOOSE.get(component(recipe).slot, {})
     fields = {k: v for k, v in loose.items() if k in config.to_dict()}
-    labels = torch.arange(10).split(BATCH)  # every class once
+    labels = torch.arange(20).remainder(10).split(BATCH)  # every class twice
     batches = [(_images(100 + i, size), y) for i, y in enumerate(labels)]
     adapter = tta.wrap(
         net,

@@ -334,3 +334,33 @@ def test_norm_layers_under_other_statistics() -> None:
         assert all(torch.equal(v, adapter.state()[k]) for k, v in before.items())
         adapter.unwrap()
         torch.testing.assert_close(tta.wrap(net, "bn")(x), batch)
+
+
+def test_a_module_used_in_several_places_is_given_back() -> None:
+    class Shared(nn.Module):
+        """One convolution under two names, one weight in two layers."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Conv2d(3, 3, 3, padding=1)
+            self.again = nn.Sequential(self.first, nn.GroupNorm(1, 3))
+            self.other = nn.Conv2d(3, 3, 3, padding=1, bias=False)
+            self.other.weight = self.first.weight
+            self.middle = nn.Linear(3, 3)
+            self.fc = nn.Linear(3, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.other(self.again(self.first(x)))
+            return self.fc(self.middle(x.mean((2, 3))))
+
+    net = Shared()
+    names = dict(net.named_parameters(remove_duplicate=False))
+    before = {n: p.detach().clone() for n, p in names.items()}
+    pixels = {"mean": (0.0,), "std": (1.0,)}
+    adapter = tta.wrap(net, "cotta.cifar10", views=2, confidence_threshold=10.0, lr=0.1, **pixels)
+    for t in range(2):
+        adapter(images(t))
+    assert adapter.report.stepped
+    adapter.unwrap()
+    after = dict(net.named_parameters(remove_duplicate=False))
+    assert all(after[n] is p and torch.equal(before[n], p) for n, p in names.items())

@@ -6,17 +6,20 @@ convolution; they are read by a hook, so that no model has to be split.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tta import functional
 from tta.classifier import CONVOLUTIONS, first_layer, size_out
 from tta.norm import AdaptiveNorm
 from tta.slots import Prediction
 
 __all__ = ["Backbone", "ImagesRefusedError"]
+
+Weights = tuple[Sequence[list[str]], Sequence[Tensor]]
 
 
 class ImagesRefusedError(ValueError):
@@ -66,26 +69,22 @@ class Backbone:
         self.wrappers = [m for m in model.modules() if isinstance(m, AdaptiveNorm)]
         self.entry = first_layer(model)
 
-    def names(self, parameters: Iterable[nn.Parameter]) -> list[str]:
+    def names(self, tensors: Iterable[Tensor]) -> list[list[str]]:
         """Names in the model as it is now, with norm layers inside their wrappers."""
-        known = {id(p): name for name, p in self.model.named_parameters()}
-        return [known[id(p)] for p in parameters]
+        return functional.names(self.model, tensors)
 
-    def __call__(self, x: Tensor, weights: dict[str, Tensor] | None = None) -> Prediction:
+    def __call__(self, x: Tensor, weights: Weights | None = None) -> Prediction:
         """One forward pass.
 
         Args:
             x: What the model takes.
-            weights: Used in place of the parameters of these :meth:`names`.
+            weights: What :meth:`names` returned, and the tensors that are used there.
 
         Raises:
             ImagesRefusedError: When the model raised and the shape of ``x`` is the reason.
         """
         try:
-            if weights is None:
-                logits = self.model(x)
-            else:
-                logits = torch.func.functional_call(self.model, weights, (x,))
+            logits = functional.call(self.model, *(weights or ([], [])), x)
             self._check_logits(logits, len(x))
         except Exception as error:
             if (refusal := self.refusal(error, x)) is None:

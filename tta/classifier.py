@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tta import functional
+
 __all__ = ["feature_size", "find_classifier", "first_layer", "num_classes", "size_in", "size_out"]
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -104,15 +106,16 @@ def _called_last(model: nn.Module, candidates: Sequence[nn.Module]) -> nn.Module
         m.register_forward_hook(lambda module, args, output: calls.append(module))
         for m in candidates
     ]
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    meta = {name: torch.empty_like(t, device="meta") for name, t in tensors.items()}
+    tensors = [*model.parameters(), *model.buffers()]
+    places = functional.names(model, tensors)
+    meta = [torch.empty_like(t, device="meta") for t in tensors]
     try:
         with torch.no_grad(), _evaluating(model):
             for shape in _probe_shapes(model):
                 calls.clear()
                 try:
                     x = torch.empty(shape, device="meta", dtype=_dtype(model))
-                    logits = torch.func.functional_call(model, meta, (x,))
+                    logits = functional.call(model, places, meta, x)
                 except Exception:  # whatever a model raises on an image that it does not take
                     continue
                 size = logits.shape[-1] if isinstance(logits, Tensor) and logits.ndim else None

@@ -82,7 +82,7 @@ class OtherWeights(NamedTensors):
         super().__init__(tensors | {name: value for name, (_, value) in state.items()}, constant)
         self.network = network
         self.followed = list(parameters.values())
-        self.names_now = network.names(self.followed) + [now for now, _ in state.values()]
+        self.places = network.names(self.followed) + [[now] for now, _ in state.values()]
 
     @torch.no_grad()
     def predict(self, x: Tensor) -> Prediction:
@@ -93,7 +93,7 @@ class OtherWeights(NamedTensors):
     @torch.no_grad()
     def learn_statistics(self, x: Tensor) -> Prediction:
         """As :meth:`predict`, and norm rules move their state: its own where it has one."""
-        return self.network(x, dict(zip(self.names_now, self.tensors(), strict=True)))
+        return self.network(x, (self.places, self.tensors()))
 
     @torch.no_grad()
     def average(self, views: Iterable[Tensor]) -> Prediction:

@@ -1,0 +1,41 @@
+"""A model run with other tensors in place of its own, for teachers and dry runs.
+
+``torch.func.functional_call`` can find all names of a shared tensor by itself, but where a whole
+module is shared it then puts a wrong tensor back, and the model stays changed. So names are found
+here, one at every module that holds the tensor, each module once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["call", "names"]
+
+
+def names(model: nn.Module, tensors: Iterable[Tensor]) -> list[list[str]]:
+    """Where parameters and buffers of ``model`` are held: for each, a name for every holder."""
+    found: dict[int, list[str]] = {}
+    for prefix, module in model.named_modules():
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                found.setdefault(id(tensor), []).append(f"{prefix}.{key}" if prefix else key)
+    return [found[id(tensor)] for tensor in tensors]
+
+
+def call(
+    model: nn.Module, places: Sequence[list[str]], values: Sequence[Tensor], x: Tensor
+) -> Tensor:
+    """``model(x)`` with ``values`` in the ``places`` that :func:`names` found.
+
+    Example:
+        >>> net = nn.Linear(1, 1, bias=False)
+        >>> call(net, names(net, [net.weight]), [torch.tensor([[3.0]])], torch.tensor([[2.0]]))
+        tensor([[6.]])
+    """
+    if not places:
+        return model(x)
+    tensors = {name: value for at, value in zip(places, values, strict=True) for name in at}
+    return torch.func.functional_call(model, tensors, (x,), tie_weights=False)
