@@ -144,7 +144,7 @@ def seeds(value: Tensor | Sequence[int], batch: int) -> Tensor:
 
 
 # Fields of `params` that describe the filter and not the images.
-_SHARED = ("kernel", "factors", "weights")
+_SHARED = ("radius", "alias_sigma", "factors", "weights")
 
 
 def drawn(params: Mapping[str, Tensor], batch: int) -> None:

@@ -1,9 +1,9 @@
 """frost: a picture of ice blended over the image.
 
 Source: Hendrycks & Dietterich, ICLR 2019, arXiv 1903.12261. The published script crops one of
-five photographs whose licence is unknown, so they are not shipped. By default a crop is drawn as
-a random field with the statistics that were measured on those photographs: mean, contrast,
-correlation of the channels and power in eight bands of spatial frequency. It has no crystals.
+five photographs whose licence is unknown, so they are not shipped. By default crops are taken from
+random fields with the statistics that were measured on those photographs: mean, contrast,
+correlation of the channels and power in eight bands of spatial frequency. They have no crystals.
 Whether a classifier makes the same errors under it as under the photographs is not known. With a
 folder of pictures of their own, users get the published procedure on those.
 """
@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from corruptions.draws import normals
 from corruptions.filters import levels
 from corruptions.setting import Params, Setting, scalar
 
@@ -51,6 +52,8 @@ class _Texture:
 
 # The script's choice among five files falls on four different pictures: the second exists twice.
 _SHARES = (0.2, 0.4, 0.2, 0.2)
+# Fields of each texture from which crops are taken.
+_FIELDS = 8
 # At shrink 5, for 32x32 crops.
 _SMALL = (
     _Texture((.302, .581, .646), (.069, .038, .031), (.083, .051, .049), (.015, .009, .008),
@@ -118,44 +121,54 @@ def synthetic_frost(setting: Setting, textures: tuple[_Texture, ...]) -> Tensor:
     Returns:
         (B, 3, H, W) uint8.
     """
-    _, channels, height, width = setting.shape
-    choice = torch.bucketize(
-        setting.uniforms("picture"), torch.tensor(_SHARES).cumsum(0)[:-1], right=True
-    )
-    noise = setting.normals("texture", channels, height, width)
-    # Filtering white noise needs one transform each way; float64, so that truncation to levels
-    # does not show how the library batches its transforms.
-    gain = torch.stack([_spectrum_gain(height, width, texture.bands) for texture in textures])
-    spectrum = torch.fft.rfft2(noise.double()).mul_(gain[choice][:, None])
-    field = torch.fft.irfft2(spectrum, s=(height, width)).flatten(2)
-    mixing = torch.stack([_channel_mixing(texture.correlation) for texture in textures])
-    field = _mixed(field, mixing[choice])
-    spread = setting.normals("spread", 2).double()
+    batch, channels, height, width = setting.shape
+    draw = setting.uniforms("crop", 4).double()
+    steps = torch.tensor(_SHARES, dtype=torch.float64).cumsum(0)[:-1]
+    choice = torch.bucketize(draw[:, 0].contiguous(), steps, right=True)
+    bank = _bank(height, width, textures)
+    pick = choice * _FIELDS + (draw[:, 1] * _FIELDS).long()
+    top, left = (draw[:, 2] * height).long(), (draw[:, 3] * width).long()
+    rows = (torch.arange(height) + top[:, None]).remainder_(height).mul_(width).int()
+    columns = (torch.arange(width) + left[:, None]).remainder_(width).int()
+    plane = torch.arange(channels) + pick[:, None] * channels
+    place = (plane.mul_(height * width).int()[:, :, None] + rows[:, None])[..., None]
+    field = bank.index_select(0, (place + columns[:, None, None]).flatten())
+    spread = setting.normals("spread", 2)
     scale, offset = spread[:, :1], spread[:, 1:]
 
     def of(key: str) -> Tensor:
-        values = torch.tensor([getattr(texture, key) for texture in textures], dtype=torch.float64)
-        return values[choice]
+        return torch.tensor([getattr(texture, key) for texture in textures])[choice]
 
     relative = (of("contrast_spread") / of("contrast")).mean(1, keepdim=True)
-    contrast = of("contrast") * (1 + scale * relative)
-    mean = of("mean") + of("mean_spread") * offset
-    field.mul_(contrast[:, :, None]).add_(mean[:, :, None])
-    return levels(field.mul_(255)).view(setting.shape)
+    contrast = of("contrast") * (1 + scale * relative) * 255
+    mean = (of("mean") + of("mean_spread") * offset) * 255
+    field = field.view(batch, channels, -1).mul_(contrast[:, :, None]).add_(mean[:, :, None])
+    return levels(field).view(setting.shape)
+
+
+@lru_cache(maxsize=8)
+def _bank(height: int, width: int, textures: tuple[_Texture, ...]) -> Tensor:
+    """Periodic fields, `_FIELDS` of each texture, mean 0 and variance 1, flat float32.
+
+    They are to crops what the published pictures are: always the same, from which a crop is taken
+    at random. Being periodic they have a crop at every pixel.
+    """
+    seeds = torch.arange(_FIELDS)
+    fields = []
+    for k, texture in enumerate(textures):
+        noise = normals(seeds, f"frost/{k}", 3 * height * width).view(-1, 3, height, width)
+        # float64, so that libraries differ far below what truncation to levels shows.
+        spectrum = torch.fft.rfft2(noise.double())
+        spectrum *= _spectrum_gain(height, width, texture.bands)
+        field = torch.fft.irfft2(spectrum, s=(height, width))
+        fields.append(_mixed(field, _channel_mixing(texture.correlation)).float())
+    return torch.cat(fields).flatten()
 
 
 def _mixed(field: Tensor, mixing: Tensor) -> Tensor:
-    """Lower-triangular mix of three channels, (B, 3, N), written out to fix the order of sums."""
-    first, second, third = field.unbind(1)
-    row = mixing[..., None]
-    return torch.stack(
-        (
-            row[:, 0, 0] * first,
-            row[:, 1, 0] * first + row[:, 1, 1] * second,
-            row[:, 2, 0] * first + row[:, 2, 1] * second + row[:, 2, 2] * third,
-        ),
-        1,
-    )
+    """Lower-triangular mix of three channels, (B, 3, H, W), in a fixed order of sums."""
+    rows = [[mixing[i, j] * field[:, j] for j in range(i + 1)] for i in range(3)]
+    return torch.stack([torch.stack(row).sum(0) for row in rows], 1)
 
 
 def _channel_mixing(correlation: Triple) -> Tensor:
