@@ -12,7 +12,9 @@ needs one generator object for each image.
 
 from __future__ import annotations
 
+import hashlib
 import zlib
+from collections.abc import Iterable
 from functools import lru_cache
 
 import numpy as np
@@ -20,7 +22,7 @@ import torch
 from scipy import special
 from torch import Tensor
 
-__all__ = ["entropy_seeds", "normals", "uniforms", "words"]
+__all__ = ["entropy_seeds", "image_seeds", "normals", "uniforms", "words"]
 
 _GAMMA = 0x9E3779B97F4A7C15
 _MIX_1 = 0xBF58476D1CE4E5B9
@@ -122,3 +124,20 @@ def entropy_seeds(count: int) -> Tensor:
     fresh = torch.Generator()
     fresh.seed()
     return torch.randint(-(2**63), 2**63 - 1, (count,), generator=fresh, dtype=torch.int64)
+
+
+def image_seeds(seed: int, name: str, severity: float, keys: Iterable[int | str]) -> Tensor:
+    """Seeds for the images of a data set, such that all its draws are independent.
+
+    Args:
+        seed: Of the data set.
+        name: The corruption.
+        severity: Its severity.
+        keys: What tells the images apart: positions or file names.
+
+    Returns:
+        (B,) int64.
+    """
+    texts = (f"{seed}/{name}/{severity:g}/{key}" for key in keys)
+    digests = (hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts)
+    return torch.tensor([int.from_bytes(d, "little", signed=True) for d in digests])
