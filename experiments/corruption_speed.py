@@ -244,7 +244,8 @@ def render(rows: Sequence[dict[str, Any]]) -> str:
         parts = [f"| {name} |"]
         for side in sides:
             row = cells[name, side]
-            parts.append(f" {row['baseline']:,.4g} | {row['rate']:,.4g} | {row['ratio']:.2f} |")
+            rates = " | ".join(_three_digits(row[key]) for key in ("baseline", "rate", "ratio"))
+            parts.append(f" {rates} |")
         lines.append("".join(parts))
     short = []
     benchmark = [name for name in names if name in corruptions.list_corruptions()]
@@ -260,6 +261,10 @@ def render(rows: Sequence[dict[str, Any]]) -> str:
                 short.append(f"{name} at {side} ({ratio:.2f}, wanted {least:g})")
     lines.append("\nFell short: " + ("; ".join(short) if short else "nothing") + ".")
     return "\n".join(lines) + "\n"
+
+
+def _three_digits(value: float) -> str:
+    return f"{float(f'{value:.3g}'):,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -388,6 +388,23 @@ def test_errors(error, words, call):
         call()
 
 
+def test_the_sixth_published_picture_is_never_chosen(tmp_path):
+    for i in range(1, 7):
+        PIL.Image.new("RGB", (300, 300), (i, 0, 0)).save(tmp_path / f"frost{i}.png")
+    params = corruptions.sample("frost", (60, 3, 32, 32), 3, range(60), frost_pictures=tmp_path)
+    assert set(params["crop"][:, 0].unique().tolist()) == {1, 2, 3, 4, 5}
+
+
+@pytest.mark.parametrize("size", [(40, 24), (600, 520)])
+def test_frost_textures_have_their_statistics(size):
+    """Fields of any size, also beyond where they repeat, have mean 0 and variance 1."""
+    shape = (64, 3, *size) if size[0] < 100 else (4, 3, *size)
+    crop = corruptions.sample("frost", shape, 3, range(shape[0]))["crop"].float() / 255
+    contrast = crop.flatten(2).std(2)
+    assert contrast.min() > 0.03 and contrast.max() < 0.25
+    assert crop.mean((2, 3)).min() > 0.2 and crop.mean((2, 3)).max() < 0.95
+
+
 def test_empty_frost_folder(tmp_path):
     with pytest.raises(ValueError, match="holds none"):
         corruptions.corrupt(GOOD, "frost", 3, frost_pictures=tmp_path)
