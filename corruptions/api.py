@@ -136,7 +136,7 @@ def apply(images: Tensor, name: str, params: Params) -> Tensor:
     """
     check.name(name, _OPERATIONS)
     check.images(images)
-    check.drawn(params, len(images))
+    check.drawn(params, images)
     try:
         return _apply(images, name, params)
     except KeyError as error:
@@ -144,6 +144,14 @@ def apply(images: Tensor, name: str, params: Params) -> Tensor:
             f"`params` must come from sample({name!r}, ...), got fields {', '.join(params)}: it "
             f"lacks {error}"
         ) from None
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, IndexError, RuntimeError) as error:
+        raise ValueError(
+            f"`params` must come from sample({name!r}, ...) for images of shape "
+            f"{tuple(images.shape)}, got tensors that do not fit ({str(error).splitlines()[0]}): "
+            "call sample again"
+        ) from error
 
 
 def _apply(images: Tensor, name: str, params: Params) -> Tensor:

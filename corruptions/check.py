@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import numbers
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import get_args
@@ -61,6 +62,11 @@ def parameters(value: object) -> None:
 
 def folder(value: str | Path | None) -> Path | None:
     """Return `value` as a path; raise unless it is an existing folder or None."""
+    if value is not None and not isinstance(value, (str, os.PathLike)):
+        raise TypeError(
+            f"`frost_pictures` must be a path, got {type(value).__name__}: leave it out for "
+            "synthetic frost"
+        )
     if value is None or Path(value).is_dir():
         return None if value is None else Path(value)
     raise ValueError(
@@ -71,6 +77,11 @@ def folder(value: str | Path | None) -> Path | None:
 
 def shape(value: Sequence[int]) -> tuple[int, int, int, int]:
     """Return `value` as a tuple; raise unless it is (B, 3, H, W) of sizes that work."""
+    whole = isinstance(value, Sequence) and all(isinstance(n, numbers.Integral) for n in value)
+    if not whole:
+        raise TypeError(
+            f"`shape` must be the whole numbers (B, 3, H, W), got {value!r}: pass images.shape"
+        )
     if len(value) != 4:
         raise ValueError(
             f"images must have shape (B, 3, H, W), got {tuple(value)}: for one image add a batch "
@@ -129,7 +140,13 @@ def images(value: Tensor) -> None:
 
 def seeds(value: Tensor | Sequence[int], batch: int) -> Tensor:
     """Return `value` as CPU int64; raise unless it is one integer for each of `batch` images."""
-    tensor = torch.as_tensor(value)
+    try:
+        tensor = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise TypeError(
+            f"`seeds` must be int64, one for each image, got {value!r}: make them by "
+            "torch.arange(len(images))"
+        ) from None
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
         raise TypeError(
             f"`seeds` must be int64, one for each image, got {tensor.dtype}: convert them by "
@@ -145,13 +162,49 @@ def seeds(value: Tensor | Sequence[int], batch: int) -> Tensor:
 
 # Fields of `params` that describe the filter and not the images.
 _SHARED = ("radius", "alias_sigma", "factors", "weights")
+# Fields with a draw for each pixel, in the last two axes.
+_PIXELS = ("crop", "field", "normal", "replace", "salt", "uniform")
 
 
-def drawn(params: Mapping[str, Tensor], batch: int) -> None:
-    """Raise unless all draws in `params` are for `batch` images."""
+def drawn(params: Mapping[str, Tensor], images: Tensor) -> None:
+    """Raise unless all draws in `params` are for images (B, 3, H, W) like these."""
+    if not isinstance(params, Mapping):
+        raise TypeError(
+            f"`params` must be a dict of tensors, got {type(params).__name__}: pass what "
+            "sample(name, images.shape, ...) returns"
+        )
+    batch, size = len(images), tuple(images.shape[-2:])
     for key, value in params.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"`params` must be a dict of tensors, got {type(value).__name__} for {key!r}: "
+                "pass what sample(name, images.shape, ...) returns"
+            )
         if value.ndim and key not in _SHARED and len(value) != batch:
             raise ValueError(
                 f"`params` must be drawn for the images, but {key!r} was drawn for {len(value)} "
                 f"images, got {batch}: call sample with the shape of the images"
             )
+        made = _size(key, value, params, size)
+        if made != size:
+            raise ValueError(
+                f"`params` must be drawn for the images, but {key!r} was drawn for "
+                f"{made[0]} x {made[1]} pixels, got {size[0]} x {size[1]}: call sample with the "
+                "shape of the images"
+            )
+
+
+def _size(
+    key: str, value: Tensor, params: Mapping[str, Tensor], size: tuple[int, ...]
+) -> tuple[int, ...]:
+    """Height and width of the images that a field was drawn for; `size` where it does not say."""
+    if key in _PIXELS and value.ndim >= 2:
+        return tuple(value.shape[-2:])
+    if key == "offsets" and value.ndim == 5 and "reach" in params:  # without the margins
+        margin = 2 * int(params["reach"])
+        return value.shape[2] + margin, value.shape[3] + margin
+    if key == "noise" and value.ndim == 2:  # fog: a square of the next power of two
+        side = 1 << (max(size) - 1).bit_length()
+        made = math.isqrt(value.shape[1] + 1)
+        return size if made == side else (made, made)
+    return size

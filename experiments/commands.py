@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import tta.streams
+from experiments.bench import SETTINGS, Bench
 from experiments.card import Card
 from experiments.config import DEMO_METHODS, RunConfig, StreamConfig
 from experiments.run import Run
 from experiments.subject import pick_device
+from experiments.zoo import Zoo
 from tta.checks import nearest
 
 __all__ = ["main"]
@@ -29,6 +31,18 @@ CORRELATED = StreamConfig(
     options={"delta": 0.01},
 )
 
+# Arguments of `tta.streams.build` that the run sets, with the flag that decides each.
+OWN_FLAGS = {
+    "scenario": "--scenario",
+    "dataset": "--data",
+    "domains": "--corruptions",
+    "severity": "--severity",
+    "batch_size": "--batch-size",
+    "seed": "--seed",
+    "transform": "--corruptions",
+    "labels": "--data",
+}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
@@ -37,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_run(commands)
     _add_card(commands)
+    _add_bench(commands)
+    _add_zoo(commands)
     args = parser.parse_args(argv)
     try:
         work = args.prepare(args)
@@ -125,6 +141,9 @@ def _prepare_run(args: argparse.Namespace) -> Run:
         raise ValueError(f"`seed` must be 0 or more, got {args.seed}")
     if not args.name or set(args.name) & set("/\\"):
         raise ValueError(f"`name` must be usable in a folder's name, got {args.name!r}")
+    files = [path for path in (args.output, *args.output.parents) if path.is_file()]
+    if files:
+        raise ValueError(f"`output` must be a folder, got the file {files[0]}: choose another")
     scenario = args.scenario or "continual"
     if scenario not in tta.streams.list_scenarios():
         raise ValueError(
@@ -181,6 +200,56 @@ def _prepare_card(args: argparse.Namespace) -> Card:
     return Card(args.model, args.data, device, images, args.seed, args.output, args.quiet)
 
 
+def _add_bench(commands: Any) -> None:
+    parser = commands.add_parser(
+        "bench",
+        help="what each recipe costs beside the plain forward pass",
+        description="Time recipes against the plain forward pass of the same network, in turns in "
+        "one process; count passes; measure the peak of memory. "
+        "Settings: " + ", ".join(SETTINGS) + ".",
+    )
+    add = parser.add_argument
+    add("setting", help="a network and what it is fed")
+    add("--recipes", nargs="+", default=[], metavar="NAME", help="default: all of the setting's")
+    add("--rounds", type=int, default=50, help="turns of each recipe (default: %(default)s)")
+    add("--no-memory", action="store_true", help="leave the peak of memory out")
+    add("--output", type=Path, help="JSON-lines file to append the result to")
+    add("--device", help="cpu, cuda, cuda:1 (default: CUDA if there is one)")
+    add("--quiet", action="store_true", help="print only the table")
+    parser.set_defaults(prepare=_prepare_bench)
+
+
+def _prepare_bench(args: argparse.Namespace) -> Bench:
+    device = pick_device(args.device)
+    recipes, memory = tuple(args.recipes), not args.no_memory
+    return Bench(args.setting, device, args.rounds, recipes, memory, args.output, args.quiet)
+
+
+def _add_zoo(commands: Any) -> None:
+    parser = commands.add_parser(
+        "zoo",
+        help="every recipe on one network of every kind of timm and torchvision",
+        description="Wrap a random network of every module of timm, every kind of norm layer and "
+        "every classifier of torchvision with every recipe; resumes where its file ends.",
+    )
+    add = parser.add_argument
+    add(
+        "--output",
+        type=Path,
+        default=Path("experiments/results/zoo.jsonl"),
+        help="results, a line for each network (default: %(default)s)",
+    )
+    add("--match", default="*", help="networks by name, such as 'timm:res*' (default: all)")
+    add("--recipes", nargs="+", default=[], metavar="NAME", help="default: all components")
+    add("--page", type=Path, help="also write the results as a Markdown page")
+    add("--quiet", action="store_true", help="print only the totals")
+    parser.set_defaults(prepare=_prepare_zoo)
+
+
+def _prepare_zoo(args: argparse.Namespace) -> Zoo:
+    return Zoo(args.output, args.match, args.recipes, args.page, args.quiet)
+
+
 def _number_of_images(text: str | None, default: int | None) -> int | None:
     if text is None:
         return default
@@ -197,6 +266,11 @@ def _options(pairs: Sequence[str]) -> dict[str, Any]:
         key, equals, text = pair.partition("=")
         if not key or not equals:
             raise ValueError(f"`option` must be KEY=VALUE, got {pair!r}: such as delta=0.1")
+        if key in OWN_FLAGS:
+            raise ValueError(
+                f"`option` must be none of the run's own arguments, got {pair!r}: use "
+                f"{OWN_FLAGS[key]}"
+            )
         try:
             options[key] = ast.literal_eval(text)
         except (ValueError, SyntaxError):

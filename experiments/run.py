@@ -88,6 +88,7 @@ class Run:
 
         smooth = config.scenario == "walk"
         arguments = self.shifts.build_arguments(config.domains, config.severities, choose, smooth)
+        _check_num_samples(config.options.get("num_samples"), arguments)
         return tta.streams.build(
             config.scenario,
             severity=config.severity,
@@ -227,4 +228,17 @@ class Run:
             f"device   {self.device}, {torch.get_num_threads()} threads\n"
             f"methods  {', '.join(self.config.methods)}\n"
             f"folder   {folder}"
+        )
+
+
+def _check_num_samples(wanted: Any, arguments: dict[str, Any]) -> None:
+    """A stream takes at most so many of what there is; a command line that asks for more errs."""
+    sets = [arguments["dataset"]]
+    if arguments["transform"] is None:
+        sets = [entry for levels in arguments["domains"].values() for entry in levels.values()]
+    have = min(len(entry[1]) if isinstance(entry, tuple) else len(entry) for entry in sets)
+    if isinstance(wanted, int) and wanted > have:
+        raise ValueError(
+            f"`num_samples` must be at most the {have} images of each domain, got {wanted}: ask "
+            "for fewer, or for more by --images"
         )

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import tta
 from tta.backbone import Backbone
+from tta.classifier import find_classifier
 
 __all__ = ["collect", "save_half", "swag"]
 
@@ -37,7 +38,7 @@ def batches(
 
 @torch.no_grad()
 def _features(model: nn.Module, stream: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    network = Backbone(model, tta.backbone.num_classes(model), features=True)
+    network = Backbone(model, find_classifier(model), features=True)
     found = [(network(x).features, y) for x, y in stream]
     network.close()
     return torch.cat([f for f, _ in found if f is not None]), torch.cat([y for _, y in found])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+import textwrap
 from collections import Counter
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -16,13 +18,14 @@ from torch import Tensor, nn
 
 import tta
 from models.bundled import BUNDLED, CIFAR10_CLASSES, FOLDER
-from tta.backbone import find_classifier
-from tta.checks import nearest
+from tta.checks import flag, folder_or_file, nearest, text
+from tta.classifier import find_classifier, num_classes
 from tta.params import is_norm
 
 __all__ = ["ModelInfo", "list_models", "load"]
 
 LIBRARIES = ("timm", "torchvision")
+SHOWN = 5  # names of a library in an error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +53,7 @@ def list_models(pattern: str = "*") -> list[str]:
         >>> list_models("*_bn")
         ['cifar10_resnet20_bn']
     """
-    library, colon, rest = pattern.partition(":")
+    library, colon, rest = text("pattern", pattern).partition(":")
     if not colon:
         return sorted(n for n in BUNDLED if fnmatch(n, pattern))
     _check_library(library)
@@ -77,13 +80,16 @@ def load(
         The model and its :class:`ModelInfo`.
 
     Raises:
-        ValueError: For an unknown name, naming the nearest, or a checkpoint that does not fit.
+        TypeError: When an argument is of the wrong kind.
+        ValueError: For an unknown name, naming the nearest, or a checkpoint that is none or does
+            not fit.
         FileNotFoundError: When the checkpoint is not there.
         RuntimeError: When weights cannot be fetched.
     """
-    name, at, path = name.partition("@")
+    name, at, path = text("name", name).partition("@")
+    flag("pretrained", pretrained)
     checkpoint = path if at else checkpoint
-    state = None if checkpoint is None else _read(Path(checkpoint))
+    state = None if checkpoint is None else _read(folder_or_file("checkpoint", checkpoint))
     library, colon, rest = name.partition(":")
     if colon:
         _check_library(library)
@@ -97,9 +103,7 @@ def load(
     if state is not None:
         _fill(model, state, name, Path(str(checkpoint)))
     norms = Counter(type(m).__name__ for m in model.modules() if is_norm(m))
-    info = ModelInfo(
-        name=name, num_classes=tta.backbone.num_classes(model), norm_types=dict(norms), **about
-    )
+    info = ModelInfo(name=name, num_classes=num_classes(model), norm_types=dict(norms), **about)
     return model.eval(), info
 
 
@@ -132,8 +136,9 @@ def _weights(folder: Path) -> list[tuple[str, Tensor]]:
 
 
 def _timm(name: str, pretrained: bool, classes: int | None) -> tuple[nn.Module, dict[str, Any]]:
-    if name.partition(".")[0] not in timm.list_models():
-        raise ValueError(f"unknown timm model {name!r}: " + _closest(name, timm.list_models()))
+    known = timm.list_models()
+    if name.partition(".")[0] not in known:
+        raise ValueError(f"unknown timm model {name!r}: " + nearest(name, known, SHOWN))
     extra = {} if classes is None else {"num_classes": classes}
     model = _fetched(name, pretrained, lambda: timm.create_model(name, pretrained, **extra))
     cfg = timm.data.resolve_model_data_config(model)
@@ -150,7 +155,7 @@ def _torchvision(
 ) -> tuple[nn.Module, dict[str, Any]]:
     known = torchvision.models.list_models(module=torchvision.models)
     if name not in known:
-        raise ValueError(f"unknown torchvision model {name!r}: " + _closest(name, known))
+        raise ValueError(f"unknown torchvision model {name!r}: " + nearest(name, known, SHOWN))
     weights = torchvision.models.get_model_weights(name)["DEFAULT"]
     extra = {} if classes is None else {"num_classes": classes}
     model = _fetched(
@@ -183,26 +188,38 @@ def _fetched(name: str, pretrained: bool, create: Any) -> nn.Module:
         ) from error
 
 
-def _closest(name: str, known: list[str]) -> str:
-    import difflib
-
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
-    return f"did you mean {', '.join(close)}?" if close else "see list_models()."
-
-
 def _read(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(
             f"`checkpoint` must be a file, but {path} is not there: pass a .safetensors or "
             ".pt file."
         )
-    if path.suffix == ".safetensors":
-        return load_file(str(path))
-    state: Any = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(str(path))
+        state: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # junk makes an unpickler raise anything
+        odd = isinstance(error, pickle.UnpicklingError) or not str(error)
+        reason = "it holds no plain tensors" if odd else textwrap.shorten(str(error), 200)
+        raise _no_checkpoint(path, reason) from None
     for key in ("state_dict", "model", "net"):  # where training scripts put it
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    return {k.removeprefix("module."): v for k, v in state.items() if isinstance(v, Tensor)}
+    if not isinstance(state, dict):
+        raise _no_checkpoint(path, f"it holds a {type(state).__name__}")
+    found = {str(k).removeprefix("module."): v for k, v in state.items() if isinstance(v, Tensor)}
+    if not found:
+        raise _no_checkpoint(path, "it holds no tensors")
+    return found
+
+
+def _no_checkpoint(path: Path, reason: str) -> ValueError:
+    return ValueError(
+        f"`checkpoint` must be a .safetensors or .pt file with a state dict, but {path} is not "
+        f"({reason}): save one with torch.save(model.state_dict(), path)."
+    )
 
 
 def _classes_of(state: dict[str, Tensor], make: Any, name: str) -> int | None:
@@ -211,7 +228,7 @@ def _classes_of(state: dict[str, Tensor], make: Any, name: str) -> int | None:
     head = find_classifier(model)
     key = next(n for n, m in model.named_modules() if m is head)
     for candidate in (f"{key}.weight", f"{key}.fc.weight"):
-        if candidate in state:
+        if candidate in state and state[candidate].ndim > 0:
             return int(state[candidate].shape[0])
     return None
 
@@ -223,6 +240,7 @@ def _fill(model: nn.Module, state: dict[str, Tensor], name: str, path: Path) -> 
         )
     except RuntimeError as error:
         detail = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+        detail = textwrap.shorten(detail, 200, placeholder=" ...")
         raise ValueError(
             f"`checkpoint` must hold a state dict of {name}, but {path} does not fit ({detail}): "
             "pass the name of the architecture it was made with."

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-__all__ = ["FAMILIES", "cnn", "tiny", "trace_model"]
+__all__ = ["FAMILIES", "affine", "batch_statistics", "cnn", "tiny", "trace_model"]
 
 
 class Cnn(nn.Module):
@@ -98,3 +98,22 @@ def tiny(family: str, seed: int = 0) -> nn.Module:
                 module.running_mean.normal_(0, 0.1)
                 module.running_var.uniform_(0.5, 1.5)
     return net.eval()
+
+
+def batch_statistics(net: nn.Module) -> nn.Module:
+    """The net with BatchNorm layers that know only their batch, by torch's own means."""
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.track_running_stats = False
+            module.running_mean = module.running_var = None
+    return net
+
+
+def affine(net: nn.Module) -> dict[str, nn.Parameter]:
+    """Weight and bias of BatchNorm layers, by name."""
+    return {
+        f"{name}.{key}": p
+        for name, module in net.named_modules()
+        if isinstance(module, nn.BatchNorm2d)
+        for key, p in module.named_parameters()
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import pytest
@@ -122,8 +123,10 @@ def test_load_state_refuses_what_is_not_its_own() -> None:
     adapter = tta.wrap(tiny("bn"), "tent.cifar10")
     before = adapter.state()
     other = tta.wrap(tiny("bn"), "eta.cifar10").state()
-    with pytest.raises(ValueError, match=r"`state`.*'update/ema_probs'"):
+    with pytest.raises(ValueError, match=r"`state`.*bn\+tent on source.*bn\+eta on source"):
         adapter.load_state(other)
+    with pytest.raises(ValueError, match=r"`state`.*'update/ema_probs'"):
+        adapter.load_state(dict(other))
     with pytest.raises(ValueError, match=r"'param/layer1.1.weight'.*\(4,\).*\(5,\)"):
         adapter.load_state(
             {
@@ -132,6 +135,26 @@ def test_load_state_refuses_what_is_not_its_own() -> None:
             }
         )
     assert all(torch.equal(before[k], v) for k, v in adapter.state().items())
+
+
+def test_a_state_knows_its_method_and_its_weights(tmp_path) -> None:
+    state = tta.wrap(tiny("bn"), "tent.cifar10").state()
+    with pytest.raises(ValueError, match=r"bn\+eta on source weights.*bn\+tent on source"):
+        tta.wrap(tiny("bn"), "eta.cifar10").load_state(state)
+    other = tta.wrap(tiny("bn", seed=1), "tent.cifar10")
+    before = other.state()
+    with pytest.raises(ValueError, match=r"source weights [0-9a-f]{8}.*pass dict\(state\)"):
+        other.load_state(state)
+    assert all(torch.equal(before[k], v) for k, v in other.state().items())
+    torch.save(state, tmp_path / "state.pt")
+    again = torch.load(tmp_path / "state.pt", weights_only=True)
+    with pytest.raises(ValueError, match="source weights"):
+        other.load_state(again)
+    other.load_state(dict(state))
+    adapted = tta.wrap(tiny("bn"), "tent.cifar10")
+    adapted(images(0))
+    adapted.load_state(again)
+    assert all(torch.equal(state[k], v) for k, v in adapted.state().items())
 
 
 def test_load_state_as_source_moves_the_reset_point() -> None:
@@ -276,3 +299,79 @@ def test_an_unwrapped_adapter_lets_go_of_the_model() -> None:
         with pytest.raises(RuntimeError, match="unwrapped"):
             call()
     assert torch.equal(net.layer1[1].weight, tiny("bn").layer1[1].weight)
+
+
+def test_what_a_model_takes_is_its_own_affair() -> None:
+    class Video(nn.Module):
+        """Frames of a clip are classified together: (B, T, 3, H, W)."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = tiny("bn")
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.net(x.flatten(0, 1)).unflatten(0, x.shape[:2]).mean(1)
+
+    class Grey(Video):
+        """(B, 1, H, W) or (B, H, W)."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = x[:, None] if x.ndim == 3 else x
+            return self.net(x.expand(-1, 3, -1, -1))
+
+    x = images(0)
+    assert tta.wrap(Video(), "tent.cifar10")(x.view(4, 2, 3, 32, 32)).shape == (4, 10)
+    adapter = tta.wrap(Grey(), "tent.cifar10")
+    assert adapter(x[:, :1]).shape == adapter(x[:, 0]).shape == (8, 10)
+
+
+def test_a_model_without_convolution_is_refused_in_words() -> None:
+    layers = [nn.Linear(48, 8), nn.LayerNorm(8), nn.Linear(8, 10)]
+    adapter = tta.wrap(nn.Sequential(nn.Flatten(), *layers), "tent.cifar10")
+    assert adapter(torch.rand(4, 3, 4, 4)).shape == (4, 10)
+    adapter.unwrap()
+    mlp = tta.wrap(nn.Sequential(*layers), "tent.cifar10")
+    with pytest.raises(ValueError, match=r"must end in an axis of 48, got shape \(4, 50\)"):
+        mlp(torch.rand(4, 50))
+
+
+def test_a_batch_axis_that_the_model_swallows() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.AdaptiveAvgPool2d(1))
+    net = nn.Sequential(net, nn.Flatten(-3), nn.Linear(4, 10), nn.Unflatten(0, (-1, 10)))
+    with pytest.raises(ValueError, match=r"`images` must have 4 axes.*images\[None\]"):
+        tta.wrap(net, "source")(torch.rand(3, 8, 8))
+
+
+def test_no_running_statistics_and_one_value_per_channel() -> None:
+    net = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4, track_running_stats=False))
+    net.append(nn.Linear(4, 10))
+    for method in ("bn", "tent.cifar10"):
+        adapter = tta.wrap(copy.deepcopy(net), method)
+        assert adapter(torch.rand(5, 6)).shape == (5, 10)
+        with pytest.raises(ValueError, match=r"`images` must hold at least 2 images.*got 1"):
+            adapter(torch.rand(1, 6))
+
+
+def test_unmix_tns_leaves_batch_norm_1d_at_its_source_statistics() -> None:
+    net = nn.Sequential(nn.Conv1d(3, 4, 3), nn.BatchNorm1d(4), nn.Flatten(), nn.Linear(24, 10))
+    net[1].running_mean.normal_()
+    x = torch.rand(5, 3, 8)
+    with torch.no_grad():
+        expected = net.eval()(x)
+    adapter = tta.wrap(net, norm="unmix_tns.cifar10")
+    before = adapter.state()
+    torch.testing.assert_close(adapter(x), expected)
+    assert all(torch.equal(before[k], v) for k, v in adapter.state().items())
+
+
+def test_the_callers_hooks_on_norm_layers_are_called() -> None:
+    net = tiny("bn")
+    seen = []
+    handle = net.layer1[1].register_forward_hook(lambda m, args, y: seen.append(y.shape))
+    adapter = tta.wrap(net, "bn")
+    net.layer2[1].register_forward_pre_hook(lambda m, args: seen.append(args[0].shape))
+    adapter(images(0))
+    assert seen == [(8, 4, 32, 32), (8, 8, 16, 16)]
+    handle.remove()
+    adapter.unwrap()(images(0))
+    assert len(seen) == 3

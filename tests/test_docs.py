@@ -20,8 +20,11 @@ def _generate():
     return module
 
 
-def test_the_methods_page_is_current() -> None:
-    assert (ROOT / "docs" / "methods.md").read_text() == _generate().methods_page()
+def test_the_methods_pages_are_current() -> None:
+    pages = _generate().pages()
+    assert set((ROOT / "docs" / "methods").glob("*.md")) == set(pages)
+    for path, text in pages.items():
+        assert path.read_text() == text, path.name
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

@@ -9,12 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.trace_keys import figures
 from tests.traces_adanpc import FOLDER, AdanpcTrace
 from tta.neighbours import vote
 
 STREAMS = sorted(FOLDER.glob("adanpc_*.npz"))
 LIMITS = {"atol": 1e-5, "rtol": 0.0}
 PIECES = {"atol": 2e-6, "rtol": 1e-5}
+FIGURES = figures("set-b")
 
 
 @pytest.mark.parametrize("path", STREAMS, ids=lambda p: p.stem)
@@ -33,7 +35,9 @@ def test_stream(path: Path) -> None:
         torch.testing.assert_close(scores, trace.tensor("outputs")[t], **LIMITS)
         confidence = scores.softmax(1).amax(1)
         torch.testing.assert_close(confidence, trace.tensor("double_softmax_conf")[t], **LIMITS)
-        assert adapter.report.memory_size == int(arrays["memory_size"][t])
+        for key, figure in FIGURES.items():
+            if key in arrays:
+                assert adapter.report[figure] == int(arrays[key][t])
         right = scores.argmax(1) == trace.tensor("labels")[t]
         assert int(right.sum()) == int(arrays["correct"][t])
     state, constants = adapter.state(), adapter.constants()

@@ -276,6 +276,11 @@ WRONG = [
     (ValueError, r"`batch_size` must be a whole number of at least 1, got 0", {"batch_size": 0}),
     (ValueError, r"`seed` must be a whole number of at least 0", {"seed": -1}),
     (ValueError, r"`reset` must be one of", {"reset": "shifts"}),
+    (TypeError, r"`reset` must be one of .* got 0; pass one of these words", {"reset": 0}),
+    (ValueError, r"`schedule` must be one of .* got ''", {"schedule": ""}),
+    (ValueError, r"`select` must be one of .* got ''", {"select": ""}),
+    (TypeError, r"`arrange` must be one of .* got False", {"arrange": False}),
+    (ValueError, r"`last_batch` must be one of .* got ''", {"last_batch": ""}),
     (ValueError, r"`window` must be None unless", {"window": 8}),
     (
         ValueError,

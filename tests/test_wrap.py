@@ -276,3 +276,75 @@ def test_a_taken_name_is_taken() -> None:
 
     with pytest.raises(ValueError, match=r"`name` must be new, got 'tent'.*tta\.methods\.tent"):
         tta.register("tent")(Tent)
+
+
+def test_a_shuffling_loader_leaves_the_global_generator_alone() -> None:
+    data = torch.utils.data.TensorDataset(images(0), torch.arange(8))
+    loader = torch.utils.data.DataLoader(data, batch_size=4, shuffle=True)
+    for method in ("eata.cifar10", "adanpc"):
+        torch.manual_seed(3)
+        before = torch.get_rng_state()
+        first = tta.wrap(tiny("bn"), method, source=loader).constants()
+        assert torch.equal(before, torch.get_rng_state())
+        again = tta.wrap(tiny("bn"), method, source=loader).constants()
+        assert all(torch.equal(v, again[k]) for k, v in first.items())
+
+
+def test_a_layer_that_normalises_its_weight_is_no_norm_layer() -> None:
+    class NormedLinear(nn.Linear):
+        pass
+
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 4), nn.LayerNorm(4), NormedLinear(4, 10))
+    assert list(tta.wrap(net, "tent.cifar10").parameters_adapted) == ["2.weight", "2.bias"]
+
+
+def test_a_tied_parameter_is_trained_once() -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 4), nn.LayerNorm(4), nn.LayerNorm(4))
+    net[3].weight = net[2].weight
+    net.append(nn.Linear(4, 10))
+    adapted = tta.wrap(net, "tent.cifar10").parameters_adapted
+    assert list(adapted) == ["2.weight", "2.bias", "3.bias"]
+
+
+@pytest.mark.parametrize("method", ["source", "bn", "eata.cifar10", "lame"])
+def test_a_compiled_model_adapts_as_a_plain_one(method: str) -> None:
+    source = source_batches()
+    plain = tta.wrap(tiny("bn"), method, source=source)
+    net = torch.compile(tiny("bn"), backend="eager")
+    adapter = tta.wrap(net, method, source=source)
+    for t in range(3):
+        torch.testing.assert_close(adapter(images(t)), plain(images(t)))
+    assert adapter.unwrap() is net
+    with torch.no_grad():
+        torch.testing.assert_close(net(images(0)), tiny("bn")(images(0)))
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (nn.DataParallel, r"one copy of a network, got a DataParallel.*wrap its \.module"),
+        (lambda net: nn.Sequential(nn.DataParallel(net)), "got a DataParallel"),
+        (lambda net: torch.jit.trace(net, images(0)), "looked into, got a TopLevelTracedModule"),
+    ],
+)
+def test_models_that_cannot_be_wrapped_are_refused_in_words(make, words) -> None:
+    with pytest.raises(ValueError, match=f"`model` must .*{words}"):
+        tta.wrap(make(tiny("bn")), "tent.cifar10")
+
+
+def test_a_normaliser_around_a_model_of_odd_size() -> None:
+    import timm
+
+    class Normalised(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = timm.create_model("test_vit", img_size=48, num_classes=10)
+            self.unused = nn.Linear(3, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.net((x - 0.5) / 0.2)
+
+    adapter = tta.wrap(
+        Normalised(), "adanpc.cifar10", source=[(torch.rand(10, 3, 48, 48), torch.arange(10))]
+    )
+    assert adapter(torch.rand(4, 3, 48, 48)).shape == (4, 10)

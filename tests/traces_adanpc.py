@@ -1,27 +1,4 @@
-"""Reading the AdaNPC traces of set b: which field or state each of their keys becomes.
-
-| key of a trace | here |
-|---|---|
-| ``weights/*`` | the model |
-| ``inputs``, ``labels`` | the stream, and the labels that ``correct`` counts with |
-| ``source_inputs``, ``source_labels`` | ``SourceStatistics(batches=)`` |
-| ``source_features`` (an input where there are no images, else a result) | ``features=`` |
-| ``memory_init`` | ``SourceStatistics(memory_init=)`` |
-| ``algo`` | ``adanpc`` or ``adanpc_bn``, with ``official=True`` |
-| ``k``, ``temperature``, ``beta`` | ``neighbours``, ``temperature``, ``confidence_threshold`` |
-| ``eps_ball`` (1.1 if absent) | ``ball_radius`` |
-| ``gamma``, ``lr`` * ``alpha``, ``weight_decay`` | ``rounds``, ``lr``, ``weight_decay`` |
-| ``reset_before`` | ``adapter.reset()`` before these batches |
-| ``outputs`` | ``exp`` of what the adapter returns |
-| ``double_softmax_conf`` | the largest softmax of the above |
-| ``test_features`` | what the classifier is fed |
-| ``memory_after_source``, ``memory_label_after_source`` | constants ``output/source_*`` |
-| ``memory_size`` | ``report.memory_size`` |
-| ``memory_tail_final`` | state ``output/memory`` |
-| ``memory_label_final`` | constants ``output/source_labels``, state ``output/memory_labels`` |
-| ``bn_final/weight``, ``bn_final/bias`` | state ``output/weight``, ``output/bias`` |
-| ``bn_final/running_*``, ``num_batches_tracked`` | none: fixed at 0 and 1, asserted on the trace |
-"""
+"""Reading the AdaNPC traces of set b; what each of their keys is here says ``trace_keys.py``."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Traces of CoTTA, PETAL and RMT: reading them, and how their hyper-parameters become arguments.
+"""Traces of CoTTA, PETAL and RMT: reading them, and how they become arguments of ``tta.wrap``.
 
-``KEYS`` says of every key of every trace how it is checked; a test fails for one that is missing.
+What each of their keys is here says ``tests/trace_keys.py``.
 """
 
 from __future__ import annotations
@@ -16,57 +16,10 @@ from torch import Tensor, nn
 
 import tta
 
-__all__ = ["FOLDER", "KEYS", "TeacherTrace"]
+__all__ = ["FOLDER", "TeacherTrace"]
 
 FOLDER = Path(__file__).parent / "golden" / "set-b"
 RAW = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
-
-# Every key (up to its first slash) of the stream traces: an argument of `wrap`, what is fed, or
-# where the expected value is found. The pieces are checked key by key in their own tests.
-KEYS = {
-    "weights": "the source model",
-    "inputs": "images, divided by 255",
-    "labels": "with `correct`: argmax of the outputs",
-    "correct": "as `labels`",
-    "aug": "wrap(augment=)",
-    "restore_masks": "wrap(restore_mask=)",
-    "hparams_json": "the config, see TeacherTrace.config",
-    "kind": "the method",
-    "official_commit": "provenance",
-    "meta_f32_vs_f64_max_abs_diff": "provenance",
-    "meta_stream_subseed": "provenance",
-    "outputs": "adapter(images)",
-    "loss_ent": "report.consistency (report.loss of cotta)",
-    "para_loss": "report.prior",
-    "anchor_conf": "report.anchor_confidence",
-    "used_aug": "report.augmented",
-    "student_logits": "the model on the batch before the update",
-    "student_after_step0": "state param/<name>",
-    "student_after_warmup": "state param/<name> after wrap",
-    "student_final": "state param/<name>",
-    "teacher_after_step0": "state update/teacher.<name>",
-    "teacher_after_warmup": "state update/teacher.<name> after wrap",
-    "teacher_final": "state update/teacher.<name>",
-    "cov": "SourceStatistics(posterior_variance=)",
-    "mean": "SourceStatistics(posterior_mean=)",
-    "fisher_threshold": "report.fisher_threshold",
-    "fisher_flat_first": "squared gradients of the first step",
-    "fisher_flat_last": "squared gradients of the last step",
-    "fim_restore_mask_flat": "mask of the step",
-    "fim_n_restored": "report.restored",
-    "source_inputs": "SourceStatistics(batches=)",
-    "source_labels": "SourceStatistics(batches=)",
-    "projector_init": "load_state update/projector.<name>, before any step",
-    "projector_final": "state update/projector.<name>",
-    "prototypes": "constants update/prototypes, or SourceStatistics(prototypes=)",
-    "prototype_index": "nearest prototype of the student's features",
-    "teacher_logits": "the teacher on the batch before the update",
-    "loss_total": "report.loss",
-    "loss_contrastive": "report.contrastive",
-    "loss_sce_orig": "report.self_training",
-    "loss_sce_aug": "report.self_training_view",
-    "loss_ce_src": "report.source",
-}
 
 
 class BnCnn(nn.Module):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,14 +12,15 @@ from torch import Tensor, nn
 
 from tta import norm
 from tta.backbone import Backbone
-from tta.checks import nearest
+from tta.caller import warn
 from tta.config import AdapterConfig
-from tta.keys import alias, check_rng, check_shape, checksum, neighbours
+from tta.keys import alias, check_origin, check_state, checksum
 from tta.slots import Context, Output, Prediction, Report, Update, forget_casts
 
 __all__ = ["Adapter"]
 
 MARK = "_tta_wrapped"
+CHECKED = 1024  # elements of each parameter that tell sets of weights apart: training moves all
 
 
 class Adapter(nn.Module):
@@ -67,6 +68,7 @@ class Adapter(nn.Module):
             update.recover = self._recover
         self._original = {n: p.detach().clone() for n, p in context.parameters.items()}
         self._initial: dict[str, Tensor] = {}
+        self.made_by = {"method": config.label, "weights": checksum(model.parameters(), CHECKED)}
 
     # What users do with it -----------------------------------------------------------------
 
@@ -129,7 +131,9 @@ class Adapter(nn.Module):
 
     def state(self) -> dict[str, Tensor]:
         """Clones of everything that moves, by name; see ``docs/streaming.md``."""
-        return {k: v.detach().clone() for k, v in self._moving().items()}
+        state: Any = OrderedDict(self._clones())
+        state.made_by = self.made_by  # as torch's state dicts carry their versions
+        return state
 
     def load_state(self, state: dict[str, Tensor], as_source: bool = False) -> None:
         """Copy a full or partial state in.
@@ -140,31 +144,24 @@ class Adapter(nn.Module):
             as_source: Also make these values the ones that :meth:`reset` restores.
 
         Raises:
-            ValueError: For a name or a shape that this adapter does not have; nothing is copied.
+            TypeError: When ``state`` is no dict.
+            ValueError: For a name or a shape that this adapter does not have, or a state that
+                :meth:`state` made for another method or other weights; nothing is copied.
         """
-        moving = self._moving()
-        state = {alias(key): value for key, value in state.items()}
-        for key, value in state.items():
-            if key not in moving:
-                raise ValueError(
-                    f"`state` must come from an adapter like this one, got the key {key!r}: "
-                    + nearest(key, neighbours(moving, key))
-                )
-            check_shape(key, value, moving[key], grows=key in self._growing())
-        self._check_rows(state)
-        if "rng" in state:
-            check_rng(state["rng"])
+        if not isinstance(state, Mapping):
+            raise TypeError(
+                f"`state` must be a dict of tensors, got {type(state).__name__}: pass what "
+                "state() gave."
+            )
+        check_origin(getattr(state, "made_by", self.made_by), self.made_by)
+        state = {alias(str(key)): value for key, value in state.items()}
+        check_state(state, self._moving(), self._growing())
         self._copy_in(state)
         if as_source:
             moving = self._moving()
             self._initial |= {k: moving[k].detach().clone() for k in state if k != "rng"}
             if "rng" in state:
                 self._initial["rng"] = state["rng"].clone()
-
-    def source_checksum(self) -> int:
-        """CRC-32 of the model's weights as they were before wrapping."""
-        originals = {id(p): self._original[n] for n, p in self._context.parameters.items()}
-        return checksum(originals.get(id(p), p) for p in self.model.parameters())
 
     def reset_point(self) -> dict[str, Tensor]:
         """The state that :meth:`reset` restores (not clones)."""
@@ -210,9 +207,9 @@ class Adapter(nn.Module):
         figures = {"seen": self._seen, "rejected": self._rejected, "selected": 0}
         figures |= {"loss": float("nan"), "stepped": False, "resets": 0}
         if self.output is not None:
-            figures |= dict.copy(self.output.report)
+            figures |= self.output.report.raw()
         if self.update is not None:
-            figures |= dict.copy(self.update.report) | {"resets": self.update.resets}
+            figures |= self.update.report.raw() | {"resets": self.update.resets}
         return Report(figures)
 
     @property
@@ -258,6 +255,23 @@ class Adapter(nn.Module):
     # How it works ---------------------------------------------------------------------------
 
     def _forward(self, x: Tensor) -> Tensor:
+        """Predict and learn; where the model raises, nothing has changed."""
+        rules = [w.rule for w in self._wrappers.values()] if self._learning else []
+        buffers = [b for rule in rules for b in rule.buffers()]
+        before = [b.clone() for b in buffers]
+        rng = self._context.generator.get_state()
+        try:
+            return self._predict(x)
+        except Exception as error:
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)
+            self._context.generator.set_state(rng)
+            assert self._network is not None
+            if (refusal := self._network.refusal(error, x)) is None:
+                raise
+            raise refusal from error
+
+    def _predict(self, x: Tensor) -> Tensor:
         forget_casts(x.device.type)  # whoever filled the cache may have done so without gradient
         if self.update is not None and self._learning:
             with torch.enable_grad():
@@ -296,15 +310,18 @@ class Adapter(nn.Module):
     def _warn(self, key: str, text: str) -> None:
         if key not in self._warned:
             self._warned.add(key)
-            warnings.warn(text, stacklevel=4)
+            warn(text)
 
     def _warn_of_small_batch(self) -> None:
         if "small" not in self._warned and any(w.rule.fell_back for w in self._wrappers.values()):
+            rule = getattr(self.config.norm, "name", None)
+            others = [name for name in ("alpha_bn", "unmix_tns") if name != rule]
             self._warn(
                 "small",
                 "`images` must hold at least 2 images for batch statistics, got 1: the source "
-                "statistics are used for such a batch; use larger batches, norm='alpha_bn' or "
-                "norm='unmix_tns'.",
+                "statistics are used for such a batch; use larger batches or "
+                + " or ".join(f"norm={name!r}" for name in others)
+                + ".",
             )
 
     def _set_learning(self, learning: bool) -> None:
@@ -331,6 +348,9 @@ class Adapter(nn.Module):
         found["rng"] = self._context.generator.get_state()
         return found
 
+    def _clones(self) -> dict[str, Tensor]:
+        return {k: v.detach().clone() for k, v in self._moving().items()}
+
     @torch.no_grad()
     def _copy_in(self, state: dict[str, Tensor]) -> None:
         if self._network is None:
@@ -353,16 +373,6 @@ class Adapter(nn.Module):
             for name in part.growing()
         }
 
-    def _check_rows(self, state: dict[str, Tensor]) -> None:
-        """Buffers that grow together come together."""
-        lengths = {k: len(state[k]) if k in state else None for k in self._growing()}
-        given = {k: v for k, v in lengths.items() if v is not None}
-        if given and len(set(lengths.values())) > 1:
-            raise ValueError(
-                f"`state` must hold {' and '.join(lengths)} with as many rows each, got "
-                f"{', '.join(f'{k}: {v}' for k, v in given.items())}: load them together."
-            )
-
     def _make_room(self, state: dict[str, Tensor]) -> None:
         for key, (part, name) in self._growing().items():
             if key in state and state[key].shape != getattr(part, name).shape:
@@ -374,7 +384,7 @@ class Adapter(nn.Module):
         self._copy_in({k: v for k, v in self._initial.items() if k.startswith(groups)})
 
     def _mark_reset_point(self) -> None:
-        self._initial = self.state()
+        self._initial = self._clones()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Adapter:
         super()._apply(fn, recurse)

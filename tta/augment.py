@@ -1,4 +1,4 @@
-"""Augmented views of a batch, for methods with a teacher (CoTTA, PETAL, RMT).
+"""Augmented views of a batch (CoTTA, PETAL, RMT, RoTTA, ROID).
 
 The recipe is the one that CoTTA took over: a colour jitter in random order, a small rotation,
 shift and zoom, a faint blur, a flip, a little noise. One view is one draw of its parameters, shared
@@ -277,12 +277,16 @@ class Augmenter:
     Args:
         model: The classifier.
         context: Gives mean, std and, for replays, the caller's own ``augment``.
+        padding: As for :func:`warp`.
+        soften: Whether views are blurred and get noise.
 
     Raises:
         ValueError: When nobody says how pixels become what the model takes.
     """
 
-    def __init__(self, model: nn.Module, context: Context) -> None:
+    def __init__(
+        self, model: nn.Module, context: Context, padding: str = "edge", soften: bool = True
+    ) -> None:
         space = pixel_space(model, context.mean, context.std)
         if space is None:
             raise ValueError(
@@ -290,6 +294,7 @@ class Augmenter:
                 f"because this method augments and {type(model).__name__} has no pretrained_cfg: "
                 "pass wrap(..., mean=..., std=...), 0 and 1 for a model that takes raw pixels."
             )
+        self.padding, self.soften = padding, soften
         self.mean, self.std = space
         self.raw = not any(self.mean) and all(s == 1 for s in self.std)
         self.augment: Callable[[Tensor, int], Tensor] | None = context.augment
@@ -324,18 +329,26 @@ class Augmenter:
         Yields:
             (B, C, H, W), what the model takes.
         """
-        mean, std = (
-            torch.tensor(v, device=x.device).view(1, -1, 1, 1) for v in (self.mean, self.std)
-        )
-        # Autocast would do the blur in half precision.
-        with torch.autocast(x.device.type, enabled=False):
-            pixels = x.float() if self.raw else x.float() * std + mean
-            pixels = pixels.clamp(0, 1)
+        pixels = self.pixels(x)
         for _ in range(count):
+            # Autocast would do the blur in half precision.
             with torch.autocast(x.device.type, enabled=False):
                 view = self._view(pixels, generator)
-                yielded = (view if self.raw else view.sub_(mean).div_(std)).to(x.dtype)
-            yield yielded
+            yield self.images(view, x.dtype)
+
+    def pixels(self, x: Tensor) -> Tensor:
+        """What the model takes (B, C, H, W), as float32 pixels in [0, 1]."""
+        mean, std = self._space(x.device)
+        return (x.float() if self.raw else x.float() * std + mean).clamp(0, 1)
+
+    def images(self, pixels: Tensor, dtype: torch.dtype) -> Tensor:
+        """Pixels in [0, 1] (B, C, H, W) as what the model takes; may change them in place."""
+        mean, std = self._space(pixels.device)
+        return (pixels if self.raw else pixels.sub_(mean).div_(std)).to(dtype)
+
+    def _space(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        mean, std = (torch.tensor(v, device=device) for v in (self.mean, self.std))
+        return mean.view(1, -1, 1, 1), std.view(1, -1, 1, 1)
 
     def _view(self, pixels: Tensor, generator: torch.Generator) -> Tensor:
         if self.augment is not None:
@@ -343,5 +356,7 @@ class Augmenter:
             self.calls += 1
             return view.clone()
         parameters = draw_view(pixels.shape[2], pixels.shape[3], generator)
+        if not self.soften:
+            return make_view(pixels, parameters._replace(sigma=0.0), None, self.padding)
         noise = torch.randn(pixels.shape, generator=generator, device=pixels.device)
-        return make_view(pixels, parameters, noise)
+        return make_view(pixels, parameters, noise, self.padding)

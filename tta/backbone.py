@@ -1,8 +1,7 @@
 """The wrapped model as methods see it: a function from images to logits and features.
 
-Features are what the classifier is fed. The classifier is found by structure (timm's
-``get_classifier``, else the last linear layer), never by architecture name, and its input is read
-by a hook, so that no model has to be split.
+Features are what the classifier (:mod:`tta.classifier`) is fed, averaged over space where it is a
+convolution; they are read by a hook, so that no model has to be split.
 """
 
 from __future__ import annotations
@@ -13,62 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tta.classifier import CONVOLUTIONS, first_layer, size_out
 from tta.norm import AdaptiveNorm
 from tta.slots import Prediction
 
-__all__ = ["Backbone", "feature_size", "find_classifier", "num_classes"]
+__all__ = ["Backbone", "ImagesRefusedError"]
 
 
-def find_classifier(model: nn.Module) -> nn.Module:
-    """The layer that makes logits out of features.
-
-    Raises:
-        ValueError: When the model has neither ``get_classifier()`` nor a linear layer.
-    """
-    get_classifier: Any = getattr(model, "get_classifier", None)
-    if callable(get_classifier):
-        head = get_classifier()
-        if isinstance(head, (tuple, list)):
-            head = head[0]
-        if isinstance(head, nn.Module) and not isinstance(head, nn.Identity):
-            return head
-    linear = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
-    if not linear:
-        raise ValueError(
-            f"`model` must be a classifier with a linear layer, got {type(model).__name__} without "
-            "one: give it a get_classifier() that returns the layer which makes the logits."
-        )
-    return next((m for m in reversed(linear) if isinstance(m, nn.Linear)), linear[-1])
-
-
-def num_classes(model: nn.Module) -> int:
-    """Number of classes, read off the classifier."""
-    head = find_classifier(model)
-    for module in [head, *reversed(list(head.modules()))]:
-        for name in ("out_features", "out_channels"):
-            if isinstance(getattr(module, name, None), int):
-                return getattr(module, name)
-    raise ValueError(
-        f"`model` must have a classifier with out_features, got a {type(head).__name__}: give "
-        "the model a get_classifier() that returns its last linear layer."
-    )
-
-
-def feature_size(model: nn.Module) -> int:
-    """Length of the features that the classifier takes, read off its first layer.
-
-    Raises:
-        ValueError: When no layer of it says so.
-    """
-    head = find_classifier(model)
-    for module in [head, *head.modules()]:
-        for name in ("in_features", "in_channels"):
-            if isinstance(getattr(module, name, None), int):
-                return getattr(module, name)
-    raise ValueError(
-        f"`model` must have a classifier with in_features, got a {type(head).__name__}: give "
-        "the model a get_classifier() that returns its last linear layer."
-    )
+class ImagesRefusedError(ValueError):
+    """The model raised on images of a shape that its first layer does not take."""
 
 
 class _Tap:
@@ -97,21 +49,22 @@ class Backbone:
 
     Args:
         model: A classifier in eval mode.
-        classes: Expected number of logits.
+        classifier: Its layer that makes the logits, from :func:`tta.classifier.find_classifier`.
         features: Whether predictions carry features.
     """
 
-    def __init__(self, model: nn.Module, classes: int, features: bool) -> None:
+    def __init__(self, model: nn.Module, classifier: nn.Module, features: bool) -> None:
         self.model = model
-        self.num_classes = classes
+        self.classifier = classifier
+        self.num_classes = size_out(classifier)
         self.tap = _Tap() if features else None
         self._handles: list[Any] = []
         self._marks: list[Any] = []
         self._order: list[str] = []
         if self.tap is not None:
-            self._handles.append(find_classifier(model).register_forward_pre_hook(self.tap))
+            self._handles.append(classifier.register_forward_pre_hook(self.tap))
         self.wrappers = [m for m in model.modules() if isinstance(m, AdaptiveNorm)]
-        self.entry = next((m for m in model.modules() if _takes_images(m)), None)
+        self.entry = first_layer(model)
 
     def names(self, parameters: Iterable[nn.Parameter]) -> list[str]:
         """Names in the model as it is now, with norm layers inside their wrappers."""
@@ -124,11 +77,32 @@ class Backbone:
         Args:
             x: What the model takes.
             weights: Used in place of the parameters of these :meth:`names`.
+
+        Raises:
+            ImagesRefusedError: When the model raised and the shape of ``x`` is the reason.
         """
-        if weights is None:
-            logits = self.model(x)
-        else:
-            logits = torch.func.functional_call(self.model, weights, (x,))
+        try:
+            if weights is None:
+                logits = self.model(x)
+            else:
+                logits = torch.func.functional_call(self.model, weights, (x,))
+            self._check_logits(logits, len(x))
+        except Exception as error:
+            if (refusal := self.refusal(error, x)) is None:
+                raise
+            raise refusal from error
+        features = None
+        if self.tap is not None:
+            if self.tap.value is None:
+                raise ValueError(
+                    "`model` must call its classifier in forward, but "
+                    f"{type(self.classifier).__name__} was not called: give the model a "
+                    "get_classifier() that returns the layer which makes the logits."
+                )
+            features, self.tap.value = _pooled(self.tap.value, self.classifier), None
+        return Prediction(logits, features)
+
+    def _check_logits(self, logits: Any, rows: int) -> None:
         if not isinstance(logits, Tensor):
             raise TypeError(
                 f"`model` must return one tensor of logits, got {type(logits).__name__}: wrap it "
@@ -140,23 +114,18 @@ class Backbone:
                 f"classifier, got {tuple(logits.shape)}: give it a get_classifier() that returns "
                 "the layer which makes the logits."
             )
-        features = None
-        if self.tap is not None:
-            if self.tap.value is None:
-                raise ValueError(
-                    "`model` must call its classifier in forward, but "
-                    f"{type(find_classifier(self.model)).__name__} was not called: give the model "
-                    "a get_classifier() that returns the layer which makes the logits."
-                )
-            features, self.tap.value = self.tap.value.flatten(1), None
-        return Prediction(logits, features)
+        if len(logits) != rows:
+            raise ValueError(
+                f"`images` must have a batch axis, but the model returned {len(logits)} rows of "
+                f"logits for a first axis of {rows}: add one with images[None]."
+            )
 
     def check(self, x: Any) -> None:
-        """Refuse images that the model cannot take, before anything has changed.
+        """Refuse what is no batch of images in the model's dtype, before anything has changed.
 
         Raises:
             TypeError: Not a floating-point tensor of the model's dtype.
-            ValueError: Wrong rank or channel count, or an empty batch.
+            ValueError: No batch axis, or an empty batch.
         """
         if not isinstance(x, Tensor):
             raise TypeError(f"`images` must be a tensor, got {type(x).__name__}: pass a batch.")
@@ -165,16 +134,7 @@ class Backbone:
                 f"`images` must be floating point, got {x.dtype}: pass what the model takes, "
                 "such as images.float() / 255."
             )
-        entry: Any = self.entry
-        if isinstance(entry, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-            rank = entry.weight.ndim
-            if x.ndim != rank:
-                raise ValueError(
-                    f"`images` must have {rank} axes (batch, {entry.in_channels} channels, "
-                    f"{rank - 2} of space), got shape {tuple(x.shape)}: "
-                    + ("add a batch axis with images[None]." if x.ndim == rank - 1 else "reshape.")
-                )
-        elif x.ndim < 2:
+        if x.ndim < 2:
             raise ValueError(
                 f"`images` must have a batch axis and more, got shape {tuple(x.shape)}: add one."
             )
@@ -183,17 +143,51 @@ class Backbone:
                 f"`images` must hold at least one image, got shape {tuple(x.shape)}: "
                 "skip empty batches."
             )
-        if entry is not None:
-            if x.dtype != entry.weight.dtype and not torch.is_autocast_enabled(x.device.type):
-                raise TypeError(
-                    f"`images` must be {entry.weight.dtype} like the model, got {x.dtype}: convert "
-                    "one of them, or call under torch.autocast."
-                )
-            if _direct(entry) and x.shape[1] != entry.in_channels:
-                raise ValueError(
-                    f"`images` must have {entry.in_channels} channels, got shape "
-                    f"{tuple(x.shape)}: convert them to what the model takes."
-                )
+        entry = self.entry
+        if entry is not None and x.dtype != entry.weight.dtype:
+            if torch.is_autocast_enabled(x.device.type):
+                return
+            raise TypeError(
+                f"`images` must be {entry.weight.dtype} like the model, got {x.dtype}: convert "
+                "one of them, or call under torch.autocast."
+            )
+
+    def refusal(self, error: Exception, x: Tensor) -> ImagesRefusedError | None:
+        """What to raise in place of ``error``, which came of ``x``, if the shape may be why.
+
+        The first layer is taken for what images meet. Models that rearrange or repeat pixels
+        before it accept other shapes, so this is no ground to refuse a batch beforehand.
+        """
+        reason = self._misfit(x)
+        if reason is None or isinstance(error, (ImagesRefusedError, torch.OutOfMemoryError)):
+            return None
+        return ImagesRefusedError(reason)
+
+    def _misfit(self, x: Tensor) -> str | None:
+        """What of the shape of ``x`` the first layer does not take, if anything."""
+        entry, shape = self.entry, tuple(x.shape)
+        if isinstance(entry, nn.Linear):
+            if shape[-1] == entry.in_features:
+                return None
+            return (
+                f"`images` must end in an axis of {entry.in_features}, got shape {shape}: "
+                "reshape them."
+            )
+        if not isinstance(entry, CONVOLUTIONS):
+            return None
+        rank = entry.weight.ndim
+        if x.ndim != rank:
+            advice = "add a batch axis with images[None]" if x.ndim == rank - 1 else "reshape them"
+            return (
+                f"`images` must have {rank} axes (batch, {entry.in_channels} channels, {rank - 2} "
+                f"of space), got shape {shape}: {advice}."
+            )
+        if x.shape[1] != entry.in_channels:
+            return (
+                f"`images` must have {entry.in_channels} channels, got shape {shape}: convert "
+                "them to what the model takes."
+            )
+        return None
 
     def watch_calls(self, names: Iterable[str]) -> None:
         """Note, from now on, in which order the named layers are called."""
@@ -218,16 +212,15 @@ class Backbone:
             handle.remove()
 
 
-def _takes_images(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and bool(
-        module.weight.dtype.is_floating_point
-    )
+def _pooled(features: Tensor, classifier: nn.Module) -> Tensor:
+    """(B, D) of what a classifier was fed: (B, D, ...) to a convolution, (B, ..., D) to a linear.
 
-
-def _direct(entry: nn.Module) -> bool:
-    """Whether images reach the first convolution as they are.
-
-    Some models rearrange pixels into many channels first (space to depth), which only their code
-    knows; a convolution of at most 4 channels is taken at its word.
+    A classifier that makes logits at every place is averaged after it; being linear, it may as
+    well be averaged before.
     """
-    return getattr(entry, "in_channels", 99) <= 4
+    if features.ndim == 2:
+        return features
+    channels_first = any(isinstance(m, CONVOLUTIONS) for m in classifier.modules())
+    return features.mean(
+        list(range(2, features.ndim) if channels_first else range(1, features.ndim - 1))
+    )

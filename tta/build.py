@@ -14,15 +14,19 @@ from torch import Tensor, nn
 
 from tta import norm as surgery
 from tta.adapter import MARK, Adapter
-from tta.backbone import Backbone, num_classes
+from tta.backbone import Backbone, ImagesRefusedError
+from tta.classifier import find_classifier, size_out
 from tta.config import AdapterConfig, ComponentConfig, UpdateConfig
 from tta.norm import AdaptiveNorm
 from tta.params import select
 from tta.registry import component
 from tta.slots import Context, NormRule, Output, Update
 from tta.source import SourceStatistics, as_source
+from tta.source_checks import check_parameters, checked
 
-__all__ = ["build"]
+__all__ = ["build", "check_model"]
+
+PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
 def build(
@@ -41,8 +45,9 @@ def build(
         constants: What a saved adapter had; when given, nothing is computed from source data.
         **injected: ``augment`` and ``restore_mask``, as for :func:`wrap`.
     """
-    _check_model(model)
+    check_model(model)
     statistics = as_source(source)
+    check_parameters(statistics, model)
     with torch.inference_mode(False):
         return _build(model, config, statistics, constants, injected)
 
@@ -55,7 +60,8 @@ def _build(
     injected: dict[str, Any],
 ) -> Adapter:
     _check_injected(config, injected)
-    classes = num_classes(model)
+    classifier = find_classifier(model)
+    classes = size_out(classifier)
     context = Context(
         num_classes=classes,
         generator=torch.Generator().manual_seed(config.seed),
@@ -81,7 +87,7 @@ def _build(
     needs_features = any(c is not None and c.needs_features for c in (output, update_class))
     adapter = network = None
     try:
-        network = Backbone(model, classes, needs_features)
+        network = Backbone(model, classifier, needs_features)
         update = None
         if update_class is not None:
             assert issubclass(update_class, Update)
@@ -92,25 +98,17 @@ def _build(
         for wrapper in wrappers.values():
             wrapper.rule.to(device)
         adapter = Adapter(model, config, context, network, wrappers, update, output)
+        used_by = [part for part in (update, output) if part is not None]
+        if source.batches is not None and used_by:
+            labels = any(part.uses_labels for part in used_by)
+            batches = checked(source.batches, network.check, classes if labels else None)
+            source = dataclasses.replace(source, batches=batches)
         if constants is not None:
             _load_constants({"update": update, "output": output}, constants)
             if update is not None:
                 update.attach(source)
         else:
-            before = adapter.state()
-            if output is not None:
-                with surgery.overriding(wrappers.values(), surgery.by_source):
-                    output.fit(source, network)
-            if update is not None:
-                update.fit(source)
-            used = "; ".join(
-                part.source_used
-                for part in (update, output)
-                if part is not None and part.source_used
-            )
-            adapter.config = dataclasses.replace(config, source=used or None)
-            # Source passes go through the norm rule and must leave no trace in it.
-            adapter.load_state({k: v for k, v in before.items() if k.startswith("norm/")})
+            adapter.config = dataclasses.replace(config, source=_fit(adapter, network, source))
     except Exception:
         if adapter is not None:
             adapter.unwrap()
@@ -123,6 +121,27 @@ def _build(
         wrapper.rule.fell_back = False  # source batches may have been short
     adapter._mark_reset_point()
     return adapter
+
+
+def _fit(adapter: Adapter, network: Backbone, source: SourceStatistics) -> str | None:
+    """Give the components what they need of the source; returns what that was, in words."""
+    wrappers = adapter.norm_layers.values()
+    before = adapter.state()
+    try:
+        if adapter.output is not None:
+            with surgery.overriding(wrappers, surgery.by_source):
+                adapter.output.fit(source, network)
+        if adapter.update is not None:
+            adapter.update.fit(source)
+    except ImagesRefusedError as error:
+        raise ValueError(
+            "`source` must give pairs (images, labels), but a batch has images that this model "
+            f"cannot take: {error}"
+        ) from error
+    # Source passes go through the norm rule and must leave no trace in it.
+    adapter.load_state({k: v for k, v in before.items() if k.startswith("norm/")})
+    used = [p.source_used for p in (adapter.update, adapter.output) if p is not None]
+    return "; ".join(words for words in used if words) or None
 
 
 def _parameters(model: nn.Module, config: UpdateConfig) -> dict[str, nn.Parameter]:
@@ -140,10 +159,20 @@ def _parameters(model: nn.Module, config: UpdateConfig) -> dict[str, nn.Paramete
 
 def _load_constants(parts: dict[str, Any], constants: dict[str, Tensor]) -> None:
     for slot, part in parts.items():
-        if part is not None:
-            prefix = f"{slot}/"
-            part.load_constants(
-                {k[len(prefix) :]: v for k, v in constants.items() if k.startswith(prefix)}
+        if part is None:
+            continue
+        prefix = f"{slot}/"
+        mine = {k[len(prefix) :]: v for k, v in constants.items() if k.startswith(prefix)}
+        try:
+            part.load_constants(mine)
+            missing = min(set(part.constants()) - set(mine), default=None)
+            reason = f"{missing!r} is missing"
+        except (KeyError, RuntimeError) as error:
+            missing, reason = "", str(error)
+        if missing is not None:
+            raise ValueError(
+                f"`folder` must hold the constants of {part.name} for this model, but does not "
+                f"({reason}): save the adapter again."
             )
 
 
@@ -153,7 +182,9 @@ def _check_injected(config: AdapterConfig, injected: dict[str, Any]) -> None:
         if value is None:
             continue
         if not callable(value):
-            raise TypeError(f"`{name}` must be callable, got {type(value).__name__}.")
+            raise TypeError(
+                f"`{name}` must be callable, got {type(value).__name__}: pass a function."
+            )
         if update is None or name not in update.injects:
             chosen = "no update" if update is None else repr(update.name)
             raise ValueError(
@@ -161,11 +192,23 @@ def _check_injected(config: AdapterConfig, injected: dict[str, Any]) -> None:
             )
 
 
-def _check_model(model: Any) -> None:
+def check_model(model: Any) -> None:
+    """Refuse what is no single, unwrapped network."""
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"`model` must be a torch.nn.Module, got {type(model).__name__}: pass a classifier."
         )
+    for module in model.modules():
+        if isinstance(module, PARALLEL):
+            raise ValueError(
+                f"`model` must be one copy of a network, got a {type(module).__name__}, whose "
+                "copies would each adapt and forget: wrap its .module."
+            )
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(
+                f"`model` must have layers that can be looked into, got a {type(module).__name__}: "
+                "wrap the network it was scripted from."
+            )
     if any(p.is_inference() for p in model.parameters()):
         raise ValueError(
             "`model` must have ordinary parameters, got inference tensors: build it outside "

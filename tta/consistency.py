@@ -7,7 +7,7 @@ mean over augmented views. What a method does with the target is in its own file
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from tta.config import UpdateConfig
 from tta.slots import Context, Prediction, Update
 from tta.teachers import OtherWeights, random_mask, restore
 
-__all__ = ["ConsistencyConfig", "ConsistencyUpdate"]
+__all__ = ["ConsistencyConfig", "ConsistencyUpdate", "presets"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,27 @@ class ConsistencyConfig(UpdateConfig):
         number("confidence_threshold", self.confidence_threshold, 0)
         whole("views", self.views, 1)
         flag("symmetric_loss", self.symmetric_loss)
+
+
+def presets(**cifar: Any) -> dict[str, dict[str, Any]]:
+    """The authors' settings: for ImageNet the defaults, for CIFAR those of their yaml files.
+
+    Args:
+        **cifar: More fields of the CIFAR presets.
+    """
+    common = {
+        "optimizer": "adam",
+        "lr": 1e-3,
+        "lr_batch_size": 200,
+        "nesterov": False,
+        "restore_probability": 0.01,
+        "symmetric_loss": False,
+    }
+    return {
+        "imagenet": {"lr": 0.01},
+        "cifar10": common | {"confidence_threshold": 0.92} | cifar,
+        "cifar100": common | {"confidence_threshold": 0.72} | cifar,
+    }
 
 
 class ConsistencyUpdate(Update):

@@ -3,26 +3,74 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["alias", "check_rng", "check_shape", "checksum", "neighbours"]
+from tta.checks import nearest
+
+__all__ = ["alias", "check_origin", "check_state", "checksum"]
 
 
-def check_shape(key: str, value: Any, mine: Tensor, grows: bool) -> None:
+def check_origin(theirs: dict[str, Any], mine: dict[str, Any]) -> None:
+    """Refuse a state that another method, or a model with other weights, made."""
+    if theirs != mine:
+        mine_told, theirs_told = (
+            f"{made_by['method']} on source weights {made_by['weights']:08x}"
+            for made_by in (mine, theirs)
+        )
+        raise ValueError(
+            f"`state` must come from an adapter like this one ({mine_told}), got one of "
+            f"{theirs_told}: load it there, or pass dict(state) to copy it all the same."
+        )
+
+
+def check_state(
+    state: dict[str, Tensor], moving: dict[str, Tensor], growing: Collection[str]
+) -> None:
+    """Refuse a state that does not fit what moves.
+
+    Args:
+        state: What is to be copied, in part or in full.
+        moving: Everything that moves.
+        growing: Keys whose first axis may have any length; those of a component come together.
+    """
+    for key, value in state.items():
+        if key not in moving:
+            raise ValueError(
+                f"`state` must come from an adapter like this one, got the key {key!r}: "
+                + nearest(key, _neighbours(moving, key))
+            )
+        _check_shape(key, value, moving[key], grows=key in growing)
+    for slot in ("update/", "output/"):
+        keys = [k for k in growing if k.startswith(slot)]
+        lengths = {k: len(state[k]) if k in state else None for k in keys}
+        given = {k: v for k, v in lengths.items() if v is not None}
+        if given and len(set(lengths.values())) > 1:
+            raise ValueError(
+                f"`state` must hold {' and '.join(lengths)} with as many rows each, got "
+                f"{', '.join(f'{k}: {v}' for k, v in given.items())}: load them together."
+            )
+    if "rng" in state:
+        _check_rng(state["rng"])
+
+
+def _check_shape(key: str, value: Any, mine: Tensor, grows: bool) -> None:
     expected = tuple(mine.shape)
     got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-    if got != expected and not (grows and isinstance(got, tuple) and got[1:] == expected[1:]):
+    if grows and isinstance(got, tuple):
+        # Nothing is there yet, here or there, and the first batch decides what it looks like.
+        grows = 0 in (mine.numel(), value.numel()) or got[1:] == expected[1:]
+    if got != expected and not grows:
         raise ValueError(
             f"`state`[{key!r}] must have shape {expected}, got {got}: load a state made with the "
             "same model and method."
         )
 
 
-def check_rng(value: Tensor) -> None:
+def _check_rng(value: Tensor) -> None:
     try:
         torch.Generator().set_state(value.cpu())
     except (RuntimeError, TypeError):
@@ -37,17 +85,17 @@ def alias(key: str) -> str:
     return f"param/{key[len(student) :]}" if key.startswith(student) else key
 
 
-def neighbours(moving: dict[str, Tensor], key: str) -> list[str]:
+def _neighbours(moving: dict[str, Tensor], key: str) -> list[str]:
     """The keys worth listing for a wrong one: those of its group, else the groups."""
     group = key.partition("/")[0]
     same = [k for k in moving if k.partition("/")[0] == group]
-    return same[:40] or sorted({k.partition("/")[0] for k in moving})
+    return same or sorted({k.partition("/")[0] for k in moving})
 
 
-def checksum(tensors: Iterable[Tensor]) -> int:
-    """CRC-32 of the bytes of tensors, in order."""
+def checksum(tensors: Iterable[Tensor], first: int | None = None) -> int:
+    """CRC-32 of the bytes of tensors, in order; of the ``first`` elements of each, if given."""
     crc = 0
     for tensor in tensors:
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        flat = tensor.detach().reshape(-1)[:first].cpu().contiguous()
         crc = zlib.crc32(flat.view(torch.uint8).numpy().tobytes(), crc)
     return crc

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
+    "class_correlation",
     "consistency",
     "contrastive",
     "entropy",
@@ -124,3 +125,27 @@ def contrastive(vectors: Tensor, temperature: float) -> Tensor:
     sample = torch.arange(samples, device=unit.device).repeat(each)
     positive = (sample[:, None] == sample) & ~itself
     return -log_share.masked_fill(~positive, 0.0).sum() / positive.sum()
+
+
+def class_correlation(logits: Tensor, balanced: bool = False) -> Tensor:
+    """Mass off the diagonal of ``R = P^T P / B``, P the predicted probabilities.
+
+    Args:
+        logits: (B, C).
+        balanced: Divide every row of R by its sum and average over classes, so that a class that
+            is predicted often weighs no more than a rare one. Otherwise the loss is
+            ``1 - mean_b |p_b|^2``, the average quadratic entropy.
+
+    Returns:
+        A scalar in [0, 1].
+
+    Example:
+        >>> import torch
+        >>> float(class_correlation(torch.zeros(3, 4)))
+        0.75
+    """
+    probs = logits.float().softmax(1)
+    if not balanced:
+        return 1 - probs.square().sum(1).mean()
+    rows = probs.t() @ probs  # the division by B cancels
+    return 1 - (rows.diagonal() / rows.sum(1).clamp_min(torch.finfo(rows.dtype).tiny)).mean()

@@ -27,6 +27,7 @@ __all__ = [
     "batch_stats",
     "by_batch",
     "by_source",
+    "check_values",
     "evaluate",
     "insert",
     "instance_stats",
@@ -38,6 +39,15 @@ __all__ = [
 ]
 
 
+_HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+)
 LARGE_MEAN = 1e-2  # share of variance in the mean square below which digits would be lost
 
 
@@ -58,6 +68,9 @@ class AdaptiveNorm(nn.Module):
         self.finish = type(base).forward is not _BatchNorm.forward and not isinstance(
             base, nn.SyncBatchNorm
         )
+        if not self.finish or _has_activation(base):
+            for hooks in _HOOKS:  # the caller's, on the layer, are called as before
+                self.__dict__[hooks] = base.__dict__[hooks]
 
     def forward(self, x: Tensor) -> Tensor:
         y = (self.rule if self.override is None else self.override)(x, self.base)
@@ -71,13 +84,17 @@ class AdaptiveNorm(nn.Module):
             return getattr(super().__getattr__("base"), name)
 
 
+def _has_activation(base: Any) -> bool:
+    return isinstance(getattr(base, "act", None), nn.Module)
+
+
 def _finish(y: Tensor, base: Any) -> Tensor:
     """What a BatchNorm subclass does after normalising.
 
     timm's protocol is a ``drop`` and an ``act`` module. Anything else is run through the layer's
     own forward with statistics and affine parameters that make the normalisation the identity.
     """
-    if isinstance(getattr(base, "act", None), nn.Module):
+    if _has_activation(base):
         drop = getattr(base, "drop", None)
         return base.act(drop(y) if isinstance(drop, nn.Module) else y)
     channels, like = y.shape[1], {"device": y.device, "dtype": torch.float32}
@@ -148,6 +165,7 @@ def by_batch(x: Tensor, base: Any) -> Tensor:
     """Normalise ``x`` (B, C, ...) with its own statistics, or the source's for a single image."""
     if too_few_values(x) and base.running_mean is not None:
         return by_source(x, base)
+    check_values(x)
     return F.batch_norm(x, None, None, base.weight, base.bias, True, 0.0, base.eps)
 
 
@@ -174,8 +192,17 @@ def _swap(model: nn.Module, replacement: dict[Any, Any]) -> None:
 
 
 def too_few_values(x: Tensor) -> bool:
-    """Whether a batch of one, or one value per channel, makes batch statistics meaningless."""
+    """Whether the batch holds a single image, which makes batch statistics meaningless."""
     return x.shape[0] < 2
+
+
+def check_values(x: Tensor) -> None:
+    """Refuse one value per channel, which a layer without running statistics has no answer to."""
+    if x.numel() <= x.shape[1]:
+        raise ValueError(
+            "`images` must hold at least 2 images for a BatchNorm layer without running "
+            "statistics, got 1: use larger batches."
+        )
 
 
 def batch_stats(x: Tensor, unbiased: bool = False) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ import re
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from tta.backbone import find_classifier
+from tta.classifier import find_classifier
 
 __all__ = ["is_norm", "select"]
 
@@ -18,8 +18,11 @@ def is_norm(module: nn.Module) -> bool:
     """Whether a module is a normalisation layer: torch's own, or one that is called so."""
     if isinstance(module, _TORCH_NORMS):
         return True
-    named = re.search(r"Norm|Evo|FilterResponse", type(module).__name__) is not None
-    return named and any(True for _ in module.parameters(recurse=False))
+    if re.search(r"Norm|Evo|FilterResponse", type(module).__name__) is None:
+        return False
+    own = list(module.parameters(recurse=False))
+    # One figure per channel; a linear layer that normalises its weight is called so as well.
+    return bool(own) and all(p.numel() == max(p.shape, default=1) for p in own)
 
 
 def _norm_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -63,7 +66,8 @@ def select(model: nn.Module, spec: str) -> dict[str, nn.Parameter]:
                 f"got {spec!r} ({error}): correct it."
             ) from None
         found = {n: p for n, p in everything.items() if pattern.search(n)}
-    found = {n: p for n, p in found.items() if p.dtype.is_floating_point}
+    once = {id(p): n for n, p in reversed(found.items())}  # a tied parameter has several names
+    found = {n: p for n, p in found.items() if once[id(p)] == n and p.dtype.is_floating_point}
     if not found:
         kinds = sorted({type(m).__name__ for m in model.modules() if is_norm(m)})
         raise ValueError(

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from fnmatch import fnmatch
 from typing import Any, TypeVar
 
-from tta.checks import nearest
+from tta.checks import nearest, one_of, text
 from tta.config import ComponentConfig, UpdateConfig
 from tta.slots import Component
 
@@ -28,16 +28,22 @@ def register(name: str) -> Callable[[C], C]:
 
     Raises:
         ValueError: When the name is taken or not an identifier.
-        TypeError: When the class has no slot or shares its ``Config`` with another component.
+        TypeError: When the name is no string, the class has no slot or shares its ``Config`` with
+            another component.
 
     Example:
         >>> @register("my_method")  # doctest: +SKIP
         ... class MyMethod(Update): ...
     """
+    if not text("name", name).isidentifier():
+        raise ValueError(f"`name` must be an identifier, got {name!r}: rename the component.")
 
     def add(cls: C) -> C:
-        if not name.isidentifier():
-            raise ValueError(f"`name` must be an identifier, got {name!r}: rename the component.")
+        if not isinstance(cls, type) or not issubclass(cls, Component):
+            raise TypeError(
+                f"`{name}` must be a class with a slot, got {cls!r}: subclass tta.slots.NormRule, "
+                "Update or Output."
+            )
         other = _COMPONENTS.get(name, cls)
         if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
             raise ValueError(
@@ -45,7 +51,10 @@ def register(name: str) -> Callable[[C], C]:
                 "choose another name."
             )
         if cls.slot not in ("norm", "update", "output") and name != "source":
-            raise TypeError(f"`slot` must be 'norm', 'update' or 'output', got {cls.slot!r}.")
+            raise TypeError(
+                f"`slot` must be 'norm', 'update' or 'output', got {cls.slot!r}: subclass "
+                "NormRule, Update or Output."
+            )
         if "name" in vars(cls.Config) and cls.Config.name != name:
             raise TypeError(
                 f"`Config` of {name!r} must be its own, got that of {cls.Config.name!r}: "
@@ -63,9 +72,10 @@ def component(name: str) -> type[Component]:
     """The class registered under ``name``.
 
     Raises:
+        TypeError: When ``name`` is no string.
         ValueError: For an unknown name, naming the nearest one.
     """
-    if name not in _COMPONENTS:
+    if text("name", name) not in _COMPONENTS:
         raise ValueError(f"unknown method {name!r}: " + nearest(name, _COMPONENTS))
     return _COMPONENTS[name]
 
@@ -78,14 +88,16 @@ def list_methods(pattern: str = "*", slot: str | None = None) -> list[str]:
         slot: Only components of this slot: "norm", "update" or "output".
 
     Raises:
+        TypeError: When ``pattern`` is no string.
         ValueError: For an unknown slot.
 
     Example:
         >>> list_methods("*bn", slot="norm")
-        ['alpha_bn', 'bn']
+        ['alpha_bn', 'bn', 'robust_bn']
     """
-    if slot not in (None, "norm", "update", "output"):
-        raise ValueError(f"`slot` must be 'norm', 'update', 'output' or None, got {slot!r}.")
+    text("pattern", pattern)
+    if slot is not None:
+        one_of("slot", slot, ("norm", "update", "output"))
     chosen = {n: c for n, c in _COMPONENTS.items() if slot is None or c.slot == slot}
     names = [f"{n}.{tag}" for n, c in chosen.items() for tag in c.PRESETS]
     return sorted(n for n in (names if "." in pattern else chosen) if fnmatch(n, pattern))
@@ -97,13 +109,14 @@ def get_config(name: str, **overrides: Any) -> ComponentConfig:
     An explicit ``lr`` is taken as it is and never scaled for batch size.
 
     Raises:
+        TypeError: When ``name`` is no string, or a value of the wrong kind.
         ValueError: For an unknown name, preset or field, naming the nearest one.
 
     Example:
         >>> get_config("alpha_bn", source_weight=0.7).source_weight
         0.7
     """
-    base, _, tag = name.partition(".")
+    base, _, tag = text("name", name).partition(".")
     cls = component(base)
     if tag and tag not in cls.PRESETS:
         known = nearest(tag, cls.PRESETS) if cls.PRESETS else "it has none."

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from tta.source import aside
+
 __all__ = ["Replay"]
 
 Batch = tuple[Tensor, Tensor]
@@ -48,7 +50,7 @@ class Replay:
     def _passes(self) -> Iterator[Batch]:
         while True:
             empty = True
-            for batch in self.batches:
+            for batch in aside(self.batches):
                 empty = False
                 yield batch
             if empty:

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tta.backbone import Backbone
 from tta.checks import number
 from tta.config import UpdateConfig
 from tta.losses import entropy
-from tta.selection import non_redundant
+from tta.selection import move_average, non_redundant
+from tta.slots import Context, Prediction, Report, Update
 
-__all__ = ["Selection", "SelectiveConfig", "select", "weighted_entropy"]
+__all__ = ["Selection", "SelectiveConfig", "SelectiveUpdate", "select", "weighted_entropy"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,3 +70,35 @@ def weighted_entropy(logits: Tensor, margin: float) -> Tensor:
     """
     entropies = entropy(logits)
     return (entropies * torch.exp(margin - entropies.detach())).mean()
+
+
+class SelectiveUpdate(Update):
+    """Weighted entropy of reliable, non-redundant samples, and a penalty if there is one."""
+
+    ema_probs: Tensor  # (C,), q; NaN while undefined
+
+    def __init__(self, config: SelectiveConfig, network: Backbone, context: Context) -> None:
+        super().__init__(config, network, context)
+        self.register_buffer("ema_probs", torch.full((context.num_classes,), float("nan")))
+
+    def penalty(self) -> Tensor | None:
+        """What is added to the loss, a scalar; None = nothing."""
+        return None
+
+    def adapt(self, x: Tensor) -> Prediction:
+        """Predict, select, weigh, step; nothing moves when no sample is selected."""
+        config, margin = self.config, self.config.entropy_margin * self.context.log_classes
+        prediction = self.network(x)
+        found = select(prediction.logits, self.ema_probs, margin, config.redundancy_margin)
+        self.report = Report(
+            reliable=found.reliable, selected=found.count, loss=float("nan"), stepped=False
+        )
+        if found.count == 0:
+            return prediction
+        move_average(self.ema_probs, found.mean_probs)
+        loss = weighted_entropy(self.kept_logits(x, prediction, found.chosen), margin)
+        penalty = self.penalty()
+        if penalty is not None:
+            loss = loss + penalty
+        self.report |= {"loss": loss.detach(), "stepped": self.step(loss)}
+        return prediction

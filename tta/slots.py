@@ -14,7 +14,7 @@ devices) is generic and lives in :mod:`tta.adapter` and :mod:`tta.state`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -56,9 +56,16 @@ class Report(dict[str, Any]):
 
     Always there: ``seen`` (images in the batch), ``rejected`` (of these, with non-finite pixels),
     ``selected`` (samples in the loss), ``loss``, ``stepped``, ``resets`` (total since wrap or
-    reset). 0-dimensional tensors become Python numbers on reading, so that writing a report never
-    waits for a GPU.
+    reset). 0-dimensional tensors become Python numbers on reading, whichever way, so that writing
+    a report never waits for a GPU.
     """
+
+    def __iter__(self) -> Iterator[str]:
+        # An own `__iter__` makes `dict(report)` and `{**report}` read values as we do.
+        return super().__iter__()
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
 
     def __getitem__(self, key: str) -> Any:
         value = super().__getitem__(key)
@@ -77,6 +84,18 @@ class Report(dict[str, Any]):
     def items(self) -> Any:
         """As ``dict.items``, with tensors read as numbers."""
         return [(key, self[key]) for key in self]
+
+    def values(self) -> Any:
+        """As ``dict.values``, with tensors read as numbers."""
+        return [self[key] for key in self]
+
+    def copy(self) -> Report:
+        """As ``dict.copy``, still a report."""
+        return Report(self.raw())
+
+    def raw(self) -> dict[str, Any]:
+        """What was written, tensors included; does not wait for a GPU."""
+        return dict(dict.items(self))
 
 
 @dataclass
@@ -116,6 +135,7 @@ class Component(nn.Module):
     name: ClassVar[str] = ""
     Config: ClassVar[type[ComponentConfig]] = ComponentConfig
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}
+    uses_labels: ClassVar[bool] = True  # those of source batches, where it takes any
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -132,7 +152,10 @@ class Component(nn.Module):
         return {name: b for name, b in self.named_buffers() if name not in moving}
 
     def growing(self) -> tuple[str, ...]:
-        """Buffers whose first axis may have any length; only ``official=True`` may name some."""
+        """Buffers whose first axis may have any length, and any shape once they are not empty.
+
+        Only an official memory without limit, or one of what is known from the first batch on.
+        """
         return ()
 
     def load_constants(self, values: dict[str, Tensor]) -> None:
@@ -173,9 +196,11 @@ class Update(Component):
     slot = "update"
     Config: ClassVar[type[ComponentConfig]] = UpdateConfig
     default_norm: ClassVar[str | None] = "bn"  # norm rule when the caller names none
+    default_output: ClassVar[str | None] = None  # output rule, likewise
     needs_features: ClassVar[bool] = False
     for_artefacts: ClassVar[dict[str, Any]] = {}  # fields that leave out what artefacts need not
     injects: ClassVar[tuple[str, ...]] = ()  # of wrap's "augment" and "restore_mask"
+    learns_from_all: ClassVar[bool] = True  # given margins wide enough, from all of a batch at once
 
     resets: Tensor
 

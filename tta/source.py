@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tta.checks import nearest
+from tta.checks import folder_or_file, nearest
+from tta.source_checks import BY_PARAMETER, check_iterable, check_named, check_tensor
 
 __all__ = ["SourceStatistics", "collect_source"]
-
-_DICTS = ("fisher", "posterior_mean", "posterior_variance")
 
 
 @dataclass(kw_only=True)
@@ -32,13 +32,18 @@ class SourceStatistics:
         fisher: Diagonal Fisher information by parameter name (EATA).
         posterior_mean: Mean of the source posterior by parameter name (PETAL).
         posterior_variance: Its variance, likewise.
-        prototypes: Class means of features (C, D) (RMT).
+        prototypes: Class means of features (C, D) under batch statistics (RMT, CAFA).
         features: Features as the classifier sees them (N, D), not normalised (AdaNPC).
         feature_labels: Their labels (N,).
         memory_init: First row of AdaNPC's memory in the official code (D,).
-        covariance: Covariance of features (D, D), or (C, D, D) per class.
+        covariance: Covariance of features within classes (D, D), or (C, D, D) of each (CAFA).
         batches: Source batches ``(images, labels)``, kept for methods that run the model on them,
             in the order given.
+
+    Raises:
+        TypeError: When an artefact is not a tensor, or a dict of tensors.
+        ValueError: For a wrong number of axes, values that are not finite (but for prototypes of
+            classes without images), negative Fisher information, or features without labels.
     """
 
     fisher: dict[str, Tensor] | None = None
@@ -52,6 +57,14 @@ class SourceStatistics:
     batches: Iterable[tuple[Tensor, Tensor]] | None = None
 
     def __post_init__(self) -> None:
+        for name in self.contents:
+            value = getattr(self, name)
+            if name in BY_PARAMETER:
+                check_named(name, value)
+            elif name == "batches":
+                check_iterable("batches", value)
+            else:
+                check_tensor(name, value)
         features, labels = self.features, self.feature_labels
         if (features is None) != (labels is None) or (
             features is not None and labels is not None and len(features) != len(labels)
@@ -71,7 +84,7 @@ class SourceStatistics:
     def iter_batches(self, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """One pass over ``batches``, cut after ``limit`` images."""
         seen = 0
-        for images, labels in self.batches or ():
+        for images, labels in aside(self.batches or ()):
             if limit is not None and seen + len(images) > limit:
                 images, labels = images[: limit - seen], labels[: limit - seen]
             if len(images):
@@ -81,11 +94,22 @@ class SourceStatistics:
                 return
 
     def save(self, path: str | Path) -> None:
-        """Write everything but ``batches`` to one safetensors file."""
+        """Write everything but ``batches`` to one safetensors file.
+
+        Raises:
+            TypeError: When ``path`` is no path.
+            FileNotFoundError: When its folder is not there.
+        """
+        path = folder_or_file("path", path)
+        if not path.parent.is_dir():
+            raise FileNotFoundError(
+                f"`path` must lie in a folder that is there, but {path.parent} is not: make it "
+                "first."
+            )
         tensors: dict[str, Tensor] = {}
         for name in self.contents:
             value = getattr(self, name)
-            if name in _DICTS:
+            if name in BY_PARAMETER:
                 tensors |= {f"{name}/{key}": t.contiguous() for key, t in value.items()}
             elif name != "batches":
                 tensors[name] = value.contiguous()
@@ -96,13 +120,28 @@ class SourceStatistics:
         """Read what :meth:`save` wrote; half-precision values become float32.
 
         Raises:
+            TypeError: When ``path`` is no path.
+            FileNotFoundError: When there is no such file.
             ValueError: When the file holds something that is no source artefact.
         """
-        known = [f.name for f in dataclasses.fields(cls)]
+        path = folder_or_file("path", path)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"`path` must be a file of source artefacts, but {path} is not there: make it with "
+                "tta.collect_source(...).save(path)."
+            )
+        try:
+            tensors = load_file(str(path))
+        except SafetensorError as error:
+            raise ValueError(
+                f"`path` must be a file of source artefacts, but {path} is no whole safetensors "
+                f"file ({error}): make it with tta.collect_source(...).save(path)."
+            ) from None
+        known = [f.name for f in dataclasses.fields(cls) if f.name != "batches"]
         values: dict[str, Any] = {}
-        for key, tensor in load_file(str(path)).items():
+        for key, tensor in tensors.items():
             name, _, parameter = key.partition("/")
-            if name not in known:
+            if name not in known or bool(parameter) != (name in BY_PARAMETER):
                 raise ValueError(
                     f"`path` must be a file of source artefacts, but {path} holds {key!r}: "
                     + nearest(name, known)
@@ -115,6 +154,27 @@ class SourceStatistics:
         return cls(**values)
 
 
+def aside(batches: Iterable[Any]) -> Iterator[Any]:
+    """One pass over ``batches`` that leaves torch's global generator as it is between them.
+
+    Every pass over a data loader draws from it, and datasets may. They get its state as a copy,
+    which goes on from batch to batch.
+    """
+    reader, inside = None, torch.get_rng_state()
+    while True:
+        outside = torch.get_rng_state()
+        torch.set_rng_state(inside)
+        try:
+            reader = iter(batches) if reader is None else reader
+            batch = next(reader)
+        except StopIteration:
+            return
+        finally:
+            inside = torch.get_rng_state()
+            torch.set_rng_state(outside)
+        yield batch
+
+
 def as_source(source: Any) -> SourceStatistics:
     """What the caller gave as ``source=``, as :class:`SourceStatistics`.
 
@@ -125,12 +185,8 @@ def as_source(source: Any) -> SourceStatistics:
         return SourceStatistics()
     if isinstance(source, SourceStatistics):
         return source
-    if isinstance(source, Iterable) and not isinstance(source, (str, Tensor, dict)):
-        return SourceStatistics(batches=source)
-    raise TypeError(
-        "`source` must be an iterable of (images, labels) or a tta.SourceStatistics, got "
-        f"{type(source).__name__}: pass a data loader or what tta.collect_source returns."
-    )
+    check_iterable("source", source)
+    return SourceStatistics(batches=source)
 
 
 def collect_source(
@@ -152,16 +208,28 @@ def collect_source(
         The artefacts, to be given to ``wrap(..., source=)`` and saved with ``.save``.
 
     Raises:
-        TypeError: When ``loader`` is not iterable.
-        ValueError: For an unknown method.
+        TypeError: When ``loader`` is not iterable, or ``for_methods`` holds something else than
+            names.
+        ValueError: For an unknown method, none at all, or batches that do not fit the model.
     """
     from tta.registry import component, get_config  # both use this module
     from tta.wrap import wrap
 
     if wrap_arguments.get("mean") is None and wrap_arguments.get("std") is None:
         wrap_arguments |= {"mean": (0.0,), "std": (1.0,)}  # no artefact depends on augmentation
+    check_iterable("loader", loader)
+    listed = isinstance(for_methods, Iterable) and not isinstance(for_methods, str)
+    names: list[Any] = list(for_methods) if listed else [for_methods]
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError(
+            f"`for_methods` must be a list of names, got {for_methods!r}: pass such as ['eata']."
+        )
+    if not names:
+        raise ValueError(
+            "`for_methods` must name at least one method, got none: pass such as ['eata']."
+        )
     collected = SourceStatistics()
-    for name in [for_methods] if isinstance(for_methods, str) else for_methods:
+    for name in names:
         with warnings.catch_warnings():
             # Thresholds of a preset play no part in source artefacts.
             warnings.filterwarnings("ignore", message=".*preset, made for")

@@ -8,48 +8,69 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tta.adapter import Adapter
 from tta.build import build
+from tta.checks import folder_or_file
 from tta.config import AdapterConfig
+from tta.keys import checksum
 
 __all__ = ["load", "save"]
 
 FORMAT = 1
+CONFIG, TENSORS = "config.json", "adapter.safetensors"
 
 
 def save(adapter: Adapter, folder: str | Path) -> None:
     """Write an adapter's config, state and constants into ``folder``.
 
-    Both files are written beside their place and then moved there, so that a crash leaves the
-    former pair readable.
+    Both files are written beside their place first and then moved there, one after the other, and
+    each knows which other it belongs to: wherever the process dies, :func:`load` finds the former
+    pair whole or the new one.
 
     Raises:
-        TypeError: When ``adapter`` is not an Adapter.
+        TypeError: When ``adapter`` is not an Adapter, or ``folder`` no path.
+        RuntimeError: When the adapter was unwrapped.
+        NotADirectoryError: When ``folder`` is a file.
     """
     if not isinstance(adapter, Adapter):
         raise TypeError(
             f"`adapter` must be a tta.Adapter, got {type(adapter).__name__}: pass what tta.wrap "
             "returned."
         )
-    folder = Path(folder)
+    folder = _folder(folder)
+    if "model" not in adapter._modules:
+        raise RuntimeError("this adapter was unwrapped and has no state: wrap the model again.")
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {f"state:{k}": v for k, v in adapter.state().items()}
     tensors |= {f"constant:{k}": v.detach().clone() for k, v in adapter.constants().items()}
     tensors |= {f"initial:{k}": v.clone() for k, v in adapter.reset_point().items()}
-    about = {
+    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    about: dict[str, Any] = {
         "format": FORMAT,
         "config": adapter.config.to_dict(),
         "model": _signature(adapter.model, adapter),
     }
-    _write(folder / "adapter.safetensors", lambda p: save_file(_contiguous(tensors), str(p)))
-    _write(folder / "config.json", lambda p: p.write_text(json.dumps(about, indent=2)))
+    names = zlib.crc32(json.dumps([about, *tensors]).encode())
+    about["pair"] = f"{names:08x}{checksum(tensors.values()):08x}"
+    parts = [_part(folder / TENSORS), _part(folder / CONFIG)]
+    try:
+        save_file(tensors, str(parts[0]), metadata={"pair": about["pair"]})
+        parts[1].write_text(json.dumps(about, indent=2))
+    except BaseException:
+        for part in parts:
+            part.unlink(missing_ok=True)
+        raise
+    # Between these two, the tensors belong to the config that still is a part: see `_read`.
+    os.replace(parts[0], folder / TENSORS)
+    os.replace(parts[1], folder / CONFIG)
 
 
 def load(model: nn.Module, folder: str | Path, *, source: Any = None) -> Adapter:
@@ -62,36 +83,28 @@ def load(model: nn.Module, folder: str | Path, *, source: Any = None) -> Adapter
             loader asks for it (a list of batches is saved with the adapter).
 
     Raises:
+        TypeError: When ``folder`` is no path.
         FileNotFoundError: When the folder holds no adapter.
-        ValueError: When the adapter was made for another model, or by a newer version.
+        ValueError: When a file in it is cut off or something else, or the adapter was made for
+            another model, or by a newer version.
     """
-    folder = Path(folder)
-    for name in ("config.json", "adapter.safetensors"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"`folder` must hold a saved adapter, but {folder / name} is missing: pass the "
-                "folder that tta.save wrote."
-            )
-    about = json.loads((folder / "config.json").read_text())
-    if about.get("format") != FORMAT:
+    folder = _folder(folder)
+    about, parts = _read(folder)
+    try:
+        config = AdapterConfig.from_dict(about["config"])
+    except (TypeError, ValueError) as error:
         raise ValueError(
-            f"`folder` must be of format {FORMAT}, got {about.get('format')!r} in {folder}: "
-            "save it again with this version."
-        )
-    config = AdapterConfig.from_dict(about["config"])
-    parts: dict[str, dict[str, Tensor]] = {"state": {}, "constant": {}, "initial": {}}
-    with safe_open(str(folder / "adapter.safetensors"), "pt") as file:
-        for key in file.keys():  # noqa: SIM118
-            kind, _, name = key.partition(":")
-            parts[kind][name] = file.get_tensor(key)
+            f"`folder` must hold a config of this version, but that in {folder / CONFIG} is not "
+            f"one: {error}"
+        ) from None
     adapter = build(model, config, source, constants=parts["constant"])
     try:
-        expected = _signature(adapter.model, adapter)
-        if expected != about["model"]:
+        saved, expected = about["model"], _signature(adapter.model, adapter)
+        if expected != saved:
             raise ValueError(
-                f"`model` must be the one that was saved ({about['model']['type']}, "
-                f"{about['model']['classes']} classes, {about['model']['parameters']} parameters, "
-                f"source weights {about['model'].get('weights')}), got {expected['type']}, "
+                f"`model` must be the one that was saved ({saved.get('type')}, "
+                f"{saved.get('classes')} classes, {saved.get('parameters')} parameters, "
+                f"source weights {saved.get('weights')}), got {expected['type']}, "
                 f"{expected['classes']} classes, {expected['parameters']} parameters, weights "
                 f"{expected['weights']}: pass the model that {folder} was made for."
             )
@@ -114,15 +127,76 @@ def _signature(model: nn.Module, adapter: Adapter) -> dict[str, Any]:
         "type": type(model).__name__,
         "classes": adapter.num_classes,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "weights": adapter.source_checksum(),
+        "weights": adapter.made_by["weights"],
     }
 
 
-def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+def _folder(folder: Any) -> Path:
+    folder = folder_or_file("folder", folder)
+    if folder.is_file():
+        raise NotADirectoryError(f"`folder` must be a folder, got the file {folder}: pass another.")
+    return folder
 
 
-def _write(path: Path, write: Any) -> None:
-    part = path.with_name(path.name + ".part")
-    write(part)
-    os.replace(part, path)
+def _part(path: Path) -> Path:
+    return path.with_name(path.name + ".part")
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+    """What a folder says about its adapter, and the tensors by kind and name."""
+    # A process that died between moving the tensors and moving their config left it as a part.
+    places = [path for path in (_part(folder / CONFIG), folder / CONFIG) if path.is_file()]
+    if not places or not (folder / TENSORS).is_file():
+        missing = folder / (TENSORS if places else CONFIG)
+        raise FileNotFoundError(
+            f"`folder` must hold a saved adapter, but {missing} is missing: pass the folder that "
+            "tta.save wrote."
+        )
+    parts: dict[str, dict[str, Tensor]] = {"state": {}, "constant": {}, "initial": {}}
+    try:
+        with safe_open(str(folder / TENSORS), "pt") as file:
+            pair = (file.metadata() or {}).get("pair")
+            for key in file.keys():  # noqa: SIM118
+                kind, _, name = key.partition(":")
+                parts[kind][name] = file.get_tensor(key)
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(
+            f"`folder` must hold a saved adapter, but {folder / TENSORS} is cut off or something "
+            f"else ({error}): save it again."
+        ) from None
+    failure = ValueError(
+        f"`folder` must hold two files that were saved together, but those in {folder} were not: "
+        "save the adapter again."
+    )
+    for place in places:
+        try:
+            about = _about(place)
+        except ValueError as error:
+            failure = error
+        else:
+            if about.get("pair") == pair:
+                return about, parts
+    raise failure
+
+
+def _about(path: Path) -> dict[str, Any]:
+    """What a config file holds."""
+    try:
+        about = json.loads(path.read_text())
+    except ValueError as error:
+        about, reason = None, str(error)
+    else:
+        reason = "it is no config of an adapter"
+    if isinstance(about, dict) and about.get("format", FORMAT) != FORMAT:
+        raise ValueError(
+            f"`folder` must be of format {FORMAT}, got {about['format']!r} in {path}: save it "
+            "again with this version."
+        )
+    if not isinstance(about, dict) or any(
+        not isinstance(about.get(key), dict) for key in ("config", "model")
+    ):
+        raise ValueError(
+            f"`folder` must hold a saved adapter, but {path} is cut off or something else "
+            f"({reason}): save it again."
+        )
+    return about

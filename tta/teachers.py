@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from tta.backbone import Backbone
-from tta.norm import at_rest
+from tta.norm import AdaptiveNorm, at_rest
 from tta.slots import Prediction
 
 __all__ = [
     "NamedTensors",
     "OtherWeights",
+    "ensemble",
     "low_values",
     "order_statistics",
     "quantile",
@@ -66,22 +67,33 @@ class OtherWeights(NamedTensors):
         network: The wrapped model.
         parameters: The trained parameters by their original names; cloned.
         constant: A source anchor; else a teacher, which moves.
+        own_statistics: Whether it also has a state of the norm rules of its own.
     """
 
     def __init__(
-        self, network: Backbone, parameters: dict[str, nn.Parameter], constant: bool = False
+        self,
+        network: Backbone,
+        parameters: dict[str, nn.Parameter],
+        constant: bool = False,
+        own_statistics: bool = False,
     ) -> None:
-        super().__init__({n: p.detach() for n, p in parameters.items()}, constant)
+        state = _norm_state(network.model) if own_statistics else {}
+        tensors = {n: p.detach() for n, p in parameters.items()}
+        super().__init__(tensors | {name: value for name, (_, value) in state.items()}, constant)
         self.network = network
         self.followed = list(parameters.values())
-        self.names_now = network.names(self.followed)
+        self.names_now = network.names(self.followed) + [now for now, _ in state.values()]
 
     @torch.no_grad()
     def predict(self, x: Tensor) -> Prediction:
         """Logits and features of ``x`` (B, ...); norm rules use their state and do not move it."""
-        weights = dict(zip(self.names_now, self.tensors(), strict=True))
         with at_rest(self.network.wrappers):
-            return self.network(x, weights)
+            return self.learn_statistics(x)
+
+    @torch.no_grad()
+    def learn_statistics(self, x: Tensor) -> Prediction:
+        """As :meth:`predict`, and norm rules move their state: its own where it has one."""
+        return self.network(x, dict(zip(self.names_now, self.tensors(), strict=True)))
 
     @torch.no_grad()
     def average(self, views: Iterable[Tensor]) -> Prediction:
@@ -120,8 +132,25 @@ class OtherWeights(NamedTensors):
 
     @torch.no_grad()
     def follow(self, momentum: float) -> None:
-        """Exponential moving average: ``t <- momentum t + (1 - momentum) s`` for every tensor."""
-        foreach._foreach_lerp_(self.tensors(), [p.detach() for p in self.followed], 1 - momentum)
+        """Exponential moving average: ``t <- momentum t + (1 - momentum) s`` for every weight."""
+        weights = self.tensors()[: len(self.followed)]
+        foreach._foreach_lerp_(weights, [p.detach() for p in self.followed], 1 - momentum)
+
+
+def _norm_state(model: nn.Module) -> dict[str, tuple[str, Tensor]]:
+    """What norm rules remember: name and value in the wrapped model, by ``<layer>.<buffer>``."""
+    return {
+        f"{layer}.{key}": (f"{layer}.rule.{key}", value)
+        for layer, module in model.named_modules()
+        if isinstance(module, AdaptiveNorm)
+        for key, value in module.rule.state_dict().items()
+    }
+
+
+@torch.no_grad()
+def ensemble(parameters: Iterable[Tensor], source: list[Tensor], share: float) -> None:
+    """Pull parameters towards the source, in place: ``p <- p + share (source - p)``."""
+    foreach._foreach_lerp_([p.detach() for p in parameters], source, share)
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,9 +10,10 @@ from torch import Tensor, nn
 
 from tta import norm as surgery
 from tta.adapter import Adapter
-from tta.backbone import num_classes
-from tta.build import build
-from tta.checks import nearest
+from tta.build import build, check_model
+from tta.caller import warn
+from tta.checks import nearest, whole
+from tta.classifier import num_classes
 from tta.config import AdapterConfig, ComponentConfig, UpdateConfig
 from tta.registry import DEFAULT_PRESET, component, get_config
 from tta.slots import Update
@@ -46,11 +46,11 @@ def wrap(
 
     Args:
         model: Any classifier that takes a batch and returns logits (B, C).
-        recipe: A component name or ``"name.preset"`` (an update brings its default norm rule), a
-            config, or a whole ``AdapterConfig``. A bare name means the ImageNet preset.
+        recipe: A component name or ``"name.preset"`` (an update brings its default norm and output
+            rules), a config, or a whole ``AdapterConfig``. A bare name means the ImageNet preset.
         norm: Replaces the norm slot: a name, a config, or "source" for running statistics.
         update: Replaces the update slot, likewise.
-        output: Replaces the output slot, likewise.
+        output: Replaces the output slot, likewise; "source" for the plain logits.
         source: Source batches ``(images, labels)`` or a :class:`tta.SourceStatistics`, for
             methods that need something of the training data.
         batch_size: What the stream will have; learning rates are scaled for it once, unless
@@ -85,13 +85,15 @@ def wrap(
     """
     if isinstance(recipe, AdapterConfig):
         given = {"norm": norm, "update": update, "output": output}
-        others = (batch_size, mean, std, seed or None)
-        if overrides or any(v is not None for v in (*given.values(), *others)):
+        others = (batch_size, mean, std)
+        if overrides or seed != 0 or any(v is not None for v in (*given.values(), *others)):
             raise TypeError(
                 "`recipe` as an AdapterConfig takes no other slots or fields: "
                 "use dataclasses.replace on it."
             )
         return build(model, recipe, source, augment=augment, restore_mask=restore_mask)
+    if batch_size is not None:
+        batch_size = whole("batch_size", batch_size, 1)
     chosen = _choose(recipe, {"norm": norm, "update": update, "output": output})
     chosen = _override(chosen, overrides)
     configs: dict[str, ComponentConfig | None] = {slot: chosen.get(slot) for slot in SLOTS}
@@ -106,6 +108,9 @@ def wrap(
             and surgery.batch_norm_layers(model)
         ):
             configs["norm"] = get_config(default)
+    if configs["output"] is None and "output" not in chosen and configs["update"] is not None:
+        brings = getattr(component(configs["update"].name), "default_output", None)
+        configs["output"] = None if brings is None else get_config(brings)
     if (rule := configs["norm"]) is not None:
         if getattr(rule, "batch_size", 0) is None:
             configs["norm"] = rule.replace(batch_size=batch_size)
@@ -117,12 +122,13 @@ def wrap(
         **configs,  # type: ignore[arg-type]
         batch_size=batch_size,
         seed=seed,
-        mean=None if mean is None else tuple(float(m) for m in mean),
-        std=None if std is None else tuple(float(s) for s in std),
+        mean=mean,  # type: ignore[arg-type]
+        std=std,  # type: ignore[arg-type]
     )
-    if isinstance(model, nn.Module):  # a warning may be an error, so before anything is changed
-        names = [c for c in (recipe, norm, update, output) if isinstance(c, str)]
-        _warn_of_preset(names, num_classes(model))
+    check_model(model)
+    # A warning may be an error, so before anything is changed.
+    names = [c for c in (recipe, norm, update, output) if isinstance(c, str)]
+    _warn_of_preset(names, num_classes(model))
     return build(model, config, source, augment=augment, restore_mask=restore_mask)
 
 
@@ -134,15 +140,15 @@ def _choose(recipe: Any, slots: dict[str, Any]) -> dict[str, ComponentConfig | N
             "`recipe` must name a method, or norm=, update= or output= must, got none: pass one, "
             "such as wrap(model, 'tent')."
         )
-    if recipe is not None and recipe != "source":
+    if _is_source(recipe):
+        chosen["norm"] = None
+    elif recipe is not None:
         config = _as_config("recipe", recipe)
         chosen[component(config.name).slot] = config
-    elif recipe == "source":
-        chosen["norm"] = None
     for slot, value in slots.items():
         if value is None:
             continue
-        if value == "source":
+        if _is_source(value):
             chosen[slot] = None
             continue
         config = _as_config(slot, value)
@@ -154,6 +160,11 @@ def _choose(recipe: Any, slots: dict[str, Any]) -> dict[str, ComponentConfig | N
             )
         chosen[slot] = config
     return chosen
+
+
+def _is_source(value: Any) -> bool:
+    name = value.name if isinstance(value, ComponentConfig) else value
+    return isinstance(name, str) and name == "source"
 
 
 def _as_config(argument: str, value: Any) -> ComponentConfig:
@@ -180,7 +191,7 @@ def _override(
             arguments = ("source", "batch_size", "seed", "mean", "std", "augment", "restore_mask")
             raise ValueError(
                 f"`{key}` is not a field of {_names(chosen)} and not an argument of wrap: "
-                + nearest(key, [*fields, *arguments])
+                + nearest(key, [*sorted(fields), *arguments])
             )
         if len(owners) > 1:
             raise ValueError(
@@ -215,8 +226,7 @@ def _warn_of_preset(names: list[str], classes: int) -> None:
             f"{base}.{t}" for t in presets if PRESET_CLASSES.get(t.partition("_")[0]) == classes
         ]
         better = f"'{fitting[0]}' exists" if fitting else "set its fields for your data"
-        warnings.warn(
+        warn(
             f"{name!r} uses the {family} preset, made for {PRESET_CLASSES[family]} classes, and "
-            f"this model has {classes}: {better}.",
-            stacklevel=3,
+            f"this model has {classes}: {better}."
         )

@@ -7,6 +7,7 @@ order at severity 1, then the same at 2, up to 5. ``labels.npy`` repeats the lab
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +62,16 @@ def read_npz(path: str | Path, split: str = "test") -> ImageSet:
     """Read one split of CIFAR-10 from the ``.npz`` that `experiments.data.convert` writes."""
     path = Path(path)
     _require(path, "make it with `python -m experiments.data.convert`")
-    with np.load(path) as file:
+    try:
+        loaded = np.load(path)
+    except (ValueError, EOFError, zipfile.BadZipFile):
+        loaded = None
+    if not isinstance(loaded, np.lib.npyio.NpzFile):
+        raise ValueError(
+            f"`{path}` must be a whole .npz file, got something else: make it with "
+            "`python -m experiments.data.convert`"
+        )
+    with loaded as file:
         keys = f"{split}_images", f"{split}_labels"
         missing = [key for key in keys if key not in file.files]
         if missing:

@@ -42,8 +42,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.adam import adam
 
-from tta.backbone import Backbone, find_classifier
+from tta.backbone import Backbone
 from tta.checks import flag, number, whole
+from tta.classifier import size_in
 from tta.config import ComponentConfig
 from tta.losses import entropy
 from tta.neighbours import vote
@@ -156,7 +157,7 @@ class Adanpc(Output):
                 f"{source.contents or 'nothing'}: pass source batches, or what "
                 f"tta.collect_source(model, loader, for_methods=['{self.name}']) returns."
             )
-        width = getattr(find_classifier(network.model), "in_features", features.shape[1])
+        width = size_in(network.classifier)
         labels = labels.flatten().to(torch.int64)
         inside = bool((labels >= 0).all() and (labels < self.context.num_classes).all())
         if features.ndim != 2 or features.shape[1] != width or len(features) == 0 or not inside:
@@ -209,6 +210,11 @@ class Adanpc(Output):
     def _first_row(self, source: SourceStatistics, width: int) -> Tensor:
         """What the official memory is constructed with: (1, D), label 0, not normalised."""
         if source.memory_init is not None:
+            if source.memory_init.numel() != width:
+                raise ValueError(
+                    f"`source.memory_init` must be of shape ({width},), as this model's features, "
+                    f"got {tuple(source.memory_init.shape)}: make it for this model."
+                )
             return source.memory_init.reshape(1, -1)
         bound = 1 / math.sqrt(width / 3)
         return (2 * torch.rand(1, width, generator=self.context.generator) - 1) * bound

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tta.config import ComponentConfig
-from tta.norm import batch_stats, evaluate, normalize, too_few_values
+from tta.norm import batch_stats, check_values, evaluate, normalize, too_few_values
 from tta.registry import register
 from tta.slots import NormRule
 
@@ -52,6 +52,7 @@ class BatchNormRule(NormRule):
         if too_few_values(x) and base.running_mean is not None:
             self.fell_back = True
             return normalize(x, base.running_mean, base.running_var, base)
+        check_values(x)
         eps = OFFICIAL_EPS if self.config.official else base.eps
         if not torch.is_grad_enabled() and x.device.type == "cpu" and x.ndim > 2:
             # Statistics, then the evaluation kernel: faster on a CPU than the training kernel.

@@ -34,7 +34,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from tta.consistency import ConsistencyConfig, ConsistencyUpdate
+from tta.consistency import ConsistencyConfig, ConsistencyUpdate, presets
 from tta.losses import consistency
 from tta.registry import register
 from tta.slots import Prediction, Report
@@ -47,28 +47,12 @@ class CottaConfig(ConsistencyConfig):
     """Fields of ``cotta``."""
 
 
-def _cifar(threshold: float) -> dict[str, Any]:
-    return {
-        "optimizer": "adam",
-        "lr": 1e-3,
-        "lr_batch_size": 200,
-        "nesterov": False,
-        "restore_probability": 0.01,
-        "confidence_threshold": threshold,
-        "symmetric_loss": False,
-    }
-
-
 @register("cotta")
 class Cotta(ConsistencyUpdate):
     """Averaged teacher, views where the source is unsure, random restoration."""
 
     Config = CottaConfig
-    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
-        "imagenet": {"lr": 0.01},
-        "cifar10": _cifar(0.92),
-        "cifar100": _cifar(0.72),
-    }
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = presets()
 
     def adapt(self, x: Tensor) -> Prediction:
         """Learn from the teacher, move it, restore; the prediction is the teacher's before that."""

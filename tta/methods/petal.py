@@ -35,7 +35,7 @@ from torch import Tensor
 
 from tta.backbone import Backbone
 from tta.checks import fraction, number, one_of, whole
-from tta.consistency import ConsistencyConfig, ConsistencyUpdate
+from tta.consistency import ConsistencyConfig, ConsistencyUpdate, presets
 from tta.losses import consistency
 from tta.posterior import diagonal_swag, prior
 from tta.registry import register
@@ -67,30 +67,12 @@ class PetalConfig(ConsistencyConfig):
         whole("posterior_epochs", self.posterior_epochs, 2)
 
 
-def _cifar(threshold: float) -> dict[str, Any]:
-    return {
-        "optimizer": "adam",
-        "lr": 1e-3,
-        "lr_batch_size": 200,
-        "nesterov": False,
-        "restore_probability": 0.01,
-        "confidence_threshold": threshold,
-        "symmetric_loss": False,
-        "prior_weight": 1e-9,
-        "restore_quantile": 0.03,
-    }
-
-
 @register("petal")
 class Petal(ConsistencyUpdate):
     """CoTTA with a source posterior as prior and restoration by Fisher information."""
 
     Config = PetalConfig
-    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
-        "imagenet": {"lr": 0.01},
-        "cifar10": _cifar(0.92),
-        "cifar100": _cifar(0.72),
-    }
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = presets(prior_weight=1e-9, restore_quantile=0.03)
 
     def __init__(self, config: PetalConfig, network: Backbone, context: Context) -> None:
         super().__init__(config, network, context)

@@ -32,9 +32,8 @@ from torch import Tensor
 from tta.backbone import Backbone
 from tta.checks import whole
 from tta.registry import register
-from tta.selection import move_average
-from tta.selective import SelectiveConfig, select, weighted_entropy
-from tta.slots import Context, Prediction, Report, Update
+from tta.selective import SelectiveConfig, SelectiveUpdate
+from tta.slots import Context, Prediction
 
 __all__ = ["Rdumb", "RdumbConfig"]
 
@@ -54,7 +53,7 @@ _CIFAR = {"optimizer": "adam", "lr": 1e-3, "lr_batch_size": 200, "redundancy_mar
 
 
 @register("rdumb")
-class Rdumb(Update):
+class Rdumb(SelectiveUpdate):
     """ETA with a full reset every N batches."""
 
     Config = RdumbConfig
@@ -64,35 +63,20 @@ class Rdumb(Update):
         "cifar100": _CIFAR,
     }
 
-    ema_probs: Tensor  # (C,), q; NaN while undefined
     batches: Tensor  # 0-dimensional, t: batches learned from
 
     def __init__(self, config: RdumbConfig, network: Backbone, context: Context) -> None:
         super().__init__(config, network, context)
-        self.register_buffer("ema_probs", torch.full((context.num_classes,), float("nan")))
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
 
     def learn(self, x: Tensor) -> Prediction:
         """Reset if it is time, then ETA's cycles on the batch."""
         count = int(self.batches)
-        if count > 0 and count % self.config.reset_every == 0:
+        due = count > 0 and count % self.config.reset_every == 0
+        if due:
             self.recover()
             self.ema_probs.fill_(float("nan"))
-            self.resets += 1
-        self.batches += 1
-        return super().learn(x)
-
-    def adapt(self, x: Tensor) -> Prediction:
-        """Predict, select, weigh, step; nothing moves when no sample is selected."""
-        config, margin = self.config, self.config.entropy_margin * self.context.log_classes
-        prediction = self.network(x)
-        found = select(prediction.logits, self.ema_probs, margin, config.redundancy_margin)
-        self.report = Report(
-            reliable=found.reliable, selected=found.count, loss=float("nan"), stepped=False
-        )
-        if found.count == 0:
-            return prediction
-        move_average(self.ema_probs, found.mean_probs)
-        loss = weighted_entropy(self.kept_logits(x, prediction, found.chosen), margin)
-        self.report |= {"loss": loss.detach(), "stepped": self.step(loss)}
+        prediction = super().learn(x)
+        self.batches += 1  # afterwards: a batch that the model refuses does not count
+        self.resets += due
         return prediction

@@ -40,11 +40,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tta.augment import Augmenter, fork
-from tta.backbone import Backbone, feature_size
+from tta.backbone import Backbone
 from tta.checks import fraction, number, one_of, whole
+from tta.class_moments import class_moments
+from tta.classifier import size_in
 from tta.config import UpdateConfig
 from tta.losses import contrastive, symmetric_cross_entropy
-from tta.norm import at_rest, by_batch, overriding
+from tta.norm import at_rest
 from tta.registry import register
 from tta.replay import Replay
 from tta.slots import Context, Prediction, Report, Update
@@ -52,8 +54,6 @@ from tta.source import SourceStatistics
 from tta.teachers import OtherWeights
 
 __all__ = ["Rmt", "RmtConfig"]
-
-PROTOTYPE_IMAGES = 100_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +104,7 @@ class Rmt(Update):
 
     def __init__(self, config: RmtConfig, network: Backbone, context: Context) -> None:
         super().__init__(config, network, context)
-        size, width = feature_size(network.model), config.projection_dim
+        size, width = size_in(network.classifier), config.projection_dim
         device = next(iter(context.parameters.values())).device
         self.teacher = OtherWeights(network, context.parameters)
         self.augmenter = Augmenter(network.model, context)
@@ -187,7 +187,7 @@ class Rmt(Update):
             self.prototypes.copy_(given)
             self.source_used = "prototypes as given"
         elif source.batches is not None:
-            self.prototypes.copy_(self._measure_prototypes(source))
+            self.prototypes.copy_(class_moments(self.network, source, self.prototypes).means)
             self.source_used = "prototypes from batches"
         else:
             raise ValueError(
@@ -270,29 +270,6 @@ class Rmt(Update):
     def _set_rate(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-
-    @torch.no_grad()
-    def _measure_prototypes(self, source: SourceStatistics) -> Tensor:
-        """Mean feature of each class under batch statistics; NaN where a class has no image."""
-        total = torch.zeros_like(self.prototypes)
-        count = torch.zeros(len(total), device=total.device)
-        seen = 0
-        with overriding(self.network.wrappers, by_batch):
-            for images, labels in source.iter_batches():
-                features = self.network(images.to(total.device)).features
-                assert features is not None
-                labels = labels.to(total.device)
-                total.index_add_(0, labels, features.float())
-                count.index_add_(0, labels, torch.ones_like(labels, dtype=count.dtype))
-                seen += len(images)
-                if seen > PROTOTYPE_IMAGES:
-                    break
-        if seen == 0:
-            raise ValueError(
-                "`source` must hold at least one batch, got none: pass an iterable of "
-                "(images, labels) that was not read to its end."
-            )
-        return total / count[:, None]
 
 
 def _projector(size: int, width: int, generator: torch.Generator) -> nn.Sequential:

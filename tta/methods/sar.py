@@ -31,8 +31,6 @@ repository has no CIFAR settings; those presets are the mariodoebler repository'
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -41,45 +39,35 @@ from torch import Tensor
 
 from tta.backbone import Backbone
 from tta.checks import number
-from tta.config import UpdateConfig
 from tta.losses import entropy
+from tta.lower_layers import LowerLayersConfig, LowerLayersUpdate
 from tta.registry import register
 from tta.selection import move_average
 from tta.sharpness import perturbed
-from tta.slots import Context, Prediction, Report, Update
+from tta.slots import Context, Prediction, Report
 
 __all__ = ["Sar", "SarConfig"]
 
 OFFICIAL_THRESHOLD = 0.2
-OFFICIAL_LEFT_OUT = ("layer4", "blocks.9", "blocks.10", "blocks.11", "norm.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SarConfig(UpdateConfig):
+class SarConfig(LowerLayersConfig):
     """Fields of ``sar``."""
 
     entropy_margin: float = 0.4  # E0 as a share of ln C
     rho: float = 0.05  # length of the sharpness-aware perturbation
     reset_threshold: float = 0.2  # of the average loss in nats
-    skip_blocks: float = 0.25  # share of the norm layers left out at the end, and the final norm
 
     def __post_init__(self) -> None:
         super().__post_init__()
         number("entropy_margin", self.entropy_margin, 0, above=True)
         number("rho", self.rho, 0)
         number("reset_threshold", self.reset_threshold, 0)
-        number("skip_blocks", self.skip_blocks, 0, 1, below=True)
-
-    def scaled(self, batch_size: int | None) -> SarConfig:
-        """As for every update, and doubled for a stream of single images, as in the scripts."""
-        scaled = super().scaled(batch_size)
-        if batch_size == 1 and self.lr_scaling != "none":
-            return scaled.replace(lr=2 * scaled.lr)
-        return scaled
 
 
 @register("sar")
-class Sar(Update):
+class Sar(LowerLayersUpdate):
     """Sharpness-aware and reliable entropy minimisation."""
 
     Config = SarConfig
@@ -95,23 +83,12 @@ class Sar(Update):
     def __init__(self, config: SarConfig, network: Backbone, context: Context) -> None:
         super().__init__(config, network, context)
         self.register_buffer("ema", torch.tensor(float("nan")))
-        self.order_unknown = config.params == "norm" and not config.official
-        if self.order_unknown:
-            network.watch_calls({_layer(name) for name in context.parameters})
-
-    @classmethod
-    def leaves_out(cls, config: Any, names: Iterable[str]) -> set[str]:
-        """What the official code leaves out, by the names of layers."""
-        if not config.official or config.params != "norm":
-            return set()
-        return {n for n in names if _officially_left_out(_layer(n))}
 
     def adapt(self, x: Tensor) -> Prediction:
         """Predict, select, step from the perturbed point, recover if the average says so."""
         config = self.config
         prediction = self.network(x)
-        if self.order_unknown:
-            self._leave_out_last_layers()
+        self.leave_out_last()
         margin = config.entropy_margin * self.context.log_classes
         reliable = entropy(prediction.logits.detach()) < margin
         count = int(reliable.sum())
@@ -152,29 +129,6 @@ class Sar(Update):
         """A step with a gradient of zero: only the momentum acts."""
         zeros = [torch.zeros_like(p) for p in self.parameters_adapted.values()]
         self.report["stepped"] = self.step(torch.zeros((), device=self.ema.device), zeros)
-
-    def _leave_out_last_layers(self) -> None:
-        """Stop training the layers that the first forward pass called last."""
-        self.order_unknown = False
-        order = self.network.call_order()
-        if not order:  # their weights are used, but not by calling them
-            order = list(dict.fromkeys(_layer(n) for n in self.parameters_adapted))
-        # Rounded before rounding up: 0.1 * 30 must not make 4.
-        skipped = max(1, math.ceil(round(self.config.skip_blocks * len(order), 6)))
-        trained = set(order[: max(1, len(order) - skipped)])
-        for name, p in self.parameters_adapted.items():
-            p.requires_grad_(_layer(name) in trained)
-        self.parameters_adapted = {
-            n: p for n, p in self.parameters_adapted.items() if _layer(n) in trained
-        }
-
-
-def _layer(parameter: str) -> str:
-    return parameter.rpartition(".")[0]
-
-
-def _officially_left_out(layer: str) -> bool:
-    return layer == "norm" or any(part in layer for part in OFFICIAL_LEFT_OUT)
 
 
 def _gradients(loss: Tensor, parameters: list[Any]) -> list[Tensor]:

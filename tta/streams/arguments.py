@@ -85,7 +85,7 @@ def fit_options(source: Domains, schedule: str, listed: list[str], options: dict
             "each name to {severity: dataset}, or pass names and `transform`"
         )
     if options.get("orders") is not None:
-        for name in {name for order in options["orders"] for name in order} - set(listed):
+        for name in sorted({name for order in options["orders"] for name in order} - set(listed)):
             raise ValueError(
                 f'`orders` must use names in `domains`, got "{name}"; {nearest(name, listed)}'
             )

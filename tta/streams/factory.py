@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -98,9 +98,9 @@ def build(
         )
     spec = SCENARIOS[scenario]
     names = {
-        "schedule": one_of("schedule", schedule or spec.schedule, SCHEDULES),
-        "select": one_of("select", select or spec.select, SELECTIONS),
-        "arrange": one_of("arrange", arrange or spec.arrange, ARRANGEMENTS),
+        "schedule": _word("schedule", schedule, spec.schedule, SCHEDULES),
+        "select": _word("select", select, spec.select, SELECTIONS),
+        "arrange": _word("arrange", arrange, spec.arrange, ARRANGEMENTS),
     }
     chosen = merge_options(scenario, names, options)
     given, listed = list_domains(spec, domains, transform, names["schedule"], chosen)
@@ -116,8 +116,8 @@ def build(
         "shared_order": flag("shared_order", shared_order),
         "shuffle_domains": flag("shuffle_domains", shuffle_domains),
         "num_samples": None if num_samples is None else whole("num_samples", num_samples, 1),
-        "reset": one_of("reset", reset or spec.reset, ["start", "shift", "never"]),
-        "last_batch": one_of("last_batch", last_batch or spec.last_batch, ["keep", "drop", "span"]),
+        "reset": _word("reset", reset, spec.reset, ["start", "shift", "never"]),
+        "last_batch": _word("last_batch", last_batch, spec.last_batch, ["keep", "drop", "span"]),
         "clock": None if timing is None else asdict(timing),
         "window": None if window is None else whole("window", window, 1),
         **names,
@@ -161,6 +161,10 @@ def from_config(
     if domains is not None:
         arguments["domains"] = {name: domains[name] for name in arguments["domains"]}
     return build(dataset=dataset, transform=transform, labels=labels, **arguments)
+
+
+def _word(name: str, value: Any, default: str, allowed: Iterable[str]) -> str:
+    return one_of(name, default if value is None else value, allowed)
 
 
 def _plan(

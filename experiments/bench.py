@@ -1,0 +1,347 @@
+"""``python -m experiments bench``: what each recipe costs beside the plain forward pass.
+
+All recipes take turns in one process, each on its own copy of the same random network, and every
+round sees a new batch; what is reported is the ratio of medians. Two plain copies of the network
+are among them: how far their ratio is from 1 is how far any ratio may be trusted. Forward and
+backward passes are counted by torch's FLOP counter in a round of their own, and the peak of memory
+in one process for each recipe.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import resource
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import models
+import tta
+from experiments.environment import describe_environment
+from experiments.progress import Progress
+from tta.backbone import Backbone
+from tta.checks import nearest
+
+__all__ = ["RECIPES", "SETTINGS", "Bench", "render_bench"]
+
+KEPT = 0.3  # share of samples that pass the filters of eata and sar
+MEMORY_FEATURES = 50_000  # rows of AdaNPC's memory
+WARM_UP = 3  # rounds that are not counted
+TWIN = "plain (twin)"
+BARE = "bare forward and backward"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A network and what it is fed."""
+
+    make: Callable[[], nn.Module]
+    batch: int
+    size: int
+    recipes: tuple[str, ...]
+
+
+def _cifar(norm: Callable[[int], nn.Module] = nn.BatchNorm2d) -> nn.Module:
+    """ResNet-18 as it is used on CIFAR: a stem of 3x3 and no pooling."""
+    net = torchvision.models.resnet18(num_classes=10, norm_layer=norm)
+    net.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+    net.maxpool = nn.Identity()  # type: ignore[assignment]
+    return net
+
+
+def _group_norm(channels: int) -> nn.Module:
+    return nn.GroupNorm(32, channels)
+
+
+ON_BATCH_NORM = ("source", "bn", "alpha_bn", "unmix_tns", "lame", "adanpc", BARE, "tent", "eata")
+ON_GROUP_NORM = (BARE, "eata", "sar")
+TEACHERS = ("cotta", "petal", "rmt")
+
+SETTINGS = {
+    "cifar_bn": Setting(_cifar, 64, 32, ON_BATCH_NORM),
+    "cifar_gn": Setting(lambda: _cifar(_group_norm), 64, 32, ON_GROUP_NORM),
+    "imagenet_bn": Setting(lambda: torchvision.models.resnet18(), 16, 224, ON_BATCH_NORM),
+    "imagenet_gn": Setting(
+        lambda: torchvision.models.resnet18(norm_layer=_group_norm), 16, 224, ON_GROUP_NORM
+    ),
+    "bundled_bn": Setting(lambda: models.load("cifar10_resnet20_bn")[0], 64, 32, ON_BATCH_NORM),
+    "bundled_gn": Setting(lambda: models.load("cifar10_resnet20_gn")[0], 64, 32, ON_GROUP_NORM),
+    "cifar_teachers": Setting(_cifar, 64, 32, TEACHERS),
+    "bundled_teachers": Setting(lambda: models.load("cifar10_resnet20_bn")[0], 64, 32, TEACHERS),
+    "gpu": Setting(lambda: torchvision.models.resnet50(), 64, 224, ON_BATCH_NORM),
+}
+RECIPES = (*ON_BATCH_NORM, "sar", *TEACHERS)
+
+
+class Bare:
+    """The least that any entropy update does: forward, entropy, backward to the norm parameters."""
+
+    def __init__(self, net: nn.Module) -> None:
+        self.adapter = tta.wrap(net, update=tta.get_config("tent", lr=0.0))
+        self.net = net
+        self.params = list(self.adapter.parameters_adapted.values())
+
+    def __call__(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            logits = self.net(x)
+            torch.autograd.grad(tta.losses.entropy(logits).mean(), self.params)
+        return logits.detach()
+
+
+class Bench:
+    """Measures one setting; checked when it is made, done by `execute`.
+
+    Args:
+        setting: A key of `SETTINGS`.
+        device: Where to measure.
+        rounds: How often each recipe has its turn; at least 1, and 50 for a figure to publish.
+        recipes: Some of the setting's; default all.
+        memory: Also start one process per recipe for its peak of memory.
+        output: A JSON-lines file that the result is appended to.
+        quiet: Print nothing but the table.
+    """
+
+    def __init__(
+        self,
+        setting: str,
+        device: torch.device,
+        rounds: int = 50,
+        recipes: tuple[str, ...] = (),
+        memory: bool = True,
+        output: Path | None = None,
+        quiet: bool = False,
+    ) -> None:
+        if setting not in SETTINGS:
+            raise ValueError(
+                f"`setting` must be one of the bench's, got {setting!r}: "
+                + nearest(setting, SETTINGS)
+            )
+        if rounds < 1:
+            raise ValueError(f"`rounds` must be at least 1, got {rounds}: pass 50 or more")
+        known = SETTINGS[setting].recipes
+        for recipe in recipes:
+            if recipe not in known:
+                raise ValueError(
+                    f"`recipes` must be measured in {setting}, got {recipe!r}: "
+                    + nearest(recipe, known)
+                )
+        self.name, self.setting, self.device = setting, SETTINGS[setting], device
+        self.rounds, self.memory, self.output = rounds, memory, output
+        self.recipes = tuple(recipes) or known
+        self.progress = Progress(rounds + WARM_UP, quiet)
+
+    def execute(self) -> dict[str, Any]:
+        """Measure, print the table and append the result to the output; returns it."""
+        names = ("plain", TWIN, *self.recipes)
+        subjects = {n: _subject(self.setting, n, self.device) for n in names}
+        times: dict[str, list[float]] = {n: [] for n in names}
+        inside: dict[str, list[float]] = {n: [] for n in names}
+        for turn in range(self.rounds + WARM_UP):
+            x = _batch(self.setting, turn, self.device)
+            first = turn % len(names)  # nobody always follows the same neighbour
+            for name in (*names[first:], *names[:first]):
+                seconds, passes = _timed(subjects[name], x, self.device)
+                if turn >= WARM_UP:
+                    times[name].append(seconds)
+                    inside[name].append(passes)
+            self.progress.advance(1, f"round {turn + 1}")
+        flops = {n: _passes(s, _batch(self.setting, 999, self.device)) for n, s in subjects.items()}
+        memory = {n: _peak_memory(self.name, n, self.device) for n in names if self.memory}
+        plain = statistics.median(times["plain"])
+        rows = [
+            {
+                "recipe": name,
+                "ratio": statistics.median(times[name]) / plain,
+                "forwards": flops[name][0] / flops["plain"][0],
+                "backwards": flops[name][1] / flops["plain"][0],
+                "outside": _share_outside(times[name], inside[name]),
+                "megabytes": memory.get(name),
+            }
+            for name in names
+        ]
+        result = {
+            "setting": self.name,
+            "date": date.today().isoformat(),
+            "batch": self.setting.batch,
+            "size": self.setting.size,
+            "rounds": self.rounds,
+            "device": str(self.device),
+            "plain_seconds": plain,
+            "rows": rows,
+            **describe_environment(),
+        }
+        self.progress.clear()
+        print(render_bench(result), flush=True)
+        if self.output is not None:
+            self.output.parent.mkdir(parents=True, exist_ok=True)
+            with self.output.open("a") as file:
+                file.write(json.dumps(result) + "\n")
+        return result
+
+
+def _batch(setting: Setting, seed: int, device: torch.device) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (setting.batch, 3, setting.size, setting.size)
+    return torch.rand(shape, generator=generator).to(device)
+
+
+def _subject(setting: Setting, name: str, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """A callable on batches: the plain network in eval mode, or the recipe around it."""
+    torch.manual_seed(0)
+    net = setting.make().eval().to(device)
+    if name in ("plain", TWIN):
+        return net
+    if name == BARE:
+        return Bare(net)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of presets for another number of classes
+        return tta.wrap(net, name, **_arguments(setting, name, net, device))
+
+
+def _arguments(setting: Setting, name: str, net: nn.Module, device: torch.device) -> dict[str, Any]:
+    x = _batch(setting, 1000, device)
+    if name in ("eata", "sar"):
+        config: dict[str, Any] = {"entropy_margin": 10.0}  # all samples, on BatchNorm
+        if not tta.norm.batch_norm_layers(net):
+            with torch.no_grad():
+                entropy = tta.losses.entropy(net(x))
+            ceiling = torch.tensor(float(tta.classifier.num_classes(net))).log()
+            config["entropy_margin"] = float(entropy.quantile(KEPT) / ceiling)
+        if name == "sar":
+            return config | {"reset_threshold": 0.0}
+        fisher = {n: torch.ones_like(p) for n, p in tta.params.select(net, "norm").items()}
+        return config | {"redundancy_margin": 10.0, "source": tta.SourceStatistics(fisher=fisher)}
+    if name == "adanpc":
+        width, classes = tta.classifier.feature_size(net), tta.classifier.num_classes(net)
+        generator = torch.Generator().manual_seed(0)
+        features = torch.randn(MEMORY_FEATURES, width, generator=generator)
+        labels = torch.randint(classes, (MEMORY_FEATURES,), generator=generator)
+        source = tta.SourceStatistics(features=features, feature_labels=labels)
+        return {"source": source, "capacity": 2 * MEMORY_FEATURES}
+    pixels = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+    if name == "petal":
+        mean = {n: p.detach().clone() for n, p in net.named_parameters()}
+        variance = {n: torch.full_like(p, 1e-4) for n, p in mean.items()}
+        source = tta.SourceStatistics(posterior_mean=mean, posterior_variance=variance)
+        return {**pixels, "source": source}
+    if name == "rmt":
+        labels = torch.arange(len(x)) % tta.classifier.num_classes(net)
+        return {**pixels, "source": [(x.cpu(), labels)], "warmup_samples": 0}
+    return pixels if name == "cotta" else {}
+
+
+def _timed(
+    subject: Callable[[Tensor], Tensor], x: Tensor, device: torch.device
+) -> tuple[float, float]:
+    """Seconds of one call, and of these how many inside network passes."""
+    passes = _Passes(device)
+    with torch.no_grad(), passes:
+        _wait(device)
+        started = time.perf_counter()
+        subject(x)
+        _wait(device)
+        return time.perf_counter() - started, passes.seconds
+
+
+class _Passes:
+    """Adds up the time inside forward passes of a backbone and inside backward passes."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds, self.device = 0.0, device
+        self._originals = (Backbone.__call__, Tensor.backward, torch.autograd.grad)
+
+    def _counted(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            _wait(self.device)
+            started = time.perf_counter()
+            result = function(*args, **kwargs)
+            _wait(self.device)
+            self.seconds += time.perf_counter() - started
+            return result
+
+        return call
+
+    def __enter__(self) -> _Passes:
+        forward, backward, grad = map(self._counted, self._originals)
+        Backbone.__call__, Tensor.backward, torch.autograd.grad = forward, backward, grad
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        Backbone.__call__, Tensor.backward, torch.autograd.grad = self._originals
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _passes(subject: Callable[[Tensor], Tensor], x: Tensor) -> tuple[int, int]:
+    """FLOPs of forward and of backward operations of one call."""
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        subject(x)
+    counts = counter.get_flop_counts()["Global"]
+    backward = sum(v for op, v in counts.items() if "backward" in str(op))
+    return sum(counts.values()) - backward, backward
+
+
+def _share_outside(seconds: list[float], inside: list[float]) -> float | None:
+    if not any(inside):
+        return None
+    return statistics.median(1 - i / s for s, i in zip(seconds, inside, strict=True))
+
+
+def _peak_memory(setting: str, name: str, device: torch.device) -> float:
+    """Megabytes at the peak of three calls, above what the process held before the network."""
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1) as pool:
+        return pool.apply(_peak, (setting, name, str(device)))
+
+
+def _peak(setting: str, name: str, device_name: str) -> float:
+    device = torch.device(device_name)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    subject = _subject(SETTINGS[setting], name, device)
+    with torch.no_grad():
+        for seed in range(3):
+            subject(_batch(SETTINGS[setting], seed, device))
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10
+
+
+def render_bench(result: dict[str, Any]) -> str:
+    """One setting's result as Markdown."""
+    hardware, versions = result["hardware"], result["versions"]
+    where = ", ".join(hardware["gpus"]) if result["device"] != "cpu" else hardware["cpu"]
+    lines = [
+        f"### {result['setting']}: batch {result['batch']} of {result['size']} x {result['size']}",
+        "",
+        f"{result['date']}, {where}, {hardware['torch_threads']} threads, torch "
+        f"{versions['torch']}, {result['rounds']} rounds; one plain forward takes "
+        f"{1000 * result['plain_seconds']:.1f} ms.",
+        "",
+        "| recipe | time / plain | forwards | backwards | outside the network | peak memory (MB) |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in result["rows"]:
+        outside = "" if row["outside"] is None else f"{100 * row['outside']:.0f} %"
+        memory = "" if row["megabytes"] is None else f"{row['megabytes']:.0f}"
+        lines.append(
+            f"| {row['recipe']} | {row['ratio']:.2f} | {row['forwards']:.2f} | "
+            f"{row['backwards']:.2f} | {outside} | {memory} |"
+        )
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,306 @@
+"""``python -m experiments zoo``: every recipe on one network of every kind that libraries have.
+
+Of each module of timm the smallest classifier, and the smallest with each kind of norm layer in
+that module; all classifiers of torchvision. Weights are random, images as small as the network
+takes. A recipe either adapts (finite logits of the model's shape, what should move has moved, the
+model comes back bit for bit) or refuses for a reason that the documentation has. Results are lines
+of a file, and what is there is not measured again.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torchvision
+from torch import Tensor, nn
+
+import tta
+from experiments.progress import Progress
+from tta.classifier import find_classifier
+from tta.params import is_norm
+from tta.registry import component
+
+__all__ = ["REASONS", "Zoo", "candidates", "examine", "render_zoo"]
+
+SIZES = (32, 64, 96, 128, 160, 192, 224, 240, 256, 288, 299, 320, 384, 448, 512, 518)
+BATCH = 2
+
+# Why a recipe may refuse a network, by what its sentence says.
+REASONS = {
+    "no BatchNorm": r"`norm`=.* must find BatchNorm layers",
+    "no statistics": r"`norm`=.* must find running statistics",
+    "nothing to train": r"`params`=.* must match at least one parameter",
+    "all left out": r"`params`=.* must leave .* something to train",
+    "no classifier": r"`model` must (be a classifier|have a classifier|return logits of shape)",
+    "several outputs": r"`model` must return one tensor",
+}
+
+# Thresholds that random weights pass, and as little work as shows that all of it runs.
+LOOSE: dict[str, dict[str, Any]] = {
+    "norm": {},
+    "update": {
+        "entropy_margin": 10.0,
+        "redundancy_margin": 10.0,
+        "confidence_threshold": 10.0,
+        "views": 2,
+        "warmup_samples": 0,
+        "posterior_epochs": 2,
+        "reset_threshold": 0.0,
+        "plpd_threshold": -1.0,
+        "update_every": BATCH,
+    },
+    "output": {"confidence_threshold": 0.0},
+}
+
+
+class Zoo:
+    """Examines networks one by one; checked when it is made, done by `execute`.
+
+    Args:
+        output: JSON-lines file, a line for each network; read first and appended to.
+        match: Only networks whose name, such as ``timm:resnet18``, fits this pattern.
+        recipes: Names as `tta.wrap` takes them; default all components.
+        page: Where the results go as a Markdown page, if anywhere.
+        quiet: Print nothing but the totals.
+    """
+
+    def __init__(
+        self,
+        output: Path,
+        match: str = "*",
+        recipes: Sequence[str] = (),
+        page: Path | None = None,
+        quiet: bool = False,
+    ) -> None:
+        for recipe in recipes:
+            tta.get_config(recipe)
+        self.output, self.match, self.page, self.quiet = output, match, page, quiet
+        self.recipes = tuple(recipes) or tuple(tta.list_methods())
+
+    def execute(self) -> list[dict[str, Any]]:
+        """Examine what the file does not have yet; returns all its lines."""
+        results = _read(self.output)
+        names = [n for n in candidates(self.output.with_suffix(".names.json")) if self._wanted(n)]
+        progress = Progress(len(names), self.quiet)
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            done = results.get(name, {"recipes": {}})["recipes"]
+            if missing := [r for r in self.recipes if r not in done]:
+                line = examine(name, missing)
+                with self.output.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+                results[name] = line | {"recipes": done | line["recipes"]}
+            progress.advance(1, name)
+        progress.clear()
+        lines = list(results.values())
+        print(_totals(lines), flush=True)
+        if self.page is not None:
+            self.page.write_text(render_zoo(lines))
+        return lines
+
+    def _wanted(self, name: str) -> bool:
+        return fnmatch(name, self.match)
+
+
+def candidates(cache: Path | None = None) -> list[str]:
+    """Names of the networks, ``timm:`` and then ``torchvision:``, from a file if it is there."""
+    if cache is not None and cache.is_file():
+        return json.loads(cache.read_text())
+    smallest: dict[tuple[str, str], tuple[int, str]] = {}
+    for name in timm.list_models():
+        with warnings.catch_warnings(), torch.device("meta"):
+            warnings.simplefilter("ignore")
+            try:
+                net = timm.create_model(name)
+            except Exception:  # some cannot be made on the meta device: measured by a sibling
+                continue
+        module = type(net).__module__
+        size = sum(p.numel() for p in net.parameters())
+        for kind in ("", *{type(m).__name__ for m in net.modules() if _norm_like(m)}):
+            smallest[module, kind] = min(smallest.get((module, kind), (size, name)), (size, name))
+    names = sorted({f"timm:{name}" for _, name in smallest.values()})
+    names += [f"torchvision:{n}" for n in torchvision.models.list_models(module=torchvision.models)]
+    if cache is not None:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        cache.write_text(json.dumps(names, indent=1) + "\n")
+    return names
+
+
+def _norm_like(module: nn.Module) -> bool:
+    """As `is_norm`, and those without affine parameters."""
+    leaf = next(module.children(), None) is None
+    return is_norm(module) or (leaf and "Norm" in type(module).__name__)
+
+
+def examine(name: str, recipes: Iterable[str]) -> dict[str, Any]:
+    """What every recipe does with one network.
+
+    Args:
+        name: ``timm:NAME`` or ``torchvision:NAME``.
+        recipes: Names as `tta.wrap` takes them.
+
+    Returns:
+        ``model``, ``size`` of the images, ``norms`` by kind, and ``recipes``: for each "adapts", a
+        key of `REASONS`, or another sentence, which is a fault.
+    """
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        net, size = _smallest(name)
+        line: dict[str, Any] = {"model": name, "size": size, "norms": _norms(net), "recipes": {}}
+        _give_the_head_weights(net)
+        for recipe in recipes:
+            line["recipes"][recipe] = _try(net, size, recipe)
+    return line
+
+
+def _make(name: str, size: int) -> nn.Module:
+    library, _, rest = name.partition(":")
+    if library == "torchvision":
+        return torchvision.models.get_model(rest, weights=None, num_classes=10).eval()
+    try:
+        return timm.create_model(rest, num_classes=10, img_size=size).eval()
+    except TypeError:  # takes images of any size, or of one size only
+        return timm.create_model(rest, num_classes=10).eval()
+
+
+def _smallest(name: str) -> tuple[nn.Module, int]:
+    """The network with the smallest image that it takes."""
+    net, error = _make(name, 224), None
+    flexible = "img_size" not in _complaint(lambda: net(torch.zeros(1, 3, 1, 1)))
+    for size in SIZES:
+        try:
+            net = net if flexible else _make(name, size)
+            with torch.no_grad():
+                logits = net(_images(0, size))
+            if isinstance(logits, Tensor) and not logits.isfinite().all():
+                continue
+            return net, size
+        except Exception as problem:  # whatever a network raises on a size that it does not take
+            error = problem
+            if flexible and size == SIZES[-1]:
+                break
+            net = _make(name, size) if not flexible else net
+    raise RuntimeError(f"{name} takes no square image up to {SIZES[-1]}: {error}")
+
+
+def _complaint(call: Callable[[], Any]) -> str:
+    try:
+        call()
+    except Exception as problem:
+        return str(problem)
+    return ""
+
+
+def _images(seed: int, size: int) -> Tensor:
+    return torch.rand(BATCH, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def _norms(net: nn.Module) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for module in net.modules():
+        if _norm_like(module):
+            kind = type(module).__name__
+            found[kind] = found.get(kind, 0) + 1
+    return found
+
+
+def _give_the_head_weights(net: nn.Module) -> None:
+    """Many libraries start the classifier at zero, where every gradient is zero too."""
+    for module in find_classifier(net).modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            nn.init.normal_(module.weight, 0.0, 0.05)
+
+
+def _try(net: nn.Module, size: int, recipe: str) -> str:
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    flags = [(m, m.training) for m in net.modules()]
+    try:
+        said = _adapt(net, size, recipe)
+    except (ValueError, TypeError) as refusal:
+        text = str(refusal)
+        said = next((r for r, words in REASONS.items() if re.search(words, text)), text)
+    except Exception as fault:
+        said = f"{type(fault).__name__}: {fault}".splitlines()[0][:300]
+    after = net.state_dict()
+    if list(after) != list(before) or not all(torch.equal(before[k], after[k]) for k in before):
+        return "not given back bit for bit"
+    if flags != [(m, m.training) for m in net.modules()]:
+        return "not given back with its flags"
+    return said
+
+
+def _adapt(net: nn.Module, size: int, recipe: str) -> str:
+    config, loose = tta.get_config(recipe), LOOSE.get(component(recipe).slot, {})
+    fields = {k: v for k, v in loose.items() if k in config.to_dict()}
+    labels = torch.arange(BATCH) % 10
+    adapter = tta.wrap(
+        net,
+        config.replace(**fields) if fields else recipe,
+        source=[(_images(100 + i, size), labels + i) for i in range(2)],
+        mean=(0.0, 0.0, 0.0),
+        std=(1.0, 1.0, 1.0),
+    )
+    try:
+        with torch.no_grad():
+            before = adapter.state()
+            for seed in range(2):
+                logits = adapter(_images(seed, size))
+                if logits.shape != (BATCH, 10) or not logits.isfinite().all():
+                    return "logits are not finite"
+            after = adapter.state()
+        moves = {k for k in before if k != "rng" and not k.startswith("optim/")}
+        moved = any(not torch.equal(before[k].nan_to_num(), after[k].nan_to_num()) for k in moves)
+        return "adapts" if moved or not moves else "nothing moved"
+    finally:
+        adapter.unwrap()
+
+
+def _read(path: Path) -> dict[str, dict[str, Any]]:
+    """The results by network, put together of all lines; a half-written last one is cut off."""
+    results: dict[str, dict[str, Any]] = {}
+    text = path.read_text() if path.is_file() else ""
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        path.write_text(whole)
+    for line in map(json.loads, whole.splitlines()):
+        done = results.get(line["model"], {"recipes": {}})["recipes"]
+        results[line["model"]] = line | {"recipes": done | line["recipes"]}
+    return results
+
+
+def _outcomes(lines: Sequence[dict[str, Any]]) -> list[str]:
+    return [said for line in lines for said in line["recipes"].values()]
+
+
+def _totals(lines: Sequence[dict[str, Any]]) -> str:
+    said = _outcomes(lines)
+    refused = {reason: said.count(reason) for reason in REASONS if reason in said}
+    faults = len(said) - said.count("adapts") - sum(refused.values())
+    parts = [f"{said.count('adapts')} adapt", *(f"{n} refuse ({r})" for r, n in refused.items())]
+    return f"{len(lines)} networks, {len(said)} runs: {', '.join(parts)}, {faults} unexplained"
+
+
+def render_zoo(lines: Sequence[dict[str, Any]]) -> str:
+    """The lines as a Markdown table: a row for each network, a column for each recipe."""
+    recipes = list(dict.fromkeys(r for line in lines for r in line["recipes"]))
+    letters = {reason: chr(ord("a") + i) for i, reason in enumerate(REASONS)}
+    rows = [f"| network | size | norm layers | {' | '.join(recipes)} |"]
+    rows.append("|---|---:|---|" + ":-:|" * len(recipes))
+    for line in sorted(lines, key=lambda line: line["model"]):
+        norms = ", ".join(f"{count} {kind}" for kind, count in line["norms"].items()) or "none"
+        cells = [line["recipes"].get(r, "-") for r in recipes]
+        shown = ["+" if c == "adapts" else letters.get(c, f"**{c}**") for c in cells]
+        rows.append(f"| {line['model']} | {line['size']} | {norms} | {' | '.join(shown)} |")
+    legend = ["", "`+` adapts; refused: " + ", ".join(f"`{v}` {k}" for k, v in letters.items())]
+    head = ["# Networks", "", "<!-- Written by `python -m experiments zoo --page`. -->", ""]
+    about = (__doc__ or "").partition("\n\n")[2].strip()
+    return "\n".join([*head, about, "", _totals(lines) + ".", "", *rows, *legend]) + "\n"

@@ -1,0 +1,165 @@
+"""Source batches and artefacts that cannot be used are refused in one sentence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import tta
+from tests.contract.cases import images, source_batches
+from tests.nets import tiny
+from tests.refusals import refused, state_of
+
+NAN, INF = float("nan"), float("inf")
+
+
+def pair(x: Any = None, y: Any = None) -> tuple[Any, Any]:
+    return images(0) if x is None else x, torch.zeros(8, dtype=torch.int64) if y is None else y
+
+
+BATCHES = [
+    (TypeError, r"pairs \(images, labels\), but batch 1 is a Tensor", [pair(), images(0)]),
+    (TypeError, r"batch 0 is a tuple of 3", [(*pair(), 1)]),
+    (TypeError, r"batch 0 is a str", ["ab"]),
+    (TypeError, r"batch 0 has images.*floating point, got torch.uint8", [pair(images(0).byte())]),
+    (TypeError, r"batch 0 has images.*must be a tensor, got list", [pair([1.0])]),
+    (ValueError, r"a batch has images.*3 channels, got shape", [pair(torch.rand(8, 1, 32, 32))]),
+    (ValueError, r"a batch has images.*4 axes", [pair(torch.rand(8, 3, 32))]),
+    (ValueError, r"batch 0 has images.*at least one", [pair(torch.rand(0, 3, 32, 32))]),
+    (TypeError, r"labels of list: pass class numbers", [pair(y=[0] * 8)]),
+    (TypeError, r"labels of torch.float32", [pair(y=torch.zeros(8))]),
+    (ValueError, r"labels of shape \(7,\) for 8 images", [pair(y=torch.zeros(7).long())]),
+    (ValueError, r"labels of shape \(8, 10\)", [pair(y=torch.zeros(8, 10).long())]),
+    (ValueError, r"labels from 3 to 10, and this model has 10", [pair(y=torch.arange(8) + 3)]),
+    (ValueError, r"labels from -1 to", [pair(y=torch.arange(8) - 1)]),
+    (ValueError, r"batch", []),
+]
+
+
+class Loader:
+    """What a data loader is to us: read in passes, without a length."""
+
+    def __init__(self, batches: Any) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Any:
+        return iter(self.batches)
+
+
+@pytest.mark.parametrize("kind", [list, Loader])
+@pytest.mark.parametrize("method", ["petal", "rmt", "adanpc", "eata"])
+@pytest.mark.parametrize(("error", "words", "batches"), BATCHES)
+def test_source_batches(error, words, batches, method, kind) -> None:
+    net = tiny("bn")
+    before = state_of(net)
+    more = {} if method in ("eata", "adanpc") else {"mean": (0.0,), "std": (1.0,)}
+
+    def call() -> None:
+        tta.wrap(net, f"{method}.cifar10", source=kind(batches), **more)
+
+    if (method == "eata" and "labels of" in words) or (method == "eata" and "labels from" in words):
+        call()  # its Fisher information is of pseudo-labels
+        return
+    assert "`source`" in refused(error, words, call)
+    after = state_of(net)
+    assert all(map(torch.equal, before[0], after[0])) and before[1:] == after[1:]
+
+
+def test_a_method_that_takes_nothing_of_the_source_reads_no_batch() -> None:
+    tta.wrap(tiny("bn"), "tent.cifar10", source=Loader(None))
+
+
+FISHER = {n: torch.ones_like(p) for n, p in tiny("bn").named_parameters()}
+NAME = "layer1.1.weight"
+STATISTICS = [
+    (TypeError, r"`fisher` must be a dict of tensors.* got Tensor", {"fisher": torch.ones(3)}),
+    (TypeError, r"`fisher` .* got float under", {"fisher": FISHER | {NAME: 1.0}}),
+    (TypeError, r"`fisher` .* got Tensor under 3", {"fisher": {3: torch.ones(3)}}),
+    (ValueError, r"`fisher` .* got NaN .*'layer1", {"fisher": {NAME: torch.tensor([NAN] * 4)}}),
+    (ValueError, r"`fisher` .* got negative values", {"fisher": {NAME: -torch.ones(4)}}),
+    (ValueError, r"`posterior_mean` .* got NaN", {"posterior_mean": {"a": torch.tensor(INF)}}),
+    (TypeError, r"`prototypes` must be a tensor of shape \(C, D\), got list", {"prototypes": []}),
+    (ValueError, r"`prototypes` .* got shape \(3,\)", {"prototypes": torch.ones(3)}),
+    (ValueError, r"`prototypes` must be finite", {"prototypes": torch.full((2, 2), INF)}),
+    (ValueError, r"`features` must be finite", {"features": torch.full((2, 2), NAN)}),
+    (TypeError, r"`feature_labels` .* torch.float32", {"feature_labels": torch.ones(2)}),
+    (ValueError, r"`feature_labels` must come together", {"features": torch.ones(2, 2)}),
+    (TypeError, r"`batches` must be an iterable .* got int", {"batches": 3}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("error", "words", "fields"), STATISTICS)
+def test_source_statistics(error, words, fields) -> None:
+    refused(error, words, lambda: tta.SourceStatistics(**fields))
+
+
+@pytest.mark.parametrize(
+    ("words", "fisher"),
+    [
+        (r"'layer1.1.weight' of shape \(4,\), got \(8,\)", FISHER | {NAME: torch.ones(8)}),
+        (r"got 'layer9.weight': did you mean .*Known: layer1", {"layer9.weight": torch.ones(4)}),
+        (r"'layer1.1.weight' is missing", {k: v for k, v in FISHER.items() if k != NAME}),
+    ],
+)
+def test_a_fisher_that_is_not_this_models(words, fisher) -> None:
+    net = tiny("bn")
+    given = tta.SourceStatistics(fisher=fisher)
+    text = refused(ValueError, words, lambda: tta.wrap(net, "eata.cifar10", source=given))
+    assert "`source.fisher`" in text
+    tta.wrap(net, "source")
+
+
+def test_a_first_row_of_another_model() -> None:
+    given = tta.SourceStatistics(
+        features=torch.ones(2, 8), feature_labels=torch.arange(2), memory_init=torch.ones(3)
+    )
+    words = r"`source.memory_init` must be of shape \(8,\).*got \(3,\)"
+    refused(ValueError, words, lambda: tta.wrap(tiny("bn"), "adanpc.domainbed", source=given))
+
+
+def test_statistics_from_files(tmp_path: Path) -> None:
+    load = tta.SourceStatistics.load
+    refused(TypeError, r"`path` must be a path, got None", lambda: load(None))  # type: ignore[arg-type]
+    refused(FileNotFoundError, r"`path` .* is not there", lambda: load(tmp_path / "no"))
+    refused(FileNotFoundError, r"`path` .* is not there", lambda: load(tmp_path))
+    junk = tmp_path / "junk.safetensors"
+    junk.write_bytes(b"junk" * 100)
+    refused(ValueError, r"`path` .* no whole safetensors file", lambda: load(junk))
+    for key in ("fisher", "features/a", "batches", "fishre/a"):
+        save_file({key: torch.ones(2, 2)}, junk)
+        refused(ValueError, rf"`path` .* holds '{key}'.*Known: ", lambda: load(junk))
+    statistics = tta.SourceStatistics(fisher=FISHER)
+    refused(TypeError, r"`path`", lambda: statistics.save(3))  # type: ignore[arg-type]
+    refused(FileNotFoundError, r"`path` .* folder", lambda: statistics.save(tmp_path / "a" / "b"))
+    statistics.save(junk)
+    assert load(junk).contents == ["fisher"]
+    junk.write_bytes(junk.read_bytes()[:-8])
+    refused(ValueError, r"`path` .* no whole safetensors file", lambda: load(junk))
+
+
+COLLECT = [
+    (ValueError, r"unknown method 'a'", source_batches(), "a"),
+    (ValueError, r"unknown method 'a'", source_batches(), ["a"]),
+    (TypeError, r"`for_methods` must be a list of names, got 3", source_batches(), 3),
+    (TypeError, r"`for_methods` .* got \[3\]", source_batches(), [3]),
+    (ValueError, r"`for_methods` must name at least one method", source_batches(), []),
+    (ValueError, r"`source` must hold at least one batch", [], ["eata"]),
+    (TypeError, r"`loader` must be an iterable .* got NoneType", None, ["eata"]),
+    (TypeError, r"`loader` must be an iterable .* got Tensor", images(0), ["eata"]),
+    (TypeError, r"batch 0 is a Tensor", [images(0)], ["eata"]),
+]
+
+
+@pytest.mark.parametrize(("error", "words", "loader", "methods"), COLLECT)
+def test_collect_source(error, words, loader, methods) -> None:
+    net = tiny("bn")
+    before = state_of(net)
+    with pytest.raises(error, match=words) as caught:
+        tta.collect_source(net, loader, methods)
+    assert "\n" not in str(caught.value)
+    assert all(map(torch.equal, before[0], state_of(net)[0]))
+    tta.wrap(net, "source")

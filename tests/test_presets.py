@@ -1,0 +1,161 @@
+"""Presets say what the papers' settings are, with learning rates for any batch size."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+import tta
+from tests.nets import tiny
+from tta.config import UpdateConfig
+from tta.registry import component
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*preset, made for:UserWarning")
+
+SGD = {"optimizer": "sgd", "momentum": 0.9, "nesterov": False, "weight_decay": 0.0, "steps": 1}
+NESTEROV = SGD | {"nesterov": True}
+ADAM = {"optimizer": "adam", "lr": 1e-3, "betas": (0.9, 0.999), "weight_decay": 0.0, "steps": 1}
+ADAM_200 = ADAM | {"lr_batch_size": 200}
+RESNET = SGD | {"lr": 2.5e-4, "lr_batch_size": 64, "lr_scaling": "small_batch"}
+VIT = SGD | {"lr": 1e-3, "lr_batch_size": 64, "lr_scaling": "linear"}
+EATA = {"entropy_margin": 0.4}
+SAR = {"entropy_margin": 0.4, "rho": 0.05, "reset_threshold": 0.2}
+COTTA = {"teacher_momentum": 0.999, "views": 32}
+COTTA_CIFAR = ADAM_200 | COTTA | {"restore_probability": 0.01, "symmetric_loss": False}
+COTTA_IMAGENET = (
+    NESTEROV
+    | COTTA
+    | {
+        "lr": 0.01,
+        "restore_probability": 0.001,
+        "confidence_threshold": 0.1,
+        "symmetric_loss": True,
+    }
+)
+PETAL = {"damping": 1e-6, "restore": "fisher"}
+PETAL_CIFAR = PETAL | {"prior_weight": 1e-9, "restore_quantile": 0.03}
+RMT = {
+    "teacher_momentum": 0.999,
+    "temperature": 0.1,
+    "projection_dim": 128,
+    "weight_source": 1.0,
+    "weight_target": 1.0,
+    "weight_contrastive": 1.0,
+    "warmup_samples": 50_000,
+}
+DEYO = {"entropy_margin": 0.5, "weight_margin": 0.4, "patches": 4, "destroy": "patch"}
+ROTTA = {"memory_size": 64, "update_every": 64, "teacher_momentum": 0.999, "lr_batch_size": 64}
+ROID = {"probs_momentum": 0.9, "source_momentum": 0.99, "temperature": 1 / 3}
+SHEETS: dict[str, dict[str, Any]] = {
+    "tent.imagenet": RESNET,
+    "tent.imagenet_vit": VIT,
+    "tent.cifar10": ADAM_200,
+    "tent.cifar100": ADAM_200,
+    "eata.imagenet": RESNET | EATA | {"redundancy_margin": 0.05, "fisher_weight": 2000.0},
+    "eata.imagenet_vit": VIT | EATA | {"redundancy_margin": 0.05, "fisher_weight": 2000.0},
+    "eata.cifar10": SGD | EATA | {"lr": 0.005, "redundancy_margin": 0.4, "fisher_weight": 1.0},
+    "eata.cifar100": ADAM_200 | EATA | {"redundancy_margin": 0.1, "fisher_weight": 1.0},
+    "eta.imagenet": RESNET | EATA | {"redundancy_margin": 0.05, "fisher_weight": 0.0},
+    "eta.imagenet_vit": VIT | EATA | {"redundancy_margin": 0.05, "fisher_weight": 0.0},
+    "eta.cifar10": SGD | EATA | {"lr": 0.005, "redundancy_margin": 0.4, "fisher_weight": 0.0},
+    "eta.cifar100": ADAM_200 | EATA | {"redundancy_margin": 0.1, "fisher_weight": 0.0},
+    "rdumb.imagenet": RESNET | EATA | {"redundancy_margin": 0.05, "reset_every": 1000},
+    "rdumb.cifar10": ADAM_200 | EATA | {"redundancy_margin": 0.4, "reset_every": 1000},
+    "rdumb.cifar100": ADAM_200 | EATA | {"redundancy_margin": 0.4, "reset_every": 1000},
+    "sar.imagenet": RESNET | SAR,
+    "sar.imagenet_vit": VIT | SAR,
+    "sar.cifar10": SGD | SAR | {"lr": 1e-3, "lr_batch_size": 200},
+    "sar.cifar100": SGD | SAR | {"lr": 1e-3, "lr_batch_size": 200},
+    "cotta.imagenet": COTTA_IMAGENET,
+    "cotta.cifar10": COTTA_CIFAR | {"confidence_threshold": 0.92},
+    "cotta.cifar100": COTTA_CIFAR | {"confidence_threshold": 0.72},
+    "petal.imagenet": COTTA_IMAGENET | PETAL | {"prior_weight": 1e-11, "restore_quantile": 0.003},
+    "petal.cifar10": COTTA_CIFAR | PETAL_CIFAR | {"confidence_threshold": 0.92},
+    "petal.cifar100": COTTA_CIFAR | PETAL_CIFAR | {"confidence_threshold": 0.72},
+    "rmt.imagenet": NESTEROV | RMT | {"lr": 0.01, "lr_batch_size": 64},
+    "rmt.cifar10": ADAM_200 | RMT,
+    "rmt.cifar100": ADAM_200 | RMT,
+    "rmt.domainnet126": NESTEROV | RMT | {"lr": 0.01, "lr_batch_size": 128, "projection_dim": 0},
+    "roid.imagenet": NESTEROV | ROID | {"lr": 2.5e-4, "lr_batch_size": 64},
+    "roid.cifar10": ADAM_200 | ROID,
+    "roid.cifar100": ADAM_200 | ROID,
+    "rotta.imagenet": ADAM | ROTTA,
+    "rotta.cifar10": ADAM | ROTTA,
+    "rotta.cifar100": ADAM | ROTTA,
+    "deyo.imagenet": RESNET | DEYO | {"plpd_threshold": 0.3},
+    "deyo.imagenet_wild": RESNET | DEYO | {"plpd_threshold": 0.2},
+    "deyo.imagenet_vit": VIT | DEYO | {"plpd_threshold": 0.2},
+    "deyo.waterbirds": RESNET | DEYO | {"plpd_threshold": 0.5},
+    "deyo.coloredmnist": RESNET
+    | DEYO
+    | {"lr": 5 * 2.5e-4, "plpd_threshold": 0.5, "entropy_margin": 1.0, "weight_margin": 1.0},
+    "deyo.cifar10": ADAM_200 | DEYO | {"plpd_threshold": 0.2},
+    "deyo.cifar100": ADAM_200 | DEYO | {"plpd_threshold": 0.2},
+    "cafa.imagenet": SGD | {"lr": 2.5e-4, "shrinkage": 1e-3},
+    "cafa.cifar10": ADAM_200,
+    "cafa.cifar100": ADAM_200,
+    "core.imagenet": SGD | {"lr": 2.5e-4},
+    "core.cifar10": ADAM_200,
+    "core.cifar100": ADAM_200,
+    "unmix_tns.imagenet": {"components": 16, "batch_size_max": 16, "update_lr": 2.5e-6},
+    "unmix_tns.cifar10": {"components": 16, "batch_size_max": 64, "update_lr": 1e-5},
+    "unmix_tns.cifar100": {"components": 16, "batch_size_max": 64, "update_lr": 1e-5},
+    "unmix_tns.domainnet126": {"components": 16, "batch_size_max": 64, "update_lr": None},
+    "unmix_tns.imagenet_mixed": {"components": 128, "batch_size_max": 16, "update_lr": 2.5e-6},
+    "unmix_tns.cifar10_mixed": {"components": 128, "batch_size_max": 64, "update_lr": 1e-5},
+    "unmix_tns.cifar100_mixed": {"components": 128, "batch_size_max": 64, "update_lr": 1e-5},
+    "alpha_bn": {"source_weight": 0.9, "unbiased": True},
+    "robust_bn": {"batch_weight": 0.05},
+    "lame": {"affinity": "rbf", "neighbours": 5, "symmetric": False},
+    "adanpc.domainbed": {"neighbours": 100, "temperature": 0.1, "confidence_threshold": 0.1},
+}
+
+
+@pytest.mark.parametrize("name", SHEETS)
+def test_a_preset_is_what_the_sheet_says(name: str) -> None:
+    config = tta.get_config(name).to_dict()
+    expected = {k: list(v) if isinstance(v, tuple) else v for k, v in SHEETS[name].items()}
+    assert {k: config[k] for k in expected} == expected
+
+
+def test_every_preset_of_an_update_is_in_the_table() -> None:
+    known = {f"{n}.{tag}" for n in tta.list_methods(slot="update") for tag in component(n).PRESETS}
+    assert known == {n for n in SHEETS if "." in n and component(n.split(".")[0]).slot == "update"}
+
+
+@pytest.mark.parametrize("method", ["tent", "eta", "rdumb", "sar", "deyo"])
+@pytest.mark.parametrize("batch_size", [None, 64, 200, 32, 31, 16, 1])
+def test_rates_of_resnets_follow_the_scripts(method: str, batch_size: int | None) -> None:
+    """(2.5e-4 / 64) * B * 2 below 32 images; SAR's and DeYO's doubled again for one."""
+    rate = 2.5e-4
+    if batch_size is not None and batch_size < 32:
+        rate = 2.5e-4 / 64 * batch_size * 2
+    if batch_size == 1 and method in ("sar", "deyo"):
+        rate *= 2
+    assert _rate(f"{method}.imagenet", batch_size) == pytest.approx(rate)
+
+
+@pytest.mark.parametrize("method", ["tent", "eta", "sar", "deyo"])
+@pytest.mark.parametrize("batch_size", [None, 64, 128, 16, 1])
+def test_rates_of_transformers_follow_the_scripts(method: str, batch_size: int | None) -> None:
+    """(1e-3 / 64) * B; SAR's and DeYO's doubled for one."""
+    rate = 1e-3 / 64 * (batch_size or 64)
+    if batch_size == 1 and method in ("sar", "deyo"):
+        rate *= 2
+    assert _rate(f"{method}.imagenet_vit", batch_size) == pytest.approx(rate)
+
+
+@pytest.mark.parametrize("name", [n for n in SHEETS if n.endswith((".cifar10", ".cifar100"))])
+def test_rates_without_a_rule_stay(name: str) -> None:
+    config = tta.get_config(name)
+    if isinstance(config, UpdateConfig):
+        assert config.lr_scaling == "none"
+        assert config.scaled(1).lr == config.scaled(512).lr == config.lr
+
+
+def _rate(name: str, batch_size: int | None) -> float:
+    update = tta.wrap(tiny("gn"), name, batch_size=batch_size).config.update
+    assert isinstance(update, UpdateConfig) and math.isfinite(update.lr)
+    return update.lr

@@ -1,0 +1,162 @@
+"""Adapters on disk: damaged folders are refused, and a crash leaves a whole pair."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import tta
+import tta.state as disk
+from tests.contract.cases import images, source_batches
+from tests.nets import tiny
+from tests.refusals import refused
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    adapter = tta.wrap(tiny("bn"), "eata.cifar10", source=source_batches())
+    adapter(images(0))
+    tta.save(adapter, tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+def _edit(folder: Path, **changes: Any) -> None:
+    about = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(about | changes))
+
+
+DAMAGE = [
+    (r"config.json is cut off", lambda f: (f / "config.json").write_text('{"format": 1, "con')),
+    (r"config.json is cut off", lambda f: (f / "config.json").write_text("[1]")),
+    (r"config.json is cut off", lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x00")),
+    (r"config.json is cut off", lambda f: _edit(f, config=None)),
+    (r"config.json is cut off", lambda f: _edit(f, model="big")),
+    (r"must be of format 1, got 2", lambda f: _edit(f, format=2)),
+    (r"config of this version.*`updaet`", lambda f: _edit(f, config={"updaet": None})),
+    (r"config of this version.*`seed`", lambda f: _edit(f, config={"seed": "a"})),
+    (r"saved together", lambda f: _edit(f, pair="another")),
+    (r"safetensors is cut off", lambda f: (f / "adapter.safetensors").write_bytes(b"junk" * 50)),
+    (
+        r"safetensors is cut off",
+        lambda f: (f / "adapter.safetensors").write_bytes(
+            (f / "adapter.safetensors").read_bytes()[:-9]
+        ),
+    ),
+    (
+        r"safetensors is cut off",
+        lambda f: save_file({"other:x": torch.ones(2)}, f / "adapter.safetensors"),
+    ),
+]
+
+
+@pytest.mark.parametrize(("words", "damage"), DAMAGE)
+def test_load_of_damaged_folders(saved: Path, words, damage) -> None:
+    damage(saved)
+    net = tiny("bn")
+    assert "`folder`" in refused(ValueError, words, lambda: tta.load(net, saved))
+    tta.wrap(net, "source")
+
+
+@pytest.mark.parametrize(
+    ("words", "change"),
+    [
+        (r"constants of eata.*'fisher.layer1.1.bias' is missing", None),
+        (r"constants of eata.*size", torch.ones(9)),
+    ],
+)
+def test_load_of_other_constants(saved: Path, words, change) -> None:
+    from safetensors import safe_open
+
+    with safe_open(str(saved / "adapter.safetensors"), "pt") as file:
+        about, tensors = file.metadata(), {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+    key = "constant:update/fisher.layer1.1.bias"
+    del tensors[key]
+    tensors |= {} if change is None else {key: change}
+    save_file(tensors, saved / "adapter.safetensors", about)
+    net = tiny("bn")
+    refused(ValueError, words, lambda: tta.load(net, saved))
+    tta.wrap(net, "source")
+
+
+def test_folders_that_are_none(saved: Path) -> None:
+    load: Any = tta.load
+    for folder in (None, 3):
+        refused(TypeError, r"`folder` must be a path, got", lambda f=folder: load(tiny("bn"), f))
+    for folder in (saved / "no", saved.parent):
+        refused(FileNotFoundError, r"`folder`.*missing", lambda f=folder: load(tiny("bn"), f))
+    file = saved / "config.json"
+    adapter = tta.wrap(tiny("bn"), "source")
+    for call in (lambda: load(tiny("bn"), file), lambda: tta.save(adapter, file)):
+        refused(NotADirectoryError, r"`folder` must be a folder, got the file", call)
+    refused(TypeError, r"`folder` must be a path", lambda: tta.save(adapter, None))  # type: ignore[arg-type]
+    adapter.unwrap()
+    with pytest.raises(RuntimeError, match="unwrapped"):
+        tta.save(adapter, saved / "new")
+    assert not (saved / "new").exists()
+    (saved / "adapter.safetensors").unlink()
+    refused(FileNotFoundError, r"safetensors is missing", lambda: load(tiny("bn"), saved))
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("dies_at", range(4))
+def test_a_process_that_dies_while_saving_leaves_a_whole_pair(
+    tmp_path: Path, monkeypatch, dies_at: int, first: bool
+) -> None:
+    adapter = tta.wrap(tiny("bn"), "tent.cifar10")
+    old = adapter.state()
+    if not first:
+        tta.save(adapter, tmp_path)
+    adapter(images(0))
+    adapter.config = tta.AdapterConfig.from_dict(adapter.config.to_dict() | {"seed": 9})
+    done = 0
+
+    def step(real: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal done
+            if done == dies_at:
+                raise KeyboardInterrupt
+            done += 1
+            return real(*args, **kwargs)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(disk, "save_file", step(save_file))
+        patch.setattr(Path, "write_text", step(Path.write_text))
+        patch.setattr("os.replace", step(os.replace))
+        patch.setattr(Path, "unlink", lambda *_, **__: None)  # a dead process tidies nothing up
+        with pytest.raises(KeyboardInterrupt):
+            tta.save(adapter, tmp_path)
+    if first and dies_at < 3:
+        refused(FileNotFoundError, "missing", lambda: tta.load(tiny("bn"), tmp_path))
+        return
+    loaded = tta.load(tiny("bn"), tmp_path)
+    expected, seed = (adapter.state(), 9) if dies_at == 3 else (old, 0)
+    assert loaded.config.seed == seed
+    assert all(torch.equal(expected[k], v) for k, v in loaded.state().items())
+    tta.save(adapter, tmp_path)
+    assert tta.load(tiny("bn"), tmp_path).config.seed == 9
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter.safetensors", "config.json"]
+
+
+def test_a_save_that_fails_leaves_no_parts(tmp_path: Path, monkeypatch) -> None:
+    adapter = tta.wrap(tiny("bn"), "source")
+    tta.save(adapter, tmp_path)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(OSError, match="disk full"):
+            tta.save(adapter, tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter.safetensors", "config.json"]
+    tta.load(tiny("bn"), tmp_path)

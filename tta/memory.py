@@ -1,0 +1,92 @@
+"""Memories of test images: which ones to keep when there is room for few."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Cstu"]
+
+EMPTY = -1
+
+
+class Cstu(nn.Module):
+    """Category-balanced sampling with timeliness and uncertainty (RoTTA, arXiv 2303.13899).
+
+    It decides which of ``capacity`` slots an image goes to; the images are its owner's. Every class
+    has a quota of capacity / C slots. A class below it takes a free slot, or, when there is none,
+    one of the classes that have most; a class at its quota takes one of its own. What leaves is
+    what scores highest there, and only for a newcomer that scores less:
+
+        score = w_t / (1 + exp(-age / capacity)) + w_u H / ln C
+
+    Ages grow by one with every image offered, that of the newcomer too. Where C is above the
+    capacity, one image fills a class's quota.
+
+    Args:
+        capacity: Slots.
+        classes: C.
+        timeliness: w_t.
+        uncertainty: w_u.
+    """
+
+    labels: Tensor  # (capacity,), -1 = empty
+    ages: Tensor  # (capacity,), images offered since
+    entropies: Tensor  # (capacity,) in nats
+
+    def __init__(self, capacity: int, classes: int, timeliness: float, uncertainty: float) -> None:
+        super().__init__()
+        self.capacity, self.classes = capacity, classes
+        self.timeliness, self.uncertainty = timeliness, uncertainty
+        self.register_buffer("labels", torch.full((capacity,), EMPTY))
+        self.register_buffer("ages", torch.zeros(capacity, dtype=torch.int64))
+        self.register_buffer("entropies", torch.zeros(capacity))
+
+    def score(self, age: int, entropy: float) -> float:
+        """How dispensable an image is."""
+        timely = self.timeliness / (1 + math.exp(-age / self.capacity))
+        return timely + self.uncertainty * entropy / math.log(max(self.classes, 2))
+
+    def offer(self, labels: Iterable[int], entropies: Iterable[float]) -> dict[int, int]:
+        """Take some of the images, one after another.
+
+        Args:
+            labels: Their pseudo-labels.
+            entropies: Of their predictions, in nats.
+
+        Returns:
+            The position, among the images offered, of what every slot that changed holds now.
+        """
+        # Plain numbers: a decision for each image, which would wait for a GPU each time.
+        held, ages, unsure = self.labels.tolist(), self.ages.tolist(), self.entropies.tolist()
+        placed: dict[int, int] = {}
+        for position, (label, entropy) in enumerate(zip(labels, entropies, strict=True)):
+            slot = self._slot(label, entropy, held, ages, unsure)
+            if slot is not None:
+                held[slot], ages[slot], unsure[slot] = label, 0, entropy
+                placed[slot] = position
+            ages = [age + (kept != EMPTY) for age, kept in zip(ages, held, strict=True)]
+        for buffer, values in ((self.labels, held), (self.ages, ages), (self.entropies, unsure)):
+            buffer.copy_(torch.tensor(values, dtype=buffer.dtype))
+        return placed
+
+    def _slot(
+        self, label: int, entropy: float, held: list[int], ages: list[int], unsure: list[float]
+    ) -> int | None:
+        """Where an image goes; None = nowhere."""
+        counts = Counter(kept for kept in held if kept != EMPTY)
+        if counts[label] >= self.capacity / self.classes:
+            classes = {label}
+        elif EMPTY in held:
+            return held.index(EMPTY)
+        else:
+            most = max(counts.values())
+            classes = {c for c, count in counts.items() if count == most}
+        candidates = [i for i, kept in enumerate(held) if kept in classes]
+        worst = max(candidates, key=lambda i: self.score(ages[i], unsure[i]))
+        better = self.score(ages[worst], unsure[worst]) > self.score(0, entropy)
+        return worst if better else None

@@ -1,0 +1,203 @@
+"""RoTTA: robust statistics, a balanced memory to learn from, a teacher that predicts.
+
+Yuan, Xie, Li: Robust Test-Time Adaptation in Dynamic Scenarios, CVPR 2023, arXiv 2303.13899.
+
+On streams whose neighbours share a class, a batch is no sample of anything. So statistics move
+slowly instead of being the batch's (``robust_bn``); updates are made not on the batch but on a
+memory that is balanced over pseudo-labels and prefers recent and confident images; and old images
+in it weigh less. A weight-averaged teacher, with statistics of its own, predicts every batch before
+anything else happens and teaches the student on augmented views.
+
+    m_t = (1 - a) m_{t-1} + a m_batch, v_t likewise, and x is normalised with (m_t, v_t)
+    L = mean_i w_i CE(f_t(x_i) -> f_s(A(x_i))),   w_i = exp(-g_i) / (1 + exp(-g_i))
+    theta_t <- n theta_t + (1 - n) theta_s
+
+over the images i of the memory, g_i their age in units of its capacity. There is one update
+after every ``update_every`` images, counted across batches: the teacher runs on the memory, the
+student on one view of it, and the statistics of both move, each with what it ran on; all other
+passes use the statistics as they are. Which image goes to which slot says
+:class:`tta.memory.Cstu`.
+
+With ``steps`` above 1 every batch is offered to the memory so many times.
+
+As a norm rule of its own ``robust_bn`` moves with every batch. Gradients flow through the batch
+part. With another norm rule the teacher has a state of that rule for itself as well. A layer with
+one value per channel is normalised with the statistics as they are.
+
+Statistics move by a at every update and no faster, so a stream whose domains are over within a
+few hundred images is over before they arrive; ``robust_bn`` alone moves with every batch.
+
+Differences: images are kept as 8-bit pixels, in a quarter of the space: exact where images come
+from such files, within 1/510 elsewhere. The shape of ``update/memory`` is known from the first
+batch on, and images of another size are refused until ``reset``. All norm layers are trained, not
+BatchNorm alone (the mariodoebler repository trains GroupNorm and LayerNorm too). The figures are
+the authors' for CIFAR; those for ImageNet are the mariodoebler repository's. There is no trace to
+compare with, and equation numbers are not given: this follows a description of the authors' code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from tta.augment import Augmenter, fork
+from tta.backbone import Backbone
+from tta.checks import fraction, number, whole
+from tta.config import ComponentConfig, UpdateConfig
+from tta.losses import entropy, soft_cross_entropy
+from tta.memory import Cstu
+from tta.norm import batch_stats, normalize
+from tta.registry import register
+from tta.slots import Context, NormRule, Prediction, Report, Update
+from tta.teachers import OtherWeights
+
+__all__ = ["RobustBn", "RobustBnConfig", "Rotta", "RottaConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RobustBnConfig(ComponentConfig):
+    """Fields of ``robust_bn``."""
+
+    batch_weight: float = 0.05  # a, share of the batch in the new statistics
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        fraction("batch_weight", self.batch_weight)
+
+
+@register("robust_bn")
+class RobustBn(NormRule):
+    """Moving averages of the batches' statistics, from the source's on."""
+
+    Config = RobustBnConfig
+    needs_source_stats = True
+
+    mean: Tensor  # (C,)
+    var: Tensor  # (C,), biased
+
+    def __init__(self, config: RobustBnConfig, base: Any, context: Context) -> None:
+        super().__init__(config, base, context)
+        self.register_buffer("mean", base.running_mean.detach().clone())
+        self.register_buffer("var", base.running_var.detach().clone())
+
+    def forward(self, x: Tensor, base: Any) -> Tensor:
+        """Move towards (B, C, ...) and normalise it with the result; frozen: only normalise."""
+        alone = x.numel() == x.shape[1]
+        self.fell_back = self.fell_back or alone
+        if alone or not self.learning:
+            return normalize(x, self.mean, self.var, base)
+        a = self.config.batch_weight
+        mean, var = batch_stats(x)
+        mean, var = (1 - a) * self.mean + a * mean, (1 - a) * self.var + a * var
+        with torch.no_grad():
+            # Finite pixels may overflow; such a batch would spoil the averages for good.
+            fine = mean.isfinite() & var.isfinite()
+            self.mean.copy_(torch.where(fine, mean, self.mean))
+            self.var.copy_(torch.where(fine, var, self.var))
+        return normalize(x, mean, var, base)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RottaConfig(UpdateConfig):
+    """Fields of ``rotta``."""
+
+    lr: float = 1e-3  # learning rate
+    optimizer: str = "adam"  # "sgd" or "adam"
+    teacher_momentum: float = 0.999  # n of the teacher's moving average
+    memory_size: int = 64  # images in the memory
+    update_every: int = 64  # images between updates, counted across batches
+    timeliness: float = 1.0  # lambda_t, weight of age in what leaves the memory
+    uncertainty: float = 1.0  # lambda_u, weight of entropy in it
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        fraction("teacher_momentum", self.teacher_momentum)
+        whole("memory_size", self.memory_size, 1)
+        whole("update_every", self.update_every, 1)
+        number("timeliness", self.timeliness, 0)
+        number("uncertainty", self.uncertainty, 0)
+
+
+@register("rotta")
+class Rotta(Update):
+    """A teacher that predicts, a student that learns from a balanced memory."""
+
+    Config = RottaConfig
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {"imagenet": {}, "cifar10": {}, "cifar100": {}}
+    default_norm: ClassVar[str | None] = "robust_bn"
+    injects: ClassVar[tuple[str, ...]] = ("augment",)
+    learns_from_all: ClassVar[bool] = False
+
+    memory: Tensor  # (memory_size, C, H, W) uint8 pixels; (memory_size, 0) before the first batch
+    offered: Tensor  # 0-dimensional: images so far
+
+    def __init__(self, config: RottaConfig, network: Backbone, context: Context) -> None:
+        super().__init__(config, network, context)
+        self.teacher = OtherWeights(network, context.parameters, own_statistics=True)
+        self.augmenter = Augmenter(network.model, context)
+        self.bank = Cstu(
+            config.memory_size, context.num_classes, config.timeliness, config.uncertainty
+        )
+        empty = torch.zeros(config.memory_size, 0, dtype=torch.uint8)
+        self.register_buffer("memory", empty)
+        self.register_buffer("offered", torch.zeros((), dtype=torch.int64))
+
+    def adapt(self, x: Tensor) -> Prediction:
+        """The teacher predicts; then image by image into the memory, with updates when due."""
+        self.augmenter.check(x)
+        self._check_size(x)
+        self.report = Report(selected=0, loss=float("nan"), stepped=False)
+        prediction = self.teacher.predict(x)
+        if self.memory.numel() == 0:
+            shape = (len(self.memory), *x.shape[1:])
+            self.memory = torch.zeros(shape, dtype=torch.uint8, device=self.memory.device)
+        labels = prediction.logits.argmax(1).tolist()
+        entropies = entropy(prediction.logits).tolist()
+        pixels = (self.augmenter.pixels(x) * 255).round().to(torch.uint8)
+        start = 0
+        while start < len(x):
+            wait = self.config.update_every - int(self.offered) % self.config.update_every
+            end = min(start + wait, len(x))
+            placed = self.bank.offer(labels[start:end], entropies[start:end])
+            if placed:
+                self.memory[list(placed)] = pixels[[start + p for p in placed.values()]]
+            self.offered += end - start
+            if end - start == wait:
+                self._update(x.dtype)
+            start = end
+        self.report["remembered"] = (self.bank.labels >= 0).sum()
+        return prediction
+
+    def predict(self, x: Tensor) -> Prediction:
+        """The teacher's prediction, nothing remembered."""
+        return self.teacher.predict(x)
+
+    def growing(self) -> tuple[str, ...]:
+        """The first batch says how large images are."""
+        return ("memory",)
+
+    def _update(self, dtype: torch.dtype) -> None:
+        """One step of the student on the memory, and of the teacher towards it."""
+        occupied = self.bank.labels >= 0
+        pixels = self.memory[occupied].float() / 255
+        images = self.augmenter.images(pixels, dtype)
+        (view,) = self.augmenter.views(images, 1, fork(self.context.generator, images.device))
+        target = self.teacher.learn_statistics(images).logits
+        logits = self.network(view).logits
+        weight = torch.sigmoid(-self.bank.ages[occupied].float() / self.config.memory_size)
+        loss = (weight * soft_cross_entropy(logits, target)).mean()
+        stepped = self.step(loss)
+        if stepped:
+            self.teacher.follow(self.config.teacher_momentum)
+        self.report |= {"selected": len(images), "loss": loss.detach(), "stepped": stepped}
+
+    def _check_size(self, x: Tensor) -> None:
+        if self.memory.numel() > 0 and self.memory.shape[1:] != x.shape[1:]:
+            raise ValueError(
+                "`images` must be of the size of those in the memory, "
+                f"{tuple(self.memory.shape[1:])}, got {tuple(x.shape[1:])}: resize them, or call "
+                "reset() first."
+            )
