@@ -211,7 +211,7 @@ def _needles(height: int, width: int) -> Tensor:
             square = (along * length * side) ** 2 + (across * 0.4) ** 2
             streak += share * torch.exp(-2 * math.pi**2 * square)
         # Needles start at few points.
-        points = (noise[1] - 1.0).clamp_(min=0)
+        points = (noise[1] - 0.5).clamp_(min=0)
         grown = torch.fft.irfft2(torch.fft.rfft2(points) * streak, s=(height, width))
         total += region * grown
         weights = weights + region

@@ -76,15 +76,16 @@ def _edge_light(liquid: Tensor) -> Tensor:
     """
     distance = _chamfer(_canny(liquid))
     mean = _box_sum(distance).double().mul_(2.0**-16).mul_(1 / 9)
-    relief = _equalised(mean.float().int())
+    relief = _equalised(mean.float().int()).to(torch.int16)
     around = pad(relief, 1, 1, "mirror101")
     height, width = relief.shape[1:]
     emboss = torch.zeros_like(relief)
     for dy, row in enumerate(((-2, -1, 0), (-1, 1, 1), (0, 1, 2))):
         for dx, weight in enumerate(row):
-            emboss += weight * around[:, dy : dy + height, dx : dx + width]
+            if weight:
+                emboss.add_(around[:, dy : dy + height, dx : dx + width], alpha=weight)
     # Nine times a whole number plus a half does not exist, so rounding has no ties.
-    return (2 * _box_sum(emboss.clamp_(0, 255)) + 9) // 18
+    return _box_sum(emboss.clamp_(0, 255)).float().mul_(1 / 9).round_().int()
 
 
 def _box_sum(values: Tensor) -> Tensor:
@@ -103,27 +104,29 @@ def _neighbour(around: Tensor, down: int, across: int, margin: int = 1) -> Tenso
 
 def _canny(level: Tensor) -> Tensor:
     """Canny's edges of integer maps (B, H, W), as OpenCV finds them, (B, H, W) bool."""
-    around = pad(level, 1, 1, "edge")
+    around = pad(level.to(torch.int16), 1, 1, "edge")
 
     def at(down: int, across: int) -> Tensor:
         return _neighbour(around, down, across)
 
     gx = at(-1, 1) + 2 * at(0, 1) + at(1, 1) - at(-1, -1) - 2 * at(0, -1) - at(1, -1)
     gy = at(1, -1) + 2 * at(1, 0) + at(1, 1) - at(-1, -1) - 2 * at(-1, 0) - at(-1, 1)
-    size = gx.abs() + gy.abs()
+    across_size, down_size = gx.abs(), gy.abs()
+    size = across_size + down_size
     outside = F.pad(size, (1, 1, 1, 1))
 
     def above(down: int, across: int) -> Tensor:
         return size > _neighbour(outside, down, across)
 
-    flat = gy.abs() < _TANGENT * gx.abs()
-    steep = gy.abs() > (_TANGENT + 2) * gx.abs()
+    flat = down_size < _TANGENT * across_size
+    steep = down_size > (_TANGENT + 2) * across_size
     along = above(0, -1) & (size >= _neighbour(outside, 0, 1))
     upright = above(-1, 0) & (size >= _neighbour(outside, 1, 0))
     falling = above(-1, -1) & above(1, 1)
     rising = above(-1, 1) & above(1, -1)
-    slanted = torch.where((gx < 0) == (gy < 0), falling, rising)
-    ridge = torch.where(flat, along, torch.where(steep, upright, slanted))
+    same = (gx < 0) == (gy < 0)
+    slanted = (same & falling) | (~same & rising)
+    ridge = (flat & along) | (~flat & ((steep & upright) | (~steep & slanted)))
     weak = (ridge & (size > _WEAK)).to(torch.uint8)
     edges = weak * (size > _STRONG)
     while True:
@@ -160,6 +163,8 @@ def _chamfer(edges: Tensor) -> Tensor:
     around = F.pad(along, (0, 0, _FARTHEST, _FARTHEST), value=_FARTHEST)
     height = edges.shape[1]
     for down in range(1, min(_FARTHEST, height)):
+        if int(distance.max()) <= down * _AXIAL:
+            break  # nothing this far is nearer
         above, below = (around[:, at : at + height] for at in (_FARTHEST - down, _FARTHEST + down))
         nearest = torch.minimum(above, below).flatten().int()
         through = table[down].index_select(0, nearest).view(edges.shape)
@@ -186,7 +191,8 @@ def _equalised(level: Tensor) -> Tensor:
     values = torch.arange(_FARTHEST + 1, device=level.device)
     flat = level.flatten(1)
     row = torch.arange(len(flat), device=level.device)[:, None] * len(values)
-    counts = torch.bincount((flat + row).flatten(), minlength=len(flat) * len(values))
+    place = (flat + row).flatten()
+    counts = torch.bincount(place, minlength=len(flat) * len(values))
     counts = counts.view(len(flat), -1)
     first = (counts > 0).int().argmax(1, keepdim=True)
     rest = flat.shape[1] - counts.gather(1, first)
@@ -194,4 +200,4 @@ def _equalised(level: Tensor) -> Tensor:
     # float32, as OpenCV multiplies; a constant map stays as it is.
     table = (above.float() * (255 / rest.double()).float()).round()
     table = torch.where(rest == 0, values.float(), table).int()
-    return table.gather(1, flat.long()).view(level.shape)
+    return table.flatten().index_select(0, place).view(level.shape)

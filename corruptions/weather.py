@@ -8,7 +8,6 @@ from __future__ import annotations
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from corruptions.blur import directional_blur, zoom_pair
@@ -107,11 +106,13 @@ def plasma(noise: Tensor, decay: float) -> Tensor:
         fresh = noise[:, used : used + 3 * cells**2].reshape(-1, 3, cells, cells) * width**2
         used += 3 * cells**2
         # One row and column more, from the other side of the torus.
-        wide = F.pad(corner[:, None], (0, 1, 0, 1), mode="circular")[:, 0]
+        wide = torch.cat((corner, corner[..., :1]), 2)
+        wide = torch.cat((wide, wide[:, :1]), 1)
         across = wide[..., :-1] + wide[..., 1:]
         down = wide[:, :-1] + wide[:, 1:]
         centre = (across[:, :-1] + across[:, 1:]).mul_(0.25).add_(fresh[:, 0])
-        around = F.pad(centre[:, None], (1, 0, 1, 0), mode="circular")[:, 0]
+        around = torch.cat((centre[..., -1:], centre), 2)
+        around = torch.cat((around[:, -1:], around), 1)
         middle = torch.empty_like(corner.expand(len(noise), cells, cells))
         grid = corner.new_empty(len(noise), cells, 2, cells, 2)
         grid[:, :, 0, :, 0] = corner

@@ -5,7 +5,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
+import threading
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -50,10 +53,7 @@ def write(layout: Layout, output: Path, processes: int, *, quiet: bool = False) 
         for piece, missing in work:
             progress.advance(len(missing), sum(layout.write(output, piece, missing)))
     else:
-        context = multiprocessing.get_context("spawn")
-        with context.Pool(processes, _start, (layout, output, os.getpid())) as pool:
-            for files, images in pool.imap_unordered(_write_piece, work):
-                progress.advance(files, images)
+        _write_in_processes(layout, output, processes, work, progress)
     progress.end()
 
     def save(part: Path) -> None:
@@ -69,29 +69,52 @@ def write(layout: Layout, output: Path, processes: int, *, quiet: bool = False) 
     put(output, SHEET, save, record=False)
 
 
+def _write_in_processes(
+    layout: Layout,
+    output: Path,
+    processes: int,
+    work: list[tuple[Any, set[str]]],
+    progress: _Progress,
+) -> None:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, context, _start, (layout, output)) as pool:
+        try:
+            for future in as_completed([pool.submit(_write_piece, *task) for task in work]):
+                progress.advance(*future.result())
+        except BrokenProcessPool:
+            raise OSError(
+                "a writing process was killed, perhaps for want of memory: give the same command "
+                "again, with fewer `--processes`"
+            ) from None
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
 class _Worker:
     """What a process was started for."""
 
     layout: Layout
     output: Path
-    parent: int
 
 
-def _start(layout: Layout, output: Path, parent: int) -> None:
+def _start(layout: Layout, output: Path) -> None:
     torch.set_num_threads(1)
-    _Worker.layout, _Worker.output, _Worker.parent = layout, output, parent
+    _Worker.layout, _Worker.output = layout, output
+    threading.Thread(target=_die_with_parent, daemon=True).start()
 
 
-def _write_piece(task: tuple[Any, set[str]]) -> tuple[int, int]:
+def _die_with_parent() -> None:
+    """Whoever asked was killed: the next run will do the rest, and must not find us at it."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _write_piece(piece: Any, missing: set[str]) -> tuple[int, int]:
     """Write one piece; returns how many files and images that were."""
-    piece, missing = task
-    images = 0
-    for more in _Worker.layout.write(_Worker.output, piece, missing):
-        images += more
-        if os.getppid() != _Worker.parent:
-            # Whoever asked was killed; the next run will do the rest.
-            os._exit(1)
-    return len(missing), images
+    return len(missing), sum(_Worker.layout.write(_Worker.output, piece, missing))
 
 
 class _Progress:

@@ -18,6 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from datetime import date
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from torch import Tensor
 
 import corruptions
 from experiments.data import read_bundled
+from experiments.environment import describe_environment
 from experiments.progress import Progress
 from experiments.subject import pick_device
 
@@ -37,6 +39,7 @@ __all__ = ["PLAIN", "PUBLISHED", "main", "render"]
 CORES = 2
 SEVERITY = 3
 BATCH = {32: 512, 224: 32}
+MARKS = ("<!-- speed -->", "<!-- /speed -->")
 # Images per second of the published scripts in two processes at severity 3, at 32 and at 224.
 PUBLISHED = {
     "gaussian_noise": (15746, 485),
@@ -201,6 +204,7 @@ def measure(
     progress = Progress(rounds * len(sides) * (len(names) + len(PLAIN)), quiet, sys.stderr)
     batches = {side: pictures(side).to(device) for side in sides}
     found: dict[tuple[str, int], list[tuple[float, float]]] = {}
+    threads = torch.get_num_threads()
     torch.set_num_threads(CORES)
     baseline = _Baseline()
     try:
@@ -214,6 +218,7 @@ def measure(
                     found.setdefault((name, side), []).append(pair)
                     progress.advance(1, f"{name} {side}")
     finally:
+        torch.set_num_threads(threads)
         baseline.close()
     progress.clear()
     return [
@@ -280,16 +285,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--rounds", type=int, default=5, help="medians are over these (default: %(default)s)")
     add("--seconds", type=float, default=0.3, help="of each timing (default: %(default)s)")
     add("--device", help="cpu, cuda, ... (default: cpu); published code runs on the CPU always")
-    add("--output", type=Path, help="also write the table here")
+    add("--page", type=Path, help="put the table on this page, between its `speed` marks")
     args = parser.parse_args(argv)
     if args.rounds < 1:
         parser.error(f"`rounds` must be at least 1, got {args.rounds}")
+    if args.page is not None and not all(mark in args.page.read_text() for mark in MARKS):
+        parser.error(f"`page` must have {' and '.join(MARKS)}, got {args.page} without")
     device = pick_device(args.device or "cpu")
     rows = measure(args.corruptions, args.sides, args.rounds, args.seconds, device)
     text = render(rows)
     print(text)
-    if args.output is not None:
-        args.output.write_text(text)
+    if args.page is not None:
+        before, _, rest = args.page.read_text().partition(MARKS[0])
+        after = rest.partition(MARKS[1])[2]
+        where = f"{CORES} threads, {describe_environment()['hardware']['cpu']}"
+        block = f"{MARKS[0]}\nMeasured on {date.today()}, {where}.\n\n{text}{MARKS[1]}"
+        args.page.write_text(before + block + after)
     return 0
 
 

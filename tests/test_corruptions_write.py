@@ -196,6 +196,27 @@ def test_resumes_after_kills(layout, tmp_path):
     assert main(["verify", str(killed)]) == 0
 
 
+@pytest.mark.slow
+def test_a_killed_process_is_reported(tmp_path):
+    """The system may kill a writing process; the command must end and say so."""
+    data = tmp_path / "cifar.npz"
+    np.savez(data, test_images=pixels(3000, 32, 32), test_labels=np.arange(3000) % 10)
+    process = start(["write", "cifar10", str(data), str(tmp_path / "out"), "--processes", "2"])
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    if not children.exists():
+        process.kill()
+        pytest.skip("finds the processes by /proc")
+    while process.poll() is None and len(manifest.finished(tmp_path / "out")) < 1:
+        time.sleep(0.05)
+    for child in children.read_text().split():
+        if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
+            os.kill(int(child), signal.SIGKILL)
+            break
+    error = process.communicate(timeout=120)[1].decode()
+    assert process.returncode == 2
+    assert "a writing process was killed" in error
+
+
 def test_finished_files_stay_and_lost_ones_come_back(npz, tmp_path, capsys):
     out = tmp_path / "out"
     command = ["write", "cifar10", str(npz), str(out), "--corruptions", "fog", "contrast"]
