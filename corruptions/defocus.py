@@ -177,15 +177,20 @@ def _edge_rows(centred: Tensor, disc: _Disc) -> Tensor:
     left, height = margin - rim, centred.shape[-2] - 2 * margin
     width = centred.shape[-1] - 2 * left
     runs, reached = centred[..., left : left + width].clone(), 0
-    out = runs.new_zeros(*centred.shape[:-2], height, width, dtype=torch.float64)
+    sums = {
+        abs(weight): runs.new_zeros(*runs.shape[:-2], height, width) for *_, weight in disc.edges
+    }
     for half, distance, weight in disc.edges:
         while reached < half:
             reached += 1
             runs += centred[..., left - reached : left - reached + width]
             runs += centred[..., left + reached : left + reached + width]
-        above, below = margin - distance, margin + distance
-        pair = runs[..., above : above + height, :] + runs[..., below : below + height, :]
-        out += pair.double().mul_(weight)
+        for first in (margin - distance, margin + distance):
+            row = runs[..., first : first + height, :]
+            sums[abs(weight)].add_(row, alpha=1 if weight > 0 else -1)
+    out = torch.zeros_like(next(iter(sums.values())), dtype=torch.float64)
+    for weight, total in sums.items():
+        out += total.double().mul_(weight)
     return out
 
 
