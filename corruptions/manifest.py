@@ -45,7 +45,7 @@ def open_folder(folder: Path, settings: dict[str, Any]) -> None:
             )
         put_bytes(folder, SETTINGS, (json.dumps(settings, indent=2) + "\n").encode(), record=False)
     before = json.loads(path.read_text())
-    for key in settings.keys() | before.keys():
+    for key in [*settings, *before]:
         if before.get(key) != settings.get(key):
             raise ValueError(
                 f"`output` must be a folder begun with the same settings, got {folder} with "
