@@ -5,6 +5,6 @@ Perturbations", ICLR 2019, arXiv 1903.12261.
 """
 
 from corruptions.api import apply, corrupt, list_corruptions, sample
-from corruptions.transform import Corrupt
+from corruptions.transform import Corrupt, CorruptedDataset
 
-__all__ = ["Corrupt", "apply", "corrupt", "list_corruptions", "sample"]
+__all__ = ["Corrupt", "CorruptedDataset", "apply", "corrupt", "list_corruptions", "sample"]

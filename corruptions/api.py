@@ -15,7 +15,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from corruptions import blur, check, digital, draws, elastic, frost, glass, noise, spatter, weather
+from corruptions import (
+    blur,
+    check,
+    defocus,
+    digital,
+    draws,
+    elastic,
+    frost,
+    glass,
+    noise,
+    spatter,
+    weather,
+)
+from corruptions.parts import each_part, part_size
 from corruptions.setting import Params, Setting
 from corruptions.severity import BENCHMARK, EXTRA, ParameterSet
 
@@ -31,7 +44,7 @@ _OPERATIONS = {
     "gaussian_noise": _Operation(noise.sample_normal_noise, noise.apply_gaussian_noise),
     "shot_noise": _Operation(noise.sample_shot_noise, noise.apply_shot_noise),
     "impulse_noise": _Operation(noise.sample_impulse_noise, noise.apply_impulse_noise),
-    "defocus_blur": _Operation(blur.sample_defocus_blur, blur.apply_defocus_blur),
+    "defocus_blur": _Operation(defocus.sample_defocus_blur, defocus.apply_defocus_blur),
     "glass_blur": _Operation(glass.sample_glass_blur, glass.apply_glass_blur),
     "motion_blur": _Operation(blur.sample_motion_blur, blur.apply_motion_blur),
     "zoom_blur": _Operation(blur.sample_zoom_blur, blur.apply_zoom_blur),
@@ -50,10 +63,6 @@ _OPERATIONS = {
     "spatter": _Operation(spatter.sample_spatter, spatter.apply_spatter),
     "saturate": _Operation(digital.sample_saturate, digital.apply_saturate),
 }
-
-# Batches are worked through in parts: temporaries that fit the processor cache, or a GPU's memory.
-_PART_PIXELS = 1 << 17
-_PART_PIXELS_GPU = 1 << 22
 
 
 def list_corruptions(extra: bool = False) -> list[str]:
@@ -207,21 +216,23 @@ def corrupt(
     elif generator is not None:
         raise ValueError("`seeds` and `generator` must not both be given: drop one of them")
     seeds = check.seeds(seeds, len(images))
-    pixels = _PART_PIXELS if images.device.type == "cpu" else _PART_PIXELS_GPU
-    part = max(1, pixels // (images.shape[2] * images.shape[3]))
-    parts = []
-    for first in range(0, len(images), part):
-        piece = images[first : first + part]
+    out = torch.empty_like(images, memory_format=torch.contiguous_format, requires_grad=False)
+
+    def work(rows: slice) -> None:
+        piece = images[rows]
         params = sample(
             name,
             piece.shape,
             severity,
-            seeds[first : first + part],
+            seeds[rows],
             parameters=parameters,
             frost_pictures=frost_pictures,
         )
-        parts.append(_apply(piece, name, params))
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+        out[rows] = _apply(piece, name, params)
+
+    threads = torch.get_num_threads() if images.device.type == "cpu" else 1
+    each_part(work, len(images), part_size(images), threads=threads)
+    return out
 
 
 def _drawn_seeds(generator: torch.Generator | np.random.Generator | None, count: int) -> Tensor:

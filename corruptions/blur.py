@@ -1,4 +1,4 @@
-"""Blur corruptions: gaussian_blur, defocus_blur, zoom_blur, motion_blur.
+"""Blur corruptions: gaussian_blur, zoom_blur, motion_blur.
 
 Source: Hendrycks & Dietterich, ICLR 2019, arXiv 1903.12261. The published code calls
 scikit-image, OpenCV, scipy and ImageMagick; what those do is written out here.
@@ -17,9 +17,7 @@ from torch import Tensor
 from corruptions.filters import (
     SINGLE_PASS_BITS,
     exact_float,
-    folded,
     levels,
-    pad,
     quantised,
     separable,
 )
@@ -27,9 +25,8 @@ from corruptions.setting import Params, Setting, scalar
 from corruptions.severity import TABLES
 
 __all__ = [
-    "apply_defocus_blur", "apply_gaussian_blur", "apply_motion_blur", "apply_zoom_blur",
-    "directional_blur", "sample_defocus_blur", "sample_gaussian_blur", "sample_motion_blur",
-    "sample_zoom_blur", "zoom_pair",
+    "apply_gaussian_blur", "apply_motion_blur", "apply_zoom_blur", "directional_blur",
+    "sample_gaussian_blur", "sample_motion_blur", "sample_zoom_blur", "zoom_pair",
 ]  # fmt: skip
 
 # Up to this many pixels one dense matrix is the fastest zoom blur.
@@ -44,64 +41,6 @@ def sample_gaussian_blur(setting: Setting) -> Params:
 def apply_gaussian_blur(images: Tensor, params: Params) -> Tensor:
     """Blur by a Gaussian cut at four standard deviations, edges repeated."""
     return levels(separable(images, float(params["sigma"])))
-
-
-def sample_defocus_blur(setting: Setting) -> Params:
-    """Constants of defocus_blur.
-
-    Returns:
-        `kernel`, (K, K) float64 summing to one: the disc of each surrounding published point,
-        mixed by its weight.
-    """
-    kernel = np.zeros((1, 1))
-    table = TABLES[setting.name]
-    for weight, which, level in setting.mixture():
-        radius, sigma = (table[key].level(which, level) for key in ("radius", "alias_sigma"))
-        disc = _disc(radius, sigma) if level else np.ones((1, 1))
-        reach = max(len(disc), len(kernel)) // 2
-        kernel = np.pad(kernel, reach - len(kernel) // 2)
-        kernel += weight * np.pad(disc, reach - len(disc) // 2)
-    return {"kernel": torch.from_numpy(kernel)}
-
-
-def _disc(radius: float, sigma: float) -> np.ndarray:
-    """A disc on the pixel grid, its rim softened by a small Gaussian, (2n + 1, 2n + 1)."""
-    reach = 8 if radius <= 8 else int(radius)
-    grid = np.arange(-reach, reach + 1)
-    disc = (grid[:, None] ** 2 + grid**2 <= radius**2).astype(np.float32)
-    disc /= disc.sum()
-    rim = np.arange(-1, 2) if radius <= 8 else np.arange(-2, 3)
-    soft = np.exp(-0.5 * (rim / sigma) ** 2)
-    soft = (soft / soft.sum()).astype(np.float32)
-    source = folded(grid[:, None] + rim + reach, len(grid), "mirror101")
-    # float32 as published: whether the sum lies just below one decides every flat region.
-    for _ in range(2):
-        disc = np.sum([soft[k] * disc[source[:, k]] for k in range(len(rim))], axis=0).T
-    return disc.astype(np.float64)
-
-
-def apply_defocus_blur(images: Tensor, params: Params) -> Tensor:
-    """Convolve with the disc, mirroring at the edges."""
-    kernel = params["kernel"].cpu().numpy()
-    flat = kernel.reshape(1, -1)
-    coarse = quantised(flat, SINGLE_PASS_BITS)
-    # Discs have many equal weights, so whole-number sums are common, and which side of one they
-    # fall on hangs on later bits: these go through a second channel of the same convolution.
-    fine = quantised((flat - coarse) * 2.0**SINGLE_PASS_BITS, SINGLE_PASS_BITS)
-    both = np.stack((coarse, fine)).reshape(2, 1, *kernel.shape)
-    used = np.argwhere(both)[:, 2:]
-    trim = min(used.min(), len(kernel) - 1 - used.max())
-    if trim:
-        both = both[..., trim:-trim, trim:-trim]
-    reach = both.shape[-1] // 2
-    exact = exact_float(images.device)
-    centred = pad(images.to(exact).sub_(128), reach, reach, "mirror101")
-    weight = torch.from_numpy(both).to(images.device, exact)
-    out = F.conv2d(centred.flatten(0, 1)[:, None], weight).double()
-    # The disc of radius 8 or more does not sum to one: what centring took away is kernel-wide.
-    total = coarse.sum() + fine.sum() * 2.0**-SINGLE_PASS_BITS
-    out = out[:, 1].mul_(2.0**-SINGLE_PASS_BITS).add_(out[:, 0]).add_(128 * total)
-    return levels(out).view(images.shape)
 
 
 def sample_motion_blur(setting: Setting) -> Params:

@@ -161,7 +161,7 @@ def seeds(value: Tensor | Sequence[int], batch: int) -> Tensor:
 
 
 # Fields of `params` that describe the filter and not the images.
-_SHARED = ("kernel", "factors", "weights")
+_SHARED = ("radius", "alias_sigma", "factors", "weights")
 # Fields with a draw for each pixel, in the last two axes.
 _PIXELS = ("crop", "field", "normal", "replace", "salt", "uniform")
 

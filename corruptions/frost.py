@@ -1,15 +1,16 @@
 """frost: a picture of ice blended over the image.
 
 Source: Hendrycks & Dietterich, ICLR 2019, arXiv 1903.12261. The published script crops one of
-five photographs whose licence is unknown, so they are not shipped. By default a crop is drawn as
-a random field with the statistics that were measured on those photographs: mean, contrast,
-correlation of the channels and power in eight bands of spatial frequency. It has no crystals.
+five photographs whose licence is unknown, so they are not shipped. By default crops are taken from
+random fields of ice needles with the statistics that were measured on those photographs: mean,
+contrast, correlation of the channels and power in eight bands of spatial frequency.
 Whether a classifier makes the same errors under it as under the photographs is not known. With a
 folder of pictures of their own, users get the published procedure on those.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from corruptions.draws import normals
 from corruptions.filters import levels
 from corruptions.setting import Params, Setting, scalar
 
@@ -39,6 +41,7 @@ class _Texture:
         contrast_spread: Standard deviation of that over crops.
         correlation: Of the channels within a crop: RG, GB, RB.
         bands: Share of the variance in eight radial frequency bands up to Nyquist.
+        sign: Of the skewness: 1 where needles are brighter than what is between them.
     """
 
     mean: Triple
@@ -47,31 +50,37 @@ class _Texture:
     contrast_spread: Triple
     correlation: Triple
     bands: tuple[float, ...]
+    sign: int
 
 
 # The script's choice among five files falls on four different pictures: the second exists twice.
 _SHARES = (0.2, 0.4, 0.2, 0.2)
+# Fields of each texture from which crops are taken; they repeat after so many pixels.
+_FIELDS = 4
+_TILE = 512
+# Directions of ice needles.
+_DIRECTIONS = 7
 # At shrink 5, for 32x32 crops.
 _SMALL = (
     _Texture((.302, .581, .646), (.069, .038, .031), (.083, .051, .049), (.015, .009, .008),
-             (.79, .92, .52), (.321, .160, .072, .058, .058, .067, .080, .184)),
+             (.79, .92, .52), (.321, .160, .072, .058, .058, .067, .080, .184), 1),
     _Texture((.777, .794, .830), (.033, .036, .038), (.070, .072, .074), (.010, .011, .012),
-             (.995, .995, .991), (.162, .121, .095, .090, .094, .104, .111, .223)),
+             (.995, .995, .991), (.162, .121, .095, .090, .094, .104, .111, .223), -1),
     _Texture((.561, .619, .669), (.040, .040, .043), (.102, .102, .106), (.008, .009, .009),
-             (.997, .992, .990), (.104, .083, .078, .088, .104, .115, .137, .292)),
+             (.997, .992, .990), (.104, .083, .078, .088, .104, .115, .137, .292), -1),
     _Texture((.402, .447, .493), (.062, .060, .056), (.136, .135, .132), (.026, .025, .024),
-             (1.00, .999, .998), (.106, .151, .121, .096, .092, .095, .110, .228)),
+             (1.00, .999, .998), (.106, .151, .121, .096, .092, .095, .110, .228), 1),
 )  # fmt: skip
 # At full size, for 224x224 crops.
 _LARGE = (
     _Texture((.298, .577, .642), (.056, .031, .024), (.092, .055, .052), (.017, .008, .007),
-             (.79, .93, .53), (.631, .061, .062, .069, .063, .049, .034, .031)),
+             (.79, .93, .53), (.631, .061, .062, .069, .063, .049, .034, .031), 1),
     _Texture((.776, .793, .829), (.023, .025, .027), (.077, .079, .082), (.007, .008, .009),
-             (.995, .995, .991), (.543, .156, .091, .070, .055, .041, .025, .020)),
+             (.995, .995, .991), (.543, .156, .091, .070, .055, .041, .025, .020), -1),
     _Texture((.569, .627, .678), (.026, .025, .027), (.102, .102, .107), (.008, .008, .008),
-             (.997, .992, .990), (.353, .147, .132, .114, .095, .073, .047, .040)),
+             (.997, .992, .990), (.353, .147, .132, .114, .095, .073, .047, .040), -1),
     _Texture((.399, .443, .490), (.049, .047, .044), (.141, .139, .137), (.025, .023, .022),
-             (1.00, .999, .998), (.486, .154, .092, .067, .052, .043, .038, .067)),
+             (1.00, .999, .998), (.486, .154, .092, .067, .052, .043, .038, .067), 1),
 )  # fmt: skip
 
 
@@ -118,44 +127,102 @@ def synthetic_frost(setting: Setting, textures: tuple[_Texture, ...]) -> Tensor:
     Returns:
         (B, 3, H, W) uint8.
     """
-    _, channels, height, width = setting.shape
-    choice = torch.bucketize(
-        setting.uniforms("picture"), torch.tensor(_SHARES).cumsum(0)[:-1], right=True
-    )
-    noise = setting.normals("texture", channels, height, width)
-    # Filtering white noise needs one transform each way; float64, so that truncation to levels
-    # does not show how the library batches its transforms.
-    gain = torch.stack([_spectrum_gain(height, width, texture.bands) for texture in textures])
-    spectrum = torch.fft.rfft2(noise.double()).mul_(gain[choice][:, None])
-    field = torch.fft.irfft2(spectrum, s=(height, width)).flatten(2)
-    mixing = torch.stack([_channel_mixing(texture.correlation) for texture in textures])
-    field = _mixed(field, mixing[choice])
-    spread = setting.normals("spread", 2).double()
+    batch, channels, height, width = setting.shape
+    tall, wide = min(height, _TILE), min(width, _TILE)
+    draw = setting.uniforms("crop", 4).double()
+    steps = torch.tensor(_SHARES, dtype=torch.float64).cumsum(0)[:-1]
+    choice = torch.bucketize(draw[:, 0].contiguous(), steps, right=True)
+    pick = choice * _FIELDS + (draw[:, 1] * _FIELDS).long()
+    top, left = (draw[:, 2] * tall).long(), (draw[:, 3] * wide).long()
+    rows = (torch.arange(height) + top[:, None]).remainder_(tall).mul_(wide).int()
+    columns = (torch.arange(width) + left[:, None]).remainder_(wide).int()
+    plane = (torch.arange(channels) + pick[:, None] * channels).mul_(tall * wide).int()
+    place = (plane[:, :, None] + rows[:, None])[..., None] + columns[:, None, None]
+    field = _bank(tall, wide, textures).index_select(0, place.flatten())
+    spread = setting.normals("spread", 2)
     scale, offset = spread[:, :1], spread[:, 1:]
 
     def of(key: str) -> Tensor:
-        values = torch.tensor([getattr(texture, key) for texture in textures], dtype=torch.float64)
-        return values[choice]
+        return torch.tensor([getattr(texture, key) for texture in textures])[choice]
 
     relative = (of("contrast_spread") / of("contrast")).mean(1, keepdim=True)
-    contrast = of("contrast") * (1 + scale * relative)
-    mean = of("mean") + of("mean_spread") * offset
-    field.mul_(contrast[:, :, None]).add_(mean[:, :, None])
-    return levels(field.mul_(255)).view(setting.shape)
+    contrast = of("contrast") * (1 + scale * relative) * 255
+    mean = (of("mean") + of("mean_spread") * offset) * 255
+    field = field.view(batch, channels, -1).mul_(contrast[:, :, None]).add_(mean[:, :, None])
+    return levels(field).view(setting.shape)
+
+
+@lru_cache(maxsize=8)
+def _bank(height: int, width: int, textures: tuple[_Texture, ...]) -> Tensor:
+    """Periodic fields, `_FIELDS` of each texture, mean 0 and variance 1, flat float32.
+
+    They are to crops what the published pictures are: always the same, from which a crop is taken
+    at random. Being periodic they have a crop at every pixel.
+    """
+    needles = torch.fft.rfft2(_needles(height, width))
+    band = _bands(height, width)
+    # A frequency and its mirror image both count, but only one is stored.
+    columns = torch.arange(width // 2 + 1)
+    twice = torch.where((columns == 0) | (columns * 2 == width), 1.0, 2.0)
+    power = (needles.abs().square() * twice).flatten(2)
+    fields = []
+    for texture in textures:
+        share = torch.tensor(texture.bands, dtype=torch.float64)
+        now = torch.zeros(*power.shape[:2], len(share), dtype=torch.float64)
+        now.index_add_(2, band.flatten(), power)
+        # Small images have too few frequencies to fill every band.
+        gain = (share / now.clamp(min=1e-30)).where(now > 1e-12, 0.0).sqrt_()
+        gain /= (gain.square() * now).sum(2, keepdim=True).sqrt_()
+        shaped = needles * gain[:, :, band] * (texture.sign * height * width)
+        field = torch.fft.irfft2(shaped, s=(height, width))
+        fields.append(_mixed(field, _channel_mixing(texture.correlation)).float())
+    return torch.cat(fields).flatten()
+
+
+def _bands(height: int, width: int) -> Tensor:
+    """Band of each frequency of a real transform, 0 to 7 by radius, (H, W // 2 + 1) int64."""
+    radius = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width))
+    return torch.from_numpy(np.minimum((radius * 16 + 1e-9).astype(int), 7))
+
+
+def _needles(height: int, width: int) -> Tensor:
+    """Ice needles: streaks with barbs, of one direction in one place and another elsewhere.
+
+    Returns:
+        (`_FIELDS`, 3, height, width) float64, periodic.
+    """
+    seeds, shape = torch.arange(_FIELDS), (_FIELDS, 3, height, width)
+    rows = torch.fft.fftfreq(height, dtype=torch.float64)[:, None]
+    columns = torch.fft.rfftfreq(width, dtype=torch.float64)
+    side = min(height, width)
+    # Regions of one direction are a fifth of the image wide.
+    smooth = torch.exp(-0.5 * (rows**2 + columns**2) * (0.6 * side) ** 2)
+    total, weights = torch.zeros(shape, dtype=torch.float64), 0.0
+    for k in range(_DIRECTIONS):
+        noise = normals(seeds, f"frost/{k}", 6 * height * width).view(2, *shape).double()
+        region = torch.fft.irfft2(torch.fft.rfft2(noise[0]) * smooth, s=(height, width))
+        region = (region / region.std((2, 3), keepdim=True)).mul_(6).exp_()
+        angle = math.pi * k / _DIRECTIONS
+        # A needle and two shorter barbs, thinner than a pixel.
+        streak = torch.zeros(height, width // 2 + 1, dtype=torch.float64)
+        for turn, length, share in ((0.0, 0.03, 1.0), (1.0, 0.015, 0.5), (-1.0, 0.015, 0.5)):
+            along = columns * math.cos(angle + turn) + rows * math.sin(angle + turn)
+            across = rows * math.cos(angle + turn) - columns * math.sin(angle + turn)
+            square = (along * length * side) ** 2 + (across * 0.4) ** 2
+            streak += share * torch.exp(-2 * math.pi**2 * square)
+        # Needles start at few points.
+        points = (noise[1] - 0.5).clamp_(min=0)
+        grown = torch.fft.irfft2(torch.fft.rfft2(points) * streak, s=(height, width))
+        total += region * grown
+        weights = weights + region
+    total /= weights
+    return total - total.mean((2, 3), keepdim=True)
 
 
 def _mixed(field: Tensor, mixing: Tensor) -> Tensor:
-    """Lower-triangular mix of three channels, (B, 3, N), written out to fix the order of sums."""
-    first, second, third = field.unbind(1)
-    row = mixing[..., None]
-    return torch.stack(
-        (
-            row[:, 0, 0] * first,
-            row[:, 1, 0] * first + row[:, 1, 1] * second,
-            row[:, 2, 0] * first + row[:, 2, 1] * second + row[:, 2, 2] * third,
-        ),
-        1,
-    )
+    """Lower-triangular mix of three channels, (B, 3, H, W), in a fixed order of sums."""
+    rows = [[mixing[i, j] * field[:, j] for j in range(i + 1)] for i in range(3)]
+    return torch.stack([torch.stack(row).sum(0) for row in rows], 1)
 
 
 def _channel_mixing(correlation: Triple) -> Tensor:
@@ -163,30 +230,6 @@ def _channel_mixing(correlation: Triple) -> Tensor:
     rg, gb, rb = (min(value, 0.9995) for value in correlation)
     matrix = np.array([[1, rg, rb], [rg, 1, gb], [rb, gb, 1]])
     return torch.from_numpy(np.linalg.cholesky(matrix))
-
-
-@lru_cache(maxsize=32)
-def _spectrum_gain(height: int, width: int, bands: tuple[float, ...]) -> Tensor:
-    """Gain on each frequency that gives white noise the band powers and unit variance.
-
-    Flat inside bands 1 to 7; inside band 0 power falls as radius^-2.5. No constant part.
-
-    Returns:
-        (height, width // 2 + 1) float64.
-    """
-    rows = np.fft.fftfreq(height)[:, None]
-    radius = np.hypot(rows, np.fft.fftfreq(width))
-    band = np.minimum((radius * 16 + 1e-9).astype(int), 7)
-    shape = np.where(band == 0, np.where(radius > 0, radius, 1.0) ** -2.5, 1.0)
-    shape[0, 0] = 0
-    power = np.zeros_like(radius)
-    for k, share in enumerate(bands):
-        inside = (band == k) * shape
-        # Small images have too few frequencies to fill every band.
-        if inside.sum() > 0:
-            power += share * inside / inside.sum()
-    gain = np.sqrt(power / power.sum() * height * width)
-    return torch.from_numpy(gain[:, : width // 2 + 1].copy())
 
 
 def crop_pictures(setting: Setting, shrink: int) -> Tensor:
@@ -225,13 +268,18 @@ def crop_pictures(setting: Setting, shrink: int) -> Tensor:
 
 @lru_cache(maxsize=4)
 def _pictures(folder: Path) -> list[Tensor]:
-    """All pictures of a folder in name order, (3, rows, columns) uint8 each."""
+    """All pictures of a folder in name order, (3, rows, columns) uint8 each.
+
+    The sixth of the published pictures is left out where all six are there.
+    """
     files = sorted(path for path in folder.glob("*") if path.suffix.lower() in _SUFFIXES)
     if not files:
         raise ValueError(
             f"`frost_pictures` must be a folder with pictures ({', '.join(_SUFFIXES)}), got "
             f"{str(folder)!r}, which holds none: check the path, or leave it out"
         )
+    if {path.stem for path in files} == {f"frost{i}" for i in range(1, 7)}:
+        files = [path for path in files if path.stem != "frost6"]  # the script never chooses it
     pictures = []
     for path in files:
         with Image.open(path) as picture:

@@ -50,6 +50,12 @@ class Setting:
         """Published points around this setting; see `severity.mixture`."""
         return mixture(self.severity, self.side, self.parameters)
 
+    def integers(self, field: str, *shape: int) -> Tensor:
+        """Draws from all int32, each equally likely, of shape (B, *shape)."""
+        count = torch.Size(shape).numel()
+        halves = draws.words(self.seeds, f"{self.name}/{field}", (count + 1) // 2)
+        return halves.view(torch.int32)[:, :count].reshape(len(self.seeds), *shape)
+
     def uniforms(self, field: str, *shape: int) -> Tensor:
         """Uniform draws in [0, 1) of shape (B, *shape), float32."""
         count = torch.Size(shape).numel()

@@ -98,26 +98,32 @@ def plasma(noise: Tensor, decay: float) -> Tensor:
         (B, n, n) in the dtype of `noise`.
     """
     size = round((noise.shape[1] + 1) ** 0.5)
-    grid = noise.new_zeros(len(noise), size, size)
-    width, step, used = 100.0, size, 0
-    while step >= 2:
-        half, cells = step // 2, size // step
+    corner = noise.new_zeros(len(noise), 1, 1)
+    width, used = 100.0, 0
+    while corner.shape[1] < size:
+        cells = corner.shape[1]
         # The published code multiplies its uniform on (-w, w) by w once more.
         fresh = noise[:, used : used + 3 * cells**2].reshape(-1, 3, cells, cells) * width**2
         used += 3 * cells**2
-        corner = grid[:, ::step, ::step]
-        corner_right = corner.roll(-1, 2)
-        corner_below = corner.roll(-1, 1)
-        centre = corner + corner_right + corner_below + corner_right.roll(-1, 1)
-        centre = centre.mul_(0.25).add_(fresh[:, 0])
-        horizontal = corner + corner_right + centre + centre.roll(1, 1)
-        vertical = corner + corner_below + centre + centre.roll(1, 2)
-        grid[:, half::step, half::step] = centre
-        grid[:, ::step, half::step] = horizontal.mul_(0.25).add_(fresh[:, 1])
-        grid[:, half::step, ::step] = vertical.mul_(0.25).add_(fresh[:, 2])
-        step, width = half, width / decay
-    grid -= grid.amin((1, 2), keepdim=True)
-    return grid.div_(grid.amax((1, 2), keepdim=True))
+        # One row and column more, from the other side of the torus.
+        wide = torch.cat((corner, corner[..., :1]), 2)
+        wide = torch.cat((wide, wide[:, :1]), 1)
+        across = wide[..., :-1] + wide[..., 1:]
+        down = wide[:, :-1] + wide[:, 1:]
+        centre = (across[:, :-1] + across[:, 1:]).mul_(0.25).add_(fresh[:, 0])
+        around = torch.cat((centre[..., -1:], centre), 2)
+        around = torch.cat((around[:, -1:], around), 1)
+        middle = torch.empty_like(corner.expand(len(noise), cells, cells))
+        grid = corner.new_empty(len(noise), cells, 2, cells, 2)
+        grid[:, :, 0, :, 0] = corner
+        grid[:, :, 1, :, 1] = centre
+        torch.add(around[:, :-1, 1:], around[:, 1:, 1:], out=middle)
+        grid[:, :, 0, :, 1] = middle.add_(across[:, :-1]).mul_(0.25).add_(fresh[:, 1])
+        torch.add(around[:, 1:, :-1], around[:, 1:, 1:], out=middle)
+        grid[:, :, 1, :, 0] = middle.add_(down[..., :-1]).mul_(0.25).add_(fresh[:, 2])
+        corner, width = grid.view(len(noise), 2 * cells, 2 * cells), width / decay
+    corner -= corner.amin((1, 2), keepdim=True)
+    return corner.div_(corner.amax((1, 2), keepdim=True))
 
 
 def apply_fog(images: Tensor, params: Params) -> Tensor:

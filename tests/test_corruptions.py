@@ -1,6 +1,7 @@
 """The public functions of `corruptions`: what goes in, what comes out, what is refused."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import PIL.Image
@@ -9,7 +10,7 @@ import torch
 from torchvision.transforms import v2
 
 import corruptions
-from corruptions import draws, severity
+from corruptions import digital, draws, severity
 
 ALL = corruptions.list_corruptions(extra=True)
 
@@ -64,6 +65,33 @@ def test_large_batches_are_worked_in_parts(name):
     batch, seeds = images(300), torch.arange(300)
     whole = corruptions.corrupt(batch, name, 3, seeds=seeds)
     assert torch.equal(whole[-1:], corruptions.corrupt(batch[-1:], name, 3, seeds=[299]))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_threads_do_not_matter(name):
+    """Parts of a batch go to threads of their own, which leave torch's setting alone."""
+    batch, seeds = images(64), torch.arange(64)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = corruptions.corrupt(batch, name, 3, seeds=seeds)
+        torch.set_num_threads(3)
+        assert torch.equal(corruptions.corrupt(batch, name, 3, seeds=seeds), alone)
+        assert torch.get_num_threads() == 3
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(torch.get_num_threads).result() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("quality", [1, 25, 80, 100])
+def test_both_codecs_give_the_same_levels(quality):
+    """Pillow stands in where torchvision has no codec."""
+    for height, width in ((32, 32), (17, 45)):
+        noisy = corruptions.corrupt(images(3, height, width), "gaussian_noise", 3, seeds=range(3))
+        for image in noisy:
+            first = digital._through_torchvision(image, quality)
+            assert torch.equal(first, digital._through_pillow(image, quality))
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -358,6 +386,23 @@ GOOD = torch.rand(2, 3, 32, 32)
 def test_errors(error, words, call):
     with pytest.raises(error, match=words):
         call()
+
+
+def test_the_sixth_published_picture_is_never_chosen(tmp_path):
+    for i in range(1, 7):
+        PIL.Image.new("RGB", (300, 300), (i, 0, 0)).save(tmp_path / f"frost{i}.png")
+    params = corruptions.sample("frost", (60, 3, 32, 32), 3, range(60), frost_pictures=tmp_path)
+    assert set(params["crop"][:, 0].unique().tolist()) == {1, 2, 3, 4, 5}
+
+
+@pytest.mark.parametrize("size", [(40, 24), (600, 520)])
+def test_frost_textures_have_their_statistics(size):
+    """Fields of any size, also beyond where they repeat, have mean 0 and variance 1."""
+    shape = (64, 3, *size) if size[0] < 100 else (4, 3, *size)
+    crop = corruptions.sample("frost", shape, 3, range(shape[0]))["crop"].float() / 255
+    contrast = crop.flatten(2).std(2)
+    assert contrast.min() > 0.03 and contrast.max() < 0.25
+    assert crop.mean((2, 3)).min() > 0.2 and crop.mean((2, 3)).max() < 0.95
 
 
 def test_empty_frost_folder(tmp_path):

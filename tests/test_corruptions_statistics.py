@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import corruptions
-from tests.test_corruptions_golden import GOLDEN_32, GOLDEN_224, needs_224, pictures, to_tensor
+from experiments.corruption_goldens import pictures, to_tensor
+from tests.test_corruptions_golden import GOLDEN_32, GOLDEN_224, needs_224
 
 STOCHASTIC = (
     "gaussian_noise", "shot_noise", "impulse_noise", "glass_blur", "motion_blur", "snow", "fog",
