@@ -6,15 +6,16 @@ import argparse
 import ast
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import tta.streams
 from experiments.card import Card
 from experiments.config import DEMO_METHODS, RunConfig, StreamConfig
+from experiments.record import Busy, Conflict, read_header
 from experiments.run import Run
+from experiments.settings import make_run, read_settings
 from experiments.subject import pick_device
-from tta.checks import nearest
 
 __all__ = ["main"]
 
@@ -46,8 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         work.execute()
+    except (Busy, Conflict) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
-        print("\ninterrupted; what was measured so far is in the results file", file=sys.stderr)
+        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
         return 130
     return 0
 
@@ -61,21 +65,43 @@ def _add_run(commands: Any) -> None:
         "continual stream, and then on a short class-correlated stream.",
     )
     add = parser.add_argument
+    add_settings(parser)
+    add("--seed", type=int, help="of everything random (default: 0)")
+    add("--name", help="ends the folder's name (default: demo)")
+    add(
+        "--output",
+        type=Path,
+        default=Path("runs"),
+        help="where the run's folder is made (default: %(default)s)",
+    )
+    add("--quiet", action="store_true", help="print only the tables")
+    add(
+        "--resume",
+        type=Path,
+        metavar="FOLDER",
+        help="go on with the run in FOLDER, with its configuration (without this, an unfinished "
+        "run of the same configuration under OUTPUT is continued)",
+    )
+    add("--fresh", action="store_true", help="begin a new run where one could be continued")
+    parser.set_defaults(prepare=_prepare_run)
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that `experiments.settings` knows, those of runs and sweeps alike."""
+    add = parser.add_argument
+    add("--config", type=Path, metavar="TOML", help="a file of settings, see experiments.settings")
     add(
         "--model",
-        default="cifar10_resnet20_bn",
-        help="bundled name, timm:NAME or torchvision:NAME (default: %(default)s)",
+        help="bundled name, timm:NAME or torchvision:NAME (default: cifar10_resnet20_bn)",
     )
     add(
         "--methods",
         nargs="+",
-        default=list(DEMO_METHODS),
         metavar="METHOD",
-        help="components of tta, joined by + to compose, such as unmix_tns+eata+lame (default: "
-        + " ".join(DEMO_METHODS)
-        + ")",
+        help="components of tta, joined by + to compose, such as unmix_tns+eata+lame, with fields "
+        "in brackets, such as tent[lr=1e-3] (default: " + " ".join(DEMO_METHODS) + ")",
     )
-    add("--data", default="bundled", help="a path, see experiments.data (default: %(default)s)")
+    add("--data", help="a path, see experiments.data (default: bundled)")
     add("--clean", help="path of the clean images where DATA holds only shifted ones")
     add("--source", help="file of source artefacts (default: those that come with the model)")
     add(
@@ -84,9 +110,7 @@ def _add_run(commands: Any) -> None:
         metavar="NAME",
         help="domains in stream order (default: the 15 in canonical order, or all of DATA's own)",
     )
-    add(
-        "--severity", type=int, default=5, choices=range(1, 6), help="1 to 5 (default: %(default)s)"
-    )
+    add("--severity", type=int, choices=range(1, 6), help="1 to 5 (default: 5)")
     add(
         "--scenario",
         help="a scenario of tta.streams (default: continual, then a short correlated stream)",
@@ -104,57 +128,36 @@ def _add_run(commands: Any) -> None:
         help="images of each domain, as many of each class, or 'all' (default: 1000 of the bundled "
         "2000; all of other data)",
     )
-    add("--batch-size", type=int, default=64, help="images per batch (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
-    add("--name", default="demo", help="ends the folder's name (default: %(default)s)")
-    add(
-        "--output",
-        type=Path,
-        default=Path("runs"),
-        help="where the run's folder is made (default: %(default)s)",
-    )
+    add("--batch-size", type=int, help="images per batch (default: 64)")
     add("--device", help="cpu, cuda, cuda:1 (default: CUDA if there is one)")
-    add("--quiet", action="store_true", help="print only the tables")
-    parser.set_defaults(prepare=_prepare_run)
+
+
+def settings_flags(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The file's settings and the flags', as `experiments.settings.make_run` takes them."""
+    settings = {} if args.config is None else read_settings(args.config)
+    names = ("model", "methods", "data", "clean", "source", "batch_size", "device", "severity")
+    flags = {name: getattr(args, name) for name in (*names, "scenario", "name")}
+    flags["domains"] = args.corruptions
+    flags["images"] = "all" if args.images == "all" else _number_of_images(args.images, None)
+    flags["options"] = _options(args.option)
+    return settings, flags
 
 
 def _prepare_run(args: argparse.Namespace) -> Run:
-    if args.batch_size < 1:
-        raise ValueError(f"`batch-size` must be at least 1, got {args.batch_size}")
-    if args.seed < 0:
-        raise ValueError(f"`seed` must be 0 or more, got {args.seed}")
-    if not args.name or set(args.name) & set("/\\"):
-        raise ValueError(f"`name` must be usable in a folder's name, got {args.name!r}")
-    scenario = args.scenario or "continual"
-    if scenario not in tta.streams.list_scenarios():
-        raise ValueError(
-            f"`scenario` must be one of tta.streams, got {scenario!r}: "
-            + nearest(scenario, tta.streams.list_scenarios())
-        )
-    options = _options(args.option)
-    main_stream = StreamConfig(
-        name=scenario,
-        scenario=scenario,
-        domains=tuple(args.corruptions or ()),
-        severity=args.severity,
-        images=_number_of_images(args.images, 1000 if args.data == "bundled" else None),
-        options=options,
-    )
-    demo = args.scenario is None and args.data == "bundled" and not options
-    streams = (main_stream, CORRELATED) if demo and not args.corruptions else (main_stream,)
-    config = RunConfig(
-        name=args.name,
-        model=args.model,
-        data=args.data,
-        clean=args.clean,
-        source=args.source,
-        methods=tuple(args.methods),
-        streams=streams,
-        batch_size=args.batch_size,
-        seed=args.seed,
-        device=str(pick_device(args.device)),
-    )
-    return Run(config, args.output, args.quiet)
+    if args.resume is not None:
+        header = read_header(args.resume)
+        if header is None:
+            raise ValueError(f"`resume` must be the folder of a run, got {args.resume}")
+        config = RunConfig.from_dict(header["config"])
+        return Run(config, args.resume.parent, args.quiet, folder=args.resume)
+    settings, flags = settings_flags(args)
+    if "sweep" in settings:
+        raise ValueError(f"`{args.config}` describes a sweep: python -m experiments sweep")
+    config = make_run(settings, {**flags, "seed": args.seed})
+    demo = not settings and not flags["options"] and config.data == "bundled"
+    if demo and args.scenario is None and args.corruptions is None:
+        config = replace(config, streams=(*config.streams, CORRELATED))
+    return Run(config, args.output, args.quiet, fresh=args.fresh)
 
 
 def _add_card(commands: Any) -> None:

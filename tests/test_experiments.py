@@ -53,11 +53,21 @@ def test_presets_follow_the_number_of_classes_unless_given():
         ("bn+alpha_bn", "bn and alpha_bn are both norm components"),
         ("source+lame", "source means no adaptation"),
         ("bn++lame", "got ''"),
+        ("tent[lr]", r"such as|must set fields as in tent\[lr=1e-3"),
+        ("tent[rl=0.1]", "rl"),
     ],
 )
 def test_method_strings_that_cannot_be(text, message):
     with pytest.raises(ValueError, match=message):
         parse_method(text, 10)
+
+
+def test_fields_are_set_in_brackets():
+    method = parse_method("lame[neighbours=3] + tent[lr=1e-3, betas=(0.8, 0.9)]", 10)
+    assert method.slots == {"output": "lame", "update": "tent.cifar10"}
+    assert method.overrides == {"neighbours": 3, "lr": 1e-3, "betas": (0.8, 0.9)}
+    adapter = parse_method("tent[lr=1e+0]", 10).wrap(tiny("bn"), batch_size=16)
+    assert adapter.config.update.lr == 1.0
 
 
 def test_methods_are_named_once():
@@ -158,7 +168,7 @@ def small_stream(scenario="continual", **options):
 def evaluated(method, stream):
     adapter = parse_method(method, 10).wrap(tiny("bn"), batch_size=16)
     pairs = list(iter_evaluate(adapter, stream, CPU, lambda images: images))
-    return [row for row, _ in pairs], pairs[-1][1]
+    return [step.row for step, _ in pairs], pairs[-1][1]
 
 
 def test_totals_agree_with_a_plain_loop():
@@ -169,7 +179,8 @@ def test_totals_agree_with_a_plain_loop():
     with torch.no_grad():
         for batch in stream:
             wrong[batch.domain] += int((net(batch.images).argmax(1) != batch.labels).sum())
-    assert totals.by_domain == {name: (40, count) for name, count in wrong.items()}
+    counts = {name: (tally.images, tally.errors) for name, tally in totals.by_domain.items()}
+    assert counts == {name: (40, count) for name, count in wrong.items()}
     summary = totals.summary()
     assert summary["mean_error"] == pytest.approx(sum(wrong.values()) / 80)
     assert [row["images"] for row in rows] == [16, 16, 8, 16, 16, 8]
@@ -187,7 +198,7 @@ def test_resets_and_used_samples_are_counted():
 def test_mixed_batches_are_scored_by_each_images_domain():
     rows, totals = evaluated("source", small_stream("mixed"))
     assert rows[0]["domain"] == "mixed"
-    assert {name: images for name, (images, _) in totals.by_domain.items()} == {
+    assert {name: tally.images for name, tally in totals.by_domain.items()} == {
         "fog": 40,
         "snow": 40,
     }
