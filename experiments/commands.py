@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from experiments import sweep
 from experiments.card import Card
-from experiments.config import DEMO_METHODS, RunConfig, StreamConfig
+from experiments.config import RunConfig, StreamConfig
+from experiments.flags import add_settings, number_of_images, settings_flags
 from experiments.record import Busy, Conflict, read_header
 from experiments.run import Run
-from experiments.settings import make_run, read_settings
+from experiments.settings import make_run
 from experiments.subject import pick_device
 
 __all__ = ["main"]
@@ -37,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m experiments", description=about)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_run(commands)
+    sweep.add_command(commands)
     _add_card(commands)
     args = parser.parse_args(argv)
     try:
@@ -46,14 +48,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     try:
-        work.execute()
+        left = work.execute()
     except (Busy, Conflict) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from here", file=sys.stderr)
         return 130
-    return 0
+    # Runs of a sweep that were refused or ran out of time are said, but are no accident.
+    failed = isinstance(left, list) and any(outcome.status == "failed" for outcome in left)
+    return 1 if failed else 0
 
 
 def _add_run(commands: Any) -> None:
@@ -84,63 +88,6 @@ def _add_run(commands: Any) -> None:
     )
     add("--fresh", action="store_true", help="begin a new run where one could be continued")
     parser.set_defaults(prepare=_prepare_run)
-
-
-def add_settings(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that `experiments.settings` knows, those of runs and sweeps alike."""
-    add = parser.add_argument
-    add("--config", type=Path, metavar="TOML", help="a file of settings, see experiments.settings")
-    add(
-        "--model",
-        help="bundled name, timm:NAME or torchvision:NAME (default: cifar10_resnet20_bn)",
-    )
-    add(
-        "--methods",
-        nargs="+",
-        metavar="METHOD",
-        help="components of tta, joined by + to compose, such as unmix_tns+eata+lame, with fields "
-        "in brackets, such as tent[lr=1e-3] (default: " + " ".join(DEMO_METHODS) + ")",
-    )
-    add("--data", help="a path, see experiments.data (default: bundled)")
-    add("--clean", help="path of the clean images where DATA holds only shifted ones")
-    add("--source", help="file of source artefacts (default: those that come with the model)")
-    add(
-        "--corruptions",
-        nargs="+",
-        metavar="NAME",
-        help="domains in stream order (default: the 15 in canonical order, or all of DATA's own)",
-    )
-    add("--severity", type=int, choices=range(1, 6), help="1 to 5 (default: 5)")
-    add(
-        "--scenario",
-        help="a scenario of tta.streams (default: continual, then a short correlated stream)",
-    )
-    add(
-        "--option",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="an option of the scenario, such as delta=0.1; may be repeated",
-    )
-    add(
-        "--images",
-        metavar="N",
-        help="images of each domain, as many of each class, or 'all' (default: 1000 of the bundled "
-        "2000; all of other data)",
-    )
-    add("--batch-size", type=int, help="images per batch (default: 64)")
-    add("--device", help="cpu, cuda, cuda:1 (default: CUDA if there is one)")
-
-
-def settings_flags(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The file's settings and the flags', as `experiments.settings.make_run` takes them."""
-    settings = {} if args.config is None else read_settings(args.config)
-    names = ("model", "methods", "data", "clean", "source", "batch_size", "device", "severity")
-    flags = {name: getattr(args, name) for name in (*names, "scenario", "name")}
-    flags["domains"] = args.corruptions
-    flags["images"] = "all" if args.images == "all" else _number_of_images(args.images, None)
-    flags["options"] = _options(args.option)
-    return settings, flags
 
 
 def _prepare_run(args: argparse.Namespace) -> Run:
@@ -179,29 +126,6 @@ def _add_card(commands: Any) -> None:
 
 
 def _prepare_card(args: argparse.Namespace) -> Card:
-    images = _number_of_images(args.images, None)
+    images = number_of_images(args.images, None)
     device = pick_device(args.device)
     return Card(args.model, args.data, device, images, args.seed, args.output, args.quiet)
-
-
-def _number_of_images(text: str | None, default: int | None) -> int | None:
-    if text is None:
-        return default
-    if text == "all":
-        return None
-    if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"`images` must be a number of 1 up or 'all', got {text!r}")
-    return int(text)
-
-
-def _options(pairs: Sequence[str]) -> dict[str, Any]:
-    options = {}
-    for pair in pairs:
-        key, equals, text = pair.partition("=")
-        if not key or not equals:
-            raise ValueError(f"`option` must be KEY=VALUE, got {pair!r}: such as delta=0.1")
-        try:
-            options[key] = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            options[key] = text  # a bare word
-    return options

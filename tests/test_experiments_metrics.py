@@ -150,10 +150,11 @@ def stream(**options):
 
 
 def passes(method, **options):
-    adapter = parse_method(method, 10).wrap(
-        tiny("bn"), batch_size=16, mean=(0,) * 3, std=(1,) * 3,
-        source=tta.SourceStatistics(fisher={n: 0 * p.detach() for n, p in tiny("bn").named_parameters()}),
-    )  # fmt: skip
+    net = tiny("bn")
+    fisher = {name: 0 * p.detach() for name, p in net.named_parameters()}
+    source = tta.SourceStatistics(fisher=fisher)
+    arguments = {"batch_size": 16, "mean": (0,) * 3, "std": (1,) * 3, "source": source}
+    adapter = parse_method(method, 10).wrap(net, **arguments)
     (*_, (_, totals)) = iter_evaluate(adapter, stream(**options), CPU, lambda x: x)
     return totals
 
