@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from experiments import sweep
+from experiments import report, sweep
 from experiments.card import Card
 from experiments.config import RunConfig, StreamConfig
 from experiments.flags import add_settings, number_of_images, settings_flags
@@ -39,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_run(commands)
     sweep.add_command(commands)
+    report.add_command(commands)
     _add_card(commands)
     args = parser.parse_args(argv)
     try:

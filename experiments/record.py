@@ -13,7 +13,7 @@ import fcntl
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ __all__ = [
     "plain",
     "read_header",
     "read_lines",
+    "stretches",
 ]
 
 RESULTS = "results.jsonl"
@@ -187,6 +188,20 @@ def mend(data: bytes) -> tuple[bytes, int]:
             line, count = json.dumps(quoted).encode(), count + 1
         mended.append(line + b"\n")
     return b"".join(mended), count
+
+
+def stretches(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, int, str]]:
+    """(first image, one past the last, domain) of each stretch of one domain in batch lines."""
+    found: list[tuple[int, int, str]] = []
+    start = 0
+    for row in rows:
+        stop = start + row["images"]
+        if found and found[-1][2] == row["domain"]:
+            found[-1] = (found[-1][0], stop, row["domain"])
+        else:
+            found.append((start, stop, row["domain"]))
+        start = stop
+    return found
 
 
 def plain(value: Any) -> Any:

@@ -18,7 +18,7 @@ from experiments.domains import Shifts, corrupt_set, resolve_domains
 from experiments.environment import describe_environment
 from experiments.evaluate import iter_evaluate
 from experiments.methods import parse_method, parse_methods
-from experiments.plots import plot_errors, plot_running
+from experiments.plots import plot_errors, plot_running, running
 from experiments.progress import Progress
 from experiments.record import JsonLines, make_run_folder, read_lines
 from experiments.table import describe, render_markdown, render_text, short_names
@@ -332,9 +332,5 @@ def test_plots_are_pictures(tmp_path):
 
 
 def test_the_running_error_looks_back_on_the_window():
-    from experiments.plots import _running
-
-    rows = [{"images": 10, "errors": e} for e in (10, 0, 0, 5)]
-    seen, error = _running(rows, window=20)
-    assert seen.tolist() == [10, 20, 30, 40]
-    assert error.tolist() == [1.0, 0.5, 0.0, 0.25]
+    seen, wrong = np.array([10, 20, 30, 40]), np.array([10, 10, 10, 15])
+    assert running(seen, wrong, window=20).tolist() == [1.0, 0.5, 0.0, 0.25]
