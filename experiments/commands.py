@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from experiments import report, sweep
+from experiments import preview, report, surface, sweep, tune
 from experiments.card import Card
 from experiments.config import RunConfig, StreamConfig
 from experiments.flags import add_settings, number_of_images, settings_flags
@@ -39,7 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_run(commands)
     sweep.add_command(commands)
+    tune.add_command(commands)
     report.add_command(commands)
+    preview.add_command(commands)
+    surface.add_command(commands)
     _add_card(commands)
     args = parser.parse_args(argv)
     try:
@@ -50,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         left = work.execute()
-    except (Busy, Conflict) as error:
+    except (Busy, Conflict, FileExistsError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

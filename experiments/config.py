@@ -70,6 +70,7 @@ class RunConfig:
         batch_size: Of streams that have no other; learning rates are scaled for it.
         seed: Of corruptions, streams and adapters.
         device: "cpu", "cuda" or the like.
+        tuned: How fields of methods were chosen, see `experiments.tune`.
     """
 
     name: str
@@ -82,6 +83,7 @@ class RunConfig:
     batch_size: int
     seed: int
     device: str
+    tuned: tuple[dict[str, Any], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Nested JSON types."""
@@ -94,7 +96,8 @@ class RunConfig:
             StreamConfig(**{**stream, "domains": tuple(stream["domains"])})
             for stream in values["streams"]
         ]
-        return cls(**{**values, "methods": tuple(values["methods"]), "streams": tuple(streams)})
+        lists = {name: tuple(values.get(name, ())) for name in ("methods", "tuned")}
+        return cls(**{**values, **lists, "streams": tuple(streams)})
 
 
 @dataclass(frozen=True, kw_only=True)

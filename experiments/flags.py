@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,24 +12,38 @@ from typing import Any
 from experiments.config import DEMO_METHODS
 from experiments.settings import read_settings
 
-__all__ = ["add_settings", "number_of_images", "settings_flags"]
+__all__ = ["add_settings", "number_of_images", "parse_value", "settings_flags"]
 
 
-def add_settings(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that `experiments.settings` knows, those of runs and sweeps alike."""
+def add_settings(parser: argparse.ArgumentParser, methods: bool = True) -> None:
+    """Add the flags that `experiments.settings` knows, those of runs and sweeps alike.
+
+    Args:
+        parser: Of a command.
+        methods: Whether the user chooses methods.
+    """
     add = parser.add_argument
     add("--config", type=Path, metavar="TOML", help="a file of settings, see experiments.settings")
     add(
         "--model",
         help="bundled name, timm:NAME or torchvision:NAME (default: cifar10_resnet20_bn)",
     )
-    add(
-        "--methods",
-        nargs="+",
-        metavar="METHOD",
-        help="components of tta, joined by + to compose, such as unmix_tns+eata+lame, with fields "
-        "in brackets, such as tent[lr=1e-3] (default: " + " ".join(DEMO_METHODS) + ")",
-    )
+    if methods:
+        add(
+            "--methods",
+            nargs="+",
+            metavar="METHOD",
+            help="components of tta, joined by + to compose, such as unmix_tns+eata+lame, with "
+            "fields in brackets, such as tent[lr=1e-3] (default: " + " ".join(DEMO_METHODS) + ")",
+        )
+        add(
+            "--tuned",
+            nargs="+",
+            type=Path,
+            default=[],
+            metavar="FILE",
+            help="take fields that tune has chosen; a method of that name is replaced, or added",
+        )
     add("--data", help="a path, see experiments.data (default: bundled)")
     add("--clean", help="path of the clean images where DATA holds only shifted ones")
     add("--source", help="file of source artefacts (default: those that come with the model)")
@@ -64,11 +79,23 @@ def settings_flags(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, 
     """The file's settings and the flags', as `experiments.settings.make_run` takes them."""
     settings = {} if args.config is None else read_settings(args.config)
     names = ("model", "methods", "data", "clean", "source", "batch_size", "device", "severity")
-    flags = {name: getattr(args, name) for name in (*names, "scenario", "name")}
+    flags = {name: getattr(args, name, None) for name in (*names, "scenario", "name")}
     flags["domains"] = args.corruptions
     flags["images"] = "all" if args.images == "all" else number_of_images(args.images, None)
     flags["options"] = parse_options(args.option)
+    flags["tuned"] = [read_tuned(path) for path in getattr(args, "tuned", [])]
     return settings, flags
+
+
+def read_tuned(path: Path) -> dict[str, Any]:
+    """What `experiments.tune` wrote."""
+    try:
+        found = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"`tuned` must be a tuned.json, but {path} is no JSON: {error}") from error
+    if not isinstance(found, dict) or "chosen" not in found:
+        raise ValueError(f"`tuned` must be a tuned.json, got {path}, which holds no choice")
+    return found
 
 
 def number_of_images(text: str | None, default: int | None) -> int | None:
@@ -87,8 +114,13 @@ def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
         key, equals, text = pair.partition("=")
         if not key or not equals:
             raise ValueError(f"`option` must be KEY=VALUE, got {pair!r}: such as delta=0.1")
-        try:
-            options[key] = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            options[key] = text  # a bare word
+        options[key] = parse_value(text)
     return options
+
+
+def parse_value(text: str) -> Any:
+    """A Python literal, or else the text itself."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text  # a bare word

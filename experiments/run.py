@@ -24,6 +24,7 @@ from experiments.progress import Progress
 from experiments.record import RESULTS, Busy, Conflict, Results, make_run_folder, read_header
 from experiments.snapshot import Snapshots
 from experiments.subject import Subject, load_subject
+from experiments.surface import read_surface
 from experiments.table import describe, render_markdown, render_text
 from experiments.trial import Trial
 from tta.streams import Stream
@@ -185,6 +186,9 @@ class Run:
             return images if config.images is None else images.balanced(config.images)
 
         smooth = config.scenario == "walk"
+        options = dict(config.options)
+        if isinstance(options.get("surface"), str):
+            options["surface"] = read_surface(options["surface"])
         arguments = self.shifts.build_arguments(config.domains, config.severities, choose, smooth)
         return tta.streams.build(
             config.scenario,
@@ -192,7 +196,7 @@ class Run:
             batch_size=1 if config.scenario == "single" else self._batch_size(config),
             seed=self.config.seed,
             **arguments,
-            **config.options,
+            **options,
         )
 
     def _run_stream(self, config: StreamConfig, stream: Stream, trial: Trial) -> None:

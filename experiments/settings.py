@@ -85,8 +85,9 @@ def make_run(settings: Mapping[str, Any], flags: Mapping[str, Any]) -> RunConfig
 
     Args:
         settings: Of a file, see `read_settings`.
-        flags: Fields of `RunConfig`, and of `StreamConfig` for all streams; None for flags that
-            were not given. ``scenario`` takes the place of the file's streams.
+        flags: Fields of `RunConfig`, ``tuned`` (what `experiments.tune` wrote), and fields of
+            `StreamConfig` for all streams; None for flags that were not given. ``scenario`` takes
+            the place of the file's streams.
 
     Raises:
         ValueError: For a value that cannot be.
@@ -101,11 +102,18 @@ def make_run(settings: Mapping[str, Any], flags: Mapping[str, Any]) -> RunConfig
     for stream in streams:
         stream |= changes
         stream["options"] = {**stream.get("options", {}), **given.get("options", {})}
+    methods = [*values["methods"]]
+    for record in given.get("tuned", []):
+        if record["method"] in methods:
+            methods[methods.index(record["method"])] = record["chosen"]
+        elif record["chosen"] not in methods:
+            methods.append(record["chosen"])
     default = BUNDLED_IMAGES if values["data"] == "bundled" else None
     config = RunConfig(
         **{
             **values,
-            "methods": tuple(values["methods"]),
+            "methods": tuple(methods),
+            "tuned": tuple(given.get("tuned", [])),
             "streams": tuple(_stream(stream, default) for stream in streams),
             "device": str(pick_device(values["device"])),
         }

@@ -172,7 +172,8 @@ def _read_run(rows: Sequence[Mapping[str, Any]]) -> Iterator[Result]:
     config = header["config"]
     streams = {stream["name"]: StreamConfig(**stream) for stream in config["streams"]}
     builds = {row["stream"]: row["build"] for row in rows if row["kind"] == "stream"}
-    about = {key: header.get(key) for key in ("started", "versions", "hardware", "git", "tuned")}
+    about = {key: header.get(key) for key in ("started", "versions", "hardware", "git")}
+    about["tuned"] = [r["chosen"] for r in config.get("tuned", [])]
     about["origin"] = header["data"]["origin"]
     own: dict[tuple[str, str], dict[str, list[Any]]] = {}
     for row in rows:

@@ -143,6 +143,9 @@ class Report:
         ):
             values = [result.about[key] for result in self.results if result.about.get(key)]
             lines.append("; ".join(dict.fromkeys(show(value) for value in values)))
+        tuned = {m for r in self.results for m in r.about.get("tuned") or []}
+        if tuned:
+            lines.append(f"fields chosen on held-out corruptions: {', '.join(sorted(tuned))}")
         dates = sorted(str(result.about["started"])[:10] for result in self.results)
         seeds = sorted({result.seed for result in self.results})
         lines.append(f"{dates[0]} to {dates[-1]}; seeds {', '.join(map(str, seeds))}")
