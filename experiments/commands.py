@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from experiments import preview, report, surface, sweep, tune
+from experiments import benchmark, overhead, preview, report, surface, sweep, tune
 from experiments.card import Card
 from experiments.config import RunConfig, StreamConfig
 from experiments.flags import add_settings, number_of_images, settings_flags
@@ -42,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     tune.add_command(commands)
     report.add_command(commands)
     preview.add_command(commands)
+    benchmark.add_command(commands)
+    overhead.add_command(commands)
     surface.add_command(commands)
     _add_card(commands)
     args = parser.parse_args(argv)

@@ -106,6 +106,7 @@ class Run:
             f"corrupting {name} at severity {severity}"
         )
         self.streams = [self._build(stream) for stream in config.streams]
+        self.previews = [stream.preview() for stream in self.streams]  # raises if none can be drawn
         self._check_methods()
 
     def execute(self) -> Path:
@@ -115,7 +116,7 @@ class Run:
             OutOfTime: After the deadline; the next `execute` goes on from there.
         """
         folder, results = self._open()
-        images = [stream.preview().samples for stream in self.streams]
+        images = [preview.samples for preview in self.previews]
         work = sum(images) + 2 * len(images) * (0 if self.clean is None else len(self.clean))
         self.progress.total = work * sum(method.cost for method in self.methods)
         with results:
@@ -130,8 +131,8 @@ class Run:
                 self.config.seed,
                 self.deadline,
             )
-            for config, stream in zip(self.config.streams, self.streams, strict=True):
-                self._run_stream(config, stream, trial)
+            for number in range(len(self.streams)):
+                self._run_stream(number, trial)
             if results.find("end") is None:
                 results.write("end", finished=_now())
             trial.snapshots.remove()
@@ -199,8 +200,9 @@ class Run:
             **options,
         )
 
-    def _run_stream(self, config: StreamConfig, stream: Stream, trial: Trial) -> None:
-        preview = stream.preview()
+    def _run_stream(self, number: int, trial: Trial) -> None:
+        config, stream = self.config.streams[number], self.streams[number]
+        preview = self.previews[number]
         size = self._batch_size(config)
         self.progress.say(
             f"\nStream {config.name}: {config.scenario}, {len(config.domains)} domains at severity "
@@ -213,8 +215,9 @@ class Run:
         )
         summaries: list[dict[str, Any]] = []
         batches: dict[str, list[dict[str, Any]]] = {}
-        for number, method in enumerate(self.methods):
-            summary, rows = trial.run(config, stream, method, size, samples=number == 0)
+        for method in self.methods:
+            samples = method is self.methods[0]
+            summary, rows = trial.run(config, stream, method, size, samples)
             summaries.append(summary)
             batches[method.label] = rows
         self.progress.clear()

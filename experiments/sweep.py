@@ -12,9 +12,9 @@ import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from experiments.config import RunConfig, SweepConfig
+from experiments.config import RunConfig
 from experiments.flags import add_settings, settings_flags
 from experiments.progress import Progress
 from experiments.record import JsonLines
@@ -22,7 +22,7 @@ from experiments.run import is_finished
 from experiments.settings import make_sweep
 from experiments.workers import Cell, Executor, Outcome, import_ray, in_pool, on_ray, one_by_one
 
-__all__ = ["Sweep", "add_command", "add_workers", "cell_folder", "pick_executor"]
+__all__ = ["Plan", "Sweep", "add_command", "add_workers", "cell_folder", "pick_executor"]
 
 
 def add_command(commands: Any) -> None:
@@ -93,6 +93,14 @@ def _prepare(args: argparse.Namespace) -> Sweep:
     )
 
 
+class Plan(Protocol):
+    """What a sweep asks of its configuration; `SweepConfig` is one."""
+
+    @property
+    def run(self) -> RunConfig: ...
+    def cells(self) -> list[RunConfig]: ...
+
+
 class Sweep:
     """Many runs.
 
@@ -108,7 +116,7 @@ class Sweep:
 
     def __init__(
         self,
-        config: SweepConfig,
+        config: Plan,
         root: str | Path = "runs",
         executor: Executor = one_by_one,
         threads: int = 1,
@@ -142,7 +150,11 @@ class Sweep:
                     break
             lasting += failed
         for outcome in lasting:
-            self.progress.say(f"{outcome.status}: {_describe(outcome)}\n  {_reason(outcome)}")
+            if outcome.status != "unfinished":
+                self.progress.say(f"{outcome.status}: {_describe(outcome)}\n  {_reason(outcome)}")
+        cut = sum(outcome.status == "unfinished" for outcome in lasting)
+        if cut:
+            self.progress.say(f"out of time for {cut} runs; the same command goes on with them")
         self.progress.say(f"\npython -m experiments report {self.folder}")
         return lasting
 
@@ -153,6 +165,9 @@ class Sweep:
         failed = []
         start = time.monotonic()
         for number, outcome in enumerate(self.executor(cells), 1):
+            if outcome.status == "unfinished":
+                lasting.append(outcome)
+                continue
             log.write(
                 "cell",
                 folder=str(Path(outcome.cell.folder).relative_to(self.folder)),
@@ -163,7 +178,7 @@ class Sweep:
             )
             if outcome.status == "failed":
                 failed.append(outcome)
-            elif outcome.status != "done":
+            elif outcome.status == "refused":
                 lasting.append(outcome)
             error = outcome.error
             left = (time.monotonic() - start) * (len(cells) / number - 1)
@@ -188,6 +203,4 @@ def _describe(outcome: Outcome) -> str:
 
 
 def _reason(outcome: Outcome) -> str:
-    if outcome.status == "unfinished":
-        return "out of time; goes on with the same command"
     return outcome.text.strip().splitlines()[-1] if outcome.text.strip() else "no reason given"

@@ -85,7 +85,7 @@ def _prepare(args: argparse.Namespace) -> Tune:
     sweep = Sweep(
         config, args.output, pick_executor(args), args.threads, args.retries, deadline, args.quiet
     )
-    return Tune(args.method, grid, sweep)
+    return Tune(args.method, grid, config, sweep)
 
 
 class Tune:
@@ -94,12 +94,16 @@ class Tune:
     Args:
         method: As it is without a choice.
         grid: Values by field.
-        sweep: Runs all candidates.
+        config: Of all candidates.
+        sweep: Runs them.
     """
 
-    def __init__(self, method: str, grid: Mapping[str, Sequence[Any]], sweep: Sweep) -> None:
+    def __init__(
+        self, method: str, grid: Mapping[str, Sequence[Any]], config: SweepConfig, sweep: Sweep
+    ) -> None:
         self.method = method
         self.grid = grid
+        self.config = config
         self.sweep = sweep
 
     def execute(self) -> list[Outcome]:
@@ -108,7 +112,7 @@ class Tune:
         if left:
             print(f"no choice yet: {len(left)} runs are not done")
             return left
-        config = self.sweep.config
+        config = self.config
         results = collect([cell.folder for cell in self.sweep.cells])
         errors = {
             method: over_seeds(

@@ -81,6 +81,8 @@ def run_cell(cell: Cell, carry: bool = False) -> Outcome:
         cell: Which.
         carry: Whether to give the results file back.
     """
+    if cell.deadline is not None and time.time() > cell.deadline:
+        return Outcome(cell, "unfinished")
     start, threads = time.monotonic(), torch.get_num_threads()
     torch.set_num_threads(cell.threads)
     deadline = None if cell.deadline is None else start + cell.deadline - time.time()

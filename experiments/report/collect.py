@@ -16,7 +16,8 @@ from experiments.record import RESULTS, mend, plain, stretches
 
 __all__ = ["Result", "Setting", "by_setting", "collect", "write_compact"]
 
-POINTS = 240  # of a curve in a compact file
+POINTS = 120  # of a curve in a compact file
+STRETCHES = 60  # more of them are not drawn
 
 
 @dataclass(frozen=True, order=True)
@@ -132,6 +133,8 @@ def write_compact(results: Sequence[Result], path: str | Path) -> None:
         seen, wrong = result.curve
         keep = np.unique(np.linspace(0, len(seen) - 1, min(POINTS, len(seen))).round().astype(int))
         row = asdict(result) | {"curve": [[seen[i] for i in keep], [wrong[i] for i in keep]]}
+        if len(result.stretches) > STRETCHES:
+            row["stretches"] = []
         lines.append(json.dumps(plain(_rounded({"kind": "result", **row})), allow_nan=False) + "\n")
     part = path.with_name(path.name + ".part")
     part.write_text("".join(lines))

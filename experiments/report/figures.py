@@ -6,12 +6,14 @@ Methods are drawn in the order given, source first; everything else is compared 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from experiments.plots import finish, mark_domains, running, style, tidy
 from experiments.report.collect import Result
@@ -22,6 +24,13 @@ __all__ = ["plot_cost", "plot_domains", "plot_heat", "plot_reliability", "plot_s
 Methods = Mapping[str, Sequence[Result]]
 DPI = 130
 PANELS = 3  # in a row of small plots
+
+
+def short(method: str, methods: Methods) -> str:
+    """The method without its fields, where no other one would be called the same."""
+    plain = re.sub(r"\[[^\]]*\]", "", method)
+    others = [re.sub(r"\[[^\]]*\]", "", name) for name in methods if name != method]
+    return method if plain in others else plain
 
 
 def plot_stream(methods: Methods, path: Path, title: str) -> None:
@@ -43,7 +52,7 @@ def plot_stream(methods: Methods, path: Path, title: str) -> None:
             color=look["color"],
             linestyle=look["linestyle"],
             linewidth=2.0 if method == "source" else 1.4,
-            label=method,
+            label=short(method, methods),
         )
     mark_domains(axes, first.stretches, total)
     axes.set_xlim(0, total)
@@ -75,7 +84,7 @@ def plot_domains(methods: Methods, path: Path, title: str) -> None:
             axes.errorbar(where, means, halves, fmt="none", ecolor="#333333", elinewidth=1)
         if source is not None and shown:
             axes.plot(where, errors(source)[0], "_", color="black", ms=9, mew=2, label="source")
-        axes.set_title(method, fontsize=10)
+        axes.set_title(short(method, methods), fontsize=10)
         axes.set_ylim(0, 100)
         axes.set_xlim(-0.6, len(names) - 0.4)
         axes.set_xticks(where, names, rotation=90, fontsize=7)
@@ -123,13 +132,16 @@ def plot_heat(groups: Mapping[str, Sequence[Result]], path: Path, title: str) ->
             if not np.isnan(value):
                 colour = "white" if value < 60 else "black"
                 axes.text(j, i, f"{value:.0f}", ha="center", va="center", color=colour, fontsize=7)
-        axes.set_title(method, fontsize=10)
+        axes.set_title(short(method, groups), fontsize=10)
         axes.set_xticks(range(len(levels)), [f"{level:g}" for level in levels], fontsize=8)
         axes.set_xlabel("severity", fontsize=8)
         left = number % PANELS == 0
         axes.set_yticks(range(len(names)), names if left else [""] * len(names), fontsize=8)
     assert image is not None
-    figure.colorbar(image, ax=grid, label="error (%)", shrink=0.8)
+    rows = math.ceil(len(maps) / PANELS)
+    figure.colorbar(
+        image, ax=grid, label="error (%)", shrink=0.8 / rows, aspect=15, anchor=(0.0, 1.0)
+    )
     _end(figure, title)
     figure.savefig(path)
     return True
@@ -156,9 +168,14 @@ def plot_cost(methods: Methods, path: Path, title: str) -> None:
             capsize=2,
             linestyle="none",
         )
-        places.append((cost.mean, accuracy.mean, method))
+        places.append((cost.mean, accuracy.mean, short(method, methods)))
     axes.set_xscale("log")
-    axes.margins(x=0.18, y=0.12)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.margins(x=0.22, y=0.12)
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(low, 0.0), min(high, 100.0))  # an interval of two seeds may say more
     _name_points(axes, places)
     axes.set_xlabel("milliseconds per image of the adapter alone (log scale)")
     axes.set_ylabel("accuracy, mean over domains (%)")
@@ -183,7 +200,7 @@ def plot_reliability(methods: Methods, path: Path, title: str) -> None:
         axes.plot([0, 1], [0, 1], color="black", linewidth=1, linestyle="--")
         ece = over_seeds(results, lambda r: r.summary["ece"])
         label = "" if ece is None else f": ECE {ece.text(100)} %"
-        axes.set_title(f"{method}{label}", fontsize=9)
+        axes.set_title(f"{short(method, methods)}{label}", fontsize=9)
         axes.set_xlim(0, 1)
         axes.set_ylim(0, 1)
         axes.tick_params(labelsize=8)

@@ -12,7 +12,7 @@ from experiments.report.page import Page, Section
 from experiments.report.statistics import LEVEL, difference
 from experiments.report.tables import NOTES, Table, csv_rows, overview, setting_table
 
-__all__ = ["Report", "add_command"]
+__all__ = ["Report", "about_lines", "add_command", "describe"]
 
 
 def add_command(commands: Any) -> None:
@@ -56,7 +56,7 @@ class Report:
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "results.csv").write_text(csv_rows(self.results))
         sections = [self._overview(), *(self._setting(s) for s in self.settings), *self._heat()]
-        page = Page(self.title, self._about(), sections, NOTES)
+        page = Page(self.title, about_lines(self.results), sections, NOTES)
         path = self.folder / "index.html"
         path.write_text(page.html())
         print(f"{len(self.results)} results in {len(self.settings)} settings: {path}", flush=True)
@@ -129,27 +129,25 @@ class Report:
         (self.folder / f"{name}.md").write_text(table.markdown())
         (self.folder / f"{name}.tex").write_text(table.latex())
 
-    def _about(self) -> list[str]:
-        """Where the numbers come from."""
-        lines = []
-        for key, show in (
-            ("origin", str),
-            (
-                "hardware",
-                lambda h: ", ".join([h["cpu"], f"{h['torch_threads']} threads", *h["gpus"]]),
-            ),
-            ("versions", lambda v: ", ".join(f"{n} {x}" for n, x in v.items())),
-            ("git", lambda g: f"commit {g['commit'][:12]}" + (" with changes" * g["changed"])),
-        ):
-            values = [result.about[key] for result in self.results if result.about.get(key)]
-            lines.append("; ".join(dict.fromkeys(show(value) for value in values)))
-        tuned = {m for r in self.results for m in r.about.get("tuned") or []}
-        if tuned:
-            lines.append(f"fields chosen on held-out corruptions: {', '.join(sorted(tuned))}")
-        dates = sorted(str(result.about["started"])[:10] for result in self.results)
-        seeds = sorted({result.seed for result in self.results})
-        lines.append(f"{dates[0]} to {dates[-1]}; seeds {', '.join(map(str, seeds))}")
-        return [line for line in lines if line]
+
+def about_lines(results: Sequence[Result]) -> list[str]:
+    """Where the numbers come from: data, hardware, versions, commits, dates."""
+    lines = []
+    for key, show in (
+        ("origin", str),
+        ("hardware", _hardware),
+        ("versions", lambda v: ", ".join(f"{n} {x}" for n, x in v.items())),
+        ("git", lambda g: f"commit {g['commit'][:12]}" + (" with changes" * g["changed"])),
+    ):
+        values = [result.about[key] for result in results if result.about.get(key)]
+        lines.append("; ".join(dict.fromkeys(show(value) for value in values)))
+    tuned = {method for result in results for method in result.about.get("tuned") or []}
+    if tuned:
+        lines.append(f"fields chosen on held-out corruptions: {', '.join(sorted(tuned))}")
+    dates = sorted(str(result.about["started"])[:10] for result in results)
+    seeds = sorted({result.seed for result in results})
+    lines.append(f"{dates[0]} to {dates[-1]}; seeds {', '.join(map(str, seeds))}")
+    return [line for line in lines if line]
 
 
 def describe(methods: dict[str, list[Result]]) -> str:
@@ -180,7 +178,8 @@ def describe(methods: dict[str, list[Result]]) -> str:
 
 
 def _hardware(found: dict[str, Any]) -> str:
-    threads = f"{found['torch_threads']} torch threads a run"
+    count = found["torch_threads"]
+    threads = f"{count} thread{'s' * (count > 1)} a run"
     return ", ".join([found["cpu"], threads, *found["gpus"]])
 
 

@@ -96,7 +96,8 @@ def setting_table(methods: Mapping[str, Sequence[Result]]) -> Table:
 
     add("error", figure("mean_error"))
     if "source" in methods:
-        add("vs source", lambda r: difference(r, methods["source"], _figure("mean_error")))
+        source = methods["source"]
+        add("vs source", lambda r: "" if r is source else _difference(r, source))
     for header, name in (("worst", "worst_error"), ("NLL", "nll"), ("Brier", "brier")):
         add(header, figure(name))
     add("ECE", figure("ece"))
@@ -169,6 +170,10 @@ def csv_rows(results: Sequence[Result]) -> str:
 
 def _figure(name: str) -> Callable[[Result], float | None]:
     return lambda result: result.summary[name]
+
+
+def _difference(results: Sequence[Result], source: Sequence[Result]) -> Estimate | None:
+    return difference(results, source, _figure("mean_error"))
 
 
 def _clean(results: Sequence[Result]) -> str:
