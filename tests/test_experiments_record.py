@@ -72,3 +72,28 @@ def test_the_page_is_made_of_the_results(tmp_path, capsys):
     # What is done is not run again.
     assert commands.main([*arguments, *files]) == 0
     assert (tmp_path / "record.md").read_text() == page
+
+
+def test_the_overhead_is_said(capsys):
+    arguments = ["overhead", "--images", "10", "--rounds", "1", "--device", "cpu"]
+    assert commands.main(arguments) == 0
+    assert "150 images in batches of 64: the runner takes" in capsys.readouterr().out
+
+
+def test_tensorboard_has_scalars_entropies_images_and_the_configuration(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    arguments = ["run", "--images", "20", "--corruptions", "fog", "snow", "--batch-size", "10"]
+    arguments += ["--methods", "source", "tent", "--quiet", "--output", str(tmp_path)]
+    assert commands.main([*arguments, "--device", "cpu"]) == 0
+    (folder,) = tmp_path.iterdir()
+    tags = {}
+    for method in ("source", "tent"):
+        events = accumulator.EventAccumulator(str(folder / "tensorboard" / "continual" / method))
+        events.Reload()
+        tags[method] = events.Tags()
+        assert [event.step for event in events.Scalars("error/running")] == [0, 1, 2, 3]
+        assert {"domain/fog", "domain/snow", "nll", "entropy"} <= {*tags[method]["scalars"]}
+        assert tags[method]["histograms"] == ["entropy/fog", "entropy/snow"]
+        assert any("config" in tag for tag in tags[method]["tensors"])
+    assert {tag.split("/")[1] for tag in tags["source"]["images"]} == {"fog", "snow"}
+    assert tags["tent"]["images"] == []  # the same ones, once a stream

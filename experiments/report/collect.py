@@ -133,6 +133,9 @@ def write_compact(results: Sequence[Result], path: str | Path) -> None:
         seen, wrong = result.curve
         keep = np.unique(np.linspace(0, len(seen) - 1, min(POINTS, len(seen))).round().astype(int))
         row = asdict(result) | {"curve": [[seen[i] for i in keep], [wrong[i] for i in keep]]}
+        for part in [row["summary"], *row["domains"]]:
+            for name in ("kind", "stream", "method"):
+                part.pop(name)
         if len(result.stretches) > STRETCHES:
             row["stretches"] = []
         lines.append(json.dumps(plain(_rounded({"kind": "result", **row})), allow_nan=False) + "\n")
