@@ -18,6 +18,7 @@ from tta.streams import Batch, Stream
 
 __all__ = ["Step", "clean_error", "iter_evaluate"]
 
+MEMORY_EVERY = 20  # batches; asking takes time, and a peak stays
 Preprocess = Callable[[Tensor], Tensor]
 
 
@@ -61,6 +62,7 @@ def iter_evaluate(
     own_resets = adapter.report.resets
     memory, passes = PeakMemory(device), Passes(adapter.model)
     rest = stream.from_step(totals.batches)
+    last = len(stream) - 1
     try:
         for batch in rest:
             resets = totals.resets
@@ -94,7 +96,8 @@ def iter_evaluate(
                 "seconds": seconds,
             }
             totals.add(row, scores, batch.domains, batch.severities)
-            totals.peak_memory = max(totals.peak_memory, memory.read())
+            if totals.batches % MEMORY_EVERY == 0 or batch.step == last:
+                totals.peak_memory = max(totals.peak_memory, memory.read())
             yield Step(row, batch, scores), totals
     finally:
         passes.close()
