@@ -9,6 +9,7 @@ in one process for each recipe.
 
 from __future__ import annotations
 
+import argparse
 import json
 import multiprocessing
 import resource
@@ -30,10 +31,11 @@ import models
 import tta
 from experiments.environment import describe_environment
 from experiments.progress import Progress
+from experiments.subject import pick_device
 from tta.backbone import Backbone
 from tta.checks import nearest
 
-__all__ = ["RECIPES", "SETTINGS", "Bench", "render_bench"]
+__all__ = ["RECIPES", "SETTINGS", "Bench", "add_command", "render_bench"]
 
 KEPT = 0.3  # share of samples that pass the filters of eata and sar
 MEMORY_FEATURES = 50_000  # rows of AdaNPC's memory
@@ -83,6 +85,40 @@ SETTINGS = {
     "gpu": Setting(lambda: torchvision.models.resnet50(), 64, 224, ON_BATCH_NORM),
 }
 RECIPES = (*ON_BATCH_NORM, "sar", *TEACHERS)
+
+
+def add_command(commands: Any) -> None:
+    """Add ``bench`` to the command line."""
+    parser = commands.add_parser(
+        "bench",
+        help="what each recipe costs beside the plain forward pass",
+        description="Time recipes against the plain forward pass of the same network, in turns in "
+        "one process; count passes; measure the peak of memory. "
+        "Settings: " + ", ".join(SETTINGS) + ".",
+    )
+    add = parser.add_argument
+    add("setting", help="a network and what it is fed")
+    add("--recipes", nargs="+", default=[], metavar="NAME", help="default: all of the setting's")
+    add("--rounds", type=int, default=50, help="turns of each recipe (default: %(default)s)")
+    add("--no-memory", action="store_true", help="leave the peak of memory out")
+    add("--output", type=Path, help="JSON-lines file to append the result to")
+    add("--page", type=Path, help="Markdown page to renew from that file, such as docs/cost.md")
+    add("--device", help="cpu, cuda, cuda:1 (default: CUDA if there is one)")
+    add("--quiet", action="store_true", help="print only the table")
+    parser.set_defaults(prepare=_prepare)
+
+
+def _prepare(args: argparse.Namespace) -> Bench:
+    return Bench(
+        args.setting,
+        pick_device(args.device),
+        args.rounds,
+        tuple(args.recipes),
+        not args.no_memory,
+        args.output,
+        args.page,
+        args.quiet,
+    )
 
 
 class Bare:

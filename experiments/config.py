@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["DEMO_METHODS", "RunConfig", "StreamConfig"]
+from experiments.record import plain
+
+__all__ = ["DEMO_METHODS", "RunConfig", "StreamConfig", "SweepConfig"]
+
+OWN_SEVERITIES = ("gradual", "walk")  # scenarios
 
 DEMO_METHODS = (
     "source", "bn", "alpha_bn", "tent", "eata", "unmix_tns", "lame", "unmix_tns+eata",
@@ -35,6 +40,12 @@ class StreamConfig:
     batch_size: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
+    def size(self, default: int) -> int:
+        """Images that a method sees at once, with `default` for streams that do not say."""
+        if self.scenario == "single":
+            return int(self.options.get("window") or 1)
+        return default if self.batch_size is None else self.batch_size
+
     @property
     def severities(self) -> tuple[float, ...]:
         """All severities that the stream can ask for."""
@@ -59,6 +70,7 @@ class RunConfig:
         batch_size: Of streams that have no other; learning rates are scaled for it.
         seed: Of corruptions, streams and adapters.
         device: "cpu", "cuda" or the like.
+        tuned: How fields of methods were chosen, see `experiments.tune`.
     """
 
     name: str
@@ -71,7 +83,62 @@ class RunConfig:
     batch_size: int
     seed: int
     device: str
+    tuned: tuple[dict[str, Any], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Nested JSON types."""
-        return dataclasses.asdict(self)
+        return plain(dataclasses.asdict(self))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> RunConfig:
+        """The configuration that `to_dict` wrote."""
+        streams = [
+            StreamConfig(**{**stream, "domains": tuple(stream["domains"])})
+            for stream in values["streams"]
+        ]
+        lists = {name: tuple(values.get(name, ())) for name in ("methods", "tuned")}
+        return cls(**{**values, **lists, "streams": tuple(streams)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """Runs that differ in model, stream, severity, batch size, method and seed.
+
+    Args:
+        run: What they have in common.
+        models: Empty for the run's.
+        severities: Empty for the streams' own; streams with severities of their own have no other.
+        batch_sizes: Empty for the streams' own.
+        seeds: Empty for the run's.
+    """
+
+    run: RunConfig
+    models: tuple[str, ...] = ()
+    severities: tuple[int, ...] = ()
+    batch_sizes: tuple[int, ...] = ()
+    seeds: tuple[int, ...] = ()
+
+    def cells(self) -> list[RunConfig]:
+        """One configuration for each run of one method on one stream.
+
+        In an order in which runs of the same model and images follow each other.
+        """
+        cells = []
+        for model, seed, stream, severity, size, method in itertools.product(
+            self.models or (self.run.model,),
+            self.seeds or (self.run.seed,),
+            self.run.streams,
+            self.severities or (None,),
+            self.batch_sizes or (None,),
+            self.run.methods,
+        ):
+            if severity is not None and stream.scenario not in OWN_SEVERITIES:
+                stream = dataclasses.replace(stream, severity=severity)
+            if size is not None and stream.scenario != "single":
+                stream = dataclasses.replace(stream, batch_size=size)
+            cell = dataclasses.replace(
+                self.run, model=model, seed=seed, streams=(stream,), methods=(method,)
+            )
+            if cell not in cells:  # severities of a stream that has its own
+                cells.append(cell)
+        return cells

@@ -78,7 +78,8 @@ class _Corrupted:
     def __getitem__(self, index: np.ndarray) -> Tensor:
         if self._pixels is None:
             self._pixels = self._make()
-        return self._pixels[torch.as_tensor(index, device=self._pixels.device)]
+        # Several times faster than indexing: rows are copied whole.
+        return self._pixels.index_select(0, torch.as_tensor(index, device=self._pixels.device))
 
 
 class Shifts:

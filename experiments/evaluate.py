@@ -1,74 +1,49 @@
-"""One method over one stream: predictions, errors, times, and what the adapter reported."""
+"""One method over one stream: predictions, times, and what the adapter reported."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from experiments.cost import Passes, PeakMemory
 from experiments.data import LabelledSet
+from experiments.metrics import Scores, Totals, log_probabilities, score
 from tta import Adapter
-from tta.streams import Stream
+from tta.streams import Batch, Stream
 
-__all__ = ["Totals", "clean_error", "iter_evaluate"]
+__all__ = ["Step", "clean_error", "iter_evaluate"]
 
+MEMORY_EVERY = 20  # batches; asking takes time, and a peak stays
 Preprocess = Callable[[Tensor], Tensor]
 
 
-@dataclass
-class Totals:
-    """What adds up over a stream; `add` takes the rows of `iter_evaluate`."""
+class Step:
+    """What one batch gave.
 
-    images: int = 0
-    errors: int = 0
-    seconds: float = 0.0
-    selected: int = 0
-    resets: int = 0
-    by_domain: dict[str, tuple[int, int]] = field(default_factory=dict)  # images, errors
+    Args:
+        row: The batch's line in the results file.
+        batch: From the stream.
+        scores: Of each image.
+    """
 
-    def add(self, row: dict[str, Any], wrong: Tensor, domains: Sequence[str]) -> None:
-        """Count one batch.
-
-        Args:
-            row: The batch's figures.
-            wrong: (B,) bool.
-            domains: The domain of each image.
-        """
-        self.images += row["images"]
-        self.errors += row["errors"]
-        self.seconds += row["seconds"]
-        self.selected += row["selected"]
-        self.resets = row["resets"]
-        for name, bad in zip(domains, wrong.tolist(), strict=True):
-            images, errors = self.by_domain.get(name, (0, 0))
-            self.by_domain[name] = images + 1, errors + bad
-
-    def summary(self) -> dict[str, Any]:
-        """The figures of the whole stream; errors are shares in [0, 1]."""
-        by_domain = {name: errors / images for name, (images, errors) in self.by_domain.items()}
-        shifted = [error for name, error in by_domain.items() if name != "clean"]
-        return {
-            "images": self.images,
-            "error": self.errors / self.images,
-            "mean_error": float(np.mean(shifted or list(by_domain.values()))),
-            "domain_errors": by_domain,
-            "images_per_second": self.images / max(self.seconds, 1e-9),
-            "seconds": self.seconds,
-            "selected": self.selected,
-            "resets": self.resets,
-        }
+    def __init__(self, row: dict[str, Any], batch: Batch, scores: Scores) -> None:
+        self.row = row
+        self.batch = batch
+        self.scores = scores
 
 
 def iter_evaluate(
-    adapter: Adapter, stream: Stream, device: torch.device, preprocess: Preprocess
-) -> Iterator[tuple[dict[str, Any], Totals]]:
+    adapter: Adapter,
+    stream: Stream,
+    device: torch.device,
+    preprocess: Preprocess,
+    totals: Totals | None = None,
+) -> Iterator[tuple[Step, Totals]]:
     """Run `adapter` over `stream` and give out the figures of every batch as it comes.
 
     The adapter is reset where the stream says so, and only predicts where it says not to adapt.
@@ -78,41 +53,74 @@ def iter_evaluate(
         stream: From `tta.streams.build`.
         device: Where the model is.
         preprocess: Pixels (B, 3, H, W) in [0, 1] to what the model takes.
+        totals: Of the batches before, to go on after them; `adapter` must be as it was then.
 
     Yields:
-        The batch's row for the results file, and the totals so far (one object, updated).
+        What the batch gave, and the totals so far (one object, updated).
     """
-    totals = Totals()
-    resets, own_resets = 0, adapter.report.resets
-    for batch in stream:
-        if batch.reset and totals.images:  # before the first batch there is nothing to undo
-            adapter.reset()
-            resets, own_resets = resets + 1, adapter.report.resets
-        pixels = batch.images if batch.window is None else batch.window
-        images = preprocess(pixels.to(device))
-        start = _now(device)
+    totals = Totals(adapter.num_classes) if totals is None else totals
+    own_resets = adapter.report.resets
+    memory, passes = PeakMemory(device), Passes(adapter.model)
+    rest = stream.from_step(totals.batches)
+    last = len(stream) - 1
+    try:
+        for batch in rest:
+            resets = totals.resets
+            if batch.reset and totals.images:  # before the first batch there is nothing to undo
+                adapter.reset()
+                resets, own_resets = resets + 1, adapter.report.resets
+            pixels = batch.images if batch.window is None else batch.window
+            passes.restart()
+            output, seconds = _predict(adapter, rest, batch, preprocess(pixels.to(device)), passes)
+            totals.forwards += passes.forward
+            totals.backwards += passes.backward
+            output = output[-len(batch) :]
+            report = adapter.report
+            resets += max(report.resets - own_resets, 0)
+            own_resets = report.resets
+            labels = batch.labels.cpu()
+            scores = score(output.argmax(1).cpu(), log_probabilities(adapter, output), labels)
+            row = {
+                "step": batch.step,
+                "domain": batch.domain,
+                "severity": batch.severity,
+                "images": len(labels),
+                "errors": int(scores.wrong.sum()),
+                "entropy": float(scores.entropy.mean()),
+                "nll": float(scores.nll[scores.finite].mean()),
+                "concentration": scores.concentration,
+                "loss": report.loss,
+                "selected": int(report.selected) if report.stepped and batch.adapt else 0,
+                "resets": resets,
+                "late": batch.late,
+                "seconds": seconds,
+            }
+            totals.add(row, scores, batch.domains, batch.severities)
+            if totals.batches % MEMORY_EVERY == 0 or batch.step == last:
+                totals.peak_memory = max(totals.peak_memory, memory.read())
+            yield Step(row, batch, scores), totals
+    finally:
+        passes.close()
+
+
+def _predict(
+    adapter: Adapter, stream: Stream, batch: Batch, images: Tensor, passes: Passes
+) -> tuple[Tensor, float]:
+    """The adapter's output (B, C) and the seconds it took; tells a measured clock what it costs."""
+
+    def adaptive() -> tuple[Tensor, float]:
+        start = _now(images.device)
         with nullcontext() if batch.adapt else adapter.frozen():
-            logits = adapter(images)[-len(batch) :]
-        seconds = _now(device) - start
-        report = adapter.report
-        resets += max(report.resets - own_resets, 0)
-        own_resets = report.resets
-        wrong = (logits.argmax(1).cpu() != batch.labels.cpu()) | ~_finite(logits)
-        row = {
-            "step": batch.step,
-            "domain": batch.domain,
-            "severity": batch.severity,
-            "images": len(wrong),
-            "errors": int(wrong.sum()),
-            "entropy": _mean_entropy(logits),
-            "loss": report.loss,
-            "selected": int(report.selected) if report.stepped and batch.adapt else 0,
-            "resets": resets,
-            "late": batch.late,
-            "seconds": seconds,
-        }
-        totals.add(row, wrong, batch.domains)
-        yield row, totals
+            output = adapter(images)
+        return output, _now(images.device) - start
+
+    def plain() -> Tensor:
+        with adapter.frozen(), torch.no_grad(), passes.uncounted():
+            return adapter.model(images)
+
+    if stream.stopwatch is None or not batch.adapt:
+        return adaptive()
+    return stream.stopwatch.run(adaptive, plain)
 
 
 def clean_error(
@@ -132,19 +140,9 @@ def clean_error(
             items = [images[i] for i in order[start : start + batch_size]]
             pixels = torch.stack([picture for picture, _ in items]).to(device).float() / 255
             labels = torch.tensor([label for _, label in items])
-            logits = adapter(preprocess(pixels))
-            wrong += int(((logits.argmax(1).cpu() != labels) | ~_finite(logits)).sum())
+            output = adapter(preprocess(pixels)).cpu()
+            wrong += int(((output.argmax(1) != labels) | output.isnan().any(1)).sum())
     return wrong / len(order)
-
-
-def _finite(logits: Tensor) -> Tensor:
-    """(B,) bool: rows without NaN; -inf is a legal log-probability."""
-    return ~logits.isnan().any(1).cpu()
-
-
-def _mean_entropy(logits: Tensor) -> float:
-    log_probs = F.log_softmax(logits.float(), 1)
-    return float(-(log_probs.exp() * log_probs).nan_to_num(0.0).sum(1).mean())
 
 
 def _now(device: torch.device) -> float:

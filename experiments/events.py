@@ -6,34 +6,77 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+
+from experiments.evaluate import Step
+from experiments.metrics import Totals
 
 __all__ = ["Events"]
 
+SCALARS = ("entropy", "nll", "concentration", "selected", "resets")
+SAMPLES = 8  # images of a domain to show
+
 
 class Events:
-    """Scalars of one method on one stream, by step.
+    """What one method does on one stream: scalars by step, figures and entropies by domain.
 
     Args:
         folder: The run's folder.
         stream: Name of the stream.
         method: Name of the method; both become parts of the path.
         config: Shown as text.
+        start: First step; later events of a run that was killed are overwritten.
+        samples: Show some images of each domain; enough for one method of a stream.
     """
 
-    def __init__(self, folder: Path, stream: str, method: str, config: dict[str, Any]) -> None:
-        self._writer = SummaryWriter(str(folder / "tensorboard" / stream / method))
+    def __init__(
+        self,
+        folder: Path,
+        stream: str,
+        method: str,
+        config: dict[str, Any],
+        start: int = 0,
+        samples: bool = False,
+    ) -> None:
+        path = str(folder / "tensorboard" / stream / method)
+        self._writer = SummaryWriter(path, purge_step=start or None)
         text = json.dumps(config, indent=2, default=str)
         self._writer.add_text("config", "\n".join("    " + line for line in text.splitlines()))
+        self._samples = samples
+        self._shown: set[str] = set()
+        self._domain: str | None = None
+        self._entropies: list[Tensor] = []
 
-    def add(self, row: dict[str, Any], running_error: float) -> None:
-        """Add the figures of one batch; `row` is its line in the results file."""
-        step = row["step"]
-        self._writer.add_scalar("error/batch", row["errors"] / row["images"], step)
-        self._writer.add_scalar("error/running", running_error, step)
-        self._writer.add_scalar("entropy", row["entropy"], step)
-        self._writer.add_scalar("selected", row["selected"], step)
+    def add(self, step: Step, totals: Totals) -> None:
+        """Add the figures of one batch."""
+        row, number = step.row, step.row["step"]
+        if row["domain"] != self._domain:
+            self._end_domain(number, totals)
+            self._domain = row["domain"]
+        self._entropies.append(step.scores.entropy)
+        add = self._writer.add_scalar
+        add("error/batch", row["errors"] / row["images"], number)
+        add("error/running", totals.error, number)
+        for name in SCALARS:
+            add(name, row[name], number)
+        if self._samples and row["domain"] not in self._shown:
+            self._shown.add(row["domain"])
+            images = step.batch.images[:SAMPLES].cpu()
+            self._writer.add_images(f"images/{row['domain']}", images, number)
 
-    def close(self) -> None:
+    def close(self, totals: Totals) -> None:
         """Write what is still in memory."""
+        self._end_domain(totals.batches, totals)
         self._writer.close()
+
+    def _end_domain(self, step: int, totals: Totals) -> None:
+        """Add the figures of the domain that the stream leaves."""
+        if not self._entropies:
+            return
+        self._writer.add_histogram(f"entropy/{self._domain}", torch.cat(self._entropies), step)
+        self._entropies = []
+        tally = totals.by_domain.get(str(self._domain))  # none where batches are mixed
+        if tally is not None:
+            self._writer.add_scalar(f"domain/{self._domain}", tally.errors / tally.images, step)

@@ -2,11 +2,13 @@
 
 A string is sugar for `tta.wrap`'s keywords: every component goes to the slot it belongs to, so
 their order does not matter. A component without a preset gets the one made for the model's number
-of classes, if it has one.
+of classes, if it has one. Fields are set in brackets: ``"eata[lr=1e-3, entropy_margin=0.3]+lame"``.
 """
 
 from __future__ import annotations
 
+import ast
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,12 +16,15 @@ from typing import Any
 from torch import nn
 
 import tta
+from experiments.subject import Subject
 from tta.checks import nearest
+from tta.config import SLOTS
+from tta.registry import PRESET_CLASSES
 
 __all__ = ["Method", "parse_method", "parse_methods"]
 
-SLOTS = ("norm", "update", "output")
-PRESET_OF_CLASSES = {10: "cifar10", 100: "cifar100", 1000: "imagenet"}
+PLUS = re.compile(r"\+(?![^\[]*\])")  # but not inside of brackets
+PRESET_OF_CLASSES = {classes: preset for preset, classes in PRESET_CLASSES.items()}
 
 
 @dataclass(frozen=True)
@@ -29,10 +34,12 @@ class Method:
     Args:
         label: What the user wrote, for tables.
         slots: Component of each filled slot, with its preset; empty for the source model.
+        overrides: Fields of the components that are set to other values.
     """
 
     label: str
     slots: dict[str, str] = field(default_factory=dict)
+    overrides: dict[str, Any] = field(default_factory=dict)
 
     @property
     def cost(self) -> float:
@@ -43,7 +50,18 @@ class Method:
         """Wrap `model`; `arguments` are those of `tta.wrap`."""
         if not self.slots:
             return tta.wrap(model, "source", **arguments)
-        return tta.wrap(model, **self.slots, **arguments)  # type: ignore[arg-type]
+        return tta.wrap(model, **self.slots, **self.overrides, **arguments)  # type: ignore[arg-type]
+
+    def wrap_subject(self, subject: Subject, batch_size: int, seed: int) -> tta.Adapter:
+        """Wrap a subject's model with its source artefacts."""
+        return self.wrap(
+            subject.model,
+            source=subject.source,
+            batch_size=batch_size,
+            seed=seed,
+            mean=subject.info.mean,
+            std=subject.info.std,
+        )
 
 
 def parse_method(text: str, classes: int) -> Method:
@@ -62,8 +80,10 @@ def parse_method(text: str, classes: int) -> Method:
         return Method(label)
     slot_of = {name: slot for slot in SLOTS for name in tta.list_methods(slot=slot)}
     slots: dict[str, str] = {}
-    for part in label.split("+"):
-        name = part.strip()
+    overrides: dict[str, Any] = {}
+    for part in PLUS.split(label):
+        name, fields = _fields(part.strip())
+        overrides |= fields
         base, _, preset = name.partition(".")
         if base == "source":
             raise ValueError(
@@ -84,9 +104,24 @@ def parse_method(text: str, classes: int) -> Method:
         default = PRESET_OF_CLASSES.get(classes)
         if not preset and f"{base}.{default}" in tta.list_methods(f"{base}.*"):
             name = f"{base}.{default}"
-        tta.get_config(name)  # raises for an unknown preset
+        tta.get_config(name, **fields)  # raises for an unknown preset or field
         slots[slot] = name
-    return Method(label, slots)
+    return Method(label, slots, overrides)
+
+
+def _fields(part: str) -> tuple[str, dict[str, Any]]:
+    """Split ``name[field=value, ...]`` into the name and the fields."""
+    name, bracket, inside = part.partition("[")
+    if not bracket:
+        return part, {}
+    try:
+        call = ast.parse(f"f({inside.removesuffix(']')})", mode="eval").body
+        assert isinstance(call, ast.Call) and not call.args and part.endswith("]")
+        return name.strip(), {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+    except (SyntaxError, ValueError, AssertionError) as error:
+        raise ValueError(
+            f"`methods` must set fields as in tent[lr=1e-3, steps=2], got {part!r}"
+        ) from error
 
 
 def parse_methods(texts: Sequence[str], classes: int) -> list[Method]:

@@ -14,10 +14,25 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-__all__ = ["plot_errors", "plot_running"]
+from experiments.record import stretches
+
+__all__ = [
+    "finish",
+    "mark_domains",
+    "plot_errors",
+    "plot_running",
+    "plot_strip",
+    "running",
+    "style",
+    "tidy",
+]
 
 # Okabe and Ito's colours, told apart with any colour vision; markers tell them apart in grey.
-COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#0072B2", "#D55E00", "#7F7F7F")
+# Tol's muted ones follow for whoever compares more than eight methods.
+COLOURS = (
+    "#000000", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#0072B2", "#D55E00", "#7F7F7F",
+    "#882255", "#999933", "#332288", "#44AA99", "#661100", "#AA4499", "#117733", "#88CCEE",
+)  # fmt: skip
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p")
 LINES = ("-", "--", "-.", ":")
 
@@ -54,7 +69,7 @@ def plot_errors(summaries: Sequence[Mapping[str, Any]], path: str | Path, title:
     axes.set_xticks(range(len(names)), [n.replace("_", "\n") for n in names], fontsize=8)
     axes.set_xlim(-0.5, len(names) - 0.5)
     axes.set_ylim(0, min(100.0, axes.get_ylim()[1] * 1.03))
-    _finish(figure, axes, title, len(summaries))
+    finish(figure, axes, title, len(summaries))
     figure.savefig(path)
 
 
@@ -76,7 +91,9 @@ def plot_running(
     figure = Figure(figsize=(12, 5.4), dpi=130, layout="constrained")
     axes = figure.add_subplot()
     for number, (method, rows) in enumerate(batches.items()):
-        images, errors = _running(rows, window)
+        seen = np.cumsum([row["images"] for row in rows])
+        wrong = np.cumsum([row["errors"] for row in rows])
+        images, errors = seen, running(seen, wrong, window)
         axes.plot(
             images,
             100 * errors,
@@ -87,9 +104,85 @@ def plot_running(
         )
     rows = next(iter(batches.values()))
     total = sum(row["images"] for row in rows)
-    stretches = _stretches(rows)
-    roomy = len(stretches) <= 6
-    for start, stop, name in stretches:
+    mark_domains(axes, stretches(rows), total)
+    axes.set_xlim(0, total)
+    axes.set_ylim(0, min(100.0, axes.get_ylim()[1]))
+    axes.set_xlabel(f"images seen (error over the last {window})")
+    finish(figure, axes, title, len(batches))
+    figure.savefig(path)
+
+
+def plot_strip(
+    domains: Sequence[str],
+    labels: np.ndarray,
+    severities: np.ndarray,
+    path: str | Path,
+    title: str,
+    order: Sequence[str] = (),
+) -> None:
+    """Draw what a stream shows over time: domain, severity and label of each sample.
+
+    Args:
+        domains: Domain of each of N samples.
+        labels: (N,) class numbers.
+        severities: (N,) severities, NaN for samples that have not one.
+        path: Where the PNG goes.
+        title: What the picture shows.
+        order: Names from top to bottom; others follow as they come.
+    """
+    names = [name for name in dict.fromkeys([*order, *domains]) if name in set(domains)]
+    codes = {name: i for i, name in enumerate(names)}
+    rows = np.array([codes[name] for name in domains])
+    where = np.arange(len(rows))
+    graded = len(np.unique(severities[~np.isnan(severities)])) > 1
+    heights = [min(1 + 0.16 * len(names), 6.0), 2.6, *([1.3] if graded else [])]
+    figure = Figure(figsize=(12, sum(heights) + 1.2), dpi=130, layout="constrained")
+    grid = figure.subplots(
+        len(heights), 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights}
+    )[:, 0]
+    size = max(0.4, min(6.0, 4000 / len(rows)))
+    dots = {"linestyle": "none", "marker": "|", "markersize": 4, "markeredgewidth": size / 4}
+    grid[0].plot(where, rows, color=COLOURS[5], **dots)
+    many = len(names) > 40  # pairs of a walk
+    grid[0].set_yticks([] if many else range(len(names)), [] if many else names, fontsize=8)
+    grid[0].set_ylim(len(names) - 0.5, -0.5)
+    grid[0].set_ylabel(f"domain ({len(names)})" if many else "domain")
+    dots["markersize"] = max(1.0, min(6.0, 160 / (int(labels.max()) + 1)))
+    grid[1].plot(where, labels, color=COLOURS[6], **dots)
+    grid[1].set_ylabel("label")
+    if graded:
+        grid[2].plot(where, severities, color=COLOURS[3], linewidth=1)
+        pairs = any("+" in name for name in names)
+        grid[2].set_ylabel("severities' sum" if pairs else "severity")
+        grid[2].set_ylim(0, max(5.2, 1.04 * np.nanmax(severities)))
+    for axes in grid:
+        tidy(axes)
+    grid[-1].set_xlabel("images seen")
+    grid[-1].set_xlim(0, len(rows))
+    figure.suptitle(title, fontsize=11, x=0.01, ha="left")
+    figure.savefig(path)
+
+
+def running(seen: np.ndarray, wrong: np.ndarray, window: int) -> np.ndarray:
+    """Share of errors in the last `window` images.
+
+    Args:
+        seen: (N,) images seen so far, at some points of a stream.
+        wrong: (N,) errors among them.
+        window: Images to look back on; at the start, as many as there are.
+    """
+    before = np.searchsorted(seen, seen - window, side="right") - 1  # last point outside
+    old_seen = np.where(before >= 0, seen[before], 0)
+    old_wrong = np.where(before >= 0, wrong[before], 0)
+    return (wrong - old_wrong) / (seen - old_seen)
+
+
+def mark_domains(axes: Axes, stays: Sequence[tuple[int, int, str]], total: int) -> None:
+    """Draw where the domain changes, and name the domains above where there is room."""
+    roomy = len(stays) <= 6
+    if len(stays) > 60:  # lines would be all one sees
+        return
+    for start, stop, name in stays:
         if start:
             axes.axvline(start, color="#999999", linewidth=0.7, zorder=0)
         if (stop - start) / total > 0.02:  # narrower, the labels would touch
@@ -104,19 +197,21 @@ def plot_running(
                 va="bottom",
                 transform=axes.get_xaxis_transform(),
             )
-    axes.set_xlim(0, total)
-    axes.set_ylim(0, min(100.0, axes.get_ylim()[1]))
-    axes.set_xlabel(f"images seen (error over the last {window})")
-    _finish(figure, axes, title, len(batches))
-    figure.savefig(path)
 
 
-def _finish(figure: Figure, axes: Axes, title: str, entries: int) -> None:
+def style(number: int) -> dict[str, Any]:
+    """Colour, line and marker of the method of that number, told apart also in grey."""
+    return {
+        "color": COLOURS[number % len(COLOURS)],
+        "linestyle": LINES[(number // 2 + number // 8) % len(LINES)],
+        "marker": MARKERS[number % len(MARKERS)],
+    }
+
+
+def finish(figure: Figure, axes: Axes, title: str, entries: int) -> None:
+    """Label the axis of errors, and put title and legend outside of the plot."""
     axes.set_ylabel("error (%)")
-    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    tidy(axes)
     figure.suptitle(title, fontsize=11, x=0.01, ha="left")
     rows = -(-entries // int(figure.get_figwidth() / 1.45))  # as many as make the entries fit
     handles, labels = axes.get_legend_handles_labels()
@@ -130,25 +225,9 @@ def _finish(figure: Figure, axes: Axes, title: str, entries: int) -> None:
     )
 
 
-def _running(rows: Sequence[Mapping[str, Any]], window: int) -> tuple[np.ndarray, np.ndarray]:
-    """Images seen after each batch, and the share of errors in the last `window` of them."""
-    seen = np.cumsum([row["images"] for row in rows])
-    wrong = np.cumsum([row["errors"] for row in rows])
-    before = np.searchsorted(seen, seen - window, side="right") - 1  # last batch outside
-    old_seen = np.where(before >= 0, seen[before], 0)
-    old_wrong = np.where(before >= 0, wrong[before], 0)
-    return seen, (wrong - old_wrong) / (seen - old_seen)
-
-
-def _stretches(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, int, str]]:
-    """(first image, one past the last, domain) of each stretch of one domain."""
-    stretches: list[tuple[int, int, str]] = []
-    start = 0
-    for row in rows:
-        stop = start + row["images"]
-        if stretches and stretches[-1][2] == row["domain"]:
-            stretches[-1] = (stretches[-1][0], stop, row["domain"])
-        else:
-            stretches.append((start, stop, row["domain"]))
-        start = stop
-    return stretches
+def tidy(axes: Axes) -> None:
+    """Horizontal grid lines behind, no frame above and at the right."""
+    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)

@@ -46,6 +46,10 @@ class Progress:
         if time.monotonic() - self._last >= self._every:
             self._show(f"{text}  {self.left()}")
 
+    def skip(self, work: float) -> None:
+        """Leave out `work` that was done before."""
+        self.total -= work
+
     def note(self, text: str) -> None:
         """Show `text` now on a terminal; elsewhere it is not worth a line."""
         if self._terminal:

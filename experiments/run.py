@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -17,15 +19,33 @@ from experiments.config import RunConfig, StreamConfig
 from experiments.data import LabelledSet
 from experiments.domains import Shifts, resolve_domains
 from experiments.environment import describe_environment
-from experiments.evaluate import clean_error, iter_evaluate
-from experiments.methods import Method, parse_methods
+from experiments.methods import parse_methods
 from experiments.progress import Progress
-from experiments.record import JsonLines, make_run_folder
+from experiments.record import RESULTS, Busy, Conflict, Results, make_run_folder, read_header
+from experiments.snapshot import Snapshots
 from experiments.subject import Subject, load_subject
+from experiments.surface import read_surface
 from experiments.table import describe, render_markdown, render_text
+from experiments.trial import Trial
 from tta.streams import Stream
 
-__all__ = ["Run"]
+__all__ = ["Cache", "Run", "is_finished"]
+
+Made = TypeVar("Made")
+
+
+class Cache:
+    """The last of each kind of thing, for runs that follow each other with the same one."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, tuple[Any, Any]] = {}
+
+    def get(self, kind: str, key: Any, make: Callable[[], Made]) -> Made:
+        """What `make` returned for `key`, if that was the last key asked for, else a new one."""
+        if kind not in self._held or self._held[kind][0] != key:
+            self._held.pop(kind, None)  # before the next is made: both may be large
+            self._held[kind] = key, make()
+        return self._held[kind][1]
 
 
 class Run:
@@ -33,160 +53,205 @@ class Run:
 
     Args:
         config: What to do.
-        root: Where the run's folder is made.
+        root: Where the run's folder is made; an unfinished run there of the same configuration is
+            continued instead.
         quiet: Print only the tables.
+        folder: The run's folder itself, made or continued.
+        fresh: Do not continue an unfinished run under `root`.
+        silent: Print nothing and draw no plots.
+        snapshot_every: Batches between snapshots; None for as many as take some seconds.
+        deadline: Time (of `time.monotonic`) after which to stop with `OutOfTime`.
+        cache: Shared by runs that follow each other.
 
     Raises:
         ValueError: For names that are not known and figures that cannot be.
         FileNotFoundError: For missing data.
     """
 
-    def __init__(self, config: RunConfig, root: str | Path = "runs", quiet: bool = False) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        root: str | Path = "runs",
+        quiet: bool = False,
+        *,
+        folder: str | Path | None = None,
+        fresh: bool = False,
+        silent: bool = False,
+        snapshot_every: int | None = None,
+        deadline: float | None = None,
+        cache: Cache | None = None,
+    ) -> None:
         self.root = Path(root)
+        self.folder = None if folder is None else Path(folder)
+        self.fresh, self.silent = fresh, silent
+        self.snapshot_every, self.deadline = snapshot_every, deadline
         self.device = torch.device(config.device)
-        self.subject: Subject = load_subject(
-            config.model, config.data, self.device, config.clean, config.source
-        )
+        cache = Cache() if cache is None else cache
+        wanted = (config.model, config.data, self.device, config.clean, config.source)
+        self.subject: Subject = cache.get("subject", wanted, lambda: load_subject(*wanted))
         self.methods = parse_methods(config.methods, self.subject.info.num_classes)
         streams = [
             replace(stream, domains=resolve_domains(stream.domains, self.subject.data))
             for stream in config.streams
         ]
         self.config = config = replace(config, streams=tuple(streams))
-        self.progress = Progress(0, quiet)
-        self.shifts = Shifts(
-            self.subject.data,
-            self._clean_images(),
-            config.seed,
-            self.device,
-            lambda name, severity: self.progress.note(f"corrupting {name} at severity {severity}"),
+        self.progress = Progress(0, quiet or silent)
+        self.clean = self._clean_images()
+        self.shifts = cache.get(
+            "shifts",
+            (wanted, None if self.clean is None else len(self.clean), config.seed),
+            lambda: Shifts(self.subject.data, self.clean, config.seed, self.device),
+        )
+        self.shifts.on_corrupt = lambda name, severity: self.progress.note(
+            f"corrupting {name} at severity {severity}"
         )
         self.streams = [self._build(stream) for stream in config.streams]
+        self.previews = [stream.preview() for stream in self.streams]  # raises if none can be drawn
         self._check_methods()
 
     def execute(self) -> Path:
-        """Run everything; returns the run's folder."""
-        folder = make_run_folder(self.root, self.config.name)
-        clean = self._clean_images()
-        images = [stream.preview().samples for stream in self.streams]
-        work = sum(images) + len(images) * (0 if clean is None else len(clean))
+        """Run everything that is not done; returns the run's folder.
+
+        Raises:
+            OutOfTime: After the deadline; the next `execute` goes on from there.
+        """
+        folder, results = self._open()
+        images = [preview.samples for preview in self.previews]
+        work = sum(images) + 2 * len(images) * (0 if self.clean is None else len(self.clean))
         self.progress.total = work * sum(method.cost for method in self.methods)
-        with JsonLines(folder / "results.jsonl") as results:
-            results.write("run", **self._header())
-            self._greet(folder)
-            for config, stream in zip(self.config.streams, self.streams, strict=True):
-                self._run_stream(config, stream, folder, results)
+        with results:
+            self._begin(folder, results)
+            trial = Trial(
+                self.subject,
+                self.clean,
+                folder,
+                results,
+                Snapshots(folder, self.snapshot_every),
+                self.progress,
+                self.config.seed,
+                self.deadline,
+            )
+            for number in range(len(self.streams)):
+                self._run_stream(number, trial)
+            if results.find("end") is None:
+                results.write("end", finished=_now())
+            trial.snapshots.remove()
         self.progress.say(f"\nResults, TensorBoard events and plots are in {folder}:")
         for path in sorted(p for p in folder.iterdir() if p.is_file()):
             self.progress.say(f"  {path}")
         self.progress.say(f"  tensorboard --logdir {self.root}")
         return folder
 
+    def _open(self) -> tuple[Path, Results]:
+        """The run's folder and results file, of a run that was cut off if there is one."""
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            return self.folder, Results(self.folder / RESULTS)
+        found = sorted(self.root.glob(f"*-{self.config.name}*")) if not self.fresh else []
+        for folder in reversed(found):
+            header = read_header(folder)
+            same = header is not None and header.get("config") == self.config.to_dict()
+            if same and not is_finished(folder):
+                try:
+                    return folder, Results(folder / RESULTS)
+                except Busy:  # not cut off at all
+                    continue
+        folder = make_run_folder(self.root, self.config.name)
+        return folder, Results(folder / RESULTS)
+
+    def _begin(self, folder: Path, results: Results) -> None:
+        """Write who runs here, or check that it is the same."""
+        header, begun = self._header(), results.find("run")
+        if results.repaired:
+            self.progress.say(
+                f"repaired {results.repaired} lines of {results.path} that were cut off; what is "
+                "missing is run again"
+            )
+        if begun is None:
+            results.write("run", **header)
+        elif begun["config"] != self.config.to_dict():
+            raise Conflict(
+                f"`{folder}` holds a run of another configuration: choose another folder"
+            )
+        elif results.find("end") is None:
+            before = {name: begun.get(name) for name in ("git", "versions")}
+            now = {name: header[name] for name in before}
+            results.add("continued", at=_now(), **now)
+            self.progress.say(f"continuing {folder}, begun {begun['started']}")
+            if json.dumps(before, sort_keys=True) != json.dumps(now, sort_keys=True):
+                self.progress.say("code or versions have changed since; --fresh starts anew")
+        self._greet(folder)
+
     def _build(self, config: StreamConfig) -> Stream:
         def choose(images: Any) -> Any:
             return images if config.images is None else images.balanced(config.images)
 
         smooth = config.scenario == "walk"
+        options = dict(config.options)
+        if isinstance(options.get("surface"), str):
+            options["surface"] = read_surface(options["surface"])
         arguments = self.shifts.build_arguments(config.domains, config.severities, choose, smooth)
         _check_num_samples(config.options.get("num_samples"), arguments)
         return tta.streams.build(
             config.scenario,
             severity=config.severity,
-            batch_size=self._batch_size(config),
+            batch_size=1 if config.scenario == "single" else self._batch_size(config),
             seed=self.config.seed,
             **arguments,
-            **config.options,
+            **options,
         )
 
-    def _run_stream(
-        self, config: StreamConfig, stream: Stream, folder: Path, results: JsonLines
-    ) -> None:
-        from experiments.plots import plot_errors, plot_running  # slow to import
-
-        preview = stream.preview()
+    def _run_stream(self, number: int, trial: Trial) -> None:
+        config, stream = self.config.streams[number], self.streams[number]
+        preview = self.previews[number]
+        size = self._batch_size(config)
         self.progress.say(
             f"\nStream {config.name}: {config.scenario}, {len(config.domains)} domains at severity "
             f"{config.severity}, {preview.samples} images in {preview.batches} batches of "
-            f"{self._batch_size(config)} with {preview.distinct_labels:.1f} classes on average\n"
+            f"{size} with {preview.distinct_labels:.1f} classes on average\n"
         )
         self._warm_up(stream)
-        results.write("stream", stream=config.name, build=stream.config, images=preview.samples)
+        trial.results.write(
+            "stream", stream=config.name, build=stream.config, images=preview.samples
+        )
         summaries: list[dict[str, Any]] = []
         batches: dict[str, list[dict[str, Any]]] = {}
         for method in self.methods:
-            summary, rows = self._run_method(config, stream, method, folder, results)
+            samples = method is self.methods[0]
+            summary, rows = trial.run(config, stream, method, size, samples)
             summaries.append(summary)
             batches[method.label] = rows
         self.progress.clear()
+        if not self.silent:
+            window = min(500, max(preview.samples // len(preview.stays) // 2, 100))
+            self._show(config, summaries, batches, trial.folder, window)
+
+    def _show(
+        self,
+        config: StreamConfig,
+        summaries: list[dict[str, Any]],
+        batches: dict[str, list[dict[str, Any]]],
+        folder: Path,
+        window: int,
+    ) -> None:
+        """Print a stream's table and draw its plots."""
+        from experiments.plots import plot_errors, plot_running  # slow to import
+
         width = shutil.get_terminal_size((140, 24)).columns
         print(render_text(summaries, width), end="\n\n")
         print(textwrap.fill(describe(summaries), width), flush=True)
         title = f"{self.config.model}, {config.name} stream"
         plot_errors(summaries, folder / f"{config.name}-errors.png", f"Error by domain: {title}")
-        window = min(500, max(preview.samples // len(preview.stays) // 2, 100))
         path = folder / f"{config.name}-running.png"
         plot_running(batches, path, f"Running error: {title}", window)
         text = f"{render_markdown(summaries)}\n{describe(summaries)}\n"
         (folder / f"{config.name}.md").write_text(text)
 
-    def _run_method(
-        self,
-        config: StreamConfig,
-        stream: Stream,
-        method: Method,
-        folder: Path,
-        results: JsonLines,
-    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        from experiments.events import Events  # slow to import
-
-        subject, label = self.subject, method.label
-        names = {"stream": config.name, "method": label}
-        adapter = self._wrap(method, config)
-        results.write("method", **names, config=adapter.config.to_dict())
-        events = Events(folder, config.name, label, adapter.config.to_dict())
-        rows, totals = [], None
-        for row, totals in iter_evaluate(adapter, stream, self.device, subject.preprocess):
-            results.write("batch", **names, **row)
-            running = totals.errors / totals.images
-            events.add(row, running)
-            rows.append(row)
-            self.progress.advance(
-                method.cost * row["images"],
-                f"{config.name}  {label:<16} {row['domain']:<18} {100 * running:5.1f} % error  "
-                f"{totals.images / totals.seconds:6.0f} img/s",
-            )
-        assert totals is not None  # a stream has at least one batch
-        events.close()
-        clean, images = None, self._clean_images()
-        if images is not None:
-            size, seed = self._batch_size(config), self.config.seed
-            clean = clean_error(adapter, images, size, seed, self.device, subject.preprocess)
-            self.progress.advance(
-                method.cost * len(images),
-                f"{config.name}  {label:<16} {'clean images':<18} {100 * clean:5.1f} % error",
-            )
-        adapter.unwrap()
-        for name, (images_seen, errors) in totals.by_domain.items():
-            results.write("domain", **names, domain=name, images=images_seen, errors=errors)
-        summary = {**names, **totals.summary(), "clean_error": clean}
-        results.write("summary", **summary)
-        return summary, rows
-
-    def _wrap(self, method: Method, config: StreamConfig) -> tta.Adapter:
-        info = self.subject.info
-        return method.wrap(
-            self.subject.model,
-            source=self.subject.source,
-            batch_size=self._batch_size(config),
-            seed=self.config.seed,
-            mean=info.mean,
-            std=info.std,
-        )
-
     def _check_methods(self) -> None:
         """Wrap once with every method, so that what cannot work fails before the first batch."""
         for method in self.methods:
-            self._wrap(method, self.config.streams[0]).unwrap()
+            size = self._batch_size(self.config.streams[0])
+            method.wrap_subject(self.subject, size, self.config.seed).unwrap()
 
     def _warm_up(self, stream: Stream) -> None:
         """One plain forward, so that no method pays for what torch sets up the first time."""
@@ -195,7 +260,7 @@ class Run:
             self.subject.model(self.subject.preprocess(images))
 
     def _batch_size(self, config: StreamConfig) -> int:
-        return self.config.batch_size if config.batch_size is None else config.batch_size
+        return config.size(self.config.batch_size)
 
     def _clean_images(self) -> LabelledSet | None:
         """The clean images behind all streams: as many as the stream that has most."""
@@ -210,7 +275,7 @@ class Run:
         origin = data.clean.origin if data.clean is not None else data.name
         return {
             "name": self.config.name,
-            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "started": _now(),
             "command": sys.argv,
             "config": self.config.to_dict(),
             "seed": self.config.seed,
@@ -242,3 +307,13 @@ def _check_num_samples(wanted: Any, arguments: dict[str, Any]) -> None:
             f"`num_samples` must be at most the {have} images of each domain, got {wanted}: ask "
             "for fewer, or for more by --images"
         )
+
+
+def is_finished(folder: str | Path) -> bool:
+    """Tell whether a run's folder holds a whole run."""
+    path = Path(folder) / RESULTS
+    return path.is_file() and b'{"kind": "end"' in path.read_bytes()[-300:]
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")

@@ -28,7 +28,7 @@ from tta.classifier import find_classifier
 from tta.params import is_norm
 from tta.registry import component
 
-__all__ = ["REASONS", "Zoo", "candidates", "examine", "render_zoo"]
+__all__ = ["REASONS", "Zoo", "add_command", "candidates", "examine", "render_zoo"]
 
 SIZES = (32, 64, 96, 128, 160, 192, 224, 240, 256, 288, 299, 320, 384, 448, 512, 518)
 BATCH = 2
@@ -61,6 +61,30 @@ LOOSE: dict[str, dict[str, Any]] = {
     },
     "output": {"confidence_threshold": 0.0},
 }
+
+
+def add_command(commands: Any) -> None:
+    """Add ``zoo`` to the command line."""
+    parser = commands.add_parser(
+        "zoo",
+        help="every recipe on one network of every kind of timm and torchvision",
+        description="Wrap a random network of every module of timm, every kind of norm layer and "
+        "every classifier of torchvision with every recipe; resumes where its file ends.",
+    )
+    add = parser.add_argument
+    add(
+        "--output",
+        type=Path,
+        default=Path("experiments/results/zoo.jsonl"),
+        help="results, a line for each network (default: %(default)s)",
+    )
+    add("--match", default="*", help="networks by name, such as 'timm:res*' (default: all)")
+    add("--recipes", nargs="+", default=[], metavar="NAME", help="default: all components")
+    add("--page", type=Path, help="also write the results as a Markdown page")
+    add("--quiet", action="store_true", help="print only the totals")
+    parser.set_defaults(
+        prepare=lambda args: Zoo(args.output, args.match, args.recipes, args.page, args.quiet)
+    )
 
 
 class Zoo:

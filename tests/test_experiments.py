@@ -18,7 +18,7 @@ from experiments.domains import Shifts, corrupt_set, resolve_domains
 from experiments.environment import describe_environment
 from experiments.evaluate import iter_evaluate
 from experiments.methods import parse_method, parse_methods
-from experiments.plots import plot_errors, plot_running
+from experiments.plots import plot_errors, plot_running, running
 from experiments.progress import Progress
 from experiments.record import JsonLines, make_run_folder, read_lines
 from experiments.table import describe, render_markdown, render_text, short_names
@@ -53,11 +53,21 @@ def test_presets_follow_the_number_of_classes_unless_given():
         ("bn+alpha_bn", "bn and alpha_bn are both norm components"),
         ("source+lame", "source means no adaptation"),
         ("bn++lame", "got ''"),
+        ("tent[lr]", r"such as|must set fields as in tent\[lr=1e-3"),
+        ("tent[rl=0.1]", "rl"),
     ],
 )
 def test_method_strings_that_cannot_be(text, message):
     with pytest.raises(ValueError, match=message):
         parse_method(text, 10)
+
+
+def test_fields_are_set_in_brackets():
+    method = parse_method("lame[neighbours=3] + tent[lr=1e-3, betas=(0.8, 0.9)]", 10)
+    assert method.slots == {"output": "lame", "update": "tent.cifar10"}
+    assert method.overrides == {"neighbours": 3, "lr": 1e-3, "betas": (0.8, 0.9)}
+    adapter = parse_method("tent[lr=1e+0]", 10).wrap(tiny("bn"), batch_size=16)
+    assert adapter.config.update.lr == 1.0
 
 
 def test_methods_are_named_once():
@@ -158,7 +168,7 @@ def small_stream(scenario="continual", **options):
 def evaluated(method, stream):
     adapter = parse_method(method, 10).wrap(tiny("bn"), batch_size=16)
     pairs = list(iter_evaluate(adapter, stream, CPU, lambda images: images))
-    return [row for row, _ in pairs], pairs[-1][1]
+    return [step.row for step, _ in pairs], pairs[-1][1]
 
 
 def test_totals_agree_with_a_plain_loop():
@@ -169,7 +179,8 @@ def test_totals_agree_with_a_plain_loop():
     with torch.no_grad():
         for batch in stream:
             wrong[batch.domain] += int((net(batch.images).argmax(1) != batch.labels).sum())
-    assert totals.by_domain == {name: (40, count) for name, count in wrong.items()}
+    counts = {name: (tally.images, tally.errors) for name, tally in totals.by_domain.items()}
+    assert counts == {name: (40, count) for name, count in wrong.items()}
     summary = totals.summary()
     assert summary["mean_error"] == pytest.approx(sum(wrong.values()) / 80)
     assert [row["images"] for row in rows] == [16, 16, 8, 16, 16, 8]
@@ -187,7 +198,7 @@ def test_resets_and_used_samples_are_counted():
 def test_mixed_batches_are_scored_by_each_images_domain():
     rows, totals = evaluated("source", small_stream("mixed"))
     assert rows[0]["domain"] == "mixed"
-    assert {name: images for name, (images, _) in totals.by_domain.items()} == {
+    assert {name: tally.images for name, tally in totals.by_domain.items()} == {
         "fog": 40,
         "snow": 40,
     }
@@ -321,9 +332,5 @@ def test_plots_are_pictures(tmp_path):
 
 
 def test_the_running_error_looks_back_on_the_window():
-    from experiments.plots import _running
-
-    rows = [{"images": 10, "errors": e} for e in (10, 0, 0, 5)]
-    seen, error = _running(rows, window=20)
-    assert seen.tolist() == [10, 20, 30, 40]
-    assert error.tolist() == [1.0, 0.5, 0.0, 0.25]
+    seen, wrong = np.array([10, 20, 30, 40]), np.array([10, 10, 10, 15])
+    assert running(seen, wrong, window=20).tolist() == [1.0, 0.5, 0.0, 0.25]

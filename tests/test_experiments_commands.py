@@ -11,45 +11,18 @@ import numpy as np
 import pytest
 import torch
 
-import models
-import tta
 from experiments import commands
 from experiments.card import render_card
 from experiments.data import read_bundled
 from experiments.record import read_lines
-from models.load import ModelInfo
 from tests.nets import tiny
-
-
-def fake_load(name):
-    """A tiny network in place of the bundled ones, with a Fisher of ones."""
-    family = name.rpartition("_")[2]
-    if name not in models.list_models():
-        return models.load(name)
-    net = tiny(family)
-    fisher = {key: torch.ones_like(p) for key, p in net.named_parameters()}
-    info = ModelInfo(
-        name=name,
-        mean=(0.0, 0.0, 0.0),
-        std=(1.0, 1.0, 1.0),
-        input_size=(3, 32, 32),
-        num_classes=10,
-        class_names=None,
-        norm_types={"BatchNorm2d": 2},
-        source=tta.SourceStatistics(fisher=fisher),
-    )
-    return net, info
+from tests.tiny_models import use_tiny_models
 
 
 @pytest.fixture(autouse=True)
 def tiny_models(monkeypatch):
     """Let the runner load tiny networks."""
-    real = models.load
-    monkeypatch.setattr(
-        "experiments.subject.models.load",
-        lambda name: fake_load(name) if name in models.list_models() else real(name),
-    )
-    monkeypatch.setenv("COLUMNS", "140")
+    use_tiny_models(monkeypatch)
 
 
 def run(tmp_path, *arguments):
@@ -75,7 +48,7 @@ def test_the_demo_in_small(tmp_path, capsys):
     assert header["hardware"]["cpu"] and header["model"]["norm_layers"] == {"BatchNorm2d": 2}
     assert header["model"]["source_artefacts"] == ["fisher"]
     by_kind = {kind: [r for r in rows if r["kind"] == kind] for kind in {r["kind"] for r in rows}}
-    assert set(by_kind) == {"run", "stream", "method", "batch", "domain", "summary"}
+    assert set(by_kind) == {"run", "stream", "method", "batch", "domain", "summary", "end"}
     assert [r["method"] for r in by_kind["summary"]] == methods * 2
     assert len(by_kind["batch"]) == 8 * (30 + 3 * 13)
     assert len(by_kind["domain"]) == 8 * (15 + 3)

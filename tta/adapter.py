@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tta import norm
 from tta.backbone import Backbone
 from tta.caller import warn
-from tta.config import AdapterConfig
+from tta.config import SLOTS, AdapterConfig
 from tta.keys import alias, check_origin, check_state, checksum
 from tta.slots import Context, Output, Prediction, Report, Update, forget_casts
 
@@ -238,7 +238,7 @@ class Adapter(nn.Module):
     def __repr__(self) -> str:
         filled = [
             f"{slot}={part.name}"
-            for slot in ("norm", "update", "output")
+            for slot in SLOTS
             if (part := getattr(self.config, slot)) is not None
         ]
         moving = [v for k, v in self._moving().items() if k != "rng"]

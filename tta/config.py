@@ -15,7 +15,9 @@ from typing import Any, ClassVar, TypeVar
 
 from tta.checks import channels, flag, nearest, number, one_of, seed, text, whole
 
-__all__ = ["AdapterConfig", "ComponentConfig", "UpdateConfig"]
+__all__ = ["SLOTS", "AdapterConfig", "ComponentConfig", "UpdateConfig"]
+
+SLOTS = ("norm", "update", "output")  # of an adapter
 
 Self = TypeVar("Self", bound="ComponentConfig")
 SelfUpdate = TypeVar("SelfUpdate", bound="UpdateConfig")
@@ -159,7 +161,7 @@ class AdapterConfig:
     source: str | None = None
 
     def __post_init__(self) -> None:
-        for slot in ("norm", "update", "output"):
+        for slot in SLOTS:
             _check_slot(slot, getattr(self, slot))
         if self.batch_size is not None:
             object.__setattr__(self, "batch_size", whole("batch_size", self.batch_size, 1))

@@ -12,13 +12,14 @@ from fnmatch import fnmatch
 from typing import Any, TypeVar
 
 from tta.checks import nearest, one_of, text
-from tta.config import ComponentConfig, UpdateConfig
+from tta.config import SLOTS, ComponentConfig, UpdateConfig
 from tta.slots import Component
 
 __all__ = ["component", "get_config", "list_methods", "register"]
 
 _COMPONENTS: dict[str, type[Component]] = {}
 DEFAULT_PRESET = "imagenet"
+PRESET_CLASSES = {"imagenet": 1000, "cifar100": 100, "cifar10": 10}  # what presets are made for
 
 C = TypeVar("C", bound=type[Component])
 
@@ -50,7 +51,7 @@ def register(name: str) -> Callable[[C], C]:
                 f"`name` must be new, got {name!r}, which {other.__module__} has: "
                 "choose another name."
             )
-        if cls.slot not in ("norm", "update", "output") and name != "source":
+        if cls.slot not in SLOTS and name != "source":
             raise TypeError(
                 f"`slot` must be 'norm', 'update' or 'output', got {cls.slot!r}: subclass "
                 "NormRule, Update or Output."
@@ -97,7 +98,7 @@ def list_methods(pattern: str = "*", slot: str | None = None) -> list[str]:
     """
     text("pattern", pattern)
     if slot is not None:
-        one_of("slot", slot, ("norm", "update", "output"))
+        one_of("slot", slot, SLOTS)
     chosen = {n: c for n, c in _COMPONENTS.items() if slot is None or c.slot == slot}
     names = [f"{n}.{tag}" for n, c in chosen.items() for tag in c.PRESETS]
     return sorted(n for n in (names if "." in pattern else chosen) if fnmatch(n, pattern))

@@ -14,14 +14,11 @@ from tta.build import build, check_model
 from tta.caller import warn
 from tta.checks import nearest, whole
 from tta.classifier import num_classes
-from tta.config import AdapterConfig, ComponentConfig, UpdateConfig
-from tta.registry import DEFAULT_PRESET, component, get_config
+from tta.config import SLOTS, AdapterConfig, ComponentConfig, UpdateConfig
+from tta.registry import DEFAULT_PRESET, PRESET_CLASSES, component, get_config
 from tta.slots import Update
 
 __all__ = ["wrap"]
-
-SLOTS = ("norm", "update", "output")
-PRESET_CLASSES = {"imagenet": 1000, "cifar100": 100, "cifar10": 10}
 
 Choice = str | ComponentConfig | None
 

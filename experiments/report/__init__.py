@@ -1,0 +1,10 @@
+"""``python -m experiments report``: any set of runs as tables, plots and one page to send.
+
+`collect` reads runs, `statistics` makes means and intervals of them, `tables` and `figures` show
+these, and `page` puts everything into one HTML file.
+"""
+
+from experiments.report.collect import Result, Setting, collect, write_compact
+from experiments.report.report import Report, add_command
+
+__all__ = ["Report", "Result", "Setting", "add_command", "collect", "write_compact"]

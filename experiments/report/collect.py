@@ -1,0 +1,215 @@
+"""Results of one method on one stream with one seed, read from runs or from a compact file."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.config import StreamConfig
+from experiments.record import RESULTS, mend, plain, stretches
+
+__all__ = ["Result", "Setting", "by_setting", "collect", "write_compact"]
+
+POINTS = 120  # of a curve in a compact file
+STRETCHES = 60  # more of them are not drawn
+
+
+@dataclass(frozen=True, order=True)
+class Setting:
+    """What results must share to be compared with each other.
+
+    Args:
+        model: Name.
+        stream: Name.
+        scenario: Of the stream.
+        severity: Of its domains, where the scenario has not its own.
+        batch_size: Of the stream.
+        data: What was shifted.
+        images: Of the whole stream.
+        domains: Number of domains.
+    """
+
+    model: str
+    stream: str
+    scenario: str
+    severity: float
+    batch_size: int
+    data: str
+    images: int
+    domains: int
+
+    @property
+    def title(self) -> str:
+        """The stream in words."""
+        name = self.stream if self.stream == self.scenario else f"{self.stream} ({self.scenario})"
+        return f"{name}, severity {self.severity:g}, batches of {self.batch_size}"
+
+    @property
+    def slug(self) -> str:
+        """For file names."""
+        text = f"{self.model}-{self.stream}-s{self.severity:g}-b{self.batch_size}-n{self.images}"
+        return "".join(c if c.isalnum() or c in "._-" else "_" for c in text)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One method on one stream with one seed.
+
+    Args:
+        setting: Where.
+        method: Its label.
+        seed: Of the run.
+        summary: The ``summary`` line of the results file.
+        domains: ``domain`` lines.
+        curve: Images seen and errors so far, after each batch or fewer.
+        stretches: (first image, one past the last, domain) of each stretch of one domain.
+        about: Versions, hardware, commit and date of the run.
+    """
+
+    setting: Setting
+    method: str
+    seed: int
+    summary: dict[str, Any]
+    domains: list[dict[str, Any]]
+    curve: tuple[list[int], list[int]]
+    stretches: list[tuple[int, int, str]]
+    about: dict[str, Any]
+
+
+def collect(paths: Iterable[str | Path]) -> list[Result]:
+    """Read all results under some paths.
+
+    Args:
+        paths: Folders, searched for runs and compact files, or such files.
+
+    Returns:
+        Results of methods that came to their end, in order of settings; of runs of the same thing
+        the last one.
+
+    Raises:
+        FileNotFoundError: For a path that is not there.
+        ValueError: Where nothing was found.
+    """
+    found: dict[Any, Result] = {}
+    paths = [Path(path) for path in paths]
+    for path in paths:
+        if not path.exists():
+            raise FileNotFoundError(f"`{path}` is missing: pass folders of runs")
+        files = sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]
+        for file in files:
+            for result in _read(file):
+                found[result.setting, result.method, result.seed] = result
+    if not found:
+        names = " ".join(str(path) for path in paths)
+        raise ValueError(f"`runs` must hold finished runs, found none in {names}")
+    return list(found.values())
+
+
+def by_setting(results: Sequence[Result]) -> dict[Setting, dict[str, list[Result]]]:
+    """Results by setting and method, each list in order of seeds; source comes first."""
+    groups: dict[Setting, dict[str, list[Result]]] = {}
+    for result in sorted(results, key=lambda r: r.seed):
+        groups.setdefault(result.setting, {}).setdefault(result.method, []).append(result)
+    order = list(dict.fromkeys(result.method for result in results))
+    order.sort(key=lambda method: method != "source")
+    return {
+        setting: {method: groups[setting][method] for method in order if method in groups[setting]}
+        for setting in dict.fromkeys(result.setting for result in results)
+    }
+
+
+def write_compact(results: Sequence[Result], path: str | Path) -> None:
+    """Write results to one small file, without their batches, replacing what is there."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for result in results:
+        seen, wrong = result.curve
+        keep = np.unique(np.linspace(0, len(seen) - 1, min(POINTS, len(seen))).round().astype(int))
+        row = asdict(result) | {"curve": [[seen[i] for i in keep], [wrong[i] for i in keep]]}
+        for part in [row["summary"], *row["domains"]]:
+            for name in ("kind", "stream", "method"):
+                part.pop(name)
+        if len(result.stretches) > STRETCHES:
+            row["stretches"] = []
+        lines.append(json.dumps(plain(_rounded({"kind": "result", **row})), allow_nan=False) + "\n")
+    part = path.with_name(path.name + ".part")
+    part.write_text("".join(lines))
+    os.replace(part, path)
+
+
+def _rounded(value: Any) -> Any:
+    """Six digits are more than any of these figures has meaning for."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _read(path: Path) -> Iterator[Result]:
+    # Runs that were cut off are read as they are, and mended by whoever goes on with them.
+    text, _ = mend(path.read_bytes())
+    rows = [json.loads(line) for line in text.splitlines()]
+    for row in rows:
+        if row["kind"] == "result":
+            yield Result(
+                Setting(**row["setting"]),
+                **{
+                    key: row[key]
+                    for key in ("method", "seed", "summary", "domains", "stretches", "about")
+                },
+                curve=(row["curve"][0], row["curve"][1]),
+            )
+    if path.name == RESULTS:
+        yield from _read_run(rows)
+
+
+def _read_run(rows: Sequence[Mapping[str, Any]]) -> Iterator[Result]:
+    header = next((row for row in rows if row["kind"] == "run"), None)
+    if header is None:
+        return
+    config = header["config"]
+    streams = {stream["name"]: StreamConfig(**stream) for stream in config["streams"]}
+    builds = {row["stream"]: row["build"] for row in rows if row["kind"] == "stream"}
+    about = {key: header.get(key) for key in ("started", "versions", "hardware", "git")}
+    about["tuned"] = [r["chosen"] for r in config.get("tuned", [])]
+    about["origin"] = header["data"]["origin"]
+    own: dict[tuple[str, str], dict[str, list[Any]]] = {}
+    for row in rows:
+        if row["kind"] in ("batch", "domain", "summary"):
+            key = row["stream"], row["method"]
+            own.setdefault(key, {"batch": [], "domain": [], "summary": []})[row["kind"]].append(row)
+    for (name, method), lines in own.items():
+        if not lines["summary"]:
+            continue
+        stream, build, summary = streams[name], builds[name], lines["summary"][-1]
+        setting = Setting(
+            config["model"],
+            name,
+            stream.scenario,
+            stream.severity,
+            build["batch_size"],
+            header["data"]["name"],
+            summary["images"],
+            len(stream.domains),
+        )
+        batches = lines["batch"]
+        seen = np.cumsum([row["images"] for row in batches]).tolist()
+        wrong = np.cumsum([row["errors"] for row in batches]).tolist()
+        yield Result(
+            setting,
+            method,
+            header["seed"],
+            summary,
+            lines["domain"],
+            (seen, wrong),
+            stretches(batches),
+            about,
+        )

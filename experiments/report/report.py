@@ -1,0 +1,187 @@
+"""The report of a set of runs: files of tables and plots, and one page."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.report.collect import Result, Setting, by_setting, collect
+from experiments.report.page import Page, Section
+from experiments.report.statistics import LEVEL, difference
+from experiments.report.tables import NOTES, Table, csv_rows, overview, setting_table
+
+__all__ = ["Report", "about_lines", "add_command", "describe"]
+
+
+def add_command(commands: Any) -> None:
+    """Add ``report`` to the command line."""
+    parser = commands.add_parser(
+        "report",
+        help="tables, plots and one HTML page of any runs",
+        description="Put the results of any runs together: tables as Markdown, CSV and LaTeX, "
+        "plots, and one HTML page with everything in it.",
+    )
+    add = parser.add_argument
+    add("runs", nargs="+", type=Path, help="folders of runs or sweeps, or compact result files")
+    add("--output", type=Path, help="where to (default: 'report' in the first of RUNS)")
+    add("--title", default="Test-time adaptation", help="of the page (default: %(default)s)")
+    parser.set_defaults(prepare=_prepare)
+
+
+def _prepare(args: argparse.Namespace) -> Report:
+    first = args.runs[0]
+    folder = args.output or (first if first.is_dir() else first.parent) / "report"
+    return Report(collect(args.runs), folder, args.title)
+
+
+class Report:
+    """What a set of results says.
+
+    Args:
+        results: From `collect`.
+        folder: Where the files go; what is there is replaced.
+        title: Of the page.
+    """
+
+    def __init__(self, results: Sequence[Result], folder: str | Path, title: str) -> None:
+        self.results = results
+        self.settings = by_setting(results)
+        self.folder = Path(folder)
+        self.title = title
+
+    def execute(self) -> Path:
+        """Write everything; returns the page."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "results.csv").write_text(csv_rows(self.results))
+        sections = [self._overview(), *(self._setting(s) for s in self.settings), *self._heat()]
+        page = Page(self.title, about_lines(self.results), sections, NOTES)
+        path = self.folder / "index.html"
+        path.write_text(page.html())
+        print(f"{len(self.results)} results in {len(self.settings)} settings: {path}", flush=True)
+        return path
+
+    def figures(self, setting: Setting) -> list[tuple[Path, str]]:
+        """Draw the plots of a setting; returns files and captions."""
+        from experiments.report.figures import (  # slow to import
+            plot_cost,
+            plot_domains,
+            plot_reliability,
+            plot_stream,
+        )
+
+        methods = self.settings[setting]
+        about = f"{setting.model}, {setting.title}"
+        drawn = []
+        for name, draw, caption in (
+            ("stream", plot_stream, "Error over the stream"),
+            ("domains", plot_domains, "Error by domain; lines are intervals over seeds"),
+            ("cost", plot_cost, "Accuracy against cost"),
+            ("reliability", plot_reliability, "Accuracy by confidence; dots are bins' means"),
+        ):
+            path = self.folder / f"{setting.slug}-{name}.png"
+            draw(methods, path, f"{caption.partition(';')[0]}: {about}")
+            drawn.append((path, f"{caption}."))
+        return drawn
+
+    def heat_maps(self) -> list[tuple[str, Path]]:
+        """Draw error by corruption and severity, where there are several; titles and files."""
+        from experiments.report.figures import plot_heat  # slow to import
+
+        groups: dict[tuple[str, str, int, str], dict[str, list[Result]]] = {}
+        for setting, methods in self.settings.items():
+            key = setting.model, setting.stream, setting.batch_size, setting.data
+            for method, results in methods.items():
+                groups.setdefault(key, {}).setdefault(method, []).extend(results)
+        drawn = []
+        for (model, stream, size, _), methods in groups.items():
+            title = f"{model}, {stream}, batches of {size}"
+            name = "".join(c if c.isalnum() else "_" for c in f"{model}-{stream}-b{size}")
+            path = self.folder / f"{name}-heat.png"
+            if plot_heat(methods, path, f"Error by corruption and severity: {title}"):
+                drawn.append((title, path))
+        return drawn
+
+    def _overview(self) -> Section:
+        tables = []
+        for model, table in overview(self.results).items():
+            self._write(f"overview-{_safe(model)}", table)
+            tables.append(f"<h3>{model}</h3>" + table.html())
+        text = "Mean error over the domains in %, lowest of each column in bold."
+        return Section("All streams", [text], tables)
+
+    def _setting(self, setting: Setting) -> Section:
+        methods = self.settings[setting]
+        table = setting_table(methods)
+        self._write(setting.slug, table)
+        text = f"{setting.images} images of {setting.domains} domains. {describe(methods)}"
+        title = f"{setting.model}: {setting.title}"
+        return Section(title, [text], [table.html()], self.figures(setting))
+
+    def _heat(self) -> list[Section]:
+        return [
+            Section(f"By severity: {title}", figures=[(path, "Error by corruption and severity.")])
+            for title, path in self.heat_maps()
+        ]
+
+    def _write(self, name: str, table: Table) -> None:
+        (self.folder / f"{name}.md").write_text(table.markdown())
+        (self.folder / f"{name}.tex").write_text(table.latex())
+
+
+def about_lines(results: Sequence[Result]) -> list[str]:
+    """Where the numbers come from: data, hardware, versions, commits, dates."""
+    lines = []
+    for key, show in (
+        ("origin", str),
+        ("hardware", _hardware),
+        ("versions", lambda v: ", ".join(f"{n} {x}" for n, x in v.items())),
+        ("git", lambda g: f"commit {g['commit'][:12]}" + (" with changes" * g["changed"])),
+    ):
+        values = [result.about[key] for result in results if result.about.get(key)]
+        lines.append("; ".join(dict.fromkeys(show(value) for value in values)))
+    tuned = {method for result in results for method in result.about.get("tuned") or []}
+    if tuned:
+        lines.append(f"fields chosen on held-out corruptions: {', '.join(sorted(tuned))}")
+    dates = sorted(str(result.about["started"])[:10] for result in results)
+    seeds = sorted({result.seed for result in results})
+    lines.append(f"{dates[0]} to {dates[-1]}; seeds {', '.join(map(str, seeds))}")
+    return [line for line in lines if line]
+
+
+def describe(methods: dict[str, list[Result]]) -> str:
+    """Which methods differ from source, in words made from the paired differences."""
+    if "source" not in methods or len(methods) == 1:
+        return ""
+    better, worse, open_ = [], [], []
+    for method, results in methods.items():
+        gap = difference(results, methods["source"], lambda r: r.summary["mean_error"])
+        if method == "source" or gap is None:
+            continue
+        text = f"{method} ({gap.text(100, sign=True)})"
+        if gap.half is not None and not gap.clear:
+            open_.append(text)
+        elif gap.mean < 0:
+            better.append((gap.mean, text))
+        else:
+            worse.append((-gap.mean, text))
+    parts = []
+    for lead, found in (("Better than source", better), ("Worse", worse)):
+        if found:
+            parts.append(f"{lead}: {', '.join(text for _, text in sorted(found))}.")
+    if open_:
+        parts.append(f"Not told apart from it by {LEVEL:.0%} intervals: {', '.join(open_)}.")
+    if all(len(results) == 1 for results in methods.values()):
+        parts.append("One seed: no interval, and small differences mean nothing.")
+    return " ".join(parts)
+
+
+def _hardware(found: dict[str, Any]) -> str:
+    count = found["torch_threads"]
+    threads = f"{count} thread{'s' * (count > 1)} a run"
+    return ", ".join([found["cpu"], threads, *found["gpus"]])
+
+
+def _safe(name: str) -> str:
+    return "".join(c if c.isalnum() or c in "._-" else "_" for c in name)

@@ -1,0 +1,99 @@
+"""The benchmark of record: which runs, in which order, and the page made of them."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+import models
+import tta
+from experiments import commands
+from experiments.benchmark import EXPENSIVE, STREAMS, Benchmark, all_methods
+from experiments.report import collect
+from experiments.run import Cache
+from experiments.sweep import cell_folder
+from tests.tiny_models import use_tiny_models
+
+
+@pytest.fixture(autouse=True)
+def tiny_models(monkeypatch):
+    """Let the runner load tiny networks."""
+    use_tiny_models(monkeypatch)
+    monkeypatch.setattr("experiments.workers._CACHE", Cache())
+
+
+def test_every_method_model_and_stream_is_there_the_affordable_part_first():
+    names = tuple(models.list_models())
+    benchmark = Benchmark(device="cpu", models=names, methods=tuple(all_methods()))
+    cells = benchmark.cells()
+    assert len({cell_folder(cell) for cell in cells}) == len(cells)
+    assert {cell.model for cell in cells} == set(names)
+    assert {cell.streams[0].scenario for cell in cells} == set(STREAMS) == {
+        "continual", "dirichlet", "imbalance", "mixed", "gradual", "recurring", "walk", "single",
+    }  # fmt: skip
+    bases = {re.split(r"[+\[]", cell.methods[0])[0] for cell in cells}
+    assert bases == set(tta.list_methods())
+    seeds = {}
+    for cell in cells:
+        where = cell.model, cell.streams[0].name, cell.methods[0]
+        seeds.setdefault(where, []).append(cell.seed)
+    for (_, stream, method), found in seeds.items():
+        many = stream in ("continual", "dirichlet") and method not in EXPENSIVE
+        assert found == ([0, 1, 2] if many else [0])
+        assert method not in EXPENSIVE or stream in ("continual", "dirichlet", "mixed")
+    first = [cell.methods[0] in EXPENSIVE or cell.seed > 0 for cell in cells]
+    assert first == sorted(first)
+
+
+def test_the_page_is_made_of_the_results(tmp_path, capsys):
+    arguments = ["record", "--images", "20", "--models", "cifar10_resnet20_bn", "--streams"]
+    arguments += ["continual", "mixed", "--methods", "source", "tent[lr=100.0]", "bn", "--device"]
+    arguments += ["cpu", "--output", str(tmp_path / "runs"), "--quiet"]
+    files = ["--results", str(tmp_path / "record.jsonl"), "--page", str(tmp_path / "record.md")]
+    assert commands.main([*arguments, *files]) == 0
+    results = collect([tmp_path / "record.jsonl"])
+    assert len(results) == 3 * (3 + 1)  # three seeds of continual, one of mixed
+    page = (tmp_path / "record.md").read_text()
+    assert "| stream | what | images |" in page and "| continual | each domain once" in page
+    (source,) = re.findall(r"^\| source \| \**(\S+) ± (\S+) \(3\)\** \| \**(\S+) \(1\)", page, re.M)
+    errors = [
+        r.summary["mean_error"]
+        for r in results
+        if r.method == "source" and r.setting.stream == "continual"
+    ]
+    assert float(source[0]) == pytest.approx(100 * sum(errors) / 3, abs=0.051)
+    for target in re.findall(r"\]\(([^)]+\.png)\)", page):
+        assert (tmp_path / target).is_file()
+    assert page.count(".png)") == 4 + 1
+    again = tmp_path / "again.md"
+    assert commands.main(["record", "--page-only", *files[:2], "--page", str(again)]) == 0
+    assert again.read_text() == page
+    # What is done is not run again.
+    assert commands.main([*arguments, *files]) == 0
+    assert (tmp_path / "record.md").read_text() == page
+
+
+def test_the_overhead_is_said(capsys):
+    arguments = ["overhead", "--images", "10", "--rounds", "1", "--device", "cpu"]
+    assert commands.main(arguments) == 0
+    assert "150 images in batches of 64: the runner takes" in capsys.readouterr().out
+
+
+def test_tensorboard_has_scalars_entropies_images_and_the_configuration(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    arguments = ["run", "--images", "20", "--corruptions", "fog", "snow", "--batch-size", "10"]
+    arguments += ["--methods", "source", "tent", "--quiet", "--output", str(tmp_path)]
+    assert commands.main([*arguments, "--device", "cpu"]) == 0
+    (folder,) = tmp_path.iterdir()
+    tags = {}
+    for method in ("source", "tent"):
+        events = accumulator.EventAccumulator(str(folder / "tensorboard" / "continual" / method))
+        events.Reload()
+        tags[method] = events.Tags()
+        assert [event.step for event in events.Scalars("error/running")] == [0, 1, 2, 3]
+        assert {"domain/fog", "domain/snow", "nll", "entropy"} <= {*tags[method]["scalars"]}
+        assert tags[method]["histograms"] == ["entropy/fog", "entropy/snow"]
+        assert any("config" in tag for tag in tags[method]["tensors"])
+    assert {tag.split("/")[1] for tag in tags["source"]["images"]} == {"fog", "snow"}
+    assert tags["tent"]["images"] == []  # the same ones, once a stream

@@ -1,0 +1,152 @@
+"""Reports: what is collected, the statistics, the tables, the plots, the page."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy import stats
+
+from experiments import commands
+from experiments.report import collect, write_compact
+from experiments.report.collect import by_setting
+from experiments.report.report import describe
+from experiments.report.statistics import difference, estimate
+from experiments.report.tables import Table, overview, setting_table
+from experiments.settings import make_sweep
+from experiments.sweep import Sweep
+from tests.tiny_models import use_tiny_models
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two severities, two seeds, three methods, of a tiny network."""
+    folder = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        use_tiny_models(patch)
+        patch.setattr("experiments.workers._CACHE", __import__("experiments.run").run.Cache())
+        flags = {"methods": ("tent", "source", "eata+lame"), "domains": ["fog", "snow"]}
+        flags |= {"images": 20, "batch_size": 10, "seeds": (0, 1), "severities": (3, 5)}
+        Sweep(make_sweep({}, {**flags, "device": "cpu"}), folder, quiet=True).execute()
+    return folder
+
+
+def error(result):
+    return result.summary["mean_error"]
+
+
+def test_everything_finished_is_collected(runs, tmp_path):
+    results = collect([runs])
+    assert len(results) == 2 * 2 * 3
+    settings = by_setting(results)
+    assert [s.severity for s in settings] == [3, 5]
+    for setting, methods in settings.items():
+        assert next(iter(methods)) == "source" and len(methods) == 3
+        assert (setting.images, setting.batch_size, setting.domains) == (40, 10, 2)
+        for found in methods.values():
+            assert [result.seed for result in found] == [0, 1]
+            assert found[0].stretches == [(0, 20, "fog"), (20, 40, "snow")]
+            assert found[0].curve[0] == [10, 20, 30, 40]
+            assert found[0].curve[1][-1] == round(40 * found[0].summary["error"])
+    with pytest.raises(FileNotFoundError, match="is missing"):
+        collect([tmp_path / "nowhere"])
+    with pytest.raises(ValueError, match="found none"):
+        collect([tmp_path])
+
+
+def test_a_compact_file_holds_the_same(runs, tmp_path):
+    results = collect([runs])
+    write_compact(results, tmp_path / "record.jsonl")
+    again = collect([tmp_path])
+    assert len(again) == len(results)
+    for a, b in zip(results, again, strict=True):
+        assert (a.setting, a.method, a.seed, a.curve) == (b.setting, b.method, b.seed, b.curve)
+        assert error(a) == pytest.approx(error(b), rel=1e-5)
+        for one, other in zip(a.domains, b.domains, strict=True):
+            assert one["severities"] == other["severities"] and one["errors"] == other["errors"]
+    assert setting_table(by_setting(results)[results[0].setting]).rows == (
+        setting_table(by_setting(again)[again[0].setting]).rows
+    )
+    size = (tmp_path / "record.jsonl").stat().st_size
+    assert size < sum(path.stat().st_size for path in runs.rglob("results.jsonl"))
+
+
+def test_a_run_that_was_cut_off_gives_what_it_finished(runs, tmp_path):
+    source = next(iter(runs.rglob("source/seed0/results.jsonl")))
+    text = source.read_bytes()
+    (tmp_path / "results.jsonl").write_bytes(text[: text.index(b'{"kind": "end"') + 5])
+    assert len(collect([tmp_path])) == 1
+    (tmp_path / "results.jsonl").write_bytes(text[: text.index(b'{"kind": "summary"') + 5])
+    with pytest.raises(ValueError, match="found none"):
+        collect([tmp_path])
+
+
+def test_intervals_are_students():
+    values = [0.31, 0.35, 0.30]
+    found = estimate(values)
+    low, high = stats.t.interval(0.95, 2, loc=np.mean(values), scale=stats.sem(values))
+    assert found.mean == pytest.approx(np.mean(values))
+    assert found.half == pytest.approx((high - low) / 2)
+    assert estimate([0.3]).half is None and estimate([]) is None and estimate([0.3, None]) is None
+    assert found.text(100) == "32.0 ± 6.6" and estimate([0.3]).text(100, sign=True) == "+30.0"
+
+
+def test_differences_are_paired_by_seed(runs):
+    results = by_setting(collect([runs]))
+    methods = next(iter(results.values()))
+    found = difference(methods["tent"], methods["source"], error)
+    gaps = [error(methods["tent"][i]) - error(methods["source"][i]) for i in (0, 1)]
+    assert found.mean == pytest.approx(np.mean(gaps)) and found.count == 2
+    backwards = difference(methods["tent"][::-1], methods["source"], error)
+    assert backwards.half == pytest.approx(found.half)
+    assert difference(methods["tent"], methods["source"][:1], error) is None  # a seed is missing
+    zero = difference(methods["source"], methods["source"], error)
+    assert zero.mean == 0 and zero.half == 0 and not zero.clear
+
+
+def test_tables(runs):
+    results = collect([runs])
+    (table,) = overview(results).values()
+    assert table.header == ["method", "continual, s3", "continual, s5"]
+    full = setting_table(next(iter(by_setting(results).values())))
+    assert full.header[:3] == ["method", "error", "vs source"] and full.rows[0][0] == "source"
+    assert "late" not in full.header and full.rows[0][2] == "-"
+    markdown = full.markdown().splitlines()
+    assert len({line.count("|") for line in markdown}) == 1
+    assert sum("**" in line for line in markdown) >= 1
+    latex = full.latex()
+    assert latex.count(r"\\") == 4 and r"$\pm$" in latex and latex.count("{tabular}") == 2
+    assert Table(["a"], [["50 % & x_1"]]).latex().splitlines()[4] == r"50 \% \& x\_1 \\"
+    assert "<b>" in full.html() and "&lt;" in Table(["a"], [["<"]]).html()
+
+
+def test_the_command_writes_one_page_with_everything(runs, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert commands.main(["report", str(runs), "--output", str(out), "--title", "A & B"]) == 0
+    assert "12 results in 2 settings" in capsys.readouterr().out
+    page = (out / "index.html").read_text()
+    assert "<h1>A &amp; B</h1>" in page and "http" not in page  # nothing is loaded from elsewhere
+    pictures = re.findall(r'src="data:image/png;base64,', page)
+    assert len(pictures) == 2 * 4 + 1
+    for name in ("stream", "domains", "cost", "reliability", "heat"):
+        for path in out.glob(f"*-{name}.png"):
+            with Image.open(path) as picture:
+                assert picture.width > 600 and len(np.unique(picture)) > 10
+    rows = list(csv.DictReader(io.StringIO((out / "results.csv").read_text())))
+    assert len(rows) == 12 and 0 <= float(rows[0]["error:fog"]) <= 1
+    assert {row["method"] for row in rows} == {"source", "tent", "eata+lame"}
+    assert len(list(out.glob("*.tex"))) == len(list(out.glob("*.md"))) == 3
+
+
+def test_the_words_come_from_the_intervals(runs):
+    methods = next(iter(by_setting(collect([runs])).values()))
+    text = describe(methods)
+    for name in ("tent", "eata+lame"):
+        assert text.count(name) == 1
+    single = {name: found[:1] for name, found in methods.items()}
+    assert "One seed: no interval" in describe(single)
+    assert describe({"source": methods["source"]}) == ""

@@ -1,0 +1,295 @@
+"""A run killed anywhere goes on with the numbers of one that was not; files are mended."""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import os
+import random
+import signal
+
+import pytest
+import torch
+
+import tta
+from experiments import commands
+from experiments.config import RunConfig, StreamConfig
+from experiments.data import read_bundled
+from experiments.record import Busy, Conflict, JsonLines, Results, mend, read_lines
+from experiments.run import Run, is_finished
+from experiments.snapshot import FILE
+from experiments.trial import OutOfTime
+from tests.tiny_models import fake_load, use_tiny_models
+
+TIMES = {"seconds", "images_per_second", "peak_memory", "started", "at", "finished", "command"}
+RANDOM = random.Random(5)  # which points are tried
+
+
+@pytest.fixture(autouse=True)
+def tiny_models(monkeypatch):
+    """Let the runner load tiny networks."""
+    use_tiny_models(monkeypatch)
+
+
+def configuration(*methods, scenario="reset_each_shift", **options):
+    stream = StreamConfig(
+        name="s", scenario=scenario, domains=("fog", "contrast"), images=40, options=options
+    )
+    return RunConfig(
+        name="killed",
+        model="cifar10_resnet20_bn",
+        data="bundled",
+        clean=None,
+        source=None,
+        methods=methods,
+        streams=(stream,),
+        batch_size=8,
+        seed=3,
+        device="cpu",
+    )
+
+
+def execute(config, folder, every=3, **arguments):
+    return Run(config, folder=folder, silent=True, snapshot_every=every, **arguments).execute()
+
+
+def killed(config, folder, writes, share):
+    """Run in a child that kills itself at its n-th write, that share of which is still done.
+
+    Returns whether it came so far.
+    """
+
+    def child():
+        count = 0
+        real_write, real_replace = os.write, os.replace
+
+        def die(left):
+            nonlocal count
+            count += 1
+            if count == writes:
+                left()
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        def write(file, data):
+            die(lambda: real_write(file, data[: int(share * len(data))]))
+            return real_write(file, data)
+
+        def replace(source, target):
+            die(lambda: share > 0.5 and real_replace(source, target))
+            return real_replace(source, target)
+
+        os.write, os.replace = write, replace
+        execute(config, folder)
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join()
+    assert process.exitcode in (0, -signal.SIGKILL)
+    return process.exitcode != 0
+
+
+def figures(folder):
+    """All numbers of a run but times, in an order that does not depend on interruptions."""
+    rows = [
+        {key: value for key, value in row.items() if key not in TIMES}
+        for row in read_lines(folder / "results.jsonl")
+        if row["kind"] in ("stream", "method", "batch", "domain", "summary")
+    ]
+    keys = [
+        [str(row.get(k)) for k in ("kind", "stream", "method", "step", "domain")] for row in rows
+    ]
+    assert len({tuple(key) for key in keys}) == len(keys), "a line is there twice"
+    return dict(zip(map(tuple, keys), rows, strict=True))
+
+
+def check_points(config, tmp_path, points):
+    """Kill a run at each point, go on, and compare with one that was never killed."""
+    whole = figures(execute(config, tmp_path / "whole"))
+    hits = 0
+    for number, (writes, share) in enumerate(points):
+        folder = tmp_path / str(number)
+        hits += killed(config, folder, writes, share)
+        # Killed a second time on the way, and then left alone.
+        killed(config, folder, 1 + writes // 2, 1 - share)
+        assert figures(execute(config, folder)) == whole
+        assert is_finished(folder) and not (folder / FILE).exists()
+    return hits
+
+
+def points(count, most):
+    return [(RANDOM.randint(1, most), RANDOM.choice([0.0, 0.4, 1.0])) for _ in range(count)]
+
+
+def test_a_killed_run_goes_on_with_the_same_numbers(tmp_path):
+    config = configuration("unmix_tns+eata+lame", "sar")
+    assert check_points(config, tmp_path, points(4, 30)) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "method",
+    [
+        "bn",
+        "tent",
+        "eata",
+        "rdumb",
+        "sar",
+        "cotta",
+        "petal",
+        "rmt[warmup_samples=40]",
+        "adanpc",
+        "adanpc_bn",
+        "unmix_tns+lame",
+        "alpha_bn+tent",
+    ],
+)
+def test_killed_at_many_points_with_any_method(tmp_path, monkeypatch, method):
+    net, info = fake_load("cifar10_resnet20_bn")
+    images = read_bundled().balanced(40)
+    loader = [(images.tensor().float() / 255, torch.from_numpy(images.labels))] * 2
+    artefacts = tta.collect_source(net, loader, for_methods=["eata", "adanpc", "petal", "rmt"])
+    info = dataclasses.replace(info, source=dataclasses.replace(artefacts, batches=loader))
+    monkeypatch.setattr("experiments.subject.models.load", lambda name: (net, info))
+    scenario = RANDOM.choice(["reset_each_shift", "mixed", "dirichlet_slots"])
+    config = configuration(method, scenario=scenario)
+    assert check_points(config, tmp_path, points(8, 18)) >= 6
+
+
+@pytest.mark.slow
+def test_killed_by_the_clock(tmp_path):
+    config = configuration("cotta", "eata")
+    whole = figures(execute(config, tmp_path / "whole"))
+    context = multiprocessing.get_context("fork")
+    for number in range(12):
+        folder = tmp_path / str(number)
+        process = context.Process(target=execute, args=(config, folder))
+        process.start()
+        process.join(RANDOM.uniform(0.05, 2.0))
+        process.kill()
+        process.join()
+        assert figures(execute(config, folder)) == whole
+
+
+def test_late_batches_windows_and_clocks_go_on(tmp_path):
+    for options in ({"clock": {"ratio": 2.5}}, {"window": 4}):
+        scenario = "single" if "window" in options else "continual"
+        config = configuration("tent", scenario=scenario, **options)
+        name = scenario
+        whole = figures(execute(config, tmp_path / name))
+        assert killed(config, tmp_path / f"{name}-killed", 11, 0.5)
+        assert figures(execute(config, tmp_path / f"{name}-killed")) == whole
+
+
+def test_a_deadline_saves_the_place(tmp_path):
+    config = configuration("eata")
+    whole = figures(execute(config, tmp_path / "whole"))
+    stops = 0
+    while not is_finished(tmp_path / "cut"):
+        try:
+            execute(config, tmp_path / "cut", deadline=0.0)  # over before it begins: one batch
+        except OutOfTime:
+            stops += 1
+    assert figures(tmp_path / "cut") == whole and stops == 10
+
+
+def test_damaged_files_are_mended_and_said(tmp_path, capsys):
+    config = configuration("tent")
+    folder = tmp_path / "run"
+    whole = figures(execute(config, tmp_path / "whole"))
+    assert killed(config, folder, 11, 1.0)
+    snapshot = folder / FILE
+    data = bytearray(snapshot.read_bytes())
+    data[-3] ^= 1  # inside a tensor: only the checksum can tell
+    snapshot.write_bytes(data)
+    lines = (folder / "results.jsonl").read_bytes().splitlines(keepends=True)
+    lines[4] = lines[4][:9] + b"\0\0\0\n"
+    (folder / "results.jsonl").write_bytes(b"".join(lines)[:-5])
+    Run(config, folder=folder, snapshot_every=3).execute()
+    said = capsys.readouterr().out
+    assert "repaired 2 lines" in said and "its checksum is another" in said
+    assert figures(folder) == whole
+    quoted = [row["text"] for row in read_lines(folder / "results.jsonl", "repaired")]
+    assert len(quoted) == 2 and quoted[0].startswith('{"kind": ')
+
+
+def test_lines_lost_before_the_snapshot_are_run_again(tmp_path, capsys):
+    config = configuration("eata")
+    folder = tmp_path / "run"
+    whole = figures(execute(config, tmp_path / "whole"))
+    assert killed(config, folder, 14, 1.0) and (folder / FILE).exists()
+    lines = (folder / "results.jsonl").read_bytes().splitlines(keepends=True)
+    lines[4] = b"garbage\n"
+    (folder / "results.jsonl").write_bytes(b"".join(lines))
+    Run(config, folder=folder, snapshot_every=3).execute()
+    assert "lines are missing" in capsys.readouterr().out
+    assert figures(folder) == whole
+
+
+def test_mending_keeps_every_byte():
+    assert mend(b"") == (b"", 0)
+    whole = b'{"kind": "a"}\n{"kind": "b"}\n'
+    assert mend(whole) == (whole, 0)
+    for cut in range(15, len(whole)):
+        mended, count = mend(whole[:cut])
+        assert count == 1 and mended.startswith(whole[:14]) and mended.endswith(b"\n")
+        assert mend(mended) == (mended, 0)
+
+
+def test_one_process_writes_a_file(tmp_path):
+    with JsonLines(tmp_path / "x.jsonl"), pytest.raises(Busy, match="another process"):
+        JsonLines(tmp_path / "x.jsonl")
+
+
+def test_other_numbers_than_before_are_refused(tmp_path):
+    with Results(tmp_path / "x.jsonl") as results:
+        results.write("batch", stream="s", method="m", step=1, errors=3, seconds=1.0)
+        results.write("batch", stream="s", method="m", step=1, errors=3, seconds=2.0)
+        with pytest.raises(Conflict, match="3 errors then, 4 now"):
+            results.write("batch", stream="s", method="m", step=1, errors=4)
+    assert len(list(read_lines(tmp_path / "x.jsonl"))) == 1
+    execute(configuration("bn"), tmp_path / "run")
+    with pytest.raises(Conflict, match="another configuration"):
+        execute(configuration("tent"), tmp_path / "run")
+
+
+def test_the_command_goes_on_by_itself_or_when_told(tmp_path, capsys):
+    arguments = ["run", "--output", str(tmp_path), "--device", "cpu", "--images", "20"]
+    arguments += ["--methods", "bn", "tent", "--corruptions", "fog", "--batch-size", "4"]
+    assert commands.main(arguments) == 0
+    (first,) = tmp_path.iterdir()
+    whole = figures(first)
+    results = first / "results.jsonl"
+    lines = results.read_bytes().splitlines(keepends=True)
+
+    results.write_bytes(b"".join(lines[:8]) + lines[8][:10])
+    assert commands.main([*arguments, "--fresh"]) == 0
+    assert len(list(tmp_path.iterdir())) == 2 and not is_finished(first)
+    capsys.readouterr()
+    assert commands.main(arguments) == 0
+    assert f"continuing {first}" in capsys.readouterr().out
+    assert len(list(tmp_path.iterdir())) == 2 and figures(first) == whole
+
+    results.write_bytes(b"".join(lines[:9]))
+    assert commands.main(["run", "--resume", str(first)]) == 0
+    assert figures(first) == whole
+    assert commands.main(["run", "--resume", str(tmp_path)]) == 2
+    assert "must be the folder of a run" in capsys.readouterr().err
+
+
+def test_torchs_generator_goes_on(tmp_path, monkeypatch):
+    """Some models draw from it, such as those with noise in eval mode."""
+
+    def noisy(name):
+        net, info = fake_load(name)
+        net.register_forward_pre_hook(lambda m, a: (a[0] + 0.1 * torch.rand_like(a[0]),))
+        return net, info
+
+    monkeypatch.setattr("experiments.subject.models.load", noisy)
+    config = configuration("tent")
+    torch.manual_seed(0)
+    whole = figures(execute(config, tmp_path / "whole"))
+    torch.manual_seed(0)
+    with pytest.raises(OutOfTime):
+        execute(config, tmp_path / "cut", deadline=0.0)
+    torch.manual_seed(99)
+    assert figures(execute(config, tmp_path / "cut")) == whole
