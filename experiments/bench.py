@@ -15,76 +15,26 @@ import multiprocessing
 import resource
 import statistics
 import time
-import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-import models
-import tta
+from experiments.bench_subjects import BARE, SETTINGS, TWIN, make_batch, make_subject
 from experiments.environment import describe_environment
 from experiments.progress import Progress
 from experiments.subject import pick_device
 from tta.backbone import Backbone
 from tta.checks import nearest
 
-__all__ = ["RECIPES", "SETTINGS", "Bench", "add_command", "render_bench"]
+__all__ = ["Bench", "add_command", "render_bench"]
 
-KEPT = 0.3  # share of samples that pass the filters of eata and sar
-MEMORY_FEATURES = 50_000  # rows of AdaNPC's memory
-WARM_UP = 3  # rounds that are not counted
 START, END = "<!-- bench -->", "<!-- /bench -->"
-TWIN = "plain (twin)"
-BARE = "bare forward and backward"
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A network and what it is fed."""
-
-    make: Callable[[], nn.Module]
-    batch: int
-    size: int
-    recipes: tuple[str, ...]
-
-
-def _cifar(norm: Callable[[int], nn.Module] = nn.BatchNorm2d) -> nn.Module:
-    """ResNet-18 as it is used on CIFAR: a stem of 3x3 and no pooling."""
-    net = torchvision.models.resnet18(num_classes=10, norm_layer=norm)
-    net.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
-    net.maxpool = nn.Identity()  # type: ignore[assignment]
-    return net
-
-
-def _group_norm(channels: int) -> nn.Module:
-    return nn.GroupNorm(32, channels)
-
-
-ON_BATCH_NORM = ("source", "bn", "alpha_bn", "unmix_tns", "lame", "adanpc", BARE, "tent", "eata")
-ON_GROUP_NORM = (BARE, "eata", "sar")
-TEACHERS = ("cotta", "petal", "rmt")
-
-SETTINGS = {
-    "cifar_bn": Setting(_cifar, 64, 32, ON_BATCH_NORM),
-    "cifar_gn": Setting(lambda: _cifar(_group_norm), 64, 32, ON_GROUP_NORM),
-    "imagenet_bn": Setting(lambda: torchvision.models.resnet18(), 16, 224, ON_BATCH_NORM),
-    "imagenet_gn": Setting(
-        lambda: torchvision.models.resnet18(norm_layer=_group_norm), 16, 224, ON_GROUP_NORM
-    ),
-    "bundled_bn": Setting(lambda: models.load("cifar10_resnet20_bn")[0], 64, 32, ON_BATCH_NORM),
-    "bundled_gn": Setting(lambda: models.load("cifar10_resnet20_gn")[0], 64, 32, ON_GROUP_NORM),
-    "cifar_teachers": Setting(_cifar, 64, 32, TEACHERS),
-    "bundled_teachers": Setting(lambda: models.load("cifar10_resnet20_bn")[0], 64, 32, TEACHERS),
-    "gpu": Setting(lambda: torchvision.models.resnet50(), 64, 224, ON_BATCH_NORM),
-}
-RECIPES = (*ON_BATCH_NORM, "sar", *TEACHERS)
+WARM_UP = 3  # rounds that are not counted
 
 
 def add_command(commands: Any) -> None:
@@ -119,21 +69,6 @@ def _prepare(args: argparse.Namespace) -> Bench:
         args.page,
         args.quiet,
     )
-
-
-class Bare:
-    """The least that any entropy update does: forward, entropy, backward to the norm parameters."""
-
-    def __init__(self, net: nn.Module) -> None:
-        self.adapter = tta.wrap(net, update=tta.get_config("tent", lr=0.0))
-        self.net = net
-        self.params = list(self.adapter.parameters_adapted.values())
-
-    def __call__(self, x: Tensor) -> Tensor:
-        with torch.enable_grad():
-            logits = self.net(x)
-            torch.autograd.grad(tta.losses.entropy(logits).mean(), self.params)
-        return logits.detach()
 
 
 class Bench:
@@ -189,11 +124,11 @@ class Bench:
     def execute(self) -> dict[str, Any]:
         """Measure, print the table and append the result to the output; returns it."""
         names = ("plain", TWIN, *self.recipes)
-        subjects = {n: _subject(self.setting, n, self.device) for n in names}
+        subjects = {n: make_subject(self.setting, n, self.device) for n in names}
         times: dict[str, list[float]] = {n: [] for n in names}
         inside: dict[str, list[float]] = {n: [] for n in names}
         for turn in range(self.rounds + WARM_UP):
-            x = _batch(self.setting, turn, self.device)
+            x = make_batch(self.setting, turn, self.device)
             first = turn % len(names)  # nobody always follows the same neighbour
             for name in (*names[first:], *names[:first]):
                 seconds, passes = _timed(subjects[name], x, self.device)
@@ -201,7 +136,9 @@ class Bench:
                     times[name].append(seconds)
                     inside[name].append(passes)
             self.progress.advance(1, f"round {turn + 1}")
-        flops = {n: _passes(s, _batch(self.setting, 999, self.device)) for n, s in subjects.items()}
+        flops = {
+            n: _passes(s, make_batch(self.setting, 999, self.device)) for n, s in subjects.items()
+        }
         memory = {n: _peak_memory(self.name, n, self.device) for n in names if self.memory}
         plain = statistics.median(times["plain"])
         rows = [
@@ -244,57 +181,6 @@ def _write_page(page: Path, results: Path) -> None:
     before, _, rest = page.read_text().partition(START)
     _, _, after = rest.partition(END)
     page.write_text(f"{before}{START}\n{tables}{END}{after}")
-
-
-def _batch(setting: Setting, seed: int, device: torch.device) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    shape = (setting.batch, 3, setting.size, setting.size)
-    return torch.rand(shape, generator=generator).to(device)
-
-
-def _subject(setting: Setting, name: str, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """A callable on batches: the plain network in eval mode, or the recipe around it."""
-    torch.manual_seed(0)
-    net = setting.make().eval().to(device)
-    if name in ("plain", TWIN):
-        return net
-    if name == BARE:
-        return Bare(net)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of presets for another number of classes
-        return tta.wrap(net, name, **_arguments(setting, name, net, device))
-
-
-def _arguments(setting: Setting, name: str, net: nn.Module, device: torch.device) -> dict[str, Any]:
-    x = _batch(setting, 1000, device)
-    if name in ("eata", "sar"):
-        config: dict[str, Any] = {"entropy_margin": 10.0}  # all samples, on BatchNorm
-        if not tta.norm.batch_norm_layers(net):
-            with torch.no_grad():
-                entropy = tta.losses.entropy(net(x))
-            ceiling = torch.tensor(float(tta.classifier.num_classes(net))).log()
-            config["entropy_margin"] = float(entropy.quantile(KEPT) / ceiling)
-        if name == "sar":
-            return config | {"reset_threshold": 0.0}
-        fisher = {n: torch.ones_like(p) for n, p in tta.params.select(net, "norm").items()}
-        return config | {"redundancy_margin": 10.0, "source": tta.SourceStatistics(fisher=fisher)}
-    if name == "adanpc":
-        width, classes = tta.classifier.feature_size(net), tta.classifier.num_classes(net)
-        generator = torch.Generator().manual_seed(0)
-        features = torch.randn(MEMORY_FEATURES, width, generator=generator)
-        labels = torch.randint(classes, (MEMORY_FEATURES,), generator=generator)
-        source = tta.SourceStatistics(features=features, feature_labels=labels)
-        return {"source": source, "capacity": 2 * MEMORY_FEATURES}
-    pixels = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
-    if name == "petal":
-        mean = {n: p.detach().clone() for n, p in net.named_parameters()}
-        variance = {n: torch.full_like(p, 1e-4) for n, p in mean.items()}
-        source = tta.SourceStatistics(posterior_mean=mean, posterior_variance=variance)
-        return {**pixels, "source": source}
-    if name == "rmt":
-        labels = torch.arange(len(x)) % tta.classifier.num_classes(net)
-        return {**pixels, "source": [(x.cpu(), labels)], "warmup_samples": 0}
-    return pixels if name == "cotta" else {}
 
 
 def _timed(
@@ -370,10 +256,10 @@ def _peak(setting: str, name: str, device_name: str) -> float:
     before = _peak_kilobytes()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    subject = _subject(SETTINGS[setting], name, device)
+    subject = make_subject(SETTINGS[setting], name, device)
     with torch.no_grad():
         for seed in range(3):
-            subject(_batch(SETTINGS[setting], seed, device))
+            subject(make_batch(SETTINGS[setting], seed, device))
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return (_peak_kilobytes() - before) / 2**10

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from experiments import bench
+from experiments import bench, bench_subjects
 from experiments.commands import main
 
 
@@ -15,8 +15,10 @@ from experiments.commands import main
 def small(monkeypatch) -> str:
     from tests.nets import tiny
 
-    setting = bench.Setting(lambda: tiny("gn"), 8, 16, (bench.BARE, "source", "eata", "sar"))
-    monkeypatch.setitem(bench.SETTINGS, "small", setting)
+    setting = bench_subjects.Setting(
+        lambda: tiny("gn"), 8, 16, (bench_subjects.BARE, "source", "eata", "sar")
+    )
+    monkeypatch.setitem(bench_subjects.SETTINGS, "small", setting)
     return "small"
 
 
@@ -27,13 +29,13 @@ def test_counts_of_passes(small, tmp_path, capsys) -> None:
     result = bench.Bench(small, cpu, 2, memory=False, output=output, page=page).execute()
     rows = {row["recipe"]: row for row in result["rows"]}
     assert rows["plain"]["ratio"] == 1.0
-    for name in ("plain", bench.TWIN, "source"):
+    for name in ("plain", bench_subjects.TWIN, "source"):
         assert (rows[name]["forwards"], rows[name]["backwards"]) == (1.0, 0.0)
-    assert rows[bench.BARE]["forwards"] == pytest.approx(1.0, rel=0.02)
-    assert rows[bench.BARE]["backwards"] > 0.3
+    assert rows[bench_subjects.BARE]["forwards"] == pytest.approx(1.0, rel=0.02)
+    assert rows[bench_subjects.BARE]["backwards"] > 0.3
     # A kept sample goes through the network once more, a rejected one does not go back.
     assert 1.0 < rows["eata"]["forwards"] < 1.6
-    assert 0.0 < rows["eata"]["backwards"] < 0.8 * rows[bench.BARE]["backwards"]
+    assert 0.0 < rows["eata"]["backwards"] < 0.8 * rows[bench_subjects.BARE]["backwards"]
     assert rows["sar"]["forwards"] > rows["eata"]["forwards"]
     assert json.loads(output.read_text()) == result
     text = page.read_text()

@@ -348,3 +348,12 @@ def test_a_normaliser_around_a_model_of_odd_size() -> None:
         Normalised(), "adanpc.cifar10", source=[(torch.rand(10, 3, 48, 48), torch.arange(10))]
     )
     assert adapter(torch.rand(4, 3, 48, 48)).shape == (4, 10)
+
+
+def test_artefacts_with_a_graph_of_their_own() -> None:
+    net = tiny("bn")
+    fisher = {n: p.square() + 1 for n, p in net.named_parameters()}
+    adapter = tta.wrap(net, "eata.cifar10", source=tta.SourceStatistics(fisher=fisher))
+    for t in range(3):
+        adapter(images(t))
+    assert not any(v.requires_grad for v in adapter.constants().values())

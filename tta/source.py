@@ -61,10 +61,12 @@ class SourceStatistics:
             value = getattr(self, name)
             if name in BY_PARAMETER:
                 check_named(name, value)
+                setattr(self, name, {key: tensor.detach() for key, tensor in value.items()})
             elif name == "batches":
                 check_iterable("batches", value)
             else:
                 check_tensor(name, value)
+                setattr(self, name, value.detach())  # graphs of the caller's are none of ours
         features, labels = self.features, self.feature_labels
         if (features is None) != (labels is None) or (
             features is not None and labels is not None and len(features) != len(labels)
