@@ -32,6 +32,9 @@ __all__ = ["REASONS", "Zoo", "add_command", "candidates", "examine", "render_zoo
 
 SIZES = (32, 64, 96, 128, 160, 192, 224, 240, 256, 288, 299, 320, 384, 448, 512, 518)
 BATCH = 2
+# Where all weights are trained: untrained ones, normalised by two values, have gradients without
+# bounds, and Adam's steps do not depend on their size.
+GENTLE = {"optimizer": "adam", "lr": 1e-4, "nesterov": False}
 LARGEST = 150_000_000  # parameters of a network that a recipe may train as a whole
 TOO_LARGE = "not tried"
 
@@ -49,7 +52,7 @@ REASONS = {
 LOOSE: dict[str, dict[str, Any]] = {
     "norm": {},
     "update": {
-        "entropy_margin": 10.0,
+        "entropy_margin": 1.01,  # no entropy is above ln C
         "redundancy_margin": 10.0,
         "confidence_threshold": 10.0,
         "views": 2,
@@ -194,8 +197,12 @@ def examine(name: str, recipes: Iterable[str]) -> dict[str, Any]:
 
 def _fits(net: nn.Module, recipe: str) -> bool:
     """Whether a recipe that trains every parameter fits into memory with its many copies."""
-    trains_all = getattr(tta.get_config(recipe), "params", "") not in ("", "norm")
-    return not trains_all or _parameters(net) <= LARGEST
+    return not _trains_all(recipe) or _parameters(net) <= LARGEST
+
+
+def _trains_all(recipe: str) -> bool:
+    """Whether more than norm layers is trained."""
+    return getattr(tta.get_config(recipe), "params", "norm") != "norm"
 
 
 def _make(name: str, size: int | None) -> nn.Module:
@@ -291,6 +298,8 @@ def _try(net: nn.Module, size: int, recipe: str) -> str:
 def _adapt(net: nn.Module, size: int, recipe: str) -> str:
     config, loose = tta.get_config(recipe), LOOSE.get(component(recipe).slot, {})
     fields = {k: v for k, v in loose.items() if k in config.to_dict()}
+    if _trains_all(recipe):
+        fields |= GENTLE
     labels = torch.arange(20).remainder(10).split(BATCH)  # every class twice
     batches = [(_images(100 + i, size), y) for i, y in enumerate(labels)]
     adapter = tta.wrap(
