@@ -106,6 +106,7 @@ def _arguments(setting: Setting, name: str, net: nn.Module, device: torch.device
                 entropy = tta.losses.entropy(net(x))
             ceiling = torch.tensor(float(tta.classifier.num_classes(net))).log()
             config["entropy_margin"] = float(entropy.quantile(KEPT) / ceiling)
+            config["lr"] = 0.0  # steps as usual; a network that learned would keep more and more
         if name == "sar":
             return config | {"reset_threshold": 0.0}
         fisher = {n: torch.ones_like(p) for n, p in tta.params.select(net, "norm").items()}
@@ -116,7 +117,7 @@ def _arguments(setting: Setting, name: str, net: nn.Module, device: torch.device
         features = torch.randn(MEMORY_FEATURES, width, generator=generator)
         labels = torch.randint(classes, (MEMORY_FEATURES,), generator=generator)
         source = tta.SourceStatistics(features=features, feature_labels=labels)
-        return {"source": source, "capacity": 2 * MEMORY_FEATURES}
+        return {"source": source}
     pixels = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
     if name == "petal":
         mean = {n: p.detach().clone() for n, p in net.named_parameters()}

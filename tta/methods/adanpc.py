@@ -234,7 +234,8 @@ class Adanpc(Output):
     def _scores(self, unit: Tensor) -> Tensor:
         """Scores (B, C) of normalised features (B, D)."""
         c = self.config
-        source = unit @ self.source_features.float().t() * self.source_scale.float()
+        source = unit @ self.source_features.float().t()
+        source.mul_(self.source_scale.float())  # in place: memory anew costs more than the product
         own = unit @ self.memory.float().t()
         places = torch.arange(len(self.memory), device=own.device)
         own = own.masked_fill(places >= self.remembered, float("-inf"))
