@@ -208,3 +208,11 @@ def _size(
         made = math.isqrt(value.shape[1] + 1)
         return size if made == side else (made, made)
     return size
+
+
+def seed(value: object) -> None:
+    """Refuse what is no whole number of 64 bits."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"`seed` must be a whole number, got {value!r}: pass an int")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"`seed` must fit 64 bits, got {value}: pass a smaller one")

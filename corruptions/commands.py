@@ -107,9 +107,7 @@ def _add_write(commands: Any) -> None:
     add(
         "--processes",
         type=int,
-        default=len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
+        default=_processors(),
         help="default: one for each processor, here %(default)s",
     )
     add("--quiet", action="store_true", help="print nothing but errors")

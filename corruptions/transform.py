@@ -135,6 +135,7 @@ class CorruptedDataset(Dataset):
         check.name(name, api.list_corruptions(extra=True))
         check.severity(severity)
         check.parameters(parameters)
+        check.seed(seed)
         self.dataset = dataset
         self.name = name
         self.severity = severity
@@ -148,6 +149,8 @@ class CorruptedDataset(Dataset):
 
     def __getitem__(self, index: int) -> Any:
         """The item at a position with its image corrupted; the rest as it is."""
+        if isinstance(index, bool) or not hasattr(index, "__index__"):
+            raise TypeError(f"`index` must be a position, got {index!r}: take one item at a time")
         position = range(len(self.dataset))[index]
         item = self.dataset[position]
         image = item[0] if isinstance(item, (tuple, list)) else item

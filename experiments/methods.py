@@ -117,7 +117,9 @@ def _fields(part: str) -> tuple[str, dict[str, Any]]:
     try:
         call = ast.parse(f"f({inside.removesuffix(']')})", mode="eval").body
         assert isinstance(call, ast.Call) and not call.args and part.endswith("]")
-        return name.strip(), {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+        fields = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+        assert len(fields) == len(call.keywords)  # none given twice
+        return name.strip(), fields
     except (SyntaxError, ValueError, AssertionError) as error:
         raise ValueError(
             f"`methods` must set fields as in tent[lr=1e-3, steps=2], got {part!r}"

@@ -65,6 +65,8 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: For a file that is no TOML, or a key that means nothing.
     """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"`config` must be a TOML file, but {path} is not there")
     try:
         settings = tomllib.loads(Path(path).read_text())
     except tomllib.TOMLDecodeError as error:

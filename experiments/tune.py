@@ -78,8 +78,9 @@ def _prepare(args: argparse.Namespace) -> Tune:
         )
     grid = dict(_axis(text) for text in args.grid) or {"lr": _learning_rates(config)}
     methods = candidates(args.method, grid)
+    classes = load_classes(config)
     for method in methods:
-        parse_method(method, load_classes(config))
+        parse_method(method, classes)
     config = replace(config, run=replace(config.run, methods=tuple(methods)))
     deadline = None if args.budget_minutes is None else time.time() + 60 * args.budget_minutes
     sweep = Sweep(

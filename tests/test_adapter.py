@@ -375,3 +375,75 @@ def test_the_callers_hooks_on_norm_layers_are_called() -> None:
     handle.remove()
     adapter.unwrap()(images(0))
     assert len(seen) == 3
+
+
+@pytest.mark.parametrize("method", ["tent.cifar10", "roid.cifar10", "cotta.cifar10", "rotta"])
+def test_adam_in_float16(method: str) -> None:
+    pixels = {} if method.startswith("tent") else {"mean": (0.0,), "std": (1.0,)}
+    adapter = tta.wrap(tiny("bn").half(), method, **pixels)
+    for t in range(3):
+        assert torch.isfinite(adapter(images(t).half())).all()
+    assert all(p.isfinite().all() for p in adapter.parameters_adapted.values())
+
+
+@pytest.mark.parametrize("method", ["cafa", "rmt", "adanpc_bn"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_an_adapter_moved_to_another_dtype_predicts(method: str, dtype: torch.dtype) -> None:
+    more = {"mean": (0.0,), "std": (1.0,), "warmup_samples": 0, "weight_source": 0.0}
+    adapter = tta.wrap(
+        tiny("bn"), method, source=source_batches(), **(more if method == "rmt" else {})
+    ).to(dtype)
+    for t in range(2):
+        assert torch.isfinite(adapter(images(t).to(dtype))).all()
+
+
+def test_an_interrupt_leaves_the_model_and_the_state_as_they_were() -> None:
+    def interrupted():
+        yield from source_batches()
+        raise KeyboardInterrupt
+
+    net = tiny("bn")
+    with pytest.raises(KeyboardInterrupt):
+        tta.wrap(net, "cafa", source=interrupted())
+    adapter = tta.wrap(net, norm="unmix_tns.cifar10")
+    before = adapter.state()
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    net.fc.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        adapter(images(0))
+    assert all(torch.equal(before[k], v) for k, v in adapter.state().items())
+
+
+def test_a_warning_turned_into_an_error_comes_before_learning() -> None:
+    adapter = tta.wrap(tiny("bn"), "tent.cifar10")
+    before = adapter.state()
+    with warnings.catch_warnings(), pytest.raises(UserWarning, match="at least 2 images"):
+        warnings.simplefilter("error")
+        adapter(images(0, 1))
+    assert all(torch.equal(before[k], v) for k, v in adapter.state().items())
+
+
+def test_a_model_without_a_graph_is_refused_in_words() -> None:
+    class Detached(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = tiny("bn")
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.net(x).detach()
+
+    with pytest.raises(ValueError, match="`model` must let gradients flow"):
+        tta.wrap(Detached(), "tent.cifar10")(images(0))
+
+
+def test_states_of_other_kinds_of_numbers_and_of_unwrapped_adapters() -> None:
+    adapter = tta.wrap(tiny("bn"), "tent.cifar10")
+    for wrong in (torch.zeros(4, dtype=torch.complex64), torch.zeros(4, dtype=torch.int64)):
+        with pytest.raises(ValueError, match="or convert to it, got torch"):
+            adapter.load_state({"param/layer1.1.weight": wrong})
+    adapter.unwrap()
+    with pytest.raises(RuntimeError, match="unwrapped"):
+        adapter.state()

@@ -377,3 +377,12 @@ def test_with_another_rule_the_teacher_has_its_own_state_of_it() -> None:
     for key in ("update/teacher.layer1.1.means", "norm/layer1.1.means"):
         assert not torch.equal(state[key], start[key])
     assert not torch.equal(state["update/teacher.layer1.1.means"], state["norm/layer1.1.means"])
+
+
+def test_a_memory_of_another_length_is_refused() -> None:
+    adapter = tta.wrap(tiny("bn"), "rotta", memory_size=8, update_every=8, mean=(0.0,), std=(1.0,))
+    for rows in (2, 20):
+        with pytest.raises(ValueError, match=r"'update/memory'\] must have shape \(8, 0\)"):
+            adapter.load_state({"update/memory": torch.zeros(rows, 3, 16, 16, dtype=torch.uint8)})
+    with pytest.raises(ValueError, match=r"must be torch\.uint8 or convert to it"):
+        adapter.load_state({"update/memory": torch.zeros(8, 3, 16, 16).cfloat()})

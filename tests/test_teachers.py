@@ -364,3 +364,49 @@ def test_a_module_used_in_several_places_is_given_back() -> None:
     adapter.unwrap()
     after = dict(net.named_parameters(remove_duplicate=False))
     assert all(after[n] is p and torch.equal(before[n], p) for n, p in names.items())
+
+
+@pytest.mark.parametrize("method", ["cotta", "petal", "rmt", "roid"])
+@pytest.mark.parametrize(
+    ("returned", "error", "words"),
+    [
+        (lambda x: x[:1], ValueError, "finite pixels of shape"),
+        (lambda x: None, TypeError, "floating-point tensor, got NoneType"),
+        (lambda x: x * float("nan"), ValueError, "values that are not finite"),
+    ],
+)
+def test_what_augment_returns_is_checked(method, returned, error, words) -> None:
+    fields = {"warmup_samples": 0} if method == "rmt" else {}
+    fields |= {"confidence_threshold": 10.0, "views": 2} if method in ("cotta", "petal") else {}
+    adapter = tta.wrap(
+        tiny("bn"),
+        f"{method}.cifar10",
+        source=source_batches(),
+        augment=lambda x, index: returned(x),
+        mean=(0.0,),
+        std=(1.0,),
+        **fields,
+    )
+    before = adapter.state()
+    with pytest.raises(error, match=f"`augment` must return .*{words}"):
+        adapter(images(0))
+    after = adapter.state()
+    assert all(torch.equal(before[k], after[k]) for k in before if k.startswith("param/"))
+
+
+@pytest.mark.parametrize("method", ["cotta", "petal"])
+@pytest.mark.parametrize("mask", [None, torch.ones(1, dtype=torch.bool), torch.tensor(0.5)])
+def test_what_restore_mask_returns_is_checked_before_anything_changes(method, mask) -> None:
+    adapter = tta.wrap(
+        tiny("bn"),
+        f"{method}.cifar10",
+        source=source_batches(),
+        restore_mask=lambda name, shape: mask,
+        mean=(0.0,),
+        std=(1.0,),
+    )
+    before = adapter.state()
+    with pytest.raises(ValueError, match="`restore_mask` must return a bool tensor of shape"):
+        adapter(images(0))
+    after = adapter.state()
+    assert all(torch.equal(before[k], after[k]) for k in before if k != "rng")

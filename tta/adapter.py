@@ -131,6 +131,8 @@ class Adapter(nn.Module):
 
     def state(self) -> dict[str, Tensor]:
         """Clones of everything that moves, by name; see ``docs/streaming.md``."""
+        if self._network is None:
+            raise RuntimeError("this adapter was unwrapped and has no state: wrap the model again.")
         state: Any = OrderedDict(self._clones())
         state.made_by = self.made_by  # as torch's state dicts carry their versions
         return state
@@ -155,7 +157,8 @@ class Adapter(nn.Module):
             )
         check_origin(getattr(state, "made_by", self.made_by), self.made_by)
         state = {alias(str(key)): value for key, value in state.items()}
-        check_state(state, self._moving(), self._growing())
+        rows = {f"update/{n}" for n in self.update.taking_shape()} if self.update else set()
+        check_state(state, self._moving(), set(self._growing()) - rows, rows)
         self._copy_in(state)
         if as_source:
             moving = self._moving()
@@ -255,19 +258,23 @@ class Adapter(nn.Module):
     # How it works ---------------------------------------------------------------------------
 
     def _forward(self, x: Tensor) -> Tensor:
-        """Predict and learn; where the model raises, nothing has changed."""
+        """Predict and learn.
+
+        Where this raises, norm rules and the generator are as before. Updates change what is
+        theirs after their passes; one with several steps or passes keeps what came of the first.
+        """
         rules = [w.rule for w in self._wrappers.values()] if self._learning else []
         buffers = [b for rule in rules for b in rule.buffers()]
         before = [b.clone() for b in buffers]
         rng = self._context.generator.get_state()
         try:
             return self._predict(x)
-        except Exception as error:
+        except BaseException as error:
             for buffer, value in zip(buffers, before, strict=True):
                 buffer.copy_(value)
             self._context.generator.set_state(rng)
-            assert self._network is not None
-            if (refusal := self._network.refusal(error, x)) is None:
+            refusal = self._network.refusal(error, x) if self._network is not None else None
+            if refusal is None:
                 raise
             raise refusal from error
 
@@ -282,7 +289,6 @@ class Adapter(nn.Module):
             with torch.no_grad():
                 predict: Any = self._network if self.update is None else self.update.predict
                 prediction = predict(x)
-        self._warn_of_small_batch()
         logits = prediction.logits.detach()
         if self.output is None:
             return logits
@@ -314,15 +320,7 @@ class Adapter(nn.Module):
 
     def _warn_of_small_batch(self) -> None:
         if "small" not in self._warned and any(w.rule.fell_back for w in self._wrappers.values()):
-            rule = getattr(self.config.norm, "name", None)
-            others = [name for name in ("alpha_bn", "unmix_tns") if name != rule]
-            self._warn(
-                "small",
-                "`images` must hold at least 2 images for batch statistics, got 1: the source "
-                "statistics are used for such a batch; use larger batches or "
-                + " or ".join(f"norm={name!r}" for name in others)
-                + ".",
-            )
+            self._warn("small", norm.few_images_advice(getattr(self.config.norm, "name", None)))
 
     def _set_learning(self, learning: bool) -> None:
         self._learning = learning
@@ -366,11 +364,12 @@ class Adapter(nn.Module):
 
     def _growing(self) -> dict[str, tuple[Any, str]]:
         """Keys whose tensors have any length, with the component and the buffer's name."""
+        parts = (("update", self.update), ("output", self.output))
         return {
             f"{slot}/{name}": (part, name)
-            for slot, part in (("update", self.update), ("output", self.output))
+            for slot, part in parts
             if part is not None
-            for name in part.growing()
+            for name in (*part.growing(), *part.taking_shape())
         }
 
     def _make_room(self, state: dict[str, Tensor]) -> None:
@@ -385,6 +384,8 @@ class Adapter(nn.Module):
 
     def _mark_reset_point(self) -> None:
         self._initial = self._clones()
+        if self._network is not None:
+            self._network.after = self._warn_of_small_batch  # before anything is learned from it
 
     def _apply(self, fn: Any, recurse: bool = True) -> Adapter:
         super()._apply(fn, recurse)

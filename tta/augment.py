@@ -271,6 +271,20 @@ def _read(cfg: Any, key: str) -> Any:
     return getattr(cfg, key, None)
 
 
+def _checked(view: Any, pixels: Tensor) -> Tensor:
+    """Refuse what the caller's ``augment`` returned, unless it can stand for the images."""
+    if not isinstance(view, Tensor) or not view.is_floating_point():
+        got = view.dtype if isinstance(view, Tensor) else type(view).__name__
+        raise TypeError(f"`augment` must return a floating-point tensor, got {got}: correct it.")
+    if view.shape != pixels.shape or not bool(torch.isfinite(view.sum())):
+        got = "values that are not finite" if view.shape == pixels.shape else tuple(view.shape)
+        raise ValueError(
+            f"`augment` must return finite pixels of shape {tuple(pixels.shape)}, as it was given, "
+            f"got {got}: correct it."
+        )
+    return view.to(pixels)
+
+
 class Augmenter:
     """Makes views of what a model takes.
 
@@ -354,7 +368,7 @@ class Augmenter:
         if self.augment is not None:
             view = self.augment(pixels, self.calls)
             self.calls += 1
-            return view.clone()
+            return _checked(view, pixels).clone()
         parameters = draw_view(pixels.shape[2], pixels.shape[3], generator)
         if not self.soften:
             return make_view(pixels, parameters._replace(sigma=0.0), None, self.padding)

@@ -6,7 +6,7 @@ convolution; they are read by a hook, so that no model has to be split.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -68,6 +68,7 @@ class Backbone:
             self._handles.append(classifier.register_forward_pre_hook(self.tap))
         self.wrappers = [m for m in model.modules() if isinstance(m, AdaptiveNorm)]
         self.entry = first_layer(model)
+        self.after: Callable[[], None] | None = None  # called after every pass
 
     def names(self, tensors: Iterable[Tensor]) -> list[list[str]]:
         """Names in the model as it is now, with norm layers inside their wrappers."""
@@ -90,6 +91,8 @@ class Backbone:
             if (refusal := self.refusal(error, x)) is None:
                 raise
             raise refusal from error
+        if self.after is not None:
+            self.after()
         features = None
         if self.tap is not None:
             if self.tap.value is None:
@@ -128,6 +131,11 @@ class Backbone:
         """
         if not isinstance(x, Tensor):
             raise TypeError(f"`images` must be a tensor, got {type(x).__name__}: pass a batch.")
+        if x.layout != torch.strided or x.is_meta:
+            raise TypeError(
+                f"`images` must be a dense tensor with values, got {x.layout} on {x.device}: "
+                "convert it with to_dense()."
+            )
         if not x.is_floating_point():
             raise TypeError(
                 f"`images` must be floating point, got {x.dtype}: pass what the model takes, "
@@ -151,14 +159,15 @@ class Backbone:
                 "one of them, or call under torch.autocast."
             )
 
-    def refusal(self, error: Exception, x: Tensor) -> ImagesRefusedError | None:
+    def refusal(self, error: BaseException, x: Tensor) -> ImagesRefusedError | None:
         """What to raise in place of ``error``, which came of ``x``, if the shape may be why.
 
         The first layer is taken for what images meet. Models that rearrange or repeat pixels
         before it accept other shapes, so this is no ground to refuse a batch beforehand.
         """
+        final = (ImagesRefusedError, torch.OutOfMemoryError)
         reason = self._misfit(x)
-        if reason is None or isinstance(error, (ImagesRefusedError, torch.OutOfMemoryError)):
+        if reason is None or not isinstance(error, Exception) or isinstance(error, final):
             return None
         return ImagesRefusedError(reason)
 

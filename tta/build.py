@@ -109,7 +109,7 @@ def _build(
                 update.attach(source)
         else:
             adapter.config = dataclasses.replace(config, source=_fit(adapter, network, source))
-    except Exception:
+    except BaseException:  # an interrupt too leaves the model as it was
         if adapter is not None:
             adapter.unwrap()
         else:

@@ -96,9 +96,12 @@ def whitening(covariance: Tensor, shrinkage: float) -> Tensor:
     identity = torch.eye(wide.shape[-1], dtype=wide.dtype, device=wide.device)
     factor, info = torch.linalg.cholesky_ex(wide + (shrinkage * level)[..., None, None] * identity)
     if bool((info != 0).any()):
+        flat = bool((level <= 0).any())
         raise ValueError(
-            "`covariance` must be positive definite with its ridge, got one that is not: collect "
-            "it from more source images, or raise shrinkage=."
+            "`covariance` must be positive definite with its ridge, got "
+            + ("no variance at all" if flat else "one that is not")
+            + ": collect it from more source images of every class"
+            + ("." if flat else ", or raise shrinkage=.")
         )
     return torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False).float()
 
@@ -119,6 +122,7 @@ def mahalanobis(features: Tensor, means: Tensor, whitening: Tensor) -> Tensor:
         tensor([[25.]])
     """
     # Around the middle of the means, so that nothing is lost where all are far from the origin.
+    whitening = whitening.float()
     middle = means.float().mean(0)
     features, means = features.float() - middle, means.float() - middle
     if whitening.ndim == 2:

@@ -48,8 +48,10 @@ def _declared(model: nn.Module) -> nn.Module | None:
     """What ``get_classifier()`` returns, if anything; of several heads, the first."""
     get_classifier: Any = getattr(model, "get_classifier", None)
     head = get_classifier() if callable(get_classifier) else None
-    if isinstance(head, (tuple, list, nn.ModuleList)) and len(head) > 0:
-        head = head[0]
+    if isinstance(head, nn.ModuleDict):
+        head = list(head.values())
+    if isinstance(head, (tuple, list, nn.ModuleList)):
+        head = head[0] if len(head) else None
     return head if isinstance(head, nn.Module) and not isinstance(head, nn.Identity) else None
 
 

@@ -100,13 +100,17 @@ class ConsistencyUpdate(Update):
         assert chosen is not None
         return chosen
 
-    def restore_at_random(self) -> None:
-        """Put a random share of all elements back to their source values."""
-        parameters, draw = self.parameters_adapted, self.context.restore_mask
+    def restore_at_random(self, given: list[Tensor] | None) -> None:
+        """Put a random share of all elements back to their source values.
+
+        Args:
+            given: What :meth:`given_masks` returned.
+        """
+        parameters = self.parameters_adapted
         generator = fork(self.context.generator, next(iter(parameters.values())).device)
         sizes = [p.numel() for p in parameters.values()]
-        if draw is not None:
-            masks = [draw(n, p.shape) for n, p in parameters.items()]
+        if given is not None:
+            masks = given
         elif self.config.restore_probability > 0:
             mask = random_mask(sum(sizes), self.config.restore_probability, generator)
             self.report["restored"] = torch.count_nonzero(mask)
@@ -114,3 +118,20 @@ class ConsistencyUpdate(Update):
         else:
             return
         restore(list(parameters.values()), self.anchor.tensors(), masks)
+
+    def given_masks(self) -> list[Tensor] | None:
+        """The caller's masks, if there are to be any; asked for before anything has changed."""
+        draw = self.context.restore_mask
+        if draw is None:
+            return None
+        return [_checked(n, draw(n, p.shape), p) for n, p in self.parameters_adapted.items()]
+
+
+def _checked(name: str, mask: Any, parameter: Tensor) -> Tensor:
+    if isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape == parameter.shape:
+        return mask.to(parameter.device)
+    got = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+    raise ValueError(
+        f"`restore_mask` must return a bool tensor of shape {tuple(parameter.shape)} for {name!r}, "
+        f"got {got}: correct it."
+    )

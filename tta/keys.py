@@ -28,7 +28,10 @@ def check_origin(theirs: dict[str, Any], mine: dict[str, Any]) -> None:
 
 
 def check_state(
-    state: dict[str, Tensor], moving: dict[str, Tensor], growing: Collection[str]
+    state: dict[str, Tensor],
+    moving: dict[str, Tensor],
+    growing: Collection[str] = (),
+    taking_shape: Collection[str] = (),
 ) -> None:
     """Refuse a state that does not fit what moves.
 
@@ -36,6 +39,7 @@ def check_state(
         state: What is to be copied, in part or in full.
         moving: Everything that moves.
         growing: Keys whose first axis may have any length; those of a component come together.
+        taking_shape: Keys whose other axes are open as long as they are empty.
     """
     for key, value in state.items():
         if key not in moving:
@@ -43,7 +47,11 @@ def check_state(
                 f"`state` must come from an adapter like this one, got the key {key!r}: "
                 + nearest(key, _neighbours(moving, key))
             )
-        _check_shape(key, value, moving[key], grows=key in growing)
+        fixed = slice(1, None) if key in growing else slice(None)
+        if key in taking_shape and isinstance(value, Tensor):
+            empty = 0 in (moving[key].numel(), value.numel())
+            fixed = slice(0, 1) if empty else slice(None)
+        _check_tensor(key, value, moving[key], fixed)
     for slot in ("update/", "output/"):
         keys = [k for k in growing if k.startswith(slot)]
         lengths = {k: len(state[k]) if k in state else None for k in keys}
@@ -57,17 +65,30 @@ def check_state(
         _check_rng(state["rng"])
 
 
-def _check_shape(key: str, value: Any, mine: Tensor, grows: bool) -> None:
-    expected = tuple(mine.shape)
-    got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-    if grows and isinstance(got, tuple):
-        # Nothing is there yet, here or there, and the first batch decides what it looks like.
-        grows = 0 in (mine.numel(), value.numel()) or got[1:] == expected[1:]
-    if got != expected and not grows:
+def _check_tensor(key: str, value: Any, mine: Tensor, fixed: slice) -> None:
+    """Compare the ``fixed`` axes of a tensor with mine, and the kind of numbers."""
+    if not isinstance(value, Tensor):
+        raise ValueError(
+            f"`state`[{key!r}] must be a tensor of shape {tuple(mine.shape)}, got "
+            f"{type(value).__name__}: load what state() gave."
+        )
+    expected, got = tuple(mine.shape), tuple(value.shape)
+    if got[fixed] != expected[fixed]:
         raise ValueError(
             f"`state`[{key!r}] must have shape {expected}, got {got}: load a state made with the "
             "same model and method."
         )
+    if _kind(value) != _kind(mine):
+        raise ValueError(
+            f"`state`[{key!r}] must be {mine.dtype} or convert to it, got {value.dtype}: load a "
+            "state made with the same model and method."
+        )
+
+
+def _kind(tensor: Tensor) -> str:
+    if tensor.is_complex():
+        return "complex"
+    return "real" if tensor.is_floating_point() else "whole"
 
 
 def _check_rng(value: Tensor) -> None:

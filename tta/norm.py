@@ -29,6 +29,7 @@ __all__ = [
     "by_source",
     "check_values",
     "evaluate",
+    "few_images_advice",
     "insert",
     "instance_stats",
     "normalize",
@@ -194,6 +195,15 @@ def _swap(model: nn.Module, replacement: dict[Any, Any]) -> None:
 def too_few_values(x: Tensor) -> bool:
     """Whether the batch holds a single image, which makes batch statistics meaningless."""
     return x.shape[0] < 2
+
+
+def few_images_advice(rule: str | None) -> str:
+    """What to say where a rule had too few values; it is not recommended to itself."""
+    others = [f"norm={name!r}" for name in ("alpha_bn", "unmix_tns") if name != rule]
+    return (
+        "`images` must hold at least 2 images for batch statistics, got 1: the source statistics "
+        f"are used for such a batch; use larger batches or {' or '.join(others)}."
+    )
 
 
 def check_values(x: Tensor) -> None:

@@ -47,6 +47,8 @@ def select(model: nn.Module, spec: str) -> dict[str, nn.Parameter]:
     Raises:
         ValueError: When nothing matches or the expression does not compile.
     """
+    if spec == "":
+        raise ValueError("`params` must name parameters, got '': use 'all' for every one.")
     everything = dict(model.named_parameters())
     if spec == "norm":
         found = _norm_parameters(model)

@@ -77,7 +77,7 @@ def component(name: str) -> type[Component]:
         ValueError: For an unknown name, naming the nearest one.
     """
     if text("name", name) not in _COMPONENTS:
-        raise ValueError(f"unknown method {name!r}: " + nearest(name, _COMPONENTS))
+        raise ValueError(f"unknown method {name!r}: " + nearest(name, sorted(_COMPONENTS)))
     return _COMPONENTS[name]
 
 

@@ -42,6 +42,9 @@ __all__ = [
 # whole batch, about 1.3, whether one row or all of them are in the loss.
 RERUN_BELOW = 0.55  # share of kept rows
 
+ADAM_EPS = 1e-8
+HALF_EPS = 1e-4  # in float16 the other is 0, and so are squares of gradients below 2e-4
+
 
 @dataclass
 class Prediction:
@@ -152,10 +155,11 @@ class Component(nn.Module):
         return {name: b for name, b in self.named_buffers() if name not in moving}
 
     def growing(self) -> tuple[str, ...]:
-        """Buffers whose first axis may have any length, and any shape once they are not empty.
+        """Buffers whose first axis may have any length; only ``official=True`` may name some."""
+        return ()
 
-        Only an official memory without limit, or one of what is known from the first batch on.
-        """
+    def taking_shape(self) -> tuple[str, ...]:
+        """Buffers that are empty until the first batch shows the shape of their rows."""
         return ()
 
     def load_constants(self, values: dict[str, Tensor]) -> None:
@@ -286,6 +290,12 @@ class Update(Component):
             Whether the parameters moved. Gradients are cleared either way.
         """
         params = list(self.optimized().values())
+        if gradients is None and not loss.requires_grad:
+            raise ValueError(
+                "`model` must let gradients flow from its logits to the parameters that are "
+                "trained, got logits without a graph: take no_grad, detach or "
+                "requires_grad_(False) out of it."
+            )
         if gradients is None:
             loss.backward()
         else:
@@ -326,7 +336,12 @@ class Update(Component):
                     optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
             return optimizer
         optimizer = torch.optim.Adam(
-            params, lr=c.lr, betas=c.betas, weight_decay=c.weight_decay, foreach=True
+            params,
+            lr=c.lr,
+            betas=c.betas,
+            eps=HALF_EPS if any(p.dtype == torch.float16 for p in params) else ADAM_EPS,
+            weight_decay=c.weight_decay,
+            foreach=True,
         )
         for p in params:
             optimizer.state[p].update(

@@ -24,7 +24,7 @@ from tta.source_checks import BY_PARAMETER, check_iterable, check_named, check_t
 __all__ = ["SourceStatistics", "collect_source"]
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, repr=False)
 class SourceStatistics:
     """Any subset of the artefacts; what a method needs and does not find, it asks for at wrap.
 
@@ -76,6 +76,17 @@ class SourceStatistics:
                 f"{None if features is None else len(features)} and "
                 f"{None if labels is None else len(labels)}: pass one label for each row."
             )
+
+    def __repr__(self) -> str:
+        """What there is, with shapes: the tensors would fill pages."""
+
+        def told(value: Any) -> str:
+            if isinstance(value, Tensor):
+                return str(tuple(value.shape))
+            return f"{len(value)} tensors" if isinstance(value, dict) else type(value).__name__
+
+        parts = (f"{name}: {told(getattr(self, name))}" for name in self.contents)
+        return f"SourceStatistics({', '.join(parts)})"
 
     @property
     def contents(self) -> list[str]:

@@ -116,7 +116,7 @@ def load(model: nn.Module, folder: str | Path, *, source: Any = None) -> Adapter
             )
         adapter.load_state(parts["initial"], as_source=True)
         adapter.load_state(parts["state"])
-    except Exception:
+    except BaseException:
         adapter.unwrap()
         raise
     return adapter

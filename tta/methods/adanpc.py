@@ -233,7 +233,7 @@ class Adanpc(Output):
 
     def _scores(self, unit: Tensor) -> Tensor:
         """Scores (B, C) of normalised features (B, D)."""
-        c = self.config
+        c, unit = self.config, unit.float()
         source = unit @ self.source_features.float().t()
         source.mul_(self.source_scale.float())  # in place: memory anew costs more than the product
         own = unit @ self.memory.float().t()

@@ -62,9 +62,10 @@ class Cotta(ConsistencyUpdate):
         student = self.network(x)
         target = self.target(x)
         loss = consistency(student.logits, target.logits, config.symmetric_loss).mean()
+        masks = self.given_masks()
         stepped = self.step(loss)
         if stepped:
             self.teacher.follow(config.teacher_momentum)
-            self.restore_at_random()
+            self.restore_at_random(masks)
         self.report |= {"loss": loss.detach(), "consistency": loss.detach(), "stepped": stepped}
         return target

@@ -97,6 +97,7 @@ class Petal(ConsistencyUpdate):
             config.damping,
         )
         masks: list[Tensor] = []
+        given = self.given_masks()
 
         def see(gradients: list[Tensor]) -> None:
             foreach._foreach_add_(gradients, pull, alpha=config.prior_weight)
@@ -113,7 +114,7 @@ class Petal(ConsistencyUpdate):
             if by_fisher:
                 restore(parameters, self.anchor.tensors(), masks)
             else:
-                self.restore_at_random()
+                self.restore_at_random(given)
         self.report |= {
             "loss": loss.detach() + config.prior_weight * value,
             "consistency": loss.detach(),

@@ -153,14 +153,15 @@ class Rmt(Update):
     def nearest(self, features: Tensor) -> Tensor:
         """Class (B,) of the prototype most similar to each of (B, D) by cosine."""
         unit = F.normalize(features.float(), dim=1)
-        similarity = unit @ F.normalize(self.prototypes, dim=1).t()
+        similarity = unit @ F.normalize(self.prototypes.float(), dim=1).t()
         return similarity.nan_to_num(nan=-2.0).argmax(1)
 
     def contrast(self, student: Prediction, augmented: Prediction) -> Tensor:
         """The contrastive loss over prototypes, features and features of the view."""
         assert student.features is not None and augmented.features is not None
         chosen = self.prototypes[self.nearest(student.features.detach())]
-        vectors = [chosen, student.features.float(), augmented.features.float()]
+        own = next(self.projector.parameters(), chosen).dtype  # float32, or as the user moved it
+        vectors = [v.to(own) for v in (chosen, student.features, augmented.features)]
         return contrastive(self.projector(torch.stack(vectors, dim=1)), self.config.temperature)
 
     def source_loss(self, x: Tensor) -> Tensor:

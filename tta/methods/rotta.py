@@ -175,7 +175,7 @@ class Rotta(Update):
         """The teacher's prediction, nothing remembered."""
         return self.teacher.predict(x)
 
-    def growing(self) -> tuple[str, ...]:
+    def taking_shape(self) -> tuple[str, ...]:
         """The first batch says how large images are."""
         return ("memory",)
 

@@ -59,7 +59,11 @@ def list_domains(
         )
     listed = list(domains)
     if not listed or any(not isinstance(name, str) for name in listed):
-        raise ValueError(f"`domains` must be at least one name, as strings, got {listed!r}")
+        kinds = ", ".join(sorted({type(name).__name__ for name in listed})) or "none"
+        raise ValueError(
+            f"`domains` must be at least one name, as strings, got {kinds}; pass data sets of "
+            "their own as {'name': dataset}"
+        )
     if len(set(listed)) < len(listed):
         raise ValueError(
             f"`domains` must be different names, got {listed}; use the scenario "

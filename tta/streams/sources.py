@@ -14,6 +14,8 @@ from torch import Tensor
 
 __all__ = ["CLEAN", "Condition", "Domains", "ImageSource", "Transform"]
 
+ROUNDING = 1e-3  # beyond [0, 1], which a transform may leave
+
 Transform = Callable[..., Tensor]
 CLEAN = "clean"
 
@@ -148,7 +150,13 @@ class ImageSource:
         """All labels, (N,) int64."""
         found = self._given if self._given is not None else _found_labels(self._dataset)
         if found is None:
-            found = [int(self._dataset[i][1]) for i in range(self._size)]
+            try:
+                found = [int(self._dataset[i][1]) for i in range(self._size)]
+            except (TypeError, IndexError, ValueError, RuntimeError) as error:
+                raise TypeError(
+                    f"`{self.name}` must give pairs (image, label), got items whose label cannot "
+                    f"be read ({error}); pass labels= or such a data set"
+                ) from error
         labels = np.asarray(found)
         if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
             raise TypeError(
@@ -277,6 +285,12 @@ class Domains:
                 raise TypeError(
                     f"`transform` must return a tensor like its input, {tuple(images.shape)}, "
                     f"got {kind}"
+                )
+            low, high = result.aminmax()
+            if not (low >= -ROUNDING and high <= 1 + ROUNDING):
+                raise ValueError(
+                    f"`transform` must return pixels in [0, 1], got values from {float(low):g} to "
+                    f"{float(high):g} for {name}"
                 )
             images = result
         return images
