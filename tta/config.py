@@ -15,9 +15,12 @@ from typing import Any, ClassVar, TypeVar
 
 from tta.checks import channels, flag, nearest, number, one_of, seed, text, whole
 
-__all__ = ["SLOTS", "AdapterConfig", "ComponentConfig", "UpdateConfig"]
+__all__ = ["CIFAR_ADAM", "SLOTS", "AdapterConfig", "ComponentConfig", "UpdateConfig"]
 
 SLOTS = ("norm", "update", "output")  # of an adapter
+
+# What TENT's authors use on CIFAR, and the repositories of most methods after them.
+CIFAR_ADAM: dict[str, Any] = {"optimizer": "adam", "lr": 1e-3, "lr_batch_size": 200}
 
 Self = TypeVar("Self", bound="ComponentConfig")
 SelfUpdate = TypeVar("SelfUpdate", bound="UpdateConfig")

@@ -15,7 +15,7 @@ from torch import Tensor
 from tta.augment import Augmenter, fork
 from tta.backbone import Backbone
 from tta.checks import flag, fraction, number, whole
-from tta.config import UpdateConfig
+from tta.config import CIFAR_ADAM, UpdateConfig
 from tta.slots import Context, Prediction, Update
 from tta.teachers import OtherWeights, random_mask, restore
 
@@ -50,10 +50,7 @@ def presets(**cifar: Any) -> dict[str, dict[str, Any]]:
     Args:
         **cifar: More fields of the CIFAR presets.
     """
-    common = {
-        "optimizer": "adam",
-        "lr": 1e-3,
-        "lr_batch_size": 200,
+    common = CIFAR_ADAM | {
         "nesterov": False,
         "restore_probability": 0.01,
         "symmetric_loss": False,

@@ -35,7 +35,7 @@ from tta.backbone import Backbone
 from tta.checks import number, one_of
 from tta.class_moments import class_moments, mahalanobis, whitening
 from tta.classifier import size_in
-from tta.config import UpdateConfig
+from tta.config import CIFAR_ADAM, UpdateConfig
 from tta.registry import register
 from tta.slots import Context, Prediction, Report, Update
 from tta.source import SourceStatistics
@@ -81,8 +81,8 @@ class Cafa(Update):
     Config = CafaConfig
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "imagenet": {"lr": 2.5e-4},
-        "cifar10": {"optimizer": "adam", "lr": 1e-3, "lr_batch_size": 200},
-        "cifar100": {"optimizer": "adam", "lr": 1e-3, "lr_batch_size": 200},
+        "cifar10": CIFAR_ADAM,
+        "cifar100": CIFAR_ADAM,
     }
     needs_features = True
 

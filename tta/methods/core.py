@@ -28,7 +28,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from tta.config import UpdateConfig
+from tta.config import CIFAR_ADAM, UpdateConfig
 from tta.losses import class_correlation
 from tta.registry import register
 from tta.slots import Prediction, Report, Update
@@ -50,8 +50,8 @@ class Core(Update):
     Config = CoreConfig
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "imagenet": {"lr": 2.5e-4},
-        "cifar10": {"optimizer": "adam", "lr": 1e-3, "lr_batch_size": 200},
-        "cifar100": {"optimizer": "adam", "lr": 1e-3, "lr_batch_size": 200},
+        "cifar10": CIFAR_ADAM,
+        "cifar100": CIFAR_ADAM,
     }
     default_norm: ClassVar[str | None] = "alpha_bn"
 

@@ -39,6 +39,7 @@ from torch import Tensor
 
 from tta.augment import fork
 from tta.checks import number, one_of, whole
+from tta.config import CIFAR_ADAM
 from tta.destroy import occlude, shuffle_patches, shuffle_pixels
 from tta.losses import entropy
 from tta.lower_layers import LowerLayersConfig, LowerLayersUpdate
@@ -71,7 +72,7 @@ class DeyoConfig(LowerLayersConfig):
 
 
 _RESNET = {"lr": 2.5e-4, "lr_scaling": "small_batch"}
-_CIFAR = {"optimizer": "adam", "lr": 1e-3, "lr_batch_size": 200, "plpd_threshold": 0.2}
+_CIFAR = CIFAR_ADAM | {"plpd_threshold": 0.2}
 
 
 @register("deyo")

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from tta.backbone import Backbone
 from tta.checks import number, whole
+from tta.config import CIFAR_ADAM
 from tta.registry import register
 from tta.selective import SelectiveConfig, SelectiveUpdate
 from tta.slots import Context
@@ -63,12 +64,11 @@ class EtaConfig(EataConfig):
 
 
 def _presets(beta: float, beta_cifar: float) -> dict[str, dict[str, Any]]:
-    adam = {"optimizer": "adam", "lr": 1e-3, "lr_batch_size": 200}
     return {
         "imagenet": {"lr": 2.5e-4, "lr_scaling": "small_batch", "fisher_weight": beta},
         "imagenet_vit": {"lr": 1e-3, "lr_scaling": "linear", "fisher_weight": beta},
         "cifar10": {"lr": 0.005, "redundancy_margin": 0.4, "fisher_weight": beta_cifar},
-        "cifar100": adam | {"redundancy_margin": 0.1, "fisher_weight": beta_cifar},
+        "cifar100": CIFAR_ADAM | {"redundancy_margin": 0.1, "fisher_weight": beta_cifar},
     }
 
 

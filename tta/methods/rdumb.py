@@ -31,6 +31,7 @@ from torch import Tensor
 
 from tta.backbone import Backbone
 from tta.checks import whole
+from tta.config import CIFAR_ADAM
 from tta.registry import register
 from tta.selective import SelectiveConfig, SelectiveUpdate
 from tta.slots import Context, Prediction
@@ -49,7 +50,7 @@ class RdumbConfig(SelectiveConfig):
         whole("reset_every", self.reset_every, 1)
 
 
-_CIFAR = {"optimizer": "adam", "lr": 1e-3, "lr_batch_size": 200, "redundancy_margin": 0.4}
+_CIFAR = CIFAR_ADAM | {"redundancy_margin": 0.4}
 
 
 @register("rdumb")

@@ -44,7 +44,7 @@ from tta.backbone import Backbone
 from tta.checks import fraction, number, one_of, whole
 from tta.class_moments import class_moments
 from tta.classifier import size_in
-from tta.config import UpdateConfig
+from tta.config import CIFAR_ADAM, UpdateConfig
 from tta.losses import contrastive, symmetric_cross_entropy
 from tta.norm import at_rest
 from tta.registry import register
@@ -91,8 +91,8 @@ class Rmt(Update):
     Config = RmtConfig
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "imagenet": {"lr": 0.01},
-        "cifar10": {"optimizer": "adam", "lr": 1e-3, "lr_batch_size": 200, "nesterov": False},
-        "cifar100": {"optimizer": "adam", "lr": 1e-3, "lr_batch_size": 200, "nesterov": False},
+        "cifar10": CIFAR_ADAM | {"nesterov": False},
+        "cifar100": CIFAR_ADAM | {"nesterov": False},
         "domainnet126": {"lr": 0.01, "lr_batch_size": 128, "projection_dim": 0},
     }
     needs_features = True

@@ -46,7 +46,7 @@ from torch import Tensor
 from tta.augment import Augmenter, fork
 from tta.backbone import Backbone
 from tta.checks import fraction, number
-from tta.config import ComponentConfig, UpdateConfig
+from tta.config import CIFAR_ADAM, ComponentConfig, UpdateConfig
 from tta.losses import entropy, soft_likelihood_ratio, symmetric_cross_entropy
 from tta.norm import at_rest
 from tta.registry import register
@@ -108,8 +108,8 @@ class Roid(Update):
     Config = RoidConfig
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "imagenet": {"lr": 2.5e-4},
-        "cifar10": {"optimizer": "adam", "lr": 1e-3, "lr_batch_size": 200, "nesterov": False},
-        "cifar100": {"optimizer": "adam", "lr": 1e-3, "lr_batch_size": 200, "nesterov": False},
+        "cifar10": CIFAR_ADAM | {"nesterov": False},
+        "cifar100": CIFAR_ADAM | {"nesterov": False},
     }
     default_output: ClassVar[str | None] = "prior_correction"
     injects: ClassVar[tuple[str, ...]] = ("augment",)

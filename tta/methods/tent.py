@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from tta.config import UpdateConfig
+from tta.config import CIFAR_ADAM, UpdateConfig
 from tta.losses import entropy
 from tta.registry import register
 from tta.slots import Prediction, Report, Update
@@ -44,8 +44,8 @@ class Tent(Update):
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "imagenet": {"lr": 2.5e-4, "lr_scaling": "small_batch"},
         "imagenet_vit": {"lr": 1e-3, "lr_scaling": "linear"},
-        "cifar10": {"optimizer": "adam", "lr": 1e-3, "lr_batch_size": 200},
-        "cifar100": {"optimizer": "adam", "lr": 1e-3, "lr_batch_size": 200},
+        "cifar10": CIFAR_ADAM,
+        "cifar100": CIFAR_ADAM,
     }
 
     def adapt(self, x: Tensor) -> Prediction:
