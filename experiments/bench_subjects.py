@@ -118,7 +118,9 @@ def _arguments(setting: Setting, name: str, net: nn.Module, device: torch.device
         labels = torch.randint(classes, (MEMORY_FEATURES,), generator=generator)
         source = tta.SourceStatistics(features=features, feature_labels=labels)
         return {"source": source}
-    pixels = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+    pixels: dict[str, Any] = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+    if name in ("cotta", "petal"):
+        pixels["confidence_threshold"] = 10.0  # all views, which a confident source would save
     if name == "petal":
         mean = {n: p.detach().clone() for n, p in net.named_parameters()}
         variance = {n: torch.full_like(p, 1e-4) for n, p in mean.items()}

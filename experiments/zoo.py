@@ -31,6 +31,7 @@ from tta.registry import component
 __all__ = ["REASONS", "Zoo", "add_command", "candidates", "examine", "render_zoo"]
 
 SIZES = (32, 64, 96, 128, 160, 192, 224, 240, 256, 288, 299, 320, 384, 448, 512, 518)
+RESULTS = Path(__file__).parent / "results" / "zoo.jsonl"
 BATCH = 2
 # Where all weights are trained: untrained ones, normalised by two values, have gradients without
 # bounds, and Adam's steps do not depend on their size.
@@ -78,7 +79,7 @@ def add_command(commands: Any) -> None:
     add(
         "--output",
         type=Path,
-        default=Path("experiments/results/zoo.jsonl"),
+        default=RESULTS,
         help="results, a line for each network (default: %(default)s)",
     )
     add("--match", default="*", help="networks by name, such as 'timm:res*' (default: all)")
