@@ -36,7 +36,7 @@ BATCH = 2
 # Where all weights are trained: untrained ones, normalised by two values, have gradients without
 # bounds, and Adam's steps do not depend on their size.
 GENTLE = {"optimizer": "adam", "lr": 1e-4, "nesterov": False}
-LARGEST = 150_000_000  # parameters of a network that a recipe may train as a whole
+LARGEST = 60_000_000  # parameters of a network that a recipe may train as a whole
 TOO_LARGE = "not tried"
 
 # Why a recipe may refuse a network, by what its sentence says.
