@@ -28,10 +28,9 @@ JOINED = ("unmix_tns", "lame", "adanpc")  # in the order of the columns
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Read the run in the folder that is named, and write page and figures."""
-    (folder,) = arguments
+    """Read the runs in the folders that are named, and write page and figures."""
     streams: dict[str, list[Result]] = {}
-    for result in collect([folder]):
+    for result in collect(arguments):
         streams.setdefault(result.setting.stream, []).append(result)
     figures = {name: _figures(results) for name, results in streams.items()}
     RESULTS.write_text(json.dumps(figures, indent=1) + "\n")
