@@ -118,7 +118,8 @@ class Zoo:
     def execute(self) -> list[dict[str, Any]]:
         """Examine what the file does not have yet; returns all its lines."""
         results = _read(self.output)
-        names = [n for n in candidates(self.output.with_suffix(".names.json")) if self._wanted(n)]
+        everything = candidates(self.output.with_suffix(".names.json"))
+        names = [name for name in everything if self._wanted(name)]
         progress = Progress(len(names), self.quiet)
         self.output.parent.mkdir(parents=True, exist_ok=True)
         for name in names:
@@ -133,7 +134,7 @@ class Zoo:
         lines = list(results.values())
         print(_totals(lines), flush=True)
         if self.page is not None:
-            self.page.write_text(render_zoo(lines))
+            self.page.write_text(render_zoo(lines, [n for n in everything if n not in results]))
         return lines
 
     def _wanted(self, name: str) -> bool:
@@ -191,8 +192,10 @@ def examine(name: str, recipes: Iterable[str]) -> dict[str, Any]:
         line: dict[str, Any] = {"model": name, "size": size, "norms": _norms(net), "recipes": {}}
         _give_the_head_weights(net)
         _give_statistics(net, size)
+        before = {k: v.clone() for k, v in net.state_dict().items()}
         for recipe in recipes:
-            line["recipes"][recipe] = _try(net, size, recipe) if _fits(net, recipe) else TOO_LARGE
+            said = _try(net, size, recipe, before) if _fits(net, recipe) else TOO_LARGE
+            line["recipes"][recipe] = said
     return line
 
 
@@ -278,8 +281,7 @@ def _give_statistics(net: nn.Module, size: int) -> None:
         layer.eval()
 
 
-def _try(net: nn.Module, size: int, recipe: str) -> str:
-    before = {k: v.clone() for k, v in net.state_dict().items()}
+def _try(net: nn.Module, size: int, recipe: str, before: dict[str, Tensor]) -> str:
     flags = [(m, m.training) for m in net.modules()]
     try:
         said = _adapt(net, size, recipe)
@@ -363,8 +365,13 @@ def _totals(lines: Sequence[dict[str, Any]]) -> str:
     return f"{len(lines)} networks, {len(said)} runs: {', '.join(parts)}, {faults} unexplained"
 
 
-def render_zoo(lines: Sequence[dict[str, Any]]) -> str:
-    """The lines as a Markdown table: a row for each network, a column for each recipe."""
+def render_zoo(lines: Sequence[dict[str, Any]], left: Sequence[str] = ()) -> str:
+    """The lines as a Markdown page: a row for each network, a column for each recipe.
+
+    Args:
+        lines: Results by network.
+        left: Networks that wait to be measured.
+    """
     recipes = list(dict.fromkeys(r for line in lines for r in line["recipes"]))
     letters = {reason: chr(ord("a") + i) for i, reason in enumerate([*REASONS, TOO_LARGE])}
     rows = [f"| network | size | norm layers | {' | '.join(recipes)} |"]
@@ -377,4 +384,6 @@ def render_zoo(lines: Sequence[dict[str, Any]]) -> str:
     legend = ["", "`+` adapts; refused: " + ", ".join(f"`{v}` {k}" for k, v in letters.items())]
     head = ["# Networks", "", "<!-- Written by `python -m experiments zoo --page`. -->", ""]
     about = (__doc__ or "").partition("\n\n")[2].strip()
-    return "\n".join([*head, about, "", _totals(lines) + ".", "", *rows, *legend]) + "\n"
+    waiting = [f"Not measured yet ({len(left)}): {', '.join(left)}.", ""] if left else []
+    totals = _totals(lines) + "."
+    return "\n".join([*head, about, "", totals, "", *waiting, *rows, *legend]) + "\n"

@@ -34,6 +34,7 @@ def build(
     config: AdapterConfig,
     source: Any,
     constants: dict[str, Tensor] | None = None,
+    classifier: nn.Module | None = None,
     **injected: Any,
 ) -> Adapter:
     """Make the adapter that ``config`` describes.
@@ -43,13 +44,14 @@ def build(
         config: All slots, with every figure decided.
         source: As for :func:`wrap`.
         constants: What a saved adapter had; when given, nothing is computed from source data.
+        classifier: The layer that makes the logits, where it was found already.
         **injected: ``augment`` and ``restore_mask``, as for :func:`wrap`.
     """
     check_model(model)
     statistics = as_source(source)
     check_parameters(statistics, model)
     with torch.inference_mode(False):
-        return _build(model, config, statistics, constants, injected)
+        return _build(model, config, statistics, constants, classifier, injected)
 
 
 def _build(
@@ -57,10 +59,11 @@ def _build(
     config: AdapterConfig,
     source: SourceStatistics,
     constants: dict[str, Tensor] | None,
+    classifier: nn.Module | None,
     injected: dict[str, Any],
 ) -> Adapter:
     _check_injected(config, injected)
-    classifier = find_classifier(model)
+    classifier = find_classifier(model) if classifier is None else classifier
     classes = size_out(classifier)
     context = Context(
         num_classes=classes,

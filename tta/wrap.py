@@ -13,7 +13,7 @@ from tta.adapter import Adapter
 from tta.build import build, check_model
 from tta.caller import warn
 from tta.checks import nearest, whole
-from tta.classifier import num_classes
+from tta.classifier import find_classifier, size_out
 from tta.config import SLOTS, AdapterConfig, ComponentConfig, UpdateConfig
 from tta.registry import DEFAULT_PRESET, PRESET_CLASSES, component, get_config
 from tta.slots import Update
@@ -125,8 +125,16 @@ def wrap(
     check_model(model)
     # A warning may be an error, so before anything is changed.
     names = [c for c in (recipe, norm, update, output) if isinstance(c, str)]
-    _warn_of_preset(names, num_classes(model))
-    return build(model, config, source, augment=augment, restore_mask=restore_mask)
+    classifier = find_classifier(model)
+    _warn_of_preset(names, size_out(classifier))
+    return build(
+        model,
+        config,
+        source,
+        classifier=classifier,
+        augment=augment,
+        restore_mask=restore_mask,
+    )
 
 
 def _choose(recipe: Any, slots: dict[str, Any]) -> dict[str, ComponentConfig | None]:
