@@ -93,3 +93,10 @@ def test_a_convolution_that_classifies_every_place() -> None:
 def test_no_linear_layer() -> None:
     with pytest.raises(ValueError, match="must be a classifier with a linear layer, got Flatten"):
         find_classifier(nn.Flatten())
+
+
+def test_a_layer_put_in_the_place_of_another_is_found() -> None:
+    net = HeadFirst()
+    assert find_classifier(net) is net.head
+    net.head = nn.Linear(6, 7)
+    assert find_classifier(net) is net.head and num_classes(net) == 7

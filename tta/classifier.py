@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,8 @@ from tta import functional
 __all__ = ["feature_size", "find_classifier", "first_layer", "num_classes", "size_in", "size_out"]
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+# A dry run of a large network takes a second or more; the next wrap of the same one need not.
+_FOUND: WeakKeyDictionary[nn.Module, tuple[tuple[int, ...], nn.Module]] = WeakKeyDictionary()
 PROBE_SIZES = (224, 32, 64, 28, 299)  # of the images that the dry run tries, in pixels
 
 
@@ -39,9 +42,13 @@ def find_classifier(model: nn.Module) -> nn.Module:
     linear = [m for m in candidates if isinstance(m, nn.Linear)]
     if len(linear) == 1:
         return linear[0]
-    # Part of the model may say it, where a normaliser is around a timm model.
-    inside = (head for m in model.modules() if (head := _declared(m)) is not None)
-    return _called_last(model, candidates) or next(inside, (linear or candidates)[-1])
+    layers, found = tuple(map(id, candidates)), _FOUND.get(model)
+    if found is None or found[0] != layers:
+        # Part of the model may say it, where a normaliser is around a timm model.
+        inside = (head for m in model.modules() if (head := _declared(m)) is not None)
+        head = _called_last(model, candidates) or next(inside, (linear or candidates)[-1])
+        found = _FOUND[model] = (layers, head)
+    return found[1]
 
 
 def _declared(model: nn.Module) -> nn.Module | None:
