@@ -100,3 +100,25 @@ def test_a_layer_put_in_the_place_of_another_is_found() -> None:
     assert find_classifier(net) is net.head
     net.head = nn.Linear(6, 7)
     assert find_classifier(net) is net.head and num_classes(net) == 7
+
+
+def test_a_head_that_pools_is_read_after_pooling() -> None:
+    class Pools(nn.Module):
+        """A head of several layers, fed (B, D, H, W), as some of timm's are."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+            self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
+
+        def get_classifier(self) -> nn.Module:
+            return self.head
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.stem(x))
+
+    net = Pools()
+    x = torch.rand(8, 3, 12, 12)
+    adapter = tta.wrap(net, "adanpc", source=[(x, torch.arange(8))])
+    features = adapter._network(x).features
+    torch.testing.assert_close(net.head[2](features), net(x))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tta import functional
-from tta.classifier import CONVOLUTIONS, first_layer, size_out
+from tta.classifier import CONVOLUTIONS, first_layer, size_in, size_out
 from tta.norm import AdaptiveNorm
 from tta.slots import Prediction
 
@@ -221,14 +221,15 @@ class Backbone:
 
 
 def _pooled(features: Tensor, classifier: nn.Module) -> Tensor:
-    """(B, D) of what a classifier was fed: (B, D, ...) to a convolution, (B, ..., D) to a linear.
+    """(B, D) of what a classifier was fed: (B, ..., D) to a linear layer, else mostly (B, D, ...).
 
     A classifier that makes logits at every place is averaged after it; being linear, it may as
     well be averaged before.
     """
     if features.ndim == 2:
         return features
-    channels_first = any(isinstance(m, CONVOLUTIONS) for m in classifier.modules())
+    is_linear = isinstance(classifier, nn.Linear)
+    channels_first = not is_linear and features.shape[1] == size_in(classifier)
     return features.mean(
         list(range(2, features.ndim) if channels_first else range(1, features.ndim - 1))
     )
