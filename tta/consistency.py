@@ -16,7 +16,8 @@ from tta.augment import Augmenter, fork
 from tta.backbone import Backbone
 from tta.checks import flag, fraction, number, whole
 from tta.config import CIFAR_ADAM, UpdateConfig
-from tta.slots import Context, Prediction, Update
+from tta.losses import consistency
+from tta.slots import Context, Prediction, Report, Update
 from tta.teachers import OtherWeights, random_mask, restore
 
 __all__ = ["ConsistencyConfig", "ConsistencyUpdate", "presets"]
@@ -76,6 +77,15 @@ class ConsistencyUpdate(Update):
     def predict(self, x: Tensor) -> Prediction:
         """The teacher's prediction, without views."""
         return self.teacher.predict(x)
+
+    def compare(self, x: Tensor) -> tuple[Prediction, Tensor]:
+        """The teacher's prediction for ``x`` (B, ...), and the student's mean loss against it."""
+        self.report = Report(selected=len(x))
+        self.augmenter.check(x)
+        student = self.network(x)
+        target = self.target(x)
+        loss = consistency(student.logits, target.logits, self.config.symmetric_loss)
+        return target, loss.mean()
 
     def target(self, x: Tensor) -> Prediction:
         """The teacher's logits (B, C), over views if the source is unsure of the batch.

@@ -35,9 +35,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from tta.consistency import ConsistencyConfig, ConsistencyUpdate, presets
-from tta.losses import consistency
 from tta.registry import register
-from tta.slots import Prediction, Report
+from tta.slots import Prediction
 
 __all__ = ["Cotta", "CottaConfig"]
 
@@ -57,11 +56,7 @@ class Cotta(ConsistencyUpdate):
     def adapt(self, x: Tensor) -> Prediction:
         """Learn from the teacher, move it, restore; the prediction is the teacher's before that."""
         config = self.config
-        self.report = Report(selected=len(x))
-        self.augmenter.check(x)
-        student = self.network(x)
-        target = self.target(x)
-        loss = consistency(student.logits, target.logits, config.symmetric_loss).mean()
+        target, loss = self.compare(x)
         masks = self.given_masks()
         stepped = self.step(loss)
         if stepped:

@@ -36,10 +36,9 @@ from torch import Tensor
 from tta.backbone import Backbone
 from tta.checks import fraction, number, one_of, whole
 from tta.consistency import ConsistencyConfig, ConsistencyUpdate, presets
-from tta.losses import consistency
 from tta.posterior import diagonal_swag, prior
 from tta.registry import register
-from tta.slots import Context, Prediction, Report
+from tta.slots import Context, Prediction
 from tta.source import SourceStatistics
 from tta.teachers import NamedTensors, low_values, restore
 
@@ -83,11 +82,7 @@ class Petal(ConsistencyUpdate):
     def adapt(self, x: Tensor) -> Prediction:
         """Learn from teacher and prior, move the teacher, restore the least informative."""
         config = self.config
-        self.report = Report(selected=len(x))
-        self.augmenter.check(x)
-        student = self.network(x)
-        target = self.target(x)
-        loss = consistency(student.logits, target.logits, config.symmetric_loss).mean()
+        target, loss = self.compare(x)
         parameters = list(self.parameters_adapted.values())
         by_fisher = config.restore == "fisher" and self.context.restore_mask is None
         value, pull = prior(
