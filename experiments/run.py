@@ -180,7 +180,7 @@ class Run:
             self.progress.say(f"continuing {folder}, begun {begun['started']}")
             if json.dumps(before, sort_keys=True) != json.dumps(now, sort_keys=True):
                 self.progress.say("code or versions have changed since; --fresh starts anew")
-        self._greet(folder)
+        self._greet(folder, header)
 
     def _build(self, config: StreamConfig) -> Stream:
         def choose(images: Any) -> Any:
@@ -284,12 +284,12 @@ class Run:
             **describe_environment(),
         }
 
-    def _greet(self, folder: Path) -> None:
-        model = self.subject.describe()
+    def _greet(self, folder: Path, header: dict[str, Any]) -> None:
+        model = header["model"]
         layers = ", ".join(f"{n} {kind}" for kind, n in model["norm_layers"].items())
         self.progress.say(
             f"model    {model['name']}: {model['parameters']:,} parameters, {layers}\n"
-            f"data     {self._header()['data']['origin']}\n"
+            f"data     {header['data']['origin']}\n"
             f"device   {self.device}, {torch.get_num_threads()} threads\n"
             f"methods  {', '.join(self.config.methods)}\n"
             f"folder   {folder}"

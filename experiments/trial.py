@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,12 +83,13 @@ class Trial:
                 stepper = iter_evaluate(
                     adapter, stream, self.subject.device, self.subject.preprocess, totals
                 )
-                for step, _ in stepper:
-                    self.results.write("batch", **names, **step.row)
-                    events.add(step, totals)
-                    self._tell(method, config, step, totals)
-                    self._save_place(names, adapter, totals)
-                events.close(totals)
+                with closing(events):
+                    for step, _ in stepper:
+                        self.results.write("batch", **names, **step.row)
+                        events.add(step, totals)
+                        self._tell(method, config, step, totals)
+                        self._save_place(names, adapter, totals)
+                    events.finish(totals)
                 after = self._clean_error(adapter, config, method, batch_size)
             finally:
                 adapter.unwrap()

@@ -113,24 +113,43 @@ def one_by_one(cells: Sequence[Cell]) -> Iterator[Outcome]:
 
 
 def in_pool(cells: Sequence[Cell], workers: int) -> Iterator[Outcome]:
-    """Run cells in `workers` processes; a process that dies fails the cells that were running."""
+    """Run cells in `workers` processes; a process that dies fails the cell that it was running.
+
+    Every process is a pool of its own. One pool for all would fail all cells at once, and hang for
+    good when a process dies while the next one is being started (CPython 3.11).
+    """
     waiting = list(cells)
-    while waiting:
-        # Started anew and not forked: CUDA and thread pools do not survive a fork.
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            running: dict[Future[Outcome], Cell] = {}
-            broken = False
-            while (waiting and not broken) or running:
-                while waiting and not broken and len(running) < workers:
-                    cell = waiting.pop(0)
-                    running[pool.submit(run_cell, cell)] = cell
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    cell = running.pop(future)
-                    try:
-                        yield future.result()
-                    except BrokenProcessPool:
-                        broken = True
-                        yield Outcome(cell, "failed", "its process died")
+    idle = [_start_process() for _ in range(min(workers, len(waiting)))]
+    running: dict[Future[Outcome], tuple[Cell, ProcessPoolExecutor]] = {}
+    try:
+        while waiting or running:
+            while waiting and idle:
+                pool = idle.pop()
+                try:
+                    future = pool.submit(run_cell, waiting[0])
+                except BrokenProcessPool:  # it died with nothing to do
+                    pool.shutdown()
+                    idle.append(_start_process())
+                else:
+                    running[future] = waiting.pop(0), pool
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                cell, pool = running.pop(future)
+                try:
+                    outcome = future.result()
+                except BrokenProcessPool:
+                    outcome = Outcome(cell, "failed", "its process died")
+                    pool.shutdown()
+                    pool = _start_process()
+                idle.append(pool)
+                yield outcome
+    finally:
+        for pool in (*idle, *(pool for _, pool in running.values())):
+            pool.shutdown()
+
+
+def _start_process() -> ProcessPoolExecutor:
+    """A pool of one, started anew and not forked: CUDA and thread pools do not survive a fork."""
+    return ProcessPoolExecutor(1, mp_context=get_context("spawn"))
 
 
 def on_ray(
