@@ -2,8 +2,8 @@
 
 Every method x the bundled models x eight streams of the bundled slice. The runs come in an order in
 which an early stop leaves the most to say: everything cheap for the first model, the other models
-on two streams, what is expensive, further seeds, and then the rest. The same command goes on; after each time the compact results and the page of
-documentation are written anew from all there is.
+on two streams, what is expensive, further seeds, and then the rest. The same command goes on; after
+each time the compact results and the page of documentation are written anew from all there is.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from experiments import (
     benchmark,
     overhead,
     preview,
+    ranks,
     report,
     surface,
     sweep,
@@ -60,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     zoo.add_command(commands)
     args = parser.parse_args(argv)
     try:
+        if ranks.many():
+            _check_ranks(args)
         work = args.prepare(args)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         # The user's mistake, found before anything ran; everything of ours says it in a sentence.
@@ -73,11 +76,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from here", file=sys.stderr)
         return 130
+    finally:
+        ranks.leave()
     # Runs of a sweep that were refused or ran out of time are said, but are no accident.
     failed = isinstance(left, list) and any(
         getattr(outcome, "status", None) == "failed" for outcome in left
     )
     return 1 if failed else 0
+
+
+def _check_ranks(args: argparse.Namespace) -> None:
+    """Meet the other processes of torchrun, for the one command that is made for them."""
+    if args.command != "run":
+        raise ValueError(
+            f"`{args.command}` must be started as one process, got torchrun: several share the "
+            "batches of a `run`; a sweep has --workers and --ray"
+        )
+    ranks.join(args.device)
 
 
 def _add_run(commands: Any) -> None:
@@ -119,7 +134,9 @@ def _prepare_run(args: argparse.Namespace) -> Run:
         if header is None:
             raise ValueError(f"`resume` must be the folder of a run, got {args.resume}")
         config = RunConfig.from_dict(header["config"])
-        return Run(config, args.resume.parent, args.quiet, folder=args.resume)
+        return Run(
+            config, args.resume.parent, args.quiet, folder=args.resume, silent=not ranks.first()
+        )
     settings, flags = settings_flags(args)
     if "sweep" in settings:
         raise ValueError(f"`{args.config}` describes a sweep: python -m experiments sweep")
@@ -127,7 +144,7 @@ def _prepare_run(args: argparse.Namespace) -> Run:
     demo = not settings and not flags["options"] and config.data == "bundled"
     if demo and args.scenario is None and args.corruptions is None:
         config = replace(config, streams=(*config.streams, CORRELATED))
-    return Run(config, args.output, args.quiet, fresh=args.fresh)
+    return Run(config, args.output, args.quiet, fresh=args.fresh, silent=not ranks.first())
 
 
 def _add_card(commands: Any) -> None:

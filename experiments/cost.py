@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tta.split import current_split
+
 __all__ = ["Passes", "PeakMemory"]
 
 
@@ -19,7 +21,8 @@ class Passes:
     """Counts the images that go through a model, forward and backward, while it is open.
 
     A batch of 64 seen as itself and in 32 augmented views counts 33 * 64 forward. A backward pass
-    counts all images of the forward pass it goes through, in the loss or not.
+    counts all images of the forward pass it goes through, in the loss or not. Where a pass is split
+    over processes, the images of all of them count.
 
     Args:
         model: Its output must be one tensor.
@@ -43,12 +46,14 @@ class Passes:
             self.forward, self.backward = kept
 
     def _count(self, module: nn.Module, arguments: Any, output: Tensor) -> None:
-        self.forward += len(output)
+        split = current_split()
+        images = len(output) if split is None else split.rows
+        self.forward += images
         if output.requires_grad:
-            output.register_hook(self._count_backward)
+            output.register_hook(lambda _: self._count_backward(images))
 
-    def _count_backward(self, gradient: Tensor) -> None:
-        self.backward += len(gradient)
+    def _count_backward(self, images: int) -> None:
+        self.backward += images
 
     def close(self) -> None:
         """Take the hook off the model."""

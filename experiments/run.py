@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 import tta.streams
+from experiments import ranks
 from experiments.config import RunConfig, StreamConfig
 from experiments.data import LabelledSet
 from experiments.domains import Shifts, resolve_domains
@@ -106,6 +107,11 @@ class Run:
             f"corrupting {name} at severity {severity}"
         )
         self.streams = [self._build(stream) for stream in config.streams]
+        if ranks.many() and any(stream.stopwatch is not None for stream in self.streams):
+            raise ValueError(
+                "`clock` must have a declared ratio under torchrun, got a measured one, by which "
+                "ranks would come to different decisions"
+            )
         self.previews = [stream.preview() for stream in self.streams]  # raises if none can be drawn
         self._check_methods()
 
@@ -115,7 +121,21 @@ class Run:
         Raises:
             OutOfTime: After the deadline; the next `execute` goes on from there.
         """
+        if not ranks.first():
+            with ranks.following() as folder:
+                self._execute(folder, Results(folder / RESULTS))
+            return folder
         folder, results = self._open()
+        ranks.lead(folder)
+        self._execute(folder, results)
+        self.progress.say(f"\nResults, TensorBoard events and plots are in {folder}:")
+        for path in sorted(p for p in folder.iterdir() if p.is_file()):
+            self.progress.say(f"  {path}")
+        self.progress.say(f"  tensorboard --logdir {self.root}")
+        return folder
+
+    def _execute(self, folder: Path, results: Results) -> None:
+        """Run everything that is not done in `folder`."""
         images = [preview.samples for preview in self.previews]
         work = sum(images) + 2 * len(images) * (0 if self.clean is None else len(self.clean))
         self.progress.total = work * sum(method.cost for method in self.methods)
@@ -136,11 +156,6 @@ class Run:
             if results.find("end") is None:
                 results.write("end", finished=_now())
             trial.snapshots.remove()
-        self.progress.say(f"\nResults, TensorBoard events and plots are in {folder}:")
-        for path in sorted(p for p in folder.iterdir() if p.is_file()):
-            self.progress.say(f"  {path}")
-        self.progress.say(f"  tensorboard --logdir {self.root}")
-        return folder
 
     def _open(self) -> tuple[Path, Results]:
         """The run's folder and results file, of a run that was cut off if there is one."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import tta
+from experiments import ranks
 from experiments.config import StreamConfig
 from experiments.data import LabelledSet
 from experiments.evaluate import Step, clean_error, iter_evaluate
@@ -76,6 +77,7 @@ class Trial:
         else:
             adapter = method.wrap_subject(self.subject, batch_size, self.seed)
             try:
+                ranks.share(adapter)
                 totals = self._take_up(adapter, config, method, batch_size)
                 self.results.write("method", **names, config=adapter.config.to_dict())
                 about = adapter.config.to_dict()

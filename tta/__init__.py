@@ -1,6 +1,6 @@
 """Test-time adaptation of image classifiers: wrap a model in one line, adapt while predicting."""
 
-from tta import methods, streams
+from tta import methods, parallel, streams
 from tta.adapter import Adapter
 from tta.config import AdapterConfig
 from tta.registry import get_config, list_methods, register
@@ -19,6 +19,7 @@ __all__ = [
     "list_methods",
     "load",
     "methods",
+    "parallel",
     "register",
     "save",
     "streams",

@@ -16,6 +16,7 @@ from tta import functional
 from tta.classifier import CONVOLUTIONS, first_layer, size_in, size_out
 from tta.norm import AdaptiveNorm
 from tta.slots import Prediction
+from tta.split import Ranks, Split
 
 __all__ = ["Backbone", "ImagesRefusedError"]
 
@@ -69,6 +70,7 @@ class Backbone:
         self.wrappers = [m for m in model.modules() if isinstance(m, AdaptiveNorm)]
         self.entry = first_layer(model)
         self.after: Callable[[], None] | None = None  # called after every pass
+        self.ranks: Ranks | None = None  # processes that share the rows of every pass
 
     def names(self, tensors: Iterable[Tensor]) -> list[list[str]]:
         """Names in the model as it is now, with norm layers inside their wrappers."""
@@ -84,6 +86,26 @@ class Backbone:
         Raises:
             ImagesRefusedError: When the model raised and the shape of ``x`` is the reason.
         """
+        if self.ranks is None or len(x) < self.ranks.size:
+            return self._pass(x, weights)
+        with self.ranks.splitting(len(x)) as split:
+            if torch.is_grad_enabled():
+                weights = self._shared(split, weights)
+            own = self._pass(x[split.own], weights)
+        features = None if own.features is None else split.collect(own.features)
+        return Prediction(split.collect(own.logits), features)
+
+    def _shared(self, split: Split, weights: Weights | None) -> Weights:
+        """``weights``, and all that is trained, with gradients that are summed over ranks."""
+        places, values = ([], []) if weights is None else weights
+        given = {name for names in places for name in names}
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        more = [(n, p) for n, p in zip(self.names(trained), trained, strict=True)]
+        more = [(names, p) for names, p in more if not given.issuperset(names)]
+        places = [*places, *(names for names, _ in more)]
+        return places, split.share([*values, *(p for _, p in more)])
+
+    def _pass(self, x: Tensor, weights: Weights | None) -> Prediction:
         try:
             logits = functional.call(self.model, *(weights or ([], [])), x)
             self._check_logits(logits, len(x))
@@ -151,6 +173,8 @@ class Backbone:
                 "skip empty batches."
             )
         entry = self.entry
+        if self.ranks is not None:
+            self.ranks.check_batch(x)
         if entry is not None and x.dtype != entry.weight.dtype:
             if torch.is_autocast_enabled(x.device.type):
                 return

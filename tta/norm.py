@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tta.slots import NormRule
+from tta.split import current_split
 
 __all__ = [
     "AdaptiveNorm",
@@ -33,6 +34,7 @@ __all__ = [
     "insert",
     "instance_stats",
     "normalize",
+    "one_value",
     "overriding",
     "remove",
     "rows_independent",
@@ -167,6 +169,8 @@ def by_batch(x: Tensor, base: Any) -> Tensor:
     if too_few_values(x) and base.running_mean is not None:
         return by_source(x, base)
     check_values(x)
+    if current_split() is not None:
+        return normalize(x, *batch_stats(x), base)
     return F.batch_norm(x, None, None, base.weight, base.bias, True, 0.0, base.eps)
 
 
@@ -194,7 +198,12 @@ def _swap(model: nn.Module, replacement: dict[Any, Any]) -> None:
 
 def too_few_values(x: Tensor) -> bool:
     """Whether the batch holds a single image, which makes batch statistics meaningless."""
-    return x.shape[0] < 2
+    return x.shape[0] < 2 and current_split() is None
+
+
+def one_value(x: Tensor) -> bool:
+    """Whether there is one value per channel, which says nothing of a variance."""
+    return x.numel() == x.shape[1] and current_split() is None
 
 
 def few_images_advice(rule: str | None) -> str:
@@ -208,7 +217,7 @@ def few_images_advice(rule: str | None) -> str:
 
 def check_values(x: Tensor) -> None:
     """Refuse one value per channel, which a layer without running statistics has no answer to."""
-    if x.numel() <= x.shape[1]:
+    if one_value(x):
         raise ValueError(
             "`images` must hold at least 2 images for a BatchNorm layer without running "
             "statistics, got 1: use larger batches."
@@ -216,16 +225,23 @@ def check_values(x: Tensor) -> None:
 
 
 def batch_stats(x: Tensor, unbiased: bool = False) -> tuple[Tensor, Tensor]:
-    """Mean and variance per channel over the batch: (B, C, ...) to two (C,), in float32."""
-    if x.ndim == 2 or x.device.type != "cpu":
+    """Mean and variance per channel over the batch: (B, C, ...) to two (C,), in float32.
+
+    Where other ranks have a share of the batch, over all of it, with gradients to all.
+    """
+    split = current_split()
+    if split is None and (x.ndim == 2 or x.device.type != "cpu"):
         axes = [0, *range(2, x.ndim)]
         var, mean = torch.var_mean(x.float(), dim=axes, correction=int(unbiased))
         return mean, var
     means, variances = instance_stats(x)
+    count = x.numel() // x.shape[1]
+    if split is not None:
+        count = count // len(x) * split.rows
+        means, variances = split.gather(means), split.gather(variances)
     mean = means.mean(0)
     # Within images plus between them; both terms are positive, so nothing cancels.
     var = variances.mean(0) + (means - mean).square().mean(0)
-    count = x.numel() // x.shape[1]
     return mean, var * (count / (count - 1)) if unbiased else var
 
 
@@ -237,6 +253,8 @@ def instance_stats(x: Tensor) -> tuple[Tensor, Tensor]:
     the deviations are taken first.
     """
     axes = list(range(2, x.ndim))
+    if not axes:
+        return x.float(), torch.zeros_like(x, dtype=torch.float32)
     if x.device.type != "cpu":
         var, mean = torch.var_mean(x.float(), dim=axes, correction=0)
         return mean, var
@@ -260,7 +278,7 @@ def evaluate(x: Tensor, mean: Tensor, var: Tensor, base: Any, eps: float) -> Ten
     return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
 
 
-def normalize(x: Tensor, mean: Tensor, var: Tensor, base: Any) -> Tensor:
+def normalize(x: Tensor, mean: Tensor, var: Tensor, base: Any, eps: float | None = None) -> Tensor:
     """``(x - mean) / sqrt(var + eps) * weight + bias`` with the affine part of ``base``.
 
     Args:
@@ -268,13 +286,15 @@ def normalize(x: Tensor, mean: Tensor, var: Tensor, base: Any) -> Tensor:
         mean: (C,) or, one set for each image, (B, C).
         var: Like ``mean``.
         base: The BatchNorm layer.
+        eps: In place of the layer's.
 
     Returns:
         (B, C, ...) of x's dtype. Gradients flow into mean and var where these carry any.
     """
+    eps = float(base.eps if eps is None else eps)
     if mean.ndim == 1 and not (torch.is_grad_enabled() and mean.requires_grad):
-        return evaluate(x, mean, var, base, base.eps)
-    scale = torch.rsqrt(var + base.eps)
+        return evaluate(x, mean, var, base, eps)
+    scale = torch.rsqrt(var + eps)
     if base.weight is not None:
         scale = scale * base.weight
     shift = -mean * scale

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from tta.checks import flag, fraction
 from tta.config import ComponentConfig
-from tta.norm import batch_stats, normalize
+from tta.norm import batch_stats, normalize, one_value
 from tta.registry import register
 from tta.slots import NormRule
 
@@ -55,7 +55,7 @@ class AlphaBn(NormRule):
 
     def forward(self, x: Tensor, base: Any) -> Tensor:
         """Normalise (B, C, ...) with the mixture; with one value per channel, with the source's."""
-        if x.numel() == x.shape[1]:
+        if one_value(x):
             self.fell_back = True
             return normalize(x, base.running_mean, base.running_var, base)
         mean, var = batch_stats(x, self.config.unbiased)

@@ -28,6 +28,7 @@ from tta.config import ComponentConfig
 from tta.norm import batch_stats, check_values, evaluate, normalize, too_few_values
 from tta.registry import register
 from tta.slots import NormRule
+from tta.split import current_split
 
 __all__ = ["BatchNormRule", "BnConfig"]
 
@@ -54,6 +55,8 @@ class BatchNormRule(NormRule):
             return normalize(x, base.running_mean, base.running_var, base)
         check_values(x)
         eps = OFFICIAL_EPS if self.config.official else base.eps
+        if current_split() is not None:
+            return normalize(x, *batch_stats(x), base, eps)
         if not torch.is_grad_enabled() and x.device.type == "cpu" and x.ndim > 2:
             # Statistics, then the evaluation kernel: faster on a CPU than the training kernel.
             mean, var = batch_stats(x)

@@ -49,7 +49,7 @@ from tta.checks import fraction, number, whole
 from tta.config import ComponentConfig, UpdateConfig
 from tta.losses import entropy, soft_cross_entropy
 from tta.memory import Cstu
-from tta.norm import batch_stats, normalize
+from tta.norm import batch_stats, normalize, one_value
 from tta.registry import register
 from tta.slots import Context, NormRule, Prediction, Report, Update
 from tta.teachers import OtherWeights
@@ -85,7 +85,7 @@ class RobustBn(NormRule):
 
     def forward(self, x: Tensor, base: Any) -> Tensor:
         """Move towards (B, C, ...) and normalise it with the result; frozen: only normalise."""
-        alone = x.numel() == x.shape[1]
+        alone = one_value(x)
         self.fell_back = self.fell_back or alone
         if alone or not self.learning:
             return normalize(x, self.mean, self.var, base)

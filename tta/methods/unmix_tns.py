@@ -37,6 +37,7 @@ from tta.config import ComponentConfig
 from tta.norm import by_source, instance_stats, normalize
 from tta.registry import register
 from tta.slots import Context, NormRule
+from tta.split import current_split
 
 __all__ = ["UnmixTns", "UnmixTnsConfig"]
 
@@ -134,6 +135,8 @@ class UnmixTns(NormRule):
     @torch.no_grad()
     def _move(self, p: Tensor, mean: Tensor, var: Tensor) -> None:
         """All components towards the images, in proportion to similarity, divided by B."""
+        if (split := current_split()) is not None:  # the other ranks' images too
+            p, mean, var = (split.gather(v) for v in (p, mean, var))
         # Finite pixels may overflow; such an image would spoil the components for good.
         fine = (mean.isfinite() & var.isfinite()).all(1, keepdim=True)
         p, mean, var = (torch.where(fine, v, torch.zeros_like(v)) for v in (p, mean, var))

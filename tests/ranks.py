@@ -1,0 +1,111 @@
+"""A process of several that share batches; apart from the tests, since ``spawn`` imports it."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+import socket
+import warnings
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+
+import tta
+from tests.contract.cases import arguments, images
+from tests.nets import tiny
+from tta.parallel import split_batches
+
+__all__ = ["SIZES", "all_cases", "copies", "outcome", "refusals", "run_ranks"]
+
+SIZES = (8, 7, 1, 9)  # images of each batch: even and odd shares, and one too small to be shared
+
+
+def run_ranks(size: int, work: Callable[..., Any], *arguments: Any) -> None:
+    """Run ``work(rank, *arguments)`` in so many processes of a gloo group."""
+    torch.multiprocessing.spawn(_begin, (size, _free_port(), work, arguments), nprocs=size)
+
+
+def outcome(case: Any, ranks: bool) -> dict[str, Any]:
+    """What a contract case gives on a short stream, alone or as one rank of the group."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        family, slots = case
+        adapter = tta.wrap(tiny(family), **{k: _mild(v) for k, v in arguments(slots).items()})
+        if ranks:
+            split_batches(adapter)
+        logits, reports = [], []
+        for seed, count in enumerate(SIZES):
+            logits.append(adapter(images(seed, count)))
+            reports.append(dict(adapter.report))
+        return {"logits": logits, "reports": reports, "state": dict(adapter.state())}
+
+
+def _mild(value: Any) -> Any:
+    """A margin that all samples pass but whose weights are not exp(20): else rounding is all."""
+    margin = hasattr(value, "redundancy_margin")
+    return value.replace(entropy_margin=1.01) if margin else value
+
+
+def _begin(rank: int, size: int, port: int, work: Any, arguments: Sequence[Any]) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dist.init_process_group("gloo", rank=rank, world_size=size, timeout=timedelta(seconds=120))
+    try:
+        work(rank, *arguments)
+    finally:
+        dist.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def all_cases(rank: int, cases: Sequence[Any], folder: str) -> None:
+    """Write the outcome of every case, for the test to compare with one process."""
+    found = [outcome(case, ranks=True) for case in cases]
+    torch.save(found, Path(folder) / f"{rank}.pt")
+
+
+def refusals(rank: int) -> None:
+    """Ranks that do not fit together, each refused on all of them."""
+    for adapter in (
+        tta.wrap(tiny("bn", seed=rank), "tent.cifar10"),
+        tta.wrap(tiny("bn"), "tent.cifar10", lr=0.1 * (1 + rank)),
+        tta.wrap(tiny("bn"), "unmix_tns.cifar10", seed=rank),
+    ):
+        with pytest.raises(ValueError, match="the same on every rank"):
+            split_batches(adapter)
+    adapter = split_batches(tta.wrap(tiny("bn"), "tent.cifar10"))
+    before = adapter.state()
+    with pytest.raises(ValueError, match="same whole batch"):
+        adapter(images(rank, 8))
+    with pytest.raises(ValueError, match="same whole batch"):
+        adapter(images(0, 8 + rank))
+    assert all(torch.equal(value, before[key]) for key, value in adapter.state().items())
+    assert adapter(images(0, 8)).shape == (8, 10)
+    adapter.unwrap()
+    with pytest.raises(RuntimeError, match="unwrapped"):
+        split_batches(adapter)
+
+
+def copies(rank: int) -> None:
+    """A copy has the same ranks, a pickled one is on its own; saved and reset as ever."""
+    adapter = split_batches(tta.wrap(tiny("bn"), "eata.cifar10", update="tent.cifar10"))
+    twin = copy.deepcopy(adapter)
+    alone = pickle.loads(pickle.dumps(adapter))
+    outputs = [a(images(0, 7)) for a in (adapter, twin)]
+    assert torch.equal(*outputs)
+    torch.testing.assert_close(alone(images(0, 7)), outputs[0], rtol=1e-4, atol=1e-5)
+    if rank == 0:  # no rank waits for another here
+        alone(images(1, 7))
+    adapter.reset()
+    assert torch.equal(adapter(images(0, 7)), outputs[0])
