@@ -28,7 +28,7 @@ from corruptions import (
     spatter,
     weather,
 )
-from corruptions.parts import each_part, part_size
+from corruptions.parts import each_part, part_size, threads_for_idle_cores
 from corruptions.setting import Params, Setting
 from corruptions.severity import BENCHMARK, EXTRA, ParameterSet
 
@@ -230,8 +230,8 @@ def corrupt(
         )
         out[rows] = _apply(piece, name, params)
 
-    threads = torch.get_num_threads() if images.device.type == "cpu" else 1
-    each_part(work, len(images), part_size(images), threads=threads)
+    with threads_for_idle_cores():
+        each_part(work, len(images), part_size(name, images))
     return out
 
 

@@ -58,8 +58,8 @@ def apply_defocus_blur(images: Tensor, params: Params) -> Tensor:
     return out.view(images.shape)
 
 
-# Numbers that additions go over at once: they stay in the nearest cache.
-_PIXELS = 1 << 16
+# Numbers that additions go over at once: they stay in the cache.
+_PIXELS = 1 << 18
 # Softening weights below this move no level.
 _NOTHING = 1e-12
 

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import io
 import math
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
 import numpy as np
@@ -24,6 +27,8 @@ __all__ = [
     "sample_contrast", "sample_jpeg_compression", "sample_pixelate", "sample_saturate",
 ]  # fmt: skip
 
+# Pixels from which an image is worth handing to a thread.
+_LARGE = 1 << 14
 _TORCHVISION_CODEC = hasattr(torch.ops.image, "encode_jpeg")
 
 
@@ -108,11 +113,26 @@ def apply_jpeg_compression(images: Tensor, params: Params) -> Tensor:
     """Encode and decode (4:2:0 chroma), one image at a time on the CPU."""
     quality = int(params["quality"])
     through_codec = _through_torchvision if _TORCHVISION_CODEC else _through_pillow
-    source = images.cpu()
-    out = torch.empty_like(source)
-    for given, result in zip(source.unbind(), out.unbind(), strict=True):
-        result.copy_(through_codec(given, quality))
-    return out.to(images.device)
+    # Pixel by pixel, as codecs want them.
+    source = images.cpu().movedim(1, -1).contiguous().movedim(-1, 1).unbind()
+    threads = min(torch.get_num_threads(), len(source) if source[0][0].numel() >= _LARGE else 1)
+    shares = [source[k::threads] for k in range(threads)]
+
+    def code(share: Sequence[Tensor]) -> list[Tensor]:
+        return [through_codec(image, quality) for image in share]
+
+    if threads == 1:
+        found = [code(shares[0])]
+    else:  # codecs do not hold the interpreter's lock
+        found = list(_pool(threads, os.getpid()).map(code, shares))
+    coded = [found[i % threads][i // threads] for i in range(len(source))]
+    return torch.stack([image.movedim(0, -1) for image in coded]).movedim(-1, 1).to(images.device)
+
+
+@lru_cache(maxsize=1)
+def _pool(threads: int, process: int) -> ThreadPoolExecutor:
+    """Threads that stay, since new ones are slow at first; a forked process has none of them."""
+    return ThreadPoolExecutor(threads, "corruptions")
 
 
 def _through_torchvision(image: Tensor, quality: int) -> Tensor:

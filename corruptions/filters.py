@@ -91,13 +91,32 @@ def pad(images: Tensor, rows: int, columns: int, mode: str) -> Tensor:
         (..., H + 2 rows, W + 2 columns).
     """
     height, width = images.shape[-2:]
-    if rows:
-        index = _pad_index(height, rows, rows, mode).to(images.device)
-        images = images.index_select(-2, index)
-    if columns:
-        index = _pad_index(width, columns, columns, mode).to(images.device)
-        images = images.index_select(-1, index)
-    return images
+    if rows >= height or columns >= width:
+        for axis, margin, size in ((-2, rows, height), (-1, columns, width)):
+            if margin:
+                index = _pad_index(size, margin, margin, mode).to(images.device)
+                images = images.index_select(axis, index)
+        return images
+    # Copies of whole blocks: several times faster than to gather on a CPU.
+    out = images.new_empty(*images.shape[:-2], height + 2 * rows, width + 2 * columns)
+    inner = out[..., columns : columns + width]
+    inner[..., rows : rows + height, :] = images
+    for axis, margin, size, part in ((-2, rows, height, inner), (-1, columns, width, out)):
+        if margin:
+            before = part.narrow(axis, margin, margin + 1)
+            after = part.narrow(axis, size - 1, margin + 1)
+            part.narrow(axis, 0, margin).copy_(_mirrored(before, margin, axis, mode, 1))
+            end = part.narrow(axis, margin + size, margin)
+            end.copy_(_mirrored(after, margin, axis, mode, 0))
+    return out
+
+
+def _mirrored(edge: Tensor, margin: int, axis: int, mode: str, last: int) -> Tensor:
+    """What lies beyond an edge, from its `margin + 1` samples; `last` = 1 where it is the first."""
+    if mode == "edge":
+        return edge.narrow(axis, 0 if last else margin, 1)
+    start = last if mode == "mirror101" else 1 - last
+    return edge.narrow(axis, start, margin).flip(axis)
 
 
 @lru_cache(maxsize=64)

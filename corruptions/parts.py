@@ -1,59 +1,95 @@
-"""Batches in parts: temporaries that fit the cache, and one part for each thread at a time.
+"""Batches in parts whose temporaries fit the cache, on as many threads as there are idle cores.
 
-A part's operations are short, so that splitting each of them between threads costs more than it
-gives: threads take whole parts instead.
+torch splits an operation between threads, which wait for each other at its end. Where another
+program keeps a core busy, such a wait lasts until that core is given back, and an operation of
+microseconds takes milliseconds: then one thread is several times faster than two.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
-__all__ = ["each_part", "part_size"]
+__all__ = ["each_part", "part_size", "threads_for_idle_cores"]
 
 # Temporaries of this many pixels fit the processor cache, or a GPU's memory.
-_PIXELS = 1 << 17
+_PIXELS = 1 << 18
 _PIXELS_GPU = 1 << 22
-# Fewer are not worth a thread of their own.
-_FEWEST = 1 << 14
+# Some have more of them, or of a wider type; a codec has none, and threads that want a share each.
+_SHARES = dict.fromkeys(
+    ("shot_noise", "glass_blur", "elastic_transform", "saturate", "pixelate"), 0.5
+) | {"jpeg_compression": 8}
+# Seconds between looks at what else is running.
+_GLANCE = 0.05
+
+_looked = {"at": -1.0, "busy": 0.0}
 
 
-def part_size(images: torch.Tensor) -> int:
+def part_size(name: str, images: torch.Tensor) -> int:
     """Images to work on at once, at least 1; never what decides a result.
 
     Args:
+        name: Of a corruption.
         images: (B, C, H, W).
     """
     pixels = images.shape[2] * images.shape[3]
     if images.device.type != "cpu":
         return max(1, _PIXELS_GPU // pixels)
-    share = -(-len(images) // torch.get_num_threads())
-    return max(1, min(_PIXELS // pixels, max(share, _FEWEST // pixels)))
+    return max(1, int(_PIXELS * _SHARES.get(name, 1)) // pixels)
 
 
-def each_part(work: Callable[[slice], None], count: int, part: int, *, threads: int) -> None:
-    """Call `work` with slices that cover `count` images, `part` images each.
+def each_part(work: Callable[[slice], None], count: int, part: int) -> None:
+    """Call `work` with slices that cover `count` images, `part` images each."""
+    for first in range(0, count, part):
+        work(slice(first, first + part))
 
-    Args:
-        work: Writes its own rows of the result.
-        count: Images in all.
-        part: Images at once.
-        threads: How many parts to work on at the same time.
-    """
-    slices = [slice(first, first + part) for first in range(0, count, part)]
-    threads = min(threads, len(slices))
-    if threads <= 1:
-        for rows in slices:
-            work(rows)
+
+@contextmanager
+def threads_for_idle_cores() -> Iterator[None]:
+    """Let torch use no more threads than there are cores that nobody else uses; at least one."""
+    wanted = torch.get_num_threads()
+    threads = max(1, min(wanted, _cores() - _busy_cores())) if wanted > 1 else wanted
+    if threads == wanted:
+        yield
         return
-    before = torch.get_num_threads()
-    # The number of threads is a thread's own setting in torch, but a new thread takes over the
-    # last one set anywhere, hence the second call.
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        done = [pool.submit(work, rows) for rows in slices]
-        torch.set_num_threads(before)
-        for future in done:
-            future.result()
-    torch.set_num_threads(before)
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(wanted)
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _busy_cores() -> int:
+    """How many threads of other processes run or want to; 0 where the system does not say."""
+    now = time.monotonic()
+    if now - _looked["at"] > _GLANCE:
+        try:
+            running = int(Path("/proc/loadavg").read_text().split()[3].partition("/")[0])
+            # One is this thread. Others of ours may be running while they wait for work.
+            _looked["busy"] = max(0, running - _own_running()) if running > 1 else 0
+        except (OSError, ValueError, IndexError):
+            _looked["busy"] = 0
+        _looked["at"] = now
+    return int(_looked["busy"])
+
+
+def _own_running() -> int:
+    count = 0
+    for task in Path("/proc/self/task").iterdir():
+        try:
+            # The name before the state is in brackets and may hold anything.
+            count += (task / "stat").read_text().rpartition(")")[2].split()[0] == "R"
+        except (OSError, IndexError):  # it has ended meanwhile
+            continue
+    return count

@@ -1,7 +1,11 @@
 """The public functions of `corruptions`: what goes in, what comes out, what is refused."""
 
 import copy
+import subprocess
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -10,7 +14,8 @@ import torch
 from torchvision.transforms import v2
 
 import corruptions
-from corruptions import digital, draws, severity
+from corruptions import digital, draws, parts, severity
+from corruptions.parts import threads_for_idle_cores
 
 ALL = corruptions.list_corruptions(extra=True)
 
@@ -69,7 +74,7 @@ def test_large_batches_are_worked_in_parts(name):
 
 @pytest.mark.parametrize("name", ALL)
 def test_threads_do_not_matter(name):
-    """Parts of a batch go to threads of their own, which leave torch's setting alone."""
+    """However many torch has, and that number is left alone."""
     batch, seeds = images(64), torch.arange(64)
     before = torch.get_num_threads()
     try:
@@ -82,6 +87,41 @@ def test_threads_do_not_matter(name):
             assert pool.submit(torch.get_num_threads).result() == 3
     finally:
         torch.set_num_threads(before)
+
+
+def test_busy_cores_are_left_to_others(monkeypatch):
+    """Waiting for a thread that has no core costs more than the thread gives."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(4)
+        monkeypatch.setattr("corruptions.parts._cores", lambda: 4)
+        for busy, left in ((0, 4), (1, 3), (9, 1)):
+            monkeypatch.setattr("corruptions.parts._busy_cores", lambda busy=busy: busy)
+            with pytest.raises(KeyError), threads_for_idle_cores():
+                assert torch.get_num_threads() == left
+                raise KeyError
+            assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_counting_busy_cores_sees_another_process():
+    """Where the system tells at all."""
+    if not Path("/proc/loadavg").exists():
+        pytest.skip("no /proc here")
+    spin = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        seen = 0
+        for _ in range(100):
+            parts._looked["at"] = -1.0
+            seen = max(seen, parts._busy_cores())
+            time.sleep(0.02)
+            if seen:
+                break
+        assert seen >= 1
+    finally:
+        spin.kill()
+        spin.wait()
 
 
 @pytest.mark.parametrize("quality", [1, 25, 80, 100])
