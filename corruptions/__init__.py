@@ -5,6 +5,16 @@ Perturbations", ICLR 2019, arXiv 1903.12261.
 """
 
 from corruptions.api import apply, corrupt, list_corruptions, sample
+from corruptions.ccc import CropAndFlip, Jpeg
 from corruptions.transform import Corrupt, CorruptedDataset
 
-__all__ = ["Corrupt", "CorruptedDataset", "apply", "corrupt", "list_corruptions", "sample"]
+__all__ = [
+    "Corrupt",
+    "CorruptedDataset",
+    "CropAndFlip",
+    "Jpeg",
+    "apply",
+    "corrupt",
+    "list_corruptions",
+    "sample",
+]

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 
+import corruptions
 import tta.streams
 from experiments import ranks
 from experiments.config import RunConfig, StreamConfig
@@ -203,6 +204,9 @@ class Run:
 
         smooth = config.scenario == "walk"
         options = dict(config.options)
+        if options.pop("ccc", False):  # functions, which no file of settings can hold
+            size = self.subject.info.input_size[-1]
+            options |= {"before": corruptions.CropAndFlip(size), "after": corruptions.Jpeg()}
         if isinstance(options.get("surface"), str):
             options["surface"] = read_surface(options["surface"])
         arguments = self.shifts.build_arguments(config.domains, config.severities, choose, smooth)

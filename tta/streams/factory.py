@@ -33,6 +33,8 @@ def build(
     transform: Transform | None = None,
     *,
     labels: Any | None = None,
+    before: Transform | None = None,
+    after: Transform | None = None,
     shared_order: bool = False,
     shuffle_domains: bool = False,
     num_samples: int | None = None,
@@ -61,6 +63,10 @@ def build(
             generator depends on seed, domain, severity and step alone.
         labels: (N,) labels of `dataset`, to spare reading a dataset that has them only in its
             items.
+        before: `before(images, generator=g)` on every batch as it was read, (B, 3, H, W) in
+            [0, 1] or a list of (3, H, W) where items may differ in size; returns (B, 3, H, W). The
+            generator is the transform's. CCC has `corruptions.CropAndFlip(224)` here.
+        after: `after(images)` on every batch once it is transformed; `corruptions.Jpeg(85)` in CCC.
         shared_order: Show all domains in the same sample order, as published protocols do by
             reseeding; by default each visit has its own.
         shuffle_domains: Draw the order of the domains from the seed.
@@ -104,7 +110,7 @@ def build(
     }
     chosen = merge_options(scenario, names, options)
     given, listed = list_domains(spec, domains, transform, names["schedule"], chosen)
-    source = Domains(dataset, given, transform, labels)
+    source = Domains(dataset, given, transform, labels, before, after)
     timing = as_clock(clock)
     seed = whole("seed", seed, 0)
     config: dict[str, Any] = {
@@ -141,6 +147,8 @@ def from_config(
     domains: Mapping[str, Any] | None = None,
     transform: Transform | None = None,
     labels: Any | None = None,
+    before: Transform | None = None,
+    after: Transform | None = None,
 ) -> Stream:
     """Make the stream that a `Stream.config` describes, from the same data.
 
@@ -150,6 +158,8 @@ def from_config(
         domains: The mapping given to `build`, if it was one.
         transform: As given to `build`.
         labels: As given to `build`.
+        before: As given to `build`.
+        after: As given to `build`.
 
     >>> import numpy as np
     >>> data = np.zeros((20, 8, 8, 3), dtype=np.uint8), np.arange(20) % 4
@@ -160,7 +170,14 @@ def from_config(
     arguments = dict(config)
     if domains is not None:
         arguments["domains"] = {name: domains[name] for name in arguments["domains"]}
-    return build(dataset=dataset, transform=transform, labels=labels, **arguments)
+    return build(
+        dataset=dataset,
+        transform=transform,
+        labels=labels,
+        before=before,
+        after=after,
+        **arguments,
+    )
 
 
 def _word(name: str, value: Any, default: str, allowed: Iterable[str]) -> str:

@@ -170,6 +170,12 @@ class ImageSource:
             )
         return labels.astype(np.int64)
 
+    def each(self, index: NDArray[np.int64]) -> Tensor | list[Tensor]:
+        """As `images`, but (3, H, W) each where their sizes may differ."""
+        if self._arrays is not None:
+            return self.images(index)
+        return [_as_pixels(self._dataset[int(i)][0]) for i in index]
+
     def images(self, index: NDArray[np.int64]) -> Tensor:
         """Read the images at `index` (B,), as (B, 3, H, W) float32 in [0, 1]."""
         if self._arrays is None:
@@ -193,6 +199,8 @@ class Domains:
             severity to a dataset (files of one corruption at several levels).
         transform: `transform(images, domain, severity, generator=g)`, for named domains.
         labels: (N,) labels of `dataset`, if it cannot tell them itself.
+        before: `before(images, generator=g)`, for every batch of pixels that was read.
+        after: `after(images)`, for every batch once it is transformed.
     """
 
     def __init__(
@@ -201,7 +209,14 @@ class Domains:
         domains: Sequence[str] | Mapping[str, Any],
         transform: Transform | None,
         labels: Any | None = None,
+        before: Transform | None = None,
+        after: Transform | None = None,
     ) -> None:
+        for name, function in (("before", before), ("after", after)):
+            if function is not None and not callable(function):
+                raise TypeError(
+                    f"`{name}` must be callable on a batch of images, got {type(function).__name__}"
+                )
         if transform is not None and not callable(transform):
             raise TypeError(
                 f"`transform` must be callable as transform(images, domain, severity, "
@@ -220,6 +235,7 @@ class Domains:
             )
         self.names = [str(name) for name in domains]
         self.transform = transform
+        self.before, self.after = before, after
         self.base = None if dataset is None else ImageSource(dataset, "dataset", labels)
         self._own: dict[str, dict[float | None, ImageSource]] = {}
         if isinstance(domains, Mapping):
@@ -270,8 +286,12 @@ class Domains:
         Returns:
             (B, 3, H, W) float32 in [0, 1].
         """
-        images = self.source(condition).images(index)
         generator = torch.Generator().manual_seed(seed)
+        if self.before is None:
+            images = self.source(condition).images(index)
+        else:
+            read = self.source(condition).each(index)
+            images = _batch("before", self.before(read, generator=generator), len(index))
         for name, severity in condition.steps:
             if (
                 self.transform is None
@@ -280,17 +300,21 @@ class Domains:
             ):
                 continue
             result = self.transform(images, name, severity, generator=generator)
-            if not isinstance(result, Tensor) or result.shape[:2] != images.shape[:2]:
-                kind = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
-                raise TypeError(
-                    f"`transform` must return a tensor like its input, {tuple(images.shape)}, "
-                    f"got {kind}"
-                )
-            low, high = result.aminmax()
-            if not (low >= -ROUNDING and high <= 1 + ROUNDING):
-                raise ValueError(
-                    f"`transform` must return pixels in [0, 1], got values from {float(low):g} to "
-                    f"{float(high):g} for {name}"
-                )
-            images = result
-        return images
+            images = _batch("transform", result, len(index), f" for {name}")
+        return images if self.after is None else _batch("after", self.after(images), len(index))
+
+
+def _batch(argument: str, images: Any, count: int, where: str = "") -> Tensor:
+    """Check what a function of the user's made of `count` images."""
+    if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[:2] != (count, 3):
+        kind = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        raise TypeError(
+            f"`{argument}` must return a tensor of shape ({count}, 3, H, W), got {kind}{where}"
+        )
+    low, high = images.aminmax()
+    if not (low >= -ROUNDING and high <= 1 + ROUNDING):
+        raise ValueError(
+            f"`{argument}` must return pixels in [0, 1], got values from {float(low):g} to "
+            f"{float(high):g}{where}"
+        )
+    return images

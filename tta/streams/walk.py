@@ -6,8 +6,8 @@ that move in steps of 0.25: the first fades out while the second comes in, along
 accuracy is near a target. The accuracies come from a surface, measured on a model; without one,
 a smooth made-up surface is used, so the difficulty is then only nominal.
 
-Not reproduced here: the random crop and flip of every image and the JPEG compression (quality 85)
-that the published files carry; do these in the dataset and in `transform`.
+In the published files every image is also cropped and flipped at random before, and compressed as
+JPEG of quality 85 after: ``before=corruptions.CropAndFlip(224), after=corruptions.Jpeg(85)``.
 """
 
 from __future__ import annotations
