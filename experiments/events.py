@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import scalar
 
 from experiments.evaluate import Step
 from experiments.metrics import Totals
@@ -73,11 +73,9 @@ class Events:
         self._writer.close()
 
     def _add_scalars(self, values: dict[str, float], step: int) -> None:
-        """Add scalars in one event: one each takes as long as a small network's layer."""
-        summaries = [scalar(name, value) for name, value in values.items()]
-        for summary in summaries[1:]:
-            summaries[0].MergeFrom(summary)
-        self._writer._get_file_writer().add_summary(summaries[0], step)
+        """Add scalars in one event, made here: `add_scalar` for each takes as long as a layer."""
+        points = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._writer.file_writer.add_summary(Summary(value=points), step)
 
     def _end_domain(self, step: int, totals: Totals) -> None:
         """Add the figures of the domain that the stream leaves."""

@@ -116,14 +116,16 @@ class Tally:
 
     def add(self, scores: Scores, rows: np.ndarray | None = None, severity: Any = None) -> None:
         """Count the images at `rows` (all by default), shown at `severity`."""
-        keep = slice(None) if rows is None else torch.from_numpy(rows)
-        finite = scores.finite[keep]
-        images, errors = len(finite), int(scores.wrong[keep].sum())
+        parts = (scores.wrong, scores.finite, scores.nll, scores.brier)
+        if rows is not None:
+            parts = tuple(part[torch.from_numpy(rows)] for part in parts)
+        wrong, finite, nll, brier = (part.numpy() for part in parts)
+        images, errors = len(finite), int(wrong.sum())
         self.images += images
         self.errors += errors
         self.scored += int(finite.sum())
-        self.nll += float(scores.nll[keep][finite].sum(dtype=torch.float64))
-        self.brier += float(scores.brier[keep][finite].sum(dtype=torch.float64))
+        self.nll += float(nll.sum(dtype=np.float64, where=finite))
+        self.brier += float(brier.sum(dtype=np.float64, where=finite))
         if isinstance(severity, (int, float)):
             counts = self.severities.setdefault(f"{severity:g}", [0, 0])
             counts[0] += images

@@ -63,7 +63,7 @@ def _as_pixels(image: Any) -> Tensor:
 def _scale(pixels: Tensor) -> Tensor:
     """Bring uint8 or float pixels to float32 in [0, 1]."""
     if pixels.dtype == torch.uint8:
-        return pixels.float() / 255.0
+        return pixels.float().div_(255.0)
     if not pixels.is_floating_point():
         raise TypeError(
             f"`dataset` must give uint8 or float images, got {pixels.dtype}; convert to uint8"
@@ -275,18 +275,23 @@ class Domains:
         levels = self._own.get(name)
         return self.transform is not None if levels is None else None not in levels
 
-    def render(self, condition: Condition, index: NDArray[np.int64], seed: int) -> Tensor:
+    def render(
+        self, condition: Condition, index: NDArray[np.int64], seed: Callable[[], int]
+    ) -> Tensor:
         """Read and transform images.
 
         Args:
             condition: What to show.
             index: (B,) positions in the condition's dataset.
-            seed: Seeds the transform's own generator.
+            seed: Gives the seed of the transform's own generator, where there is any.
 
         Returns:
             (B, 3, H, W) float32 in [0, 1].
         """
-        generator = torch.Generator().manual_seed(seed)
+        if self.transform is None and self.before is None:
+            images = self.source(condition).images(index)
+            return images if self.after is None else _batch("after", self.after(images), len(index))
+        generator = torch.Generator().manual_seed(seed())
         if self.before is None:
             images = self.source(condition).images(index)
         else:

@@ -171,8 +171,8 @@ class Stream:
             place = np.flatnonzero(rows.which == code)
             # Named by domain, severity and step, so that no skipped batch changes it.
             key = [float(x) if not isinstance(x, str) else x for s in condition.steps for x in s]
-            seed = Draws(self._config["seed"], "pixels", *key, rows.step).seed()
-            made.append(self._domains.render(condition, rows.index[place], seed))
+            draws = Draws(self._config["seed"], "pixels", *key, rows.step)
+            made.append(self._domains.render(condition, rows.index[place], draws.seed))
             places.append(place)
         if len(made) == 1:
             return made[0]
