@@ -111,6 +111,8 @@ def sample_jpeg_compression(setting: Setting) -> Params:
 
 def apply_jpeg_compression(images: Tensor, params: Params) -> Tensor:
     """Encode and decode (4:2:0 chroma), one image at a time on the CPU."""
+    if len(images) == 0:
+        return images.clone()
     quality = int(params["quality"])
     through_codec = _through_torchvision if _TORCHVISION_CODEC else _through_pillow
     # Pixel by pixel, as codecs want them.
@@ -126,7 +128,8 @@ def apply_jpeg_compression(images: Tensor, params: Params) -> Tensor:
     else:  # codecs do not hold the interpreter's lock
         found = list(_pool(threads, os.getpid()).map(code, shares))
     coded = [found[i % threads][i // threads] for i in range(len(source))]
-    return torch.stack([image.movedim(0, -1) for image in coded]).movedim(-1, 1).to(images.device)
+    out = torch.stack([image.movedim(0, -1) for image in coded]).movedim(-1, 1)
+    return out.contiguous().to(images.device)
 
 
 @lru_cache(maxsize=1)

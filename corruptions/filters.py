@@ -103,20 +103,22 @@ def pad(images: Tensor, rows: int, columns: int, mode: str) -> Tensor:
     inner[..., rows : rows + height, :] = images
     for axis, margin, size, part in ((-2, rows, height, inner), (-1, columns, width, out)):
         if margin:
-            before = part.narrow(axis, margin, margin + 1)
-            after = part.narrow(axis, size - 1, margin + 1)
-            part.narrow(axis, 0, margin).copy_(_mirrored(before, margin, axis, mode, 1))
+            first = part.narrow(axis, margin, margin + 1)
+            last = part.narrow(axis, size - 1, margin + 1)
+            part.narrow(axis, 0, margin).copy_(_mirrored(first, axis, mode, at_start=True))
             end = part.narrow(axis, margin + size, margin)
-            end.copy_(_mirrored(after, margin, axis, mode, 0))
+            end.copy_(_mirrored(last, axis, mode, at_start=False))
     return out
 
 
-def _mirrored(edge: Tensor, margin: int, axis: int, mode: str, last: int) -> Tensor:
-    """What lies beyond an edge, from its `margin + 1` samples; `last` = 1 where it is the first."""
+def _mirrored(edge: Tensor, axis: int, mode: str, at_start: bool) -> Tensor:
+    """What lies beyond an edge, given as many samples as are wanted and one more."""
+    margin = edge.shape[axis] - 1
     if mode == "edge":
-        return edge.narrow(axis, 0 if last else margin, 1)
-    start = last if mode == "mirror101" else 1 - last
-    return edge.narrow(axis, start, margin).flip(axis)
+        return edge.narrow(axis, 0 if at_start else margin, 1)
+    assert mode in ("mirror101", "symmetric")
+    without_edge = mode == "mirror101"
+    return edge.narrow(axis, int(without_edge == at_start), margin).flip(axis)
 
 
 @lru_cache(maxsize=64)

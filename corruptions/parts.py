@@ -53,7 +53,11 @@ def each_part(work: Callable[[slice], None], count: int, part: int) -> None:
 def threads_for_idle_cores() -> Iterator[None]:
     """Let torch use no more threads than there are cores that nobody else uses; at least one."""
     wanted = torch.get_num_threads()
-    threads = max(1, min(wanted, _cores() - _busy_cores())) if wanted > 1 else wanted
+    threads = wanted
+    if wanted > 1:
+        # What runs is told of the whole machine, of which this process may have a part.
+        idle = (os.cpu_count() or 1) - _busy_cores()
+        threads = max(1, min(wanted, _cores(), idle))
     if threads == wanted:
         yield
         return

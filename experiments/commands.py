@@ -86,13 +86,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _check_ranks(args: argparse.Namespace) -> None:
-    """Meet the other processes of torchrun, for the one command that is made for them."""
+    """Refuse torchrun for all commands but the one that is made for it."""
     if args.command != "run":
         raise ValueError(
             f"`{args.command}` must be started as one process, got torchrun: several share the "
             "batches of a `run`; a sweep has --workers and --ray"
         )
-    ranks.join(args.device)
 
 
 def _add_run(commands: Any) -> None:
@@ -134,6 +133,7 @@ def _prepare_run(args: argparse.Namespace) -> Run:
         if header is None:
             raise ValueError(f"`resume` must be the folder of a run, got {args.resume}")
         config = RunConfig.from_dict(header["config"])
+        ranks.join(config.device)
         return Run(
             config, args.resume.parent, args.quiet, folder=args.resume, silent=not ranks.first()
         )
@@ -144,6 +144,7 @@ def _prepare_run(args: argparse.Namespace) -> Run:
     demo = not settings and not flags["options"] and config.data == "bundled"
     if demo and args.scenario is None and args.corruptions is None:
         config = replace(config, streams=(*config.streams, CORRELATED))
+    ranks.join(config.device)
     return Run(config, args.output, args.quiet, fresh=args.fresh, silent=not ranks.first())
 
 

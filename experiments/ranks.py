@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,20 +38,28 @@ def first() -> bool:
     return not many() or os.environ["RANK"] == "0"
 
 
-def join(device: str | None) -> None:
-    """Meet the other processes; each takes the GPU of its local rank, if it is to use one.
+def join(device: str) -> None:
+    """Meet the other processes, if there are any; each takes the GPU of its local rank for cuda.
 
     Raises:
-        ValueError: For a device with a number, which all ranks would take.
+        ValueError: For a device with a number, which all ranks would take, and for more ranks than
+            GPUs.
     """
-    if device is not None and device not in ("cpu", "cuda"):
+    if not many():
+        return
+    if device not in ("cpu", "cuda"):
         raise ValueError(
             f"`device` must be cpu or cuda under torchrun, got {device!r}: each process takes the "
             "GPU of its local rank"
         )
-    gpu = device != "cpu" and torch.cuda.is_available()
+    gpu, place = device == "cuda", int(os.environ.get("LOCAL_RANK", "0"))
+    if gpu and place >= torch.cuda.device_count():
+        raise ValueError(
+            f"`nproc-per-node` must be at most the {torch.cuda.device_count()} GPUs that are here, "
+            f"got a process with local rank {place}"
+        )
     if gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(place)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if gpu else "gloo")
 
@@ -76,6 +86,7 @@ def lead(folder: Path) -> None:
 def following() -> Iterator[Path]:
     """A folder for a rank that writes nothing, with what `lead` sent; removed afterwards."""
     folder = Path(tempfile.mkdtemp(prefix="tta-rank-"))
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # torchrun's way to end it
     try:
         received: list[Any] = [None]
         dist.broadcast_object_list(received)
@@ -83,4 +94,5 @@ def following() -> Iterator[Path]:
             (folder / name).write_bytes(data)
         yield folder
     finally:
+        signal.signal(signal.SIGTERM, before)
         shutil.rmtree(folder, ignore_errors=True)

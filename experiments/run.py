@@ -205,6 +205,11 @@ class Run:
         smooth = config.scenario == "walk"
         options = dict(config.options)
         if options.pop("ccc", False):  # functions, which no file of settings can hold
+            if not smooth:
+                raise ValueError(
+                    f"`ccc` must go with the scenario walk, got {config.scenario}: elsewhere "
+                    "images are corrupted before they are cropped; leave it out"
+                )
             size = self.subject.info.input_size[-1]
             options |= {"before": corruptions.CropAndFlip(size), "after": corruptions.Jpeg()}
         if isinstance(options.get("surface"), str):
@@ -231,7 +236,11 @@ class Run:
         )
         self._warm_up(stream)
         trial.results.write(
-            "stream", stream=config.name, build=stream.config, images=preview.samples
+            "stream",
+            stream=config.name,
+            build=stream.config,
+            ccc=bool(config.options.get("ccc")),
+            images=preview.samples,
         )
         summaries: list[dict[str, Any]] = []
         batches: dict[str, list[dict[str, Any]]] = {}
@@ -270,7 +279,11 @@ class Run:
         """Wrap once with every method, so that what cannot work fails before the first batch."""
         for method in self.methods:
             size = self._batch_size(self.config.streams[0])
-            method.wrap_subject(self.subject, size, self.config.seed).unwrap()
+            adapter = method.wrap_subject(self.subject, size, self.config.seed)
+            try:
+                ranks.share(adapter)
+            finally:
+                adapter.unwrap()
 
     def _warm_up(self, stream: Stream) -> None:
         """One plain forward, so that no method pays for what torch sets up the first time."""

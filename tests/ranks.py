@@ -75,6 +75,17 @@ def all_cases(rank: int, cases: Sequence[Any], folder: str) -> None:
     torch.save(found, Path(folder) / f"{rank}.pt")
 
 
+class TwoViews(torch.nn.Module):
+    """Folds two views of each image into the batch."""
+
+    def __init__(self, net: torch.nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(torch.cat([x, x.flip(-1)])).view(2, len(x), -1).mean(0)
+
+
 def refusals(rank: int) -> None:
     """Ranks that do not fit together, each refused on all of them."""
     for adapter in (
@@ -84,8 +95,33 @@ def refusals(rank: int) -> None:
     ):
         with pytest.raises(ValueError, match="the same on every rank"):
             split_batches(adapter)
+    net = tiny("bn")
+    with torch.no_grad():
+        next(b for n, b in net.named_buffers() if n.endswith("running_mean")).add_(rank)
+    with pytest.raises(ValueError, match="the same on every rank"):
+        split_batches(tta.wrap(net, "source"))
+    batches = [(images(5 + rank, 8), torch.zeros(8, dtype=torch.int64))]  # another share on each
+    with pytest.raises(ValueError, match="the same on every rank"):
+        split_batches(tta.wrap(tiny("bn"), "eata.cifar10", source=batches))
+    alone = [dist.new_group([k]) for k in range(dist.get_world_size())]
+    with pytest.raises(ValueError, match="must hold this process"):
+        split_batches(tta.wrap(tiny("bn"), "bn"), alone[1 - rank])
+    single = split_batches(tta.wrap(tiny("bn"), "bn"), alone[rank])
+    assert torch.equal(single(images(0, 1)), tta.wrap(tiny("bn"), "bn")(images(0, 1)))
+    views = split_batches(tta.wrap(TwoViews(tiny("bn")), "bn"))
+    with pytest.raises(ValueError, match="one row for each image"):
+        views(images(0, 8))
     adapter = split_batches(tta.wrap(tiny("bn"), "tent.cifar10"))
     before = adapter.state()
+    x = images(0, 8)
+    for other in (
+        x.flip(0),
+        x.flip(-1),
+        x.where(x > 1e-3, torch.inf),
+        x.where(x < 0.999, -torch.inf),
+    ):
+        with pytest.raises(ValueError, match="same whole batch"):
+            adapter(x if rank else other)
     with pytest.raises(ValueError, match="same whole batch"):
         adapter(images(rank, 8))
     with pytest.raises(ValueError, match="same whole batch"):

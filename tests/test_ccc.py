@@ -127,6 +127,11 @@ def test_the_last_thing_done_to_an_image_is_its_compression():
         assert torch.equal(corruptions.Jpeg(10)(batch.images), coded.images)
 
 
+def test_compression_takes_no_images_and_gives_a_plain_layout():
+    assert corruptions.Jpeg()(torch.zeros(0, 3, 32, 32)).shape == (0, 3, 32, 32)
+    assert corruptions.Jpeg()(torch.zeros(2, 3, 32, 32)).is_contiguous()
+
+
 @pytest.mark.parametrize(
     ("around", "error", "message"),
     [

@@ -86,7 +86,7 @@ class Backbone:
         Raises:
             ImagesRefusedError: When the model raised and the shape of ``x`` is the reason.
         """
-        if self.ranks is None or len(x) < self.ranks.size:
+        if self.ranks is None or self.ranks.size == 1 or len(x) < self.ranks.size:
             return self._pass(x, weights)
         with self.ranks.splitting(len(x)) as split:
             if torch.is_grad_enabled():

@@ -47,8 +47,8 @@ def split_batches(adapter: Adapter, group: Any = None) -> Adapter:
 
     Raises:
         RuntimeError: When ``torch.distributed`` is not set up.
-        ValueError: When ranks hold different adapters, or the model mixes the rows of a batch
-            where no rule can see it.
+        ValueError: When ranks hold different adapters, this process is not of the group, or the
+            model mixes the rows of a batch where no rule can see it.
     """
     if not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError(
@@ -64,12 +64,13 @@ def split_batches(adapter: Adapter, group: Any = None) -> Adapter:
             "got none: wrap the model with norm='bn'."
         )
     ranks = Ranks(dist.group.WORLD if group is None else group)
-    state = adapter.state()
-    sums = checksum(state[key] for key in sorted(state))
+    # All that decides what comes out: what moves, what was fixed at wrap, and the model's buffers.
+    held = {**adapter.state(), **adapter.constants(), **dict(adapter.model.named_buffers())}
+    sums = checksum(held[key] for key in sorted(held))
     ranks.check_same(
         (adapter.made_by, adapter.config.to_dict(), sums),
-        "`adapter` must be the same on every rank, got different models, configs or states: wrap "
-        "the same model with the same arguments and seed on each.",
+        "`adapter` must be the same on every rank, got different models, configs, states or source "
+        "artefacts: wrap the same model with the same arguments, source batches and seed on each.",
     )
     network.ranks = ranks
     return adapter
