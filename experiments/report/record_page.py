@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -26,7 +27,10 @@ def write_page(results: Sequence[Result], path: Path, images: Path) -> None:
         path: Of the Markdown file.
         images: Folder of the pictures.
     """
-    settings = by_setting(results)
+    # The model that most was run on comes first, and is the one in the pictures.
+    runs = Counter(result.setting.model for result in results)
+    found = by_setting(results).items()
+    settings = dict(sorted(found, key=lambda item: -runs[item[0].model]))
     images.mkdir(parents=True, exist_ok=True)
     text = [
         "# Benchmark of record",
