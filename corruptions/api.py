@@ -28,7 +28,7 @@ from corruptions import (
     spatter,
     weather,
 )
-from corruptions.parts import each_part, part_size, threads_for_idle_cores
+from corruptions.parts import part_size, threads_for_idle_cores
 from corruptions.setting import Params, Setting
 from corruptions.severity import BENCHMARK, EXTRA, ParameterSet
 
@@ -218,20 +218,20 @@ def corrupt(
     seeds = check.seeds(seeds, len(images))
     out = torch.empty_like(images, memory_format=torch.contiguous_format, requires_grad=False)
 
-    def work(rows: slice) -> None:
-        piece = images[rows]
-        params = sample(
-            name,
-            piece.shape,
-            severity,
-            seeds[rows],
-            parameters=parameters,
-            frost_pictures=frost_pictures,
-        )
-        out[rows] = _apply(piece, name, params)
-
+    part = part_size(name, images)
     with threads_for_idle_cores():
-        each_part(work, len(images), part_size(name, images))
+        for first in range(0, len(images), part):
+            rows = slice(first, first + part)
+            piece = images[rows]
+            params = sample(
+                name,
+                piece.shape,
+                severity,
+                seeds[rows],
+                parameters=parameters,
+                frost_pictures=frost_pictures,
+            )
+            out[rows] = _apply(piece, name, params)
     return out
 
 

@@ -15,6 +15,7 @@ from corruptions import check
 from corruptions.api import list_corruptions
 from corruptions.layouts import Cifar, Folder, Layout, Options, load_picture
 from corruptions.manifest import SUMS, verify
+from corruptions.parts import usable_cores
 from corruptions.severity import ParameterSet
 from corruptions.sheet import corrupted_sheet
 from corruptions.write import SHEET, write
@@ -107,17 +108,11 @@ def _add_write(commands: Any) -> None:
     add(
         "--processes",
         type=int,
-        default=_processors(),
+        default=usable_cores(),
         help="default: one for each processor, here %(default)s",
     )
     add("--quiet", action="store_true", help="print nothing but errors")
     parser.set_defaults(execute=_write)
-
-
-def _processors() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _write(args: argparse.Namespace) -> int:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-__all__ = ["each_part", "part_size", "threads_for_idle_cores"]
+__all__ = ["part_size", "threads_for_idle_cores", "usable_cores"]
 
 # Temporaries of this many pixels fit the processor cache, or a GPU's memory.
 _PIXELS = 1 << 18
@@ -43,12 +43,6 @@ def part_size(name: str, images: torch.Tensor) -> int:
     return max(1, int(_PIXELS * _SHARES.get(name, 1)) // pixels)
 
 
-def each_part(work: Callable[[slice], None], count: int, part: int) -> None:
-    """Call `work` with slices that cover `count` images, `part` images each."""
-    for first in range(0, count, part):
-        work(slice(first, first + part))
-
-
 @contextmanager
 def threads_for_idle_cores() -> Iterator[None]:
     """Let torch use no more threads than there are cores that nobody else uses; at least one."""
@@ -57,7 +51,7 @@ def threads_for_idle_cores() -> Iterator[None]:
     if wanted > 1:
         # What runs is told of the whole machine, of which this process may have a part.
         idle = (os.cpu_count() or 1) - _busy_cores()
-        threads = max(1, min(wanted, _cores(), idle))
+        threads = max(1, min(wanted, usable_cores(), idle))
     if threads == wanted:
         yield
         return
@@ -68,7 +62,8 @@ def threads_for_idle_cores() -> Iterator[None]:
         torch.set_num_threads(wanted)
 
 
-def _cores() -> int:
+def usable_cores() -> int:
+    """Processor cores that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import tta
+from corruptions.parts import usable_cores
 
 __all__ = ["describe_environment"]
 
@@ -37,7 +38,7 @@ def _hardware() -> dict[str, Any]:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "cpu": _cpu_name(),
-        "cores": _usable_cores(),
+        "cores": usable_cores(),
         "torch_threads": torch.get_num_threads(),
         "memory_gb": _memory_gb(),
         "gpus": gpus,
@@ -52,12 +53,6 @@ def _cpu_name() -> str:
             if line.lower().startswith(("model name", "cpu model")):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def _usable_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _memory_gb() -> float | None:

@@ -288,14 +288,15 @@ class Domains:
         Returns:
             (B, 3, H, W) float32 in [0, 1].
         """
-        if self.transform is None and self.before is None:
-            images = self.source(condition).images(index)
-            return images if self.after is None else _batch("after", self.after(images), len(index))
-        generator = torch.Generator().manual_seed(seed())
+        source, draws = (
+            self.source(condition),
+            self.transform is not None or self.before is not None,
+        )
+        generator = torch.Generator().manual_seed(seed()) if draws else None
         if self.before is None:
-            images = self.source(condition).images(index)
+            images = source.images(index)
         else:
-            read = self.source(condition).each(index)
+            read = source.each(index)
             images = _batch("before", self.before(read, generator=generator), len(index))
         for name, severity in condition.steps:
             if (
