@@ -88,6 +88,7 @@ def sample(
     *,
     parameters: ParameterSet = "auto",
     frost_pictures: str | Path | None = None,
+    device: str | torch.device = "cpu",
 ) -> Params:
     """Draw everything that `apply` needs.
 
@@ -102,10 +103,12 @@ def sample(
         parameters: "cifar" and "imagenet" force the constants published for 32x32 and 224x224
             images; "auto" chooses by the short side and interpolates in between.
         frost_pictures: Folder of pictures to use for frost in place of the synthetic texture.
+        device: Where to draw: best where the images are. Draws are the same on every device, but
+            for frost's levels, which may differ by one.
 
     Returns:
-        Name to CPU tensor: draws start with a dimension B, constants have none. Fields are
-        described by the `sample_...` function of each corruption.
+        Name to tensor: draws start with a dimension B and lie on `device`, constants have none.
+        Fields are described by the `sample_...` function of each corruption.
 
     >>> sample("contrast", (1, 3, 32, 32), 3, [0])
     {'factor': tensor(0.4000, dtype=torch.float64)}
@@ -115,7 +118,7 @@ def sample(
     check.parameters(parameters)
     folder = check.folder(frost_pictures)
     size = check.shape(shape)
-    seeds = check.seeds(seeds, size[0])
+    seeds = check.seeds(seeds, size[0]).to(device)
     if severity == 0:
         return {"clean": torch.tensor(True)}
     with torch.no_grad():
@@ -160,12 +163,16 @@ def _apply(images: Tensor, name: str, params: Params) -> Tensor:
     with torch.no_grad():
         floating = images.is_floating_point()
         levels = _to_levels(images) if floating else images
-        # Apple's GPUs have no float64, which exact sums need.
-        device = torch.device("cpu") if images.device.type == "mps" else images.device
+        device = _working_device(images)
         levels = levels.to(device).contiguous()
         local = {key: value.to(device) if value.ndim else value for key, value in params.items()}
         out = _OPERATIONS[name].apply(levels, local).to(images.device)
         return out.to(images.dtype).div_(255) if floating else out
+
+
+def _working_device(images: Tensor) -> torch.device:
+    """Where to draw and compute: Apple's GPUs have no float64, which exact sums need."""
+    return torch.device("cpu") if images.device.type == "mps" else images.device
 
 
 def _to_levels(images: Tensor) -> Tensor:
@@ -230,6 +237,7 @@ def corrupt(
                 seeds[rows],
                 parameters=parameters,
                 frost_pictures=frost_pictures,
+                device=_working_device(images),
             )
             out[rows] = _apply(piece, name, params)
     return out

@@ -44,8 +44,9 @@ def apply_contrast(images: Tensor, params: Params) -> Tensor:
     place = images.flatten(2).to(torch.int32)
     whole = torch.int32 if height * width * 255 < 2**31 else torch.int64
     total = place.sum(2, dtype=whole).double()
-    mean = (total / (255 * height * width))[:, :, None]
-    level = torch.arange(256, dtype=torch.float64, device=images.device) / 255
+    # Quotients of the CPU, or by tensors: on a GPU torch multiplies by the reciprocal of a number.
+    mean = (total / torch.full_like(total, 255 * height * width))[:, :, None]
+    level = (torch.arange(256, dtype=torch.float64) / 255).to(images.device)
     table = levels((level - mean).mul_(factor).add_(mean).clamp_(0, 1).mul_(255))
     row = torch.arange(batch * channels, dtype=torch.int32, device=images.device).mul_(256)
     place += row.view(batch, channels, 1)

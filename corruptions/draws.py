@@ -27,8 +27,9 @@ __all__ = ["entropy_seeds", "image_seeds", "normals", "uniforms", "words"]
 _GAMMA = 0x9E3779B97F4A7C15
 _MIX_1 = 0xBF58476D1CE4E5B9
 _MIX_2 = 0x94D049BB133111EB
-# Temporaries of this many words stay in the processor cache.
+# Temporaries of this many words stay in the processor cache; a GPU takes all there are.
 _CHUNK = 1 << 15
+_CHUNK_GPU = 1 << 62
 
 
 def _signed(value: int) -> int:
@@ -51,42 +52,43 @@ def words(seeds: Tensor, field: str, count: int) -> Tensor:
     """Independent 64-bit words for each image.
 
     Args:
-        seeds: One seed for each image, (B,) int64 on the CPU.
+        seeds: One seed for each image, (B,) int64.
         field: Name of what is drawn; other names give independent streams.
         count: Words for each image.
 
     Returns:
-        (B, count) int64, uniform over all bit patterns.
+        (B, count) int64 on the device of `seeds`, uniform over all bit patterns.
     """
     name = zlib.crc32(field.encode()) * _GAMMA
     start = _mix_(_mix_(seeds.clone()) ^ _signed(name))
-    steps = _steps(count)
-    out = torch.empty(len(seeds), count, dtype=torch.int64)
-    rows = max(1, _CHUNK // max(count, 1))
+    steps = _steps(count, seeds.device)
+    out = torch.empty(len(seeds), count, dtype=torch.int64, device=seeds.device)
+    chunk = _CHUNK if seeds.device.type == "cpu" else _CHUNK_GPU
+    rows = max(1, chunk // max(count, 1))
     for first in range(0, len(seeds), rows):
-        for left in range(0, count, _CHUNK):
-            part = out[first : first + rows, left : left + _CHUNK]
-            torch.add(start[first : first + rows, None], steps[left : left + _CHUNK], out=part)
+        for left in range(0, count, chunk):
+            part = out[first : first + rows, left : left + chunk]
+            torch.add(start[first : first + rows, None], steps[left : left + chunk], out=part)
             _mix_(part)
     return out
 
 
 @lru_cache(maxsize=8)
-def _steps(count: int) -> Tensor:
+def _steps(count: int, device: torch.device) -> Tensor:
     """The stream's position at each word, less its start."""
-    return torch.arange(1, count + 1, dtype=torch.int64) * _signed(_GAMMA)
+    return torch.arange(1, count + 1, dtype=torch.int64, device=device) * _signed(_GAMMA)
 
 
 def uniforms(seeds: Tensor, field: str, count: int) -> Tensor:
     """Uniform numbers in [0, 1): exact multiples of 2^-24.
 
     Args:
-        seeds: (B,) int64 on the CPU.
+        seeds: (B,) int64.
         field: Name of what is drawn.
         count: Numbers for each image.
 
     Returns:
-        (B, count) float32.
+        (B, count) float32 on the device of `seeds`.
     """
     halves = words(seeds, field, (count + 1) // 2).view(torch.int32)[:, :count]
     return (halves >> 8).float().add_(2**23).mul_(2.0**-24)
@@ -99,24 +101,24 @@ def normals(seeds: Tensor, field: str, count: int) -> Tensor:
     test on 8-bit images can see.
 
     Args:
-        seeds: (B,) int64 on the CPU.
+        seeds: (B,) int64.
         field: Name of what is drawn.
         count: Numbers for each image.
 
     Returns:
-        (B, count) float32, at most 4.5 in size.
+        (B, count) float32 on the device of `seeds`, at most 4.5 in size.
     """
     index = words(seeds, field, (count + 3) // 4).view(torch.int16)[:, :count].int().add_(2**15)
-    return _quantiles().index_select(0, index.flatten()).view(len(seeds), count)
+    return _quantiles(seeds.device).index_select(0, index.flatten()).view(len(seeds), count)
 
 
-@lru_cache(maxsize=1)
-def _quantiles() -> Tensor:
+@lru_cache(maxsize=4)
+def _quantiles(device: torch.device) -> Tensor:
     """Means of the standard normal over 65,536 equally likely intervals, scaled to variance 1."""
     edges = special.ndtri(np.arange(2**16 + 1) / 2**16)
     density = np.exp(-0.5 * edges**2) / np.sqrt(2 * np.pi)
     means = 2**16 * (density[:-1] - density[1:])
-    return torch.from_numpy(means / np.sqrt((means**2).mean())).float()
+    return torch.from_numpy(means / np.sqrt((means**2).mean())).float().to(device)
 
 
 def entropy_seeds(count: int) -> Tensor:

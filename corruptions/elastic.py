@@ -43,7 +43,7 @@ def apply_elastic_transform(images: Tensor, params: Params) -> Tensor:
     height, width = images.shape[-2:]
     device = images.device
     x, y = _affine_source(height, width, params["points"], float(params["affine"]))
-    out = _bilinear(images.float(), x.to(device), y.to(device), mirror_edge=True)
+    out = _bilinear(images.float(), x, y, mirror_edge=True)
     strength = float(params["strength"])
     if strength > 0:
         sigma = float(params["sigma"])
@@ -64,7 +64,9 @@ def _affine_source(height: int, width: int, points: Tensor, affine: float) -> tu
          [centre_x - arm, centre_y - arm]],
         dtype=torch.float64,
     )  # fmt: skip
-    # float32, as published: rounding below makes the difference visible.
+    # float32, as published: rounding below makes the difference visible. The few numbers of each
+    # image come from the CPU, since their last bit decides; what is made of them is exact.
+    device = points.device
     after = (before + points.cpu().double() * affine).float().double()
     # The map back takes `after` to `before`: the edges u, v of the moved triangle to (0, 2 arm)
     # and (-2 arm, 0). Cramer's rule gives its matrix.
@@ -74,9 +76,10 @@ def _affine_source(height: int, width: int, points: Tensor, affine: float) -> tu
     per_x = torch.stack((u[:, 1], v[:, 1]), 1) * scale[:, None]
     per_y = torch.stack((u[:, 0], v[:, 0]), 1) * -scale[:, None]
     offset = before[1] - per_x * origin[:, :1] - per_y * origin[:, 1:]
+    per_x, per_y, offset = (values.to(device) for values in (per_x, per_y, offset))
     # OpenCV adds a part for the column and a part for the row, each rounded on its own.
-    x = torch.arange(width, dtype=torch.float64)
-    y = torch.arange(height, dtype=torch.float64)
+    x = torch.arange(width, dtype=torch.float64, device=device)
+    y = torch.arange(height, dtype=torch.float64, device=device)
     column = (per_x[..., None] * (x * _FIXED)).round_()
     row = ((per_y[..., None] * y + offset[..., None]) * _FIXED).round_()
     step = _FIXED // _SUBPIXEL

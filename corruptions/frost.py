@@ -130,20 +130,22 @@ def synthetic_frost(setting: Setting, textures: tuple[_Texture, ...]) -> Tensor:
     batch, channels, height, width = setting.shape
     tall, wide = min(height, _TILE), min(width, _TILE)
     draw = setting.uniforms("crop", 4).double()
-    steps = torch.tensor(_SHARES, dtype=torch.float64).cumsum(0)[:-1]
+    device = draw.device
+    steps = torch.tensor(_SHARES, dtype=torch.float64).cumsum(0)[:-1].to(device)
     choice = torch.bucketize(draw[:, 0].contiguous(), steps, right=True)
     pick = choice * _FIELDS + (draw[:, 1] * _FIELDS).long()
     top, left = (draw[:, 2] * tall).long(), (draw[:, 3] * wide).long()
-    rows = (torch.arange(height) + top[:, None]).remainder_(tall).mul_(wide).int()
-    columns = (torch.arange(width) + left[:, None]).remainder_(wide).int()
-    plane = (torch.arange(channels) + pick[:, None] * channels).mul_(tall * wide).int()
+    rows = (torch.arange(height, device=device) + top[:, None]).remainder_(tall).mul_(wide).int()
+    columns = (torch.arange(width, device=device) + left[:, None]).remainder_(wide).int()
+    plane = torch.arange(channels, device=device) + pick[:, None] * channels
+    plane = plane.mul_(tall * wide).int()
     place = (plane[:, :, None] + rows[:, None])[..., None] + columns[:, None, None]
-    field = _bank(tall, wide, textures).index_select(0, place.flatten())
+    field = _bank(tall, wide, textures, device).index_select(0, place.flatten())
     spread = setting.normals("spread", 2)
     scale, offset = spread[:, :1], spread[:, 1:]
 
     def of(key: str) -> Tensor:
-        return torch.tensor([getattr(texture, key) for texture in textures])[choice]
+        return torch.tensor([getattr(texture, key) for texture in textures], device=device)[choice]
 
     relative = (of("contrast_spread") / of("contrast")).mean(1, keepdim=True)
     contrast = of("contrast") * (1 + scale * relative) * 255
@@ -153,7 +155,7 @@ def synthetic_frost(setting: Setting, textures: tuple[_Texture, ...]) -> Tensor:
 
 
 @lru_cache(maxsize=8)
-def _bank(height: int, width: int, textures: tuple[_Texture, ...]) -> Tensor:
+def _bank(height: int, width: int, textures: tuple[_Texture, ...], device: torch.device) -> Tensor:
     """Periodic fields, `_FIELDS` of each texture, mean 0 and variance 1, flat float32.
 
     They are to crops what the published pictures are: always the same, from which a crop is taken
@@ -176,7 +178,7 @@ def _bank(height: int, width: int, textures: tuple[_Texture, ...]) -> Tensor:
         shaped = needles * gain[:, :, band] * (texture.sign * height * width)
         field = torch.fft.irfft2(shaped, s=(height, width))
         fields.append(_mixed(field, _channel_mixing(texture.correlation)).float())
-    return torch.cat(fields).flatten()
+    return torch.cat(fields).flatten().to(device)
 
 
 def _bands(height: int, width: int) -> Tensor:

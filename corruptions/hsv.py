@@ -31,7 +31,9 @@ def through_hsv(
     Returns:
         (B, 3, ...) uint8.
     """
-    source = pixels.double().div_(255)
+    # By tensors: on a GPU torch multiplies by the reciprocal of a plain number, which rounds twice.
+    levels_of_one, sectors = (torch.tensor(n, device=pixels.device).double() for n in (255, 6))
+    source = pixels.double().div_(levels_of_one)
     red, green, blue = source.unbind(1)
     value = source.amax(1)
     spread = value - source.amin(1)
@@ -41,7 +43,7 @@ def through_hsv(
     # With equal maxima the last channel decides. Grey has hue 0, which is red.
     sector = torch.where(green == value, 2 + (blue - red) / safe, (green - blue) / safe)
     sector = torch.where(blue == value, 4 + (red - green) / safe, sector)
-    hue = torch.where(coloured, (sector / 6).remainder(1.0), 0)
+    hue = torch.where(coloured, (sector / sectors).remainder(1.0), 0)
     saturation, value = change(saturation, value)
     whole = (hue * 6).floor()
     part = hue * 6 - whole

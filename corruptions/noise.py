@@ -98,7 +98,7 @@ def apply_shot_noise(images: Tensor, params: Params) -> Tensor:
 
 
 @lru_cache(maxsize=16)
-def _poisson_tables(photons: float) -> tuple[Tensor, Tensor, int]:
+def _poisson_tables(photons: float, device: torch.device) -> tuple[Tensor, Tensor, int]:
     """Quantiles of Poisson(L level / 255) for the 256 levels.
 
     Returns:
@@ -114,13 +114,12 @@ def _poisson_tables(photons: float) -> tuple[Tensor, Tensor, int]:
     edges = np.arange(_BINS) / _BINS
     guide = np.stack([np.searchsorted(row, edges, side="right") for row in cdf])
     flat = torch.from_numpy(cdf.astype(np.float32)).flatten()
-    return torch.from_numpy(guide.astype(np.int16)).flatten(), flat, width
+    return torch.from_numpy(guide.astype(np.int16)).flatten().to(device), flat.to(device), width
 
 
 def _poisson_quantile(images: Tensor, uniform: Tensor, photons: float) -> Tensor:
     """Smallest count k with u < P(Poisson(L f) <= k), (B, 3, H, W) int32."""
-    guide, cdf, width = _poisson_tables(photons)
-    guide, cdf = guide.to(images.device), cdf.to(images.device)
+    guide, cdf, width = _poisson_tables(photons, images.device)
     draw = uniform.flatten()
     level = images.flatten().to(torch.int32)
     counts = guide.index_select(0, (draw * _BINS).to(torch.int32).add_(level, alpha=_BINS))

@@ -19,7 +19,7 @@ __all__ = ["part_size", "threads_for_idle_cores", "usable_cores"]
 
 # Temporaries of this many pixels fit the processor cache, or a GPU's memory.
 _PIXELS = 1 << 18
-_PIXELS_GPU = 1 << 22
+_PIXELS_GPU = 1 << 23
 # Some have more of them, or of a wider type; a codec has none, and threads that want a share each.
 _SHARES = dict.fromkeys(
     ("shot_noise", "glass_blur", "elastic_transform", "saturate", "pixelate"), 0.5

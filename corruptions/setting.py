@@ -25,7 +25,7 @@ class Setting:
         name: The corruption.
         shape: (B, 3, H, W) of the images.
         severity: 0 to 5.
-        seeds: (B,) int64 on the CPU.
+        seeds: (B,) int64; what is drawn lies on their device.
         parameters: Which published set; see `severity.mixture`.
         frost_pictures: Folder of the user's own frost pictures, or None for synthetic frost.
     """

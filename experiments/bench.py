@@ -126,15 +126,15 @@ class Bench:
         names = ("plain", TWIN, *self.recipes)
         subjects = {n: make_subject(self.setting, n, self.device) for n in names}
         times: dict[str, list[float]] = {n: [] for n in names}
-        inside: dict[str, list[float]] = {n: [] for n in names}
+        outside: dict[str, list[float | None]] = {n: [] for n in names}
         for turn in range(self.rounds + WARM_UP):
             x = make_batch(self.setting, turn, self.device)
             first = turn % len(names)  # nobody always follows the same neighbour
             for name in (*names[first:], *names[:first]):
-                seconds, passes = _timed(subjects[name], x, self.device)
+                seconds, share = _timed(subjects[name], x, self.device)
                 if turn >= WARM_UP:
                     times[name].append(seconds)
-                    inside[name].append(passes)
+                    outside[name].append(share)
             self.progress.advance(1, f"round {turn + 1}")
         flops = {
             n: _passes(s, make_batch(self.setting, 999, self.device)) for n, s in subjects.items()
@@ -147,7 +147,7 @@ class Bench:
                 "ratio": statistics.median(times[name]) / plain,
                 "forwards": flops[name][0] / flops["plain"][0],
                 "backwards": flops[name][1] / flops["plain"][0],
-                "outside": None if name == BARE else _share_outside(times[name], inside[name]),
+                "outside": None if name == BARE else _median(outside[name]),
                 "megabytes": memory.get(name),
             }
             for name in names
@@ -185,15 +185,30 @@ def _write_page(page: Path, results: Path) -> None:
 
 def _timed(
     subject: Callable[[Tensor], Tensor], x: Tensor, device: torch.device
-) -> tuple[float, float]:
-    """Seconds of one call, and of these how many inside network passes."""
+) -> tuple[float, float | None]:
+    """Seconds of one call, and the share of them outside network passes if it has any."""
     passes = _Passes(device)
-    with torch.no_grad(), passes:
+    with passes:
+        seconds = _seconds(subject, x, device)
+    share = 1 - passes.seconds / seconds if passes.seconds else None
+    if device.type == "cuda":
+        # To wait for every pass keeps the next launches from their head start.
+        seconds = _seconds(subject, x, device)
+    return seconds, share
+
+
+def _seconds(subject: Callable[[Tensor], Tensor], x: Tensor, device: torch.device) -> float:
+    with torch.no_grad():
         _wait(device)
         started = time.perf_counter()
         subject(x)
         _wait(device)
-        return time.perf_counter() - started, passes.seconds
+        return time.perf_counter() - started
+
+
+def _median(shares: list[float | None]) -> float | None:
+    known = [share for share in shares if share is not None]
+    return statistics.median(known) if known else None
 
 
 class _Passes:
@@ -238,14 +253,10 @@ def _passes(subject: Callable[[Tensor], Tensor], x: Tensor) -> tuple[int, int]:
     return sum(counts.values()) - backward, backward
 
 
-def _share_outside(seconds: list[float], inside: list[float]) -> float | None:
-    if not any(inside):
-        return None
-    return statistics.median(1 - i / s for s, i in zip(seconds, inside, strict=True))
-
-
 def _peak_memory(setting: str, name: str, device: torch.device) -> float:
-    """Megabytes at the peak of three calls, above what the process held before the network."""
+    """Megabytes at the peak of three calls, above what was held before the network."""
+    if device.type == "cuda":
+        return _peak(setting, name, str(device))
     context = multiprocessing.get_context("spawn")
     with context.Pool(1) as pool:
         return pool.apply(_peak, (setting, name, str(device)))
@@ -255,13 +266,14 @@ def _peak(setting: str, name: str, device_name: str) -> float:
     device = torch.device(device_name)
     before = _peak_kilobytes()
     if device.type == "cuda":
+        held = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
     subject = make_subject(SETTINGS[setting], name, device)
     with torch.no_grad():
         for seed in range(3):
             subject(make_batch(SETTINGS[setting], seed, device))
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
+        return (torch.cuda.max_memory_allocated(device) - held) / 2**20
     return (_peak_kilobytes() - before) / 2**10
 
 

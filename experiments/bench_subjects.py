@@ -59,7 +59,11 @@ SETTINGS = {
     "bundled_gn": Setting(lambda: models.load("cifar10_resnet20_gn")[0], 64, 32, ON_GROUP_NORM),
     "cifar_teachers": Setting(_cifar, 64, 32, TEACHERS),
     "bundled_teachers": Setting(lambda: models.load("cifar10_resnet20_bn")[0], 64, 32, TEACHERS),
-    "gpu": Setting(lambda: torchvision.models.resnet50(), 64, 224, ON_BATCH_NORM),
+    "gpu_bn": Setting(lambda: torchvision.models.resnet50(), 64, 224, ON_BATCH_NORM),
+    "gpu_gn": Setting(
+        lambda: torchvision.models.resnet50(norm_layer=_group_norm), 64, 224, ON_GROUP_NORM
+    ),
+    "gpu_teachers": Setting(lambda: torchvision.models.resnet50(), 64, 224, TEACHERS),
 }
 
 

@@ -2,8 +2,9 @@
 
 Every method x the bundled models x eight streams of the bundled slice. The runs come in an order in
 which an early stop leaves the most to say: everything cheap for the first model, the other models
-on two streams, what is expensive, further seeds, and then the rest. The same command goes on; after
-each time the compact results and the page of documentation are written anew from all there is.
+on two streams, what is expensive, further seeds, and then the rest. The same command goes on, also
+in a fresh checkout: what the compact results hold is not run again. After each time they and the
+page of documentation are written anew from all there is.
 """
 
 from __future__ import annotations
@@ -68,6 +69,8 @@ EXPENSIVE_STREAMS = ("continual", "dirichlet", "mixed")
 SPELLED = {"rmt": "rmt[warmup_samples=0,weight_source=0]"}
 COMPOSED = ("unmix_tns+eata", "unmix_tns+lame", "eata+lame")
 
+Key = tuple[str, str, str, int]  # of a run: model, stream, method, seed
+
 
 def add_command(commands: Any) -> None:
     """Add ``record`` to the command line."""
@@ -84,7 +87,12 @@ def add_command(commands: Any) -> None:
     add("--streams", nargs="+", choices=STREAMS, metavar="STREAM", help="default: all eight")
     add("--images", type=int, help="of each domain, in place of each stream's own (for a trial)")
     add("--output", type=Path, default=Path("runs"), help="the runs lie in OUTPUT/record")
-    add("--results", type=Path, default=RESULTS, help="compact results (default: %(default)s)")
+    add(
+        "--results",
+        type=Path,
+        default=RESULTS,
+        help="compact results; what they hold is not run again (default: %(default)s)",
+    )
     add("--page", type=Path, default=PAGE, help="page of documentation (default: %(default)s)")
     add("--page-only", action="store_true", help="write the page from the compact results")
     add("--device", help="cpu, cuda, cuda:1 (default: CUDA if there is one)")
@@ -100,6 +108,7 @@ def _prepare(args: argparse.Namespace) -> Record:
         methods=tuple(args.methods or all_methods()),
         streams=tuple(args.streams or STREAMS),
         images=args.images,
+        done=_keys(args.results) if args.images is None else frozenset(),
     )
     deadline = None if args.budget_minutes is None else time.time() + 60 * args.budget_minutes
     sweep = Sweep(
@@ -135,6 +144,7 @@ class Benchmark:
         methods: Method strings.
         streams: Names in `STREAMS`.
         images: Of each domain, in place of the streams' own.
+        done: What is not to be run: model, stream, method and seed of each.
     """
 
     device: str
@@ -142,6 +152,7 @@ class Benchmark:
     methods: tuple[str, ...]
     streams: tuple[str, ...] = field(default_factory=lambda: tuple(STREAMS))
     images: int | None = None
+    done: frozenset[Key] = frozenset()
 
     @property
     def run(self) -> RunConfig:
@@ -150,7 +161,7 @@ class Benchmark:
 
     def cells(self) -> list[RunConfig]:
         """All runs, the affordable ones first."""
-        return list(self._tiers())
+        return [cell for cell in self._tiers() if _key(cell) not in self.done]
 
     def _tiers(self) -> Iterator[RunConfig]:
         cheap = [method for method in self.methods if not _expensive(method)]
@@ -219,11 +230,23 @@ class Record:
         left: list[Outcome] = []
         if self.sweep is not None:
             left = self.sweep.execute()
-            write_compact(collect([self.sweep.folder]), self.results)
+            known = [self.results] if self.results.is_file() else []
+            write_compact(collect([*known, self.sweep.folder]), self.results)
         results = collect([self.results])
         write_page(results, self.page, self.page.parent / "images" / "record")
         print(f"{len(results)} results: {self.results}\n{self.page}", flush=True)
         return left
+
+
+def _key(cell: RunConfig) -> Key:
+    return cell.model, cell.streams[0].name, cell.methods[0], cell.seed
+
+
+def _keys(results: Path) -> frozenset[Key]:
+    if not results.is_file():
+        return frozenset()
+    found = collect([results])
+    return frozenset((r.setting.model, r.setting.stream, r.method, r.seed) for r in found)
 
 
 def _expensive(method: str) -> bool:

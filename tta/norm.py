@@ -297,8 +297,9 @@ def normalize(x: Tensor, mean: Tensor, var: Tensor, base: Any, eps: float | None
     scale = torch.rsqrt(var + eps)
     if base.weight is not None:
         scale = scale * base.weight
-    shift = -mean * scale
-    if base.bias is not None:
-        shift = shift + base.bias
+    if base.bias is None:
+        shift = -mean * scale
+    else:
+        shift = torch.addcmul(base.bias.to(mean.dtype), mean, scale, value=-1)
     shape = (-1, x.shape[1]) + (1,) * (x.ndim - 2)
     return torch.addcmul(shift.to(x.dtype).view(shape), x, scale.to(x.dtype).view(shape))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tta.backbone import Backbone
+from tta.draws import Draws
 from tta.norm import AdaptiveNorm, at_rest
 from tta.slots import Prediction
 
@@ -167,7 +168,7 @@ def restore(parameters: list[nn.Parameter], source: list[Tensor], masks: list[Te
     foreach._foreach_lerp_([p.detach() for p in parameters], source, weights)
 
 
-def random_mask(size: int, probability: float, generator: torch.Generator) -> Tensor:
+def random_mask(size: int, probability: float, draws: Draws) -> Tensor:
     """A flat mask whose elements are True independently with ``probability``.
 
     Drawn as gaps between the elements that are True, which are few.
@@ -175,16 +176,15 @@ def random_mask(size: int, probability: float, generator: torch.Generator) -> Te
     Args:
         size: Number of elements.
         probability: In (0, 1].
-        generator: On the device the mask is wanted on.
+        draws: On the device the mask is wanted on.
     """
-    device = generator.device
-    mask = torch.zeros(size, dtype=torch.bool, device=device)
+    mask = torch.zeros(size, dtype=torch.bool, device=draws.device)
     expected = size * probability
-    draws = math.ceil(expected + 6 * math.sqrt(expected) + 10)
+    count = math.ceil(expected + 6 * math.sqrt(expected) + 10)
     stay = math.log1p(-probability) if probability < 1 else -math.inf
     end = -1
     while end < size:
-        u = torch.rand(draws, generator=generator, dtype=torch.float64, device=device)
+        u = draws.uniforms(count)
         gaps = torch.log1p(-u).div_(stay).floor_().clamp_max_(size).long()
         positions = end + (gaps + 1).cumsum(0)
         end = int(positions[-1])

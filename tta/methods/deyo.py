@@ -37,10 +37,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tta.augment import fork
 from tta.checks import number, one_of, whole
 from tta.config import CIFAR_ADAM
 from tta.destroy import occlude, shuffle_patches, shuffle_pixels
+from tta.draws import Draws, fork
 from tta.losses import entropy
 from tta.lower_layers import LowerLayersConfig, LowerLayersUpdate
 from tta.norm import at_rest
@@ -98,13 +98,13 @@ class Deyo(LowerLayersUpdate):
         self.report = Report(reliable=0, selected=0, loss=float("nan"), stepped=False)
         prediction = self.network(x)
         self.leave_out_last()
-        generator = fork(self.context.generator, x.device)
+        draws = fork(self.context.generator, x.device)
         entropies = entropy(prediction.logits.detach())
         reliable = entropies < config.entropy_margin * log_classes
         self.report["reliable"] = count = int(reliable.sum())
         if count == 0:
             return prediction
-        drop = self._drop(x[reliable], prediction.logits.detach()[reliable], generator)
+        drop = self._drop(x[reliable], prediction.logits.detach()[reliable], draws)
         kept = drop > config.plpd_threshold
         chosen = reliable.clone()
         chosen[reliable] = kept
@@ -118,20 +118,20 @@ class Deyo(LowerLayersUpdate):
         return prediction
 
     @torch.no_grad()
-    def _drop(self, images: Tensor, logits: Tensor, generator: torch.Generator) -> Tensor:
+    def _drop(self, images: Tensor, logits: Tensor, draws: Draws) -> Tensor:
         """PLPD (N,): what the label loses when the object in (N, C, H, W) is destroyed."""
-        destroyed = self._destroy(images, generator)
+        destroyed = self._destroy(images, draws)
         with at_rest(self.network.wrappers):
             after = self.network(destroyed).logits.float().softmax(1)
         before, label = logits.float().softmax(1).max(1)
         return before - after.gather(1, label[:, None])[:, 0]
 
-    def _destroy(self, images: Tensor, generator: torch.Generator) -> Tensor:
+    def _destroy(self, images: Tensor, draws: Draws) -> Tensor:
         if self.config.destroy == "pixel":
-            return shuffle_pixels(images, generator)
+            return shuffle_pixels(images, draws)
         if self.config.destroy == "occlusion":
             return occlude(images, self.config.occlusion)
-        return shuffle_patches(images, self.config.patches, generator)
+        return shuffle_patches(images, self.config.patches, draws)
 
     def _check(self, x: Tensor) -> None:
         least = self.config.patches if self.config.destroy == "patch" else 1

@@ -39,12 +39,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tta.augment import Augmenter, fork
+from tta.augment import Augmenter
 from tta.backbone import Backbone
 from tta.checks import fraction, number, one_of, whole
 from tta.class_moments import class_moments
 from tta.classifier import size_in
 from tta.config import CIFAR_ADAM, UpdateConfig
+from tta.draws import fork
 from tta.losses import contrastive, symmetric_cross_entropy
 from tta.norm import at_rest
 from tta.registry import register

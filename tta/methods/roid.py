@@ -43,10 +43,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tta.augment import Augmenter, fork
+from tta.augment import Augmenter
 from tta.backbone import Backbone
 from tta.checks import fraction, number
 from tta.config import CIFAR_ADAM, ComponentConfig, UpdateConfig
+from tta.draws import fork
 from tta.losses import entropy, soft_likelihood_ratio, symmetric_cross_entropy
 from tta.norm import at_rest
 from tta.registry import register

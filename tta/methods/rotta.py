@@ -43,10 +43,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tta.augment import Augmenter, fork
+from tta.augment import Augmenter
 from tta.backbone import Backbone
 from tta.checks import fraction, number, whole
 from tta.config import ComponentConfig, UpdateConfig
+from tta.draws import fork
 from tta.losses import entropy, soft_cross_entropy
 from tta.memory import Cstu
 from tta.norm import batch_stats, normalize, one_value

@@ -113,21 +113,26 @@ class UnmixTns(NormRule):
         """Normalise each image of (B, C, ...) with its own mixture, then move the components."""
         if x.ndim == 2 or isinstance(base, nn.BatchNorm1d):
             return by_source(x, base)
+        if torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):  # statistics stay in float32
+                return self._unmixed(x, base)
+        return self._unmixed(x, base)
+
+    def _unmixed(self, x: Tensor, base: Any) -> Tensor:
         mean, var = instance_stats(x)
         with torch.no_grad():
             means, variances = self.means.to(mean.dtype), self.vars.to(mean.dtype)
             similarity = F.normalize(mean, dim=1) @ F.normalize(means, dim=1).t()
             p = (similarity / self.config.temperature).softmax(1)  # (B, K)
         k, rest = len(self.means), 1 - p
-        # Averages over k of M, V and M^2, expanded so that nothing of size (B, K, C) is made.
-        mixed_mean = (rest @ means + p.sum(1, keepdim=True) * mean) / k
-        mixed_var = (rest @ variances + p.sum(1, keepdim=True) * var) / k
-        second = (
-            rest.square() @ means.square()
-            + 2 * (rest * p) @ means * mean
-            + p.square().sum(1, keepdim=True) * mean.square()
-        ) / k
-        y = normalize(x, mixed_mean, mixed_var + second - mixed_mean.square(), base)
+        # Averages over k of M and of V + M^2, expanded so that nothing of size (B, K, C) is made;
+        # p sums to one. Few operations, since on small layers and on GPUs these are what costs.
+        mixed_mean = torch.addmm(mean, rest, means) / k
+        second = torch.addmm(var, rest, variances)
+        second = torch.addmm(second, rest.square(), means.square())
+        second = torch.addcmul(second, (rest * p) @ means, mean, value=2)
+        second = torch.addcmul(second, p.square().sum(1, keepdim=True), mean.square()) / k
+        y = normalize(x, mixed_mean, torch.addcmul(second, mixed_mean, mixed_mean, value=-1), base)
         if self.learning:
             self._move(p, mean.detach(), var.detach())
         return y
@@ -138,8 +143,10 @@ class UnmixTns(NormRule):
         if (split := current_split()) is not None:  # the other ranks' images too
             p, mean, var = (split.gather(v) for v in (p, mean, var))
         # Finite pixels may overflow; such an image would spoil the components for good.
-        fine = (mean.isfinite() & var.isfinite()).all(1, keepdim=True)
-        p, mean, var = (torch.where(fine, v, torch.zeros_like(v)) for v in (p, mean, var))
-        rate, weight = self.rate / len(p), p.sum(0)[:, None]
-        self.means += rate * (p.t() @ mean - weight * self.means)
-        self.vars += rate * (p.t() @ var - weight * self.vars)
+        fine = (mean + var).isfinite().all(1, keepdim=True)
+        p, mean, var = (torch.where(fine, v, 0.0) for v in (p, mean, var))
+        rate = self.rate / len(p)
+        kept = 1 - rate * p.sum(0)[:, None]
+        for components, towards in ((self.means, mean), (self.vars, var)):
+            stay = components.to(mean.dtype) * kept
+            components.copy_(torch.addmm(stay, p.t(), towards, alpha=rate))

@@ -1,0 +1,157 @@
+"""The same on a GPU as on the CPU: adapters, saved states, corruptions, streams, runs.
+
+All of it needs a CUDA device and is skipped where there is none:
+``python -m pytest -m gpu tests``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+import torch
+
+import corruptions
+import tta
+from experiments.commands import main
+from experiments.record import read_lines
+from tests.contract.cases import CASES, images, source_batches
+from tests.nets import tiny
+from tests.ranks import outcome
+from tests.test_golden import TRACES
+from tests.traces import Trace
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+CLOSE = 2e-3  # largest difference of logits and states, by their size, after four batches
+ALL = corruptions.list_corruptions(extra=True)
+
+
+@pytest.fixture(autouse=True)
+def _whole_float32():
+    """Convolutions in whole float32: TF32, torch's default, has 10 bits of it."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if not a.is_floating_point():
+        return torch.equal(a, b)
+    a, b = a.double().nan_to_num(9.0), b.double().nan_to_num(9.0)
+    return a.shape == b.shape and bool(((a - b).abs() <= CLOSE * (1 + a.abs().max())).all())
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_composition_gives_what_it_gives_on_the_cpu(case) -> None:
+    here, there = outcome(case), outcome(case, device="cuda")
+    # Votes of the nearest of many features that are nearly the same change with any rounding.
+    least = 0.75 if any("adanpc" in name for name in case[1].values()) else 1.0
+    for a, b in zip(here["logits"], there["logits"], strict=True):
+        assert close(a, b) if least == 1 else (a - b).abs().lt(0.01).float().mean() >= least
+    for a, b in zip(here["reports"], there["reports"], strict=True):
+        assert a["selected"] == b["selected"] and a["stepped"] == b["stepped"]
+    assert here["state"].keys() == there["state"].keys()
+    for key, value in here["state"].items():
+        assert least < 1 or close(value, there["state"][key]), key
+
+
+@pytest.mark.parametrize("path", TRACES, ids=lambda p: p.stem)
+def test_traces_of_official_code(path, monkeypatch) -> None:
+    trace, model = Trace(path), Trace.model
+    monkeypatch.setattr(Trace, "model", lambda self: model(self).cuda())
+    for key, adapter in trace.adapters():
+        for t, x in enumerate(trace.tensor("inputs")):
+            if trace.params.get("episodic") or t in trace.params.get("reset_before", []):
+                adapter.reset()
+            y = adapter(x.cuda()).cpu()
+            y = y.exp() if trace.hparams["method"] == "lame" else y
+            torch.testing.assert_close(y, trace.tensor(key)[t], atol=2e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("recipe", ["eata", "sar", "cotta", "rotta", "unmix_tns", "adanpc"])
+def test_a_state_goes_on_where_it_is_loaded(recipe, tmp_path) -> None:
+    def make(device):
+        config = {"source": source_batches(), "mean": (0.0,) * 3, "std": (1.0,) * 3}
+        return tta.wrap(tiny("bn").to(device), recipe, **config)
+
+    here, there = make("cpu"), make("cuda")
+    for t in range(3):
+        there(images(t).cuda())
+    torch.save(there.state(), tmp_path / "state.pt")
+    here.load_state(torch.load(tmp_path / "state.pt", map_location="cpu", weights_only=False))
+    assert close(here(images(3)), there(images(3).cuda()).cpu())
+    there.reset()
+    first = there(images(0).cuda())
+    there.reset()
+    assert torch.equal(there(images(0).cuda()), first)
+    weights = tiny("bn").state_dict()
+    assert all(torch.equal(v.cpu(), weights[k]) for k, v in there.unwrap().state_dict().items())
+
+
+@pytest.mark.parametrize("recipe", ["bn", "tent.cifar10", "eata.cifar10", "unmix_tns", "lame"])
+def test_layouts_and_precisions(recipe) -> None:
+    expected = tta.wrap(tiny("bn").cuda(), recipe, source=source_batches())
+    last = tta.wrap(
+        tiny("bn").cuda().to(memory_format=torch.channels_last), recipe, source=source_batches()
+    )
+    low = tta.wrap(tiny("bn").cuda(), recipe, source=source_batches())
+    brain = tta.wrap(tiny("bn").cuda().bfloat16(), recipe, source=source_batches())
+    for t in range(3):
+        x = images(t).cuda()
+        y = expected(x)
+        assert close(last(x.to(memory_format=torch.channels_last)), y)
+        with torch.autocast("cuda", torch.bfloat16):
+            torch.testing.assert_close(low(x).float(), y, atol=0.15, rtol=0.1)
+        assert torch.isfinite(brain(x.bfloat16())).all()
+
+
+@pytest.mark.parametrize("side", [32, 48, 224])
+@pytest.mark.parametrize("name", ALL)
+def test_corruptions(name, side) -> None:
+    generator = torch.Generator().manual_seed(3)
+    batch = torch.randint(0, 256, (6, 3, side, side), generator=generator, dtype=torch.uint8)
+    batch[3:] = (batch[3:] // 64) * 3 + torch.arange(side, dtype=torch.uint8)[:, None] // 2
+    for severity in (1, 3, 5) if side == 32 else (3,):
+        here = corruptions.corrupt(batch, name, severity, seeds=range(6))
+        there = corruptions.corrupt(batch.cuda(), name, severity, seeds=range(6))
+        assert there.device.type == "cuda"
+        different = there.cpu() != here
+        if os.environ.get("SHOW_DIFFERENCES"):
+            size = (there.cpu().int() - here.int()).abs()
+            print("DIFF", name, side, severity, f"{different.float().mean():.2e}", int(size.max()))
+        assert different.float().mean() < 1e-3
+    alone = corruptions.corrupt(batch[2:3].cuda(), name, 3, seeds=[2])
+    assert torch.equal(alone, corruptions.corrupt(batch.cuda(), name, 3, seeds=range(6))[2:3])
+
+
+def test_a_run_gives_the_errors_of_the_cpu_and_goes_on(tmp_path) -> None:
+    def run(device):
+        folder = tmp_path / device
+        methods = ["source", "bn", "eata", "unmix_tns+lame", "rotta"]
+        flags = ["run", "--images", "60", "--corruptions", "fog", "contrast", "gaussian_noise"]
+        flags += ["--scenario", "continual", "--batch-size", "20", "--methods", *methods]
+        assert main([*flags, "--device", device, "--quiet", "--output", str(folder)]) == 0
+        (path,) = folder.glob("*/results.jsonl")
+        return path, {(r["method"], r["step"]): r for r in read_lines(path, "batch")}
+
+    _, here = run("cpu")
+    path, there = run("cuda")
+    assert here.keys() == there.keys()
+    wrong = {
+        d: sum(row["errors"] for row in rows.values())
+        for d, rows in (("cpu", here), ("cuda", there))
+    }
+    assert wrong["cuda"] == pytest.approx(wrong["cpu"], rel=0.02)
+    # Cut off, it goes on with the same numbers.
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[: len(lines) // 2]) + b'{"kind": "ba')
+    _, again = run("cuda")
+    assert json.dumps([r["errors"] for r in again.values()]) == json.dumps(
+        [r["errors"] for r in there.values()]
+    )
