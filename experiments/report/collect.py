@@ -135,7 +135,7 @@ def write_compact(results: Sequence[Result], path: str | Path) -> None:
         row = asdict(result) | {"curve": [[seen[i] for i in keep], [wrong[i] for i in keep]]}
         for part in [row["summary"], *row["domains"]]:
             for name in ("kind", "stream", "method"):
-                part.pop(name)
+                part.pop(name, None)  # absent where it comes from such a file
         if len(result.stretches) > STRETCHES:
             row["stretches"] = []
         lines.append(json.dumps(plain(_rounded({"kind": "result", **row})), allow_nan=False) + "\n")
