@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 
 import models
 import tta
-from experiments import commands
+from experiments import benchmark, commands
 from experiments.benchmark import EXPENSIVE, STREAMS, Benchmark, all_methods, bundled_models
 from experiments.report import collect
 from experiments.run import Cache
@@ -79,6 +80,26 @@ def test_the_page_is_made_of_the_results(tmp_path, capsys):
     # What is done is not run again.
     assert commands.main([*arguments, *files]) == 0
     assert (tmp_path / "record.md").read_text() == page
+
+
+def test_compact_results_are_gone_on_from(tmp_path, monkeypatch, capsys):
+    """In a fresh checkout, with no run's folder: only what they lack is run."""
+    short = replace(benchmark.STREAMS["mixed"], images=20)
+    monkeypatch.setattr(benchmark, "STREAMS", {"mixed": short})
+    files = ["--results", str(tmp_path / "record.jsonl"), "--page", str(tmp_path / "record.md")]
+
+    def record(folder, *methods):
+        arguments = ["record", "--models", "cifar10_resnet20_bn", "--methods", *methods]
+        arguments += ["--device", "cpu", "--output", str(tmp_path / folder), *files]
+        assert commands.main(arguments) == 0
+        return capsys.readouterr().out
+
+    assert "1 runs" in record("one", "source")
+    assert "1 runs" in record("two", "source", "bn")
+    assert {r.method for r in collect([tmp_path / "two"])} == {"bn"}
+    assert {r.method for r in collect([tmp_path / "record.jsonl"])} == {"source", "bn"}
+    assert "0 runs" in record("three", "source", "bn")
+    assert {r.method for r in collect([tmp_path / "record.jsonl"])} == {"source", "bn"}
 
 
 def test_the_overhead_is_said(capsys):

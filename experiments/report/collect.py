@@ -81,6 +81,12 @@ class Result:
     stretches: list[tuple[int, int, str]]
     about: dict[str, Any]
 
+    @property
+    def machine(self) -> str:
+        """What times may be compared on: its GPUs, or its processor where it has none."""
+        hardware = self.about.get("hardware") or {}
+        return ", ".join(hardware.get("gpus") or [hardware.get("cpu", "unknown")])
+
 
 def collect(paths: Iterable[str | Path]) -> list[Result]:
     """Read all results under some paths.

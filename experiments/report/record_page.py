@@ -36,7 +36,7 @@ def write_page(results: Sequence[Result], path: Path, images: Path) -> None:
         "# Benchmark of record",
         "",
         "Written by `python -m experiments record` from `experiments/results/record.jsonl`; do not "
-        "edit. The command goes on where it stopped.",
+        "edit. The command goes on where it stopped; what the results hold is not run again.",
         "",
         *_setup(results, settings),
         *_main(settings),
@@ -162,25 +162,35 @@ def _extremes(settings: Mapping[Setting, Methods]) -> Iterator[str]:
     where = f"on {setting.stream} with {setting.model}"
     yield "### Forgetting, calibration, cost"
     yield ""
-    figures: list[tuple[str, Callable[[Result], float | None], str, float]] = [
+    same = _on_one_machine(methods)
+    machine = next(iter(same.values()))[0].machine
+    figures: list[tuple[str, Methods, Callable[[Result], float | None], str, float]] = [
         (
             "The error on clean images after the stream",
+            methods,
             lambda r: r.summary["clean_error"],
             " %",
             100,
         ),
-        ("The expected calibration error", lambda r: r.summary["ece"], " %", 100),
-        ("The time per image", lambda r: 1000 / r.summary["images_per_second"], " ms", 1),
+        ("The expected calibration error", methods, lambda r: r.summary["ece"], " %", 100),
+        (
+            f"The time per image (one process of several on {machine})",
+            same,
+            lambda r: 1000 / r.summary["images_per_second"],
+            " ms",
+            1,
+        ),
     ]
-    for lead, figure, unit, scale in figures:
-        found = {name: over_seeds(results, figure) for name, results in methods.items()}
+    for lead, among, figure, unit, scale in figures:
+        found = {name: over_seeds(results, figure) for name, results in among.items()}
         known = {name: value.mean for name, value in found.items() if value is not None}
         if "source" not in known:
             continue
         low, high = min(known, key=lambda n: known[n]), max(known, key=lambda n: known[n])
         yield (
-            f"* {lead} {where} is {scale * known['source']:.1f}{unit} for source, and from "
-            f"{scale * known[low]:.1f}{unit} ({low}) to {scale * known[high]:.1f}{unit} ({high})."
+            f"* {lead} {where} is {_digits(scale * known['source'])}{unit} for source, and from "
+            f"{_digits(scale * known[low])}{unit} ({low}) to {_digits(scale * known[high])}{unit} "
+            f"({high})."
         )
     yield ""
 
@@ -211,7 +221,7 @@ def _pictures(settings: Mapping[Setting, Methods], path: Path, images: Path) -> 
         for name, draw, caption in drawn:
             file = images / f"{setting.stream}-{name}.png"
             title = f"{caption}: {setting.stream}, {model}"
-            draw(methods, file, title)
+            draw(_on_one_machine(methods) if name == "cost" else methods, file, title)
             yield f"![{title}]({os.path.relpath(file, path.parent)})"
             yield ""
 
@@ -225,6 +235,22 @@ def _details(settings: Mapping[Setting, Methods]) -> Iterator[str]:
         yield from ("", f"### {setting.stream}, {setting.model}", "")
         yield f"{setting.images:,} images, batches of {setting.batch_size}."
         yield from ("", setting_table(methods).markdown().rstrip())
+
+
+def _digits(value: float) -> str:
+    return f"{value:.1f}" if value >= 1 else f"{value:.2g}"
+
+
+def _on_one_machine(methods: Methods) -> dict[str, list[Result]]:
+    """The results from the machine that has most methods, the first of several: times compare."""
+    machines = Counter(
+        machine
+        for results in methods.values()
+        for machine in dict.fromkeys(r.machine for r in results)
+    )
+    most = max(machines, key=lambda machine: machines[machine])
+    kept = {name: [r for r in results if r.machine == most] for name, results in methods.items()}
+    return {name: results for name, results in kept.items() if results}
 
 
 def _gaps(methods: Methods) -> dict[str, Estimate]:
