@@ -13,6 +13,7 @@ from torch import Tensor
 import tta
 from tests.contract.cases import images, source_batches
 from tests.nets import tiny
+from tta.neighbours import largest
 
 OFFICIAL = {"official": True, "confidence_threshold": 0.0, "neighbours": 4}
 
@@ -217,3 +218,17 @@ def test_what_is_missing_or_wrong_is_named() -> None:
 def test_source_samples_limits_what_is_read() -> None:
     held = _wrap(source_samples=11).constants()
     assert len(held["output/source_features"]) == 11 == len(held["output/source_labels"])
+
+
+@pytest.mark.parametrize("size", [1, 63, 64, 2_000, 6_400, 6_437])
+def test_the_largest_are_those_of_a_full_sort(size: int) -> None:
+    generator = torch.Generator().manual_seed(size)
+    values = torch.randn(5, size, generator=generator)
+    values[1, size // 2 :] = float("-inf")
+    values[2] = values[2].sort().values  # all of the largest in one block
+    for count in {1, min(7, size), min(20, size)}:
+        nearest, index = largest(values, count)
+        expected = values.sort(dim=1, descending=True).values[:, :count]
+        assert torch.equal(nearest, expected)
+        assert torch.equal(values.gather(1, index), expected)
+        assert all(len(set(row.tolist())) == count for row in index)

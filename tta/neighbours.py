@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-__all__ = ["vote"]
+__all__ = ["largest", "vote"]
+
+BLOCK = 64  # values of which one stands for all in the first search
 
 
 def vote(
@@ -35,8 +38,37 @@ def vote(
         tensor([[0.5000, 0.5000]])
     """
     shares = similarity.new_zeros(len(similarity), classes)
-    if ball_radius <= 1 and bool(similarity.detach().amax(1).min() > ball_radius):
+    if ball_radius <= 1 and bool(similarity.detach().t().amax(0).min() > ball_radius):
         inside = similarity.masked_fill(similarity < ball_radius, float("-inf"))
         return shares.index_add(1, labels, (inside / temperature).softmax(1))
-    nearest, index = similarity.topk(min(neighbours, similarity.shape[1]), dim=1)
+    nearest, index = largest(similarity, min(neighbours, similarity.shape[1]))
     return shares.scatter_add(1, labels[index], (nearest / temperature).softmax(1))
+
+
+def largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The largest values of each row (B, M), falling, and where they are: as ``topk``, but faster.
+
+    They lie in those blocks of a row whose own largest values are the largest: no other block
+    beats so many. Only these are searched.
+
+    Args:
+        values: (B, M).
+        count: k, at most M.
+
+    Returns:
+        Two of (B, k).
+    """
+    size = values.shape[1]
+    blocks = size // BLOCK
+    if blocks < 4 * count:
+        return torch.topk(values, count, dim=1)
+    columns = values.t()  # which AdaNPC's products fill row by row
+    head, rest = columns[: blocks * BLOCK], columns[blocks * BLOCK :]
+    head = head.unflatten(0, (blocks, BLOCK))
+    best = head.detach().amax(1).topk(count, dim=0, sorted=False).indices[:, None]
+    within = torch.arange(BLOCK, device=values.device)[:, None]
+    last = torch.arange(blocks * BLOCK, size, device=values.device)[:, None]
+    index = torch.cat([(best * BLOCK + within).flatten(0, 1), last.expand(rest.shape)])
+    found = torch.cat([head.gather(0, best.expand(-1, BLOCK, -1)).flatten(0, 1), rest])
+    nearest, place = found.t().topk(count, dim=1)
+    return nearest, index.t().gather(1, place)

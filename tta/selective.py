@@ -75,6 +75,8 @@ def weighted_entropy(logits: Tensor, margin: float) -> Tensor:
 class SelectiveUpdate(Update):
     """Weighted entropy of reliable, non-redundant samples, and a penalty if there is one."""
 
+    selects = True
+
     ema_probs: Tensor  # (C,), q; NaN while undefined
 
     def __init__(self, config: SelectiveConfig, network: Backbone, context: Context) -> None:
@@ -88,7 +90,7 @@ class SelectiveUpdate(Update):
     def adapt(self, x: Tensor) -> Prediction:
         """Predict, select, weigh, step; nothing moves when no sample is selected."""
         config, margin = self.config, self.config.entropy_margin * self.context.log_classes
-        prediction = self.network(x)
+        prediction = self.look(x)
         found = select(prediction.logits, self.ema_probs, margin, config.redundancy_margin)
         self.report = Report(
             reliable=found.reliable, selected=found.count, loss=float("nan"), stepped=False

@@ -205,8 +205,10 @@ class Update(Component):
     for_artefacts: ClassVar[dict[str, Any]] = {}  # fields that leave out what artefacts need not
     injects: ClassVar[tuple[str, ...]] = ()  # of wrap's "augment" and "restore_mask"
     learns_from_all: ClassVar[bool] = True  # given margins wide enough, from all of a batch at once
+    selects: ClassVar[bool] = False  # leaves samples out, by `look` and `kept_logits`
 
     resets: Tensor
+    kept_share: Tensor  # of the last batch, where the method selects
 
     def __init__(self, config: Any, network: Backbone, context: Context) -> None:
         super().__init__(config)
@@ -216,6 +218,8 @@ class Update(Component):
         self.report = Report()
         self.recover: Callable[..., None] = lambda **_: None  # set by the adapter
         self.register_buffer("resets", torch.zeros((), dtype=torch.int64))
+        if self.selects:
+            self.register_buffer("kept_share", torch.ones(()))
         self.optimizer = self._make_optimizer()
 
     @classmethod
@@ -257,16 +261,32 @@ class Update(Component):
             return self.network(x[rows]).logits
         return self.network(x).logits[rows]
 
+    def look(self, x: Tensor) -> Prediction:
+        """The pass that samples are chosen by.
+
+        Without a graph where few were kept of the last batch, as then :meth:`kept_logits` will not
+        need one: to hold what a backward pass would want costs a fifth of a pass.
+        """
+        with torch.set_grad_enabled(not (self.context.rows_independent and self._keeps_few())):
+            return self.network(x)
+
     def kept_logits(self, x: Tensor, prediction: Prediction, rows: Tensor) -> Tensor:
-        """Logits (N, C) of the rows that go into a loss, those of ``prediction`` for ``x``.
+        """Logits (N, C) of the rows that go into a loss, those that :meth:`look` gave for ``x``.
 
         A backward pass costs the same for every row, in the loss or not. Where rows do not depend
         on each other and few are kept, these go through the model again alone and the graph of
         the whole batch is dropped: the same gradient, up to rounding, for less.
         """
-        if self.context.rows_independent and int(rows.sum()) < RERUN_BELOW * len(rows):
+        if not self.context.rows_independent:
+            return prediction.logits[rows]
+        few = self._keeps_few()  # of the last batch: `prediction` has no graph
+        self.kept_share.copy_(rows.float().mean())
+        if few or self._keeps_few():
             return self.forward_rows(x, rows)
         return prediction.logits[rows]
+
+    def _keeps_few(self) -> bool:
+        return bool(self.kept_share < RERUN_BELOW)
 
     def optimized(self) -> dict[str, nn.Parameter]:
         """What the optimiser moves: the model's chosen parameters, then the method's own."""

@@ -54,6 +54,7 @@ from tta.source import SourceStatistics
 
 __all__ = ["Adanpc", "AdanpcBn", "AdanpcBnConfig", "AdanpcConfig"]
 
+ALIGNMENT = 64  # bytes, as torch allocates
 FLOOR = 1e-5  # added to every vote, so that its logarithm is finite
 BN_EPS = 1e-5
 BETAS, ADAM_EPS = (0.9, 0.999), 1e-8
@@ -222,7 +223,11 @@ class Adanpc(Output):
     def _hold(self, features: Tensor, scale: Tensor, labels: Tensor) -> None:
         device, width = self.remembered.device, features.shape[1]
         rows = 0 if self.config.official else self.config.capacity
-        self.source_features = features.detach().to(device)
+        features = features.detach().to(device)
+        # Products of matrices depend in their last bit on where these begin, and what was read
+        # from a file may begin anywhere.
+        misplaced = features.data_ptr() % ALIGNMENT
+        self.source_features = features.clone() if misplaced else features
         self.source_scale, self.source_labels = scale.to(device), labels.to(device)
         self.memory = torch.zeros(rows, width, device=device)
         self.memory_labels = torch.zeros(rows, dtype=torch.int64, device=device)
@@ -233,15 +238,10 @@ class Adanpc(Output):
 
     def _scores(self, unit: Tensor) -> Tensor:
         """Scores (B, C) of normalised features (B, D)."""
-        c, unit = self.config, unit.float()
-        source = unit @ self.source_features.float().t()
-        source.mul_(self.source_scale.float())  # in place: memory anew costs more than the product
-        own = unit @ self.memory.float().t()
-        places = torch.arange(len(self.memory), device=own.device)
-        own = own.masked_fill(places >= self.remembered, float("-inf"))
+        c = self.config
         labels = torch.cat([self.source_labels, self.memory_labels])
         share = vote(
-            torch.cat([source, own], dim=1),
+            self._similarity(unit.float()),
             labels,
             self.context.num_classes,
             c.neighbours,
@@ -249,6 +249,29 @@ class Adanpc(Output):
             c.ball_radius,
         )
         return (share + FLOOR).clamp_max(1.0)
+
+    def _similarity(self, unit: Tensor) -> Tensor:
+        """Cosine (B, M) of features (B, D) with every row of the memory, -inf with free rows.
+
+        One column for each image in memory: with rows of the memory on the outside the product is
+        twice as fast on a CPU. Written to one place where no gradient is wanted, since on a small
+        network memory anew costs as much as the product.
+        """
+        count, columns = len(self.source_labels), unit.t()
+        features, own = self.source_features.float(), self.memory.float()
+        if torch.is_grad_enabled() and unit.requires_grad:
+            found = torch.cat([features @ columns, own @ columns])
+        else:
+            found = unit.new_empty(count + len(own), len(unit))
+            torch.mm(features, columns, out=found[:count])
+            torch.mm(own, columns, out=found[count:])
+        places = torch.arange(len(own), device=own.device)
+        scale = torch.zeros(len(own), device=own.device).masked_fill(
+            places >= self.remembered, float("-inf")
+        )
+        found[:count].mul_(self.source_scale.float()[:, None])
+        found[count:].add_(scale[:, None])
+        return found.t()
 
     def _remember(self, unit: Tensor, scores: Tensor) -> int:
         """Put the confident rows of (B, D) into the memory; how many these were."""

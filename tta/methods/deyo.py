@@ -80,6 +80,7 @@ class Deyo(LowerLayersUpdate):
     """Entropy of samples that lose their label when their object is destroyed."""
 
     Config = DeyoConfig
+    selects = True
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "imagenet": _RESNET | {"plpd_threshold": 0.3},
         "imagenet_wild": _RESNET | {"plpd_threshold": 0.2},
@@ -96,7 +97,7 @@ class Deyo(LowerLayersUpdate):
         config, log_classes = self.config, self.context.log_classes
         self._check(x)
         self.report = Report(reliable=0, selected=0, loss=float("nan"), stepped=False)
-        prediction = self.network(x)
+        prediction = self.look(x)
         self.leave_out_last()
         draws = fork(self.context.generator, x.device)
         entropies = entropy(prediction.logits.detach())

@@ -107,6 +107,7 @@ class Roid(Update):
     """Certain and diverse samples, a soft likelihood ratio, weights kept near the source."""
 
     Config = RoidConfig
+    selects = True
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "imagenet": {"lr": 2.5e-4},
         "cifar10": CIFAR_ADAM | {"nesterov": False},
@@ -134,7 +135,7 @@ class Roid(Update):
         config = self.config
         if self.augmenter is not None:
             self.augmenter.check(x)
-        prediction = self.network(x)
+        prediction = self.look(x)
         logits = prediction.logits.detach()
         weights, kept = sample_weights(logits, self.ema_probs, config.temperature)
         chosen = self.kept_logits(x, prediction, kept)

@@ -71,6 +71,7 @@ class Sar(LowerLayersUpdate):
     """Sharpness-aware and reliable entropy minimisation."""
 
     Config = SarConfig
+    selects = True
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "imagenet": {"lr": 2.5e-4, "lr_scaling": "small_batch"},
         "imagenet_vit": {"lr": 1e-3, "lr_scaling": "linear"},
@@ -87,7 +88,7 @@ class Sar(LowerLayersUpdate):
     def adapt(self, x: Tensor) -> Prediction:
         """Predict, select, step from the perturbed point, recover if the average says so."""
         config = self.config
-        prediction = self.network(x)
+        prediction = self.look(x)
         self.leave_out_last()
         margin = config.entropy_margin * self.context.log_classes
         reliable = entropy(prediction.logits.detach()) < margin
