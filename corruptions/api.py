@@ -28,7 +28,7 @@ from corruptions import (
     spatter,
     weather,
 )
-from corruptions.parts import part_size, threads_for_idle_cores
+from corruptions.parts import in_parts, part_size
 from corruptions.setting import Params, Setting
 from corruptions.severity import BENCHMARK, EXTRA, ParameterSet
 
@@ -225,21 +225,20 @@ def corrupt(
     seeds = check.seeds(seeds, len(images))
     out = torch.empty_like(images, memory_format=torch.contiguous_format, requires_grad=False)
 
-    part = part_size(name, images)
-    with threads_for_idle_cores():
-        for first in range(0, len(images), part):
-            rows = slice(first, first + part)
-            piece = images[rows]
-            params = sample(
-                name,
-                piece.shape,
-                severity,
-                seeds[rows],
-                parameters=parameters,
-                frost_pictures=frost_pictures,
-                device=_working_device(images),
-            )
-            out[rows] = _apply(piece, name, params)
+    def work(rows: slice) -> None:
+        piece = images[rows]
+        params = sample(
+            name,
+            piece.shape,
+            severity,
+            seeds[rows],
+            parameters=parameters,
+            frost_pictures=frost_pictures,
+            device=_working_device(images),
+        )
+        out[rows] = _apply(piece, name, params)
+
+    in_parts(work, len(images), part_size(name, images))
     return out
 
 

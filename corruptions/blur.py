@@ -147,7 +147,9 @@ def apply_zoom_blur(images: Tensor, params: Params) -> Tensor:
         lowered = _float32_average(params["weights"]).to(images.device)
         whole -= flat * lowered.index_select(0, whole.flatten().int()).view(whole.shape)
         return levels(whole).view(images.shape)
-    source = images.float()
+    # All channels as those of one image: torch enlarges few channels in another way, which rounds
+    # differently and depends on the number of threads.
+    source = images.flatten(0, 1)[None].float()
     total = torch.zeros_like(source)
     for factor, weight in pairs:
         (high, tall, top), (wide, broad, left) = (zoom_pair(n, factor) for n in (height, width))
@@ -156,7 +158,7 @@ def apply_zoom_blur(images: Tensor, params: Params) -> Tensor:
             crop = F.interpolate(crop, (tall, broad), mode="bilinear", align_corners=True)
         rest_y, rest_x = (tall - height) // 2, (broad - width) // 2
         total.add_(crop[..., rest_y : rest_y + height, rest_x : rest_x + width], alpha=weight)
-    return levels(total)
+    return levels(total).view(images.shape)
 
 
 @lru_cache(maxsize=32)

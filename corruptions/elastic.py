@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from corruptions.filters import gaussian_matrix, levels
+from corruptions.filters import levels, separable
 from corruptions.setting import Params, Setting, scalar
 
 __all__ = ["apply_elastic_transform", "sample_elastic_transform"]
@@ -47,9 +47,7 @@ def apply_elastic_transform(images: Tensor, params: Params) -> Tensor:
     strength = float(params["strength"])
     if strength > 0:
         sigma = float(params["sigma"])
-        down = gaussian_matrix(height, sigma, 3.0, "symmetric").to(device)
-        along = gaussian_matrix(width, sigma, 3.0, "symmetric").to(device)
-        moved = (down @ params["field"].to(torch.float64) @ along.T).mul_(strength)
+        moved = separable(params["field"], sigma, 3.0, "symmetric").contiguous().mul_(strength)
         x = moved[:, 0] + torch.arange(width, device=device)
         y = moved[:, 1] + torch.arange(height, device=device)[:, None]
         out = _bilinear(out, x, y, mirror_edge=False)

@@ -11,13 +11,14 @@ sees: a sum moves by about 0.001 levels.
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 __all__ = [
-    "exact_float", "folded", "gaussian_matrix", "levels", "pad", "quantised", "separable",
+    "Band", "exact_float", "folded", "levels", "pad", "quantised", "separable",
 ]  # fmt: skip
 
 # With levels centred on zero (8 bits and a sign), 17 more bits fill a float32.
@@ -121,9 +122,47 @@ def _mirrored(edge: Tensor, axis: int, mode: str, at_start: bool) -> Tensor:
     return edge.narrow(axis, int(without_edge == at_start), margin).flip(axis)
 
 
+class Band(NamedTuple):
+    """A matrix whose rows have their few entries near the diagonal.
+
+    Attributes:
+        matrix: (M, N).
+        blocks: First row, one past the last, first column with an entry, one past the last.
+    """
+
+    matrix: Tensor
+    blocks: tuple[tuple[int, int, int, int], ...]
+
+    @classmethod
+    def of(cls, matrix: Tensor) -> Band:
+        """The blocks of a matrix on the CPU, `_BAND_ROWS` rows each."""
+        blocks = []
+        for first in range(0, len(matrix), _BAND_ROWS):
+            rows = matrix[first : first + _BAND_ROWS]
+            used = (rows != 0).any(0).nonzero().flatten()
+            blocks.append((first, first + len(rows), int(used[0]), int(used[-1]) + 1))
+        return cls(matrix, tuple(blocks))
+
+    def along(self, values: Tensor) -> Tensor:
+        """The matrix applied along the last axis, which comes first then: (..., N) to (M, ...)."""
+        flat = values.reshape(-1, values.shape[-1])
+        matrix = self.matrix.to(values)
+        if values.device.type != "cpu":
+            found = matrix @ flat.t()
+        else:
+            found = flat.new_empty(len(matrix), len(flat))
+            for top, bottom, left, right in self.blocks:
+                part = flat[:, left:right].t()
+                torch.mm(matrix[top:bottom, left:right], part, out=found[top:bottom])
+        return found.view(len(matrix), *values.shape[:-1])
+
+
+_BAND_ROWS = 32
+
+
 @lru_cache(maxsize=64)
-def gaussian_matrix(size: int, sigma: float, truncate: float, mode: str) -> Tensor:
-    """A Gaussian filter along one axis, padding included, as a matrix.
+def gaussian_band(size: int, sigma: float, truncate: float, mode: str) -> Band:
+    """A Gaussian filter along one axis, padding included.
 
     Args:
         size: Samples on the axis.
@@ -132,17 +171,17 @@ def gaussian_matrix(size: int, sigma: float, truncate: float, mode: str) -> Tens
         mode: See `folded`.
 
     Returns:
-        (size, size) float64 with weights of `TWO_PASS_BITS` bits; row i makes output i.
+        A (size, size) float64 matrix with weights of `TWO_PASS_BITS` bits; row i makes output i.
     """
     radius = int(truncate * sigma + 0.5)
     if sigma <= 0 or radius == 0:
-        return torch.eye(size, dtype=torch.float64)
+        return Band.of(torch.eye(size, dtype=torch.float64))
     taps = np.arange(-radius, radius + 1)
     kernel = np.exp(-0.5 * (taps / sigma) ** 2)
     source = folded(np.arange(size)[:, None] + taps, size, mode)
     matrix = np.zeros((size, size))
     np.add.at(matrix, (np.arange(size)[:, None], source), kernel / kernel.sum())
-    return torch.from_numpy(quantised(matrix, TWO_PASS_BITS))
+    return Band.of(torch.from_numpy(quantised(matrix, TWO_PASS_BITS)))
 
 
 def separable(images: Tensor, sigma: float, truncate: float = 4.0, mode: str = "edge") -> Tensor:
@@ -155,9 +194,9 @@ def separable(images: Tensor, sigma: float, truncate: float = 4.0, mode: str = "
         mode: See `folded`.
 
     Returns:
-        (..., H, W) float64.
+        (..., H, W) float64, a view with other strides.
     """
     height, width = images.shape[-2:]
-    down = gaussian_matrix(height, sigma, truncate, mode).to(images.device)
-    along = gaussian_matrix(width, sigma, truncate, mode).to(images.device)
-    return down @ (images.double() @ along.T)
+    across = gaussian_band(width, sigma, truncate, mode).along(images.flatten(0, -3).double())
+    both = gaussian_band(height, sigma, truncate, mode).along(across)  # (H, W, ...)
+    return both.permute(2, 0, 1).unflatten(0, images.shape[:-2])

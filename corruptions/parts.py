@@ -2,28 +2,33 @@
 
 torch splits an operation between threads, which wait for each other at its end. Where another
 program keeps a core busy, such a wait lasts until that core is given back, and an operation of
-microseconds takes milliseconds: then one thread is several times faster than two.
+microseconds takes milliseconds: then one thread is several times faster than two. So each thread
+takes parts of the batch here, and only as many threads run as there are idle cores.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 
-__all__ = ["part_size", "threads_for_idle_cores", "usable_cores"]
+__all__ = ["in_parts", "part_size", "usable_cores"]
 
 # Temporaries of this many pixels fit the processor cache, or a GPU's memory.
 _PIXELS = 1 << 18
 _PIXELS_GPU = 1 << 23
-# Some have more of them, or of a wider type; a codec has none, and threads that want a share each.
-_SHARES = dict.fromkeys(
-    ("shot_noise", "glass_blur", "elastic_transform", "saturate", "pixelate"), 0.5
-) | {"jpeg_compression": 8}
+# Some have more of them, or of a wider type; others have few.
+_SHARES = dict.fromkeys(("zoom_blur", "glass_blur", "gaussian_blur"), 0.5) | dict.fromkeys(
+    ("shot_noise", "frost", "brightness", "contrast", "snow", "spatter"), 2
+)
+# A thread is not woken for less than this share of a part.
+_FINEST = 2
 # Seconds between looks at what else is running.
 _GLANCE = 0.05
 
@@ -43,23 +48,66 @@ def part_size(name: str, images: torch.Tensor) -> int:
     return max(1, int(_PIXELS * _SHARES.get(name, 1)) // pixels)
 
 
+def in_parts(work: Callable[[slice], None], count: int, part: int) -> None:
+    """Call `work` on slices that cover a batch, on as many threads as there are idle cores.
+
+    Each thread does whole parts, and torch has one thread in each: operations on a part are short,
+    and threads within an operation would wait for each other at the end of every one.
+
+    Args:
+        work: Given rows; calls for different rows do not depend on each other.
+        count: Rows of the batch.
+        part: Rows to work on at once.
+    """
+    threads = min(_idle_cores(), -(-count // max(1, part // _FINEST)))
+    if threads > 1:
+        # As many parts for each thread, all of about one size.
+        part = -(-count // (threads * -(-count // (threads * part))))
+    rows = [slice(first, first + part) for first in range(0, count, part)]
+    with _torch_threads(1 if threads > 1 else torch.get_num_threads()):
+        if threads == 1:
+            for each in rows:
+                work(each)
+            return
+        inference = torch.is_inference_mode_enabled()
+
+        def there(each: slice) -> None:
+            with torch.inference_mode(inference):  # a thread has a mode of its own
+                work(each)
+
+        for _ in _pool(threads, os.getpid()).map(there, rows):
+            pass  # raises what a part raised
+
+
 @contextmanager
-def threads_for_idle_cores() -> Iterator[None]:
-    """Let torch use no more threads than there are cores that nobody else uses; at least one."""
-    wanted = torch.get_num_threads()
-    threads = wanted
-    if wanted > 1:
-        # What runs is told of the whole machine, of which this process may have a part.
-        idle = (os.cpu_count() or 1) - _busy_cores()
-        threads = max(1, min(wanted, usable_cores(), idle))
-    if threads == wanted:
+def _torch_threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if count == before:
         yield
         return
-    torch.set_num_threads(threads)
+    torch.set_num_threads(count)
     try:
         yield
     finally:
-        torch.set_num_threads(wanted)
+        torch.set_num_threads(before)
+
+
+@lru_cache(maxsize=1)
+def _pool(threads: int, process: int) -> ThreadPoolExecutor:
+    """Threads that stay, since new ones are slow at first; a forked process has none of them."""
+    return ThreadPoolExecutor(
+        threads, "corruptions", initializer=torch.set_num_threads, initargs=(1,)
+    )
+
+
+def _idle_cores() -> int:
+    """Cores that torch may use and nobody else does, at least one."""
+    wanted = torch.get_num_threads()
+    if wanted == 1:
+        return 1
+    # What runs is told of the whole machine, of which this process may have a part.
+    idle = (os.cpu_count() or 1) - _busy_cores()
+    return max(1, min(wanted, usable_cores(), idle))
 
 
 def usable_cores() -> int:

@@ -15,7 +15,6 @@ from torchvision.transforms import v2
 
 import corruptions
 from corruptions import digital, draws, parts, severity
-from corruptions.parts import threads_for_idle_cores
 
 ALL = corruptions.list_corruptions(extra=True)
 
@@ -72,21 +71,52 @@ def test_large_batches_are_worked_in_parts(name):
     assert torch.equal(whole[-1:], corruptions.corrupt(batch[-1:], name, 3, seeds=[299]))
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_threads_do_not_matter(name):
-    """However many torch has, and that number is left alone."""
-    batch, seeds = images(64), torch.arange(64)
+@pytest.fixture
+def three_threads(monkeypatch):
+    """Parts of a few images on three threads, whatever else this machine does."""
     before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        alone = corruptions.corrupt(batch, name, 3, seeds=seeds)
-        torch.set_num_threads(3)
-        assert torch.equal(corruptions.corrupt(batch, name, 3, seeds=seeds), alone)
-        assert torch.get_num_threads() == 3
-        with ThreadPoolExecutor(1) as pool:
-            assert pool.submit(torch.get_num_threads).result() == 3
-    finally:
-        torch.set_num_threads(before)
+    torch.set_num_threads(3)
+    monkeypatch.setattr(parts, "_idle_cores", lambda: 3)
+    monkeypatch.setattr(parts, "_PIXELS", 1 << 13)
+    yield
+    torch.set_num_threads(before)
+
+
+def alone(*arguments, **keywords):
+    """As `corrupt`, on one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parts, "_idle_cores", lambda: 1)
+        out = corruptions.corrupt(*arguments, **keywords)
+    torch.set_num_threads(before)
+    return out
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_threads_do_not_matter(name, three_threads):
+    """However many torch has, and that number is left alone."""
+    batch = images(64)
+    expected = alone(batch, name, 3, seeds=range(64))
+    assert torch.equal(corruptions.corrupt(batch, name, 3, seeds=range(64)), expected)
+    assert torch.get_num_threads() == 3
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(torch.get_num_threads).result() == 3
+    large = images(4, 256, 250)
+    expected = alone(large, name, 3, seeds=range(4))
+    assert torch.equal(corruptions.corrupt(large, name, 3, seeds=range(4)), expected)
+
+
+def test_threads_take_over_modes_and_give_errors_back(three_threads, tmp_path):
+    with torch.inference_mode():
+        batch = images(64)
+        out = corruptions.corrupt(batch, "fog", 3, seeds=range(64))
+    assert torch.equal(out, alone(batch, "fog", 3, seeds=range(64)))
+    leaf = (images(64) / 255).requires_grad_()
+    assert not corruptions.corrupt(leaf, "fog", 3, seeds=range(64)).requires_grad
+    with pytest.raises(ValueError, match="`frost_pictures` must be a folder with pictures"):
+        corruptions.corrupt(batch, "frost", 3, seeds=range(64), frost_pictures=tmp_path)
+    assert torch.get_num_threads() == 3
 
 
 def test_busy_cores_are_left_to_others(monkeypatch):
@@ -98,10 +128,7 @@ def test_busy_cores_are_left_to_others(monkeypatch):
         monkeypatch.setattr("os.cpu_count", lambda: 4)
         for busy, left in ((0, 4), (1, 3), (9, 1)):
             monkeypatch.setattr("corruptions.parts._busy_cores", lambda busy=busy: busy)
-            with pytest.raises(KeyError), threads_for_idle_cores():
-                assert torch.get_num_threads() == left
-                raise KeyError
-            assert torch.get_num_threads() == 4
+            assert parts._idle_cores() == left
     finally:
         torch.set_num_threads(before)
 
