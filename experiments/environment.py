@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,10 @@ PACKAGES = ("torch", "torchvision", "timm", "numpy", "scipy", "pillow")
 
 def describe_environment() -> dict[str, Any]:
     """Versions, hardware and git commit, as JSON types."""
-    return {"versions": _versions(), "hardware": _hardware(), "git": _commit()}
+    return {"versions": dict(_versions()), "hardware": _hardware(), "git": _commit()}
 
 
+@lru_cache(maxsize=1)
 def _versions() -> dict[str, str]:
     found = {"python": platform.python_version(), "tta": tta.__version__}
     for name in PACKAGES:

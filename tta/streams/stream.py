@@ -6,6 +6,7 @@ import copy
 import math
 from collections import deque
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -171,10 +172,15 @@ class Stream:
             place = np.flatnonzero(rows.which == code)
             # Named by domain, severity and step, so that no skipped batch changes it.
             key = [float(x) if not isinstance(x, str) else x for s in condition.steps for x in s]
-            draws = Draws(self._config["seed"], "pixels", *key, rows.step)
-            made.append(self._domains.render(condition, rows.index[place], draws.seed))
+            seed = partial(_pixel_seed, self._config["seed"], *key, rows.step)
+            made.append(self._domains.render(condition, rows.index[place], seed))
             places.append(place)
         if len(made) == 1:
             return made[0]
         back = torch.from_numpy(np.argsort(np.concatenate(places)))
         return torch.cat(made).index_select(0, back.to(made[0].device))
+
+
+def _pixel_seed(seed: int, *key: str | float) -> int:
+    """Of the generator that a transform of one batch's images of one condition is given."""
+    return Draws(seed, "pixels", *key).seed()
