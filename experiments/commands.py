@@ -28,6 +28,7 @@ from experiments.record import Busy, Conflict, read_header
 from experiments.run import Run
 from experiments.settings import make_run
 from experiments.subject import pick_device
+from experiments.workers import NoClusterError
 
 __all__ = ["main"]
 
@@ -70,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         left = work.execute()
-    except (Busy, Conflict, FileExistsError) as error:
+    except (Busy, Conflict, FileExistsError, NoClusterError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

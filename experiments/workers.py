@@ -24,7 +24,12 @@ from experiments.record import RESULTS, Busy, Conflict, read_lines
 from experiments.run import Cache, Run
 from experiments.trial import OutOfTime
 
-__all__ = ["Cell", "Outcome", "in_pool", "on_ray", "one_by_one", "run_cell"]
+__all__ = ["Cell", "NoClusterError", "Outcome", "in_pool", "on_ray", "one_by_one", "run_cell"]
+
+
+class NoClusterError(RuntimeError):
+    """Ray is not where it was said to be, or has not what was asked for."""
+
 
 _CACHE = Cache()  # of this process: cells with the same model and images follow each other
 
@@ -162,6 +167,9 @@ def on_ray(
         address: Of a cluster; None starts Ray on this machine.
         workers: Cells at once on this machine; None for as many as there are cores.
         gpus: Share of a GPU that each takes, 0 for none.
+
+    Raises:
+        NoClusterError: For an address where no Ray answers, or more GPUs than there are.
     """
     ray = import_ray()
     root = str(Path(__file__).parents[1])
@@ -172,15 +180,27 @@ def on_ray(
     ours = not ray.is_initialized()
     if ours:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # keep what CUDA sees
-        ray.init(
-            address=address,
-            num_cpus=workers if address is None else None,
-            include_dashboard=False if address is None else None,
-            log_to_driver=False,
-            logging_level="error",
-            runtime_env=environment,
-        )
+        try:
+            ray.init(
+                address=address,
+                num_cpus=workers if address is None else None,
+                include_dashboard=False if address is None else None,
+                log_to_driver=False,
+                logging_level="error",
+                runtime_env=environment,
+            )
+        except ConnectionError as error:
+            raise NoClusterError(
+                f"`ray-address` must be that of a running Ray cluster, got {address!r}: start one "
+                "by ray start --head, or use --ray for this machine alone"
+            ) from error
     try:
+        there = ray.cluster_resources().get("GPU", 0)
+        if gpus > there:  # such a task would wait for ever
+            raise NoClusterError(
+                f"`gpus-per-run` must be at most the {there:g} GPUs that Ray has, got {gpus:g}: "
+                "ask for fewer, or add machines"
+            )
         # Retries are the sweep's, in all three ways alike.
         task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=0)(run_cell)
         running = {task.remote(cell, carry=True): cell for cell in cells}

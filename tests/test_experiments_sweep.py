@@ -245,3 +245,14 @@ def test_ray_gives_the_same_numbers(tmp_path):
     ray = Sweep(config, tmp_path / "ray", lambda cells: on_ray(cells, None, 2, 0.0))
     assert ray.execute() == []
     assert results(tmp_path / "one") == results(tmp_path / "ray")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
+def test_a_cluster_that_is_not_there_is_said(tmp_path, capsys):
+    flags = ["sweep", "--images", "10", "--corruptions", "fog", "--methods", "source"]
+    flags += ["--device", "cpu", "--output", str(tmp_path)]
+    assert commands.main([*flags, "--ray-address", "127.0.0.1:1"]) == 1
+    assert "error: `ray-address` must be that of a running Ray cluster" in capsys.readouterr().err
+    assert commands.main([*flags, "--ray", "--gpus-per-run", "3"]) == 1
+    assert "error: `gpus-per-run` must be at most the" in capsys.readouterr().err
