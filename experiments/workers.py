@@ -7,6 +7,7 @@ run by `run_cell` alone, with a fixed number of threads, so that sums are added 
 from __future__ import annotations
 
 import os
+import socket
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -181,6 +182,7 @@ def on_ray(
     if ours:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # keep what CUDA sees
         try:
+            _knock(address)
             ray.init(
                 address=address,
                 num_cpus=workers if address is None else None,
@@ -189,7 +191,7 @@ def on_ray(
                 logging_level="error",
                 runtime_env=environment,
             )
-        except ConnectionError as error:
+        except OSError as error:
             raise NoClusterError(
                 f"`ray-address` must be that of a running Ray cluster, got {address!r}: start one "
                 "by ray start --head, or use --ray for this machine alone"
@@ -214,6 +216,13 @@ def on_ray(
     finally:
         if ours:
             ray.shutdown()
+
+
+def _knock(address: str | None) -> None:
+    """Raise OSError where nobody answers at ``host:port``; Ray itself tries for minutes."""
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def import_ray() -> Any:
