@@ -4,7 +4,7 @@
     python -m experiments.compositions runs/<date>-compositions
 
 writes a row for each update and a column for each rule that is joined to it, and keeps the figures
-in ``experiments/results/compositions.json``.
+in ``experiments/results/compositions.json``. Runs of some of the methods add to what is there.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ __all__ = ["main", "render"]
 ROOT = Path(__file__).parents[1]
 PAGE, RESULTS = ROOT / "docs" / "composition.md", ROOT / "experiments/results/compositions.json"
 START, END = "<!-- errors -->", "<!-- /errors -->"
+SAME = ("images", "domains", "batch_size", "severity", "model")
 JOINED = ("unmix_tns", "lame", "adanpc")  # in the order of the columns
 
 
@@ -32,18 +33,26 @@ def main(arguments: Sequence[str]) -> None:
     streams: dict[str, list[Result]] = {}
     for result in collect(arguments):
         streams.setdefault(result.setting.stream, []).append(result)
-    figures = {name: _figures(results) for name, results in streams.items()}
+    figures = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    for name, results in streams.items():
+        figures[name] = _joined(figures.get(name), _figures(results))
     RESULTS.write_text(json.dumps(figures, indent=1) + "\n")
     before, _, rest = PAGE.read_text().partition(START)
     PAGE.write_text(f"{before}{START}\n{render(figures)}{END}{rest.partition(END)[2]}")
 
 
+def _joined(old: dict[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]:
+    """New figures, with the errors of other methods where the stream is the same."""
+    if old is None or any(old[key] != new[key] for key in SAME):
+        return new
+    return {**new, "errors": old["errors"] | new["errors"]}
+
+
 def _figures(results: Sequence[Result]) -> dict[str, Any]:
     first = results[0]
     errors = {_plain(r.method): round(100 * r.summary["mean_error"], 1) for r in results}
-    keys = ("images", "domains", "batch_size", "severity", "model")
     return {
-        **{key: getattr(first.setting, key) for key in keys},
+        **{key: getattr(first.setting, key) for key in SAME},
         "about": first.about,
         "errors": errors,
     }
