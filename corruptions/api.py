@@ -103,8 +103,8 @@ def sample(
         parameters: "cifar" and "imagenet" force the constants published for 32x32 and 224x224
             images; "auto" chooses by the short side and interpolates in between.
         frost_pictures: Folder of pictures to use for frost in place of the synthetic texture.
-        device: Where to draw: best where the images are. Draws are the same on every device, but
-            for frost's levels, which may differ by one.
+        device: Where to draw: best where the images are (Apple's GPUs get the CPU's draws). They
+            are the same on every device, but for frost's levels, which may differ by one.
 
     Returns:
         Name to tensor: draws start with a dimension B and lie on `device`, constants have none.
@@ -118,7 +118,7 @@ def sample(
     check.parameters(parameters)
     folder = check.folder(frost_pictures)
     size = check.shape(shape)
-    seeds = check.seeds(seeds, size[0]).to(device)
+    seeds = check.seeds(seeds, size[0]).to(_capable(torch.device(device)))
     if severity == 0:
         return {"clean": torch.tensor(True)}
     with torch.no_grad():
@@ -158,21 +158,22 @@ def apply(images: Tensor, name: str, params: Params) -> Tensor:
 
 
 def _apply(images: Tensor, name: str, params: Params) -> Tensor:
-    if "clean" in params:
-        return images.clone()
-    with torch.no_grad():
+    device = _capable(images.device)
+    # Sums must not be taken in half precision, whatever the caller's model runs in.
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        if "clean" in params:
+            return images.clone()
         floating = images.is_floating_point()
         levels = _to_levels(images) if floating else images
-        device = _working_device(images)
         levels = levels.to(device).contiguous()
         local = {key: value.to(device) if value.ndim else value for key, value in params.items()}
         out = _OPERATIONS[name].apply(levels, local).to(images.device)
         return out.to(images.dtype).div_(255) if floating else out
 
 
-def _working_device(images: Tensor) -> torch.device:
+def _capable(device: torch.device) -> torch.device:
     """Where to draw and compute: Apple's GPUs have no float64, which exact sums need."""
-    return torch.device("cpu") if images.device.type == "mps" else images.device
+    return torch.device("cpu") if device.type == "mps" else device
 
 
 def _to_levels(images: Tensor) -> Tensor:
@@ -226,7 +227,7 @@ def corrupt(
     out = torch.empty_like(images, memory_format=torch.contiguous_format, requires_grad=False)
 
     def work(rows: slice) -> None:
-        piece = images[rows]
+        piece = images[rows].detach()
         params = sample(
             name,
             piece.shape,
@@ -234,11 +235,12 @@ def corrupt(
             seeds[rows],
             parameters=parameters,
             frost_pictures=frost_pictures,
-            device=_working_device(images),
+            device=images.device,
         )
-        out[rows] = _apply(piece, name, params)
+        with torch.no_grad():
+            out[rows] = _apply(piece, name, params)
 
-    in_parts(work, len(images), part_size(name, images))
+    in_parts(work, len(images), part_size(name, images), images.device)
     return out
 
 

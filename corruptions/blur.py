@@ -40,7 +40,7 @@ def sample_gaussian_blur(setting: Setting) -> Params:
 
 def apply_gaussian_blur(images: Tensor, params: Params) -> Tensor:
     """Blur by a Gaussian cut at four standard deviations, edges repeated."""
-    return levels(separable(images, float(params["sigma"])))
+    return levels(separable(images, float(params["sigma"]))).contiguous()
 
 
 def sample_motion_blur(setting: Setting) -> Params:

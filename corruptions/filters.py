@@ -122,6 +122,10 @@ def _mirrored(edge: Tensor, axis: int, mode: str, at_start: bool) -> Tensor:
     return edge.narrow(axis, int(without_edge == at_start), margin).flip(axis)
 
 
+# Rows of a band matrix that are multiplied at once.
+_BAND_ROWS = 32
+
+
 class Band(NamedTuple):
     """A matrix whose rows have their few entries near the diagonal.
 
@@ -157,9 +161,6 @@ class Band(NamedTuple):
         return found.view(len(matrix), *values.shape[:-1])
 
 
-_BAND_ROWS = 32
-
-
 @lru_cache(maxsize=64)
 def gaussian_band(size: int, sigma: float, truncate: float, mode: str) -> Band:
     """A Gaussian filter along one axis, padding included.
@@ -188,13 +189,13 @@ def separable(images: Tensor, sigma: float, truncate: float = 4.0, mode: str = "
     """Gaussian filter over rows and columns.
 
     Args:
-        images: (..., H, W) of any dtype; sums are exact if values are whole numbers 0..255.
+        images: (B, ..., H, W) of any dtype; sums are exact if values are whole numbers 0..255.
         sigma: Standard deviation in pixels.
         truncate: Radius in standard deviations.
         mode: See `folded`.
 
     Returns:
-        (..., H, W) float64, a view with other strides.
+        (B, ..., H, W) float64, a view with other strides.
     """
     height, width = images.shape[-2:]
     across = gaussian_band(width, sigma, truncate, mode).along(images.flatten(0, -3).double())

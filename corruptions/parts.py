@@ -27,8 +27,8 @@ _PIXELS_GPU = 1 << 23
 _SHARES = dict.fromkeys(("zoom_blur", "glass_blur", "gaussian_blur"), 0.5) | dict.fromkeys(
     ("shot_noise", "frost", "brightness", "contrast", "snow", "spatter"), 2
 )
-# A thread is not woken for less than this share of a part.
-_FINEST = 2
+# A thread is not woken for less than one part over this.
+_LEAST = 2
 # Seconds between looks at what else is running.
 _GLANCE = 0.05
 
@@ -48,35 +48,40 @@ def part_size(name: str, images: torch.Tensor) -> int:
     return max(1, int(_PIXELS * _SHARES.get(name, 1)) // pixels)
 
 
-def in_parts(work: Callable[[slice], None], count: int, part: int) -> None:
+def in_parts(work: Callable[[slice], None], count: int, part: int, device: torch.device) -> None:
     """Call `work` on slices that cover a batch, on as many threads as there are idle cores.
 
     Each thread does whole parts, and torch has one thread in each: operations on a part are short,
-    and threads within an operation would wait for each other at the end of every one.
+    and threads within an operation would wait for each other at the end of every one. A GPU gets
+    one part after the other, from the caller's thread and so in its stream.
 
     Args:
         work: Given rows; calls for different rows do not depend on each other.
         count: Rows of the batch.
         part: Rows to work on at once.
+        device: Where the batch is.
     """
-    threads = min(_idle_cores(), -(-count // max(1, part // _FINEST)))
+    idle = _idle_cores()
+    threads = 1
+    if device.type == "cpu":
+        threads = min(idle, -(-count // max(1, part // _LEAST)))
     if threads > 1:
         # As many parts for each thread, all of about one size.
         part = -(-count // (threads * -(-count // (threads * part))))
-    rows = [slice(first, first + part) for first in range(0, count, part)]
-    with _torch_threads(1 if threads > 1 else torch.get_num_threads()):
-        if threads == 1:
+    rows = iter([slice(first, first + part) for first in range(0, count, part)])
+    inference = torch.is_inference_mode_enabled()
+
+    def take() -> None:
+        with torch.inference_mode(inference):  # a thread has a mode of its own
             for each in rows:
                 work(each)
+
+    with _torch_threads(1 if threads > 1 else idle):
+        if threads == 1:
+            take()
             return
-        inference = torch.is_inference_mode_enabled()
-
-        def there(each: slice) -> None:
-            with torch.inference_mode(inference):  # a thread has a mode of its own
-                work(each)
-
-        for _ in _pool(threads, os.getpid()).map(there, rows):
-            pass  # raises what a part raised
+        for done in [_pool(os.getpid()).submit(take) for _ in range(threads)]:
+            done.result()  # raises what a part raised
 
 
 @contextmanager
@@ -93,11 +98,12 @@ def _torch_threads(count: int) -> Iterator[None]:
 
 
 @lru_cache(maxsize=1)
-def _pool(threads: int, process: int) -> ThreadPoolExecutor:
-    """Threads that stay, since new ones are slow at first; a forked process has none of them."""
-    return ThreadPoolExecutor(
-        threads, "corruptions", initializer=torch.set_num_threads, initargs=(1,)
-    )
+def _pool(process: int) -> ThreadPoolExecutor:
+    """Threads that stay, since new ones are slow at first; a forked process has none of them.
+
+    They first use torch within `_torch_threads(1)`, and keep that number.
+    """
+    return ThreadPoolExecutor(usable_cores(), "corruptions")
 
 
 def _idle_cores() -> int:

@@ -102,6 +102,11 @@ def add_command(commands: Any) -> None:
 
 
 def _prepare(args: argparse.Namespace) -> Record:
+    if args.images is not None and args.results == RESULTS:
+        raise ValueError(
+            "`results` must be another file than the record's with `images`, got the default: pass "
+            "--results and --page"
+        )
     benchmark = Benchmark(
         device=str(pick_device(args.device)),
         models=tuple(args.models or bundled_models()),
@@ -231,7 +236,8 @@ class Record:
         if self.sweep is not None:
             left = self.sweep.execute()
             known = [self.results] if self.results.is_file() else []
-            write_compact(collect([*known, self.sweep.folder]), self.results)
+            # What the results hold is later than a folder's run of the same thing, if there is one.
+            write_compact(collect([self.sweep.folder, *known]), self.results)
         results = collect([self.results])
         write_page(results, self.page, self.page.parent / "images" / "record")
         print(f"{len(results)} results: {self.results}\n{self.page}", flush=True)

@@ -192,16 +192,18 @@ def on_ray(
                 runtime_env=environment,
             )
         except OSError as error:
+            if address is None:
+                raise
             raise NoClusterError(
                 f"`ray-address` must be that of a running Ray cluster, got {address!r}: start one "
                 "by ray start --head, or use --ray for this machine alone"
             ) from error
     try:
-        there = ray.cluster_resources().get("GPU", 0)
+        there = max(node["Resources"].get("GPU", 0) for node in ray.nodes() if node["Alive"])
         if gpus > there:  # such a task would wait for ever
             raise NoClusterError(
-                f"`gpus-per-run` must be at most the {there:g} GPUs that Ray has, got {gpus:g}: "
-                "ask for fewer, or add machines"
+                f"`gpus-per-run` must be at most the {there:g} GPUs of one machine of Ray's, got "
+                f"{gpus:g}: ask for fewer"
             )
         # Retries are the sweep's, in all three ways alike.
         task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=0)(run_cell)
@@ -222,7 +224,7 @@ def _knock(address: str | None) -> None:
     """Raise OSError where nobody answers at ``host:port``; Ray itself tries for minutes."""
     host, _, port = (address or "").removeprefix("ray://").rpartition(":")
     if host and port.isdigit():
-        socket.create_connection((host, int(port)), timeout=10).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 def import_ray() -> Any:

@@ -15,7 +15,7 @@ from tests.contract.cases import images, source_batches
 from tests.nets import tiny
 from tta import augment
 from tta.augment import Augmenter, View, draw_view, make_view, pixel_space
-from tta.draws import Draws, fork
+from tta.draws import CountedDraws, fork
 from tta.slots import Context
 
 PLAIN = View((0, 1, 2, 3, 4), (1.0, 1.0, 1.0, 0.0, 1.0), 0.0, (0, 0), 1.0, 0.0, False)
@@ -26,7 +26,7 @@ def _generator(seed: int = 0) -> torch.Generator:
 
 
 def test_parameters_fill_their_ranges_and_no_more() -> None:
-    draws = Draws(0)
+    draws = CountedDraws(0)
     views = [draw_view(32, 64, draws) for _ in range(400)]
     for i, (low, high) in enumerate(augment.RANGES):
         drawn = [v.factors[i] for v in views]
@@ -78,7 +78,7 @@ def test_blur_against_its_definition() -> None:
 
 @pytest.mark.parametrize("shape", [(2, 3, 17, 24), (2, 1, 32, 32), (2, 4, 9, 9)])
 def test_other_sizes_and_channels(shape) -> None:
-    view = draw_view(*shape[2:], Draws(0))
+    view = draw_view(*shape[2:], CountedDraws(0))
     y = make_view(torch.rand(shape, generator=_generator()), view)
     assert y.shape == shape and y.min() >= 0 and y.max() <= 1
 
@@ -117,7 +117,7 @@ def test_views_are_made_on_pixels_and_given_in_the_models_space() -> None:
     pixels = images(0)
     shape = (1, 3, 1, 1)
     x = (pixels - torch.tensor(mean).view(shape)) / torch.tensor(std).view(shape)
-    for view in augmenter.views(x, 3, Draws(0)):
+    for view in augmenter.views(x, 3, CountedDraws(0)):
         torch.testing.assert_close(view, x, atol=1e-6, rtol=0)
     assert [index for _, index in seen] == [0, 1, 2]
     torch.testing.assert_close(seen[0][0], pixels, atol=1e-6, rtol=0)

@@ -114,6 +114,13 @@ def test_threads_take_over_modes_and_give_errors_back(three_threads, tmp_path):
     assert torch.equal(out, alone(batch, "fog", 3, seeds=range(64)))
     leaf = (images(64) / 255).requires_grad_()
     assert not corruptions.corrupt(leaf, "fog", 3, seeds=range(64)).requires_grad
+    with torch.no_grad():
+        clean = corruptions.corrupt(leaf, "fog", 0, seeds=range(64))
+    assert not clean.requires_grad and torch.equal(clean, leaf)
+    expected = alone(batch, "zoom_blur", 3, seeds=range(64))
+    with torch.autocast("cpu", torch.bfloat16):
+        for out in (corruptions.corrupt, alone):
+            assert torch.equal(out(batch, "zoom_blur", 3, seeds=range(64)), expected)
     with pytest.raises(ValueError, match="`frost_pictures` must be a folder with pictures"):
         corruptions.corrupt(batch, "frost", 3, seeds=range(64), frost_pictures=tmp_path)
     assert torch.get_num_threads() == 3
@@ -129,6 +136,18 @@ def test_busy_cores_are_left_to_others(monkeypatch):
         for busy, left in ((0, 4), (1, 3), (9, 1)):
             monkeypatch.setattr("corruptions.parts._busy_cores", lambda busy=busy: busy)
             assert parts._idle_cores() == left
+            seen = []
+
+            def note(rows, seen=seen):
+                seen.append((rows, torch.get_num_threads()))
+
+            parts.in_parts(note, 12, 4, torch.device("cpu"))
+            assert {i for rows, _ in seen for i in range(12)[rows]} == set(range(12))
+            assert {threads for _, threads in seen} == {1}  # in each of ours, not even torch's own
+            assert torch.get_num_threads() == 4
+            seen.clear()
+            parts.in_parts(note, 12, 4, torch.device("cuda"))  # in order, in the caller's stream
+            assert [rows for rows, _ in seen] == [slice(0, 4), slice(4, 8), slice(8, 12)]
     finally:
         torch.set_num_threads(before)
 

@@ -12,7 +12,7 @@ import tta
 from tests.contract.cases import images
 from tests.nets import affine, batch_statistics, tiny
 from tta.destroy import occlude, shuffle_patches, shuffle_pixels
-from tta.draws import Draws
+from tta.draws import CountedDraws
 from tta.losses import entropy
 from tta.methods import deyo
 
@@ -28,7 +28,7 @@ def _generator(seed: int = 0) -> torch.Generator:
 
 def test_patches_stay_whole_and_each_image_has_an_order_of_its_own() -> None:
     x = torch.arange(3 * 2 * 8 * 12, dtype=torch.float32).view(3, 2, 8, 12)
-    y = shuffle_patches(x, 4, Draws(0))
+    y = shuffle_patches(x, 4, CountedDraws(0))
 
     def patches(image: Tensor) -> list[list[float]]:
         corners = [(r, c) for r in range(0, 8, 2) for c in range(0, 12, 3)]
@@ -39,20 +39,20 @@ def test_patches_stay_whole_and_each_image_has_an_order_of_its_own() -> None:
         assert sorted(patches(before)) == sorted(patches(after))
         orders.append([patches(before).index(p) for p in patches(after)])
     assert orders[0] != orders[1] != orders[2] and list(range(16)) not in orders
-    assert torch.equal(y, shuffle_patches(x, 4, Draws(0)))
-    assert torch.equal(shuffle_patches(x, 1, Draws(0)), x)
+    assert torch.equal(y, shuffle_patches(x, 4, CountedDraws(0)))
+    assert torch.equal(shuffle_patches(x, 1, CountedDraws(0)), x)
 
 
 def test_other_sizes_are_resized_and_come_back() -> None:
-    y = shuffle_patches(torch.rand(2, 3, 33, 50, generator=_generator()), 4, Draws(0))
+    y = shuffle_patches(torch.rand(2, 3, 33, 50, generator=_generator()), 4, CountedDraws(0))
     assert y.shape == (2, 3, 33, 50) and y.min() >= 0 and y.max() <= 1
     flat = torch.rand(2, 3, 1, 1, generator=_generator()).expand(2, 3, 33, 50)
-    close(shuffle_patches(flat, 4, Draws(0)), flat)
+    close(shuffle_patches(flat, 4, CountedDraws(0)), flat)
 
 
 def test_pixels_move_with_all_their_channels() -> None:
     x = torch.arange(2 * 3 * 4 * 5, dtype=torch.float32).view(2, 3, 4, 5)
-    y = shuffle_pixels(x, Draws(0))
+    y = shuffle_pixels(x, CountedDraws(0))
     for before, after in zip(x.flatten(2), y.flatten(2), strict=True):
         assert sorted(before.t().tolist()) == sorted(after.t().tolist())
         assert not torch.equal(before, after)
@@ -74,7 +74,7 @@ def test_the_middle_is_covered_with_the_mean() -> None:
 # The method --------------------------------------------------------------------------------
 
 
-def _roll(x: Tensor, grid: int, draws: Draws) -> Tensor:
+def _roll(x: Tensor, grid: int, draws: CountedDraws) -> Tensor:
     return x.roll(5, dims=2).flip(3)
 
 
@@ -93,7 +93,7 @@ def _thresholds(x: Tensor, keep: int) -> tuple[float, float]:
         ordered = h.sort().values
         margin = float(ordered[keep - 1] + ordered[keep]) / 2
         some = h < margin
-        after = net(_roll(x[some], 4, Draws(0))).softmax(1)
+        after = net(_roll(x[some], 4, CountedDraws(0))).softmax(1)
         drop = p[some].max(1).values - after.gather(1, p[some].argmax(1)[:, None])[:, 0]
     ordered = drop.sort().values
     return margin / math.log(10), float(ordered[keep // 2 - 1] + ordered[keep // 2]) / 2
@@ -116,7 +116,7 @@ def test_two_steps_are_those_of_the_definition(monkeypatch) -> None:
         z, h, p = _measure(net, x)
         first = [i for i in range(12) if h[i].item() < margin * math.log(10)]
         with torch.no_grad():
-            after = net(_roll(x[first], 4, Draws(0))).softmax(1)
+            after = net(_roll(x[first], 4, CountedDraws(0))).softmax(1)
         labels = p.argmax(1)
         drops = {i: (p[i, labels[i]] - after[j, labels[i]]).item() for j, i in enumerate(first)}
         second = [i for i in first if drops[i] > threshold]
@@ -150,7 +150,7 @@ def test_both_thresholds_are_strict(monkeypatch) -> None:
     x, net = images(0, 10), tiny("gn")
     with torch.no_grad():
         _, _, p = _measure(net, x)
-        after = net(_roll(x, 4, Draws(0))).softmax(1)
+        after = net(_roll(x, 4, CountedDraws(0))).softmax(1)
     labels = p.argmax(1)
     drops = sorted(float(p[i, labels[i]] - after[i, labels[i]]) for i in range(10))
     assert drops == sorted(set(drops))

@@ -12,7 +12,7 @@ import tta
 from tests.contract.cases import images
 from tests.nets import affine, batch_statistics, tiny
 from tta.augment import Augmenter, draw_view, make_view
-from tta.draws import Draws, fork
+from tta.draws import CountedDraws, fork
 from tta.losses import soft_likelihood_ratio
 from tta.methods.roid import PriorCorrection, PriorCorrectionConfig, sample_weights
 from tta.slots import Context, Prediction
@@ -188,8 +188,8 @@ def test_without_the_view_no_pixel_space_is_needed() -> None:
 def test_views_have_reflected_borders_and_neither_blur_nor_noise() -> None:
     x = images(0, 3)
     augmenter = Augmenter(tiny("bn"), Context(num_classes=10, **RAW), "reflect", soften=False)
-    (view,) = augmenter.views(x, 1, Draws(4))
-    drawn = draw_view(32, 32, Draws(4))
+    (view,) = augmenter.views(x, 1, CountedDraws(4))
+    drawn = draw_view(32, 32, CountedDraws(4))
     assert torch.equal(view, make_view(x, drawn._replace(sigma=0.0), None, "reflect"))
     assert not torch.equal(view, make_view(x, drawn._replace(sigma=0.0), None, "edge"))
 

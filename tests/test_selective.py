@@ -95,3 +95,57 @@ def test_rdumb_counts_batches_that_teach_nothing_and_not_cycles() -> None:
     for _ in range(3):
         adapter(images(0))
     assert int(adapter.state()["update/batches"]) == 3 and adapter.report.resets == 1
+
+
+@pytest.mark.parametrize("name", ["eta", "sar", "deyo"])
+def test_the_first_pass_has_no_graph_where_the_last_batch_kept_few(name: str) -> None:
+    """Nothing kept counts as few; on batch statistics there is always a graph."""
+    nothing = tta.get_config(name, entropy_margin=1e-6)
+    adapter = tta.wrap(tiny("gn"), update=nothing)
+    graphs = _watch(adapter)
+    for t in range(3):
+        adapter(images(t))
+        assert adapter.report.selected == 0
+    assert graphs == [True, False, False]
+    assert float(adapter.state()["update/kept_share"]) == 0.0
+    adapter.reset()
+    adapter(images(0))
+    assert graphs[-1]
+    adapter = tta.wrap(tiny("bn"), update=nothing)
+    graphs = _watch(adapter)
+    adapter(images(0)), adapter(images(1))
+    assert graphs == [True, True]
+
+
+def test_many_after_few_are_learned_from_all_the_same() -> None:
+    x = images(0, 20)
+    one, two = (
+        tta.wrap(tiny("gn"), update=tta.get_config("eta", entropy_margin=10.0, **LOOSE))
+        for _ in range(2)
+    )
+    two.load_state({"update/kept_share": torch.tensor(0.1)})
+    torch.testing.assert_close(one(x), two(x))
+    assert one.report.selected == two.report.selected == 20
+    torch.testing.assert_close(one(x), two(x), rtol=1e-4, atol=1e-5)
+
+
+def test_folders_of_earlier_versions_begin_without_a_share(tmp_path) -> None:
+    adapter = tta.wrap(tiny("gn"), "sar.cifar10")
+    del adapter.update._buffers["kept_share"]
+    adapter._initial.pop("update/kept_share")
+    tta.save(adapter, tmp_path)
+    assert float(tta.load(tiny("gn"), tmp_path).state()["update/kept_share"]) == 1.0
+
+
+def _watch(adapter: tta.Adapter) -> list[bool]:
+    """Whether each batch's first pass was made with a graph."""
+    found: list[bool] = []
+    look = adapter.update.look
+
+    def watched(x):
+        prediction = look(x)
+        found.append(prediction.logits.requires_grad)
+        return prediction
+
+    adapter.update.look = watched
+    return found

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import tta
 from tests.contract.cases import images, source_batches
 from tests.nets import tiny
-from tta.draws import Draws
+from tta.draws import CountedDraws
 from tta.norm import by_batch, by_source, overriding
 from tta.replay import Replay
 from tta.teachers import order_statistics, quantile, random_mask, restore
@@ -106,12 +106,12 @@ def test_restoration_is_bitwise() -> None:
 @pytest.mark.parametrize("probability", [1.0, 0.5, 0.01, 1e-4])
 def test_random_masks(probability: float) -> None:
     size = 200_000
-    mask = random_mask(size, probability, Draws(0))
+    mask = random_mask(size, probability, CountedDraws(0))
     spread = (size * probability * (1 - probability)) ** 0.5
     assert abs(int(mask.sum()) - size * probability) <= 4 * spread
     for half in mask.split(size // 2):
         assert abs(int(half.sum()) - size / 2 * probability) <= 4 * spread
-    again = random_mask(size, probability, Draws(0))
+    again = random_mask(size, probability, CountedDraws(0))
     assert torch.equal(mask, again)
     if probability == 0.5:  # neighbours do not know of each other
         pairs = (mask[1:] & mask[:-1]).float().mean()

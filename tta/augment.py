@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tta.draws import Draws
+from tta.draws import CountedDraws
 from tta.slots import Context
 
 __all__ = [
@@ -57,7 +57,7 @@ class View(NamedTuple):
     flip: bool
 
 
-def draw_view(height: int, width: int, draws: Draws) -> View:
+def draw_view(height: int, width: int, draws: CountedDraws) -> View:
     """Draw the parameters of a view of images of this size."""
     places, u = draws.numbers(5), draws.numbers(11)
     order = sorted(range(5), key=places.__getitem__)
@@ -322,7 +322,7 @@ class Augmenter:
             )
 
     @torch.no_grad()
-    def views(self, x: Tensor, count: int, draws: Draws) -> Iterator[Tensor]:
+    def views(self, x: Tensor, count: int, draws: CountedDraws) -> Iterator[Tensor]:
         """So many views of ``x``, one by one.
 
         Args:
@@ -354,7 +354,7 @@ class Augmenter:
         mean, std = (torch.tensor(v, device=device) for v in (self.mean, self.std))
         return mean.view(1, -1, 1, 1), std.view(1, -1, 1, 1)
 
-    def _view(self, pixels: Tensor, draws: Draws) -> Tensor:
+    def _view(self, pixels: Tensor, draws: CountedDraws) -> Tensor:
         if self.augment is not None:
             view = self.augment(pixels, self.calls)
             self.calls += 1

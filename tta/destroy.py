@@ -8,12 +8,12 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from tta.draws import Draws
+from tta.draws import CountedDraws
 
 __all__ = ["occlude", "shuffle_patches", "shuffle_pixels"]
 
 
-def shuffle_patches(images: Tensor, grid: int, draws: Draws) -> Tensor:
+def shuffle_patches(images: Tensor, grid: int, draws: CountedDraws) -> Tensor:
     """Cut each image into grid x grid patches and put them back in a random order of its own.
 
     Sides that are no multiple of ``grid`` are resized down to one, and back afterwards.
@@ -35,7 +35,7 @@ def shuffle_patches(images: Tensor, grid: int, draws: Draws) -> Tensor:
     return _resize(patches.reshape(b, c, height * grid, width * grid), h, w)
 
 
-def shuffle_pixels(images: Tensor, draws: Draws) -> Tensor:
+def shuffle_pixels(images: Tensor, draws: CountedDraws) -> Tensor:
     """Put the pixels of each image (B, C, H, W), all channels together, in a random order."""
     pixels = images.flatten(2).transpose(1, 2)
     return _permute(pixels, draws).transpose(1, 2).reshape(images.shape)
@@ -56,7 +56,7 @@ def occlude(images: Tensor, share: float) -> Tensor:
     return covered
 
 
-def _permute(rows: Tensor, draws: Draws) -> Tensor:
+def _permute(rows: Tensor, draws: CountedDraws) -> Tensor:
     """The rows (B, N, D) of each image in a random order."""
     b, n, d = rows.shape
     order = draws.words(b * n).view(b, n).argsort(1)

@@ -4,6 +4,8 @@ torch's generators give other numbers on a GPU than on a CPU. The words here are
 (Steele, Lea and Flood, OOPSLA 2014): word j is a fixed mixing of ``start + j * gamma`` in 64-bit
 integers, which every device computes alike, all words in one expression. Uniform numbers are exact
 fractions of them and normal ones come from a table, so no logarithm or cosine rounds differently.
+`corruptions.draws` has the same generator, with a start for each image: neither package needs the
+other.
 """
 
 from __future__ import annotations
@@ -13,14 +15,14 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-__all__ = ["Draws", "fork"]
+__all__ = ["CountedDraws", "fork"]
 
 _GAMMA = 0x9E3779B97F4A7C15
 _FACTORS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 _QUANTILES = 2**16
 
 
-class Draws:
+class CountedDraws:
     """A stream of random numbers.
 
     Args:
@@ -28,7 +30,7 @@ class Draws:
         device: Where what is drawn lies.
 
     Example:
-        >>> Draws(0).uniforms(2).tolist() == [*Draws(0).numbers(2)]
+        >>> CountedDraws(0).uniforms(2).tolist() == [*CountedDraws(0).numbers(2)]
         True
     """
 
@@ -65,12 +67,12 @@ class Draws:
         return _quantiles(self.device).index_select(0, index).view(shape)
 
 
-def fork(generator: torch.Generator, device: torch.device) -> Draws:
+def fork(generator: torch.Generator, device: torch.device) -> CountedDraws:
     """A new stream of numbers for ``device``, seeded by one draw from ``generator``.
 
     Whatever is drawn from it, ``generator`` has advanced by the same single draw.
     """
-    return Draws(int(torch.randint(2**62, (), generator=generator)), device)
+    return CountedDraws(int(torch.randint(2**62, (), generator=generator)), device)
 
 
 def _signed(value: int) -> int:

@@ -205,7 +205,7 @@ class Update(Component):
     for_artefacts: ClassVar[dict[str, Any]] = {}  # fields that leave out what artefacts need not
     injects: ClassVar[tuple[str, ...]] = ()  # of wrap's "augment" and "restore_mask"
     learns_from_all: ClassVar[bool] = True  # given margins wide enough, from all of a batch at once
-    selects: ClassVar[bool] = False  # leaves samples out, by `look` and `kept_logits`
+    selects: ClassVar[bool] = False  # looks, then leaves samples out: see `look`
 
     resets: Tensor
     kept_share: Tensor  # of the last batch, where the method selects
@@ -267,8 +267,16 @@ class Update(Component):
         Without a graph where few were kept of the last batch, as then :meth:`kept_logits` will not
         need one: to hold what a backward pass would want costs a fifth of a pass.
         """
-        with torch.set_grad_enabled(not (self.context.rows_independent and self._keeps_few())):
+        few = self.selects and self.context.rows_independent
+        with torch.set_grad_enabled(not (few and bool(self.kept_share < RERUN_BELOW))):
             return self.network(x)
+
+    def count_kept(self, rows: Tensor) -> int:
+        """How many of a batch are in the mask ``rows`` (B,); :meth:`look` remembers the share."""
+        count = int(rows.sum())
+        if self.selects:
+            self.kept_share.fill_(count / len(rows))
+        return count
 
     def kept_logits(self, x: Tensor, prediction: Prediction, rows: Tensor) -> Tensor:
         """Logits (N, C) of the rows that go into a loss, those that :meth:`look` gave for ``x``.
@@ -279,14 +287,10 @@ class Update(Component):
         """
         if not self.context.rows_independent:
             return prediction.logits[rows]
-        few = self._keeps_few()  # of the last batch: `prediction` has no graph
-        self.kept_share.copy_(rows.float().mean())
-        if few or self._keeps_few():
+        few = self.count_kept(rows) < RERUN_BELOW * len(rows)
+        if few or not prediction.logits.requires_grad:
             return self.forward_rows(x, rows)
         return prediction.logits[rows]
-
-    def _keeps_few(self) -> bool:
-        return bool(self.kept_share < RERUN_BELOW)
 
     def optimized(self) -> dict[str, nn.Parameter]:
         """What the optimiser moves: the model's chosen parameters, then the method's own."""

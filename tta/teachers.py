@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tta.backbone import Backbone
-from tta.draws import Draws
+from tta.draws import CountedDraws
 from tta.norm import AdaptiveNorm, at_rest
 from tta.slots import Prediction
 
@@ -168,7 +168,7 @@ def restore(parameters: list[nn.Parameter], source: list[Tensor], masks: list[Te
     foreach._foreach_lerp_([p.detach() for p in parameters], source, weights)
 
 
-def random_mask(size: int, probability: float, draws: Draws) -> Tensor:
+def random_mask(size: int, probability: float, draws: CountedDraws) -> Tensor:
     """A flat mask whose elements are True independently with ``probability``.
 
     Drawn as gaps between the elements that are True, which are few.

@@ -40,7 +40,7 @@ from torch import Tensor
 from tta.checks import number, one_of, whole
 from tta.config import CIFAR_ADAM
 from tta.destroy import occlude, shuffle_patches, shuffle_pixels
-from tta.draws import Draws, fork
+from tta.draws import CountedDraws, fork
 from tta.losses import entropy
 from tta.lower_layers import LowerLayersConfig, LowerLayersUpdate
 from tta.norm import at_rest
@@ -102,14 +102,14 @@ class Deyo(LowerLayersUpdate):
         draws = fork(self.context.generator, x.device)
         entropies = entropy(prediction.logits.detach())
         reliable = entropies < config.entropy_margin * log_classes
-        self.report["reliable"] = count = int(reliable.sum())
+        self.report["reliable"] = count = self.count_kept(reliable)
         if count == 0:
             return prediction
         drop = self._drop(x[reliable], prediction.logits.detach()[reliable], draws)
         kept = drop > config.plpd_threshold
         chosen = reliable.clone()
         chosen[reliable] = kept
-        self.report["selected"] = count = int(kept.sum())
+        self.report["selected"] = count = self.count_kept(chosen)
         if count == 0:
             return prediction
         weight = torch.exp(config.weight_margin * log_classes - entropies[chosen])
@@ -119,7 +119,7 @@ class Deyo(LowerLayersUpdate):
         return prediction
 
     @torch.no_grad()
-    def _drop(self, images: Tensor, logits: Tensor, draws: Draws) -> Tensor:
+    def _drop(self, images: Tensor, logits: Tensor, draws: CountedDraws) -> Tensor:
         """PLPD (N,): what the label loses when the object in (N, C, H, W) is destroyed."""
         destroyed = self._destroy(images, draws)
         with at_rest(self.network.wrappers):
@@ -127,7 +127,7 @@ class Deyo(LowerLayersUpdate):
         before, label = logits.float().softmax(1).max(1)
         return before - after.gather(1, label[:, None])[:, 0]
 
-    def _destroy(self, images: Tensor, draws: Draws) -> Tensor:
+    def _destroy(self, images: Tensor, draws: CountedDraws) -> Tensor:
         if self.config.destroy == "pixel":
             return shuffle_pixels(images, draws)
         if self.config.destroy == "occlusion":

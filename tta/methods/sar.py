@@ -92,7 +92,7 @@ class Sar(LowerLayersUpdate):
         self.leave_out_last()
         margin = config.entropy_margin * self.context.log_classes
         reliable = entropy(prediction.logits.detach()) < margin
-        count = int(reliable.sum())
+        count = self.count_kept(reliable)
         self.report = Report(
             selected=count, selected_second=0, loss=float("nan"), gradient_norm=0.0, stepped=False
         )
