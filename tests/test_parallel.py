@@ -19,7 +19,9 @@ from tta.split import Ranks, Split
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 
-CLOSE = 2e-4  # largest difference of logits and states, by their size: sums in another order
+# Largest difference of logits and states, by their size: sums in another order, after four large
+# steps, of which each magnifies what the last one left.
+CLOSE = 5e-4
 
 
 def close(a: torch.Tensor, b: torch.Tensor) -> bool:

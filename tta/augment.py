@@ -208,8 +208,8 @@ def make_view(
         (B, C, H, W) in [0, 1].
 
     Example:
-        >>> g = torch.Generator().manual_seed(0)
-        >>> make_view(torch.rand(2, 3, 32, 32), draw_view(32, 32, g)).shape
+        >>> view = draw_view(32, 32, CountedDraws(0))
+        >>> make_view(torch.rand(2, 3, 32, 32), view).shape
         torch.Size([2, 3, 32, 32])
     """
     x = jitter_colours(pixels.clamp(0, 1), view)
