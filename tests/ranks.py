@@ -22,7 +22,7 @@ from tests.contract.cases import arguments, images
 from tests.nets import tiny
 from tta.parallel import split_batches
 
-__all__ = ["SIZES", "all_cases", "copies", "outcome", "refusals", "run_ranks"]
+__all__ = ["SIZES", "all_cases", "close", "copies", "outcome", "refusals", "run_ranks"]
 
 SIZES = (8, 7, 1, 9)  # images of each batch: even and odd shares, and one too small to be shared
 
@@ -51,6 +51,14 @@ def outcome(case: Any, ranks: bool = False, device: str = "cpu") -> dict[str, An
             "reports": reports,
             "state": {k: v.cpu() for k, v in adapter.state().items()},
         }
+
+
+def close(a: torch.Tensor, b: torch.Tensor, limit: float) -> bool:
+    """Equal but for rounding, relative to the largest element."""
+    if not a.is_floating_point():
+        return torch.equal(a, b)
+    a, b = a.double().nan_to_num(9.0), b.double().nan_to_num(9.0)
+    return a.shape == b.shape and bool(((a - b).abs() <= limit * (1 + a.abs().max())).all())
 
 
 def _mild(value: Any) -> Any:

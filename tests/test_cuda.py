@@ -16,9 +16,9 @@ import corruptions
 import tta
 from experiments.commands import main
 from experiments.record import read_lines
+from tests import ranks
 from tests.contract.cases import CASES, images, source_batches
 from tests.nets import tiny
-from tests.ranks import outcome
 from tests.test_golden import TRACES
 from tests.traces import Trace
 
@@ -41,15 +41,12 @@ def _whole_float32():
 
 
 def close(a: torch.Tensor, b: torch.Tensor) -> bool:
-    if not a.is_floating_point():
-        return torch.equal(a, b)
-    a, b = a.double().nan_to_num(9.0), b.double().nan_to_num(9.0)
-    return a.shape == b.shape and bool(((a - b).abs() <= CLOSE * (1 + a.abs().max())).all())
+    return ranks.close(a, b, CLOSE)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_composition_gives_what_it_gives_on_the_cpu(case) -> None:
-    here, there = outcome(case), outcome(case, device="cuda")
+    here, there = ranks.outcome(case), ranks.outcome(case, device="cuda")
     # Votes of the nearest of many features that are nearly the same change with any rounding.
     least = 0.75 if any("adanpc" in name for name in case[1].values()) else 1.0
     for a, b in zip(here["logits"], there["logits"], strict=True):

@@ -95,7 +95,8 @@ class SelectiveUpdate(Update):
         self.report = Report(
             reliable=found.reliable, selected=found.count, loss=float("nan"), stepped=False
         )
-        if self.count_kept(found.chosen) == 0:
+        if found.count == 0:
+            self.count_kept(found.chosen)
             return prediction
         move_average(self.ema_probs, found.mean_probs)
         loss = weighted_entropy(self.kept_logits(x, prediction, found.chosen), margin)
