@@ -1,10 +1,11 @@
-"""What a method costs: passes through the model, and memory."""
+"""What a method costs: passes through the model, time, and memory."""
 
 from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from tta.split import current_split
 
-__all__ = ["Passes", "PeakMemory"]
+__all__ = ["Passes", "PeakMemory", "start_timer"]
 
 
 class Passes:
@@ -85,3 +86,32 @@ class PeakMemory:
                     return int(line.split()[1]) * 1024
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
+
+
+def start_timer(device: torch.device) -> Callable[[], Callable[[], float]]:
+    """Time what is done on a device from now on; nothing waits for a GPU until the time is asked.
+
+    Returns:
+        A function that ends the work to be timed, and returns one that gives its seconds.
+    """
+    if device.type != "cuda":
+        start = time.perf_counter()
+
+        def stop() -> Callable[[], float]:
+            seconds = time.perf_counter() - start
+            return lambda: seconds
+
+        return stop
+    stream = torch.cuda.current_stream(device)
+    first = stream.record_event(torch.cuda.Event(enable_timing=True))
+
+    def stop_queue() -> Callable[[], float]:
+        last = stream.record_event(torch.cuda.Event(enable_timing=True))
+
+        def seconds() -> float:
+            last.synchronize()
+            return first.elapsed_time(last) / 1000
+
+        return seconds
+
+    return stop_queue

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 from tensorboard.compat.proto.summary_pb2 import Summary
-from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from experiments.evaluate import Step
@@ -17,7 +17,7 @@ from experiments.metrics import Totals
 __all__ = ["Events"]
 
 SCALARS = ("entropy", "nll", "concentration", "selected", "resets")
-SAMPLES = 8  # images of a domain to show
+QUEUE = 1000  # events that may wait for the writer's thread before we wait for it
 
 
 class Events:
@@ -42,27 +42,27 @@ class Events:
         samples: bool = False,
     ) -> None:
         path = str(folder / "tensorboard" / stream / method)
-        self._writer = SummaryWriter(path, purge_step=start or None)
+        self._writer = SummaryWriter(path, max_queue=QUEUE, purge_step=start or None)
         text = json.dumps(config, indent=2, default=str)
         self._writer.add_text("config", "\n".join("    " + line for line in text.splitlines()))
         self._samples = samples
         self._shown: set[str] = set()
         self._domain: str | None = None
-        self._entropies: list[Tensor] = []
+        self._entropies: list[np.ndarray] = []
 
-    def add(self, step: Step, totals: Totals) -> None:
-        """Add the figures of one batch."""
-        row, number = step.row, step.row["step"]
-        if row["domain"] != self._domain:
-            self._end_domain(number, totals)
-            self._domain = row["domain"]
-        self._entropies.append(step.scores.entropy)
-        values = {"error/batch": row["errors"] / row["images"], "error/running": totals.error}
-        self._add_scalars(values | {name: row[name] for name in SCALARS}, number)
-        if self._samples and row["domain"] not in self._shown:
-            self._shown.add(row["domain"])
-            images = step.batch.images[:SAMPLES].cpu()
-            self._writer.add_images(f"images/{row['domain']}", images, number)
+    def add(self, steps: Sequence[Step], totals: Totals) -> None:
+        """Add the figures of some batches, the last of which the totals end with."""
+        for step in steps:
+            row, number = step.row, step.row["step"]
+            if row["domain"] != self._domain:
+                self._end_domain(number, totals)
+                self._domain = row["domain"]
+            self._entropies.append(step.scores.entropy)
+            values = {"error/batch": row["errors"] / row["images"], "error/running": step.error}
+            self._add_scalars(values | {name: row[name] for name in SCALARS}, number)
+            if self._samples and step.images is not None and row["domain"] not in self._shown:
+                self._shown.add(row["domain"])
+                self._writer.add_images(f"images/{row['domain']}", step.images.cpu(), number)
 
     def finish(self, totals: Totals) -> None:
         """Add the figures of the last domain."""
@@ -81,7 +81,7 @@ class Events:
         """Add the figures of the domain that the stream leaves."""
         if not self._entropies:
             return
-        self._writer.add_histogram(f"entropy/{self._domain}", torch.cat(self._entropies), step)
+        self._writer.add_histogram(f"entropy/{self._domain}", np.concatenate(self._entropies), step)
         self._entropies = []
         tally = totals.by_domain.get(str(self._domain))  # none where batches are mixed
         if tally is not None:

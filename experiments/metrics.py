@@ -49,29 +49,41 @@ def log_probabilities(adapter: tta.Adapter, output: Tensor) -> Tensor:
 
 @dataclass
 class Scores:
-    """Figures of each image of a batch.
+    """Figures of each image of one batch or of several.
 
     Args:
         wrong: (B,) bool.
         finite: (B,) bool: rows that are numbers; the others count as errors and nothing else.
-        nll: (B,) negative log-likelihood in nats.
-        brier: (B,) in [0, 2].
-        entropy: (B,) in nats.
-        concentration: Of the batch.
-        probs: (B, C).
+        nll: (B,) negative log-likelihood in nats, 0 where not finite.
+        brier: (B,) in [0, 2], 0 where not finite.
+        entropy: (B,) in nats, 0 where not finite.
+        confidence: (B,) probability of the most probable class, 0 where not finite.
+        log_probs: (B, C), none below that of `SMALLEST`.
     """
 
-    wrong: Tensor
-    finite: Tensor
-    nll: Tensor
-    brier: Tensor
-    entropy: Tensor
-    concentration: float
-    probs: Tensor
+    wrong: np.ndarray
+    finite: np.ndarray
+    nll: np.ndarray
+    brier: np.ndarray
+    entropy: np.ndarray
+    confidence: np.ndarray
+    log_probs: np.ndarray
+
+    def __getitem__(self, rows: slice | np.ndarray) -> Scores:
+        """The figures of some images."""
+        return Scores(*(value[rows] for value in vars(self).values()))
+
+    @property
+    def concentration(self) -> float:
+        """Of all images together."""
+        logs = self.log_probs if self.finite.all() else self.log_probs[self.finite]
+        mean = logs.mean(0) if len(logs) else np.zeros(1, np.float32)
+        mean = mean - np.log(np.exp(mean - mean.max()).sum()) - mean.max()
+        return float((np.exp(mean) * mean).sum())
 
 
 def score(predicted: Tensor, log_probs: Tensor, labels: Tensor) -> Scores:
-    """Score one batch.
+    """Score the images of one batch or of several; no image changes what another one gets.
 
     Args:
         predicted: (B,) class numbers.
@@ -82,21 +94,17 @@ def score(predicted: Tensor, log_probs: Tensor, labels: Tensor) -> Scores:
     logs, label = log_probs.numpy(), (np.arange(len(labels)), labels.numpy())
     finite = ~np.isnan(logs).any(1)
     clipped, probs = np.maximum(logs, np.float32(math.log(SMALLEST))), np.exp(logs)
+    brier = np.square(probs).sum(1) - 2 * probs[label] + 1
     if not finite.all():
-        clipped[~finite], probs[~finite] = 0, 0
-    mean = clipped[finite].mean(0) if finite.any() else np.zeros(1, np.float32)
-    mean = mean - np.log(np.exp(mean - mean.max()).sum()) - mean.max()
-    found = {
-        "wrong": (predicted.numpy() != label[1]) | ~finite,
-        "finite": finite,
-        "nll": -clipped[label],
-        "brier": np.square(probs).sum(1) - 2 * probs[label] + 1,
-        "entropy": -(probs * clipped).sum(1),
-        "probs": probs,
-    }
+        clipped[~finite], probs[~finite], brier[~finite] = 0, 0, 0
     return Scores(
-        **{name: torch.from_numpy(value) for name, value in found.items()},
-        concentration=float((np.exp(mean) * mean).sum()),
+        wrong=(predicted.numpy() != label[1]) | ~finite,
+        finite=finite,
+        nll=-clipped[label],
+        brier=brier,
+        entropy=-(probs * clipped).sum(1),
+        confidence=probs.max(1),
+        log_probs=clipped,
     )
 
 
@@ -120,22 +128,30 @@ class Tally:
     brier: float = 0.0
     severities: dict[str, list[int]] = field(default_factory=dict)
 
-    def add(self, scores: Scores, rows: np.ndarray | None = None, severity: Any = None) -> None:
-        """Count the images at `rows` (all by default), shown at `severity`."""
-        parts = (scores.wrong, scores.finite, scores.nll, scores.brier)
-        if rows is not None:
-            parts = tuple(part[torch.from_numpy(rows)] for part in parts)
-        wrong, finite, nll, brier = (part.numpy() for part in parts)
-        images, errors = len(finite), int(wrong.sum())
-        self.images += images
-        self.errors += errors
-        self.scored += int(finite.sum())
-        self.nll += float(nll.sum(dtype=np.float64, where=finite))
-        self.brier += float(brier.sum(dtype=np.float64, where=finite))
-        if isinstance(severity, (int, float)):
-            counts = self.severities.setdefault(f"{severity:g}", [0, 0])
-            counts[0] += images
-            counts[1] += errors
+    @classmethod
+    def of(cls, scores: Scores, severity: Any = None) -> Tally:
+        """Count images shown at `severity`."""
+        images, errors = len(scores.wrong), int(np.count_nonzero(scores.wrong))
+        plain = isinstance(severity, (int, float))
+        return cls(
+            images,
+            errors,
+            int(np.count_nonzero(scores.finite)),
+            float(scores.nll.sum(dtype=np.float64)),
+            float(scores.brier.sum(dtype=np.float64)),
+            {f"{severity:g}": [images, errors]} if plain else {},
+        )
+
+    def add(self, other: Tally) -> None:
+        """Count the images of another tally too."""
+        self.images += other.images
+        self.errors += other.errors
+        self.scored += other.scored
+        self.nll += other.nll
+        self.brier += other.brier
+        for level, counts in other.severities.items():
+            held = self.severities.setdefault(level, [0, 0])
+            held[:] = [have + more for have, more in zip(held, counts, strict=True)]
 
     def figures(self) -> dict[str, Any]:
         """Counts and means as JSON types."""
@@ -217,17 +233,19 @@ class Totals:
         self.resets = row["resets"]
         self.late += row["images"] if row["late"] else 0
         self.concentration += row["concentration"]
-        self.everything.add(scores)
         keys = list(zip(domains, severities, strict=True))
-        whole = keys.count(keys[0]) == len(keys)
-        groups: dict[tuple[str, Any], list[int]] = {}
-        for i, key in enumerate(keys[:1] if whole else keys):
-            groups.setdefault(key, []).append(i)
-        for (name, severity), rows in groups.items():
-            tally = self.by_domain.setdefault(name, Tally())
-            tally.add(scores, None if whole else np.array(rows), severity)
-        self.confidences.append(scores.probs.amax(1)[scores.finite])
-        self.right.append(~scores.wrong[scores.finite])
+        if keys.count(keys[0]) == len(keys):
+            groups = {keys[0]: Tally.of(scores, severities[0])}
+        else:
+            rows: dict[tuple[str, Any], list[int]] = {}
+            for i, key in enumerate(keys):
+                rows.setdefault(key, []).append(i)
+            groups = {key: Tally.of(scores[np.array(i)], key[1]) for key, i in rows.items()}
+        for (name, _), tally in groups.items():
+            self.by_domain.setdefault(name, Tally()).add(tally)
+            self.everything.add(tally)
+        self.confidences.append(torch.from_numpy(scores.confidence[scores.finite]))
+        self.right.append(torch.from_numpy(~scores.wrong[scores.finite]))
 
     def reliability(self) -> list[list[float]]:
         """[images, mean confidence, accuracy] of each bin of confidence, NaN for empty ones."""

@@ -59,7 +59,7 @@ class Conflict(RuntimeError):
 
 
 class JsonLines:
-    """Appends objects to a file, each as one line in one write; one process at a time.
+    """Appends objects to a file, each as one line; one process at a time.
 
     What a killed process left is repaired first, see `mend`; ``repaired`` says how many
     lines that concerned.
@@ -86,10 +86,11 @@ class JsonLines:
 
     def write(self, kind: str, **fields: Any) -> None:
         """Append ``{"kind": kind, **fields}``; NaN and infinity become null."""
-        self._append(plain({"kind": kind, **fields}))
+        self._append([plain({"kind": kind, **fields})])
 
-    def _append(self, row: dict[str, Any]) -> None:
-        os.write(self._file, (json.dumps(row, allow_nan=False) + "\n").encode())
+    def _append(self, rows: Sequence[dict[str, Any]]) -> None:
+        text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+        os.write(self._file, text.encode())
 
     def close(self) -> None:
         """Close the file; nothing is written afterwards."""
@@ -132,17 +133,31 @@ class Results(JsonLines):
         Raises:
             Conflict: When it is there with another number of errors.
         """
-        row = plain({"kind": kind, **fields})
-        held = self._rows.setdefault(_key(row), row)
-        if held is row:
-            self._append(row)
-        elif held.get("errors") != row.get("errors"):
-            where = ", ".join(f"{k} {row[k]}" for k in KEYS if k in row)
-            raise Conflict(
-                f"`{self.path}` was begun by a run that gave other numbers ({where}: "
-                f"{held.get('errors')} errors then, {row.get('errors')} now): code, data or "
-                "machine have changed; start a new run"
-            )
+        self.write_all(kind, [fields])
+
+    def write_all(self, kind: str, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Append those of some lines that are not there, in one write.
+
+        Raises:
+            Conflict: As `write`; the lines before are written.
+        """
+        new: list[dict[str, Any]] = []
+        try:
+            for fields in lines:
+                row = plain({"kind": kind, **fields})
+                held = self._rows.setdefault(_key(row), row)
+                if held is row:
+                    new.append(row)
+                elif held.get("errors") != row.get("errors"):
+                    where = ", ".join(f"{k} {row[k]}" for k in KEYS if k in row)
+                    raise Conflict(
+                        f"`{self.path}` was begun by a run that gave other numbers ({where}: "
+                        f"{held.get('errors')} errors then, {row.get('errors')} now): code, data "
+                        "or machine have changed; start a new run"
+                    )
+        finally:
+            if new:
+                self._append(new)
 
 
 def read_lines(path: str | Path, kind: str | None = None) -> Iterator[dict[str, Any]]:

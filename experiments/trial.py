@@ -83,13 +83,18 @@ class Trial:
                 about = adapter.config.to_dict()
                 events = Events(self.folder, *names.values(), about, totals.batches, samples)
                 stepper = iter_evaluate(
-                    adapter, stream, self.subject.device, self.subject.preprocess, totals
+                    adapter,
+                    stream,
+                    self.subject.device,
+                    self.subject.preprocess,
+                    totals,
+                    self.snapshots.every,
                 )
                 with closing(events):
-                    for step, _ in stepper:
-                        self.results.write("batch", **names, **step.row)
-                        events.add(step, totals)
-                        self._tell(method, config, step, totals)
+                    for steps, _ in stepper:
+                        self.results.write_all("batch", [names | step.row for step in steps])
+                        events.add(steps, totals)
+                        self._tell(method, config, steps, totals)
                         self._save_place(names, adapter, totals)
                     events.finish(totals)
                 after = self._clean_error(adapter, config, method, batch_size)
@@ -148,10 +153,12 @@ class Trial:
         )
         return error
 
-    def _tell(self, method: Method, config: StreamConfig, step: Step, totals: Totals) -> None:
+    def _tell(
+        self, method: Method, config: StreamConfig, steps: list[Step], totals: Totals
+    ) -> None:
         self.progress.advance(
-            method.cost * step.row["images"],
-            f"{config.name}  {method.label:<16} {step.row['domain']:<18} "
+            method.cost * sum(step.row["images"] for step in steps),
+            f"{config.name}  {method.label:<16} {steps[-1].row['domain']:<18} "
             f"{100 * totals.error:5.1f} % error  "
             f"{totals.images / totals.seconds:6.0f} img/s",
         )
