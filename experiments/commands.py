@@ -121,6 +121,13 @@ def _add_run(commands: Any) -> None:
         help="go on with the run in FOLDER, with its configuration (without this, an unfinished "
         "run of the same configuration under OUTPUT is continued)",
     )
+    add(
+        "--readers",
+        type=int,
+        metavar="N",
+        help="processes that decode image files ahead of the model (default: as many as torch has "
+        "threads, at most 8, with a model on a GPU; none on a CPU)",
+    )
     add("--fresh", action="store_true", help="begin a new run where one could be continued")
     parser.set_defaults(prepare=_prepare_run)
 
@@ -136,7 +143,12 @@ def _prepare_run(args: argparse.Namespace) -> Run:
         config = RunConfig.from_dict(header["config"])
         ranks.join(config.device)
         return Run(
-            config, args.resume.parent, args.quiet, folder=args.resume, silent=not ranks.first()
+            config,
+            args.resume.parent,
+            args.quiet,
+            folder=args.resume,
+            silent=not ranks.first(),
+            readers=args.readers,
         )
     settings, flags = settings_flags(args)
     if "sweep" in settings:
@@ -146,7 +158,14 @@ def _prepare_run(args: argparse.Namespace) -> Run:
     if demo and args.scenario is None and args.corruptions is None:
         config = replace(config, streams=(*config.streams, CORRELATED))
     ranks.join(config.device)
-    return Run(config, args.output, args.quiet, fresh=args.fresh, silent=not ranks.first())
+    return Run(
+        config,
+        args.output,
+        args.quiet,
+        fresh=args.fresh,
+        silent=not ranks.first(),
+        readers=args.readers,
+    )
 
 
 def _add_card(commands: Any) -> None:

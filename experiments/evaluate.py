@@ -7,10 +7,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from experiments.cost import Passes, PeakMemory, start_timer
 from experiments.data import LabelledSet
@@ -209,16 +210,24 @@ def clean_error(
     seed: int,
     device: torch.device,
     preprocess: Preprocess,
+    readers: int = 0,
 ) -> float:
-    """Share of errors on clean images with the adapter frozen, in a shuffled order."""
+    """Share of errors on clean images with the adapter frozen, in a shuffled order.
+
+    `readers` processes decode images ahead.
+    """
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(images), generator=generator).tolist()
+    loader = DataLoader(
+        cast("Dataset[tuple[Tensor, int]]", images),
+        batch_size,
+        sampler=order,
+        num_workers=readers,
+        generator=generator,  # or else it draws from torch's own
+    )
     wrong = 0
     with adapter.frozen():
-        for start in range(0, len(order), batch_size):
-            items = [images[i] for i in order[start : start + batch_size]]
-            pixels = torch.stack([picture for picture, _ in items]).to(device).float() / 255
-            labels = torch.tensor([label for _, label in items])
-            output = adapter(preprocess(pixels)).cpu()
+        for pixels, labels in loader:
+            output = adapter(preprocess(pixels.to(device).float() / 255)).cpu()
             wrong += int(((output.argmax(1) != labels) | output.isnan().any(1)).sum())
     return wrong / len(order)

@@ -18,7 +18,7 @@ import corruptions
 import tta.streams
 from experiments import ranks
 from experiments.config import RunConfig, StreamConfig
-from experiments.data import LabelledSet
+from experiments.data import FolderSet, LabelledSet
 from experiments.domains import Shifts, resolve_domains
 from experiments.environment import describe_environment
 from experiments.methods import parse_methods
@@ -29,11 +29,13 @@ from experiments.subject import Subject, load_subject
 from experiments.surface import read_surface
 from experiments.table import describe, render_markdown, render_text
 from experiments.trial import Trial
+from tta.checks import whole
 from tta.streams import Stream
 
 __all__ = ["Cache", "Run", "is_finished"]
 
 Made = TypeVar("Made")
+READERS = 8
 
 
 class Cache:
@@ -63,6 +65,9 @@ class Run:
         silent: Print nothing and draw no plots.
         snapshot_every: Batches between snapshots; None for as many as take some seconds.
         deadline: Time (of `time.monotonic`) after which to stop with `OutOfTime`.
+        readers: Processes that decode image files ahead of the model; None for as many as torch
+            has threads, at most `READERS`, where the model is on a GPU, and none on a CPU, which
+            has nothing better to do than to run the model.
         cache: Shared by runs that follow each other.
 
     Raises:
@@ -81,6 +86,7 @@ class Run:
         silent: bool = False,
         snapshot_every: int | None = None,
         deadline: float | None = None,
+        readers: int | None = None,
         cache: Cache | None = None,
     ) -> None:
         self.root = Path(root)
@@ -99,6 +105,7 @@ class Run:
         self.config = config = replace(config, streams=tuple(streams))
         self.progress = Progress(0, quiet or silent)
         self.clean = self._clean_images()
+        self.readers = self._pick_readers(readers)
         self.shifts = cache.get(
             "shifts",
             (wanted, None if self.clean is None else len(self.clean), config.seed),
@@ -151,6 +158,7 @@ class Run:
                 self.progress,
                 self.config.seed,
                 self.deadline,
+                self.readers,
             )
             for number in range(len(self.streams)):
                 self._run_stream(number, trial)
@@ -290,6 +298,12 @@ class Run:
         images = next(iter(stream)).images.to(self.device)
         with torch.no_grad():
             self.subject.model(self.subject.preprocess(images))
+
+    def _pick_readers(self, wanted: int | None) -> int:
+        threads = torch.get_num_threads() if self.device.type == "cuda" else 0
+        readers = min(READERS, threads) if wanted is None else whole("readers", wanted, 0)
+        files = self.subject.data.files or isinstance(self.clean, FolderSet)
+        return readers if files else 0
 
     def _batch_size(self, config: StreamConfig) -> int:
         return config.size(self.config.batch_size)

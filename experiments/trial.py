@@ -41,6 +41,7 @@ class Trial:
         progress: Told of every batch.
         seed: Of the adapter, and of the order of clean images.
         deadline: Time (of `time.monotonic`) after which to stop, or None.
+        readers: Processes that decode images ahead.
     """
 
     subject: Subject
@@ -51,6 +52,7 @@ class Trial:
     progress: Progress
     seed: int
     deadline: float | None = None
+    readers: int = 0
 
     def run(
         self, config: StreamConfig, stream: Stream, method: Method, batch_size: int, samples: bool
@@ -84,7 +86,7 @@ class Trial:
                 events = Events(self.folder, *names.values(), about, totals.batches, samples)
                 stepper = iter_evaluate(
                     adapter,
-                    stream,
+                    stream.prefetch(self.readers),
                     self.subject.device,
                     self.subject.preprocess,
                     totals,
@@ -145,7 +147,13 @@ class Trial:
             return None
         subject = self.subject
         error = clean_error(
-            adapter, self.clean, batch_size, self.seed, subject.device, subject.preprocess
+            adapter,
+            self.clean,
+            batch_size,
+            self.seed,
+            subject.device,
+            subject.preprocess,
+            self.readers,
         )
         self.progress.advance(
             method.cost * len(self.clean),

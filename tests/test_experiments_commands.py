@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from experiments import commands
 from experiments.card import render_card
@@ -110,9 +111,29 @@ def test_stored_domains_with_and_without_clean_images(tmp_path):
     assert status == 0 and summary["clean_error"] is not None
 
 
+def test_image_files_are_read_ahead_with_the_same_numbers(tmp_path):
+    images = read_bundled().balanced(40)
+    for number, (picture, label) in enumerate(zip(images.images, images.labels, strict=True)):
+        path = tmp_path / "files" / f"class{label}" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(path)
+    arguments = ["--data", str(tmp_path / "files"), "--corruptions", "fog", "snow", "--quiet"]
+    arguments += ["--methods", "source", "tent", "--batch-size", "8"]
+    figures = []
+    for readers in ("0", "2"):
+        status, folder = run(tmp_path / readers, *arguments, "--readers", readers)
+        assert status == 0
+        lines = [*read_lines(folder / "results.jsonl", "batch")]
+        lines += read_lines(folder / "results.jsonl", "summary")
+        times = {"seconds", "images_per_second", "peak_memory"}
+        figures.append([{k: v for k, v in line.items() if k not in times} for line in lines])
+    assert figures[0] == figures[1] and figures[0][-1]["clean_error_before"] is not None
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--readers", "-1"], "`readers` must be a whole number of at least 0, got -1"),
         (["--methods", "tentt"], "got 'tentt': did you mean 'tent'"),
         (["--model", "cifar10_resnet20"], "unknown model 'cifar10_resnet20': did you mean"),
         (["--corruptions", "gauss_noise"], "did you mean 'gaussian_noise'"),

@@ -28,12 +28,14 @@ class Collection:
         clean: The unshifted images, or None where there are only shifted ones.
         stored: Names of the shifted domains on disk; empty where they are made from `clean`.
         read_stored: (domain, severity) to images, for a name in `stored`.
+        files: Whether images are files, decoded when they are shown.
     """
 
     name: str
     clean: LabelledSet | None
     stored: tuple[str, ...] = ()
     read_stored: Callable[[str, int], LabelledSet] | None = None
+    files: bool = False
 
 
 def open_data(
@@ -66,7 +68,8 @@ def open_data(
             None,
             tuple(list_imagenet_c(path)),
             lambda name, s: read_imagenet_c(path, name, s, size, classes),
+            files=True,
         )
     if any(child.is_dir() for child in path.iterdir()):
-        return Collection(path.name, read_folder(path, size, classes))
+        return Collection(path.name, read_folder(path, size, classes), files=True)
     raise ValueError(f"`{path}` holds no data that is known here: it must be {LAYOUTS}")

@@ -145,6 +145,11 @@ class ImageSource:
         """Return the number of images."""
         return self._size
 
+    @property
+    def in_memory(self) -> bool:
+        """Whether images are rows of an array; an item of another dataset may be a file."""
+        return self._arrays is not None
+
     @cached_property
     def labels(self) -> NDArray[np.int64]:
         """All labels, (N,) int64."""
@@ -270,34 +275,41 @@ class Domains:
             )
         return levels[severity]
 
+    @cached_property
+    def items(self) -> list[ImageSource]:
+        """The datasets that are read item by item."""
+        own = [source for levels in self._own.values() for source in levels.values()]
+        every = own if self.base is None else [self.base, *own]
+        return [source for source in every if not source.in_memory]
+
+    def read(self, condition: Condition, index: NDArray[np.int64]) -> Tensor | list[Tensor]:
+        """Read the images at `index` (B,), apart from each other where `before` joins them."""
+        source = self.source(condition)
+        return source.images(index) if self.before is None else source.each(index)
+
     def has_levels(self, name: str) -> bool:
         """Tell whether a domain can be shown at more than one severity."""
         levels = self._own.get(name)
         return self.transform is not None if levels is None else None not in levels
 
     def render(
-        self, condition: Condition, index: NDArray[np.int64], seed: Callable[[], int]
+        self, condition: Condition, images: Tensor | list[Tensor], seed: Callable[[], int]
     ) -> Tensor:
-        """Read and transform images.
+        """Transform images.
 
         Args:
             condition: What to show.
-            index: (B,) positions in the condition's dataset.
+            images: As `read` gave them, B of them.
             seed: Gives the seed of the transform's own generator, where there is any.
 
         Returns:
             (B, 3, H, W) float32 in [0, 1].
         """
-        source, draws = (
-            self.source(condition),
-            self.transform is not None or self.before is not None,
-        )
+        draws, count = self.transform is not None or self.before is not None, len(images)
         generator = torch.Generator().manual_seed(seed()) if draws else None
-        if self.before is None:
-            images = source.images(index)
-        else:
-            read = source.each(index)
-            images = _batch("before", self.before(read, generator=generator), len(index))
+        if self.before is not None:
+            images = _batch("before", self.before(images, generator=generator), count)
+        assert isinstance(images, Tensor)
         for name, severity in condition.steps:
             if (
                 self.transform is None
@@ -306,8 +318,8 @@ class Domains:
             ):
                 continue
             result = self.transform(images, name, severity, generator=generator)
-            images = _batch("transform", result, len(index), f" for {name}")
-        return images if self.after is None else _batch("after", self.after(images), len(index))
+            images = _batch("transform", result, count, f" for {name}")
+        return images if self.after is None else _batch("after", self.after(images), count)
 
 
 def _batch(argument: str, images: Any, count: int, where: str = "") -> Tensor:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from tta.streams.draws import Draws
 from tta.streams.plan import Plan, Rows
 from tta.streams.pool import Ints
 from tta.streams.preview import Preview, summarise
+from tta.streams.reading import Part, Read, read_ahead
 from tta.streams.sources import Domains
 
 __all__ = ["Stream"]
@@ -60,7 +62,7 @@ class Stream:
         self._domains = domains
         self._config = config
         self._window = window
-        self._start = 0
+        self._start = self._workers = 0
         self.clock = clock
         self.stopwatch = Stopwatch(clock) if clock is not None and clock.measured else None
 
@@ -100,6 +102,21 @@ class Stream:
             view.stopwatch = Stopwatch(self.clock)
         return view
 
+    def prefetch(self, workers: int) -> Stream:
+        """Return the same stream with images read ahead by processes of their own.
+
+        For datasets whose items are files that take time to decode; arrays are read here anyway,
+        and transforms, such as corruptions on a GPU, are done here too. Images are the same.
+
+        Args:
+            workers: Processes, as `num_workers` of torch's `DataLoader`, which starts them; 0 for
+                none. A program that starts processes by spawning must be guarded by
+                ``if __name__ == "__main__"``.
+        """
+        view = copy.copy(self)
+        view._workers = whole("workers", workers, 0)
+        return view
+
     def rows(self) -> Iterator[tuple[Rows, Ints]]:
         """Iterate over (rows, labels (B,)) of each batch without making images."""
         for step in range(self._start, len(self._plan)):
@@ -119,8 +136,8 @@ class Stream:
         if self.stopwatch is not None:
             self.stopwatch.restart()
         recent: deque[Tensor] = deque(maxlen=self._window or 1)
-        for step in range(self._start, len(self._plan)):
-            rows = self._plan.rows(step)
+        for rows, read in self._read():
+            step = rows.step
             if self._window is not None and step == self._start:
                 # A stream taken up in the middle needs the images its window would hold.
                 back = min(rows.since_reset, self._window - 1)
@@ -129,10 +146,37 @@ class Stream:
                 late = self.stopwatch.tick()
             else:
                 late = self.clock is not None and self.clock.is_late(step)
-            yield self._batch(rows, late, recent)
+            yield self._batch(rows, read, late, recent)
 
-    def _batch(self, rows: Rows, late: bool, recent: deque[Tensor]) -> Batch:
-        images = self._images(rows)
+    def _read(self) -> Iterator[tuple[Rows, dict[int, Read]]]:
+        """Iterate over (rows, images by the number of their condition, where read ahead)."""
+        numbers = {id(source): number for number, source in enumerate(self._domains.items)}
+        waiting: deque[tuple[Rows, list[int]]] = deque()
+
+        def ask() -> Iterator[list[Part]]:
+            for step in range(self._start, len(self._plan)):
+                rows, parts, codes = self._plan.rows(step), [], []
+                for code, condition in enumerate(rows.conditions):
+                    number = numbers.get(id(self._domains.source(condition)))
+                    if number is not None:
+                        parts.append((number, rows.index[rows.which == code]))
+                        codes.append(code)
+                waiting.append((rows, codes))
+                yield parts
+
+        if not self._workers or not numbers:
+            for step in range(self._start, len(self._plan)):
+                yield self._plan.rows(step), {}
+            return
+        each = self._domains.before is not None
+        for read in read_ahead(ask(), self._domains.items, each, self._workers):
+            rows, codes = waiting.popleft()
+            yield rows, dict(zip(codes, read, strict=True))
+
+    def _batch(
+        self, rows: Rows, read: Mapping[int, Read], late: bool, recent: deque[Tensor]
+    ) -> Batch:
+        images = self._images(rows, read)
         names = [c.domain for c in rows.conditions]
         levels = [c.severity for c in rows.conditions]
         window, adapt = None, not late
@@ -165,7 +209,7 @@ class Stream:
             labels[mask] = self._domains.source(condition).labels[rows.index[mask]]
         return labels
 
-    def _images(self, rows: Rows) -> Tensor:
+    def _images(self, rows: Rows, read: Mapping[int, Read] = MappingProxyType({})) -> Tensor:
         """Make a batch's images, one call of the transform per condition."""
         made, places = [], []
         for code, condition in enumerate(rows.conditions):
@@ -173,7 +217,10 @@ class Stream:
             # Named by domain, severity and step, so that no skipped batch changes it.
             key = [float(x) if not isinstance(x, str) else x for s in condition.steps for x in s]
             seed = partial(_pixel_seed, self._config["seed"], *key, rows.step)
-            made.append(self._domains.render(condition, rows.index[place], seed))
+            images = read.get(code)
+            if images is None:
+                images = self._domains.read(condition, rows.index[place])
+            made.append(self._domains.render(condition, images, seed))
             places.append(place)
         if len(made) == 1:
             return made[0]
