@@ -170,6 +170,28 @@ def test_load_state_as_source_moves_the_reset_point() -> None:
     )
 
 
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_the_reset_point_of_a_whole_model_is_one_copy_of_it(optimizer: str) -> None:
+    net = nn.Sequential(
+        nn.Conv2d(3, 64, 3), nn.AdaptiveAvgPool2d(8), nn.Flatten(), nn.Linear(4096, 64)
+    )
+    net[3].weight.data[0, 0] = -0.0
+    adapter = tta.wrap(net, "cotta", optimizer=optimizer, lr=1e-3, mean=(0.0,) * 3, std=(1.0,) * 3)
+    start = adapter.state()
+    kept = {
+        v.untyped_storage().data_ptr(): v.untyped_storage() for v in adapter.reset_point().values()
+    }
+    size = sum(p.numel() * p.element_size() for p in net.parameters())
+    assert sum(storage.nbytes() for storage in kept.values()) < 1.1 * size
+    adapter(images(0))
+    assert any(not torch.equal(start[k], v) for k, v in adapter.state().items())
+    adapter.reset()
+    for name, value in adapter.state().items():
+        assert torch.equal(value, start[name]) and torch.equal(
+            value.signbit(), start[name].signbit()
+        )
+
+
 def test_state_is_cloned() -> None:
     adapter = tta.wrap(tiny("bn"), "tent.cifar10")
     state = adapter.state()

@@ -14,7 +14,7 @@ from tta import norm
 from tta.backbone import Backbone
 from tta.caller import warn
 from tta.config import SLOTS, AdapterConfig
-from tta.keys import alias, check_origin, check_state, checksum
+from tta.keys import alias, check_origin, check_state, checksum, lasting_copies
 from tta.slots import Context, Output, Prediction, Report, Update, forget_casts
 
 __all__ = ["Adapter"]
@@ -383,7 +383,7 @@ class Adapter(nn.Module):
         self._copy_in({k: v for k, v in self._initial.items() if k.startswith(groups)})
 
     def _mark_reset_point(self) -> None:
-        self._initial = self._clones()
+        self._initial = lasting_copies(self._moving(), self._original)
         if self._network is not None:
             self._network.after = self._warn_of_small_batch  # before anything is learned from it
 

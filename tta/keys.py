@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,9 @@ from torch import Tensor
 
 from tta.checks import nearest
 
-__all__ = ["alias", "check_origin", "check_state", "checksum"]
+__all__ = ["alias", "check_origin", "check_state", "checksum", "lasting_copies"]
+
+SMALL = 1024  # elements; a copy of fewer is not worth a comparison
 
 
 def check_origin(theirs: dict[str, Any], mine: dict[str, Any]) -> None:
@@ -120,3 +122,39 @@ def checksum(tensors: Iterable[Tensor], first: int | None = None) -> int:
         flat = tensor.detach().reshape(-1)[:first].cpu().contiguous()
         crc = zlib.crc32(flat.view(torch.uint8).numpy().tobytes(), crc)
     return crc
+
+
+def lasting_copies(moving: Mapping[str, Tensor], held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies that nobody changes, without memory for what there is already.
+
+    Where a whole model is trained, its parameters, a teacher's, and the optimiser's slots are four
+    models; at wrap the first two are usually the caller's weights and the others are zeros.
+
+    Args:
+        moving: Tensors by the names of a state.
+        held: Copies by the names of parameters.
+
+    Returns:
+        Tensors with the bits of ``moving``: one of ``held``, an expanded zero, or a clone.
+    """
+    copies: dict[str, Tensor] = {}
+    for key, value in moving.items():
+        name = key.partition("/")[2]
+        same = held.get(
+            name, held.get(name.partition(".")[2])
+        )  # param/<name>, update/teacher.<name>
+        alike = same is not None and (same.shape, same.dtype) == (value.shape, value.dtype)
+        if value.numel() < SMALL:
+            copies[key] = value.detach().clone()
+        elif same is not None and alike and torch.equal(_bits(same), _bits(value)):
+            copies[key] = same
+        elif not bool(_bits(value).any()):
+            copies[key] = value.new_zeros(()).expand_as(value)
+        else:
+            copies[key] = value.detach().clone()
+    return copies
+
+
+def _bits(value: Tensor) -> Tensor:
+    """Bytes, by which NaN is itself and -0 is not 0."""
+    return value.detach().reshape(-1).view(torch.uint8)
