@@ -125,8 +125,8 @@ def _add_run(commands: Any) -> None:
         "--readers",
         type=int,
         metavar="N",
-        help="processes that decode image files ahead of the model (default: as many as torch has "
-        "threads, at most 8, with a model on a GPU; none on a CPU)",
+        help="threads that decode image files ahead of the model (default: as many as torch has, "
+        "at most 8, with a model on a GPU; none on a CPU)",
     )
     add("--fresh", action="store_true", help="begin a new run where one could be continued")
     parser.set_defaults(prepare=_prepare_run)

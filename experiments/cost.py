@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tta.split import current_split
 
-__all__ = ["Passes", "PeakMemory", "start_timer"]
+__all__ = ["Passes", "PeakMemory", "Timer"]
 
 
 class Passes:
@@ -88,30 +88,31 @@ class PeakMemory:
         return peak if sys.platform == "darwin" else peak * 1024
 
 
-def start_timer(device: torch.device) -> Callable[[], Callable[[], float]]:
-    """Time what is done on a device from now on; nothing waits for a GPU until the time is asked.
+class Timer:
+    """Times work on a device from when it is made; nothing waits for a GPU before `seconds`.
 
-    Returns:
-        A function that ends the work to be timed, and returns one that gives its seconds.
+    Args:
+        device: Where the work is done; on CUDA in its current stream.
     """
-    if device.type != "cuda":
-        start = time.perf_counter()
 
-        def stop() -> Callable[[], float]:
-            seconds = time.perf_counter() - start
-            return lambda: seconds
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        self._marks = [self._mark()]
 
-        return stop
-    stream = torch.cuda.current_stream(device)
-    first = stream.record_event(torch.cuda.Event(enable_timing=True))
+    def stop(self) -> Timer:
+        """End the time here."""
+        self._marks.append(self._mark())
+        return self
 
-    def stop_queue() -> Callable[[], float]:
-        last = stream.record_event(torch.cuda.Event(enable_timing=True))
+    def seconds(self) -> float:
+        """The time between the two."""
+        first, last = self._marks
+        if self._stream is None:
+            return last - first
+        last.synchronize()
+        return first.elapsed_time(last) / 1000
 
-        def seconds() -> float:
-            last.synchronize()
-            return first.elapsed_time(last) / 1000
-
-        return seconds
-
-    return stop_queue
+    def _mark(self) -> Any:
+        if self._stream is None:
+            return time.perf_counter()
+        return self._stream.record_event(torch.cuda.Event(enable_timing=True))

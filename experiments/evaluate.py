@@ -7,24 +7,24 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from experiments.cost import Passes, PeakMemory, start_timer
+from experiments.cost import Passes, PeakMemory, Timer
 from experiments.data import LabelledSet
 from experiments.metrics import Scores, Totals, log_probabilities, score
 from tta import Adapter
 from tta.slots import Report
 from tta.streams import Batch, Stream
+from tta.streams.reading import read_ahead
 
 __all__ = ["Step", "clean_error", "iter_evaluate"]
 
-# Batches of so many seconds, or so many batches, are scored at once: numpy and a GPU take nearly
-# as long for one.
-SECONDS, MOST = 0.2, 32
+# A block is scored when it has so many batches, or took so long: numpy takes nearly as long for one
+# batch as for all of them, and a GPU is waited for once.
+BLOCK_BATCHES, BLOCK_SECONDS = 32, 0.2
 SAMPLES = 8  # images that are kept of each stretch of a domain
 MEMORY_EVERY = 20  # batches; asking takes time, and a peak stays
 Preprocess = Callable[[Tensor], Tensor]
@@ -38,12 +38,14 @@ class Step:
         row: The batch's line in the results file.
         scores: Of each image.
         error: Share of errors in the stream up to here.
+        domain_error: Share of errors in the batch's domain up to here; None for a mixed batch.
         images: The first (up to `SAMPLES`, 3, H, W) where a stretch of a domain begins, or None.
     """
 
     row: dict[str, Any]
     scores: Scores
     error: float
+    domain_error: float | None
     images: Tensor | None
 
 
@@ -52,23 +54,25 @@ class _Predicted:
     """A batch whose predictions are not looked at yet.
 
     Args:
-        batch: What is known of it but for its images.
+        batch: Without its images, which would be held until the block is scored.
         output: (B, C), on the model's device.
         report: The adapter's.
-        seconds: Gives the time that the adapter took; waits for a GPU.
+        timer: Of the adapter's work.
         forwards: Images through the model.
         backwards: Images through its backward.
-        resets: Since the stream's start.
+        undone: Whether the stream had the adapter reset before it.
+        resets_before: The adapter's own count, before this batch.
         images: See `Step`.
     """
 
     batch: Batch
     output: Tensor
     report: Report
-    seconds: Callable[[], float]
+    timer: Timer
     forwards: int
     backwards: int
-    resets: int
+    undone: bool
+    resets_before: Any
     images: Tensor | None
 
 
@@ -87,11 +91,11 @@ def iter_evaluate(
 
     Args:
         adapter: A wrapped model on `device`.
-        stream: From `tta.streams.build`.
+        stream: From `tta.streams.build`, from its first batch on.
         device: Where the model is.
         preprocess: Pixels (B, 3, H, W) in [0, 1] to what the model takes.
         totals: Of the batches before, to go on after them; `adapter` must be as it was then.
-        every: Also stop after batches whose number is a multiple of this.
+        every: Give out after every batch whose number is a multiple of this, too.
 
     Yields:
         What the batches since the last time gave, and the totals so far (one object, updated);
@@ -99,67 +103,61 @@ def iter_evaluate(
     """
     totals = Totals(adapter.num_classes) if totals is None else totals
     memory, passes = PeakMemory(device), Passes(adapter.model)
-    pending: list[_Predicted] = []
-    begun, last = time.perf_counter(), totals.batches + len(stream.from_step(totals.batches)) - 1
+    block: list[_Predicted] = []
+    begun, end = time.perf_counter(), len(stream)
+    rest = stream.from_step(totals.batches)
     try:
-        for predicted in _iter_predict(adapter, stream, device, preprocess, totals, passes):
-            pending.append(predicted)
+        for predicted in _iter_predict(adapter, rest, device, preprocess, passes):
+            block.append(predicted)
             done = predicted.batch.step + 1
-            if done % MEMORY_EVERY == 0 or done > last:
+            if done % MEMORY_EVERY == 0 or done == end:
                 totals.peak_memory = max(totals.peak_memory, memory.read())
-            full = len(pending) == MOST or time.perf_counter() - begun >= SECONDS
-            if full or done > last or (every is not None and done % every == 0):
-                yield _score(adapter, pending, totals), totals
-                pending, begun = [], time.perf_counter()
+            full = len(block) == BLOCK_BATCHES or time.perf_counter() - begun >= BLOCK_SECONDS
+            if full or done == end or (every is not None and done % every == 0):
+                yield _score(adapter, block, totals), totals
+                block, begun = [], time.perf_counter()
     finally:
         passes.close()
 
 
 def _iter_predict(
-    adapter: Adapter,
-    stream: Stream,
-    device: torch.device,
-    preprocess: Preprocess,
-    totals: Totals,
-    passes: Passes,
+    adapter: Adapter, stream: Stream, device: torch.device, preprocess: Preprocess, passes: Passes
 ) -> Iterator[_Predicted]:
-    """Adapt and predict batch by batch; waits for nothing that a GPU has not finished."""
-    resets, own_resets = totals.resets, adapter.report.resets
-    rest, domain = stream.from_step(totals.batches), None
-    for batch in rest:
-        if batch.reset and batch.step:  # before the first batch there is nothing to undo
+    """Adapt and predict batch by batch; waits for a GPU no more than the adapter does."""
+    domain = None
+    for batch in stream:
+        undone = batch.reset and batch.step > 0  # before the first batch there is nothing to undo
+        if undone:
             adapter.reset()
-            resets, own_resets = resets + 1, adapter.report.resets
+        resets_before = adapter.report.raw()["resets"]
         pixels = batch.images if batch.window is None else batch.window
         passes.restart()
-        output, seconds = _predict(adapter, rest, batch, preprocess(pixels.to(device)), passes)
-        report = adapter.report
-        resets += max(report.resets - own_resets, 0)
-        own_resets = report.resets
+        output, timer = _predict(adapter, stream, batch, preprocess(pixels.to(device)), passes)
         images = batch.images[:SAMPLES].clone() if batch.domain != domain else None
         domain = batch.domain
         yield _Predicted(
-            replace(batch, images=batch.images[:0], window=None),
-            output[-len(batch) :],
-            report,
-            seconds,
+            replace(batch, images=batch.images.new_empty(0), window=None),
+            output[-len(batch) :].clone(),  # a model may use one tensor for all its outputs
+            adapter.report,
+            timer,
             passes.forward,
             passes.backward,
-            resets,
+            undone,
+            resets_before,
             images,
         )
 
 
 def _predict(
     adapter: Adapter, stream: Stream, batch: Batch, images: Tensor, passes: Passes
-) -> tuple[Tensor, Callable[[], float]]:
-    """The adapter's output (B, C) and what gives the seconds it took; tells a measured clock."""
+) -> tuple[Tensor, Timer]:
+    """The adapter's output (B, C) and the time it took; tells a measured clock what it costs."""
 
-    def adaptive() -> tuple[Tensor, Callable[[], float]]:
-        stop = start_timer(images.device)
+    def adaptive() -> tuple[Tensor, Timer]:
+        timer = Timer(images.device)
         with nullcontext() if batch.adapt else adapter.frozen():
             output = adapter(images)
-        return output, stop()
+        return output, timer.stop()
 
     def plain() -> Tensor:
         with adapter.frozen(), torch.no_grad(), passes.uncounted():
@@ -170,17 +168,18 @@ def _predict(
     return stream.stopwatch.run(adaptive, plain)
 
 
-def _score(adapter: Adapter, pending: Sequence[_Predicted], totals: Totals) -> list[Step]:
+def _score(adapter: Adapter, block: Sequence[_Predicted], totals: Totals) -> list[Step]:
     """Make the figures of some batches, and add them to the totals."""
-    output = torch.cat([p.output for p in pending])
-    labels = torch.cat([p.batch.labels for p in pending]).cpu()
+    output = torch.cat([predicted.output for predicted in block])
+    labels = torch.cat([predicted.batch.labels for predicted in block]).cpu()
     together = score(output.argmax(1).cpu(), log_probabilities(adapter, output), labels)
     steps, stop = [], 0
-    for p in pending:
-        batch, report = p.batch, p.report
+    for predicted in block:
+        batch, report = predicted.batch, predicted.report
         start, stop = stop, stop + len(batch)
         scores = together[start:stop]
-        finite = scores.nll[scores.finite]
+        nll = scores.nll[scores.finite]
+        own_resets = max(report.resets - int(predicted.resets_before), 0)
         row = {
             "step": batch.step,
             "domain": batch.domain,
@@ -188,18 +187,20 @@ def _score(adapter: Adapter, pending: Sequence[_Predicted], totals: Totals) -> l
             "images": len(batch),
             "errors": int(scores.wrong.sum()),
             "entropy": float(scores.entropy.mean()),
-            "nll": float(finite.mean()) if len(finite) else math.nan,
+            "nll": float(nll.mean()) if len(nll) else math.nan,
             "concentration": scores.concentration,
             "loss": report.loss,
             "selected": int(report.selected) if report.stepped and batch.adapt else 0,
-            "resets": p.resets,
+            "resets": totals.resets + int(predicted.undone) + own_resets,
             "late": batch.late,
-            "seconds": p.seconds(),
+            "seconds": predicted.timer.seconds(),
         }
         totals.add(row, scores, batch.domains, batch.severities)
-        totals.forwards += p.forwards
-        totals.backwards += p.backwards
-        steps.append(Step(row, scores, totals.error, p.images))
+        totals.forwards += predicted.forwards
+        totals.backwards += predicted.backwards
+        tally = totals.by_domain.get(batch.domain)
+        domain_error = None if tally is None else tally.errors / tally.images
+        steps.append(Step(row, scores, totals.error, domain_error, predicted.images))
     return steps
 
 
@@ -214,20 +215,25 @@ def clean_error(
 ) -> float:
     """Share of errors on clean images with the adapter frozen, in a shuffled order.
 
-    `readers` processes decode images ahead.
+    Args:
+        adapter: A wrapped model on `device`.
+        images: To show.
+        batch_size: Images at once.
+        seed: Of the order.
+        device: Where the model is.
+        preprocess: As in `iter_evaluate`.
+        readers: Threads that decode images ahead.
     """
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(images), generator=generator).tolist()
-    loader = DataLoader(
-        cast("Dataset[tuple[Tensor, int]]", images),
-        batch_size,
-        sampler=order,
-        num_workers=readers,
-        generator=generator,  # or else it draws from torch's own
-    )
+    order = torch.randperm(len(images), generator=generator).split(batch_size)
+
+    def read(positions: Tensor) -> tuple[Tensor, Tensor]:
+        pictures, labels = zip(*(images[i] for i in positions.tolist()), strict=True)
+        return torch.stack(pictures), torch.tensor(labels)
+
     wrong = 0
     with adapter.frozen():
-        for pixels, labels in loader:
+        for _, (pixels, labels) in read_ahead(order, read, readers):
             output = adapter(preprocess(pixels.to(device).float() / 255)).cpu()
             wrong += int(((output.argmax(1) != labels) | output.isnan().any(1)).sum())
-    return wrong / len(order)
+    return wrong / len(images)

@@ -12,7 +12,6 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
 from experiments.evaluate import Step
-from experiments.metrics import Totals
 
 __all__ = ["Events"]
 
@@ -48,25 +47,27 @@ class Events:
         self._samples = samples
         self._shown: set[str] = set()
         self._domain: str | None = None
+        self._domain_error: float | None = None
         self._entropies: list[np.ndarray] = []
 
-    def add(self, steps: Sequence[Step], totals: Totals) -> None:
-        """Add the figures of some batches, the last of which the totals end with."""
+    def add(self, steps: Sequence[Step]) -> None:
+        """Add the figures of some batches."""
         for step in steps:
             row, number = step.row, step.row["step"]
             if row["domain"] != self._domain:
-                self._end_domain(number, totals)
+                self._end_domain(number)
                 self._domain = row["domain"]
             self._entropies.append(step.scores.entropy)
+            self._domain_error = step.domain_error
             values = {"error/batch": row["errors"] / row["images"], "error/running": step.error}
             self._add_scalars(values | {name: row[name] for name in SCALARS}, number)
             if self._samples and step.images is not None and row["domain"] not in self._shown:
                 self._shown.add(row["domain"])
                 self._writer.add_images(f"images/{row['domain']}", step.images.cpu(), number)
 
-    def finish(self, totals: Totals) -> None:
-        """Add the figures of the last domain."""
-        self._end_domain(totals.batches, totals)
+    def finish(self, batches: int) -> None:
+        """Add the figures of the last domain, after so many batches."""
+        self._end_domain(batches)
 
     def close(self) -> None:
         """Write what is still in memory, and end the writer's thread."""
@@ -77,12 +78,11 @@ class Events:
         points = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
         self._writer.file_writer.add_summary(Summary(value=points), step)
 
-    def _end_domain(self, step: int, totals: Totals) -> None:
+    def _end_domain(self, step: int) -> None:
         """Add the figures of the domain that the stream leaves."""
         if not self._entropies:
             return
         self._writer.add_histogram(f"entropy/{self._domain}", np.concatenate(self._entropies), step)
         self._entropies = []
-        tally = totals.by_domain.get(str(self._domain))  # none where batches are mixed
-        if tally is not None:
-            self._writer.add_scalar(f"domain/{self._domain}", tally.errors / tally.images, step)
+        if self._domain_error is not None:  # None where batches are mixed
+            self._writer.add_scalar(f"domain/{self._domain}", self._domain_error, step)

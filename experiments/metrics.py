@@ -132,14 +132,14 @@ class Tally:
     def of(cls, scores: Scores, severity: Any = None) -> Tally:
         """Count images shown at `severity`."""
         images, errors = len(scores.wrong), int(np.count_nonzero(scores.wrong))
-        plain = isinstance(severity, (int, float))
+        single = isinstance(severity, (int, float))
         return cls(
-            images,
-            errors,
-            int(np.count_nonzero(scores.finite)),
-            float(scores.nll.sum(dtype=np.float64)),
-            float(scores.brier.sum(dtype=np.float64)),
-            {f"{severity:g}": [images, errors]} if plain else {},
+            images=images,
+            errors=errors,
+            scored=int(np.count_nonzero(scores.finite)),
+            nll=float(scores.nll.sum(dtype=np.float64)),
+            brier=float(scores.brier.sum(dtype=np.float64)),
+            severities={f"{severity:g}": [images, errors]} if single else {},
         )
 
     def add(self, other: Tally) -> None:

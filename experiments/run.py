@@ -35,7 +35,7 @@ from tta.streams import Stream
 __all__ = ["Cache", "Run", "is_finished"]
 
 Made = TypeVar("Made")
-READERS = 8
+MOST_READERS = 8
 
 
 class Cache:
@@ -65,9 +65,9 @@ class Run:
         silent: Print nothing and draw no plots.
         snapshot_every: Batches between snapshots; None for as many as take some seconds.
         deadline: Time (of `time.monotonic`) after which to stop with `OutOfTime`.
-        readers: Processes that decode image files ahead of the model; None for as many as torch
-            has threads, at most `READERS`, where the model is on a GPU, and none on a CPU, which
-            has nothing better to do than to run the model.
+        readers: Threads that decode image files ahead of the model; None for as many as torch
+            has, at most `MOST_READERS`, where the model is on a GPU, and none on a CPU, which has
+            nothing better to do than to run the model.
         cache: Shared by runs that follow each other.
 
     Raises:
@@ -89,6 +89,8 @@ class Run:
         readers: int | None = None,
         cache: Cache | None = None,
     ) -> None:
+        if readers is not None:
+            whole("readers", readers, 0)
         self.root = Path(root)
         self.folder = None if folder is None else Path(folder)
         self.fresh, self.silent = fresh, silent
@@ -300,10 +302,11 @@ class Run:
             self.subject.model(self.subject.preprocess(images))
 
     def _pick_readers(self, wanted: int | None) -> int:
+        """Threads that decode files ahead: none for images in memory, else those wanted."""
+        if not (self.subject.data.files or isinstance(self.clean, FolderSet)):
+            return 0
         threads = torch.get_num_threads() if self.device.type == "cuda" else 0
-        readers = min(READERS, threads) if wanted is None else whole("readers", wanted, 0)
-        files = self.subject.data.files or isinstance(self.clean, FolderSet)
-        return readers if files else 0
+        return min(MOST_READERS, threads) if wanted is None else wanted
 
     def _batch_size(self, config: StreamConfig) -> int:
         return config.size(self.config.batch_size)

@@ -41,7 +41,7 @@ class Trial:
         progress: Told of every batch.
         seed: Of the adapter, and of the order of clean images.
         deadline: Time (of `time.monotonic`) after which to stop, or None.
-        readers: Processes that decode images ahead.
+        readers: Threads that decode images ahead.
     """
 
     subject: Subject
@@ -92,13 +92,13 @@ class Trial:
                     totals,
                     self.snapshots.every,
                 )
-                with closing(events):
+                with closing(events), closing(stepper):
                     for steps, _ in stepper:
                         self.results.write_all("batch", [names | step.row for step in steps])
-                        events.add(steps, totals)
+                        events.add(steps)
                         self._tell(method, config, steps, totals)
                         self._save_place(names, adapter, totals)
-                    events.finish(totals)
+                    events.finish(totals.batches)
                 after = self._clean_error(adapter, config, method, batch_size)
             finally:
                 adapter.unwrap()

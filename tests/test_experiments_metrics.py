@@ -198,6 +198,52 @@ def test_a_measured_clock_is_told_what_adapting_costs():
     assert totals.late == 0 and totals.forwards == 48
 
 
+def source_steps(net, data, batch_size=4):
+    """The steps of the source model on a stream."""
+    adapter = tta.wrap(net, "source")
+    built = tta.streams.build("continual", data, domains=["clean"], batch_size=batch_size)
+    found = list(iter_evaluate(adapter, built, CPU, lambda x: x))
+    adapter.unwrap()
+    return [step for steps, _ in found for step in steps]
+
+
+def test_outputs_in_a_tensor_that_a_model_uses_again_are_scored_as_they_were() -> None:
+    net = tiny("bn")
+    data = torch.rand(16, 3, 16, 16), torch.arange(16) % 10
+    expected = [step.row["entropy"] for step in source_steps(net, data)]
+    kept, forward = torch.zeros(4, 10), net.forward
+    net.forward = lambda x: kept.copy_(forward(x))
+    assert [step.row["entropy"] for step in source_steps(net, data)] == expected
+    assert len(set(expected)) == 4
+
+
+def test_a_block_does_not_hold_the_images_of_its_batches(monkeypatch) -> None:
+    held = []
+
+    def look(adapter, block, totals):
+        held.extend(p.batch.images.untyped_storage().nbytes() for p in block)
+        return []
+
+    monkeypatch.setattr("experiments.evaluate._score", look)
+    source_steps(tiny("bn"), (torch.rand(16, 3, 16, 16), torch.arange(16) % 10))
+    assert held == [0, 0, 0, 0]
+
+
+def test_the_error_of_a_domain_is_that_of_its_images_so_far() -> None:
+    net = tiny("bn")
+    sets = {name: (torch.rand(8, 3, 16, 16), torch.arange(8) % 10) for name in "ab"}
+    built = tta.streams.build("recurring", None, sets, batch_size=4)
+    adapter = tta.wrap(net, "source")
+    steps = [s for found, _ in iter_evaluate(adapter, built, CPU, lambda x: x) for s in found]
+    counts = {"a": [0, 0], "b": [0, 0]}
+    for step in steps:
+        count = counts[step.row["domain"]]
+        count[0] += step.row["errors"]
+        count[1] += step.row["images"]
+        assert step.domain_error == count[0] / count[1]
+    assert len(steps) > 4
+
+
 def test_hooks_go_when_the_counting_ends():
     net = tiny("bn")
     counter = Passes(net)

@@ -1,9 +1,9 @@
-"""Images that are read ahead by other processes are the ones that are read here."""
+"""Images that are read ahead by threads are the ones that are read when they are asked for."""
 
 from __future__ import annotations
 
-import os
-import signal
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -16,13 +16,12 @@ COUNT = 40
 
 
 class Files:
-    """Items of different sizes that take a process to read, and say which one did."""
+    """Items that may differ in size, and remember which threads read them."""
 
-    def __init__(self, broken=None, deadly=None, size=None) -> None:
+    def __init__(self, broken=None, size=None) -> None:
         self.targets = [i % 4 for i in range(COUNT)]
-        self.broken, self.deadly, self.size = broken, deadly, size
-        self.parent = os.getpid()
-        self.read_here = 0
+        self.broken, self.size = broken, size
+        self.read_here, self.readers = 0, set()
 
     def __len__(self) -> int:
         return COUNT
@@ -30,10 +29,8 @@ class Files:
     def __getitem__(self, i):
         if i == self.broken:
             raise OSError(f"image {i} cannot be decoded")
-        if os.getpid() == self.parent:
-            self.read_here += 1
-        elif i == self.deadly:
-            os.kill(os.getpid(), signal.SIGKILL)
+        self.readers.add(threading.current_thread())
+        self.read_here += threading.current_thread() is threading.main_thread()
         size = self.size or 8 + i % 3
         picture = np.random.default_rng(i).integers(0, 256, (size, size, 3), dtype=np.uint8)
         return picture, self.targets[i]
@@ -66,13 +63,12 @@ def test_the_same_batches_wherever_they_are_read(arguments) -> None:
         transform=corruptions.corrupt,
         **arguments,
     )
-    before = torch.get_rng_state()
+    before, threads = torch.get_rng_state(), torch.get_num_threads()
     ahead = stream.prefetch(2)
-    assert same(stream, ahead)
-    here = files.read_here
-    assert len(list(ahead)) == len(stream) and files.read_here == here
-    assert same(stream.from_step(2), ahead.from_step(2))
-    assert torch.equal(torch.get_rng_state(), before)
+    read = list(ahead)
+    assert files.read_here == 0
+    assert same(stream, read) and same(stream.from_step(2), ahead.from_step(2))
+    assert torch.equal(torch.get_rng_state(), before) and torch.get_num_threads() == threads
     assert ahead.config == stream.config
 
 
@@ -105,14 +101,31 @@ def test_a_file_that_cannot_be_read_is_said_as_without() -> None:
             list(stream.prefetch(readers))
 
 
-def test_a_process_that_dies_is_said() -> None:
-    stream = tta.streams.build("continual", Files(deadly=5, size=8), ["clean"], batch_size=8)
-    with pytest.raises(RuntimeError, match="DataLoader worker"):
-        list(stream.prefetch(1))
+@pytest.mark.parametrize("leave", ["break", "error", "end"])
+def test_threads_end_with_the_loop(leave) -> None:
+    files = Files(size=8)
+    stream = tta.streams.build("continual", files, ["clean"], batch_size=2).prefetch(3)
+    try:
+        for batch in stream:
+            if leave == "break" and batch.step == 1:
+                break
+            if leave == "error" and batch.step == 1:
+                raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        pass
+    deadline = time.monotonic() + 20
+    while any(reader.is_alive() for reader in files.readers) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert files.readers and not any(reader.is_alive() for reader in files.readers)
 
 
-@pytest.mark.parametrize("workers", [-1, 1.5, "2"])
-def test_a_number_of_processes_that_cannot_be(workers) -> None:
+def test_the_clock_of_a_stream_is_its_own() -> None:
+    stream = tta.streams.build("continual", Files(size=8), ["clean"], clock={"measured": True})
+    assert stream.prefetch(1).stopwatch is not stream.stopwatch
+
+
+@pytest.mark.parametrize("threads", [-1, 1.5, "2"])
+def test_a_number_of_threads_that_cannot_be(threads) -> None:
     stream = tta.streams.build("continual", Files(size=8), ["clean"])
-    with pytest.raises((ValueError, TypeError), match="`workers` must be a whole number"):
-        stream.prefetch(workers)
+    with pytest.raises((ValueError, TypeError), match="`threads` must be a whole number"):
+        stream.prefetch(threads)

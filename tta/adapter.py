@@ -212,7 +212,7 @@ class Adapter(nn.Module):
         if self.output is not None:
             figures |= self.output.report.raw()
         if self.update is not None:
-            figures |= self.update.report.raw() | {"resets": self.update.resets}
+            figures |= self.update.report.raw() | {"resets": self.update.resets.clone()}
         return Report(figures)
 
     @property

@@ -1,99 +1,71 @@
-"""Images read ahead by processes of their own, where a dataset decodes files.
+"""Batches read ahead by threads, where a dataset decodes files.
 
-Only reading happens there: transforms and their draws stay with the stream, so that images are the
-same bit for bit, and transforms may be on a GPU.
+Threads, since decoders of images leave the interpreter to others while they work, and processes
+would need shared memory, datasets that can be sent to them, and someone to end them. Only reading
+is done ahead: transforms and their draws stay with the stream, so that images are the same bit for
+bit and transforms may be on a GPU.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from threading import Barrier
+from typing import TypeVar
 
-import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from tta.streams.pool import Ints
-from tta.streams.sources import ImageSource
+__all__ = ["read_ahead"]
 
-__all__ = ["Part", "Read", "read_ahead"]
-
-AHEAD = 2  # batches for each process
-# What one condition of a batch shows: the dataset's number, and positions in it.
-Part = tuple[int, Ints]
-Read = Tensor | list[Tensor]
-
-
-class _Reader(Dataset[list[Any]]):
-    """What runs in a process: parts of a batch in, their images out.
-
-    Args:
-        sources: Datasets by number.
-        each: Leave images apart, which may differ in size.
-    """
-
-    def __init__(self, sources: list[ImageSource], each: bool) -> None:
-        self.sources, self.each = sources, each
-
-    def __getitem__(self, parts: Any) -> list[Any]:
-        """Read a batch; images apart go as arrays, since each tensor would take a file handle."""
-        read = [_read(self.sources[number], index, self.each) for number, index in parts]
-        return [part if isinstance(part, Tensor) else [i.numpy() for i in part] for part in read]
+Asked = TypeVar("Asked")
+Found = TypeVar("Found")
 
 
 def read_ahead(
-    batches: Iterable[list[Part]], sources: list[ImageSource], each: bool, workers: int
-) -> Iterator[list[Read]]:
-    """Read batches in order, those to come in `workers` processes meanwhile.
+    batches: Iterable[Asked], read: Callable[[Asked], Found], threads: int
+) -> Iterator[tuple[Asked, Found]]:
+    """Read batches in order, the next ones meanwhile in threads.
 
     Args:
-        batches: The parts of each batch.
-        sources: Datasets by number.
-        each: As `ImageSource.each` and not as `ImageSource.images`.
-        workers: At least 1.
+        batches: What to read.
+        read: Reads one batch; called by several threads at once.
+        threads: Batches read at once; 0 to read each when it is asked for.
 
     Yields:
-        The images of each part: (B, 3, H, W), or (3, H, W) each.
+        A batch and what `read` returned for it; what it raised is raised here.
     """
-    asked: deque[list[Part]] = deque()
-
-    def ask() -> Iterator[list[Part]]:
-        for parts in batches:
-            asked.append(parts)
-            yield parts
-
-    loader = DataLoader(
-        _Reader(sources, each),
-        batch_size=None,
-        sampler=ask(),
-        num_workers=workers,
-        prefetch_factor=AHEAD,
-        collate_fn=_as_it_is,
-        generator=torch.Generator(),  # or else it draws from torch's own
-    )
-    ready = iter(loader)
-    while True:
-        try:
-            batch = next(ready, None)
-        except Exception:
-            # Read here, what cannot be read is said as it is, and not as a process's last words.
-            for number, index in asked[0]:
-                _read(sources[number], index, each)
-            raise
-        if batch is None:
-            return
-        asked.popleft()
-        yield [
-            part if isinstance(part, Tensor) else [torch.from_numpy(i) for i in part]
-            for part in batch
-        ]
+    if threads == 0:
+        for batch in batches:
+            yield batch, read(batch)
+        return
+    left = iter(batches)
+    waiting: deque[tuple[Asked, Future[Found]]] = deque()
+    pool = _make_pool(threads)
+    try:
+        for batch in islice(left, threads + 1):
+            waiting.append((batch, pool.submit(read, batch)))
+        while waiting:
+            batch, found = waiting.popleft()
+            yield batch, found.result()
+            for after in islice(left, 1):
+                waiting.append((after, pool.submit(read, after)))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _read(source: ImageSource, index: Ints, each: bool) -> Read:
-    return source.each(np.asarray(index)) if each else source.images(np.asarray(index))
+def _make_pool(threads: int) -> ThreadPoolExecutor:
+    """Threads in each of which torch has one thread: they are many enough themselves."""
+    before, met = torch.get_num_threads(), Barrier(threads + 1)
 
+    def begin() -> None:
+        torch.set_num_threads(1)
+        met.wait()
 
-def _as_it_is(value: Any) -> Any:
-    return value
+    pool = ThreadPoolExecutor(threads, "reader", begin)
+    for _ in range(threads):
+        pool.submit(int)  # each starts one, as none is idle before all have met
+    met.wait()
+    torch.set_num_threads(before)  # which threads that others start will have
+    return pool

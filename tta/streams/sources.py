@@ -12,11 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["CLEAN", "Condition", "Domains", "ImageSource", "Transform"]
+__all__ = ["CLEAN", "Condition", "Domains", "ImageSource", "Images", "Transform"]
 
 ROUNDING = 1e-3  # beyond [0, 1], which a transform may leave
 
 Transform = Callable[..., Tensor]
+Images = Tensor | list[Tensor]  # (B, 3, H, W), or (3, H, W) each
 CLEAN = "clean"
 
 
@@ -175,7 +176,7 @@ class ImageSource:
             )
         return labels.astype(np.int64)
 
-    def each(self, index: NDArray[np.int64]) -> Tensor | list[Tensor]:
+    def each(self, index: NDArray[np.int64]) -> Images:
         """As `images`, but (3, H, W) each where their sizes may differ."""
         if self._arrays is not None:
             return self.images(index)
@@ -275,14 +276,14 @@ class Domains:
             )
         return levels[severity]
 
-    @cached_property
-    def items(self) -> list[ImageSource]:
-        """The datasets that are read item by item."""
+    @property
+    def has_items(self) -> bool:
+        """Whether some images are items of a dataset, and not rows of an array."""
         own = [source for levels in self._own.values() for source in levels.values()]
         every = own if self.base is None else [self.base, *own]
-        return [source for source in every if not source.in_memory]
+        return any(not source.in_memory for source in every)
 
-    def read(self, condition: Condition, index: NDArray[np.int64]) -> Tensor | list[Tensor]:
+    def read(self, condition: Condition, index: NDArray[np.int64]) -> Images:
         """Read the images at `index` (B,), apart from each other where `before` joins them."""
         source = self.source(condition)
         return source.images(index) if self.before is None else source.each(index)
@@ -292,9 +293,7 @@ class Domains:
         levels = self._own.get(name)
         return self.transform is not None if levels is None else None not in levels
 
-    def render(
-        self, condition: Condition, images: Tensor | list[Tensor], seed: Callable[[], int]
-    ) -> Tensor:
+    def render(self, condition: Condition, images: Images, seed: Callable[[], int]) -> Tensor:
         """Transform images.
 
         Args:
@@ -309,7 +308,7 @@ class Domains:
         generator = torch.Generator().manual_seed(seed()) if draws else None
         if self.before is not None:
             images = _batch("before", self.before(images, generator=generator), count)
-        assert isinstance(images, Tensor)
+        assert isinstance(images, Tensor)  # `read` leaves them apart for `before` alone
         for name, severity in condition.steps:
             if (
                 self.transform is None

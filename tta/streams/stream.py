@@ -7,7 +7,6 @@ import math
 from collections import deque
 from collections.abc import Iterator, Mapping
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -21,8 +20,8 @@ from tta.streams.draws import Draws
 from tta.streams.plan import Plan, Rows
 from tta.streams.pool import Ints
 from tta.streams.preview import Preview, summarise
-from tta.streams.reading import Part, Read, read_ahead
-from tta.streams.sources import Domains
+from tta.streams.reading import read_ahead
+from tta.streams.sources import Domains, Images
 
 __all__ = ["Stream"]
 
@@ -62,7 +61,7 @@ class Stream:
         self._domains = domains
         self._config = config
         self._window = window
-        self._start = self._workers = 0
+        self._start = self._threads = 0
         self.clock = clock
         self.stopwatch = Stopwatch(clock) if clock is not None and clock.measured else None
 
@@ -102,19 +101,20 @@ class Stream:
             view.stopwatch = Stopwatch(self.clock)
         return view
 
-    def prefetch(self, workers: int) -> Stream:
-        """Return the same stream with images read ahead by processes of their own.
+    def prefetch(self, threads: int) -> Stream:
+        """Return the same stream from its start on, with items of datasets read ahead by threads.
 
-        For datasets whose items are files that take time to decode; arrays are read here anyway,
-        and transforms, such as corruptions on a GPU, are done here too. Images are the same.
+        For datasets whose items are files that take time to decode; arrays are read when they are
+        asked for, and transforms, such as corruptions on a GPU, stay with the caller's thread.
 
         Args:
-            workers: Processes, as `num_workers` of torch's `DataLoader`, which starts them; 0 for
-                none. A program that starts processes by spawning must be guarded by
-                ``if __name__ == "__main__"``.
+            threads: Batches read at once, no more than there are cores; 0 to read none ahead.
+                Several threads then call the datasets' `__getitem__` at once, which must open its
+                files itself (and not move the position of one they share) and give the same image
+                each time.
         """
-        view = copy.copy(self)
-        view._workers = whole("workers", workers, 0)
+        view = self.from_step(self._start)
+        view._threads = whole("threads", threads, 0)
         return view
 
     def rows(self) -> Iterator[tuple[Rows, Ints]]:
@@ -141,40 +141,32 @@ class Stream:
             if self._window is not None and step == self._start:
                 # A stream taken up in the middle needs the images its window would hold.
                 back = min(rows.since_reset, self._window - 1)
-                recent.extend(self._images(self._plan.rows(s)) for s in range(step - back, step))
+                recent.extend(
+                    self._images(self._plan.rows(s), {}) for s in range(step - back, step)
+                )
             if self.stopwatch is not None:
                 late = self.stopwatch.tick()
             else:
                 late = self.clock is not None and self.clock.is_late(step)
             yield self._batch(rows, read, late, recent)
 
-    def _read(self) -> Iterator[tuple[Rows, dict[int, Read]]]:
-        """Iterate over (rows, images by the number of their condition, where read ahead)."""
-        numbers = {id(source): number for number, source in enumerate(self._domains.items)}
-        waiting: deque[tuple[Rows, list[int]]] = deque()
+    def _read(self) -> Iterator[tuple[Rows, dict[int, Images]]]:
+        """Iterate over (rows, what is read ahead of them: images by number of condition)."""
+        steps = range(self._start, len(self._plan))
+        threads = min(self._threads, len(steps)) if self._domains.has_items else 0
+        read = self._read_items if threads else lambda _: {}
+        return read_ahead(map(self._plan.rows, steps), read, threads)
 
-        def ask() -> Iterator[list[Part]]:
-            for step in range(self._start, len(self._plan)):
-                rows, parts, codes = self._plan.rows(step), [], []
-                for code, condition in enumerate(rows.conditions):
-                    number = numbers.get(id(self._domains.source(condition)))
-                    if number is not None:
-                        parts.append((number, rows.index[rows.which == code]))
-                        codes.append(code)
-                waiting.append((rows, codes))
-                yield parts
-
-        if not self._workers or not numbers:
-            for step in range(self._start, len(self._plan)):
-                yield self._plan.rows(step), {}
-            return
-        each = self._domains.before is not None
-        for read in read_ahead(ask(), self._domains.items, each, self._workers):
-            rows, codes = waiting.popleft()
-            yield rows, dict(zip(codes, read, strict=True))
+    def _read_items(self, rows: Rows) -> dict[int, Images]:
+        """Read what is no array; arrays are read when the batch is made, on their device."""
+        return {
+            code: self._domains.read(condition, rows.index[rows.which == code])
+            for code, condition in enumerate(rows.conditions)
+            if not self._domains.source(condition).in_memory
+        }
 
     def _batch(
-        self, rows: Rows, read: Mapping[int, Read], late: bool, recent: deque[Tensor]
+        self, rows: Rows, read: Mapping[int, Images], late: bool, recent: deque[Tensor]
     ) -> Batch:
         images = self._images(rows, read)
         names = [c.domain for c in rows.conditions]
@@ -209,8 +201,8 @@ class Stream:
             labels[mask] = self._domains.source(condition).labels[rows.index[mask]]
         return labels
 
-    def _images(self, rows: Rows, read: Mapping[int, Read] = MappingProxyType({})) -> Tensor:
-        """Make a batch's images, one call of the transform per condition."""
+    def _images(self, rows: Rows, read: Mapping[int, Images]) -> Tensor:
+        """Make a batch's images from what is read and what is not; one transform a condition."""
         made, places = [], []
         for code, condition in enumerate(rows.conditions):
             place = np.flatnonzero(rows.which == code)
