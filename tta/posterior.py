@@ -113,5 +113,6 @@ def prior(
     """
     offset = foreach._foreach_sub([p.detach() for p in parameters], mean)
     pull = foreach._foreach_div(offset, foreach._foreach_add(variance, damping))
-    terms = [t.sum() for t in foreach._foreach_mul(offset, pull)]
+    foreach._foreach_mul_(offset, pull)  # in place: these may be as large as the model
+    terms = [t.sum() for t in offset]
     return 0.5 * torch.stack(terms).sum(), pull

@@ -224,15 +224,22 @@ def order_statistics(values: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The elements of (P,) that would be at ``rank`` and ``rank + 1`` (or the last) if sorted.
 
     Of many values, a sorted sample tells how far up these two can lie, and only what lies below is
-    sorted: little, for the small shares that methods use.
+    sorted: little, for the small shares that methods use. Where it tells that many are equal there,
+    they are counted.
     """
     count, last = len(values), min(rank + 1, len(values) - 1)
     if count > 8 * SAMPLE:
         sample = values[:: count // SAMPLE].sort().values
         share = rank / count
         place = len(sample) * share + 8 + 4 * math.sqrt(len(sample) * share * (1 - share))
-        if math.ceil(place) < len(sample):
-            few = values[values <= sample[math.ceil(place)]]
+        end = math.ceil(place)
+        if end < len(sample):
+            bound = sample[end]
+            if bool(sample[end - 1] == bound):  # maybe many: gradients of 0 of a whole layer
+                below, upto = int((values < bound).sum()), int((values <= bound).sum())
+                if below <= rank and last < upto:
+                    return bound, bound
+            few = values[values <= bound]
             if last < len(few):
                 values = few
     ordered = values.sort().values
