@@ -97,20 +97,19 @@ class Timer:
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-        self._marks = [self._mark()]
+        self._first = self._last = self._mark()
 
     def stop(self) -> Timer:
         """End the time here."""
-        self._marks.append(self._mark())
+        self._last = self._mark()
         return self
 
     def seconds(self) -> float:
         """The time between the two."""
-        first, last = self._marks
         if self._stream is None:
-            return last - first
-        last.synchronize()
-        return first.elapsed_time(last) / 1000
+            return self._last - self._first
+        self._last.synchronize()
+        return self._first.elapsed_time(self._last) / 1000
 
     def _mark(self) -> Any:
         if self._stream is None:

@@ -72,7 +72,7 @@ class _Predicted:
     forwards: int
     backwards: int
     undone: bool
-    resets_before: Any
+    resets_before: Tensor | int
     images: Tensor | None
 
 
@@ -104,8 +104,8 @@ def iter_evaluate(
     totals = Totals(adapter.num_classes) if totals is None else totals
     memory, passes = PeakMemory(device), Passes(adapter.model)
     block: list[_Predicted] = []
-    begun, end = time.perf_counter(), len(stream)
     rest = stream.from_step(totals.batches)
+    begun, end = time.perf_counter(), totals.batches + len(rest)
     try:
         for predicted in _iter_predict(adapter, rest, device, preprocess, passes):
             block.append(predicted)

@@ -280,7 +280,7 @@ def _give_statistics(net: nn.Module, size: int) -> None:
         layer.eval()
 
 
-def _try(net: nn.Module, size: int, recipe: str, before: Any) -> str:
+def _try(net: nn.Module, size: int, recipe: str, before: list[tuple[Any, ...]]) -> str:
     flags = [(m, m.training) for m in net.modules()]
     try:
         said = _adapt(net, size, recipe)

@@ -177,12 +177,18 @@ def test_the_reset_point_of_a_whole_model_is_one_copy_of_it(optimizer: str) -> N
     )
     net[3].weight.data[0, 0] = -0.0
     adapter = tta.wrap(net, "cotta", optimizer=optimizer, lr=1e-3, mean=(0.0,) * 3, std=(1.0,) * 3)
-    start = adapter.state()
-    kept = {
-        v.untyped_storage().data_ptr(): v.untyped_storage() for v in adapter.reset_point().values()
-    }
+    start, weights = adapter.state(), {k: v.clone() for k, v in net.state_dict().items()}
     size = sum(p.numel() * p.element_size() for p in net.parameters())
-    assert sum(storage.nbytes() for storage in kept.values()) < 1.1 * size
+
+    def held() -> int:
+        storages = [v.untyped_storage() for v in adapter._initial.values()]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+    assert held() < 1.1 * size
+    adapter.load_state(start, as_source=True)
+    assert held() < 1.1 * size
+    for value in adapter.reset_point().values():
+        value.zero_()  # the caller's own
     adapter(images(0))
     assert any(not torch.equal(start[k], v) for k, v in adapter.state().items())
     adapter.reset()
@@ -190,6 +196,23 @@ def test_the_reset_point_of_a_whole_model_is_one_copy_of_it(optimizer: str) -> N
         assert torch.equal(value, start[name]) and torch.equal(
             value.signbit(), start[name].signbit()
         )
+    back = adapter.unwrap().state_dict()
+    assert all(torch.equal(back[k], v) for k, v in weights.items())
+
+
+def test_an_interrupt_at_the_end_of_wrap_leaves_the_model_as_it_was(monkeypatch) -> None:
+    net = tiny("bn")
+    keys = list(net.state_dict())
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tta.adapter.lasting_copies", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        tta.wrap(net, "unmix_tns")
+    monkeypatch.undo()
+    assert list(net.state_dict()) == keys
+    tta.wrap(net, "unmix_tns").unwrap()
 
 
 def test_state_is_cloned() -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +15,9 @@ import torch
 
 import corruptions
 import tta
+from tta.streams.reading import read_ahead
 
+ROOT = Path(__file__).parents[1]
 COUNT = 40
 
 
@@ -129,3 +135,51 @@ def test_a_number_of_threads_that_cannot_be(threads) -> None:
     stream = tta.streams.build("continual", Files(size=8), ["clean"])
     with pytest.raises((ValueError, TypeError), match="`threads` must be a whole number"):
         stream.prefetch(threads)
+
+
+SCRIPT = """
+import threading, torch
+from tta.streams.reading import read_ahead
+torch.set_num_threads(2)
+start, made = threading.Thread.start, []
+def fail(self):
+    made.append(self.name.startswith("reader"))
+    if sum(made) == 3:
+        raise {error}
+    start(self)
+threading.Thread.start = fail
+try:
+    list(read_ahead(range(5), abs, 4))
+except (RuntimeError, KeyboardInterrupt) as found:
+    print(type(found).__name__)
+threading.Thread.start = start
+fresh = threading.Thread(target=lambda: print(torch.get_num_threads()))
+fresh.start()
+fresh.join()
+assert [found for _, found in read_ahead(range(5), abs, 4)] == [0, 1, 2, 3, 4]
+"""
+
+
+@pytest.mark.parametrize("error", ['RuntimeError("can\'t start new thread")', "KeyboardInterrupt"])
+def test_threads_that_cannot_start_hold_nothing_up(error) -> None:
+    command = [sys.executable, "-c", SCRIPT.format(error=error)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [error.partition("(")[0], "2"]
+
+
+def test_streams_in_several_threads_leave_torchs_threads_alone() -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            list(
+                pool.map(lambda _: [list(read_ahead(range(3), abs, 2)) for _ in range(10)], "abcd")
+            )
+        seen = []
+        fresh = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+        fresh.start()
+        fresh.join()
+        assert torch.get_num_threads() == 2 and seen == [2]
+    finally:
+        torch.set_num_threads(threads)

@@ -162,13 +162,14 @@ class Adapter(nn.Module):
         self._copy_in(state)
         if as_source:
             moving = self._moving()
-            self._initial |= {k: moving[k].detach().clone() for k in state if k != "rng"}
+            changed = {k: moving[k] for k in state if k != "rng"}
+            self._initial |= lasting_copies(changed, self._original)
             if "rng" in state:
                 self._initial["rng"] = state["rng"].clone()
 
     def reset_point(self) -> dict[str, Tensor]:
-        """The state that :meth:`reset` restores (not clones)."""
-        return dict(self._initial)
+        """Clones of the state that :meth:`reset` restores."""
+        return {k: v.clone() for k, v in self._initial.items()}
 
     def constants(self) -> dict[str, Tensor]:
         """What was fixed at wrap (Fisher information, anchors, ...), by name."""

@@ -112,6 +112,9 @@ def _build(
                 update.attach(source)
         else:
             adapter.config = dataclasses.replace(config, source=_fit(adapter, network, source))
+        for wrapper in wrappers.values():
+            wrapper.rule.fell_back = False  # source batches may have been short
+        adapter._mark_reset_point()
     except BaseException:  # an interrupt too leaves the model as it was
         if adapter is not None:
             adapter.unwrap()
@@ -120,9 +123,6 @@ def _build(
                 network.close()
             surgery.remove(model, wrappers)
         raise
-    for wrapper in wrappers.values():
-        wrapper.rule.fell_back = False  # source batches may have been short
-    adapter._mark_reset_point()
     return adapter
 
 

@@ -1,4 +1,4 @@
-"""Keys of an adapter's state: other names for them, what may be loaded, what it belongs to."""
+"""Keys of an adapter's state: other names, what may be loaded, what it belongs to, copies."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def checksum(tensors: Iterable[Tensor], first: int | None = None) -> int:
 
 
 def lasting_copies(moving: Mapping[str, Tensor], held: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies that nobody changes, without memory for what there is already.
+    """Copies that the adapter never writes to, without memory for what there is already.
 
     Where a whole model is trained, its parameters, a teacher's, and the optimiser's slots are four
     models; at wrap the first two are usually the caller's weights and the others are zeros.
@@ -137,22 +137,24 @@ def lasting_copies(moving: Mapping[str, Tensor], held: Mapping[str, Tensor]) -> 
     Returns:
         Tensors with the bits of ``moving``: one of ``held``, an expanded zero, or a clone.
     """
-    copies: dict[str, Tensor] = {}
-    for key, value in moving.items():
+    return {key: _lasting_copy(key, value.detach(), held) for key, value in moving.items()}
+
+
+def _lasting_copy(key: str, value: Tensor, held: Mapping[str, Tensor]) -> Tensor:
+    if value.numel() >= SMALL:
         name = key.partition("/")[2]
-        same = held.get(
-            name, held.get(name.partition(".")[2])
-        )  # param/<name>, update/teacher.<name>
-        alike = same is not None and (same.shape, same.dtype) == (value.shape, value.dtype)
-        if value.numel() < SMALL:
-            copies[key] = value.detach().clone()
-        elif same is not None and alike and torch.equal(_bits(same), _bits(value)):
-            copies[key] = same
-        elif not bool(_bits(value).any()):
-            copies[key] = value.new_zeros(()).expand_as(value)
-        else:
-            copies[key] = value.detach().clone()
-    return copies
+        # param/<name>, or update/teacher.<name>
+        original = held.get(name, held.get(name.partition(".")[2]))
+        if original is not None and _same_bits(original, value):
+            return original
+        if not bool(_bits(value).any()):
+            return value.new_zeros(()).expand_as(value)
+    return value.clone()
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    alike = all(getattr(one, what) == getattr(other, what) for what in ("shape", "dtype", "device"))
+    return alike and torch.equal(_bits(one), _bits(other))
 
 
 def _bits(value: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ def save(adapter: Adapter, folder: str | Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {f"state:{k}": v for k, v in adapter.state().items()}
     tensors |= {f"constant:{k}": v.detach().clone() for k, v in adapter.constants().items()}
-    tensors |= {f"initial:{k}": v.clone() for k, v in adapter.reset_point().items()}
+    tensors |= {f"initial:{k}": v for k, v in adapter.reset_point().items()}
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     about: dict[str, Any] = {
         "format": FORMAT,

@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from itertools import islice
-from threading import Barrier
+from threading import Barrier, BrokenBarrierError, Lock
 from typing import TypeVar
 
 import torch
@@ -21,6 +22,8 @@ __all__ = ["read_ahead"]
 
 Asked = TypeVar("Asked")
 Found = TypeVar("Found")
+
+_making = Lock()  # torch's number of threads is another one meanwhile
 
 
 def read_ahead(
@@ -47,8 +50,10 @@ def read_ahead(
         for batch in islice(left, threads + 1):
             waiting.append((batch, pool.submit(read, batch)))
         while waiting:
-            batch, found = waiting.popleft()
-            yield batch, found.result()
+            batch, future = waiting.popleft()
+            found = future.result()
+            del future  # it would hold what the caller may let go of
+            yield batch, found
             for after in islice(left, 1):
                 waiting.append((after, pool.submit(read, after)))
     finally:
@@ -57,15 +62,24 @@ def read_ahead(
 
 def _make_pool(threads: int) -> ThreadPoolExecutor:
     """Threads in each of which torch has one thread: they are many enough themselves."""
-    before, met = torch.get_num_threads(), Barrier(threads + 1)
+    all_started = Barrier(threads + 1)
 
-    def begin() -> None:
+    def start_single() -> None:
         torch.set_num_threads(1)
-        met.wait()
+        with suppress(BrokenBarrierError):
+            all_started.wait()
 
-    pool = ThreadPoolExecutor(threads, "reader", begin)
-    for _ in range(threads):
-        pool.submit(int)  # each starts one, as none is idle before all have met
-    met.wait()
-    torch.set_num_threads(before)  # which threads that others start will have
+    with _making:
+        before = torch.get_num_threads()
+        pool = ThreadPoolExecutor(threads, "reader", start_single)
+        try:
+            for _ in range(threads):
+                pool.submit(int)  # starts a thread, as long as those that are there are waiting
+            all_started.wait()
+        except BaseException:
+            all_started.abort()
+            pool.shutdown(cancel_futures=True)  # and wait: a late start would set 1 once more
+            raise
+        finally:
+            torch.set_num_threads(before)  # it is also what threads that others start will have
     return pool

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -111,7 +111,8 @@ class Stream:
             threads: Batches read at once, no more than there are cores; 0 to read none ahead.
                 Several threads then call the datasets' `__getitem__` at once, which must open its
                 files itself (and not move the position of one they share) and give the same image
-                each time.
+                each time. They read outside of the caller's contexts, such as autocast, and end
+                with the batch they are at when the loop is left.
         """
         view = self.from_step(self._start)
         view._threads = whole("threads", threads, 0)
@@ -159,14 +160,15 @@ class Stream:
 
     def _read_items(self, rows: Rows) -> dict[int, Images]:
         """Read what is no array; arrays are read when the batch is made, on their device."""
-        return {
-            code: self._domains.read(condition, rows.index[rows.which == code])
-            for code, condition in enumerate(rows.conditions)
-            if not self._domains.source(condition).in_memory
-        }
+        with torch.no_grad():  # a thread has a mode of its own
+            return {
+                code: self._domains.read(condition, rows.index[rows.which == code])
+                for code, condition in enumerate(rows.conditions)
+                if not self._domains.source(condition).in_memory
+            }
 
     def _batch(
-        self, rows: Rows, read: Mapping[int, Images], late: bool, recent: deque[Tensor]
+        self, rows: Rows, read: dict[int, Images], late: bool, recent: deque[Tensor]
     ) -> Batch:
         images = self._images(rows, read)
         names = [c.domain for c in rows.conditions]
@@ -201,7 +203,7 @@ class Stream:
             labels[mask] = self._domains.source(condition).labels[rows.index[mask]]
         return labels
 
-    def _images(self, rows: Rows, read: Mapping[int, Images]) -> Tensor:
+    def _images(self, rows: Rows, read: dict[int, Images]) -> Tensor:
         """Make a batch's images from what is read and what is not; one transform a condition."""
         made, places = [], []
         for code, condition in enumerate(rows.conditions):
@@ -209,7 +211,7 @@ class Stream:
             # Named by domain, severity and step, so that no skipped batch changes it.
             key = [float(x) if not isinstance(x, str) else x for s in condition.steps for x in s]
             seed = partial(_pixel_seed, self._config["seed"], *key, rows.step)
-            images = read.get(code)
+            images = read.pop(code, None)
             if images is None:
                 images = self._domains.read(condition, rows.index[place])
             made.append(self._domains.render(condition, images, seed))
