@@ -56,23 +56,23 @@ class _Predicted:
     Args:
         batch: Without its images, which would be held until the block is scored.
         output: (B, C), on the model's device.
-        report: The adapter's.
+        report: The adapter's, of this batch.
+        before: The adapter's before it, which tells the resets since.
         timer: Of the adapter's work.
         forwards: Images through the model.
         backwards: Images through its backward.
         undone: Whether the stream had the adapter reset before it.
-        resets_before: The adapter's own count, before this batch.
         images: See `Step`.
     """
 
     batch: Batch
     output: Tensor
     report: Report
+    before: Report
     timer: Timer
     forwards: int
     backwards: int
     undone: bool
-    resets_before: Tensor | int
     images: Tensor | None
 
 
@@ -124,26 +124,26 @@ def _iter_predict(
     adapter: Adapter, stream: Stream, device: torch.device, preprocess: Preprocess, passes: Passes
 ) -> Iterator[_Predicted]:
     """Adapt and predict batch by batch; waits for a GPU no more than the adapter does."""
-    domain = None
+    domain, report = None, adapter.report
     for batch in stream:
         undone = batch.reset and batch.step > 0  # before the first batch there is nothing to undo
         if undone:
             adapter.reset()
-        resets_before = adapter.report.raw()["resets"]
+            report = adapter.report
         pixels = batch.images if batch.window is None else batch.window
         passes.restart()
         output, timer = _predict(adapter, stream, batch, preprocess(pixels.to(device)), passes)
         images = batch.images[:SAMPLES].clone() if batch.domain != domain else None
-        domain = batch.domain
+        before, report, domain = report, adapter.report, batch.domain
         yield _Predicted(
             replace(batch, images=batch.images.new_empty(0), window=None),
             output[-len(batch) :].clone(),  # a model may use one tensor for all its outputs
-            adapter.report,
+            report,
+            before,
             timer,
             passes.forward,
             passes.backward,
             undone,
-            resets_before,
             images,
         )
 
@@ -179,7 +179,7 @@ def _score(adapter: Adapter, block: Sequence[_Predicted], totals: Totals) -> lis
         start, stop = stop, stop + len(batch)
         scores = together[start:stop]
         nll = scores.nll[scores.finite]
-        own_resets = max(report.resets - int(predicted.resets_before), 0)
+        own_resets = max(report.resets - predicted.before.resets, 0)
         row = {
             "step": batch.step,
             "domain": batch.domain,

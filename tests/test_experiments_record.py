@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import models
 import tta
@@ -109,14 +110,13 @@ def test_the_overhead_is_said(capsys):
 
 
 def test_tensorboard_has_scalars_entropies_images_and_the_configuration(tmp_path):
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     arguments = ["run", "--images", "20", "--corruptions", "fog", "snow", "--batch-size", "10"]
     arguments += ["--methods", "source", "tent", "--quiet", "--output", str(tmp_path)]
     assert commands.main([*arguments, "--device", "cpu"]) == 0
     (folder,) = tmp_path.iterdir()
     tags = {}
     for method in ("source", "tent"):
-        events = accumulator.EventAccumulator(str(folder / "tensorboard" / "continual" / method))
+        events = EventAccumulator(str(folder / "tensorboard" / "continual" / method))
         events.Reload()
         tags[method] = events.Tags()
         assert [event.step for event in events.Scalars("error/running")] == [0, 1, 2, 3]

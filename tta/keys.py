@@ -153,10 +153,10 @@ def _lasting_copy(key: str, value: Tensor, held: Mapping[str, Tensor]) -> Tensor
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:
-    alike = all(getattr(one, what) == getattr(other, what) for what in ("shape", "dtype", "device"))
-    return alike and torch.equal(_bits(one), _bits(other))
+    kind, other_kind = ((t.shape, t.dtype, t.device) for t in (one, other))
+    return kind == other_kind and torch.equal(_bits(one), _bits(other))
 
 
 def _bits(value: Tensor) -> Tensor:
     """Bytes, by which NaN is itself and -0 is not 0."""
-    return value.detach().reshape(-1).view(torch.uint8)
+    return value.reshape(-1).view(torch.uint8)

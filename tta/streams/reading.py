@@ -46,16 +46,19 @@ def read_ahead(
     left = iter(batches)
     waiting: deque[tuple[Asked, Future[Found]]] = deque()
     pool = _make_pool(threads)
-    try:
-        for batch in islice(left, threads + 1):
+
+    def ask(count: int) -> None:
+        for batch in islice(left, count):
             waiting.append((batch, pool.submit(read, batch)))
+
+    try:
+        ask(threads + 1)
         while waiting:
             batch, future = waiting.popleft()
             found = future.result()
             del future  # it would hold what the caller may let go of
             yield batch, found
-            for after in islice(left, 1):
-                waiting.append((after, pool.submit(read, after)))
+            ask(1)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
