@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import multiprocessing
 import os
 import random
@@ -27,8 +28,9 @@ RANDOM = random.Random(5)  # which points are tried
 
 @pytest.fixture(autouse=True)
 def tiny_models(monkeypatch):
-    """Let the runner load tiny networks."""
+    """Let the runner load tiny networks; how often it writes does not depend on its speed."""
     use_tiny_models(monkeypatch)
+    monkeypatch.setattr("experiments.evaluate.BLOCK_SECONDS", math.inf)
 
 
 def configuration(*methods, scenario="reset_each_shift", **options):
