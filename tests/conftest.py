@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
+import random
+
+import numpy as np
+import pytest
 import torch
 
 # The networks are tiny: more threads only wait for each other, on shared machines for seconds.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def same_draws_in_any_order():
+    """What a test draws without a generator does not depend on the tests before it."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)

@@ -16,7 +16,7 @@ from experiments.report import collect, write_compact
 from experiments.report.collect import by_setting
 from experiments.report.report import describe
 from experiments.report.statistics import difference, estimate
-from experiments.report.tables import Table, overview, setting_table
+from experiments.report.tables import Table, csv_rows, overview, setting_table
 from experiments.settings import make_sweep
 from experiments.sweep import Sweep
 from tests.tiny_models import use_tiny_models
@@ -65,12 +65,13 @@ def test_a_compact_file_holds_the_same(runs, tmp_path):
     assert len(again) == len(results)
     for a, b in zip(results, again, strict=True):
         assert (a.setting, a.method, a.seed, a.curve) == (b.setting, b.method, b.seed, b.curve)
-        assert error(a) == pytest.approx(error(b), rel=1e-5)
+        assert error(a) == error(b)
         for one, other in zip(a.domains, b.domains, strict=True):
             assert one["severities"] == other["severities"] and one["errors"] == other["errors"]
     assert setting_table(by_setting(results)[results[0].setting]).rows == (
         setting_table(by_setting(again)[again[0].setting]).rows
     )
+    assert csv_rows(results) == csv_rows(again)  # every figure with all its digits
     size = (tmp_path / "record.jsonl").stat().st_size
     assert size < sum(path.stat().st_size for path in runs.rglob("results.jsonl"))
 

@@ -23,7 +23,6 @@ from experiments.trial import OutOfTime
 from tests.tiny_models import fake_load, use_tiny_models
 
 TIMES = {"seconds", "images_per_second", "peak_memory", "started", "at", "finished", "command"}
-RANDOM = random.Random(5)  # which points are tried
 
 
 @pytest.fixture(autouse=True)
@@ -124,9 +123,10 @@ def check_points(config, tmp_path, points):
     """Kill a run at so many points, go on, and compare with one that was never killed."""
     with Writes() as writes:
         whole = figures(execute(config, tmp_path / "whole"))
+    chance = random.Random(repr(config.methods))  # other points for every method
     for number in range(points):
         folder = tmp_path / str(number)
-        at, share = RANDOM.randint(1, writes.count), RANDOM.choice([0.0, 0.4, 1.0])
+        at, share = chance.randint(1, writes.count), chance.choice([0.0, 0.4, 1.0])
         assert killed(config, folder, at, share)
         # Killed a second time on the way, and then left alone.
         killed(config, folder, 1 + at // 2, 1 - share)
@@ -171,7 +171,7 @@ def test_killed_at_many_points_with_any_method(tmp_path, monkeypatch, method):
     artefacts = tta.collect_source(net, loader, for_methods=["eata", "adanpc", "petal", "rmt"])
     info = dataclasses.replace(info, source=dataclasses.replace(artefacts, batches=loader))
     monkeypatch.setattr("experiments.subject.models.load", lambda name: (net, info))
-    scenario = RANDOM.choice(["reset_each_shift", "mixed", "dirichlet_slots"])
+    scenario = random.Random(method).choice(["reset_each_shift", "mixed", "dirichlet_slots"])
     config = configuration(method, scenario=scenario)
     check_points(config, tmp_path, 8)
 
@@ -185,7 +185,7 @@ def test_killed_by_the_clock(tmp_path):
         folder = tmp_path / str(number)
         process = context.Process(target=execute, args=(config, folder))
         process.start()
-        process.join(RANDOM.uniform(0.05, 2.0))
+        process.join(random.uniform(0.05, 2.0))
         process.kill()
         process.join()
         assert figures(execute(config, folder)) == whole
