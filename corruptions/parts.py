@@ -24,9 +24,10 @@ __all__ = ["in_parts", "part_size", "usable_cores"]
 _PIXELS = 1 << 18
 _PIXELS_GPU = 1 << 23
 # Some have more of them, or of a wider type; others have few.
-_SHARES = dict.fromkeys(("zoom_blur", "glass_blur", "gaussian_blur"), 0.5) | dict.fromkeys(
-    ("shot_noise", "frost", "brightness", "contrast", "snow", "spatter"), 2
-)
+_SHARES: dict[str, float] = {
+    **dict.fromkeys(("zoom_blur", "glass_blur", "gaussian_blur"), 0.5),
+    **dict.fromkeys(("shot_noise", "frost", "brightness", "contrast", "snow", "spatter"), 2),
+}
 # A thread is not woken for less than one part over this.
 _LEAST = 2
 # Seconds between looks at what else is running.

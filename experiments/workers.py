@@ -184,7 +184,7 @@ def on_ray(
         try:
             _knock(address)
             ray.init(
-                address=address,
+                address=address or "local",  # and none that the environment speaks of
                 num_cpus=workers if address is None else None,
                 include_dashboard=False if address is None else None,
                 log_to_driver=False,

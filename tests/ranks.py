@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import os
 import pickle
-import socket
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -29,7 +28,9 @@ SIZES = (8, 7, 1, 9)  # images of each batch: even and odd shares, and one too s
 
 def run_ranks(size: int, work: Callable[..., Any], *arguments: Any) -> None:
     """Run ``work(rank, *arguments)`` in so many processes of a gloo group."""
-    torch.multiprocessing.spawn(_begin, (size, _free_port(), work, arguments), nprocs=size)
+    with tempfile.TemporaryDirectory() as folder:  # they meet at a file: a port may be taken
+        meet = f"file://{folder}/meet"
+        torch.multiprocessing.spawn(_begin, (size, meet, work, arguments), nprocs=size)
 
 
 def outcome(case: Any, ranks: bool = False, device: str = "cpu") -> dict[str, Any]:
@@ -67,20 +68,14 @@ def _mild(value: Any) -> Any:
     return value.replace(entropy_margin=1.01) if margin else value
 
 
-def _begin(rank: int, size: int, port: int, work: Any, arguments: Sequence[Any]) -> None:
+def _begin(rank: int, size: int, meet: str, work: Any, arguments: Sequence[Any]) -> None:
     torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=size, timeout=timedelta(seconds=120))
+    limit = timedelta(seconds=120)
+    dist.init_process_group("gloo", meet, rank=rank, world_size=size, timeout=limit)
     try:
         work(rank, *arguments)
     finally:
         dist.destroy_process_group()
-
-
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 def all_cases(rank: int, cases: Sequence[Any], folder: str) -> None:

@@ -40,7 +40,7 @@ def test_counts_of_passes(small, tmp_path, capsys) -> None:
     assert json.loads(output.read_text()) == result
     text = page.read_text()
     assert text.startswith("before\n<!-- bench -->\n### small")
-    assert text.endswith("<!-- /bench -->\nafter\n") and "old" not in text
+    assert text.endswith("<!-- /bench -->\nafter\n") and "\nold\n" not in text
     assert "| sar |" in capsys.readouterr().out
 
 

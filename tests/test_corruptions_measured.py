@@ -58,7 +58,7 @@ def test_speed_table_goes_on_the_page(tmp_path, capsys):
     assert corruption_speed.main([*command, "--page", str(page)]) == 0
     assert torch.get_num_threads() == before
     text = page.read_text()
-    assert text.startswith("before\n<!-- speed -->\nMeasured on ") and "old" not in text
+    assert text.startswith("before\n<!-- speed -->\nMeasured on ") and "\nold\n" not in text
     assert "| contrast |" in text and text.endswith("<!-- /speed -->\nafter\n")
     assert "| contrast |" in capsys.readouterr().out
 

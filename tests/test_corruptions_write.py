@@ -175,8 +175,8 @@ def test_resumes_after_kills(layout, tmp_path):
         while process.poll() is None and (
             not killed.exists() or len(manifest.finished(killed)) <= seen
         ):
-            time.sleep(0.02)
-        time.sleep(chance.uniform(0, 0.5))
+            time.sleep(0.002)
+        time.sleep(chance.uniform(0, 0.05))
         if process.poll() is not None:
             break
         process.send_signal(signal.SIGKILL)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+from datetime import date
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -221,9 +223,10 @@ def test_lines_are_appended_whole_and_plain(tmp_path):
         list(read_lines(path))
 
 
-def test_a_run_never_writes_into_anothers_folder(tmp_path):
+def test_a_run_never_writes_into_anothers_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr("experiments.record.date", Mock(today=lambda: date(2026, 2, 3)))
     names = [make_run_folder(tmp_path, "x").name for _ in range(3)]
-    assert len(set(names)) == 3 and names[1].endswith("-x-2") and names[2].endswith("-x-3")
+    assert names == ["2026-02-03-x", "2026-02-03-x-2", "2026-02-03-x-3"]
 
 
 def test_environment_is_json():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 
 import numpy as np
 import pytest
@@ -261,6 +262,9 @@ def test_hooks_go_when_the_counting_ends():
 
 
 def test_the_peak_of_memory_is_seen():
+    """Where the system forgets a former peak."""
+    if not os.access("/proc/self/clear_refs", os.W_OK):
+        pytest.skip("peaks cannot be reset here")
     memory = PeakMemory(CPU)
     before = memory.read()
     held = torch.zeros(50_000_000)

@@ -130,9 +130,9 @@ def test_the_command_writes_one_page_with_everything(runs, tmp_path, capsys):
     assert commands.main(["report", str(runs), "--output", str(out), "--title", "A & B"]) == 0
     assert "12 results in 2 settings" in capsys.readouterr().out
     page = (out / "index.html").read_text()
-    assert "<h1>A &amp; B</h1>" in page and "http" not in page  # nothing is loaded from elsewhere
-    pictures = re.findall(r'src="data:image/png;base64,', page)
-    assert len(pictures) == 2 * 4 + 1
+    text, pictures = re.subn(r'src="data:image/png;base64,[^"]*"', "", page)
+    assert pictures == 2 * 4 + 1
+    assert "<h1>A &amp; B</h1>" in text and "http" not in text  # nothing is loaded from elsewhere
     for name in ("stream", "domains", "cost", "reliability", "heat"):
         for path in out.glob(f"*-{name}.png"):
             with Image.open(path) as picture:

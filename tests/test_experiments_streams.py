@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 
 import numpy as np
@@ -56,9 +57,10 @@ def test_a_choice_is_made_on_held_out_corruptions_and_logged(tmp_path, capsys):
     assert len(means) == 3 and means == sorted(means) and found["candidates"][0]["count"] == 2
     assert found["chosen"] == found["candidates"][0]["method"]
     # The figures are those of the runs.
+    chosen = glob.escape(found["chosen"])
     own = [
         next(read_lines(path, "summary"))["mean_error"]
-        for path in (tmp_path / "tune-tent").rglob(f"{found['chosen']}/*/results.jsonl")
+        for path in (tmp_path / "tune-tent").rglob(f"{chosen}/*/results.jsonl")
     ]
     assert np.mean(own) == pytest.approx(means[0]) and len(own) == 2
 

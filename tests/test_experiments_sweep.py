@@ -239,7 +239,8 @@ def test_a_pool_gives_the_same_numbers_though_a_process_dies(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
-def test_ray_gives_the_same_numbers(tmp_path):
+def test_ray_gives_the_same_numbers(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # locally is locally
     config = small(("source", "unmix_tns+eata+lame"))
     assert Sweep(config, tmp_path / "one", one_by_one).execute() == []
     ray = Sweep(config, tmp_path / "ray", lambda cells: on_ray(cells, None, 2, 0.0))

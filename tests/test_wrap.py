@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import re
+import threading
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,8 @@ from torch import nn
 import tta
 from tests.contract.cases import images, source_batches
 from tests.nets import tiny
+from tta.classifier import find_classifier
+from tta.compiled import without_graphs
 
 
 def _state(net: nn.Module) -> tuple:
@@ -306,17 +310,91 @@ def test_a_tied_parameter_is_trained_once() -> None:
     assert list(adapted) == ["2.weight", "2.bias", "3.bias"]
 
 
-@pytest.mark.parametrize("method", ["source", "bn", "eata.cifar10", "lame"])
-def test_a_compiled_model_adapts_as_a_plain_one(method: str) -> None:
+def compiled_outside(net: nn.Module) -> Any:
+    return torch.compile(net, backend="eager")
+
+
+def compiled_inside(net: nn.Module) -> Any:
+    net.compile(backend="eager")
+    return net
+
+
+@pytest.mark.parametrize("compiled", [compiled_outside, compiled_inside])
+@pytest.mark.parametrize("method", ["source", "bn", "eata.cifar10", "lame", "sar.cifar10"])
+def test_a_compiled_model_adapts_as_a_plain_one(method: str, compiled) -> None:
+    """Also one that was called before, beside another of its class, whose graphs fit."""
+    torch.compiler.reset()
     source = source_batches()
     plain = tta.wrap(tiny("bn"), method, source=source)
-    net = torch.compile(tiny("bn"), backend="eager")
+    net, other = compiled(tiny("bn")), compiled(tiny("bn", seed=1))
+    with torch.no_grad():
+        net(images(0))
     adapter = tta.wrap(net, method, source=source)
+    beside = tta.wrap(other, method, source=source)
     for t in range(3):
+        beside(images(t + 3))
         torch.testing.assert_close(adapter(images(t)), plain(images(t)))
+    assert len(adapter.parameters_adapted) == len(plain.parameters_adapted)
     assert adapter.unwrap() is net
     with torch.no_grad():
         torch.testing.assert_close(net(images(0)), tiny("bn")(images(0)))
+
+
+class CalledInReverse(nn.Module):
+    """Norm layers and linear layers that are defined in the other order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.last = nn.Linear(10, 10), nn.GroupNorm(1, 10)
+        self.first, self.middle = nn.GroupNorm(1, 10), nn.Linear(10, 10)
+        self.stem = nn.Conv2d(3, 10, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.middle(self.first(self.stem(x).mean((2, 3))))
+        return self.head(self.last(x))
+
+
+def test_a_compiled_model_is_looked_into_by_calls_though_its_graphs_know_no_hooks() -> None:
+    torch.compiler.reset()
+    net, x = compiled_outside(CalledInReverse()).eval(), torch.rand(4, 3, 4, 4)
+    for layer in (net.head, net.middle, net.stem):
+        layer.requires_grad_(False)
+    for graph in (True, False):
+        with torch.set_grad_enabled(graph):
+            net(x)
+    assert find_classifier(net) is net.head
+    adapter = tta.wrap(net, "sar.cifar10")
+    adapter(x)
+    assert list(adapter.parameters_adapted) == ["_orig_mod.first.weight", "_orig_mod.first.bias"]
+
+
+def test_graphs_are_left_alone_until_the_last_thread_leaves() -> None:
+    torch.compiler.reset()
+    calls: list[int] = []
+
+    def backend(graph, inputs):
+        calls.append(1)
+        return graph.forward
+
+    net = torch.compile(nn.Linear(2, 2), backend=backend)
+    entered, leave = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with without_graphs():
+            entered.set()
+            leave.wait()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    entered.wait()
+    with without_graphs():
+        net(torch.ones(1, 2))
+    net(torch.ones(1, 2))  # the other thread is still inside
+    assert not calls
+    leave.set()
+    thread.join()
+    net(torch.ones(1, 2))
+    assert calls == [1]
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,7 @@ def checksum(tensors: Iterable[Tensor], first: int | None = None) -> int:
     crc = 0
     for tensor in tensors:
         flat = tensor.detach().reshape(-1)[:first].cpu().contiguous()
-        crc = zlib.crc32(flat.view(torch.uint8).numpy(), crc)
+        crc = zlib.crc32(flat.view(torch.uint8).numpy(), crc)  # type: ignore[arg-type]
     return crc
 
 

@@ -42,7 +42,8 @@ def wrap(
     """Make a classifier adapt while it predicts, in place.
 
     Args:
-        model: Any classifier that takes a batch and returns logits (B, C).
+        model: Any classifier that takes a batch and returns logits (B, C). A compiled one runs
+            without its graphs where features are read.
         recipe: A component name or ``"name.preset"`` (an update brings its default norm and output
             rules), a config, or a whole ``AdapterConfig``. A bare name means the ImageNet preset.
         norm: Replaces the norm slot: a name, a config, or "source" for running statistics.
