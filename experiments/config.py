@@ -64,6 +64,8 @@ class RunConfig:
         model: A name for `models.load`.
         data: "bundled" or a path, see `experiments.data.open_data`.
         clean: Path of the clean images where `data` holds only shifted ones; None for none.
+        classes: File of class folders' names in label order, a line each, where `data` has folders
+            that do not say it, see `experiments.data.label_order`.
         source: File of source artefacts; None for those that come with the model.
         methods: Method strings, see `experiments.methods`.
         streams: What they are run on, in turn.
@@ -84,6 +86,7 @@ class RunConfig:
     seed: int
     device: str
     tuned: tuple[dict[str, Any], ...] = ()
+    classes: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Nested JSON types."""

@@ -17,12 +17,15 @@ from torch import Tensor
 import corruptions
 from experiments.data import Collection, ImageSet, LabelledSet
 from tta.checks import nearest
+from tta.streams.sources import CLEAN
 
 __all__ = ["Shifts", "corrupt_set", "image_seeds", "resolve_domains"]
 
 
 def resolve_domains(names: Sequence[str], data: Collection) -> tuple[str, ...]:
     """The domains called `names`, or all that `data` has, in the benchmark's order.
+
+    Images that are not stored as domains may also be shown as they are, as the domain "clean".
 
     Raises:
         ValueError: For a name that is neither a stored domain of `data` nor a corruption.
@@ -35,7 +38,7 @@ def resolve_domains(names: Sequence[str], data: Collection) -> tuple[str, ...]:
         default = [name for name in ordered if name in ranks] or ordered
         known = ordered
     else:
-        default, known = benchmark, corruptions.list_corruptions(extra=True)
+        default, known = benchmark, [CLEAN, *corruptions.list_corruptions(extra=True)]
     if not names:
         return tuple(default)
     for name in names:
@@ -128,7 +131,10 @@ class Shifts:
         if smooth or not (self.data.stored or isinstance(clean, ImageSet)):
             return {"dataset": clean, "domains": list(names), "transform": self._corrupt}
         domains = {
-            name: {severity: self._domain(name, severity, clean, choose) for severity in severities}
+            name: {
+                severity: self._domain(name, severity, clean, choose)
+                for severity in ((0,) if name == CLEAN else severities)
+            }
             for name in names
         }
         return {"dataset": clean, "domains": domains, "transform": None}
@@ -155,6 +161,8 @@ class Shifts:
         if (name, severity) not in self._made:
 
             def make() -> Tensor:
+                if name == CLEAN:
+                    return whole.tensor().to(self.device)
                 self.on_corrupt(name, severity)
                 return corrupt_set(whole, name, severity, self.seed, self.device)
 

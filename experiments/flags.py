@@ -58,13 +58,19 @@ def add_settings(parser: argparse.ArgumentParser, methods: bool = True) -> None:
             help="take fields that tune has chosen; a method of that name is replaced, or added",
         )
     add("--data", help="a path, see experiments.data (default: bundled)")
-    add("--clean", help="path of the clean images where DATA holds only shifted ones")
+    add("--clean", help="path of the clean images where those of DATA are shifted")
+    add(
+        "--classes",
+        metavar="FILE",
+        help="names of class folders in label order, a line each, where they do not say it",
+    )
     add("--source", help="file of source artefacts (default: those that come with the model)")
     add(
         "--corruptions",
         nargs="+",
         metavar="NAME",
-        help="domains in stream order (default: the 15 in canonical order, or all of DATA's own)",
+        help="domains in stream order, 'clean' for images as they are (default: the 15 in "
+        "canonical order, or all of DATA's own)",
     )
     add("--severity", type=int, choices=range(1, 6), help="1 to 5 (default: 5)")
     add(
@@ -91,8 +97,9 @@ def add_settings(parser: argparse.ArgumentParser, methods: bool = True) -> None:
 def settings_flags(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
     """The file's settings and the flags', as `experiments.settings.make_run` takes them."""
     settings = {} if args.config is None else read_settings(args.config)
-    names = ("model", "methods", "data", "clean", "source", "batch_size", "device", "severity")
-    flags = {name: getattr(args, name, None) for name in (*names, "scenario", "name")}
+    names = ["model", "methods", "data", "clean", "classes", "source", "batch_size", "device"]
+    names += ["severity", "scenario", "name"]
+    flags = {name: getattr(args, name, None) for name in names}
     flags["domains"] = args.corruptions
     flags["images"] = "all" if args.images == "all" else number_of_images(args.images, None)
     flags["options"] = parse_options(args.option)

@@ -97,7 +97,8 @@ class Run:
         self.snapshot_every, self.deadline = snapshot_every, deadline
         self.device = torch.device(config.device)
         cache = Cache() if cache is None else cache
-        wanted = (config.model, config.data, self.device, config.clean, config.source)
+        files = (config.clean, config.source, config.classes)
+        wanted = (config.model, config.data, self.device, *files)
         self.subject: Subject = cache.get("subject", wanted, lambda: load_subject(*wanted))
         self.methods = parse_methods(config.methods, self.subject.info.num_classes)
         streams = [

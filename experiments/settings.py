@@ -50,6 +50,7 @@ DEFAULTS: dict[str, Any] = {
     "model": "cifar10_resnet20_bn",
     "data": "bundled",
     "clean": None,
+    "classes": None,
     "source": None,
     "methods": DEMO_METHODS,
     "batch_size": 64,

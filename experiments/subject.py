@@ -74,6 +74,7 @@ def load_subject(
     device: torch.device,
     clean_name: str | None = None,
     source_path: str | None = None,
+    classes_path: str | None = None,
 ) -> Subject:
     """Load a model and open the data it is shown.
 
@@ -81,15 +82,24 @@ def load_subject(
         model_name: For `models.load`.
         data_name: For `experiments.data.open_data`.
         device: Where the model goes.
-        clean_name: Path of clean images, where the data holds only shifted ones.
+        clean_name: Path of clean images; those of `data_name` are shifted ones then.
         source_path: File of a `tta.SourceStatistics`; default: what comes with the model.
+        classes_path: File of class folders' names in label order, a line each.
     """
     model, info = models.load(model_name)
-    size = info.input_size[-1]
-    data = open_data(data_name, size=size)
-    clean = data.clean if clean_name is None else open_data(clean_name, size=size).clean
-    if clean_name is not None and clean is None:
-        raise ValueError(f"`clean` must be a path of clean images, got {clean_name!r}")
+    size, classes = info.input_size[-1], None if classes_path is None else _lines(classes_path)
+    if classes is not None and len(classes) != info.num_classes:
+        raise ValueError(
+            f"`classes` must name the {info.num_classes} classes of {model_name}, got "
+            f"{len(classes)} lines in {classes_path}: one line for each, in label order"
+        )
+    data = open_data(data_name, size, classes, info.num_classes)
+    clean = data.clean
+    if clean_name is not None:
+        clean = open_data(clean_name, size, classes, info.num_classes).clean
+        if clean is None:
+            raise ValueError(f"`clean` must be a path of clean images, got {clean_name!r}")
+        data = data.as_shifted()
     if clean is not None and len(clean.classes) > info.num_classes:
         raise ValueError(
             f"`data` must not have more classes than the model, got {len(clean.classes)} in "
@@ -105,6 +115,12 @@ def load_subject(
     preprocess = _preprocess(info, device)
     model = model.to(device).eval()
     return Subject(model_name, model, info, source, data, clean, preprocess, device)
+
+
+def _lines(path: str) -> list[str]:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"`classes` must be a text file, but {path} is not there")
+    return [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
 
 
 def _preprocess(info: models.ModelInfo, device: torch.device) -> Callable[[Tensor], Tensor]:

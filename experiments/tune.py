@@ -185,7 +185,8 @@ def load_classes(config: SweepConfig) -> int:
 
 def _subject(config: SweepConfig) -> Any:
     run = config.run
-    return load_subject(run.model, run.data, pick_device(run.device), run.clean, run.source)
+    device = pick_device(run.device)
+    return load_subject(run.model, run.data, device, run.clean, run.source, run.classes)
 
 
 def _axis(text: str) -> tuple[str, list[Any]]:

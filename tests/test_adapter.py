@@ -480,3 +480,11 @@ def test_states_of_other_kinds_of_numbers_and_of_unwrapped_adapters() -> None:
     adapter.unwrap()
     with pytest.raises(RuntimeError, match="unwrapped"):
         adapter.state()
+
+
+@pytest.mark.parametrize("affinity", ["rbf", "knn", "linear"])
+def test_lame_leaves_an_image_that_is_alone(affinity) -> None:
+    adapter = tta.wrap(tiny("bn"), "lame", affinity=affinity)
+    with torch.no_grad():
+        expected = tiny("bn")(images(0, 1)).log_softmax(1)
+    torch.testing.assert_close(adapter(images(0, 1)), expected)

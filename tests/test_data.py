@@ -227,6 +227,57 @@ def test_imagenet_c(tmp_path, group):
         data.read_imagenet_c(tmp_path, "fog", 3)
 
 
+@pytest.mark.parametrize(
+    ("folders", "num_classes", "expected"),
+    [
+        (["10", "2", "0"], 3, ["0", "2", "10"]),  # as many as the model has: in numeric order
+        (["10", "2"], 12, [*map(str, range(12))]),  # ImageNetV2's names are the labels
+        (["cat", "ant"], 2, ["ant", "cat"]),
+        (["cat", "ant"], None, ["ant", "cat"]),
+        (["007", "1"], 8, [*"0123456", "007"]),
+    ],
+)
+def test_labels_of_class_folders(folders, num_classes, expected):
+    assert data.label_order(folders, num_classes) == expected
+
+
+def test_some_of_imagenets_classes_have_its_labels(tmp_path):
+    # The 1st and the 9th of ImageNet-R's: goldfish and hen are labels 1 and 8 of 1,000.
+    write_tree(tmp_path / "r", classes=("n01443537", "n01514859"))
+    opened = data.open_data(tmp_path / "r", size=8, num_classes=1000)
+    assert sorted(set(opened.clean.labels.tolist())) == [1, 8] and len(opened.clean.classes) == 1000
+    assert opened.clean.balanced(2).labels.tolist() == [1, 8]
+    write_tree(tmp_path / "c" / "fog" / "3", classes=("n01514859",))
+    opened = data.open_data(tmp_path / "c", size=8, num_classes=1000)
+    assert opened.read_stored("fog", 3).labels.tolist() == [8, 8]
+
+
+@pytest.mark.parametrize(
+    ("folders", "words"),
+    [
+        (["ant", "cat"], r"the 3 classes of the model, got 2 folders \(ant, cat\): .*`classes`"),
+        (["1", "3"], "got 2 folders"),  # no label 3 among 3 classes
+        (["a", "b", "c", "d"], r"got 4 folders \(a, b, c, \.\.\.\)"),
+    ],
+)
+def test_folders_that_do_not_say_their_labels(folders, words):
+    with pytest.raises(ValueError, match=words):
+        data.label_order(folders, 3)
+
+
+def test_a_folder_per_domain(tmp_path):
+    for domain, classes in {"photo": ("ant", "bee"), "art": ("ant", "cat")}.items():
+        write_tree(tmp_path / "d" / domain, classes=classes)
+    opened = data.open_data(tmp_path / "d", size=8)
+    assert opened.stored == ("art", "photo") and opened.clean is None and opened.files
+    assert opened.read_stored("art", 5).labels.tolist() == [0, 0, 2, 2]  # labels of all domains
+    assert opened.read_stored("photo", 5).labels.tolist() == [0, 0, 1, 1]
+    for name in ("x", "y"):  # a class whose images lie in several folders is no domain
+        write_tree(tmp_path / "e" / f"class-{name}", classes=(f"{name}1", f"{name}2"))
+    opened = data.open_data(tmp_path / "e", size=8)
+    assert not opened.stored and opened.clean.classes == ("class-x", "class-y")
+
+
 # Any of them
 
 

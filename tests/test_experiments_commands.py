@@ -17,7 +17,7 @@ from experiments.card import render_card
 from experiments.data import read_bundled
 from experiments.record import read_lines
 from tests.nets import tiny
-from tests.tiny_models import use_tiny_models
+from tests.tiny_models import fake_load, use_tiny_models
 
 
 @pytest.fixture(autouse=True)
@@ -109,6 +109,58 @@ def test_stored_domains_with_and_without_clean_images(tmp_path):
     status, folder = run(tmp_path / "runs", *arguments, "--clean", "bundled", "--name", "x")
     (summary,) = read_lines(folder / "results.jsonl", "summary")
     assert status == 0 and summary["clean_error"] is not None
+
+
+def test_images_in_folders_are_a_shift_by_themselves(tmp_path, capsys):
+    images = read_bundled().balanced(40)
+    for number, (picture, label) in enumerate(zip(images.images, images.labels, strict=True)):
+        if label in (3, 7):  # two of the model's classes, and each with a domain of its own below
+            for domain in ("sketch", "photo"):
+                path = tmp_path / domain / str(label) / f"{number}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(picture).save(path)
+    common = ["--methods", "source", "--batch-size", "4", "--scenario", "continual", "--quiet"]
+    found = {}
+    for name, flags in {
+        "as-it-is": ["--data", str(tmp_path / "sketch"), "--corruptions", "clean"],
+        "shifted": ["--data", str(tmp_path / "sketch"), "--clean", str(tmp_path / "photo")],
+        "domains": ["--data", str(tmp_path), "--images", "8"],
+        "in-memory": ["--corruptions", "clean", "fog", "--images", "10"],
+    }.items():
+        status, folder = run(tmp_path.parent / name, *flags, *common)
+        assert status == 0
+        (found[name],) = read_lines(folder / "results.jsonl", "summary")
+    assert found["as-it-is"]["domain_errors"].keys() == {"clean"}
+    assert found["as-it-is"]["images"] == found["shifted"]["images"] == 8
+    assert found["shifted"]["domain_errors"].keys() == {"sketch"}
+    # The source model, on the same pictures; 3 and 7 are not its first two labels.
+    error = found["as-it-is"]["clean_error"]
+    for summary in found.values():
+        errors = summary["domain_errors"].values()
+        if summary is not found["in-memory"]:
+            assert set(errors) == {error} and summary["clean_error"] in (error, None)
+    memory = found["in-memory"]
+    assert memory["domain_errors"]["clean"] == memory["clean_error"]
+    expected, _ = fake_load("cifar10_resnet20_bn")
+    chosen = images.subset(np.flatnonzero(np.isin(images.labels, (3, 7))))
+    with torch.no_grad():
+        wrong = expected(chosen.tensor() / 255).argmax(1) != torch.from_numpy(chosen.labels)
+    assert error == wrong.double().mean().item()
+
+    capsys.readouterr()
+    (tmp_path / "sketch" / "3").rename(tmp_path / "sketch" / "ship")
+    status, _ = run(tmp_path.parent / "no", "--data", str(tmp_path / "sketch"), *common)
+    assert status == 2 and "got 2 folders (7, ship)" in capsys.readouterr().err
+    (tmp_path / "names").write_text("\n".join([*"012", "ship", *"456789"]))
+    flags = ["--data", str(tmp_path / "sketch"), "--corruptions", "clean"]
+    status, folder = run(
+        tmp_path.parent / "named", *flags, "--classes", str(tmp_path / "names"), *common
+    )
+    (summary,) = read_lines(folder / "results.jsonl", "summary")
+    assert status == 0 and summary["error"] == error
+    (tmp_path / "names").write_text("ship")
+    status, _ = run(tmp_path.parent / "no", *flags, "--classes", str(tmp_path / "names"), *common)
+    assert status == 2 and "name the 10 classes" in capsys.readouterr().err
 
 
 def test_image_files_are_read_ahead_with_the_same_numbers(tmp_path):

@@ -224,6 +224,21 @@ def test_declared_clock_and_stopwatch():
     assert result == "answer" and stream.stopwatch.ratio > 0
 
 
+def test_datasets_in_a_list_are_domains_in_that_order():
+    other = 255 - IMAGES, LABELS
+    expected = [b.images for b in build(domains={"0": DATA, "1": other}, transform=None)]
+    numbered = build(domains=[DATA, other], transform=None)
+    assert numbered.config["domains"] == ["0", "1"]
+    for a, b in zip(expected, numbered, strict=True):
+        assert torch.equal(a, b.images)
+    again = streams.from_config(numbered.config, domains=[DATA, other])
+    assert torch.equal(next(iter(again)).images, expected[0])
+    pairs = build(domains=[("day", DATA), ("night", other)], transform=None)
+    assert pairs.config["domains"] == ["day", "night"]
+    with pytest.raises(ValueError, match=r"`domains` must have different names, got \['a', 'a'\]"):
+        build(domains=[("a", DATA), ("a", other)], transform=None)
+
+
 def test_preview_counts_and_prints():
     stream = build("reset_each_shift")
     preview = stream.preview()

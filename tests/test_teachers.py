@@ -267,12 +267,27 @@ def test_prototypes_are_class_means_under_batch_statistics() -> None:
         assert found is not None
         for label, row in zip(y.tolist(), found, strict=True):
             features.setdefault(label, []).append(row)
-    assert collected.prototypes is not None and collected.contents == ["prototypes"]
+    assert collected.prototypes is not None and collected.contents == ["prototypes", "batches"]
     for c, row in enumerate(collected.prototypes):
         if c in features:
             torch.testing.assert_close(row, torch.stack(features[c]).mean(0), atol=1e-6, rtol=1e-5)
         else:
             assert row.isnan().all()
+
+
+def test_what_is_collected_for_rmt_is_what_rmt_takes(tmp_path) -> None:
+    pixels = {"mean": 0, "std": torch.tensor(1.0)}  # raw pixels, as the lists below
+    batches = source_batches()
+    collected = tta.collect_source(tiny("bn"), batches, for_methods=["rmt.cifar10"])
+    adapter = tta.wrap(tiny("bn"), "rmt.cifar10", source=collected, **pixels)
+    given = tta.wrap(tiny("bn"), "rmt.cifar10", source=batches, mean=(0.0,) * 3, std=(1.0,) * 3)
+    assert torch.equal(adapter(images(0)), given(images(0)))
+    with pytest.warns(UserWarning, match="`batches` are not saved"):
+        collected.save(tmp_path / "source.safetensors")
+    loaded = tta.SourceStatistics.load(tmp_path / "source.safetensors")
+    assert loaded.contents == ["prototypes"]
+    with pytest.raises(IsADirectoryError, match="`path` must be a file"):
+        loaded.save(tmp_path)
 
 
 def test_the_posterior_is_made_by_sgd_from_the_source_and_given_back() -> None:

@@ -131,7 +131,11 @@ def seed(name: str, value: Any) -> int:
 
 
 def channels(name: str, value: Any, *, above: float = -math.inf) -> tuple[float, ...]:
-    """Return `value` as a tuple of finite floats above `above`, one for each channel."""
+    """Return `value` as a tuple of finite floats above `above`, one for each channel or for all."""
+    if getattr(value, "ndim", None) == 0:  # of an array or a tensor
+        value = value.item()
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        value = (value,)
     expected = "a list of numbers, one for each channel"
     if above > -math.inf:
         expected += f", above {above:g}"

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tta.caller import warn
 from tta.checks import folder_or_file, nearest
 from tta.source_checks import BY_PARAMETER, check_iterable, check_named, check_tensor
 
@@ -107,17 +108,27 @@ class SourceStatistics:
                 return
 
     def save(self, path: str | Path) -> None:
-        """Write everything but ``batches`` to one safetensors file.
+        """Write everything but ``batches`` to one safetensors file, and warn of these.
 
         Raises:
             TypeError: When ``path`` is no path.
             FileNotFoundError: When its folder is not there.
+            IsADirectoryError: When it is a folder itself.
         """
         path = folder_or_file("path", path)
         if not path.parent.is_dir():
             raise FileNotFoundError(
                 f"`path` must lie in a folder that is there, but {path.parent} is not: make it "
                 "first."
+            )
+        if path.is_dir():
+            raise IsADirectoryError(
+                f"`path` must be a file, got the folder {path}: name a file in it."
+            )
+        if self.batches is not None:
+            warn(
+                "`batches` are not saved: give them again after load, by "
+                "dataclasses.replace(statistics, batches=...)."
             )
         tensors: dict[str, Tensor] = {}
         for name in self.contents:
@@ -218,7 +229,8 @@ def collect_source(
             under the norm rule that will be used.
 
     Returns:
-        The artefacts, to be given to ``wrap(..., source=)`` and saved with ``.save``.
+        The artefacts, to be given to ``wrap(..., source=)`` and saved with ``.save``; for RMT with
+        ``loader`` as their ``batches``, which it goes on reading and which are not saved.
 
     Raises:
         TypeError: When ``loader`` is not iterable, or ``for_methods`` holds something else than
@@ -248,6 +260,8 @@ def collect_source(
             warnings.filterwarnings("ignore", message=".*preset, made for")
             fields = getattr(component(name.partition(".")[0]), "for_artefacts", {})
             recipe = get_config(name).replace(**fields) if fields else name
+            if getattr(component(name.partition(".")[0]), "replays_source", False):
+                collected.batches = loader
             adapter = wrap(model, recipe, source=loader, **wrap_arguments)
         try:
             for part in (adapter.update, adapter.output):

@@ -7,7 +7,8 @@
 | CIFAR-10 as one ``.npz`` (`experiments.data.convert`) | `read_npz(path)` |
 | CIFAR-10-C / CIFAR-100-C, ``<corruption>.npy`` | `read_cifar_c(folder, corruption, severity)` |
 | ImageNet-C, ``<corruption>/<severity>/<class>/`` | `read_imagenet_c(root, corruption, severity)` |
-| any ``<class>/<image>`` folder | `read_folder(root, classes=...)` |
+| any ``<class>/<image>`` folder, ImageNet-R, -A, V2, Sketch | `read_folder(root, classes=...)` |
+| ``<domain>/<class>/<image>`` | `open_data(where)` |
 | one of these, found out from the path | `open_data(where)` |
 
 Each gives an object with ``len``, ``[i] -> ((3, H, W) uint8 tensor, int)``, `labels`, `classes`,
@@ -18,7 +19,13 @@ of the wrong shape raises `FileNotFoundError` or `ValueError` naming it.
 from experiments.data.bundled import read_bundled
 from experiments.data.cifar import list_cifar_c, read_cifar, read_cifar_c, read_npz
 from experiments.data.collection import Collection, open_data
-from experiments.data.folders import FolderSet, list_imagenet_c, read_folder, read_imagenet_c
+from experiments.data.folders import (
+    FolderSet,
+    label_order,
+    list_imagenet_c,
+    read_folder,
+    read_imagenet_c,
+)
 from experiments.data.image_set import ImageSet, LabelledSet
 
 __all__ = [
@@ -26,6 +33,7 @@ __all__ = [
     "FolderSet",
     "ImageSet",
     "LabelledSet",
+    "label_order",
     "list_cifar_c",
     "list_imagenet_c",
     "open_data",

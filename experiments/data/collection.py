@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from experiments.data.bundled import read_bundled
 from experiments.data.cifar import list_cifar_c, read_cifar, read_cifar_c, read_npz
-from experiments.data.folders import list_imagenet_c, read_folder, read_imagenet_c
+from experiments.data.folders import (
+    label_order,
+    list_domains,
+    list_imagenet_c,
+    read_folder,
+    read_imagenet_c,
+)
 from experiments.data.image_set import LabelledSet
 
 __all__ = ["Collection", "open_data"]
 
 LAYOUTS = (
     "'bundled', a CIFAR-10 .npz, a folder with cifar-10-batches-py or cifar-100-python, a "
-    "CIFAR-C folder of .npy files, an ImageNet-C folder, or a folder with one folder per class"
+    "CIFAR-C folder of .npy files, an ImageNet-C folder, a folder with one folder per class, or "
+    "one with such a folder per domain"
 )
 
 
@@ -37,9 +44,21 @@ class Collection:
     read_stored: Callable[[str, int], LabelledSet] | None = None
     files: bool = False
 
+    def as_shifted(self) -> Collection:
+        """Its images as a domain of its own name, for clean images that lie elsewhere."""
+        images = self.clean
+        if images is None or self.stored:
+            return self
+        return replace(
+            self, clean=None, stored=(self.name,), read_stored=lambda name, severity: images
+        )
+
 
 def open_data(
-    where: str | Path, size: int = 224, classes: Sequence[str] | None = None
+    where: str | Path,
+    size: int = 224,
+    classes: Sequence[str] | None = None,
+    num_classes: int | None = None,
 ) -> Collection:
     """Find out what kind of data `where` is and open it.
 
@@ -47,6 +66,7 @@ def open_data(
         where: "bundled", or a path of one of the layouts in `experiments.data`.
         size: Height and width to bring files in folders to.
         classes: Class folder names in label order, see `read_folder`.
+        num_classes: Of the model that is shown them, see `label_order`.
     """
     if str(where) == "bundled":
         return Collection("cifar10-test-2000", read_bundled())
@@ -67,9 +87,16 @@ def open_data(
             path.name,
             None,
             tuple(list_imagenet_c(path)),
-            lambda name, s: read_imagenet_c(path, name, s, size, classes),
+            lambda name, s: read_imagenet_c(path, name, s, size, classes, num_classes),
             files=True,
         )
+    if domains := list_domains(path):
+        order = classes or label_order(set().union(*domains.values()), num_classes)
+        stored = tuple(domains)
+        return Collection(
+            path.name, None, stored, lambda name, s: read_folder(path / name, size, order), True
+        )
     if any(child.is_dir() for child in path.iterdir()):
-        return Collection(path.name, read_folder(path, size, classes), files=True)
+        clean = read_folder(path, size, classes, num_classes=num_classes)
+        return Collection(path.name, clean, files=True)
     raise ValueError(f"`{path}` holds no data that is known here: it must be {LAYOUTS}")

@@ -5,17 +5,25 @@ Images are decoded when they are asked for; nothing is kept in memory.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
+from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor
 from torchvision import datasets
 from torchvision.transforms import v2
 
 from experiments.data.image_set import balanced_positions
 
-__all__ = ["FolderSet", "list_imagenet_c", "read_folder", "read_imagenet_c"]
+__all__ = [
+    "FolderSet",
+    "label_order",
+    "list_domains",
+    "list_imagenet_c",
+    "read_folder",
+    "read_imagenet_c",
+]
 
 
 class FolderSet:
@@ -74,12 +82,48 @@ class FolderSet:
         return part
 
     def balanced(self, count: int) -> FolderSet:
-        """The first `count // len(classes)` images of every class, in the order of this set."""
+        """As many images of every class there is, `count` in all, in the order of this set."""
         return self.subset(balanced_positions(self, count))
 
 
+def label_order(folders: Collection[str], num_classes: int | None = None) -> list[str]:
+    """The names of class folders in the order of labels.
+
+    Folders named by WordNet ids have the labels of the ImageNet models with so many classes, and
+    folders named by numbers, as those of ImageNetV2, have these for labels: such sets may hold some
+    of the classes only, as ImageNet-R does. Other names are sorted.
+
+    Args:
+        folders: Their names.
+        num_classes: Of the model that is shown them; default: as many as there are folders.
+
+    Raises:
+        ValueError: Where the folders do not say which of the model's classes they are.
+    """
+    subset = infer_imagenet_subset({"num_classes": num_classes})
+    ids = [] if subset is None else ImageNetInfo(subset).label_names()
+    if set(folders) <= set(ids):
+        return ids
+    numbered = all(name.isdecimal() for name in folders)
+    if num_classes is None or len(folders) == num_classes:
+        return sorted(folders, key=int if numbered else None)
+    found = {int(name): name for name in folders} if numbered else {}
+    if numbered and max(found) < num_classes:
+        return [found.get(label, str(label)) for label in range(num_classes)]
+    few = ", ".join(sorted(folders)[:3])
+    raise ValueError(
+        f"`data` must have the {num_classes} classes of the model, got {len(folders)} folders "
+        f"({few}{', ...' if len(folders) > 3 else ''}): which labels they have can be told by "
+        "names that are numbers or WordNet ids, or by a file given as `classes`"
+    )
+
+
 def read_folder(
-    root: str | Path, size: int = 224, classes: Sequence[str] | None = None, crop: float = 0.875
+    root: str | Path,
+    size: int = 224,
+    classes: Sequence[str] | None = None,
+    crop: float = 0.875,
+    num_classes: int | None = None,
 ) -> FolderSet:
     """Read ``root/<class>/<image>``.
 
@@ -87,8 +131,9 @@ def read_folder(
         root: The folder; its sub-folders are the classes.
         size: Height and width of the images given out.
         classes: Folder names in label order, for sets that have only some of a model's classes
-            (ImageNet-R has 200 of 1,000). Default: the folder names, sorted.
+            (ImageNet-R has 200 of 1,000). Default: see `label_order`.
         crop: See `FolderSet`.
+        num_classes: Of the model, see `label_order`.
     """
     root = Path(root)
     if not root.is_dir():
@@ -100,7 +145,7 @@ def read_folder(
             f"`{root}` must hold one folder of images per class, but {_first_line(error)}"
         ) from error
     if classes is None:
-        return FolderSet(found.samples, found.classes, str(root), size, crop)
+        classes = label_order(found.classes, num_classes)
     unknown = sorted(set(found.classes) - set(classes))
     if unknown:
         raise ValueError(
@@ -112,11 +157,23 @@ def read_folder(
     return FolderSet(files, classes, str(root), size, crop)
 
 
+def list_domains(root: str | Path) -> dict[str, set[str]]:
+    """The class folders of each domain of ``root/<domain>/<class>/<image>``; empty for another.
+
+    Domains hold no images themselves and share classes, which a class in several folders does not.
+    """
+    domains = {folder.name: _folders(folder) for folder in Path(root).iterdir() if folder.is_dir()}
+    nested = all(domains.values()) and not any(_has_images(Path(root, name)) for name in domains)
+    shared = set.intersection(*domains.values()) if domains else set()
+    return dict(sorted(domains.items())) if nested and shared else {}
+
+
 def list_imagenet_c(root: str | Path) -> list[str]:
     """The corruptions that an ImageNet-C folder has, alphabetically."""
     root = Path(root)
     severities = [*root.glob("*/[1-5]"), *root.glob("*/*/[1-5]")]
-    return sorted({path.parent.name for path in severities if path.is_dir()})
+    # A class that is called 3 holds images, a severity holds classes.
+    return sorted({path.parent.name for path in severities if path.is_dir() and _folders(path)})
 
 
 def read_imagenet_c(
@@ -125,6 +182,7 @@ def read_imagenet_c(
     severity: int,
     size: int = 224,
     classes: Sequence[str] | None = None,
+    num_classes: int | None = None,
 ) -> FolderSet:
     """Read ``root/<corruption>/<severity>/<class>/<image>``.
 
@@ -136,6 +194,7 @@ def read_imagenet_c(
         severity: 1 to 5.
         size: Height and width of the images given out; the published ones are 224.
         classes: See `read_folder`.
+        num_classes: See `read_folder`.
     """
     if severity not in range(1, 6):
         raise ValueError(f"`severity` must be an integer in 1..5, got {severity}")
@@ -148,7 +207,16 @@ def read_imagenet_c(
             f"`{root / corruption}` is missing: unpack that part of ImageNet-C into {root}, whose "
             f"corruptions are: {have}"
         )
-    return read_folder(folder / str(severity), size, classes)
+    return read_folder(folder / str(severity), size, classes, num_classes=num_classes)
+
+
+def _folders(root: Path) -> set[str]:
+    return {path.name for path in root.iterdir() if path.is_dir()}
+
+
+def _has_images(root: Path) -> bool:
+    extensions = datasets.folder.IMG_EXTENSIONS
+    return any(path.suffix.lower() in extensions for path in root.iterdir())
 
 
 def _first_line(error: Exception) -> str:

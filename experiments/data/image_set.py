@@ -83,7 +83,7 @@ class ImageSet:
         )
 
     def balanced(self, count: int) -> ImageSet:
-        """The first `count // len(classes)` images of every class, in the order of this set."""
+        """As many images of every class there is, `count` in all, in the order of this set."""
         return self.subset(balanced_positions(self, count))
 
 
@@ -102,19 +102,20 @@ def check_images(images: np.ndarray, labels: np.ndarray, name: str) -> None:
 
 
 def balanced_positions(data: LabelledSet, count: int) -> np.ndarray:
-    """Positions, ascending, of the first `count // len(data.classes)` images of every class."""
-    per_class, rest = divmod(count, len(data.classes))
+    """Positions, ascending, of the first ``count / classes`` images of every class there is."""
+    there = np.unique(data.labels).tolist()
+    per_class, rest = divmod(count, len(there))
     if count < 1 or rest:
         raise ValueError(
-            f"`images` must be a positive multiple of the {len(data.classes)} classes, "
+            f"`images` must be a positive multiple of the {len(there)} classes, "
             f"got {count}: a balanced set needs the same number of each"
         )
     keep = np.zeros(len(data.labels), dtype=bool)
-    for label, name in enumerate(data.classes):
+    for label in there:
         found = np.flatnonzero(data.labels == label)[:per_class]
         if len(found) < per_class:
             raise ValueError(
-                f"`images` = {count} needs {per_class} images of class {name}, but "
+                f"`images` = {count} needs {per_class} images of class {data.classes[label]}, but "
                 f"`{data.origin}` has {len(found)}: ask for fewer, or for `all`"
             )
         keep[found] = True

@@ -23,6 +23,8 @@ Differences: in the official code the memory grows without bound (here the test 
 (here absent), and the confidence is the largest softmax *of the score*, a second softmax that is at
 most e / (e + C - 1), 0.23 for 10 classes (here the largest score itself). ``official=True`` does
 all three; the state's ``memory`` and ``memory_labels`` then have as many rows as were remembered.
+Its threshold must be one that a second softmax reaches, such as the constructor's 0.1 (preset
+``domainbed``): under the other presets' 0.9, ``official=True`` never remembers an image.
 Paper against code: the paper describes recall, vote and growth; similarity weights, second softmax,
 random row and the re-insertion of the batch in every round of ``adanpc_bn`` are in the code alone.
 The official ``reset`` of ``adanpc_bn`` cuts the memory only; here it restores the affine part and

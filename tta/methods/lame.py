@@ -13,8 +13,9 @@ the former.
 W is the affinity of L2-normalised features: "rbf" (bandwidth from the ``neighbours``-th smallest
 distance, the zero distance to oneself counted), "knn" (directed, without oneself) or "linear".
 What is returned is log Y (B, C), so that softmax of it gives the paper's probabilities. Official
-code returns Y, and NaN for one image or identical features (rbf, zero bandwidth), where this
-returns the source prediction; ``official=True`` gives the NaN.
+code returns Y. An image that is alone in its batch, and identical features under rbf (zero
+bandwidth), get the source prediction; ``official=True`` gives what the official code does: NaN
+under rbf, and for a lone image under "linear" a prediction pulled towards itself.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class LameConfig(ComponentConfig):
     affinity: str = "rbf"  # W: "rbf", "knn" or "linear"
     neighbours: int = 5  # k of rbf's bandwidth and of knn
     symmetric: bool = False  # use (W + W^T) / 2
-    official: bool = False  # NaN where the bandwidth is 0
+    official: bool = False  # NaN where the bandwidth is 0; lone images pull at themselves
 
     def __post_init__(self) -> None:
         one_of("affinity", self.affinity, ("rbf", "knn", "linear"))
@@ -116,6 +117,6 @@ class Lame(Output):
         assert prediction.features is not None
         logits = prediction.logits.float()
         weights = affinity(prediction.features, c.affinity, c.neighbours, c.symmetric)
-        if not c.official and bool(weights.isnan().any()):
+        if not c.official and (len(weights) == 1 or bool(weights.isnan().any())):
             return logits.log_softmax(1)
         return assign(-torch.log(logits.softmax(1) + 1e-10), weights)

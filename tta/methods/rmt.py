@@ -98,6 +98,7 @@ class Rmt(Update):
     }
     needs_features = True
     injects: ClassVar[tuple[str, ...]] = ("augment",)
+    replays_source: ClassVar[bool] = True
     for_artefacts: ClassVar[dict[str, Any]] = {"weight_source": 0.0, "warmup_samples": 0}
 
     prototypes: Tensor  # (C, D), NaN for a class without images

@@ -38,14 +38,29 @@ def merge_options(
     return known
 
 
+def named_datasets(domains: Any) -> Any:
+    """A list of datasets by names: those of pairs (name, dataset), else "0", "1", ... in order."""
+    if not isinstance(domains, list) or not domains or any(isinstance(d, str) for d in domains):
+        return domains
+    pairs = [d for d in domains if isinstance(d, tuple) and len(d) == 2 and isinstance(d[0], str)]
+    if len(pairs) < len(domains):
+        return {str(number): dataset for number, dataset in enumerate(domains)}
+    named = dict(pairs)
+    if len(named) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"`domains` must have different names, got {names}; rename one of them")
+    return named
+
+
 def list_domains(
     spec: Scenario,
-    domains: Sequence[str] | Mapping[str, Any] | None,
+    domains: Sequence[Any] | Mapping[str, Any] | None,
     transform: Transform | None,
     schedule: str,
     options: Mapping[str, Any],
 ) -> tuple[Sequence[str] | Mapping[str, Any], list[str]]:
     """Check the domains, fill in the default, and list the names."""
+    domains = named_datasets(domains)
     if isinstance(domains, str):
         raise TypeError(f"`domains` must be a list of names, got {domains!r}; pass [{domains!r}]")
     if domains is None:

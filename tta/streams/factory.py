@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tta.checks import flag, nearest, number, one_of, whole
-from tta.streams.arguments import fit_options, list_domains, merge_options
+from tta.streams.arguments import fit_options, list_domains, merge_options, named_datasets
 from tta.streams.clock import Clock, as_clock
 from tta.streams.draws import Draws
 from tta.streams.orders import Orders
@@ -26,7 +26,7 @@ __all__ = ["build", "from_config"]
 def build(
     scenario: str,
     dataset: Any | None = None,
-    domains: Sequence[str] | Mapping[str, Any] | None = None,
+    domains: Sequence[Any] | Mapping[str, Any] | None = None,
     severity: float = 5,
     batch_size: int = 64,
     seed: int = 0,
@@ -54,8 +54,9 @@ def build(
         dataset: Anything with `__len__` and `__getitem__ -> (image, label)`, or a pair of arrays
             (N, H, W, 3) uint8 and (N,). May be None where `domains` brings the datasets.
         domains: Names for `transform` ("clean" is the dataset as it is), or a mapping from name
-            to a dataset, or from name to a mapping from severity to a dataset. Default: the 15
-            corruptions in the scenario's published order, or "clean" without `transform`.
+            to a dataset, or from name to a mapping from severity to a dataset, or a list of
+            datasets or of pairs (name, dataset); without names they are "0", "1", ... Default: the
+            15 corruptions in the scenario's published order, or "clean" without `transform`.
         severity: 0 to 5, for all domains; `gradual` and `walk` have their own.
         batch_size: Samples per batch; `single` always has 1.
         seed: Of all draws; the global generators are neither read nor advanced.
@@ -144,7 +145,7 @@ def from_config(
     config: Mapping[str, Any],
     dataset: Any | None = None,
     *,
-    domains: Mapping[str, Any] | None = None,
+    domains: Mapping[str, Any] | list[Any] | None = None,
     transform: Transform | None = None,
     labels: Any | None = None,
     before: Transform | None = None,
@@ -155,7 +156,7 @@ def from_config(
     Args:
         config: As `Stream.config` gave it, perhaps by way of JSON.
         dataset: As given to `build`.
-        domains: The mapping given to `build`, if it was one.
+        domains: The mapping, or the list of datasets, given to `build`, if it was one.
         transform: As given to `build`.
         labels: As given to `build`.
         before: As given to `build`.
@@ -169,7 +170,8 @@ def from_config(
     """
     arguments = dict(config)
     if domains is not None:
-        arguments["domains"] = {name: domains[name] for name in arguments["domains"]}
+        given = named_datasets(domains)
+        arguments["domains"] = {name: given[name] for name in arguments["domains"]}
     return build(
         dataset=dataset,
         transform=transform,
