@@ -21,7 +21,6 @@ __all__ = [
     "mark_domains",
     "plot_errors",
     "plot_running",
-    "plot_strip",
     "running",
     "style",
     "tidy",
@@ -109,57 +108,6 @@ def plot_running(
     axes.set_ylim(0, min(100.0, axes.get_ylim()[1]))
     axes.set_xlabel(f"images seen (error over the last {window})")
     finish(figure, axes, title, len(batches))
-    figure.savefig(path)
-
-
-def plot_strip(
-    domains: Sequence[str],
-    labels: np.ndarray,
-    severities: np.ndarray,
-    path: str | Path,
-    title: str,
-    order: Sequence[str] = (),
-) -> None:
-    """Draw what a stream shows over time: domain, severity and label of each sample.
-
-    Args:
-        domains: Domain of each of N samples.
-        labels: (N,) class numbers.
-        severities: (N,) severities, NaN for samples that have not one.
-        path: Where the PNG goes.
-        title: What the picture shows.
-        order: Names from top to bottom; others follow as they come.
-    """
-    names = [name for name in dict.fromkeys([*order, *domains]) if name in set(domains)]
-    codes = {name: i for i, name in enumerate(names)}
-    rows = np.array([codes[name] for name in domains])
-    where = np.arange(len(rows))
-    graded = len(np.unique(severities[~np.isnan(severities)])) > 1
-    heights = [min(1 + 0.16 * len(names), 6.0), 2.6, *([1.3] if graded else [])]
-    figure = Figure(figsize=(12, sum(heights) + 1.2), dpi=130, layout="constrained")
-    grid = figure.subplots(
-        len(heights), 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights}
-    )[:, 0]
-    size = max(0.4, min(6.0, 4000 / len(rows)))
-    dots = {"linestyle": "none", "marker": "|", "markersize": 4, "markeredgewidth": size / 4}
-    grid[0].plot(where, rows, color=COLOURS[5], **dots)
-    many = len(names) > 40  # pairs of a walk
-    grid[0].set_yticks([] if many else range(len(names)), [] if many else names, fontsize=8)
-    grid[0].set_ylim(len(names) - 0.5, -0.5)
-    grid[0].set_ylabel(f"domain ({len(names)})" if many else "domain")
-    dots["markersize"] = max(1.0, min(6.0, 160 / (int(labels.max()) + 1)))
-    grid[1].plot(where, labels, color=COLOURS[6], **dots)
-    grid[1].set_ylabel("label")
-    if graded:
-        grid[2].plot(where, severities, color=COLOURS[3], linewidth=1)
-        pairs = any("+" in name for name in names)
-        grid[2].set_ylabel("severities' sum" if pairs else "severity")
-        grid[2].set_ylim(0, max(5.2, 1.04 * np.nanmax(severities)))
-    for axes in grid:
-        tidy(axes)
-    grid[-1].set_xlabel("images seen")
-    grid[-1].set_xlim(0, len(rows))
-    figure.suptitle(title, fontsize=11, x=0.01, ha="left")
     figure.savefig(path)
 
 

@@ -7,14 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from experiments.flags import add_settings, settings_flags
 from experiments.run import Run
 from experiments.settings import make_run
 from tta.streams import Stream
 
-__all__ = ["Previews", "add_command", "draw"]
+__all__ = ["Previews", "add_command"]
 
 
 def add_command(commands: Any) -> None:
@@ -60,35 +58,6 @@ class Previews:
         self.folder.mkdir(parents=True, exist_ok=True)
         for name, stream in self.streams.items():
             path = self.folder / f"{self.name}-{name}"
-            print(stream.preview(), end="\n\n")
+            print(stream.preview(draw=path.with_suffix(".png")), end="\n\n")
             path.with_suffix(".json").write_text(json.dumps(stream.config, indent=1) + "\n")
-            draw(stream, path.with_suffix(".png"))
             print(f"{path.with_suffix('.png')}\n{path.with_suffix('.json')}")
-
-
-def draw(stream: Stream, path: str | Path) -> None:
-    """Draw the strip of a stream, from indices and labels alone.
-
-    Args:
-        stream: From `tta.streams.build`.
-        path: Where the PNG goes.
-    """
-    from experiments.plots import plot_strip  # slow to import
-
-    domains: list[str] = []
-    severities: list[float] = []
-    labels = []
-    for rows, batch_labels in stream.rows():
-        shown = [rows.conditions[i] for i in rows.which]
-        domains += [condition.domain for condition in shown]
-        severities += [
-            sum(s) if isinstance(s := condition.severity, tuple) else s for condition in shown
-        ]
-        labels.append(batch_labels)
-    config = stream.config
-    title = (
-        f"{config['scenario']}: {len(domains)} images in {len(stream)} batches of "
-        f"{config['batch_size']}, seed {config['seed']}"
-    )
-    levels = np.array(severities, dtype=float)
-    plot_strip(domains, np.concatenate(labels), levels, path, title, config["domains"])

@@ -2,11 +2,13 @@
 
 import json
 import random
+import sys
 from itertools import chain
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tta import streams
 
@@ -222,6 +224,21 @@ def test_declared_clock_and_stopwatch():
     assert not next(iter(stream)).late
     result = stream.stopwatch.run(lambda: "answer", lambda: None)
     assert result == "answer" and stream.stopwatch.ratio > 0
+
+
+def test_a_preview_can_be_drawn(tmp_path, monkeypatch):
+    stream = build("sorted", domains=["fog", "snow"])
+    figures = stream.preview(draw=tmp_path / "stream.png")
+    assert figures.as_dict() == stream.preview().as_dict()
+    with Image.open(tmp_path / "stream.png") as picture:
+        assert picture.format == "PNG" and picture.width > 1000 and len(np.unique(picture)) > 10
+    with pytest.raises(FileNotFoundError, match="`draw` must lie in a folder that is there"):
+        stream.preview(draw=tmp_path / "nowhere" / "stream.png")
+    with pytest.raises(TypeError, match="`draw` must be a path"):
+        stream.preview(draw=True)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match="pip install matplotlib"):
+        stream.preview(draw=tmp_path / "stream.png")
 
 
 def test_datasets_in_a_list_are_domains_in_that_order():

@@ -7,6 +7,7 @@ import math
 from collections import deque
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from tta.streams.pool import Ints
 from tta.streams.preview import Preview, summarise
 from tta.streams.reading import read_ahead
 from tta.streams.sources import Domains, Images
+from tta.streams.strip import draw_strip
 
 __all__ = ["Stream"]
 
@@ -124,12 +126,17 @@ class Stream:
             rows = self._plan.rows(step)
             yield rows, self._labels(rows)
 
-    def preview(self) -> Preview:
+    def preview(self, draw: str | Path | None = None) -> Preview:
         """Summarise what the stream shows, from indices and labels alone.
 
         No model is run and no image is made; a dataset that cannot tell its labels otherwise is
         read through once.
+
+        Args:
+            draw: File of a PNG to draw, of domain, label and severity over time; needs matplotlib.
         """
+        if draw is not None:
+            draw_strip(self, draw)
         return summarise(self.rows(), self._config["scenario"])
 
     def __iter__(self) -> Iterator[Batch]:

@@ -1,0 +1,99 @@
+"""The strip of a stream: domain, label and severity of each sample over time, as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tta.checks import folder_or_file
+
+if TYPE_CHECKING:
+    from tta.streams.stream import Stream
+
+__all__ = ["draw_strip"]
+
+# Okabe and Ito's colours, told apart with any colour vision.
+BLUE, VERMILION, GREEN = "#0072B2", "#D55E00", "#009E73"
+
+
+def draw_strip(stream: Stream, path: Any) -> None:
+    """Draw a stream as a PNG, from indices and labels alone.
+
+    Args:
+        stream: From `tta.streams.build`.
+        path: Where the picture goes.
+
+    Raises:
+        TypeError: When `path` is no path.
+        FileNotFoundError: When its folder is not there.
+        ImportError: Without matplotlib.
+    """
+    path = folder_or_file("draw", path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(
+            f"`draw` must lie in a folder that is there, but {path.parent} is not: make it first"
+        )
+    domains: list[str] = []
+    severities: list[float] = []
+    labels = []
+    for rows, batch_labels in stream.rows():
+        shown = [rows.conditions[i] for i in rows.which]
+        domains += [condition.domain for condition in shown]
+        severities += [
+            sum(s) if isinstance(s := condition.severity, tuple) else s for condition in shown
+        ]
+        labels.append(batch_labels)
+    config = stream.config
+    title = (
+        f"{config['scenario']}: {len(domains)} images in {len(stream)} batches of "
+        f"{config['batch_size']}, seed {config['seed']}"
+    )
+    order = [name for name in dict.fromkeys([*config["domains"], *domains]) if name in set(domains)]
+    levels = np.array(severities, dtype=float)
+    _figure(domains, np.concatenate(labels), levels, order, title).savefig(path, format="png")
+
+
+def _figure(
+    domains: Sequence[str], labels: Any, severities: Any, names: Sequence[str], title: str
+) -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "`draw` must be left out where matplotlib is not installed: pip install matplotlib"
+        ) from error
+    codes = {name: i for i, name in enumerate(names)}
+    rows = np.array([codes[name] for name in domains])
+    where = np.arange(len(rows))
+    graded = len(np.unique(severities[~np.isnan(severities)])) > 1
+    heights = [min(1 + 0.16 * len(names), 6.0), 2.6, *([1.3] if graded else [])]
+    figure = Figure(figsize=(12, sum(heights) + 1.2), dpi=130, layout="constrained")
+    grid = figure.subplots(
+        len(heights), 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights}
+    )[:, 0]
+    size = max(0.4, min(6.0, 4000 / len(rows)))
+    dots: dict[str, Any] = {"linestyle": "none", "marker": "|", "markeredgewidth": size / 4}
+    grid[0].plot(where, rows, color=BLUE, markersize=4, **dots)
+    many = len(names) > 40  # pairs of a walk
+    grid[0].set_yticks([] if many else range(len(names)), [] if many else names, fontsize=8)
+    grid[0].set_ylim(len(names) - 0.5, -0.5)
+    grid[0].set_ylabel(f"domain ({len(names)})" if many else "domain")
+    height = max(1.0, min(6.0, 160 / (int(labels.max()) + 1)))
+    grid[1].plot(where, labels, color=VERMILION, markersize=height, **dots)
+    grid[1].set_ylabel("label")
+    if graded:
+        grid[2].plot(where, severities, color=GREEN, linewidth=1)
+        pairs = any("+" in name for name in names)
+        grid[2].set_ylabel("severities' sum" if pairs else "severity")
+        grid[2].set_ylim(0, max(5.2, 1.04 * np.nanmax(severities)))
+    for axes in grid:
+        axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+        axes.set_axisbelow(True)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    grid[-1].set_xlabel("images seen")
+    grid[-1].set_xlim(0, len(rows))
+    figure.suptitle(title, fontsize=11, x=0.01, ha="left")
+    return figure
