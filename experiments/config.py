@@ -92,6 +92,13 @@ class RunConfig:
         """Nested JSON types."""
         return plain(dataclasses.asdict(self))
 
+    def is_that_of(self, header: dict[str, Any]) -> bool:
+        """Whether a results file with that header, perhaps of a former version, is of this run."""
+        try:
+            return RunConfig.from_dict(header["config"]).to_dict() == self.to_dict()
+        except (KeyError, TypeError):
+            return False
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RunConfig:
         """The configuration that `to_dict` wrote."""

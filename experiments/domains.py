@@ -127,8 +127,9 @@ class Shifts:
             smooth: Whether the stream asks for severities in between, or for two corruptions at
                 once; such a stream corrupts its images as they come.
         """
-        clean = None if self.clean is None else choose(self.clean)
-        if smooth or not (self.data.stored or isinstance(clean, ImageSet)):
+        stored = bool(self.data.stored)  # `choose` is made for the domains then
+        clean = self.clean if self.clean is None or stored else choose(self.clean)
+        if smooth or not (stored or isinstance(clean, ImageSet)):
             return {"dataset": clean, "domains": list(names), "transform": self._corrupt}
         domains = {
             name: {
@@ -154,7 +155,7 @@ class Shifts:
     ) -> Any:
         if self.data.read_stored is not None:
             if (name, severity) not in self._made:
-                self._made[name, severity] = self.data.read_stored(name, int(severity))
+                self._made[name, severity] = self.data.read_stored(name, max(1, int(severity)))
             return choose(self._made[name, severity])
         assert isinstance(self.clean, ImageSet) and isinstance(clean, ImageSet)
         whole = self.clean

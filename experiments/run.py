@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 import corruptions
@@ -177,7 +178,7 @@ class Run:
         found = sorted(self.root.glob(f"*-{self.config.name}*")) if not self.fresh else []
         for folder in reversed(found):
             header = read_header(folder)
-            same = header is not None and header.get("config") == self.config.to_dict()
+            same = header is not None and self.config.is_that_of(header)
             if same and not is_finished(folder):
                 try:
                     return folder, Results(folder / RESULTS)
@@ -196,7 +197,7 @@ class Run:
             )
         if begun is None:
             results.write("run", **header)
-        elif begun["config"] != self.config.to_dict():
+        elif not self.config.is_that_of(begun):
             raise Conflict(
                 f"`{folder}` holds a run of another configuration: choose another folder"
             )
@@ -318,6 +319,10 @@ class Run:
         numbers = [count for count in counts if count is not None]
         if clean is None or len(numbers) < len(counts):
             return clean
+        if self.subject.data.stored:  # other images, perhaps of more classes than the domains'
+            classes = len(np.unique(clean.labels))
+            each = max(1, round(max(numbers) / classes))
+            return clean.balanced(min(each * classes, len(clean) // classes * classes))
         return clean.balanced(max(numbers))
 
     def _header(self) -> dict[str, Any]:

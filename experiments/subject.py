@@ -93,18 +93,23 @@ def load_subject(
             f"`classes` must name the {info.num_classes} classes of {model_name}, got "
             f"{len(classes)} lines in {classes_path}: one line for each, in label order"
         )
+
+    def check_classes(images: LabelledSet | None) -> None:
+        if images is not None and len(images.classes) > info.num_classes:
+            raise ValueError(
+                f"`data` must not have more classes than the model, got {len(images.classes)} in "
+                f"{images.origin} and {info.num_classes} in {model_name}: choose another model"
+            )
+
     data = open_data(data_name, size, classes, info.num_classes)
     clean = data.clean
     if clean_name is not None:
         clean = open_data(clean_name, size, classes, info.num_classes).clean
         if clean is None:
             raise ValueError(f"`clean` must be a path of clean images, got {clean_name!r}")
+        check_classes(data.clean)
         data = data.as_shifted()
-    if clean is not None and len(clean.classes) > info.num_classes:
-        raise ValueError(
-            f"`data` must not have more classes than the model, got {len(clean.classes)} in "
-            f"{clean.origin} and {info.num_classes} in {model_name}: choose another model"
-        )
+    check_classes(clean)
     source = info.source
     if source_path is not None:
         if not Path(source_path).is_file():
@@ -119,8 +124,12 @@ def load_subject(
 
 def _lines(path: str) -> list[str]:
     if not Path(path).is_file():
-        raise FileNotFoundError(f"`classes` must be a text file, but {path} is not there")
-    return [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
+        raise FileNotFoundError(f"`classes` must be a text file, but {path} is none")
+    lines = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
+    if len(set(lines)) < len(lines):
+        twice = next(line for line in lines if lines.count(line) > 1)
+        raise ValueError(f"`classes` must name each class once, but {path} has {twice!r} again")
+    return lines
 
 
 def _preprocess(info: models.ModelInfo, device: torch.device) -> Callable[[Tensor], Tensor]:

@@ -274,6 +274,14 @@ def test_a_folder_per_domain(tmp_path):
     assert opened.read_stored("photo", 5).labels.tolist() == [0, 0, 1, 1]
     for name in ("x", "y"):  # a class whose images lie in several folders is no domain
         write_tree(tmp_path / "e" / f"class-{name}", classes=(f"{name}1", f"{name}2"))
+    # Folders that are a model's classes are classes, whatever is in them; hidden ones are nothing.
+    for name in (".git", "__MACOSX"):
+        write_tree(tmp_path / "d" / name, classes=("x", "y"))
+        write_tree(tmp_path / "d" / "art" / name, classes=("x",))
+    opened = data.open_data(tmp_path / "d", size=8, num_classes=3)
+    assert opened.stored == ("art", "photo") and len(opened.read_stored("art", 1)) == 4
+    opened = data.open_data(tmp_path / "d", size=8, num_classes=2)
+    assert not opened.stored and opened.clean.classes == ("art", "photo")
     opened = data.open_data(tmp_path / "e", size=8)
     assert not opened.stored and opened.clean.classes == ("class-x", "class-y")
 

@@ -141,6 +141,17 @@ def test_gradual_and_stored_and_smooth_streams_can_be_built():
     assert torch.equal(batch.images[0], images[int(batch.index[0])][0].float() / 255)
 
 
+@pytest.mark.parametrize("smooth", [False, True])
+def test_clean_images_are_a_domain_too(smooth):
+    images = read_bundled().balanced(10)
+    shifts = Shifts(Collection("d", images), images, 0, CPU)
+    arguments = shifts.build_arguments(["fog", "clean"], [5], smooth=smooth)
+    (fog, clean) = tta.streams.build("continual", batch_size=10, **arguments)
+    assert (clean.domain, clean.severity) == ("clean", 0)
+    assert torch.equal(clean.images, images.tensor()[clean.index].float() / 255)
+    assert not torch.equal(fog.images, images.tensor()[fog.index].float() / 255)
+
+
 def test_domains_by_name():
     fly = Collection("d", read_bundled())
     assert resolve_domains([], fly) == tuple(corruptions.list_corruptions())

@@ -125,6 +125,9 @@ def test_images_in_folders_are_a_shift_by_themselves(tmp_path, capsys):
         "as-it-is": ["--data", str(tmp_path / "sketch"), "--corruptions", "clean"],
         "shifted": ["--data", str(tmp_path / "sketch"), "--clean", str(tmp_path / "photo")],
         "domains": ["--data", str(tmp_path), "--images", "8"],
+        "of-more-classes": [
+            *("--data", str(tmp_path / "sketch"), "--clean", "bundled", "--images", "8"),
+        ],
         "in-memory": ["--corruptions", "clean", "fog", "--images", "10"],
     }.items():
         status, folder = run(tmp_path.parent / name, *flags, *common)
@@ -135,9 +138,11 @@ def test_images_in_folders_are_a_shift_by_themselves(tmp_path, capsys):
     assert found["shifted"]["domain_errors"].keys() == {"sketch"}
     # The source model, on the same pictures; 3 and 7 are not its first two labels.
     error = found["as-it-is"]["clean_error"]
-    for summary in found.values():
+    for name, summary in found.items():
         errors = summary["domain_errors"].values()
-        if summary is not found["in-memory"]:
+        if name == "of-more-classes":
+            assert summary["images"] == 8 and summary["clean_error"] is not None
+        elif name != "in-memory":
             assert set(errors) == {error} and summary["clean_error"] in (error, None)
     memory = found["in-memory"]
     assert memory["domain_errors"]["clean"] == memory["clean_error"]
@@ -158,6 +163,9 @@ def test_images_in_folders_are_a_shift_by_themselves(tmp_path, capsys):
     )
     (summary,) = read_lines(folder / "results.jsonl", "summary")
     assert status == 0 and summary["error"] == error
+    (tmp_path / "names").write_text("ship\nship")
+    status, _ = run(tmp_path.parent / "no", *flags, "--classes", str(tmp_path / "names"), *common)
+    assert status == 2 and "has 'ship' again" in capsys.readouterr().err
     (tmp_path / "names").write_text("ship")
     status, _ = run(tmp_path.parent / "no", *flags, "--classes", str(tmp_path / "names"), *common)
     assert status == 2 and "name the 10 classes" in capsys.readouterr().err

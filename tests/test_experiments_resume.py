@@ -201,6 +201,17 @@ def test_late_batches_windows_and_clocks_go_on(tmp_path):
         assert figures(execute(config, tmp_path / f"{name}-killed")) == whole
 
 
+def test_a_run_of_a_version_with_fewer_fields_goes_on(tmp_path):
+    config = configuration("eata")
+    whole = figures(execute(config, tmp_path / "whole"))
+    assert killed(config, tmp_path / "cut", 6, 1.0)
+    path = tmp_path / "cut" / "results.jsonl"
+    text = path.read_text()
+    assert '"classes": null' in text
+    path.write_text(text.replace(', "classes": null', ""))
+    assert figures(execute(config, tmp_path / "cut")) == whole
+
+
 def test_a_deadline_saves_the_place(tmp_path):
     config = configuration("eata")
     whole = figures(execute(config, tmp_path / "whole"))

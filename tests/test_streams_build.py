@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from tta import streams
+from tta.streams import strip
 
 SIZE = 200
 LABELS = np.random.default_rng(0).permutation(np.arange(SIZE) % 4)
@@ -227,8 +228,17 @@ def test_declared_clock_and_stopwatch():
 
 
 def test_a_preview_can_be_drawn(tmp_path, monkeypatch):
-    stream = build("sorted", domains=["fog", "snow"])
+    stream = build("gradual", domains=["fog", "sn$w$"], severities=[1, 5], batch_size=50)
+    drawn = []
+    plot = strip._plot
+    monkeypatch.setattr(strip, "_plot", lambda f, *a: (drawn.append(f), plot(f, *a)))
     figures = stream.preview(draw=tmp_path / "stream.png")
+    (domain, label, severity) = [axes.lines[0].get_ydata() for axes in drawn[0].axes]
+    batches = list(stream)
+    assert label.tolist() == torch.cat([b.labels for b in batches]).tolist()
+    assert severity.tolist() == [s for b in batches for s in b.severities]
+    names = ["fog", "sn$w$"]
+    assert [names[i] for i in domain] == [name for b in batches for name in b.domains]
     assert figures.as_dict() == stream.preview().as_dict()
     with Image.open(tmp_path / "stream.png") as picture:
         assert picture.format == "PNG" and picture.width > 1000 and len(np.unique(picture)) > 10
@@ -236,6 +246,11 @@ def test_a_preview_can_be_drawn(tmp_path, monkeypatch):
         stream.preview(draw=tmp_path / "nowhere" / "stream.png")
     with pytest.raises(TypeError, match="`draw` must be a path"):
         stream.preview(draw=True)
+    for path in (tmp_path, tmp_path / "stream.pdf"):
+        with pytest.raises(ValueError, match="`draw` must be the name of a PNG file"):
+            stream.preview(draw=path)
+    with pytest.raises(ValueError, match="stream without images"):
+        stream.from_step(len(stream)).preview(draw=tmp_path / "stream.png")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match="pip install matplotlib"):
         stream.preview(draw=tmp_path / "stream.png")
@@ -254,6 +269,10 @@ def test_datasets_in_a_list_are_domains_in_that_order():
     assert pairs.config["domains"] == ["day", "night"]
     with pytest.raises(ValueError, match=r"`domains` must have different names, got \['a', 'a'\]"):
         build(domains=[("a", DATA), ("a", other)], transform=None)
+    with pytest.raises(ValueError, match=r"all datasets or all pairs .*got 1 pairs among 2"):
+        build(domains=[("a", DATA), DATA], transform=None)
+    with pytest.raises(ValueError, match=r"a dataset for each of \['0', '1'\], got \['0'\]"):
+        streams.from_config(numbered.config, domains=[DATA])
 
 
 def test_preview_counts_and_prints():

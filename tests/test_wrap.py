@@ -319,7 +319,12 @@ def compiled_inside(net: nn.Module) -> Any:
     return net
 
 
-@pytest.mark.parametrize("compiled", [compiled_outside, compiled_inside])
+def compiled_forward(net: nn.Module) -> Any:
+    net.forward = torch.compile(net.forward, backend="eager")
+    return net
+
+
+@pytest.mark.parametrize("compiled", [compiled_outside, compiled_inside, compiled_forward])
 @pytest.mark.parametrize("method", ["source", "bn", "eata.cifar10", "lame", "sar.cifar10"])
 def test_a_compiled_model_adapts_as_a_plain_one(method: str, compiled) -> None:
     """Also one that was called before, beside another of its class, whose graphs fit."""
@@ -354,9 +359,10 @@ class CalledInReverse(nn.Module):
         return self.head(self.last(x))
 
 
-def test_a_compiled_model_is_looked_into_by_calls_though_its_graphs_know_no_hooks() -> None:
+@pytest.mark.parametrize("compiled", [compiled_outside, compiled_inside, compiled_forward])
+def test_a_compiled_model_is_looked_into_by_calls_though_its_graphs_know_no_hooks(compiled) -> None:
     torch.compiler.reset()
-    net, x = compiled_outside(CalledInReverse()).eval(), torch.rand(4, 3, 4, 4)
+    net, x = compiled(CalledInReverse()).eval(), torch.rand(4, 3, 4, 4)
     for layer in (net.head, net.middle, net.stem):
         layer.requires_grad_(False)
     for graph in (True, False):
@@ -365,7 +371,29 @@ def test_a_compiled_model_is_looked_into_by_calls_though_its_graphs_know_no_hook
     assert find_classifier(net) is net.head
     adapter = tta.wrap(net, "sar.cifar10")
     adapter(x)
-    assert list(adapter.parameters_adapted) == ["_orig_mod.first.weight", "_orig_mod.first.bias"]
+    trained = [name.removeprefix("_orig_mod.") for name in adapter.parameters_adapted]
+    assert trained == ["first.weight", "first.bias"]
+
+
+def test_a_compiled_model_is_not_compiled_to_look_for_its_classifier() -> None:
+    torch.compiler.reset()
+    calls: list[int] = []
+    net = torch.compile(CalledInReverse(), backend=lambda graph, inputs: calls.append(1))
+    assert find_classifier(net) is net.head and not calls
+
+
+def test_a_compiled_adapter_gives_what_it_gives_otherwise() -> None:
+    torch.compiler.reset()
+    plain = tta.wrap(tiny("bn"), "lame")
+    compiled = torch.compile(tta.wrap(compiled_inside(tiny("bn")), "lame"), backend="eager")
+    for t in range(2):
+        torch.testing.assert_close(compiled(images(t)), plain(images(t)))
+
+
+def test_a_norm_layer_that_was_compiled_by_itself_is_refused() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), torch.compile(nn.BatchNorm2d(4)), nn.Flatten())
+    with pytest.raises(ValueError, match=r"compiled as a whole, got a BatchNorm2d"):
+        tta.wrap(net.append(nn.LazyLinear(10)), "bn")
 
 
 def test_graphs_are_left_alone_until_the_last_thread_leaves() -> None:
@@ -384,15 +412,17 @@ def test_graphs_are_left_alone_until_the_last_thread_leaves() -> None:
             entered.set()
             leave.wait()
 
-    thread = threading.Thread(target=other)
+    thread = threading.Thread(target=other, daemon=True)
     thread.start()
-    entered.wait()
-    with without_graphs():
-        net(torch.ones(1, 2))
-    net(torch.ones(1, 2))  # the other thread is still inside
-    assert not calls
-    leave.set()
-    thread.join()
+    try:
+        entered.wait()
+        with without_graphs():
+            net(torch.ones(1, 2))
+        net(torch.ones(1, 2))  # the other thread is still inside
+        assert not calls
+    finally:
+        leave.set()
+        thread.join()
     net(torch.ones(1, 2))
     assert calls == [1]
 

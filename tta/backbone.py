@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tta import functional
 from tta.classifier import CONVOLUTIONS, first_layer, size_in, size_out
-from tta.compiled import is_compiled, without_graphs
+from tta.compiled import without_graphs
 from tta.norm import AdaptiveNorm
 from tta.slots import Prediction
 from tta.split import Ranks, Split
@@ -70,7 +70,6 @@ class Backbone:
             self._handles.append(classifier.register_forward_pre_hook(self.tap))
         self.wrappers = [m for m in model.modules() if isinstance(m, AdaptiveNorm)]
         self.entry = first_layer(model)
-        self.compiled = is_compiled(model)
         self.after: Callable[[], None] | None = None  # called after every pass
         self.ranks: Ranks | None = None  # processes that share the rows of every pass
 
@@ -110,7 +109,7 @@ class Backbone:
     def _pass(self, x: Tensor, weights: Weights | None) -> Prediction:
         hooked = self.tap is not None or bool(self._marks)
         try:
-            with without_graphs(hooked and self.compiled):
+            with without_graphs(hooked):
                 logits = functional.call(self.model, *(weights or ([], [])), x)
             self._check_logits(logits, len(x))
         except Exception as error:
@@ -125,8 +124,7 @@ class Backbone:
                 raise ValueError(
                     "`model` must call its classifier in forward, but "
                     f"{type(self.classifier).__name__} was not called: give the model a "
-                    "get_classifier() that returns the layer which makes the logits; if it is "
-                    "part of a compiled function, compile the model instead."
+                    "get_classifier() that returns the layer which makes the logits."
                 )
             features, self.tap.value = _pooled(self.tap.value, self.classifier), None
         return Prediction(logits, features)

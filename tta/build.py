@@ -207,6 +207,12 @@ def check_model(model: Any) -> None:
                 f"`model` must be one copy of a network, got a {type(module).__name__}, whose "
                 "copies would each adapt and forget: wrap its .module."
             )
+        inner = getattr(module, "_orig_mod", None)
+        if isinstance(inner, nn.modules.batchnorm._BatchNorm):
+            raise ValueError(
+                f"`model` must be compiled as a whole, got a {type(inner).__name__} that was by "
+                "itself and would go on as it is: give torch.compile the model."
+            )
         if isinstance(module, torch.jit.ScriptModule):
             raise ValueError(
                 f"`model` must have layers that can be looked into, got a {type(module).__name__}: "

@@ -132,18 +132,18 @@ def seed(name: str, value: Any) -> int:
 
 def channels(name: str, value: Any, *, above: float = -math.inf) -> tuple[float, ...]:
     """Return `value` as a tuple of finite floats above `above`, one for each channel or for all."""
-    if getattr(value, "ndim", None) == 0:  # of an array or a tensor
-        value = value.item()
+    if getattr(value, "ndim", None) == 0 and not getattr(value, "is_meta", False):
+        value = value.item()  # of an array or a tensor
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         value = (value,)
-    expected = "a list of numbers, one for each channel"
+    expected = "a list of numbers, one for each channel, or one for all"
     if above > -math.inf:
         expected += f", above {above:g}"
     if isinstance(value, (str, bytes, dict, AbstractSet)) or not isinstance(value, Iterable):
         raise TypeError(f"`{name}` must be {expected}, got {value!r}; pass a tuple such as (0.5,)")
     try:
         given = tuple(float(item) for item in value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError, RuntimeError):
         raise TypeError(
             f"`{name}` must be {expected}, got {value!r}; pass a tuple such as (0.5,)"
         ) from None

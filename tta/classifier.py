@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tta import functional
-from tta.compiled import is_compiled, without_graphs
+from tta.compiled import without_graphs
 
 __all__ = ["feature_size", "find_classifier", "first_layer", "num_classes", "size_in", "size_out"]
 
@@ -120,7 +120,7 @@ def _called_last(model: nn.Module, candidates: Sequence[nn.Module]) -> nn.Module
     places = functional.names(model, tensors)
     meta = [torch.empty_like(t, device="meta") for t in tensors]
     try:
-        with torch.no_grad(), _evaluating(model), without_graphs(is_compiled(model)):
+        with torch.no_grad(), _evaluating(model), without_graphs():
             for shape in _probe_shapes(model):
                 calls.clear()
                 try:

@@ -7,39 +7,35 @@ default not against its hooks. Passes whose hooks matter therefore run without g
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from threading import Lock
 from typing import Any
 
 import torch
-from torch import nn
 
-__all__ = ["is_compiled", "without_graphs"]
+__all__ = ["without_graphs"]
 
 _lock = Lock()
 _inside = 0  # passes that run without graphs now, in whatever thread
 _stance: Any = None
 
 
-def is_compiled(model: nn.Module) -> bool:
-    """Tell whether a model, or part of it, is compiled, by ``torch.compile`` or its own method."""
-    return any(
-        hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
-        for module in model.modules()
-    )
-
-
 @contextmanager
 def without_graphs(needed: bool = True) -> Iterator[None]:
-    """Run what is compiled as if it were not, in all threads until the last of them leaves."""
+    """Run what is compiled as if it were not, in all threads until the last of them leaves.
+
+    Within a compiled function that calls the adapter nothing can be switched, and nothing is.
+    """
     global _inside, _stance
-    if not needed:
+    if not needed or "torch._dynamo" not in sys.modules:  # then nothing has been compiled
         yield
         return
     with _lock:
         if _inside == 0:
-            _stance = torch.compiler.set_stance("force_eager")
+            with suppress(RuntimeError):
+                _stance = torch.compiler.set_stance("force_eager")
         _inside += 1
     try:
         yield

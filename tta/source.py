@@ -260,7 +260,9 @@ def collect_source(
             warnings.filterwarnings("ignore", message=".*preset, made for")
             fields = getattr(component(name.partition(".")[0]), "for_artefacts", {})
             recipe = get_config(name).replace(**fields) if fields else name
-            if getattr(component(name.partition(".")[0]), "replays_source", False):
+            if getattr(component(name.partition(".")[0]), "replays_source", False) and not (
+                isinstance(loader, Iterator)  # which is at its end then
+            ):
                 collected.batches = loader
             adapter = wrap(model, recipe, source=loader, **wrap_arguments)
         try:

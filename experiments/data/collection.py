@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from experiments.data.bundled import read_bundled
 from experiments.data.cifar import list_cifar_c, read_cifar, read_cifar_c, read_npz
 from experiments.data.folders import (
+    are_classes,
     label_order,
     list_domains,
     list_imagenet_c,
@@ -70,7 +72,7 @@ def open_data(
     """
     if str(where) == "bundled":
         return Collection("cifar10-test-2000", read_bundled())
-    path = Path(where)
+    path = Path(os.path.abspath(where))  # "." has no name
     if not path.exists():
         raise FileNotFoundError(f"`{path}` is missing: data must be {LAYOUTS}")
     if path.is_file():
@@ -90,7 +92,8 @@ def open_data(
             lambda name, s: read_imagenet_c(path, name, s, size, classes, num_classes),
             files=True,
         )
-    if domains := list_domains(path):
+    domains = list_domains(path)
+    if domains and not are_classes(domains, classes, num_classes):
         order = classes or label_order(set().union(*domains.values()), num_classes)
         stored = tuple(domains)
         return Collection(

@@ -139,7 +139,7 @@ def read_folder(
     if not root.is_dir():
         raise FileNotFoundError(f"`{root}` is missing: expected a folder with one folder per class")
     try:
-        found = datasets.ImageFolder(str(root))
+        found = _ClassFolders(str(root))
     except FileNotFoundError as error:  # no class folders, or one without images
         raise FileNotFoundError(
             f"`{root}` must hold one folder of images per class, but {_first_line(error)}"
@@ -157,12 +157,24 @@ def read_folder(
     return FolderSet(files, classes, str(root), size, crop)
 
 
+def are_classes(
+    folders: Collection[str], classes: Sequence[str] | None, num_classes: int | None
+) -> bool:
+    """Whether folders are a model's classes by their names or number, whatever lies in them."""
+    if classes is not None:
+        return set(folders) <= set(classes)
+    try:
+        return num_classes is not None and bool(label_order(folders, num_classes))
+    except ValueError:
+        return False
+
+
 def list_domains(root: str | Path) -> dict[str, set[str]]:
     """The class folders of each domain of ``root/<domain>/<class>/<image>``; empty for another.
 
     Domains hold no images themselves and share classes, which a class in several folders does not.
     """
-    domains = {folder.name: _folders(folder) for folder in Path(root).iterdir() if folder.is_dir()}
+    domains = {name: _folders(Path(root, name)) for name in _folders(Path(root))}
     nested = all(domains.values()) and not any(_has_images(Path(root, name)) for name in domains)
     shared = set.intersection(*domains.values()) if domains else set()
     return dict(sorted(domains.items())) if nested and shared else {}
@@ -211,7 +223,20 @@ def read_imagenet_c(
 
 
 def _folders(root: Path) -> set[str]:
-    return {path.name for path in root.iterdir() if path.is_dir()}
+    """Sub-folders that people made: not .git, .ipynb_checkpoints, __MACOSX and the like."""
+    hidden = (".", "__")
+    return {p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(hidden)}
+
+
+class _ClassFolders(datasets.ImageFolder):
+    """Files and labels of ``root/<class>/<image>``."""
+
+    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+        """The names of class folders, and a number for each."""
+        names = sorted(_folders(Path(directory)))
+        if not names:
+            raise FileNotFoundError(f"Couldn't find any class folder in {directory}.")
+        return names, {name: number for number, name in enumerate(names)}
 
 
 def _has_images(root: Path) -> bool:

@@ -43,7 +43,12 @@ def named_datasets(domains: Any) -> Any:
     if not isinstance(domains, list) or not domains or any(isinstance(d, str) for d in domains):
         return domains
     pairs = [d for d in domains if isinstance(d, tuple) and len(d) == 2 and isinstance(d[0], str)]
-    if len(pairs) < len(domains):
+    if pairs and len(pairs) < len(domains):
+        raise ValueError(
+            f"`domains` must be all datasets or all pairs (name, dataset), got {len(pairs)} pairs "
+            f"among {len(domains)}; name each"
+        )
+    if not pairs:
         return {str(number): dataset for number, dataset in enumerate(domains)}
     named = dict(pairs)
     if len(named) < len(pairs):

@@ -171,7 +171,14 @@ def from_config(
     arguments = dict(config)
     if domains is not None:
         given = named_datasets(domains)
-        arguments["domains"] = {name: given[name] for name in arguments["domains"]}
+        wanted = list(arguments["domains"])
+        if not isinstance(given, Mapping) or not given.keys() >= set(wanted):
+            got = list(given) if isinstance(given, Mapping) else type(given).__name__
+            raise ValueError(
+                f"`domains` must hold a dataset for each of {wanted}, got {got}; pass what `build` "
+                "was given"
+            )
+        arguments["domains"] = {name: given[name] for name in wanted}
     return build(
         dataset=dataset,
         transform=transform,

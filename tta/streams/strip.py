@@ -27,10 +27,19 @@ def draw_strip(stream: Stream, path: Any) -> None:
 
     Raises:
         TypeError: When `path` is no path.
+        ValueError: When it is no name of a PNG, or the stream has no images.
         FileNotFoundError: When its folder is not there.
         ImportError: Without matplotlib.
     """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "`draw` must be left out where matplotlib is not installed: pip install matplotlib"
+        ) from error
     path = folder_or_file("draw", path)
+    if path.is_dir() or path.suffix.lower() not in ("", ".png"):
+        raise ValueError(f"`draw` must be the name of a PNG file, got {str(path)!r}")
     if not path.parent.is_dir():
         raise FileNotFoundError(
             f"`draw` must lie in a folder that is there, but {path.parent} is not: make it first"
@@ -52,24 +61,27 @@ def draw_strip(stream: Stream, path: Any) -> None:
     )
     order = [name for name in dict.fromkeys([*config["domains"], *domains]) if name in set(domains)]
     levels = np.array(severities, dtype=float)
-    _figure(domains, np.concatenate(labels), levels, order, title).savefig(path, format="png")
+    if not domains:
+        raise ValueError("`draw` must be left out for a stream without images, got one at its end")
+    figure = Figure(dpi=130, layout="constrained")
+    _plot(figure, domains, np.concatenate(labels), levels, order, title)
+    figure.savefig(path, format="png")
 
 
-def _figure(
-    domains: Sequence[str], labels: Any, severities: Any, names: Sequence[str], title: str
-) -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "`draw` must be left out where matplotlib is not installed: pip install matplotlib"
-        ) from error
+def _plot(
+    figure: Any,
+    domains: Sequence[str],
+    labels: Any,
+    severities: Any,
+    names: Sequence[str],
+    title: str,
+) -> None:
     codes = {name: i for i, name in enumerate(names)}
     rows = np.array([codes[name] for name in domains])
     where = np.arange(len(rows))
     graded = len(np.unique(severities[~np.isnan(severities)])) > 1
     heights = [min(1 + 0.16 * len(names), 6.0), 2.6, *([1.3] if graded else [])]
-    figure = Figure(figsize=(12, sum(heights) + 1.2), dpi=130, layout="constrained")
+    figure.set_size_inches(12, sum(heights) + 1.2)
     grid = figure.subplots(
         len(heights), 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights}
     )[:, 0]
@@ -77,7 +89,8 @@ def _figure(
     dots: dict[str, Any] = {"linestyle": "none", "marker": "|", "markeredgewidth": size / 4}
     grid[0].plot(where, rows, color=BLUE, markersize=4, **dots)
     many = len(names) > 40  # pairs of a walk
-    grid[0].set_yticks([] if many else range(len(names)), [] if many else names, fontsize=8)
+    shown = [] if many else [name.replace("$", r"\$") for name in names]
+    grid[0].set_yticks(range(len(shown)), shown, fontsize=8)
     grid[0].set_ylim(len(names) - 0.5, -0.5)
     grid[0].set_ylabel(f"domain ({len(names)})" if many else "domain")
     height = max(1.0, min(6.0, 160 / (int(labels.max()) + 1)))
@@ -96,4 +109,3 @@ def _figure(
     grid[-1].set_xlabel("images seen")
     grid[-1].set_xlim(0, len(rows))
     figure.suptitle(title, fontsize=11, x=0.01, ha="left")
-    return figure
