@@ -155,6 +155,7 @@ class Shifts:
     ) -> Any:
         if self.data.read_stored is not None:
             if (name, severity) not in self._made:
+                # Streams ask for a domain called "clean" at severity 0, which no file has.
                 self._made[name, severity] = self.data.read_stored(name, max(1, int(severity)))
             return choose(self._made[name, severity])
         assert isinstance(self.clean, ImageSet) and isinstance(clean, ImageSet)

@@ -93,23 +93,19 @@ def load_subject(
             f"`classes` must name the {info.num_classes} classes of {model_name}, got "
             f"{len(classes)} lines in {classes_path}: one line for each, in label order"
         )
-
-    def check_classes(images: LabelledSet | None) -> None:
-        if images is not None and len(images.classes) > info.num_classes:
-            raise ValueError(
-                f"`data` must not have more classes than the model, got {len(images.classes)} in "
-                f"{images.origin} and {info.num_classes} in {model_name}: choose another model"
-            )
-
-    data = open_data(data_name, size, classes, info.num_classes)
+    data = shown = open_data(data_name, size, classes, info.num_classes)
     clean = data.clean
     if clean_name is not None:
         clean = open_data(clean_name, size, classes, info.num_classes).clean
         if clean is None:
             raise ValueError(f"`clean` must be a path of clean images, got {clean_name!r}")
-        check_classes(data.clean)
-        data = data.as_shifted()
-    check_classes(clean)
+        shown = data.as_shifted()
+    for images in (data.clean, clean):
+        if images is not None and len(images.classes) > info.num_classes:
+            raise ValueError(
+                f"`data` must not have more classes than the model, got {len(images.classes)} in "
+                f"{images.origin} and {info.num_classes} in {model_name}: choose another model"
+            )
     source = info.source
     if source_path is not None:
         if not Path(source_path).is_file():
@@ -119,7 +115,7 @@ def load_subject(
         source = tta.SourceStatistics.load(source_path)
     preprocess = _preprocess(info, device)
     model = model.to(device).eval()
-    return Subject(model_name, model, info, source, data, clean, preprocess, device)
+    return Subject(model_name, model, info, source, shown, clean, preprocess, device)
 
 
 def _lines(path: str) -> list[str]:

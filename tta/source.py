@@ -258,11 +258,11 @@ def collect_source(
         with warnings.catch_warnings():
             # Thresholds of a preset play no part in source artefacts.
             warnings.filterwarnings("ignore", message=".*preset, made for")
-            fields = getattr(component(name.partition(".")[0]), "for_artefacts", {})
+            method = component(name.partition(".")[0])
+            fields = getattr(method, "for_artefacts", {})
             recipe = get_config(name).replace(**fields) if fields else name
-            if getattr(component(name.partition(".")[0]), "replays_source", False) and not (
-                isinstance(loader, Iterator)  # which is at its end then
-            ):
+            spent = isinstance(loader, Iterator)  # by the passes that follow
+            if getattr(method, "replays_source", False) and not spent:
                 collected.batches = loader
             adapter = wrap(model, recipe, source=loader, **wrap_arguments)
         try:

@@ -95,9 +95,12 @@ def open_data(
     domains = list_domains(path)
     if domains and not are_classes(domains, classes, num_classes):
         order = classes or label_order(set().union(*domains.values()), num_classes)
-        stored = tuple(domains)
         return Collection(
-            path.name, None, stored, lambda name, s: read_folder(path / name, size, order), True
+            path.name,
+            None,
+            tuple(domains),
+            lambda name, s: read_folder(path / name, size, order),
+            files=True,
         )
     if any(child.is_dir() for child in path.iterdir()):
         clean = read_folder(path, size, classes, num_classes=num_classes)

@@ -6,6 +6,7 @@ Images are decoded when they are asked for; nothing is kept in memory.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -100,10 +101,9 @@ def label_order(folders: Collection[str], num_classes: int | None = None) -> lis
     Raises:
         ValueError: Where the folders do not say which of the model's classes they are.
     """
-    subset = infer_imagenet_subset({"num_classes": num_classes})
-    ids = [] if subset is None else ImageNetInfo(subset).label_names()
+    ids = _wordnet_ids(num_classes)
     if set(folders) <= set(ids):
-        return ids
+        return [*ids]
     numbered = all(name.isdecimal() for name in folders)
     if num_classes is None or len(folders) == num_classes:
         return sorted(folders, key=int if numbered else None)
@@ -222,6 +222,13 @@ def read_imagenet_c(
     return read_folder(folder / str(severity), size, classes, num_classes=num_classes)
 
 
+@cache  # asked for again with every domain and severity
+def _wordnet_ids(num_classes: int | None) -> tuple[str, ...]:
+    """Those of ImageNet's models with so many classes, in label order; none for other numbers."""
+    subset = infer_imagenet_subset({"num_classes": num_classes})
+    return () if subset is None else tuple(ImageNetInfo(subset).label_names())
+
+
 def _folders(root: Path) -> set[str]:
     """Sub-folders that people made: not .git, .ipynb_checkpoints, __MACOSX and the like."""
     hidden = (".", "__")
@@ -240,8 +247,7 @@ class _ClassFolders(datasets.ImageFolder):
 
 
 def _has_images(root: Path) -> bool:
-    extensions = datasets.folder.IMG_EXTENSIONS
-    return any(path.suffix.lower() in extensions for path in root.iterdir())
+    return any(datasets.folder.is_image_file(path.name) for path in root.iterdir())
 
 
 def _first_line(error: Exception) -> str:
