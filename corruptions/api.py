@@ -28,7 +28,7 @@ from corruptions import (
     spatter,
     weather,
 )
-from corruptions.parts import in_parts, part_size
+from corruptions.chunks import in_parts, part_size
 from corruptions.setting import Params, Setting
 from corruptions.severity import BENCHMARK, EXTRA, ParameterSet
 

@@ -13,9 +13,9 @@ import torch
 
 from corruptions import check
 from corruptions.api import list_corruptions
+from corruptions.chunks import usable_cores
 from corruptions.layouts import Cifar, Folder, Layout, Options, load_picture
 from corruptions.manifest import SUMS, verify
-from corruptions.parts import usable_cores
 from corruptions.severity import ParameterSet
 from corruptions.sheet import corrupted_sheet
 from corruptions.write import SHEET, write

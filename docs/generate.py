@@ -15,8 +15,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-import tta  # noqa: E402
 from tta.registry import component  # noqa: E402
+
+import tta  # noqa: E402
 
 __all__ = ["pages"]
 

@@ -1,7 +1,7 @@
-"""``python -m experiments``: the commands, each defined in `experiments.commands`."""
+"""``python -m experiments``: the commands, each defined in `experiments.cli`."""
 
 import sys
 
-from experiments.commands import main
+from experiments.cli import main
 
 sys.exit(main())

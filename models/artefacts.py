@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import tta
-from tta.backbone import Backbone
-from tta.classifier import find_classifier
+from tta.core.backbone import Backbone
+from tta.core.classifier import find_classifier
 
 __all__ = ["collect", "save_half", "swag"]
 
@@ -111,7 +111,7 @@ def collect(model: nn.Module, images: Tensor, labels: Tensor, seed: int) -> tta.
     few = list(batches(images, labels, 64, order[:FISHER_IMAGES]))
     fisher = tta.collect_source(model, few, for_methods=["eata"]).fisher
     # RMT and CAFA take moments under batch statistics, AdaNPC features under running ones.
-    has_bn = bool(tta.norm.batch_norm_layers(model))
+    has_bn = bool(tta.core.norm_layers.batch_norm_layers(model))
     adapter = tta.wrap(model, "bn") if has_bn else None
     features, found = _features(model, batches(images, labels, 200, order))
     classes = int(labels.max()) + 1

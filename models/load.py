@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 import tta
 from models.bundled import BUNDLED, CIFAR10_CLASSES, FOLDER
-from tta.checks import flag, folder_or_file, nearest, text
-from tta.classifier import find_classifier, num_classes
-from tta.params import is_norm
+from tta.core.checks import flag, folder_or_file, nearest, text
+from tta.core.classifier import find_classifier, num_classes
+from tta.core.parameters import is_norm
 
 __all__ = ["ModelInfo", "list_models", "load"]
 

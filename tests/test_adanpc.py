@@ -12,8 +12,8 @@ from torch import Tensor
 
 import tta
 from tests.contract.cases import images, source_batches
-from tests.nets import tiny
-from tta.neighbours import largest
+from tests.helpers.nets import tiny
+from tta.parts.neighbours import largest
 
 OFFICIAL = {"official": True, "confidence_threshold": 0.0, "neighbours": 4}
 

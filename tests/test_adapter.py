@@ -11,7 +11,7 @@ from torch import nn
 
 import tta
 from tests.contract.cases import images, source_batches
-from tests.nets import tiny
+from tests.helpers.nets import tiny
 
 BAD_INPUT = [
     ("not a tensor", [[0.0]], TypeError, "list"),

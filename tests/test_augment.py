@@ -12,11 +12,11 @@ from torch import nn
 
 import tta
 from tests.contract.cases import images, source_batches
-from tests.nets import tiny
-from tta import augment
-from tta.augment import Augmenter, View, draw_view, make_view, pixel_space
-from tta.draws import CountedDraws, fork
-from tta.slots import Context
+from tests.helpers.nets import tiny
+from tta.core.component import Context
+from tta.core.random import CountedDraws, fork
+from tta.parts import augment
+from tta.parts.augment import Augmenter, View, draw_view, make_view, pixel_space
 
 PLAIN = View((0, 1, 2, 3, 4), (1.0, 1.0, 1.0, 0.0, 1.0), 0.0, (0, 0), 1.0, 0.0, False)
 

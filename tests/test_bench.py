@@ -7,18 +7,18 @@ import json
 import pytest
 import torch
 
-from experiments import bench, bench_subjects
-from experiments.commands import main
+from experiments.cli import main
+from experiments.studies import method_cost, method_cost_networks
 
 
 @pytest.fixture
 def small(monkeypatch) -> str:
-    from tests.nets import tiny
+    from tests.helpers.nets import tiny
 
-    setting = bench_subjects.Setting(
-        lambda: tiny("gn"), 8, 16, (bench_subjects.BARE, "source", "eata", "sar")
+    setting = method_cost_networks.Setting(
+        lambda: tiny("gn"), 8, 16, (method_cost_networks.BARE, "source", "eata", "sar")
     )
-    monkeypatch.setitem(bench_subjects.SETTINGS, "small", setting)
+    monkeypatch.setitem(method_cost_networks.SETTINGS, "small", setting)
     return "small"
 
 
@@ -26,16 +26,16 @@ def test_counts_of_passes(small, tmp_path, capsys) -> None:
     page, output = tmp_path / "page.md", tmp_path / "bench.jsonl"
     page.write_text("before\n<!-- bench -->\nold\n<!-- /bench -->\nafter\n")
     cpu = torch.device("cpu")
-    result = bench.Bench(small, cpu, 2, memory=False, output=output, page=page).execute()
+    result = method_cost.Bench(small, cpu, 2, memory=False, output=output, page=page).execute()
     rows = {row["recipe"]: row for row in result["rows"]}
     assert rows["plain"]["ratio"] == 1.0
-    for name in ("plain", bench_subjects.TWIN, "source"):
+    for name in ("plain", method_cost_networks.TWIN, "source"):
         assert (rows[name]["forwards"], rows[name]["backwards"]) == (1.0, 0.0)
-    assert rows[bench_subjects.BARE]["forwards"] == pytest.approx(1.0, rel=0.02)
-    assert rows[bench_subjects.BARE]["backwards"] > 0.3
+    assert rows[method_cost_networks.BARE]["forwards"] == pytest.approx(1.0, rel=0.02)
+    assert rows[method_cost_networks.BARE]["backwards"] > 0.3
     # A kept sample goes through the network once more, a rejected one does not go back.
     assert 1.0 < rows["eata"]["forwards"] < 1.6
-    assert 0.0 < rows["eata"]["backwards"] < 0.8 * rows[bench_subjects.BARE]["backwards"]
+    assert 0.0 < rows["eata"]["backwards"] < 0.8 * rows[method_cost_networks.BARE]["backwards"]
     assert rows["sar"]["forwards"] > rows["eata"]["forwards"]
     assert json.loads(output.read_text()) == result
     text = page.read_text()

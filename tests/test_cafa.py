@@ -10,9 +10,9 @@ from torch import Tensor
 
 import tta
 from tests.contract.cases import images, source_batches
-from tests.nets import affine, batch_statistics, tiny
-from tta.class_moments import mahalanobis, whitening
+from tests.helpers.nets import affine, batch_statistics, tiny
 from tta.methods.cafa import alignment
+from tta.parts.class_moments import mahalanobis, whitening
 
 close = torch.testing.assert_close
 LABELS = torch.arange(40) % 8  # two classes have no image

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import tta
-from tests.nets import tiny
-from tta.classifier import feature_size, find_classifier, num_classes
+from tests.helpers.nets import tiny
+from tta.core.classifier import feature_size, find_classifier, num_classes
 
 
 class HeadFirst(nn.Module):

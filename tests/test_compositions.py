@@ -16,7 +16,7 @@ import torch
 
 import tta
 from tests.contract.cases import arguments, images
-from tests.nets import tiny
+from tests.helpers.nets import tiny
 
 PAGE = Path(__file__).parents[1] / "docs" / "composition.md"
 START, END = "<!-- compositions -->", "<!-- /compositions -->"

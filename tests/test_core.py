@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 import tta
 from tests.contract.cases import images
-from tests.nets import tiny
-from tta.losses import class_correlation
+from tests.helpers.nets import tiny
+from tta.parts.losses import class_correlation
 
 close = torch.testing.assert_close
 

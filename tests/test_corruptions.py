@@ -14,7 +14,7 @@ import torch
 from torchvision.transforms import v2
 
 import corruptions
-from corruptions import digital, draws, parts, severity
+from corruptions import chunks, digital, draws, severity
 
 ALL = corruptions.list_corruptions(extra=True)
 
@@ -76,8 +76,8 @@ def three_threads(monkeypatch):
     """Parts of a few images on three threads, whatever else this machine does."""
     before = torch.get_num_threads()
     torch.set_num_threads(3)
-    monkeypatch.setattr(parts, "_idle_cores", lambda: 3)
-    monkeypatch.setattr(parts, "_PIXELS", 1 << 13)
+    monkeypatch.setattr(chunks, "_idle_cores", lambda: 3)
+    monkeypatch.setattr(chunks, "_PIXELS", 1 << 13)
     yield
     torch.set_num_threads(before)
 
@@ -87,7 +87,7 @@ def alone(*arguments, **keywords):
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parts, "_idle_cores", lambda: 1)
+        patch.setattr(chunks, "_idle_cores", lambda: 1)
         out = corruptions.corrupt(*arguments, **keywords)
     torch.set_num_threads(before)
     return out
@@ -135,18 +135,18 @@ def test_busy_cores_are_left_to_others(monkeypatch):
         monkeypatch.setattr("os.cpu_count", lambda: 4)
         for busy, left in ((0, 4), (1, 3), (9, 1)):
             monkeypatch.setattr("corruptions.parts._busy_cores", lambda busy=busy: busy)
-            assert parts._idle_cores() == left
+            assert chunks._idle_cores() == left
             seen = []
 
             def note(rows, seen=seen):
                 seen.append((rows, torch.get_num_threads()))
 
-            parts.in_parts(note, 12, 4, torch.device("cpu"))
+            chunks.in_parts(note, 12, 4, torch.device("cpu"))
             assert {i for rows, _ in seen for i in range(12)[rows]} == set(range(12))
             assert {threads for _, threads in seen} == {1}  # in each of ours, not even torch's own
             assert torch.get_num_threads() == 4
             seen.clear()
-            parts.in_parts(note, 12, 4, torch.device("cuda"))  # in order, in the caller's stream
+            chunks.in_parts(note, 12, 4, torch.device("cuda"))  # in order, in the caller's stream
             assert [rows for rows, _ in seen] == [slice(0, 4), slice(4, 8), slice(8, 12)]
     finally:
         torch.set_num_threads(before)
@@ -160,8 +160,8 @@ def test_counting_busy_cores_sees_another_process():
     try:
         seen = 0
         for _ in range(100):
-            parts._looked["at"] = -1.0
-            seen = max(seen, parts._busy_cores())
+            chunks._looked["at"] = -1.0
+            seen = max(seen, chunks._busy_cores())
             time.sleep(0.02)
             if seen:
                 break

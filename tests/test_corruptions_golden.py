@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import corruptions
-from experiments.corruption_goldens import legacy_params, pictures, to_array, to_tensor
+from experiments.studies.corruption_goldens import legacy_params, pictures, to_array, to_tensor
 
 GOLDEN_32 = Path(__file__).parent / "golden" / "corruptions"
 GOLDEN_224 = Path(__file__).parents[2] / "shared" / "golden" / "corruptions"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import corruptions
-from experiments import corruption_errors, corruption_speed
+from experiments.studies import corruption_errors, corruption_speed
 
 
 def rows(ratio):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import corruptions
-from experiments.corruption_goldens import pictures, to_tensor
+from experiments.studies.corruption_goldens import pictures, to_tensor
 from tests.test_corruptions_golden import GOLDEN_32, GOLDEN_224, needs_224
 
 STOCHASTIC = (

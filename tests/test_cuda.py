@@ -14,13 +14,13 @@ import torch
 
 import corruptions
 import tta
-from experiments.commands import main
-from experiments.record import read_lines
-from tests import ranks
+from experiments.cli import main
+from experiments.records.file import read_lines
 from tests.contract.cases import CASES, images, source_batches
-from tests.nets import tiny
+from tests.helpers import ranks
+from tests.helpers.nets import tiny
+from tests.helpers.traces import Trace
 from tests.test_golden import TRACES
-from tests.traces import Trace
 
 pytestmark = [
     pytest.mark.gpu,

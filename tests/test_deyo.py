@@ -10,11 +10,11 @@ from torch import Tensor
 
 import tta
 from tests.contract.cases import images
-from tests.nets import affine, batch_statistics, tiny
-from tta.destroy import occlude, shuffle_patches, shuffle_pixels
-from tta.draws import CountedDraws
-from tta.losses import entropy
+from tests.helpers.nets import affine, batch_statistics, tiny
+from tta.core.random import CountedDraws
 from tta.methods import deyo
+from tta.parts.losses import entropy
+from tta.parts.occlusion import occlude, shuffle_patches, shuffle_pixels
 
 close = torch.testing.assert_close
 

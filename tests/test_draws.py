@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tta.draws import CountedDraws, fork
+from tta.core.random import CountedDraws, fork
 
 
 def test_words_are_those_of_splitmix() -> None:

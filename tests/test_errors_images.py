@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 import corruptions
 import models
 from tests.contract.cases import images
-from tests.nets import tiny
-from tests.refusals import refused
+from tests.helpers.nets import tiny
+from tests.helpers.refusals import refused
 
 NAN, INF = float("nan"), float("inf")
 

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 
 import tta
 from tests.contract.cases import images, source_batches
-from tests.nets import tiny
-from tests.refusals import refused, state_of
+from tests.helpers.nets import tiny
+from tests.helpers.refusals import refused, state_of
 
 NAN, INF = float("nan"), float("inf")
 

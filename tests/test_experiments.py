@@ -14,17 +14,17 @@ from PIL import Image
 
 import corruptions
 import tta
-from experiments.config import StreamConfig
 from experiments.data import Collection, read_bundled
-from experiments.domains import Shifts, corrupt_set, resolve_domains
-from experiments.environment import describe_environment
-from experiments.evaluate import iter_evaluate
-from experiments.methods import parse_method, parse_methods
-from experiments.plots import plot_errors, plot_running, running
-from experiments.progress import Progress
-from experiments.record import JsonLines, make_run_folder, read_lines
-from experiments.table import describe, render_markdown, render_text, short_names
-from tests.nets import tiny
+from experiments.records.config import StreamConfig
+from experiments.records.environment import describe_environment
+from experiments.records.file import JsonLines, make_run_folder, read_lines
+from experiments.records.progress import Progress
+from experiments.report.plots import plot_errors, plot_running, running
+from experiments.report.run_table import describe, render_markdown, render_text, short_names
+from experiments.run.domains import Shifts, corrupt_set, resolve_domains
+from experiments.run.method_strings import parse_method, parse_methods
+from experiments.run.scoring import iter_evaluate
+from tests.helpers.nets import tiny
 
 CPU = torch.device("cpu")
 

@@ -12,12 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-from experiments import commands
-from experiments.card import render_card
+from experiments import cli
 from experiments.data import read_bundled
-from experiments.record import read_lines
-from tests.nets import tiny
-from tests.tiny_models import fake_load, use_tiny_models
+from experiments.records.file import read_lines
+from experiments.studies.card import render_card
+from tests.helpers.nets import tiny
+from tests.helpers.tiny_models import fake_load, use_tiny_models
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +28,7 @@ def tiny_models(monkeypatch):
 
 def run(tmp_path, *arguments):
     """Run the command line; returns the status and the run's folder."""
-    status = commands.main(["run", "--output", str(tmp_path), "--device", "cpu", *arguments])
+    status = cli.main(["run", "--output", str(tmp_path), "--device", "cpu", *arguments])
     folders = sorted(tmp_path.iterdir()) if tmp_path.exists() else []
     return status, folders[-1] if folders else Path()
 
@@ -231,7 +231,7 @@ def test_mistakes_are_one_sentence_and_leave_nothing(tmp_path, capsys, arguments
 @pytest.mark.parametrize("arguments", [["--severity", "6"], ["--colour", "red"], []])
 def test_argparse_refuses_the_rest(arguments):
     with pytest.raises(SystemExit) as stopped:
-        commands.main(["run", *arguments] if arguments else [])
+        cli.main(["run", *arguments] if arguments else [])
     assert stopped.value.code == 2
 
 
@@ -252,7 +252,7 @@ def test_a_card(tmp_path, capsys):
     training = {"name": "x", "seed": 3, "epochs": 2, "seconds": 90, "command": "python -m train"}
     (folder / "training.json").write_text(json.dumps({**training, "history": []}))
     arguments = ["card", "cifar10_resnet20_bn", "--data", str(tmp_path / "t.npz")]
-    assert commands.main([*arguments, "--images", "20", "--output", str(folder), "--quiet"]) == 0
+    assert cli.main([*arguments, "--images", "20", "--output", str(folder), "--quiet"]) == 0
     card = json.loads((folder / "card.json").read_text())
     net = tiny("bn")
     with torch.no_grad():
@@ -262,5 +262,5 @@ def test_a_card(tmp_path, capsys):
     text = (folder / "card.md").read_text()
     assert text == render_card(card) and "2 epochs, 2 minutes, seed 3" in text
     assert "| gaussian_noise |" in text and "`python -m train`" in text
-    assert commands.main(["card", "cifar10_resnet", "--data", "bundled"]) == 2
+    assert cli.main(["card", "cifar10_resnet", "--data", "bundled"]) == 2
     assert "did you mean 'cifar10_resnet20_" in capsys.readouterr().err

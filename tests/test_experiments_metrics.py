@@ -11,12 +11,12 @@ import torch
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 import tta
-from experiments.cost import Passes, PeakMemory
-from experiments.evaluate import iter_evaluate
-from experiments.methods import parse_method
-from experiments.metrics import BINS, SMALLEST, Totals, log_probabilities, score
-from experiments.record import plain as plain_types
-from tests.nets import tiny
+from experiments.records.file import plain as plain_types
+from experiments.run.cost import Passes, PeakMemory
+from experiments.run.method_strings import parse_method
+from experiments.run.metrics import BINS, SMALLEST, Totals, log_probabilities, score
+from experiments.run.scoring import iter_evaluate
+from tests.helpers.nets import tiny
 
 CPU = torch.device("cpu")
 

@@ -10,12 +10,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import models
 import tta
-from experiments import benchmark, commands
-from experiments.benchmark import EXPENSIVE, STREAMS, Benchmark, all_methods, bundled_models
+from experiments import cli
 from experiments.report import collect
-from experiments.run import Cache
-from experiments.sweep import cell_folder
-from tests.tiny_models import use_tiny_models
+from experiments.run.run import Cache
+from experiments.sweep import benchmark
+from experiments.sweep.benchmark import EXPENSIVE, STREAMS, Benchmark, all_methods, bundled_models
+from experiments.sweep.sweep import cell_folder
+from tests.helpers.tiny_models import use_tiny_models
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +61,7 @@ def test_the_page_is_made_of_the_results(tmp_path, capsys):
     arguments += ["continual", "mixed", "--methods", "source", "tent[lr=100.0]", "bn", "--device"]
     arguments += ["cpu", "--output", str(tmp_path / "runs"), "--quiet"]
     files = ["--results", str(tmp_path / "record.jsonl"), "--page", str(tmp_path / "record.md")]
-    assert commands.main([*arguments, *files]) == 0
+    assert cli.main([*arguments, *files]) == 0
     results = collect([tmp_path / "record.jsonl"])
     assert len(results) == 3 * (3 + 1)  # three seeds of continual, one of mixed
     page = (tmp_path / "record.md").read_text()
@@ -76,10 +77,10 @@ def test_the_page_is_made_of_the_results(tmp_path, capsys):
         assert (tmp_path / target).is_file()
     assert page.count(".png)") == 4 + 1
     again = tmp_path / "again.md"
-    assert commands.main(["record", "--page-only", *files[:2], "--page", str(again)]) == 0
+    assert cli.main(["record", "--page-only", *files[:2], "--page", str(again)]) == 0
     assert again.read_text() == page
     # What is done is not run again.
-    assert commands.main([*arguments, *files]) == 0
+    assert cli.main([*arguments, *files]) == 0
     assert (tmp_path / "record.md").read_text() == page
 
 
@@ -92,7 +93,7 @@ def test_compact_results_are_gone_on_from(tmp_path, monkeypatch, capsys):
     def record(folder, *methods):
         arguments = ["record", "--models", "cifar10_resnet20_bn", "--methods", *methods]
         arguments += ["--device", "cpu", "--output", str(tmp_path / folder), *files]
-        assert commands.main(arguments) == 0
+        assert cli.main(arguments) == 0
         return capsys.readouterr().out
 
     assert "1 runs" in record("one", "source")
@@ -105,14 +106,14 @@ def test_compact_results_are_gone_on_from(tmp_path, monkeypatch, capsys):
 
 def test_the_overhead_is_said(capsys):
     arguments = ["overhead", "--images", "10", "--rounds", "1", "--device", "cpu"]
-    assert commands.main(arguments) == 0
+    assert cli.main(arguments) == 0
     assert "150 images in batches of 64: the runner takes" in capsys.readouterr().out
 
 
 def test_tensorboard_has_scalars_entropies_images_and_the_configuration(tmp_path):
     arguments = ["run", "--images", "20", "--corruptions", "fog", "snow", "--batch-size", "10"]
     arguments += ["--methods", "source", "tent", "--quiet", "--output", str(tmp_path)]
-    assert commands.main([*arguments, "--device", "cpu"]) == 0
+    assert cli.main([*arguments, "--device", "cpu"]) == 0
     (folder,) = tmp_path.iterdir()
     tags = {}
     for method in ("source", "tent"):

@@ -11,15 +11,15 @@ import pytest
 from PIL import Image
 from scipy import stats
 
-from experiments import commands
+from experiments import cli
 from experiments.report import collect, write_compact
 from experiments.report.collect import by_setting
 from experiments.report.report import describe
 from experiments.report.statistics import difference, estimate
 from experiments.report.tables import Table, csv_rows, overview, setting_table
-from experiments.settings import make_sweep
-from experiments.sweep import Sweep
-from tests.tiny_models import use_tiny_models
+from experiments.run.settings import make_sweep
+from experiments.sweep.sweep import Sweep
+from tests.helpers.tiny_models import use_tiny_models
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def test_tables(runs):
 
 def test_the_command_writes_one_page_with_everything(runs, tmp_path, capsys):
     out = tmp_path / "out"
-    assert commands.main(["report", str(runs), "--output", str(out), "--title", "A & B"]) == 0
+    assert cli.main(["report", str(runs), "--output", str(out), "--title", "A & B"]) == 0
     assert "12 results in 2 settings" in capsys.readouterr().out
     page = (out / "index.html").read_text()
     text, pictures = re.subn(r'src="data:image/png;base64,[^"]*"', "", page)

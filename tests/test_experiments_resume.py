@@ -13,14 +13,14 @@ import pytest
 import torch
 
 import tta
-from experiments import commands
-from experiments.config import RunConfig, StreamConfig
+from experiments import cli
 from experiments.data import read_bundled
-from experiments.record import Busy, Conflict, JsonLines, Results, mend, read_lines
-from experiments.run import Run, is_finished
-from experiments.snapshot import FILE
-from experiments.trial import OutOfTime
-from tests.tiny_models import fake_load, use_tiny_models
+from experiments.records.config import RunConfig, StreamConfig
+from experiments.records.file import Busy, Conflict, JsonLines, Results, mend, read_lines
+from experiments.run.run import Run, is_finished
+from experiments.run.snapshot import FILE
+from experiments.run.trial import OutOfTime
+from tests.helpers.tiny_models import fake_load, use_tiny_models
 
 TIMES = {"seconds", "images_per_second", "peak_memory", "started", "at", "finished", "command"}
 
@@ -288,24 +288,24 @@ def test_other_numbers_than_before_are_refused(tmp_path):
 def test_the_command_goes_on_by_itself_or_when_told(tmp_path, capsys):
     arguments = ["run", "--output", str(tmp_path), "--device", "cpu", "--images", "20"]
     arguments += ["--methods", "bn", "tent", "--corruptions", "fog", "--batch-size", "4"]
-    assert commands.main(arguments) == 0
+    assert cli.main(arguments) == 0
     (first,) = tmp_path.iterdir()
     whole = figures(first)
     results = first / "results.jsonl"
     lines = results.read_bytes().splitlines(keepends=True)
 
     results.write_bytes(b"".join(lines[:8]) + lines[8][:10])
-    assert commands.main([*arguments, "--fresh"]) == 0
+    assert cli.main([*arguments, "--fresh"]) == 0
     assert len(list(tmp_path.iterdir())) == 2 and not is_finished(first)
     capsys.readouterr()
-    assert commands.main(arguments) == 0
+    assert cli.main(arguments) == 0
     assert f"continuing {first}" in capsys.readouterr().out
     assert len(list(tmp_path.iterdir())) == 2 and figures(first) == whole
 
     results.write_bytes(b"".join(lines[:9]))
-    assert commands.main(["run", "--resume", str(first)]) == 0
+    assert cli.main(["run", "--resume", str(first)]) == 0
     assert figures(first) == whole
-    assert commands.main(["run", "--resume", str(tmp_path)]) == 2
+    assert cli.main(["run", "--resume", str(tmp_path)]) == 2
     assert "must be the folder of a run" in capsys.readouterr().err
 
 

@@ -12,15 +12,16 @@ from PIL import Image
 
 import corruptions
 import tta
-from experiments import commands
+from experiments import cli
 from experiments.data import read_bundled
-from experiments.domains import image_seeds
-from experiments.record import read_header, read_lines
-from experiments.run import Cache
-from experiments.surface import fill_in, read_surface
-from experiments.tune import HELD_OUT, candidates, with_fields
-from tests.nets import tiny
-from tests.tiny_models import use_tiny_models
+from experiments.data.surfaces import read_surface
+from experiments.records.file import read_header, read_lines
+from experiments.run.domains import image_seeds
+from experiments.run.run import Cache
+from experiments.studies.surface import fill_in
+from experiments.sweep.tune import HELD_OUT, candidates, with_fields
+from tests.helpers.nets import tiny
+from tests.helpers.tiny_models import use_tiny_models
 from tta.streams.walk import best_path
 
 
@@ -49,7 +50,7 @@ def test_fields_go_to_the_component_that_has_them():
 def test_a_choice_is_made_on_held_out_corruptions_and_logged(tmp_path, capsys):
     common = ["--output", str(tmp_path), "--device", "cpu", "--images", "20", "--batch-size", "10"]
     arguments = ["tune", "tent", "--grid", "lr=1e-3,30.0", "--seeds", "0", "1", *common]
-    assert commands.main(arguments) == 0
+    assert cli.main(arguments) == 0
     found = json.loads((tmp_path / "tune-tent" / "tuned.json").read_text())
     assert found["domains"] == list(HELD_OUT) and found["grid"] == {"lr": [0.001, 30.0]}
     assert not set(HELD_OUT) & set(corruptions.list_corruptions())
@@ -66,23 +67,23 @@ def test_a_choice_is_made_on_held_out_corruptions_and_logged(tmp_path, capsys):
 
     tuned = str(tmp_path / "tune-tent" / "tuned.json")
     arguments = ["run", "--methods", "tent", "source", "--tuned", tuned, "--quiet"]
-    assert commands.main([*arguments, *common, "--corruptions", "fog"]) == 0
+    assert cli.main([*arguments, *common, "--corruptions", "fog"]) == 0
     (folder,) = tmp_path.glob("*-demo")
     header = read_header(folder)
     assert header["config"]["methods"] == [found["chosen"], "source"]
     assert header["config"]["tuned"] == [found]
     capsys.readouterr()
-    assert commands.main(["tune", "lame", *common]) == 2
+    assert cli.main(["tune", "lame", *common]) == 2
     assert "no learning rate" in capsys.readouterr().err
-    assert commands.main(["tune", "tent", "--corruptions", "fog", *common]) == 2
+    assert cli.main(["tune", "tent", "--corruptions", "fog", *common]) == 2
     assert "must be held out" in capsys.readouterr().err
-    assert commands.main(["run", "--tuned", str(folder / "results.jsonl")]) == 2
+    assert cli.main(["run", "--tuned", str(folder / "results.jsonl")]) == 2
     assert "must be a tuned.json" in capsys.readouterr().err
 
 
 def test_without_a_grid_the_learning_rate_is_varied(tmp_path):
     arguments = ["tune", "bn+tent", "--output", str(tmp_path), "--images", "10", "--quiet"]
-    assert commands.main([*arguments, "--device", "cpu"]) == 0
+    assert cli.main([*arguments, "--device", "cpu"]) == 0
     found = json.loads((tmp_path / "tune-bn+tent" / "tuned.json").read_text())
     rates = np.array(found["grid"]["lr"])
     assert rates / rates[2] == pytest.approx([0.1, 0.3, 1, 3, 10])
@@ -97,7 +98,7 @@ def test_a_preview_is_words_a_picture_and_a_definition(tmp_path, capsys, scenari
     arguments += ["--corruptions", "fog", "contrast", "snow"]
     if scenario == "walk":
         arguments += ["--option", "total=600", "--option", "speed=20"]
-    assert commands.main(arguments) == 0
+    assert cli.main(arguments) == 0
     assert capsys.readouterr().out.startswith(f"{scenario}: ")
     with Image.open(tmp_path / f"preview-{scenario}.png") as picture:
         assert picture.width > 1000 and len(np.unique(picture)) > 10
@@ -114,7 +115,7 @@ def test_a_surface_is_measured_and_walked(tmp_path, capsys):
     path = tmp_path / "surface.json"
     arguments = ["surface", "--corruptions", "fog", "contrast", "--images", "20"]
     arguments += ["--step", "2.5", "--device", "cpu", "--output", str(path)]
-    assert commands.main(arguments) == 0
+    assert cli.main(arguments) == 0
     surface = read_surface(path)
     images = read_bundled().balanced(20)
     net = tiny("bn")
@@ -135,7 +136,7 @@ def test_a_surface_is_measured_and_walked(tmp_path, capsys):
     arguments += ["--option", "total=100", "--corruptions", "fog", "contrast", "--device", "cpu"]
     arguments += ["--methods", "source", "--output", str(tmp_path / "runs"), "--quiet"]
     arguments += ["--option", "target=30.0"]
-    assert commands.main(arguments) == 0
+    assert cli.main(arguments) == 0
     (folder,) = (tmp_path / "runs").iterdir()
     (stream,) = read_lines(folder / "results.jsonl", "stream")
     assert np.array(stream["build"]["surface"]["fog"]["contrast"]).shape == (21, 21)
@@ -147,7 +148,7 @@ def test_a_surface_is_measured_and_walked(tmp_path, capsys):
         *path_wanted,
         *best_path(np.array(surface[first[1]][first[0]]), 30.0),
     }
-    assert commands.main([*arguments, "--option", "surface=nowhere.json"]) == 2
+    assert cli.main([*arguments, "--option", "surface=nowhere.json"]) == 2
     assert "python -m experiments surface" in capsys.readouterr().err
 
 
@@ -155,7 +156,7 @@ def test_a_surface_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     arguments = ["surface", "--corruptions", "fog", "contrast", "--images", "20"]
     arguments += ["--step", "2.5", "--device", "cpu", "--quiet"]
     whole, cut = tmp_path / "whole.json", tmp_path / "cut.json"
-    assert commands.main([*arguments, "--output", str(whole)]) == 0
+    assert cli.main([*arguments, "--output", str(whole)]) == 0
     real, calls = corruptions.corrupt, []
 
     def stop(*positional, **named):
@@ -165,13 +166,13 @@ def test_a_surface_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
         return real(*positional, **named)
 
     monkeypatch.setattr("corruptions.corrupt", stop)
-    assert commands.main([*arguments, "--output", str(cut)]) == 130
+    assert cli.main([*arguments, "--output", str(cut)]) == 130
     assert len(list(read_lines(cut.with_suffix(".jsonl"), "row"))) >= 1 and not cut.exists()
-    assert commands.main([*arguments, "--seed", "1", "--output", str(cut)]) == 1
+    assert cli.main([*arguments, "--seed", "1", "--output", str(cut)]) == 1
     assert "something else" in capsys.readouterr().err
-    assert commands.main([*arguments, "--output", str(cut)]) == 0
+    assert cli.main([*arguments, "--output", str(cut)]) == 0
     assert read_surface(cut) == read_surface(whole)
-    assert commands.main(["surface", "--corruptions", "fog", "--output", str(cut)]) == 2
+    assert cli.main(["surface", "--corruptions", "fog", "--output", str(cut)]) == 2
 
 
 def test_surfaces_are_filled_in_linearly():

@@ -10,15 +10,16 @@ import time
 
 import pytest
 
-from experiments import commands, workers
-from experiments.config import RunConfig
-from experiments.record import read_header, read_lines
-from experiments.run import Cache
-from experiments.settings import make_run, make_sweep, read_settings
-from experiments.sweep import Sweep, cell_folder
-from experiments.workers import Cell, Outcome, in_pool, on_ray, one_by_one
+from experiments import cli
+from experiments.records.config import RunConfig
+from experiments.records.file import read_header, read_lines
+from experiments.run.run import Cache
+from experiments.run.settings import make_run, make_sweep, read_settings
+from experiments.sweep import workers
+from experiments.sweep.sweep import Sweep, cell_folder
+from experiments.sweep.workers import Cell, Outcome, in_pool, on_ray, one_by_one
+from tests.helpers.tiny_models import use_tiny_models
 from tests.test_experiments_resume import figures
-from tests.tiny_models import use_tiny_models
 
 FILE = """
 name = "grid"
@@ -107,10 +108,10 @@ def test_a_sweep_is_every_combination_once(file):
 def test_run_from_a_file(file, tmp_path, monkeypatch, capsys):
     use_tiny_models(monkeypatch)
     arguments = ["run", "--config", str(file), "--output", str(tmp_path / "runs"), "--quiet"]
-    assert commands.main(arguments) == 2
+    assert cli.main(arguments) == 2
     assert "describes a sweep" in capsys.readouterr().err
     file.write_text(FILE[: FILE.index("[sweep]")])
-    assert commands.main([*arguments, "--seed", "3"]) == 0
+    assert cli.main([*arguments, "--seed", "3"]) == 0
     (folder,) = (tmp_path / "runs").iterdir()
     assert folder.name.endswith("-grid") and read_header(folder)["seed"] == 3
     assert len(list(read_lines(folder / "results.jsonl", "summary"))) == 4
@@ -178,7 +179,7 @@ def test_what_cannot_be_run_is_refused_once(tmp_path, monkeypatch, capsys):
     use_tiny_models(monkeypatch)
     arguments = ["sweep", "--output", str(tmp_path), "--methods", "bn", "source", "--images", "10"]
     arguments += ["--models", "cifar10_resnet20_gn", "--corruptions", "fog", "--scenario", "mixed"]
-    assert commands.main([*arguments, "--device", "cpu"]) == 0
+    assert cli.main([*arguments, "--device", "cpu"]) == 0
     out = capsys.readouterr().out
     assert "refused: cifar10_resnet20_gn/mixed-s5-b64/bn/seed0" in out and "BatchNorm" in out
     log = read_lines(tmp_path / "sweep" / "sweep.jsonl", "cell")
@@ -200,13 +201,13 @@ def test_a_sweep_out_of_time_goes_on(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("flag", [["--workers", "0"], ["--threads", "0"], ["--retries", "-1"]])
 def test_numbers_of_workers_that_cannot_be(tmp_path, capsys, flag):
-    assert commands.main(["sweep", "--output", str(tmp_path), *flag]) == 2
+    assert cli.main(["sweep", "--output", str(tmp_path), *flag]) == 2
     assert f"`{flag[0][2:]}` must be at least" in capsys.readouterr().err
 
 
 def test_without_ray_the_error_says_what_to_do(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "ray", None)
-    assert commands.main(["sweep", "--output", str(tmp_path), "--ray"]) == 2
+    assert cli.main(["sweep", "--output", str(tmp_path), "--ray"]) == 2
     assert "pip install ray" in capsys.readouterr().err
 
 
@@ -253,7 +254,7 @@ def test_ray_gives_the_same_numbers(tmp_path, monkeypatch):
 def test_a_cluster_that_is_not_there_is_said(tmp_path, capsys):
     flags = ["sweep", "--images", "10", "--corruptions", "fog", "--methods", "source"]
     flags += ["--device", "cpu", "--output", str(tmp_path)]
-    assert commands.main([*flags, "--ray-address", "127.0.0.1:1"]) == 1
+    assert cli.main([*flags, "--ray-address", "127.0.0.1:1"]) == 1
     assert "error: `ray-address` must be that of a running Ray cluster" in capsys.readouterr().err
-    assert commands.main([*flags, "--ray", "--gpus-per-run", "3"]) == 1
+    assert cli.main([*flags, "--ray", "--gpus-per-run", "3"]) == 1
     assert "error: `gpus-per-run` must be at most the" in capsys.readouterr().err

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.trace_keys import figures
-from tests.traces import FOLDER, Trace
+from tests.helpers.trace_keys import figures
+from tests.helpers.traces import FOLDER, Trace
 
 TRACES = sorted(FOLDER.glob("*.npz"))
 LOGITS = {"atol": 5e-5, "rtol": 1e-5}

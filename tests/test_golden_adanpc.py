@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.trace_keys import figures
-from tests.traces_adanpc import FOLDER, AdanpcTrace
-from tta.neighbours import vote
+from tests.helpers.trace_keys import figures
+from tests.helpers.traces_adanpc import FOLDER, AdanpcTrace
+from tta.parts.neighbours import vote
 
 STREAMS = sorted(FOLDER.glob("adanpc_*.npz"))
 LIMITS = {"atol": 1e-5, "rtol": 0.0}

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 import tta
-from tests.trace_keys import figures
-from tests.traces_teachers import FOLDER, TeacherTrace
-from tta import losses
-from tta.augment import View, jitter_colours, make_view
-from tta.posterior import Moments, prior
-from tta.teachers import OtherWeights, low_values
+from tests.helpers.trace_keys import figures
+from tests.helpers.traces_teachers import FOLDER, TeacherTrace
+from tta.parts import losses
+from tta.parts.augment import View, jitter_colours, make_view
+from tta.parts.posterior import Moments, prior
+from tta.parts.teachers import OtherWeights, low_values
 
 METHODS = ("cotta", "petal", "rmt")
 TRACES = [p for p in sorted(FOLDER.glob("*.npz")) if p.stem.partition("_")[0] in METHODS]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tta import losses
+from tta.parts import losses
 
 
 def _softmax(row: list[float]) -> list[float]:

@@ -10,12 +10,12 @@ import torch
 import torch.distributed as dist
 
 import tta
-from experiments.record import read_lines
-from tests import ranks
+from experiments.records.file import read_lines
 from tests.contract.cases import CASES
-from tests.nets import batch_statistics, tiny
-from tta.parallel import split_batches
-from tta.split import Ranks, Split
+from tests.helpers import ranks
+from tests.helpers.nets import batch_statistics, tiny
+from tta.core.batch_split import Ranks, Split
+from tta.runtime.parallel import split_batches
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 import tta
-from tests.nets import tiny
-from tta.config import UpdateConfig
-from tta.registry import component
+from tests.helpers.nets import tiny
+from tta.core.config import UpdateConfig
+from tta.core.registry import component
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*preset, made for:UserWarning")
 

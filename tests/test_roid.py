@@ -10,13 +10,14 @@ from torch import Tensor
 
 import tta
 from tests.contract.cases import images
-from tests.nets import affine, batch_statistics, tiny
-from tta.augment import Augmenter, draw_view, make_view
-from tta.draws import CountedDraws, fork
-from tta.losses import soft_likelihood_ratio
+from tests.helpers.nets import affine, batch_statistics, tiny
+from tta.core.component import Context
+from tta.core.prediction import Prediction
+from tta.core.random import CountedDraws, fork
 from tta.methods.roid import PriorCorrection, PriorCorrectionConfig, sample_weights
-from tta.slots import Context, Prediction
-from tta.teachers import ensemble
+from tta.parts.augment import Augmenter, draw_view, make_view
+from tta.parts.losses import soft_likelihood_ratio
+from tta.parts.teachers import ensemble
 
 RAW = {"mean": (0.0,), "std": (1.0,)}
 close = torch.testing.assert_close

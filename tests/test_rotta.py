@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import tta
 from tests.contract.cases import images, source_batches
-from tests.nets import tiny
-from tta.memory import Cstu
+from tests.helpers.nets import tiny
+from tta.parts.memory import Cstu
 
 RAW = {"mean": (0.0,), "std": (1.0,)}
 close = torch.testing.assert_close

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 import tta
 from tests.contract.cases import images
-from tests.nets import cnn, tiny, trace_model
-from tta.sharpness import perturbed
+from tests.helpers.nets import cnn, tiny, trace_model
+from tta.parts.sam import perturbed
 
 FIELDS = {"lr": 0.05, "entropy_margin": 10.0, "reset_threshold": 0.0}
 

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import save_file
 
 import tta
-import tta.state as disk
+import tta.saving as disk
 from tests.contract.cases import images, source_batches
-from tests.nets import tiny
-from tests.refusals import refused
+from tests.helpers.nets import tiny
+from tests.helpers.refusals import refused
 
 NAN, INF = float("nan"), float("inf")
 

@@ -8,8 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tta
 from tests.contract.cases import images
-from tests.nets import tiny
-from tta.losses import entropy
+from tests.helpers.nets import tiny
+from tta.parts.losses import entropy
 
 LOOSE = {"lr": 0.05, "redundancy_margin": 10.0}
 

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 import tta
 from tests.contract.cases import images, source_batches
-from tests.nets import tiny
-from tta.draws import CountedDraws
-from tta.norm import by_batch, by_source, overriding
-from tta.replay import Replay
-from tta.teachers import order_statistics, quantile, random_mask, restore
+from tests.helpers.nets import tiny
+from tta.core.norm_layers import by_batch, by_source, overriding
+from tta.core.random import CountedDraws
+from tta.parts.replay import Replay
+from tta.parts.teachers import order_statistics, quantile, random_mask, restore
 
 SPACE = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 

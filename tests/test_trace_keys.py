@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.trace_keys import ARRAYS, HPARAMS, entries, figures, unknown
+from tests.helpers.trace_keys import ARRAYS, HPARAMS, entries, figures, unknown
 
 GOLDEN = Path(__file__).parent / "golden"
 BEGINNINGS = "model|stream|wrap|source|field|call|output|report|state|constant|piece|none"

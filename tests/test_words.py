@@ -13,9 +13,9 @@ from torch import nn
 
 import tta
 from tests.contract.cases import images, source_batches
-from tests.nets import tiny
-from tests.refusals import refused
-from tta.checks import nearest
+from tests.helpers.nets import tiny
+from tests.helpers.refusals import refused
+from tta.core.checks import nearest
 
 NAN, INF = float("nan"), float("inf")
 

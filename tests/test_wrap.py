@@ -14,9 +14,9 @@ from torch import nn
 
 import tta
 from tests.contract.cases import images, source_batches
-from tests.nets import tiny
-from tta.classifier import find_classifier
-from tta.compiled import without_graphs
+from tests.helpers.nets import tiny
+from tta.core.classifier import find_classifier
+from tta.core.compiled import without_graphs
 
 
 def _state(net: nn.Module) -> tuple:

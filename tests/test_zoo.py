@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from experiments import zoo
-from experiments.commands import main
+from experiments.cli import main
+from experiments.studies import zoo
 
 RECIPES = ["source", "bn", "unmix_tns", "tent", "eata", "sar", "adanpc", "roid"]
 QUICK = ["timm:test_resnet", "timm:test_vit", "timm:test_efficientnet_evos"]

@@ -1,4 +1,4 @@
-"""``wrap``: from names or configs in slots to an :class:`~tta.adapter.Adapter`."""
+"""``wrap``: from names or configs in slots to an :class:`~tta.core.adapter.Adapter`."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tta import norm as surgery
-from tta.adapter import Adapter
-from tta.build import build, check_model
-from tta.caller import warn
-from tta.checks import nearest, whole
-from tta.classifier import find_classifier, size_out
-from tta.config import SLOTS, AdapterConfig, ComponentConfig, UpdateConfig
-from tta.registry import DEFAULT_PRESET, PRESET_CLASSES, component, get_config
-from tta.slots import Update
+from tta.core import norm_layers as surgery
+from tta.core.adapter import Adapter
+from tta.core.build import build, check_model
+from tta.core.checks import nearest, whole
+from tta.core.classifier import find_classifier, size_out
+from tta.core.config import SLOTS, ComponentConfig, UpdateConfig
+from tta.core.recipe import AdapterConfig
+from tta.core.registry import DEFAULT_PRESET, PRESET_CLASSES, component, get_config
+from tta.core.update import Update
+from tta.core.warn import warn
 
 __all__ = ["wrap"]
 

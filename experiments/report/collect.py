@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments.config import StreamConfig
-from experiments.record import RESULTS, mend, plain, stretches
+from experiments.records.config import StreamConfig
+from experiments.records.file import RESULTS, mend, plain, stretches
 
 __all__ = ["Result", "Setting", "by_setting", "collect", "write_compact"]
 

@@ -15,8 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from experiments.plots import finish, mark_domains, running, style, tidy
 from experiments.report.collect import Result
+from experiments.report.plots import finish, mark_domains, running, style, tidy
 from experiments.report.statistics import over_seeds
 
 __all__ = ["plot_cost", "plot_domains", "plot_heat", "plot_reliability", "plot_stream"]

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 import tta
-from tests.nets import FAMILIES, tiny
-from tta.norm import batch_norm_layers
-from tta.registry import component
-from tta.slots import NormRule, Update
+from tests.helpers.nets import FAMILIES, tiny
+from tta.core.norm_layers import batch_norm_layers
+from tta.core.norm_rule import NormRule
+from tta.core.registry import component
+from tta.core.update import Update
 
 __all__ = [
     "BATCH",

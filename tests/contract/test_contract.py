@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 import tta
 from tests.contract.cases import BATCH, CASES, arguments, images, make, surroundings
-from tests.nets import tiny
-from tta.classifier import find_classifier
-from tta.registry import component
-from tta.slots import Update
+from tests.helpers.nets import tiny
+from tta.core.classifier import find_classifier
+from tta.core.registry import component
+from tta.core.update import Update
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*preset, made for:UserWarning")
 

@@ -9,7 +9,7 @@ import torch
 
 import tta
 from tests.contract.cases import LOOSE
-from tests.nets import cnn
+from tests.helpers.nets import cnn
 
 BATCH, SIZE, CLASSES = 2, 8, 4
 EARLY, LATE = 200, 2_000

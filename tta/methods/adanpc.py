@@ -44,15 +44,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.adam import adam
 
-from tta.backbone import Backbone
-from tta.checks import flag, number, whole
-from tta.classifier import size_in
-from tta.config import ComponentConfig
-from tta.losses import entropy
-from tta.neighbours import vote
-from tta.registry import register
-from tta.slots import Context, Output, Prediction, Report
-from tta.source import SourceStatistics
+from tta.core.backbone import Backbone
+from tta.core.checks import flag, number, whole
+from tta.core.classifier import size_in
+from tta.core.component import Context
+from tta.core.config import ComponentConfig
+from tta.core.output_rule import Output
+from tta.core.prediction import Prediction, Report
+from tta.core.registry import register
+from tta.core.source import SourceStatistics
+from tta.parts.losses import entropy
+from tta.parts.neighbours import vote
 
 __all__ = ["Adanpc", "AdanpcBn", "AdanpcBnConfig", "AdanpcConfig"]
 

@@ -23,11 +23,11 @@ from typing import Any
 
 from torch import Tensor
 
-from tta.checks import flag, fraction
-from tta.config import ComponentConfig
-from tta.norm import batch_stats, normalize, one_value
-from tta.registry import register
-from tta.slots import NormRule
+from tta.core.checks import flag, fraction
+from tta.core.config import ComponentConfig
+from tta.core.norm_layers import batch_stats, normalize, one_value
+from tta.core.norm_rule import NormRule
+from tta.core.registry import register
 
 __all__ = ["AlphaBn", "AlphaBnConfig"]
 

@@ -24,11 +24,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tta.config import ComponentConfig
-from tta.norm import batch_stats, check_values, evaluate, normalize, too_few_values
-from tta.registry import register
-from tta.slots import NormRule
-from tta.split import current_split
+from tta.core.batch_split import current_split
+from tta.core.config import ComponentConfig
+from tta.core.norm_layers import batch_stats, check_values, evaluate, normalize, too_few_values
+from tta.core.norm_rule import NormRule
+from tta.core.registry import register
 
 __all__ = ["BatchNormRule", "BnConfig"]
 

@@ -31,14 +31,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tta.backbone import Backbone
-from tta.checks import number, one_of
-from tta.class_moments import class_moments, mahalanobis, whitening
-from tta.classifier import size_in
-from tta.config import CIFAR_ADAM, UpdateConfig
-from tta.registry import register
-from tta.slots import Context, Prediction, Report, Update
-from tta.source import SourceStatistics
+from tta.core.backbone import Backbone
+from tta.core.checks import number, one_of
+from tta.core.classifier import size_in
+from tta.core.component import Context
+from tta.core.config import CIFAR_ADAM, UpdateConfig
+from tta.core.prediction import Prediction, Report
+from tta.core.registry import register
+from tta.core.source import SourceStatistics
+from tta.core.update import Update
+from tta.parts.class_moments import class_moments, mahalanobis, whitening
 
 __all__ = ["Cafa", "CafaConfig", "alignment"]
 

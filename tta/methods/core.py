@@ -28,10 +28,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from tta.config import CIFAR_ADAM, UpdateConfig
-from tta.losses import class_correlation
-from tta.registry import register
-from tta.slots import Prediction, Report, Update
+from tta.core.config import CIFAR_ADAM, UpdateConfig
+from tta.core.prediction import Prediction, Report
+from tta.core.registry import register
+from tta.core.update import Update
+from tta.parts.losses import class_correlation
 
 __all__ = ["Core", "CoreConfig"]
 

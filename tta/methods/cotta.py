@@ -34,9 +34,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from tta.consistency import ConsistencyConfig, ConsistencyUpdate, presets
-from tta.registry import register
-from tta.slots import Prediction
+from tta.core.prediction import Prediction
+from tta.core.registry import register
+from tta.methods._mean_teacher import ConsistencyConfig, ConsistencyUpdate, presets
 
 __all__ = ["Cotta", "CottaConfig"]
 

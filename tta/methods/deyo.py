@@ -37,15 +37,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tta.checks import number, one_of, whole
-from tta.config import CIFAR_ADAM
-from tta.destroy import occlude, shuffle_patches, shuffle_pixels
-from tta.draws import CountedDraws, fork
-from tta.losses import entropy
-from tta.lower_layers import LowerLayersConfig, LowerLayersUpdate
-from tta.norm import at_rest
-from tta.registry import register
-from tta.slots import Prediction, Report
+from tta.core.checks import number, one_of, whole
+from tta.core.config import CIFAR_ADAM
+from tta.core.norm_layers import at_rest
+from tta.core.prediction import Prediction, Report
+from tta.core.random import CountedDraws, fork
+from tta.core.registry import register
+from tta.methods._lower_layers import LowerLayersConfig, LowerLayersUpdate
+from tta.parts.losses import entropy
+from tta.parts.occlusion import occlude, shuffle_patches, shuffle_pixels
 
 __all__ = ["Deyo", "DeyoConfig"]
 

@@ -32,13 +32,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tta.backbone import Backbone
-from tta.checks import number, whole
-from tta.config import CIFAR_ADAM
-from tta.registry import register
-from tta.selective import SelectiveConfig, SelectiveUpdate
-from tta.slots import Context
-from tta.source import SourceStatistics
+from tta.core.backbone import Backbone
+from tta.core.checks import number, whole
+from tta.core.component import Context
+from tta.core.config import CIFAR_ADAM
+from tta.core.registry import register
+from tta.core.source import SourceStatistics
+from tta.methods._selective import SelectiveConfig, SelectiveUpdate
 
 __all__ = ["Eata", "EataConfig", "Eta", "EtaConfig"]
 

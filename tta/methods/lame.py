@@ -26,10 +26,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tta.checks import flag, one_of, whole
-from tta.config import ComponentConfig
-from tta.registry import register
-from tta.slots import Output, Prediction
+from tta.core.checks import flag, one_of, whole
+from tta.core.config import ComponentConfig
+from tta.core.output_rule import Output
+from tta.core.prediction import Prediction
+from tta.core.registry import register
 
 __all__ = ["Lame", "LameConfig"]
 

@@ -33,14 +33,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tta.backbone import Backbone
-from tta.checks import fraction, number, one_of, whole
-from tta.consistency import ConsistencyConfig, ConsistencyUpdate, presets
-from tta.posterior import diagonal_swag, prior
-from tta.registry import register
-from tta.slots import Context, Prediction
-from tta.source import SourceStatistics
-from tta.teachers import NamedTensors, low_values, restore
+from tta.core.backbone import Backbone
+from tta.core.checks import fraction, number, one_of, whole
+from tta.core.component import Context
+from tta.core.prediction import Prediction
+from tta.core.registry import register
+from tta.core.source import SourceStatistics
+from tta.methods._mean_teacher import ConsistencyConfig, ConsistencyUpdate, presets
+from tta.parts.posterior import diagonal_swag, prior
+from tta.parts.teachers import NamedTensors, low_values, restore
 
 __all__ = ["Petal", "PetalConfig"]
 

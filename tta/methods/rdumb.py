@@ -29,12 +29,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tta.backbone import Backbone
-from tta.checks import whole
-from tta.config import CIFAR_ADAM
-from tta.registry import register
-from tta.selective import SelectiveConfig, SelectiveUpdate
-from tta.slots import Context, Prediction
+from tta.core.backbone import Backbone
+from tta.core.checks import whole
+from tta.core.component import Context
+from tta.core.config import CIFAR_ADAM
+from tta.core.prediction import Prediction
+from tta.core.registry import register
+from tta.methods._selective import SelectiveConfig, SelectiveUpdate
 
 __all__ = ["Rdumb", "RdumbConfig"]
 

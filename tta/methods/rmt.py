@@ -39,20 +39,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tta.augment import Augmenter
-from tta.backbone import Backbone
-from tta.checks import fraction, number, one_of, whole
-from tta.class_moments import class_moments
-from tta.classifier import size_in
-from tta.config import CIFAR_ADAM, UpdateConfig
-from tta.draws import fork
-from tta.losses import contrastive, symmetric_cross_entropy
-from tta.norm import at_rest
-from tta.registry import register
-from tta.replay import Replay
-from tta.slots import Context, Prediction, Report, Update
-from tta.source import SourceStatistics
-from tta.teachers import OtherWeights
+from tta.core.backbone import Backbone
+from tta.core.checks import fraction, number, one_of, whole
+from tta.core.classifier import size_in
+from tta.core.component import Context
+from tta.core.config import CIFAR_ADAM, UpdateConfig
+from tta.core.norm_layers import at_rest
+from tta.core.prediction import Prediction, Report
+from tta.core.random import fork
+from tta.core.registry import register
+from tta.core.source import SourceStatistics
+from tta.core.update import Update
+from tta.parts.augment import Augmenter
+from tta.parts.class_moments import class_moments
+from tta.parts.losses import contrastive, symmetric_cross_entropy
+from tta.parts.replay import Replay
+from tta.parts.teachers import OtherWeights
 
 __all__ = ["Rmt", "RmtConfig"]
 

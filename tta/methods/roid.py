@@ -43,17 +43,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tta.augment import Augmenter
-from tta.backbone import Backbone
-from tta.checks import fraction, number
-from tta.config import CIFAR_ADAM, ComponentConfig, UpdateConfig
-from tta.draws import fork
-from tta.losses import entropy, soft_likelihood_ratio, symmetric_cross_entropy
-from tta.norm import at_rest
-from tta.registry import register
-from tta.selection import move_average
-from tta.slots import Context, Output, Prediction, Report, Update
-from tta.teachers import NamedTensors, ensemble
+from tta.core.backbone import Backbone
+from tta.core.checks import fraction, number
+from tta.core.component import Context
+from tta.core.config import CIFAR_ADAM, ComponentConfig, UpdateConfig
+from tta.core.norm_layers import at_rest
+from tta.core.output_rule import Output
+from tta.core.prediction import Prediction, Report
+from tta.core.random import fork
+from tta.core.registry import register
+from tta.core.update import Update
+from tta.parts.augment import Augmenter
+from tta.parts.losses import entropy, soft_likelihood_ratio, symmetric_cross_entropy
+from tta.parts.selection import move_average
+from tta.parts.teachers import NamedTensors, ensemble
 
 __all__ = ["PriorCorrection", "PriorCorrectionConfig", "Roid", "RoidConfig", "sample_weights"]
 

@@ -16,7 +16,7 @@ over the images i of the memory, g_i their age in units of its capacity. There i
 after every ``update_every`` images, counted across batches: the teacher runs on the memory, the
 student on one view of it, and the statistics of both move, each with what it ran on; all other
 passes use the statistics as they are. Which image goes to which slot says
-:class:`tta.memory.Cstu`.
+:class:`tta.parts.memory.Cstu`.
 
 With ``steps`` above 1 every batch is offered to the memory so many times.
 
@@ -43,17 +43,20 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tta.augment import Augmenter
-from tta.backbone import Backbone
-from tta.checks import fraction, number, whole
-from tta.config import ComponentConfig, UpdateConfig
-from tta.draws import fork
-from tta.losses import entropy, soft_cross_entropy
-from tta.memory import Cstu
-from tta.norm import batch_stats, normalize, one_value
-from tta.registry import register
-from tta.slots import Context, NormRule, Prediction, Report, Update
-from tta.teachers import OtherWeights
+from tta.core.backbone import Backbone
+from tta.core.checks import fraction, number, whole
+from tta.core.component import Context
+from tta.core.config import ComponentConfig, UpdateConfig
+from tta.core.norm_layers import batch_stats, normalize, one_value
+from tta.core.norm_rule import NormRule
+from tta.core.prediction import Prediction, Report
+from tta.core.random import fork
+from tta.core.registry import register
+from tta.core.update import Update
+from tta.parts.augment import Augmenter
+from tta.parts.losses import entropy, soft_cross_entropy
+from tta.parts.memory import Cstu
+from tta.parts.teachers import OtherWeights
 
 __all__ = ["RobustBn", "RobustBnConfig", "Rotta", "RottaConfig"]
 

@@ -37,14 +37,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tta.backbone import Backbone
-from tta.checks import number
-from tta.losses import entropy
-from tta.lower_layers import LowerLayersConfig, LowerLayersUpdate
-from tta.registry import register
-from tta.selection import move_average
-from tta.sharpness import perturbed
-from tta.slots import Context, Prediction, Report
+from tta.core.backbone import Backbone
+from tta.core.checks import number
+from tta.core.component import Context
+from tta.core.prediction import Prediction, Report
+from tta.core.registry import register
+from tta.methods._lower_layers import LowerLayersConfig, LowerLayersUpdate
+from tta.parts.losses import entropy
+from tta.parts.sam import perturbed
+from tta.parts.selection import move_average
 
 __all__ = ["Sar", "SarConfig"]
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tta.config import ComponentConfig
-from tta.registry import register
-from tta.slots import Component
+from tta.core.component import Component
+from tta.core.config import ComponentConfig
+from tta.core.registry import register
 
 __all__ = ["Source", "SourceConfig"]
 

@@ -32,12 +32,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tta.checks import fraction, number, whole
-from tta.config import ComponentConfig
-from tta.norm import by_source, instance_stats, normalize
-from tta.registry import register
-from tta.slots import Context, NormRule
-from tta.split import current_split
+from tta.core.batch_split import current_split
+from tta.core.checks import fraction, number, whole
+from tta.core.component import Context
+from tta.core.config import ComponentConfig
+from tta.core.norm_layers import by_source, instance_stats, normalize
+from tta.core.norm_rule import NormRule
+from tta.core.registry import register
 
 __all__ = ["UnmixTns", "UnmixTnsConfig"]
 

@@ -10,10 +10,10 @@ in [0, 1] and know nothing of models or corruptions: what changes the pixels is 
 """
 
 from tta.streams.batch import Batch
+from tta.streams.building_blocks import ARRANGEMENTS, SCHEDULES, SELECTIONS
 from tta.streams.clock import Clock, Stopwatch
 from tta.streams.draws import Draws
 from tta.streams.factory import build, from_config
-from tta.streams.parts import ARRANGEMENTS, SCHEDULES, SELECTIONS
 from tta.streams.preview import Preview, Stay
 from tta.streams.scenarios import SCENARIOS, Scenario, list_scenarios
 from tta.streams.schedules import CANONICAL_ORDER, ROTTA_ORDER

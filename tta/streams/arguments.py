@@ -5,8 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tta.checks import nearest
-from tta.streams.parts import ARRANGEMENTS, SCHEDULES, SELECTIONS, check_option, options_of
+from tta.core.checks import nearest
+from tta.streams.building_blocks import (
+    ARRANGEMENTS,
+    SCHEDULES,
+    SELECTIONS,
+    check_option,
+    options_of,
+)
 from tta.streams.scenarios import Scenario
 from tta.streams.sources import CLEAN, Domains, Transform
 from tta.streams.walk import as_surface, check_walk_domains, resolve_walk, walk_domains

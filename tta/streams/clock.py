@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from tta.checks import flag, fraction, nearest, number
+from tta.core.checks import flag, fraction, nearest, number
 
 __all__ = ["Clock", "Stopwatch", "as_clock"]
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from tta.checks import flag, nearest, number, one_of, whole
+from tta.core.checks import flag, nearest, number, one_of, whole
 from tta.streams.arguments import fit_options, list_domains, merge_options, named_datasets
+from tta.streams.building_blocks import ARRANGEMENTS, SCHEDULES, SELECTIONS, options_of
 from tta.streams.clock import Clock, as_clock
 from tta.streams.draws import Draws
 from tta.streams.orders import Orders
-from tta.streams.parts import ARRANGEMENTS, SCHEDULES, SELECTIONS, options_of
 from tta.streams.plan import Plan, Segment, interleaved
 from tta.streams.scenarios import SCENARIOS
 from tta.streams.schedules import Visit

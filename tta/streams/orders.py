@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from tta.streams.building_blocks import ARRANGEMENTS, SELECTIONS, options_of
 from tta.streams.draws import Draws
-from tta.streams.parts import ARRANGEMENTS, SELECTIONS, options_of
 from tta.streams.pool import Ints, Pool
 from tta.streams.schedules import Visit
 from tta.streams.sources import Domains

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tta.checks import whole
+from tta.core.checks import whole
 from tta.streams.batch import MIXED, Batch
 from tta.streams.clock import Clock, Stopwatch
 from tta.streams.draws import Draws
@@ -136,7 +136,7 @@ class Stream:
             draw: File of a PNG to draw, of domain, label and severity over time; needs matplotlib.
         """
         if draw is not None:
-            draw_strip(self, draw)
+            draw_strip(self.rows(), self.config, draw)
         return summarise(self.rows(), self._config["scenario"])
 
     def __iter__(self) -> Iterator[Batch]:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from tta.checks import folder_or_file
-
-if TYPE_CHECKING:
-    from tta.streams.stream import Stream
+from tta.core.checks import folder_or_file
+from tta.streams.plan import Rows
+from tta.streams.pool import Ints
 
 __all__ = ["draw_strip"]
 
@@ -18,11 +17,12 @@ __all__ = ["draw_strip"]
 BLUE, VERMILION, GREEN = "#0072B2", "#D55E00", "#009E73"
 
 
-def draw_strip(stream: Stream, path: Any) -> None:
+def draw_strip(batches: Iterable[tuple[Rows, Ints]], config: Mapping[str, Any], path: Any) -> None:
     """Draw a stream as a PNG, from indices and labels alone.
 
     Args:
-        stream: From `tta.streams.build`.
+        batches: The rows of each batch and their labels, as `Stream.rows` gives them.
+        config: The definition of the stream.
         path: Where the picture goes.
 
     Raises:
@@ -47,16 +47,15 @@ def draw_strip(stream: Stream, path: Any) -> None:
     domains: list[str] = []
     severities: list[float] = []
     labels = []
-    for rows, batch_labels in stream.rows():
+    for rows, batch_labels in batches:
         shown = [rows.conditions[i] for i in rows.which]
         domains += [condition.domain for condition in shown]
         severities += [
             sum(s) if isinstance(s := condition.severity, tuple) else s for condition in shown
         ]
         labels.append(batch_labels)
-    config = stream.config
     title = (
-        f"{config['scenario']}: {len(domains)} images in {len(stream)} batches of "
+        f"{config['scenario']}: {len(domains)} images in {len(labels)} batches of "
         f"{config['batch_size']}, seed {config['seed']}"
     )
     order = [name for name in dict.fromkeys([*config["domains"], *domains]) if name in set(domains)]

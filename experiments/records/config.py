@@ -1,0 +1,154 @@
+"""What a run does, as data: every figure that decides its results."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from dataclasses import dataclass, field
+from typing import Any
+
+from experiments.records.file import plain
+
+__all__ = ["DEMO_METHODS", "RunConfig", "StreamConfig", "SweepConfig"]
+
+OWN_SEVERITIES = ("gradual", "walk")  # scenarios
+
+DEMO_METHODS = (
+    "source", "bn", "alpha_bn", "tent", "eata", "unmix_tns", "lame", "unmix_tns+eata",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamConfig:
+    """One stream.
+
+    Args:
+        name: For tables and file names.
+        scenario: One of `tta.streams.list_scenarios()`.
+        domains: Corruptions or stored domains, in stream order; empty for all there are.
+        severity: 1 to 5.
+        images: Images of each domain, as many of each class; None for all.
+        batch_size: Images per batch; None for the run's.
+        options: Further arguments of `tta.streams.build`, such as `delta`.
+    """
+
+    name: str
+    scenario: str
+    domains: tuple[str, ...]
+    severity: int = 5
+    images: int | None = None
+    batch_size: int | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def size(self, default: int) -> int:
+        """Images that a method sees at once, with `default` for streams that do not say."""
+        if self.scenario == "single":
+            return int(self.options.get("window") or 1)
+        return default if self.batch_size is None else self.batch_size
+
+    @property
+    def severities(self) -> tuple[float, ...]:
+        """All severities that the stream can ask for."""
+        if self.scenario != "gradual":
+            return (self.severity,)
+        levels = [*self.options.get("severities", (1, 2, 3, 4, 5))]
+        return tuple(sorted({*levels, *(self.options.get("first_severities") or ())}))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One run: every method on every stream.
+
+    Args:
+        name: Ends the name of the run's folder.
+        model: A name for `models.load`.
+        data: "bundled" or a path, see `experiments.data.open_data`.
+        clean: Path of the clean images where `data` holds only shifted ones; None for none.
+        classes: File of class folders' names in label order, a line each, where `data` has folders
+            that do not say it, see `experiments.data.label_order`.
+        source: File of source artefacts; None for those that come with the model.
+        methods: Method strings, see `experiments.run.method_strings`.
+        streams: What they are run on, in turn.
+        batch_size: Of streams that have no other; learning rates are scaled for it.
+        seed: Of corruptions, streams and adapters.
+        device: "cpu", "cuda" or the like.
+        tuned: How fields of methods were chosen, see `experiments.sweep.tune`.
+    """
+
+    name: str
+    model: str
+    data: str
+    clean: str | None
+    source: str | None
+    methods: tuple[str, ...]
+    streams: tuple[StreamConfig, ...]
+    batch_size: int
+    seed: int
+    device: str
+    tuned: tuple[dict[str, Any], ...] = ()
+    classes: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested JSON types."""
+        return plain(dataclasses.asdict(self))
+
+    def is_that_of(self, header: dict[str, Any]) -> bool:
+        """Whether a results file with that header, perhaps of a former version, is of this run."""
+        try:
+            return RunConfig.from_dict(header["config"]).to_dict() == self.to_dict()
+        except (KeyError, TypeError):
+            return False
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> RunConfig:
+        """The configuration that `to_dict` wrote."""
+        streams = [
+            StreamConfig(**{**stream, "domains": tuple(stream["domains"])})
+            for stream in values["streams"]
+        ]
+        lists = {name: tuple(values.get(name, ())) for name in ("methods", "tuned")}
+        return cls(**{**values, **lists, "streams": tuple(streams)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """Runs that differ in model, stream, severity, batch size, method and seed.
+
+    Args:
+        run: What they have in common.
+        models: Empty for the run's.
+        severities: Empty for the streams' own; streams with severities of their own have no other.
+        batch_sizes: Empty for the streams' own.
+        seeds: Empty for the run's.
+    """
+
+    run: RunConfig
+    models: tuple[str, ...] = ()
+    severities: tuple[int, ...] = ()
+    batch_sizes: tuple[int, ...] = ()
+    seeds: tuple[int, ...] = ()
+
+    def cells(self) -> list[RunConfig]:
+        """One configuration for each run of one method on one stream.
+
+        In an order in which runs of the same model and images follow each other.
+        """
+        cells = []
+        for model, seed, stream, severity, size, method in itertools.product(
+            self.models or (self.run.model,),
+            self.seeds or (self.run.seed,),
+            self.run.streams,
+            self.severities or (None,),
+            self.batch_sizes or (None,),
+            self.run.methods,
+        ):
+            if severity is not None and stream.scenario not in OWN_SEVERITIES:
+                stream = dataclasses.replace(stream, severity=severity)
+            if size is not None and stream.scenario != "single":
+                stream = dataclasses.replace(stream, batch_size=size)
+            cell = dataclasses.replace(
+                self.run, model=model, seed=seed, streams=(stream,), methods=(method,)
+            )
+            if cell not in cells:  # severities of a stream that has its own
+                cells.append(cell)
+        return cells

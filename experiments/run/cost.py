@@ -1,0 +1,117 @@
+"""What a method costs: passes through the model, time, and memory."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tta.core.batch_split import current_split
+
+__all__ = ["Passes", "PeakMemory", "Timer"]
+
+
+class Passes:
+    """Counts the images that go through a model, forward and backward, while it is open.
+
+    A batch of 64 seen as itself and in 32 augmented views counts 33 * 64 forward. A backward pass
+    counts all images of the forward pass it goes through, in the loss or not. Where a pass is split
+    over processes, the images of all of them count.
+
+    Args:
+        model: Its output must be one tensor.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.restart()
+        self._handle = model.register_forward_hook(self._count)
+
+    def restart(self) -> None:
+        """Count from 0 again."""
+        self.forward = self.backward = 0
+
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Leave out what happens in a ``with`` block."""
+        kept = self.forward, self.backward
+        try:
+            yield
+        finally:
+            self.forward, self.backward = kept
+
+    def _count(self, module: nn.Module, arguments: Any, output: Tensor) -> None:
+        split = current_split()
+        images = len(output) if split is None else split.rows
+        self.forward += images
+        if output.requires_grad:
+            output.register_hook(lambda _: self._count_backward(images))
+
+    def _count_backward(self, images: int) -> None:
+        self.backward += images
+
+    def close(self) -> None:
+        """Take the hook off the model."""
+        self._handle.remove()
+
+
+class PeakMemory:
+    """The most memory used since it was made: on CUDA what torch allocated, else resident memory.
+
+    Args:
+        device: Where the model is.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            return
+        with suppress(OSError):  # elsewhere than on Linux: the peak of the whole process
+            Path("/proc/self/clear_refs").write_text("5")  # forget the former peak
+
+    def read(self) -> int:
+        """Bytes."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        with suppress(OSError):
+            for line in Path("/proc/self/status").read_text().splitlines():
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) * 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
+class Timer:
+    """Times work on a device from when it is made; nothing waits for a GPU before `seconds`.
+
+    Args:
+        device: Where the work is done; on CUDA in its current stream.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        self._first = self._last = self._mark()
+
+    def stop(self) -> Timer:
+        """End the time here."""
+        self._last = self._mark()
+        return self
+
+    def seconds(self) -> float:
+        """The time between the two."""
+        if self._stream is None:
+            return self._last - self._first
+        self._last.synchronize()
+        return self._first.elapsed_time(self._last) / 1000
+
+    def _mark(self) -> Any:
+        if self._stream is None:
+            return time.perf_counter()
+        return self._stream.record_event(torch.cuda.Event(enable_timing=True))

@@ -1,0 +1,156 @@
+"""Flags that several commands share, and what they mean."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.records.config import DEMO_METHODS
+from experiments.run.settings import read_settings
+
+__all__ = ["add_settings", "number_of_images", "parse_value", "settings_flags"]
+
+
+# What a run says by flags of its own, by the name that it has for `tta.streams.build`.
+OWN_FLAGS = {
+    "scenario": "--scenario",
+    "dataset": "--data",
+    "domains": "--corruptions",
+    "severity": "--severity",
+    "batch_size": "--batch-size",
+    "seed": "--seed",
+    "transform": "--corruptions",
+    "labels": "--data",
+}
+
+
+def add_settings(parser: argparse.ArgumentParser, methods: bool = True) -> None:
+    """Add the flags that `experiments.run.settings` knows, those of runs and sweeps alike.
+
+    Args:
+        parser: Of a command.
+        methods: Whether the user chooses methods.
+    """
+    add = parser.add_argument
+    add(
+        "--config",
+        type=Path,
+        metavar="TOML",
+        help="a file of settings, see experiments.run.settings",
+    )
+    add(
+        "--model",
+        help="bundled name, timm:NAME or torchvision:NAME (default: cifar10_resnet20_bn)",
+    )
+    if methods:
+        add(
+            "--methods",
+            nargs="+",
+            metavar="METHOD",
+            help="components of tta, joined by + to compose, such as unmix_tns+eata+lame, with "
+            "fields in brackets, such as tent[lr=1e-3] (default: " + " ".join(DEMO_METHODS) + ")",
+        )
+        add(
+            "--tuned",
+            nargs="+",
+            type=Path,
+            default=[],
+            metavar="FILE",
+            help="take fields that tune has chosen; a method of that name is replaced, or added",
+        )
+    add("--data", help="a path, see experiments.data (default: bundled)")
+    add("--clean", help="path of the clean images where those of DATA are shifted")
+    add(
+        "--classes",
+        metavar="FILE",
+        help="names of class folders in label order, a line each, where they do not say it",
+    )
+    add("--source", help="file of source artefacts (default: those that come with the model)")
+    add(
+        "--corruptions",
+        nargs="+",
+        metavar="NAME",
+        help="domains in stream order, 'clean' for images as they are (default: the 15 in "
+        "canonical order, or all of DATA's own)",
+    )
+    add("--severity", type=int, choices=range(1, 6), help="1 to 5 (default: 5)")
+    add(
+        "--scenario",
+        help="a scenario of tta.streams (default: continual, then a short correlated stream)",
+    )
+    add(
+        "--option",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="an option of the scenario, such as delta=0.1; may be repeated",
+    )
+    add(
+        "--images",
+        metavar="N",
+        help="images of each domain, as many of each class, or 'all' (default: 1000 of the bundled "
+        "2000; all of other data)",
+    )
+    add("--batch-size", type=int, help="images per batch (default: 64)")
+    add("--device", help="cpu, cuda, cuda:1 (default: CUDA if there is one)")
+
+
+def settings_flags(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The file's settings and the flags', as `experiments.run.settings.make_run` takes them."""
+    settings = {} if args.config is None else read_settings(args.config)
+    names = ["model", "methods", "data", "clean", "classes", "source", "batch_size", "device"]
+    names += ["severity", "scenario", "name"]
+    flags = {name: getattr(args, name, None) for name in names}
+    flags["domains"] = args.corruptions
+    flags["images"] = "all" if args.images == "all" else number_of_images(args.images, None)
+    flags["options"] = parse_options(args.option)
+    flags["tuned"] = [read_tuned(path) for path in getattr(args, "tuned", [])]
+    return settings, flags
+
+
+def read_tuned(path: Path) -> dict[str, Any]:
+    """What `experiments.sweep.tune` wrote."""
+    try:
+        found = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"`tuned` must be a tuned.json, but {path} is no JSON: {error}") from error
+    if not isinstance(found, dict) or "chosen" not in found:
+        raise ValueError(f"`tuned` must be a tuned.json, got {path}, which holds no choice")
+    return found
+
+
+def number_of_images(text: str | None, default: int | None) -> int | None:
+    if text is None:
+        return default
+    if text == "all":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"`images` must be a number of 1 up or 'all', got {text!r}")
+    return int(text)
+
+
+def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
+    options = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not key or not equals:
+            raise ValueError(f"`option` must be KEY=VALUE, got {pair!r}: such as delta=0.1")
+        if key in OWN_FLAGS:
+            raise ValueError(
+                f"`option` must be none of the run's own arguments, got {pair!r}: use "
+                f"{OWN_FLAGS[key]}"
+            )
+        options[key] = parse_value(text)
+    return options
+
+
+def parse_value(text: str) -> Any:
+    """A Python literal, or else the text itself."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text  # a bare word

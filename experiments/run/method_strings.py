@@ -1,0 +1,138 @@
+"""Method strings of the command line: ``"eata"``, ``"eata.cifar10"``, ``"unmix_tns+eata+lame"``.
+
+A string is sugar for `tta.wrap`'s keywords: every component goes to the slot it belongs to, so
+their order does not matter. A component without a preset gets the one made for the model's number
+of classes, if it has one. Fields are set in brackets: ``"eata[lr=1e-3, entropy_margin=0.3]+lame"``.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+import tta
+from experiments.run.subject import Subject
+from tta.core.checks import nearest
+from tta.core.config import SLOTS
+from tta.core.registry import PRESET_CLASSES
+
+__all__ = ["Method", "parse_method", "parse_methods"]
+
+PLUS = re.compile(r"\+(?![^\[]*\])")  # but not inside of brackets
+PRESET_OF_CLASSES = {classes: preset for preset, classes in PRESET_CLASSES.items()}
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table.
+
+    Args:
+        label: What the user wrote, for tables.
+        slots: Component of each filled slot, with its preset; empty for the source model.
+        overrides: Fields of the components that are set to other values.
+    """
+
+    label: str
+    slots: dict[str, str] = field(default_factory=dict)
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def cost(self) -> float:
+        """Rough cost of a batch in plain forwards, to foretell the time left."""
+        return 4.0 if "update" in self.slots else 1.3 if self.slots else 1.0
+
+    def wrap(self, model: nn.Module, **arguments: Any) -> tta.Adapter:
+        """Wrap `model`; `arguments` are those of `tta.wrap`."""
+        if not self.slots:
+            return tta.wrap(model, "source", **arguments)
+        return tta.wrap(model, **self.slots, **self.overrides, **arguments)  # type: ignore[arg-type]
+
+    def wrap_subject(self, subject: Subject, batch_size: int, seed: int) -> tta.Adapter:
+        """Wrap a subject's model with its source artefacts."""
+        return self.wrap(
+            subject.model,
+            source=subject.source,
+            batch_size=batch_size,
+            seed=seed,
+            mean=subject.info.mean,
+            std=subject.info.std,
+        )
+
+
+def parse_method(text: str, classes: int) -> Method:
+    """Read one method string.
+
+    Args:
+        text: Component names joined by ``+``, each with or without ``.preset``.
+        classes: The model's number of classes, which chooses presets that are not given.
+
+    Raises:
+        ValueError: For an unknown component or preset (with the nearest name), or two components
+            of one slot.
+    """
+    label = text.strip()
+    if label == "source":
+        return Method(label)
+    slot_of = {name: slot for slot in SLOTS for name in tta.list_methods(slot=slot)}
+    slots: dict[str, str] = {}
+    overrides: dict[str, Any] = {}
+    for part in PLUS.split(label):
+        name, fields = _fields(part.strip())
+        overrides |= fields
+        base, _, preset = name.partition(".")
+        if base == "source":
+            raise ValueError(
+                f"`methods` has {label!r}, but source means no adaptation and is joined to "
+                "nothing: leave it out"
+            )
+        if base not in slot_of:
+            raise ValueError(
+                f"`methods` must be names of components, got {base!r}: "
+                + nearest(base, [*slot_of, "source"])
+            )
+        slot = slot_of[base]
+        if slot in slots:
+            raise ValueError(
+                f"`methods` has {label!r}, where {slots[slot]} and {name} are both {slot} "
+                "components: keep one for each of norm, update and output"
+            )
+        default = PRESET_OF_CLASSES.get(classes)
+        if not preset and f"{base}.{default}" in tta.list_methods(f"{base}.*"):
+            name = f"{base}.{default}"
+        tta.get_config(name, **fields)  # raises for an unknown preset or field
+        slots[slot] = name
+    return Method(label, slots, overrides)
+
+
+def _fields(part: str) -> tuple[str, dict[str, Any]]:
+    """Split ``name[field=value, ...]`` into the name and the fields."""
+    name, bracket, inside = part.partition("[")
+    if not bracket:
+        return part, {}
+    try:
+        call = ast.parse(f"f({inside.removesuffix(']')})", mode="eval").body
+        assert isinstance(call, ast.Call) and not call.args and part.endswith("]")
+        fields = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+        assert len(fields) == len(call.keywords)  # none given twice
+        return name.strip(), fields
+    except (SyntaxError, ValueError, AssertionError) as error:
+        raise ValueError(
+            f"`methods` must set fields as in tent[lr=1e-3, steps=2], got {part!r}"
+        ) from error
+
+
+def parse_methods(texts: Sequence[str], classes: int) -> list[Method]:
+    """Read all method strings; the same one twice is an error."""
+    methods = [parse_method(text, classes) for text in texts]
+    labels = [method.label for method in methods]
+    twice = sorted({label for label in labels if labels.count(label) > 1})
+    if twice:
+        raise ValueError(f"`methods` must name each method once, got {', '.join(twice)} twice")
+    if not methods:
+        raise ValueError("`methods` must name at least one method, got none: such as source tent")
+    return methods

@@ -1,0 +1,63 @@
+"""``python -m experiments preview``: what a stream is, before any model sees it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from experiments.run.flags import add_settings, settings_flags
+from experiments.run.run import Run
+from experiments.run.settings import make_run
+from tta.streams import Stream
+
+__all__ = ["Previews", "add_command"]
+
+
+def add_command(commands: Any) -> None:
+    """Add ``preview`` to the command line."""
+    parser = commands.add_parser(
+        "preview",
+        help="say and draw what a stream shows",
+        description="Print a stream's figures, draw domain and label over time as a PNG, and write "
+        "the small JSON that tta.streams.from_config turns into the stream again.",
+    )
+    add_settings(parser, methods=False)
+    parser.add_argument("--seed", type=int, help="of everything random (default: 0)")
+    parser.add_argument("--name", default="preview", help="begins the files' names")
+    parser.add_argument("--output", type=Path, default=Path("runs"), help="folder of the files")
+    parser.set_defaults(prepare=_prepare)
+
+
+def _prepare(args: argparse.Namespace) -> Previews:
+    settings, flags = settings_flags(args)
+    settings.pop("sweep", None)
+    config = make_run(settings, {**flags, "seed": args.seed, "methods": ["source"], "tuned": []})
+    run = Run(config, silent=True)
+    streams = {c.name: s for c, s in zip(run.config.streams, run.streams, strict=True)}
+    return Previews(streams, args.output, args.name)
+
+
+class Previews:
+    """What some streams are.
+
+    Args:
+        streams: By name.
+        folder: Where the files go.
+        name: Begins the files' names.
+    """
+
+    def __init__(self, streams: dict[str, Stream], folder: Path, name: str) -> None:
+        self.streams = streams
+        self.folder = folder
+        self.name = name
+
+    def execute(self) -> None:
+        """Print, draw and write."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for name, stream in self.streams.items():
+            path = self.folder / f"{self.name}-{name}"
+            print(stream.preview(draw=path.with_suffix(".png")), end="\n\n")
+            path.with_suffix(".json").write_text(json.dumps(stream.config, indent=1) + "\n")
+            print(f"{path.with_suffix('.png')}\n{path.with_suffix('.json')}")

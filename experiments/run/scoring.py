@@ -1,0 +1,239 @@
+"""One method over one stream: predictions, times, and what the adapter reported."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from experiments.data import LabelledSet
+from experiments.run.cost import Passes, PeakMemory, Timer
+from experiments.run.metrics import Scores, Totals, log_probabilities, score
+from tta import Adapter
+from tta.core.prediction import Report
+from tta.streams import Batch, Stream
+from tta.streams.reading import read_ahead
+
+__all__ = ["Step", "clean_error", "iter_evaluate"]
+
+# A block is scored when it has so many batches, or took so long: numpy takes nearly as long for one
+# batch as for all of them, and a GPU is waited for once.
+BLOCK_BATCHES, BLOCK_SECONDS = 32, 0.2
+SAMPLES = 8  # images that are kept of each stretch of a domain
+MEMORY_EVERY = 20  # batches; asking takes time, and a peak stays
+Preprocess = Callable[[Tensor], Tensor]
+
+
+@dataclass
+class Step:
+    """What one batch gave.
+
+    Args:
+        row: The batch's line in the results file.
+        scores: Of each image.
+        error: Share of errors in the stream up to here.
+        domain_error: Share of errors in the batch's domain up to here; None for a mixed batch.
+        images: The first (up to `SAMPLES`, 3, H, W) where a stretch of a domain begins, or None.
+    """
+
+    row: dict[str, Any]
+    scores: Scores
+    error: float
+    domain_error: float | None
+    images: Tensor | None
+
+
+@dataclass
+class _Predicted:
+    """A batch whose predictions are not looked at yet.
+
+    Args:
+        batch: Without its images, which would be held until the block is scored.
+        output: (B, C), on the model's device.
+        report: The adapter's, of this batch.
+        before: The adapter's before it, which tells the resets since.
+        timer: Of the adapter's work.
+        forwards: Images through the model.
+        backwards: Images through its backward.
+        undone: Whether the stream had the adapter reset before it.
+        images: See `Step`.
+    """
+
+    batch: Batch
+    output: Tensor
+    report: Report
+    before: Report
+    timer: Timer
+    forwards: int
+    backwards: int
+    undone: bool
+    images: Tensor | None
+
+
+def iter_evaluate(
+    adapter: Adapter,
+    stream: Stream,
+    device: torch.device,
+    preprocess: Preprocess,
+    totals: Totals | None = None,
+    every: int | None = None,
+) -> Iterator[tuple[list[Step], Totals]]:
+    """Run `adapter` over `stream` and give out the figures of the batches, some at a time.
+
+    The adapter is reset where the stream says so, and only predicts where it says not to adapt.
+    Figures do not depend on how many batches are scored together.
+
+    Args:
+        adapter: A wrapped model on `device`.
+        stream: From `tta.streams.build`, from its first batch on.
+        device: Where the model is.
+        preprocess: Pixels (B, 3, H, W) in [0, 1] to what the model takes.
+        totals: Of the batches before, to go on after them; `adapter` must be as it was then.
+        every: Give out after every batch whose number is a multiple of this, too.
+
+    Yields:
+        What the batches since the last time gave, and the totals so far (one object, updated);
+        the adapter is as the last of them left it.
+    """
+    totals = Totals(adapter.num_classes) if totals is None else totals
+    memory, passes = PeakMemory(device), Passes(adapter.model)
+    block: list[_Predicted] = []
+    rest = stream.from_step(totals.batches)
+    begun, end = time.perf_counter(), totals.batches + len(rest)
+    try:
+        for predicted in _iter_predict(adapter, rest, device, preprocess, passes):
+            block.append(predicted)
+            done = predicted.batch.step + 1
+            if done % MEMORY_EVERY == 0 or done == end:
+                totals.peak_memory = max(totals.peak_memory, memory.read())
+            full = len(block) == BLOCK_BATCHES or time.perf_counter() - begun >= BLOCK_SECONDS
+            if full or done == end or (every is not None and done % every == 0):
+                yield _score(adapter, block, totals), totals
+                block, begun = [], time.perf_counter()
+    finally:
+        passes.close()
+
+
+def _iter_predict(
+    adapter: Adapter, stream: Stream, device: torch.device, preprocess: Preprocess, passes: Passes
+) -> Iterator[_Predicted]:
+    """Adapt and predict batch by batch; waits for a GPU no more than the adapter does."""
+    domain, report = None, adapter.report
+    for batch in stream:
+        undone = batch.reset and batch.step > 0  # before the first batch there is nothing to undo
+        if undone:
+            adapter.reset()
+            report = adapter.report
+        pixels = batch.images if batch.window is None else batch.window
+        passes.restart()
+        output, timer = _predict(adapter, stream, batch, preprocess(pixels.to(device)), passes)
+        images = batch.images[:SAMPLES].clone() if batch.domain != domain else None
+        before, report, domain = report, adapter.report, batch.domain
+        yield _Predicted(
+            replace(batch, images=batch.images.new_empty(0), window=None),
+            output[-len(batch) :].clone(),  # a model may use one tensor for all its outputs
+            report,
+            before,
+            timer,
+            passes.forward,
+            passes.backward,
+            undone,
+            images,
+        )
+
+
+def _predict(
+    adapter: Adapter, stream: Stream, batch: Batch, images: Tensor, passes: Passes
+) -> tuple[Tensor, Timer]:
+    """The adapter's output (B, C) and the time it took; tells a measured clock what it costs."""
+
+    def adaptive() -> tuple[Tensor, Timer]:
+        timer = Timer(images.device)
+        with nullcontext() if batch.adapt else adapter.frozen():
+            output = adapter(images)
+        return output, timer.stop()
+
+    def plain() -> Tensor:
+        with adapter.frozen(), torch.no_grad(), passes.uncounted():
+            return adapter.model(images)
+
+    if stream.stopwatch is None or not batch.adapt:
+        return adaptive()
+    return stream.stopwatch.run(adaptive, plain)
+
+
+def _score(adapter: Adapter, block: Sequence[_Predicted], totals: Totals) -> list[Step]:
+    """Make the figures of some batches, and add them to the totals."""
+    output = torch.cat([predicted.output for predicted in block])
+    labels = torch.cat([predicted.batch.labels for predicted in block]).cpu()
+    together = score(output.argmax(1).cpu(), log_probabilities(adapter, output), labels)
+    steps, stop = [], 0
+    for predicted in block:
+        batch, report = predicted.batch, predicted.report
+        start, stop = stop, stop + len(batch)
+        scores = together[start:stop]
+        nll = scores.nll[scores.finite]
+        own_resets = max(report.resets - predicted.before.resets, 0)
+        row = {
+            "step": batch.step,
+            "domain": batch.domain,
+            "severity": batch.severity,
+            "images": len(batch),
+            "errors": int(scores.wrong.sum()),
+            "entropy": float(scores.entropy.mean()),
+            "nll": float(nll.mean()) if len(nll) else math.nan,
+            "concentration": scores.concentration,
+            "loss": report.loss,
+            "selected": int(report.selected) if report.stepped and batch.adapt else 0,
+            "resets": totals.resets + int(predicted.undone) + own_resets,
+            "late": batch.late,
+            "seconds": predicted.timer.seconds(),
+        }
+        totals.add(row, scores, batch.domains, batch.severities)
+        totals.forwards += predicted.forwards
+        totals.backwards += predicted.backwards
+        tally = totals.by_domain.get(batch.domain)
+        domain_error = None if tally is None else tally.errors / tally.images
+        steps.append(Step(row, scores, totals.error, domain_error, predicted.images))
+    return steps
+
+
+def clean_error(
+    adapter: Adapter,
+    images: LabelledSet,
+    batch_size: int,
+    seed: int,
+    device: torch.device,
+    preprocess: Preprocess,
+    readers: int = 0,
+) -> float:
+    """Share of errors on clean images with the adapter frozen, in a shuffled order.
+
+    Args:
+        adapter: A wrapped model on `device`.
+        images: To show.
+        batch_size: Images at once.
+        seed: Of the order.
+        device: Where the model is.
+        preprocess: As in `iter_evaluate`.
+        readers: Threads that decode images ahead.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(images), generator=generator).split(batch_size)
+
+    def read(positions: Tensor) -> tuple[Tensor, Tensor]:
+        pictures, labels = zip(*(images[i] for i in positions.tolist()), strict=True)
+        return torch.stack(pictures), torch.tensor(labels)
+
+    wrong = 0
+    with adapter.frozen():
+        for _, (pixels, labels) in read_ahead(order, read, readers):
+            output = adapter(preprocess(pixels.to(device).float() / 255)).cpu()
+            wrong += int(((output.argmax(1) != labels) | output.isnan().any(1)).sum())
+    return wrong / len(images)

@@ -1,0 +1,173 @@
+"""Configurations from TOML files and flags; a flag wins over the file, the file over the default.
+
+::
+
+    name = "grid"                        # ends the folder's name
+    model = "cifar10_resnet20_bn"
+    methods = ["source", "tent", "unmix_tns+eata"]
+    batch_size = 64
+    seed = 0
+
+    [[streams]]
+    scenario = "dirichlet"
+    domains = ["fog", "snow"]            # default: all
+    severity = 5
+    images = 1000                        # of each domain, or "all"
+    options = { delta = 0.1 }
+
+    [sweep]                              # for `sweep` only: each list takes the place of one value
+    models = ["cifar10_resnet20_bn", "cifar10_resnet20_gn"]
+    severities = [1, 3, 5]
+    batch_sizes = [16, 64]
+    seeds = [0, 1, 2]
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import tta.streams
+from experiments.records.config import DEMO_METHODS, RunConfig, StreamConfig, SweepConfig
+from experiments.run.subject import pick_device
+from tta.core.checks import nearest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:  # the same under its former name
+    import tomli as tomllib
+
+__all__ = ["make_run", "make_sweep", "read_settings"]
+
+RUN_KEYS = {f.name for f in fields(RunConfig)}
+STREAM_KEYS = {f.name for f in fields(StreamConfig)}
+SWEEP_KEYS = {"models", "severities", "batch_sizes", "seeds"}
+DEFAULTS: dict[str, Any] = {
+    "name": "demo",
+    "model": "cifar10_resnet20_bn",
+    "data": "bundled",
+    "clean": None,
+    "classes": None,
+    "source": None,
+    "methods": DEMO_METHODS,
+    "batch_size": 64,
+    "seed": 0,
+    "device": None,
+}
+BUNDLED_IMAGES = 1000  # of 2000, so that a laptop does it in minutes
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """Read a TOML file and check its keys.
+
+    Raises:
+        ValueError: For a file that is no TOML, or a key that means nothing.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"`config` must be a TOML file, but {path} is not there")
+    try:
+        settings = tomllib.loads(Path(path).read_text())
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"`config` must be a TOML file, but {path} is not: {error}") from error
+    _check(path, "", settings, RUN_KEYS | {"sweep"})
+    for number, stream in enumerate(settings.get("streams", [])):
+        _check(path, f"streams[{number}].", stream, STREAM_KEYS)
+        if "scenario" not in stream:
+            raise ValueError(
+                f"`{path}` must give each stream a scenario, streams[{number}] has none"
+            )
+    _check(path, "sweep.", settings.get("sweep", {}), SWEEP_KEYS)
+    return settings
+
+
+def make_run(settings: Mapping[str, Any], flags: Mapping[str, Any]) -> RunConfig:
+    """The configuration of one run, or of what the runs of a sweep have in common.
+
+    Args:
+        settings: Of a file, see `read_settings`.
+        flags: Fields of `RunConfig`, ``tuned`` (what `experiments.sweep.tune` wrote), and fields of
+            `StreamConfig` for all streams; None for flags that were not given. ``scenario`` takes
+            the place of the file's streams.
+
+    Raises:
+        ValueError: For a value that cannot be.
+    """
+    given = {name: value for name, value in flags.items() if value is not None}
+    values = {**DEFAULTS, **{k: v for k, v in settings.items() if k != "sweep"}}
+    values |= {name: value for name, value in given.items() if name in DEFAULTS}
+    streams = [dict(stream) for stream in settings.get("streams", [])]
+    if "scenario" in given or not streams:
+        streams = [{"scenario": given.get("scenario", "continual")}]
+    changes = {k: v for k, v in given.items() if k in STREAM_KEYS - set(DEFAULTS) - {"options"}}
+    for stream in streams:
+        stream |= changes
+        stream["options"] = {**stream.get("options", {}), **given.get("options", {})}
+    methods = [*values["methods"]]
+    for record in given.get("tuned", []):
+        if record["method"] in methods:
+            methods[methods.index(record["method"])] = record["chosen"]
+        elif record["chosen"] not in methods:
+            methods.append(record["chosen"])
+    default = BUNDLED_IMAGES if values["data"] == "bundled" else None
+    config = RunConfig(
+        **{
+            **values,
+            "methods": tuple(methods),
+            "tuned": tuple(given.get("tuned", [])),
+            "streams": tuple(_stream(stream, default) for stream in streams),
+            "device": str(pick_device(values["device"])),
+        }
+    )
+    _check_run(config)
+    return config
+
+
+def make_sweep(settings: Mapping[str, Any], flags: Mapping[str, Any]) -> SweepConfig:
+    """The configuration of a sweep; see `make_run`, with lists as in ``[sweep]``."""
+    lists = {**settings.get("sweep", {})}
+    lists |= {k: v for k, v in flags.items() if k in SWEEP_KEYS and v is not None}
+    if not flags.get("name") and "name" not in settings:
+        flags = {**flags, "name": "sweep"}
+    run = make_run(settings, {k: v for k, v in flags.items() if k not in SWEEP_KEYS})
+    values = {name: tuple(lists.get(name, ())) for name in SWEEP_KEYS}
+    config = SweepConfig(run=run, **values)
+    for cell in config.cells():
+        _check_run(cell)
+    return config
+
+
+def _stream(values: dict[str, Any], images: int | None) -> StreamConfig:
+    scenario = values["scenario"]
+    if scenario not in tta.streams.list_scenarios():
+        raise ValueError(
+            f"`scenario` must be one of tta.streams, got {scenario!r}: "
+            + nearest(scenario, tta.streams.list_scenarios())
+        )
+    values = {"name": scenario, "domains": (), **values}
+    values["domains"] = tuple(values["domains"])
+    count = values.get("images", images)
+    values["images"] = None if count == "all" else count
+    return StreamConfig(**values)
+
+
+def _check_run(config: RunConfig) -> None:
+    if config.batch_size < 1:
+        raise ValueError(f"`batch-size` must be at least 1, got {config.batch_size}")
+    if config.seed < 0:
+        raise ValueError(f"`seed` must be 0 or more, got {config.seed}")
+    if not config.name or set(config.name) & set("/\\"):
+        raise ValueError(f"`name` must be usable in a folder's name, got {config.name!r}")
+    names = [stream.name for stream in config.streams]
+    if len(set(names)) != len(names):
+        raise ValueError(f"`streams` must have names of their own, got {' '.join(names)}")
+
+
+def _check(path: str | Path, where: str, values: Mapping[str, Any], known: set[str]) -> None:
+    for key in values:
+        if key not in known:
+            raise ValueError(
+                f"`{path}` has no setting `{where}{key}`: {nearest(key, sorted(known))}"
+            )

@@ -1,0 +1,172 @@
+"""One method on one stream, from wherever it was left to its summary."""
+
+from __future__ import annotations
+
+import time
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tta
+from experiments.data import LabelledSet
+from experiments.records.config import StreamConfig
+from experiments.records.file import Results
+from experiments.records.progress import Progress
+from experiments.run import ranks
+from experiments.run.method_strings import Method
+from experiments.run.metrics import Totals
+from experiments.run.scoring import Step, clean_error, iter_evaluate
+from experiments.run.snapshot import Snapshots
+from experiments.run.subject import Subject
+from tta.streams import Stream
+
+__all__ = ["OutOfTime", "Trial"]
+
+
+class OutOfTime(Exception):
+    """The time a run was given is over; its place is saved."""
+
+
+@dataclass
+class Trial:
+    """What a method needs to be run on a stream.
+
+    Args:
+        subject: Model and data.
+        clean: Clean images to test on before and after, or None.
+        folder: The run's.
+        results: Its results file.
+        snapshots: Where its place in the stream is kept.
+        progress: Told of every batch.
+        seed: Of the adapter, and of the order of clean images.
+        deadline: Time (of `time.monotonic`) after which to stop, or None.
+        readers: Threads that decode images ahead.
+    """
+
+    subject: Subject
+    clean: LabelledSet | None
+    folder: Path
+    results: Results
+    snapshots: Snapshots
+    progress: Progress
+    seed: int
+    deadline: float | None = None
+    readers: int = 0
+
+    def run(
+        self, config: StreamConfig, stream: Stream, method: Method, batch_size: int, samples: bool
+    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """Run a method on a stream, or read what it gave where it is done.
+
+        Args:
+            config: The stream's.
+            stream: The stream.
+            method: The method.
+            batch_size: The stream's; learning rates are scaled for it.
+            samples: Whether to show some of the stream's images in TensorBoard.
+
+        Returns:
+            Its ``summary`` line and its ``batch`` lines.
+        """
+        from experiments.run.tensorboard import Events  # slow to import
+
+        names = {"stream": config.name, "method": method.label}
+        done = self.results.find("summary", **names)
+        if done is not None and len(self.results.of("batch", **names)) == len(stream):
+            clean = 0 if self.clean is None else len(self.clean)
+            self.progress.skip(method.cost * (done["images"] + 2 * clean))
+        else:
+            adapter = method.wrap_subject(self.subject, batch_size, self.seed)
+            try:
+                ranks.share(adapter)
+                totals = self._take_up(adapter, config, method, batch_size)
+                self.results.write("method", **names, config=adapter.config.to_dict())
+                about = adapter.config.to_dict()
+                events = Events(self.folder, *names.values(), about, totals.batches, samples)
+                stepper = iter_evaluate(
+                    adapter,
+                    stream.prefetch(self.readers),
+                    self.subject.device,
+                    self.subject.preprocess,
+                    totals,
+                    self.snapshots.every,
+                )
+                with closing(events), closing(stepper):
+                    for steps, _ in stepper:
+                        self.results.write_all("batch", [names | step.row for step in steps])
+                        events.add(steps)
+                        self._tell(method, config, steps, totals)
+                        self._save_place(names, adapter, totals)
+                    events.finish(totals.batches)
+                after = self._clean_error(adapter, config, method, batch_size)
+            finally:
+                adapter.unwrap()
+            for name, tally in totals.by_domain.items():
+                self.results.write("domain", **names, domain=name, **tally.figures())
+            self.results.write("summary", **names, **totals.summary(), clean_error=after)
+            done = self.results.find("summary", **names)
+            assert done is not None
+        return done, self.results.of("batch", **names)
+
+    def _take_up(
+        self, adapter: tta.Adapter, config: StreamConfig, method: Method, batch_size: int
+    ) -> Totals:
+        """Totals of what was done before, with the adapter as it was then."""
+        label = f"{config.name}, {method.label}"
+        try:
+            totals = self.snapshots.load([config.name, method.label], adapter)
+        except ValueError as error:
+            self.progress.say(f"{label}: {error}")
+            totals = None
+        if totals is not None:
+            rows = self.results.of("batch", config.name, method.label)
+            held = {row["step"] for row in rows}
+            if held.issuperset(range(totals.batches)):
+                self.progress.say(f"{label}: continued at batch {totals.batches}")
+                self.progress.skip(method.cost * totals.images)
+                return totals
+            # Lines that were damaged before the snapshot: only running again brings them back.
+            self.progress.say(f"{label}: lines are missing in the results, so it starts again")
+            adapter.reset()
+        totals = Totals(adapter.num_classes)
+        totals.clean_before = self._clean_error(adapter, config, method, batch_size)
+        return totals
+
+    def _save_place(self, names: dict[str, str], adapter: tta.Adapter, totals: Totals) -> None:
+        late = self.deadline is not None and time.monotonic() > self.deadline
+        if late or self.snapshots.due(totals.batches):
+            self.snapshots.save(list(names.values()), adapter, totals)
+        if late:
+            raise OutOfTime
+
+    def _clean_error(
+        self, adapter: tta.Adapter, config: StreamConfig, method: Method, batch_size: int
+    ) -> float | None:
+        if self.clean is None:
+            return None
+        subject = self.subject
+        error = clean_error(
+            adapter,
+            self.clean,
+            batch_size,
+            self.seed,
+            subject.device,
+            subject.preprocess,
+            self.readers,
+        )
+        self.progress.advance(
+            method.cost * len(self.clean),
+            f"{config.name}  {method.label:<16} {'clean images':<18} {100 * error:5.1f} % error",
+        )
+        return error
+
+    def _tell(
+        self, method: Method, config: StreamConfig, steps: list[Step], totals: Totals
+    ) -> None:
+        self.progress.advance(
+            method.cost * sum(step.row["images"] for step in steps),
+            f"{config.name}  {method.label:<16} {steps[-1].row['domain']:<18} "
+            f"{100 * totals.error:5.1f} % error  "
+            f"{totals.images / totals.seconds:6.0f} img/s",
+        )

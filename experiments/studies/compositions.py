@@ -1,0 +1,95 @@
+"""The errors of compositions in ``docs/composition.md``, from a run of their configuration.
+
+    python -m experiments run --config experiments/configs/compositions.toml --output runs
+    python -m experiments.studies.compositions runs/<date>-compositions
+
+writes a row for each update and a column for each rule that is joined to it, and keeps the figures
+in ``experiments/results/compositions.json``. Runs of some of the methods add to what is there.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tta
+from experiments.report.collect import Result, collect
+
+__all__ = ["main", "render"]
+
+ROOT = Path(__file__).parents[2]
+PAGE, RESULTS = ROOT / "docs" / "composition.md", ROOT / "experiments/results/compositions.json"
+START, END = "<!-- errors -->", "<!-- /errors -->"
+SAME = ("images", "domains", "batch_size", "severity", "model")
+JOINED = ("unmix_tns", "lame", "adanpc")  # in the order of the columns
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Read the runs in the folders that are named, and write page and figures."""
+    streams: dict[str, list[Result]] = {}
+    for result in collect(arguments):
+        streams.setdefault(result.setting.stream, []).append(result)
+    figures = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    for name, results in streams.items():
+        figures[name] = _joined(figures.get(name), _figures(results))
+    RESULTS.write_text(json.dumps(figures, indent=1) + "\n")
+    before, _, rest = PAGE.read_text().partition(START)
+    PAGE.write_text(f"{before}{START}\n{render(figures)}{END}{rest.partition(END)[2]}")
+
+
+def _joined(old: dict[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]:
+    """New figures, with the errors of other methods where the stream is the same."""
+    if old is None or any(old[key] != new[key] for key in SAME):
+        return new
+    return {**new, "errors": old["errors"] | new["errors"]}
+
+
+def _figures(results: Sequence[Result]) -> dict[str, Any]:
+    first = results[0]
+    errors = {_plain(r.method): round(100 * r.summary["mean_error"], 1) for r in results}
+    return {
+        **{key: getattr(first.setting, key) for key in SAME},
+        "about": first.about,
+        "errors": errors,
+    }
+
+
+def _plain(method: str) -> str:
+    """A method's label without fields in brackets."""
+    return re.sub(r"\[[^\]]*\]", "", method)
+
+
+def render(figures: Mapping[str, Mapping[str, Any]]) -> str:
+    """Markdown tables of mean errors in %, one for each stream."""
+    return "\n".join(_table(stream, found) for stream, found in figures.items())
+
+
+def _table(stream: str, found: Mapping[str, Any]) -> str:
+    updates = ("source", *tta.list_methods(slot="update"))
+    rows = [["update", "alone", *(f"+ `{joined}`" for joined in JOINED)], ["---"] + 4 * ["---:"]]
+    for update in updates:
+        cells = [_error(found["errors"], update, joined) for joined in ("", *JOINED)]
+        rows.append([f"`{update}`", *cells])
+    about = (
+        f"Stream `{stream}`: {found['images']:,} images of {found['domains']} domains, severity "
+        f"{found['severity']:g}, batches of {found['batch_size']}, `{found['model']}`; mean error "
+        "over the domains in %, one seed."
+    )
+    return "\n".join([about, "", *(f"| {' | '.join(cells)} |" for cells in rows), ""])
+
+
+def _error(errors: Mapping[str, float], update: str, joined: str) -> str:
+    """The error of a composition, written in either order; source means nothing."""
+    parts = [part for part in (update, joined) if part not in ("", "source")]
+    for order in (parts, parts[::-1]):
+        if (label := "+".join(order) or "source") in errors:
+            return f"{errors[label]:.1f}"
+    return "-"
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,114 @@
+"""``python -m experiments overhead``: what the runner costs on top of the model.
+
+A run of the source model on the demo's stream, and within it the time that is spent inside of the
+model. What is left is the runner's: stream, adapter, metrics, results, TensorBoard, snapshots. Both
+are taken of the same run, since two runs on a shared machine differ by more. On a CPU it is the
+processor's time, which waiting for other programs does not change, on a GPU the clock's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from experiments.records.config import RunConfig
+from experiments.run.run import Run
+from experiments.run.settings import make_run
+
+__all__ = ["Overhead", "add_command"]
+
+
+def add_command(commands: Any) -> None:
+    """Add ``overhead`` to the command line."""
+    parser = commands.add_parser(
+        "overhead",
+        help="measure what the runner adds to the model's own time",
+        description="Run the source model, and print how much time is spent outside of it.",
+    )
+    add = parser.add_argument
+    add("--model", default="cifar10_resnet20_bn", help="default: %(default)s")
+    add(
+        "--images",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="of each of 15 domains (default: %(default)s)",
+    )
+    add("--batch-size", type=int, default=64, help="default: %(default)s")
+    add("--rounds", type=int, default=5, help="default: %(default)s")
+    add("--device", help="cpu, cuda, cuda:1 (default: CUDA if there is one)")
+    parser.set_defaults(prepare=_prepare)
+
+
+def _prepare(args: argparse.Namespace) -> Overhead:
+    flags = {
+        "model": args.model,
+        "methods": ["source"],
+        "scenario": "continual",
+        "images": args.images,
+        "batch_size": args.batch_size,
+        "device": args.device,
+    }
+    return Overhead(make_run({}, flags), args.rounds)
+
+
+class Overhead:
+    """The runner's own time.
+
+    Args:
+        config: Of a run of source on one stream.
+        rounds: How often each side is timed.
+    """
+
+    def __init__(self, config: RunConfig, rounds: int) -> None:
+        self.config = config
+        self.rounds = rounds
+
+    def execute(self) -> float:
+        """Time runs and print the runner's share; returns it, as a part of the model's time."""
+        run = Run(self.config, silent=True)
+        run.clean = None  # more forward passes of the same kind
+        (stream,) = run.streams
+        count = sum(len(batch) for batch in stream)  # and so all corruptions are made
+        gpu = run.device.type == "cuda"
+
+        def now() -> float:
+            if gpu:
+                torch.cuda.synchronize(run.device)
+                return time.perf_counter()
+            return time.process_time()
+
+        inside = 0.0
+
+        def enter(*_: Any) -> None:
+            nonlocal inside
+            inside -= now()
+
+        def leave(*_: Any) -> None:
+            nonlocal inside
+            inside += now()
+
+        run.subject.model.register_forward_pre_hook(enter)
+        run.subject.model.register_forward_hook(leave)
+        shares = []
+        for number in range(1 + self.rounds):
+            with tempfile.TemporaryDirectory() as folder:
+                run.folder = Path(folder)
+                inside, start = 0.0, now()
+                run.execute()
+                whole = now() - start
+            if number:  # the first warms up
+                shares.append((whole - inside) / inside)
+        share = statistics.median(shares)
+        spread = ", ".join(f"{100 * value:.1f}" for value in sorted(shares))
+        print(
+            f"{count} images in batches of {self.config.batch_size}: the runner takes "
+            f"{100 * share:.1f} % of the model's time (median of {spread})"
+        )
+        return share

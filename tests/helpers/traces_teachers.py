@@ -1,0 +1,169 @@
+"""Traces of CoTTA, PETAL and RMT: reading them, and how they become arguments of ``tta.wrap``.
+
+What each of their keys is here says ``tests/trace_keys.py``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import tta
+
+__all__ = ["FOLDER", "TeacherTrace"]
+
+FOLDER = Path(__file__).parents[1] / "golden" / "set-b"
+RAW = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+
+
+class BnCnn(nn.Module):
+    """The model ``bn_cnn`` of the README."""
+
+    def __init__(self, widths: list[int], classes: int) -> None:
+        super().__init__()
+        inputs = 3
+        for i, width in enumerate(widths, 1):
+            stride = 1 if i == 1 else 2
+            setattr(self, f"conv{i}", nn.Conv2d(inputs, width, 3, stride, 1, bias=False))
+            setattr(self, f"bn{i}", nn.BatchNorm2d(width))
+            inputs = width
+        self.stages = len(widths)
+        self.fc = nn.Linear(inputs, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i in range(1, self.stages + 1):
+            x = getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(x)).relu()
+        return self.fc(x.mean(dim=(2, 3)))
+
+
+class TeacherTrace:
+    """One recorded run of an official implementation.
+
+    Args:
+        path: The ``.npz``; ``FOLDER / "name.npz"`` for those in the repository.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.name = path.stem
+        with np.load(path) as file:
+            self.arrays = {key: file[key] for key in file.files}
+        self.hparams: dict[str, Any] = json.loads(str(self.arrays["hparams_json"]))
+        self.method: str = self.hparams.get("method", self.hparams.get("kind"))
+        self.updates = 0
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.arrays
+
+    def tensor(self, key: str) -> Tensor:
+        """An array; uint8 images as floats in [0, 1]."""
+        array = self.arrays[key]
+        if array.dtype == np.uint8 and key.endswith("inputs"):
+            return torch.from_numpy(array.astype(np.float32) / np.float32(255))
+        return torch.from_numpy(np.asarray(array))
+
+    def group(self, prefix: str) -> dict[str, Tensor]:
+        """All arrays ``prefix/name``, by name."""
+        start = prefix + "/"
+        return {k[len(start) :]: self.tensor(k) for k in self.arrays if k.startswith(start)}
+
+    def model(self) -> nn.Module:
+        """The source model with its weights."""
+        net = BnCnn(self.hparams["widths"], self.hparams["num_classes"])
+        net.load_state_dict(self.group("weights"))
+        return net.eval()
+
+    def augment(self, images: Tensor, index: int) -> Tensor:
+        """The README's deterministic augmentation."""
+        table = self.group("aug")
+        k = index % len(table["dx"])
+        x = images.roll((int(table["dy"][k]), int(table["dx"][k])), dims=(2, 3))
+        if table["flip"][k]:
+            x = x.flip(3)
+        return (x * table["gain"][k]).clamp(0, 1)
+
+    def masks(self) -> Callable[[str, torch.Size], Tensor] | None:
+        """The recorded restoration masks, one set for every update, in turn."""
+        recorded = self.group("restore_masks")
+        if not recorded:
+            return None
+        count = dict.fromkeys(recorded, 0)
+
+        def restore_mask(name: str, shape: torch.Size) -> Tensor:
+            mask = recorded[name][count[name]]
+            count[name] += 1
+            assert mask.shape == shape
+            return mask
+
+        return restore_mask
+
+    def config(self) -> tta.core.config.ComponentConfig:
+        """The config that replays the trace."""
+        h, optim = self.hparams, self.hparams["optim"]
+        fields: dict[str, Any] = {
+            "optimizer": optim["method"].lower(),
+            "lr": optim["lr"],
+            "betas": (optim["beta"], 0.999),
+            "momentum": optim["momentum"],
+            "nesterov": optim["nesterov"],
+            "weight_decay": optim["wd"],
+            "steps": h["steps"],
+            "teacher_momentum": h["mt"],
+        }
+        if self.method in ("cotta", "petal"):
+            fields |= {
+                "restore_probability": h["rst"],
+                "confidence_threshold": h["ap"],
+                "views": h["n_aug"],
+                "symmetric_loss": h["variant"] == "imagenet",
+            }
+        if self.method == "petal":
+            fields |= {
+                "prior_weight": h["spw"],
+                "damping": h["damp"],
+                "restore": "fisher" if h["algo"] == "fim" else "random",
+                "restore_quantile": h["perc"],
+            }
+        if self.method == "rmt":
+            fields |= {
+                "weight_source": h["lambda_ce_src"],
+                "weight_target": h["lambda_ce_trg"],
+                "weight_contrastive": h["lambda_cont"],
+                "temperature": h["temperature"],
+                "projection_dim": h["projection_dim"],
+                "warmup_samples": h["num_samples_warm_up"],
+            }
+        return tta.get_config(self.method, **fields, official=True)
+
+    def source(self) -> tta.SourceStatistics | None:
+        """What the trace gives of the source."""
+        found: dict[str, Any] = {}
+        names = dict(self.model().named_parameters())
+        if "source_inputs" in self:
+            pairs = zip(self.tensor("source_inputs"), self.tensor("source_labels"), strict=True)
+            found["batches"] = list(pairs)
+        elif "prototypes" in self:
+            found["prototypes"] = self.tensor("prototypes")
+        for key, field in (("cov", "posterior_variance"), ("mean", "posterior_mean")):
+            if values := self.group(key):
+                found[field] = {n: v for n, v in values.items() if n in names}
+        return tta.SourceStatistics(**found) if found else None
+
+    def adapter(self) -> tta.Adapter:
+        """The adapter that replays this trace."""
+        adapter = tta.wrap(
+            self.model(),
+            update=self.config(),
+            source=self.source(),
+            augment=self.augment,
+            restore_mask=self.masks(),
+            **RAW,
+        )
+        projector = {f"update/projector.{n}": v for n, v in self.group("projector_init").items()}
+        adapter.load_state(projector, as_source=True)
+        return adapter

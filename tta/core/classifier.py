@@ -1,0 +1,163 @@
+"""The layer of a model that makes logits, found by structure and never by architecture name.
+
+timm's ``get_classifier`` says which it is. Elsewhere it is the only linear layer there is or, of
+several, the one that is called last: the order of definition says little, and the order of calls
+is read off one forward pass on the ``meta`` device, which computes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from tta.core import functional
+from tta.core.compiled import without_graphs
+
+__all__ = ["feature_size", "find_classifier", "first_layer", "num_classes", "size_in", "size_out"]
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+# A dry run of a large network takes a second or more; the next wrap of the same one need not.
+_FOUND: WeakKeyDictionary[nn.Module, tuple[tuple[int, ...], nn.Module]] = WeakKeyDictionary()
+PROBE_SIZES = (224, 32, 64, 28, 299)  # of the images that the dry run tries, in pixels
+
+
+def find_classifier(model: nn.Module) -> nn.Module:
+    """The layer that makes logits out of features.
+
+    Raises:
+        ValueError: When the model has neither ``get_classifier()`` nor a linear layer.
+    """
+    if (head := _declared(model)) is not None:
+        return head
+    candidates = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    if not candidates:
+        raise ValueError(
+            f"`model` must be a classifier with a linear layer, got {type(model).__name__} without "
+            "one: give it a get_classifier() that returns the layer which makes the logits."
+        )
+    linear = [m for m in candidates if isinstance(m, nn.Linear)]
+    if len(linear) == 1:
+        return linear[0]
+    layers, found = tuple(map(id, candidates)), _FOUND.get(model)
+    if found is None or found[0] != layers:
+        # Part of the model may say it, where a normaliser is around a timm model.
+        inside = (head for m in model.modules() if (head := _declared(m)) is not None)
+        head = _called_last(model, candidates) or next(inside, (linear or candidates)[-1])
+        found = _FOUND[model] = (layers, head)
+    return found[1]
+
+
+def _declared(model: nn.Module) -> nn.Module | None:
+    """What ``get_classifier()`` returns, if anything; of several heads, the first."""
+    get_classifier: Any = getattr(model, "get_classifier", None)
+    head = get_classifier() if callable(get_classifier) else None
+    if isinstance(head, nn.ModuleDict):
+        head = list(head.values())
+    if isinstance(head, (tuple, list, nn.ModuleList)):
+        head = head[0] if len(head) else None
+    return head if isinstance(head, nn.Module) and not isinstance(head, nn.Identity) else None
+
+
+def num_classes(model: nn.Module) -> int:
+    """Number of classes, read off the classifier."""
+    return size_out(find_classifier(model))
+
+
+def feature_size(model: nn.Module) -> int:
+    """Length of the features that the classifier takes, read off its first layer.
+
+    Raises:
+        ValueError: When no layer of it says so.
+    """
+    return size_in(find_classifier(model))
+
+
+def size_out(head: nn.Module) -> int:
+    """Length of what a classifier returns, read off its last layer."""
+    return _size([head, *reversed(list(head.modules()))], "out_features", "out_channels")
+
+
+def size_in(head: nn.Module) -> int:
+    """Length of what a classifier takes, read off its first layer."""
+    return _size([head, *head.modules()], "in_features", "in_channels")
+
+
+def first_layer(model: nn.Module) -> Any:
+    """The layer that images probably meet first: the first convolution, else the first linear."""
+    layers = [m for m in model.modules() if isinstance(m, (*CONVOLUTIONS, nn.Linear))]
+    layers = [m for m in layers if m.weight.dtype.is_floating_point]
+    convolutions = [m for m in layers if isinstance(m, CONVOLUTIONS)]
+    return next(iter(convolutions or layers), None)
+
+
+def _size(layers: list[nn.Module], *names: str) -> int:
+    for layer in layers:
+        for name in names:
+            if isinstance(size := getattr(layer, name, None), int):
+                return size
+    raise ValueError(
+        f"`model` must have a classifier with {names[0]}, got a {type(layers[0]).__name__}: give "
+        "the model a get_classifier() that returns its last linear layer."
+    )
+
+
+def _called_last(model: nn.Module, candidates: Sequence[nn.Module]) -> nn.Module | None:
+    """The candidate called last in a dry run, of those whose size is that of the logits.
+
+    None where no dry run succeeds: control flow that depends on values has none.
+    """
+    calls: list[nn.Module] = []
+    handles = [
+        m.register_forward_hook(lambda module, args, output: calls.append(module))
+        for m in candidates
+    ]
+    tensors = [*model.parameters(), *model.buffers()]
+    places = functional.names(model, tensors)
+    meta = [torch.empty_like(t, device="meta") for t in tensors]
+    try:
+        with torch.no_grad(), _evaluating(model), without_graphs():
+            for shape in _probe_shapes(model):
+                calls.clear()
+                try:
+                    x = torch.empty(shape, device="meta", dtype=_dtype(model))
+                    logits = functional.call(model, places, meta, x)
+                except Exception:  # whatever a model raises on an image that it does not take
+                    continue
+                size = logits.shape[-1] if isinstance(logits, Tensor) and logits.ndim else None
+                fitting = [m for m in calls if size is None or size_out(m) == size]
+                return fitting[-1] if fitting else None
+    finally:
+        for handle in handles:
+            handle.remove()
+    return None
+
+
+def _probe_shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:
+    entry = first_layer(model)
+    if isinstance(entry, CONVOLUTIONS):
+        for size in PROBE_SIZES:
+            yield (1, entry.in_channels, *(size for _ in range(entry.weight.ndim - 2)))
+    for size in PROBE_SIZES:
+        yield (1, 3, size, size)
+    if isinstance(entry, nn.Linear):
+        yield (1, entry.in_features)
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

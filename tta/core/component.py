@@ -1,0 +1,85 @@
+"""What all components are: a config, buffers that move or stay, and what they may know at wrap.
+
+An adapter is ``output(update(x))`` with a norm rule inside the model. A component fills one slot:
+
+* :class:`~tta.core.norm_rule.NormRule` says where a BatchNorm layer takes its statistics from (one
+  object for each layer),
+* :class:`~tta.core.update.Update` says how parameters move,
+* :class:`~tta.core.output_rule.Output` says what is returned in the end.
+
+Whatever a component remembers is a registered buffer: persistent ones move and make up the state,
+non-persistent ones are constants fixed at wrap. Everything else about state (reset, save, resume,
+devices) is generic.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from tta.core.config import ComponentConfig
+
+__all__ = ["Component", "Context"]
+
+
+@dataclass
+class Context:
+    """What a component may know of its surroundings when it is built."""
+
+    num_classes: int
+    parameters: dict[str, nn.Parameter] = field(default_factory=dict)  # to be trained, by name
+    generator: torch.Generator = field(default_factory=torch.Generator)
+    batch_size: int | None = None
+    rows_independent: bool = False  # no image changes what the model says of another one
+    mean: tuple[float, ...] | None = None  # of the channels, if the caller said so
+    std: tuple[float, ...] | None = None
+    augment: Callable[[Tensor, int], Tensor] | None = None  # instead of drawing views
+    restore_mask: Callable[[str, torch.Size], Tensor] | None = None  # instead of drawing masks
+
+    @property
+    def log_classes(self) -> float:
+        """The largest entropy there is, ln C."""
+        return math.log(self.num_classes)
+
+
+class Component(nn.Module):
+    """Base of everything registered; see the slot classes for what to write."""
+
+    slot: ClassVar[str] = ""
+    name: ClassVar[str] = ""
+    Config: ClassVar[type[ComponentConfig]] = ComponentConfig
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}
+    uses_labels: ClassVar[bool] = True  # those of source batches, where it takes any
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+        self.source_used: str | None = None  # what `fit` took, in words, for the record
+
+    def source_artefacts(self) -> dict[str, Any]:
+        """What :meth:`fit` took of the source, as fields of ``SourceStatistics``."""
+        return {}
+
+    def constants(self) -> dict[str, Tensor]:
+        """What was fixed at wrap, by name."""
+        moving = set(self.state_dict())
+        return {name: b for name, b in self.named_buffers() if name not in moving}
+
+    def growing(self) -> tuple[str, ...]:
+        """Buffers whose first axis may have any length; only ``official=True`` may name some."""
+        return ()
+
+    def taking_shape(self) -> tuple[str, ...]:
+        """Buffers that are empty until the first batch shows the shape of their rows."""
+        return ()
+
+    def load_constants(self, values: dict[str, Tensor]) -> None:
+        """Set what :meth:`constants` returned."""
+        buffers = dict(self.named_buffers())
+        for name, value in values.items():
+            buffers[name].copy_(value)

@@ -1,0 +1,119 @@
+"""Configs: one frozen dataclass per component, to and from JSON, strict about names.
+
+A config says *what* a component does and nothing about the model, so it can be written to a file
+beside a result and read back. :class:`AdapterConfig` holds the configs of all slots together with
+the arguments of ``wrap`` that change figures.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+from tta.core.checks import flag, nearest, number, one_of, text, whole
+
+__all__ = ["CIFAR_ADAM", "SLOTS", "ComponentConfig", "UpdateConfig"]
+
+SLOTS = ("norm", "update", "output")  # of an adapter
+
+# What TENT's authors use on CIFAR, and the repositories of most methods after them.
+CIFAR_ADAM: dict[str, Any] = {"optimizer": "adam", "lr": 1e-3, "lr_batch_size": 200}
+
+Self = TypeVar("Self", bound="ComponentConfig")
+SelfUpdate = TypeVar("SelfUpdate", bound="UpdateConfig")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComponentConfig:
+    """Base of all component configs; ``name`` is set when the component is registered."""
+
+    name: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        """Refuse flags and words of another kind; a subclass adds the checks of its numbers."""
+        for field in dataclasses.fields(self):
+            if field.type in ("bool", bool):
+                flag(field.name, getattr(self, field.name))
+            elif field.type in ("str", str):
+                text(field.name, getattr(self, field.name))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The component's name and every field, as JSON types."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {"name": self.name} | {
+            key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()
+        }
+
+    def replace(self: Self, **changes: Any) -> Self:
+        """A copy with some fields changed.
+
+        Raises:
+            ValueError: For an unknown field, naming the nearest one.
+        """
+        known = {f.name: f for f in dataclasses.fields(self)}
+        for key in changes:
+            if key not in known:
+                raise ValueError(
+                    f"`{key}` is not a field of {self.name or type(self).__name__}: "
+                    + nearest(key, known)
+                )
+        changes = {k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()}
+        return dataclasses.replace(self, **changes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateConfig(ComponentConfig):
+    """Fields of every update that takes gradient steps."""
+
+    lr: float = 2.5e-4  # learning rate
+    lr_scaling: str = "none"  # how wrap(batch_size=) changes lr: "none", "linear" or "small_batch"
+    lr_batch_size: int = 64  # batch size for which lr is given
+    optimizer: str = "sgd"  # "sgd" or "adam"
+    momentum: float = 0.9  # SGD only; dampening is 0
+    betas: tuple[float, float] = (0.9, 0.999)  # Adam only; its eps is 1e-8
+    weight_decay: float = 0.0
+    nesterov: bool = False  # SGD only
+    steps: int = 1  # (forward, update) cycles per batch; the last cycle's forward is returned
+    params: str = "norm"  # what is trained: "norm", "weight_bias", "head", "all" or a regex
+    official: bool = False  # reproduce the official code's known defects, see the method's page
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        number("lr", self.lr, 0)
+        one_of("lr_scaling", self.lr_scaling, ("none", "linear", "small_batch"))
+        whole("lr_batch_size", self.lr_batch_size, 1)
+        one_of("optimizer", self.optimizer, ("sgd", "adam"))
+        below_one = "use a value below 1"
+        number("momentum", self.momentum, 0, 1, below=True, advice=below_one)
+        if not isinstance(self.betas, tuple):
+            raise TypeError(
+                f"`betas` must be a pair of numbers, got {self.betas!r}; pass a tuple such as "
+                "(0.9, 0.999)"
+            )
+        if len(self.betas) != 2:
+            raise ValueError(
+                f"`betas` must be a pair of numbers, got {self.betas!r}; pass two of them"
+            )
+        for beta in self.betas:
+            number("betas", beta, 0, 1, below=True, advice=below_one)
+        number("weight_decay", self.weight_decay, 0)
+        whole("steps", self.steps, 1)
+        if self.nesterov and self.momentum == 0:
+            raise ValueError(
+                "`momentum` must be above 0 with nesterov=True, got 0: set one of them"
+            )
+
+    def scaled(self: SelfUpdate, batch_size: int | None) -> SelfUpdate:
+        """This config with ``lr`` made for ``batch_size``, once and for all.
+
+        The rules are those of the authors' scripts (EATA and SAR repositories): "linear" for
+        vision transformers, lr * B / reference; "small_batch" for ResNets, lr unchanged from 32
+        images up and lr * 2 B / reference below; "none" elsewhere.
+        """
+        if batch_size is None or self.lr_scaling == "none":
+            return self.replace(lr_scaling="none")
+        share = batch_size / self.lr_batch_size
+        if self.lr_scaling == "small_batch":
+            share = 2 * share if batch_size < 32 else 1.0
+        return self.replace(lr=self.lr * share, lr_batch_size=batch_size, lr_scaling="none")

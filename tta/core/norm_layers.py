@@ -1,0 +1,305 @@
+"""Norm surgery: a wrapper around each BatchNorm layer that asks a rule for its statistics.
+
+The original layer stays inside as ``.base`` and is never changed, so taking the wrapper away gives
+the caller's model back. Replacing layers by plain ones, as many repositories do, loses what
+subclasses add (timm's ``BatchNormAct2d`` carries its activation): here the rule does the
+normalisation and the base's own ``drop`` and ``act`` follow.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from tta.core.batch_split import current_split
+from tta.core.norm_rule import NormRule
+
+__all__ = [
+    "AdaptiveNorm",
+    "at_rest",
+    "batch_norm_layers",
+    "batch_stats",
+    "by_batch",
+    "by_source",
+    "check_values",
+    "evaluate",
+    "few_images_advice",
+    "insert",
+    "instance_stats",
+    "normalize",
+    "one_value",
+    "overriding",
+    "remove",
+    "rows_independent",
+    "too_few_values",
+]
+
+
+_HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+)
+LARGE_MEAN = 1e-2  # share of variance in the mean square below which digits would be lost
+
+
+class AdaptiveNorm(nn.Module):
+    """A BatchNorm layer whose statistics come from a rule.
+
+    Args:
+        base: The layer it stands for, kept as it is.
+        rule: Decides mean and variance.
+    """
+
+    def __init__(self, base: nn.Module, rule: NormRule) -> None:
+        super().__init__()
+        self.base = base
+        self.rule = rule
+        self.override: Callable[[Tensor, Any], Tensor] | None = None  # set by `overriding`
+        # A subclass with a forward of its own does something after normalising.
+        self.finish = type(base).forward is not _BatchNorm.forward and not isinstance(
+            base, nn.SyncBatchNorm
+        )
+        if not self.finish or _has_activation(base):
+            for hooks in _HOOKS:  # the caller's, on the layer, are called as before
+                self.__dict__[hooks] = base.__dict__[hooks]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = (self.rule if self.override is None else self.override)(x, self.base)
+        return _finish(y, self.base) if self.finish else y
+
+    def __getattr__(self, name: str) -> Any:
+        # Models that read `self.bn1.weight` or `self.bn1.eps` in their forward keep working.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base"), name)
+
+
+def _has_activation(base: Any) -> bool:
+    return isinstance(getattr(base, "act", None), nn.Module)
+
+
+def _finish(y: Tensor, base: Any) -> Tensor:
+    """What a BatchNorm subclass does after normalising.
+
+    timm's protocol is a ``drop`` and an ``act`` module. Anything else is run through the layer's
+    own forward with statistics and affine parameters that make the normalisation the identity.
+    """
+    if _has_activation(base):
+        drop = getattr(base, "drop", None)
+        return base.act(drop(y) if isinstance(drop, nn.Module) else y)
+    channels, like = y.shape[1], {"device": y.device, "dtype": torch.float32}
+    neutral = {
+        "running_mean": torch.zeros(channels, **like),
+        "running_var": torch.full((channels,), 1.0 - base.eps, **like),
+    }
+    if base.affine:
+        neutral |= {
+            "weight": torch.ones(channels, **like),
+            "bias": torch.zeros(channels, **like),
+        }
+    return torch.func.functional_call(base, neutral, (y,))
+
+
+def batch_norm_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """BatchNorm1d, 2d, 3d and subclasses inside ``model``, by name, in definition order."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm)}
+
+
+def insert(model: nn.Module, make: Callable[[nn.Module], NormRule]) -> dict[str, AdaptiveNorm]:
+    """Put an :class:`AdaptiveNorm` around every BatchNorm layer, in place.
+
+    A layer that is used in several places gets one wrapper, in all of them. All rules are made
+    before the first layer is touched, so a rule that raises leaves the model as it was.
+    """
+    wrappers = {n: AdaptiveNorm(b, make(b)) for n, b in batch_norm_layers(model).items()}
+    _swap(model, {w.base: w for w in wrappers.values()})
+    for wrapper in wrappers.values():
+        wrapper.training = wrapper.rule.training = wrapper.base.training
+    return wrappers
+
+
+def remove(model: nn.Module, wrappers: dict[str, AdaptiveNorm]) -> None:
+    """Undo :func:`insert`."""
+    _swap(model, {w: w.base for w in wrappers.values()})
+
+
+@contextmanager
+def at_rest(wrappers: Iterable[AdaptiveNorm]) -> Iterator[None]:
+    """Forward passes that use the rules' statistics and leave them as they are."""
+    before = [(w.rule, w.rule.learning) for w in wrappers]
+    for rule, _ in before:
+        rule.learning = False
+    try:
+        yield
+    finally:
+        for rule, learning in before:
+            rule.learning = learning
+
+
+@contextmanager
+def overriding(
+    wrappers: Iterable[AdaptiveNorm], normalise: Callable[[Tensor, Any], Tensor]
+) -> Iterator[None]:
+    """Forward passes with other statistics than the rules', :func:`by_batch` or the like."""
+    wrappers = list(wrappers)
+    for wrapper in wrappers:
+        wrapper.override = normalise
+    try:
+        yield
+    finally:
+        for wrapper in wrappers:
+            wrapper.override = None
+
+
+def by_batch(x: Tensor, base: Any) -> Tensor:
+    """Normalise ``x`` (B, C, ...) with its own statistics, or the source's for a single image."""
+    if too_few_values(x) and base.running_mean is not None:
+        return by_source(x, base)
+    check_values(x)
+    if current_split() is not None:
+        return normalize(x, *batch_stats(x), base)
+    return F.batch_norm(x, None, None, base.weight, base.bias, True, 0.0, base.eps)
+
+
+def by_source(x: Tensor, base: Any) -> Tensor:
+    """Normalise ``x`` (B, C, ...) as the source model does in eval mode."""
+    if base.running_mean is None:
+        return by_batch(x, base)
+    return normalize(x, base.running_mean, base.running_var, base)
+
+
+def rows_independent(model: nn.Module) -> bool:
+    """Whether no BatchNorm layer of an unwrapped model in eval mode mixes the rows of a batch."""
+    layers: Any = batch_norm_layers(model).values()
+    return all(m.running_mean is not None for m in layers)
+
+
+def _swap(model: nn.Module, replacement: dict[Any, Any]) -> None:
+    for parent in list(model.modules()):
+        if isinstance(parent, AdaptiveNorm) and parent in replacement:
+            continue  # its own `base` must stay
+        for key, child in parent._modules.items():
+            if child in replacement:
+                parent._modules[key] = replacement[child]
+
+
+def too_few_values(x: Tensor) -> bool:
+    """Whether the batch holds a single image, which makes batch statistics meaningless."""
+    return x.shape[0] < 2 and current_split() is None
+
+
+def one_value(x: Tensor) -> bool:
+    """Whether there is one value per channel, which says nothing of a variance."""
+    return x.numel() == x.shape[1] and current_split() is None
+
+
+def few_images_advice(rule: str | None) -> str:
+    """What to say where a rule had too few values; it is not recommended to itself."""
+    others = [f"norm={name!r}" for name in ("alpha_bn", "unmix_tns") if name != rule]
+    return (
+        "`images` must hold at least 2 images for batch statistics, got 1: the source statistics "
+        f"are used for such a batch; use larger batches or {' or '.join(others)}."
+    )
+
+
+def check_values(x: Tensor) -> None:
+    """Refuse one value per channel, which a layer without running statistics has no answer to."""
+    if one_value(x):
+        raise ValueError(
+            "`images` must hold at least 2 images for a BatchNorm layer without running "
+            "statistics, got 1: use larger batches."
+        )
+
+
+def batch_stats(x: Tensor, unbiased: bool = False) -> tuple[Tensor, Tensor]:
+    """Mean and variance per channel over the batch: (B, C, ...) to two (C,), in float32.
+
+    Where other ranks have a share of the batch, over all of it, with gradients to all.
+    """
+    split = current_split()
+    if split is None and (x.ndim == 2 or x.device.type != "cpu"):
+        axes = [0, *range(2, x.ndim)]
+        var, mean = torch.var_mean(x.float(), dim=axes, correction=int(unbiased))
+        return mean, var
+    means, variances = instance_stats(x)
+    count = x.numel() // x.shape[1]
+    if split is not None:
+        count = count // len(x) * split.rows
+        means, variances = split.gather(means), split.gather(variances)
+    mean = means.mean(0)
+    # Within images plus between them; both terms are positive, so nothing cancels.
+    var = variances.mean(0) + (means - mean).square().mean(0)
+    return mean, var * (count / (count - 1)) if unbiased else var
+
+
+def instance_stats(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance per image and channel: (B, C, ...) to two (B, C), in float32.
+
+    On a CPU ``torch.var_mean`` costs many times a convolution's share, while a mean and a vector
+    norm are vectorised; their difference of squares loses digits where the mean is large, and there
+    the deviations are taken first.
+    """
+    axes = list(range(2, x.ndim))
+    if not axes:
+        return x.float(), torch.zeros_like(x, dtype=torch.float32)
+    if x.device.type != "cpu":
+        var, mean = torch.var_mean(x.float(), dim=axes, correction=0)
+        return mean, var
+    count = math.prod(x.shape[2:])
+    wide = torch.promote_types(x.dtype, torch.float32)
+    mean = x.mean(axes, dtype=wide)
+    square = torch.linalg.vector_norm(x, dim=axes, dtype=wide).square() / count
+    var = square - mean.square()
+    if bool((var < LARGE_MEAN * square).any()):
+        deviation = x - mean.view(*mean.shape, *(1 for _ in axes)).to(x.dtype)
+        norm = torch.linalg.vector_norm(deviation, dim=axes, dtype=wide)
+        var = norm.square() / count
+    return mean, var
+
+
+def evaluate(x: Tensor, mean: Tensor, var: Tensor, base: Any, eps: float) -> Tensor:
+    """The evaluation kernel, with the affine part in the precision of the statistics (C,)."""
+    weight, bias = base.weight, base.bias
+    if weight is not None and weight.dtype != mean.dtype:
+        weight, bias = weight.to(mean.dtype), bias.to(mean.dtype)
+    return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
+
+
+def normalize(x: Tensor, mean: Tensor, var: Tensor, base: Any, eps: float | None = None) -> Tensor:
+    """``(x - mean) / sqrt(var + eps) * weight + bias`` with the affine part of ``base``.
+
+    Args:
+        x: (B, C, ...).
+        mean: (C,) or, one set for each image, (B, C).
+        var: Like ``mean``.
+        base: The BatchNorm layer.
+        eps: In place of the layer's.
+
+    Returns:
+        (B, C, ...) of x's dtype. Gradients flow into mean and var where these carry any.
+    """
+    eps = float(base.eps if eps is None else eps)
+    if mean.ndim == 1 and not (torch.is_grad_enabled() and mean.requires_grad):
+        return evaluate(x, mean, var, base, eps)
+    scale = torch.rsqrt(var + eps)
+    if base.weight is not None:
+        scale = scale * base.weight
+    if base.bias is None:
+        shift = -mean * scale
+    else:
+        shift = torch.addcmul(base.bias.to(mean.dtype), mean, scale, value=-1)
+    shape = (-1, x.shape[1]) + (1,) * (x.ndim - 2)
+    return torch.addcmul(shift.to(x.dtype).view(shape), x, scale.to(x.dtype).view(shape))

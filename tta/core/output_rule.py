@@ -1,0 +1,39 @@
+"""The output slot: what is returned in the end."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from tta.core.backbone import Backbone
+from tta.core.component import Component, Context
+from tta.core.prediction import Prediction, Report
+from tta.core.source import SourceStatistics
+
+__all__ = ["Output"]
+
+
+class Output(Component):
+    """What is returned in the end. A subclass writes :meth:`correct`."""
+
+    slot = "output"
+    needs_features: ClassVar[bool] = False
+
+    def __init__(self, config: Any, context: Context) -> None:
+        super().__init__(config)
+        self.context = context
+        self.learning = True
+        self.report = Report()
+
+    def fit(self, source: SourceStatistics, network: Backbone) -> None:
+        """Take what the rule needs of ``source`` and raise ``ValueError`` if it is not there.
+
+        Args:
+            source: The artefacts at hand.
+            network: The source model under its running statistics.
+        """
+
+    def correct(self, prediction: Prediction) -> Tensor:
+        """Scores (B, C) that replace the logits."""
+        raise NotImplementedError  # pragma: no cover

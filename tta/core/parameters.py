@@ -1,0 +1,81 @@
+"""Which parameters a method trains: ``select(model, spec) -> {name: Parameter}``."""
+
+from __future__ import annotations
+
+import re
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from tta.core.classifier import find_classifier
+
+__all__ = ["is_norm", "select"]
+
+_TORCH_NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a normalisation layer: torch's own, or one that is called so."""
+    if isinstance(module, _TORCH_NORMS):
+        return True
+    if re.search(r"Norm|Evo|FilterResponse", type(module).__name__) is None:
+        return False
+    own = list(module.parameters(recurse=False))
+    # One figure per channel; a linear layer that normalises its weight is called so as well.
+    return bool(own) and all(p.numel() == max(p.shape, default=1) for p in own)
+
+
+def _norm_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    found: dict[str, nn.Parameter] = {}
+    for prefix, module in model.named_modules():
+        if is_norm(module):
+            # Module order, weight before bias: the order in which papers' code collects them.
+            for key, p in module.named_parameters(recurse=False):
+                found[f"{prefix}.{key}" if prefix else key] = p
+    return found
+
+
+def select(model: nn.Module, spec: str) -> dict[str, nn.Parameter]:
+    """The parameters that ``spec`` names, in module order.
+
+    Args:
+        model: The model, before any surgery.
+        spec: "norm" (affine parameters of normalisation layers), "weight_bias" (parameters whose
+            own name is weight or bias), "head" (those of the classifier), "all", or a regular
+            expression that is searched for in the name.
+
+    Raises:
+        ValueError: When nothing matches or the expression does not compile.
+    """
+    if spec == "":
+        raise ValueError("`params` must name parameters, got '': use 'all' for every one.")
+    everything = dict(model.named_parameters())
+    if spec == "norm":
+        found = _norm_parameters(model)
+    elif spec == "weight_bias":
+        found = {n: p for n, p in everything.items() if n.rpartition(".")[2] in ("weight", "bias")}
+    elif spec == "head":
+        inside = {id(p) for p in find_classifier(model).parameters()}
+        found = {n: p for n, p in everything.items() if id(p) in inside}
+    elif spec == "all":
+        found = everything
+    else:
+        try:
+            pattern = re.compile(spec)
+        except re.error as error:
+            raise ValueError(
+                "`params` must be 'norm', 'weight_bias', 'head', 'all' or a regular expression, "
+                f"got {spec!r} ({error}): correct it."
+            ) from None
+        found = {n: p for n, p in everything.items() if pattern.search(n)}
+    once = {id(p): n for n, p in reversed(found.items())}  # a tied parameter has several names
+    found = {n: p for n, p in found.items() if once[id(p)] == n and p.dtype.is_floating_point}
+    if not found:
+        kinds = sorted({type(m).__name__ for m in model.modules() if is_norm(m)})
+        raise ValueError(
+            f"`params`={spec!r} must match at least one parameter, but this "
+            f"{type(model).__name__} has none of that kind"
+            + (f" (its norm layers: {', '.join(kinds)})" if kinds else " (it has no norm layers)")
+            + ": choose other params=, or a method that trains nothing, such as 'lame'."
+        )
+    return found

@@ -1,0 +1,135 @@
+"""What an adapter is made of: the configs of all slots, and the arguments of ``wrap``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tta.core.checks import channels, mapping, nearest, seed, text, whole
+from tta.core.config import SLOTS, ComponentConfig
+from tta.core.registry import component, config_from_dict
+
+__all__ = ["AdapterConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """What an adapter is made of; ``tta.wrap(model, config)`` makes its equal.
+
+    ``source`` records which source artefacts were used, as words; the artefacts themselves are
+    not part of a config.
+    """
+
+    norm: ComponentConfig | None = None
+    update: ComponentConfig | None = None
+    output: ComponentConfig | None = None
+    batch_size: int | None = None
+    seed: int = 0
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    source: str | None = None
+
+    def __post_init__(self) -> None:
+        for slot in SLOTS:
+            _check_slot(slot, getattr(self, slot))
+        if self.batch_size is not None:
+            object.__setattr__(self, "batch_size", whole("batch_size", self.batch_size, 1))
+        object.__setattr__(self, "seed", seed("seed", self.seed))
+        if self.source is not None:
+            text("source", self.source)
+        if (self.mean is None) != (self.std is None):
+            raise ValueError(
+                f"`mean` and `std` must be given together, got mean={self.mean!r} and "
+                f"std={self.std!r}: pass both."
+            )
+        if self.mean is None:
+            return
+        mean, std = channels("mean", self.mean), channels("std", self.std, above=0)
+        if len(mean) != len(std) and 1 not in (len(mean), len(std)):
+            raise ValueError(
+                f"`mean` and `std` must have one value, or one for each channel, got {len(mean)} "
+                f"and {len(std)} values: pass as many of both."
+            )
+        object.__setattr__(self, "mean", mean)
+        object.__setattr__(self, "std", std)
+
+    @property
+    def label(self) -> str:
+        """The components in one word, such as "bn+eata"; "source" for none."""
+        chosen = (self.norm, self.update, self.output)
+        return "+".join(c.name for c in chosen if c is not None) or "source"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested JSON types."""
+        result: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, ComponentConfig):
+                value = value.to_dict()
+            result[field.name] = list(value) if isinstance(value, tuple) else value
+        return result
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> AdapterConfig:
+        """The inverse of :meth:`to_dict`; a key that is not there keeps its default.
+
+        Raises:
+            TypeError: When ``data`` is no dict, or a value of the wrong kind.
+            ValueError: For an unknown key or component, naming the nearest one.
+        """
+        known = {f.name for f in dataclasses.fields(cls)}
+        values: dict[str, Any] = {}
+        for key, value in mapping("data", "an adapter's config", data).items():
+            if key not in known:
+                raise ValueError(
+                    f"`{key}` is not a key of an adapter config: " + nearest(key, known)
+                )
+            if isinstance(value, Mapping):
+                value = config_from_dict(value)
+            values[key] = tuple(value) if isinstance(value, list) else value
+        return cls(**values)
+
+    def to_json(self) -> str:
+        """A JSON text."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> AdapterConfig:
+        """The inverse of :meth:`to_json`.
+
+        Raises:
+            TypeError: When ``text`` is no string, or as for :meth:`from_dict`.
+            ValueError: When it is not JSON, or as for :meth:`from_dict`.
+        """
+        try:
+            data = json.loads(text)
+        except TypeError:
+            raise TypeError(
+                f"`text` must be a string of JSON, got {type(text).__name__}: pass what to_json() "
+                "gave."
+            ) from None
+        except ValueError as error:
+            raise ValueError(
+                f"`text` must be JSON, got something else ({error}): pass what to_json() gave."
+            ) from None
+        return cls.from_dict(data)
+
+
+def _check_slot(slot: str, value: Any) -> None:
+    if value is None:
+        return
+    if not isinstance(value, ComponentConfig):
+        raise TypeError(
+            f"`{slot}` must be a component's config or None, got {value!r}: pass what "
+            "tta.get_config returns."
+        )
+    actual = component(value.name).slot
+    if actual != slot:
+        where = f"{actual}={value.name!r}" if actual else f"{slot}=None"
+        raise ValueError(
+            f"`{slot}` must be a component of that slot, got {value.name!r}, which belongs to "
+            f"{actual or 'none'}: pass {where}."
+        )

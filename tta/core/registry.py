@@ -1,0 +1,144 @@
+"""Names: which components exist, in which slot, with which presets.
+
+A component class says its ``slot``, its ``Config`` and its ``PRESETS``; the decorator adds the
+name. A preset is asked for as ``"eata.cifar10"``; the bare name means the ImageNet preset, which
+is what most papers tune.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatch
+from typing import Any, TypeVar
+
+from tta.core.checks import mapping, nearest, one_of, text
+from tta.core.component import Component
+from tta.core.config import SLOTS, ComponentConfig, UpdateConfig
+
+__all__ = ["component", "config_from_dict", "get_config", "list_methods", "register"]
+
+_COMPONENTS: dict[str, type[Component]] = {}
+DEFAULT_PRESET = "imagenet"
+PRESET_CLASSES = {"imagenet": 1000, "cifar100": 100, "cifar10": 10}  # what presets are made for
+
+C = TypeVar("C", bound=type[Component])
+
+
+def register(name: str) -> Callable[[C], C]:
+    """Class decorator: make a component known under ``name``.
+
+    Raises:
+        ValueError: When the name is taken or not an identifier.
+        TypeError: When the name is no string, the class has no slot or shares its ``Config`` with
+            another component.
+
+    Example:
+        >>> @register("my_method")  # doctest: +SKIP
+        ... class MyMethod(Update): ...
+    """
+    if not text("name", name).isidentifier():
+        raise ValueError(f"`name` must be an identifier, got {name!r}: rename the component.")
+
+    def add(cls: C) -> C:
+        if not isinstance(cls, type) or not issubclass(cls, Component):
+            raise TypeError(
+                f"`{name}` must be a class with a slot, got {cls!r}: subclass tta.NormRule, "
+                "tta.Update or tta.Output."
+            )
+        other = _COMPONENTS.get(name, cls)
+        if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(
+                f"`name` must be new, got {name!r}, which {other.__module__} has: "
+                "choose another name."
+            )
+        if cls.slot not in SLOTS and name != "source":
+            raise TypeError(
+                f"`slot` must be 'norm', 'update' or 'output', got {cls.slot!r}: subclass "
+                "NormRule, Update or Output."
+            )
+        if "name" in vars(cls.Config) and cls.Config.name != name:
+            raise TypeError(
+                f"`Config` of {name!r} must be its own, got that of {cls.Config.name!r}: "
+                "subclass it."
+            )
+        cls.name = name
+        cls.Config.name = name
+        _COMPONENTS[name] = cls
+        return cls
+
+    return add
+
+
+def component(name: str) -> type[Component]:
+    """The class registered under ``name``.
+
+    Raises:
+        TypeError: When ``name`` is no string.
+        ValueError: For an unknown name, naming the nearest one.
+    """
+    if text("name", name) not in _COMPONENTS:
+        raise ValueError(f"unknown method {name!r}: " + nearest(name, sorted(_COMPONENTS)))
+    return _COMPONENTS[name]
+
+
+def list_methods(pattern: str = "*", slot: str | None = None) -> list[str]:
+    """Names of the registered components, sorted.
+
+    Args:
+        pattern: Shell-style pattern; one with a dot (``"eata.*"``) lists presets.
+        slot: Only components of this slot: "norm", "update" or "output".
+
+    Raises:
+        TypeError: When ``pattern`` is no string.
+        ValueError: For an unknown slot.
+
+    Example:
+        >>> list_methods("*bn", slot="norm")
+        ['alpha_bn', 'bn', 'robust_bn']
+    """
+    text("pattern", pattern)
+    if slot is not None:
+        one_of("slot", slot, SLOTS)
+    chosen = {n: c for n, c in _COMPONENTS.items() if slot is None or c.slot == slot}
+    names = [f"{n}.{tag}" for n, c in chosen.items() for tag in c.PRESETS]
+    return sorted(n for n in (names if "." in pattern else chosen) if fnmatch(n, pattern))
+
+
+def get_config(name: str, **overrides: Any) -> ComponentConfig:
+    """The config of a component, from ``"name"`` or ``"name.preset"``, with some fields changed.
+
+    An explicit ``lr`` is taken as it is and never scaled for batch size.
+
+    Raises:
+        TypeError: When ``name`` is no string, or a value of the wrong kind.
+        ValueError: For an unknown name, preset or field, naming the nearest one.
+
+    Example:
+        >>> get_config("alpha_bn", source_weight=0.7).source_weight
+        0.7
+    """
+    base, _, tag = text("name", name).partition(".")
+    cls = component(base)
+    if tag and tag not in cls.PRESETS:
+        known = nearest(tag, cls.PRESETS) if cls.PRESETS else "it has none."
+        raise ValueError(f"unknown preset {tag!r} of {base!r}: {known}")
+    values = dict(cls.PRESETS.get(tag or DEFAULT_PRESET, {}))
+    if "lr" in overrides and issubclass(cls.Config, UpdateConfig):
+        overrides.setdefault("lr_scaling", "none")
+    return cls.Config().replace(**(values | overrides))
+
+
+def config_from_dict(data: Mapping[str, Any]) -> ComponentConfig:
+    """The config that ``to_dict`` was called on; a field that is not there keeps its default.
+
+    Raises:
+        TypeError: When ``data`` is no dict, or a value of the wrong kind.
+        ValueError: For an unknown or missing name, or an unknown field.
+    """
+    name = mapping("data", "a component's config", data).get("name")
+    if name is None:
+        raise ValueError(
+            "`name` must be a key of a component's config and name the component, got the keys "
+            f"{', '.join(map(str, data)) or 'none'}: pass what to_dict() gave."
+        )
+    return get_config(name).replace(**{str(k): v for k, v in data.items() if k != "name"})

@@ -1,0 +1,212 @@
+"""Source artefacts: what some methods need of the training data, computed once and kept.
+
+A method never loads data. It takes a :class:`SourceStatistics`, made by :func:`tta.collect_source`
+from batches of source images, read from a file, or built by keyword.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tta.core.checks import folder_or_file, nearest
+from tta.core.source_checks import BY_PARAMETER, check_iterable, check_named, check_tensor
+from tta.core.warn import warn
+
+__all__ = ["SourceStatistics", "as_source", "preserving_rng"]
+
+
+@dataclass(kw_only=True, repr=False)
+class SourceStatistics:
+    """Any subset of the artefacts; what a method needs and does not find, it asks for at wrap.
+
+    Args:
+        fisher: Diagonal Fisher information by parameter name (EATA).
+        posterior_mean: Mean of the source posterior by parameter name (PETAL).
+        posterior_variance: Its variance, likewise.
+        prototypes: Class means of features (C, D) under batch statistics (RMT, CAFA).
+        features: Features as the classifier sees them (N, D), not normalised (AdaNPC).
+        feature_labels: Their labels (N,).
+        memory_init: First row of AdaNPC's memory in the official code (D,).
+        covariance: Covariance of features within classes (D, D), or (C, D, D) of each (CAFA).
+        batches: Source batches ``(images, labels)``, kept for methods that run the model on them,
+            in the order given.
+
+    Raises:
+        TypeError: When an artefact is not a tensor, or a dict of tensors.
+        ValueError: For a wrong number of axes, values that are not finite (but for prototypes of
+            classes without images), negative Fisher information, or features without labels.
+    """
+
+    fisher: dict[str, Tensor] | None = None
+    posterior_mean: dict[str, Tensor] | None = None
+    posterior_variance: dict[str, Tensor] | None = None
+    prototypes: Tensor | None = None
+    features: Tensor | None = None
+    feature_labels: Tensor | None = None
+    memory_init: Tensor | None = None
+    covariance: Tensor | None = None
+    batches: Iterable[tuple[Tensor, Tensor]] | None = None
+
+    def __post_init__(self) -> None:
+        for name in self.contents:
+            value = getattr(self, name)
+            if name in BY_PARAMETER:
+                check_named(name, value)
+                setattr(self, name, {key: tensor.detach() for key, tensor in value.items()})
+            elif name == "batches":
+                check_iterable("batches", value)
+            else:
+                check_tensor(name, value)
+                setattr(self, name, value.detach())  # graphs of the caller's are none of ours
+        features, labels = self.features, self.feature_labels
+        if (features is None) != (labels is None) or (
+            features is not None and labels is not None and len(features) != len(labels)
+        ):
+            raise ValueError(
+                "`features` and `feature_labels` must come together and be equally long, got "
+                f"{None if features is None else len(features)} and "
+                f"{None if labels is None else len(labels)}: pass one label for each row."
+            )
+
+    def __repr__(self) -> str:
+        """What there is, with shapes: the tensors would fill pages."""
+
+        def told(value: Any) -> str:
+            if isinstance(value, Tensor):
+                return str(tuple(value.shape))
+            return f"{len(value)} tensors" if isinstance(value, dict) else type(value).__name__
+
+        parts = (f"{name}: {told(getattr(self, name))}" for name in self.contents)
+        return f"SourceStatistics({', '.join(parts)})"
+
+    @property
+    def contents(self) -> list[str]:
+        """Names of the artefacts that are there."""
+        names = [f.name for f in dataclasses.fields(self)]
+        return [n for n in names if getattr(self, n) is not None]
+
+    def iter_batches(self, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """One pass over ``batches``, cut after ``limit`` images."""
+        seen = 0
+        for images, labels in preserving_rng(self.batches or ()):
+            if limit is not None and seen + len(images) > limit:
+                images, labels = images[: limit - seen], labels[: limit - seen]
+            if len(images):
+                yield images, labels
+            seen += len(images)
+            if limit is not None and seen >= limit:
+                return
+
+    def save(self, path: str | Path) -> None:
+        """Write everything but ``batches`` to one safetensors file, and warn of these.
+
+        Raises:
+            TypeError: When ``path`` is no path.
+            FileNotFoundError: When its folder is not there.
+            IsADirectoryError: When it is a folder itself.
+        """
+        path = folder_or_file("path", path)
+        if not path.parent.is_dir():
+            raise FileNotFoundError(
+                f"`path` must lie in a folder that is there, but {path.parent} is not: make it "
+                "first."
+            )
+        if path.is_dir():
+            raise IsADirectoryError(
+                f"`path` must be a file, got the folder {path}: name a file in it."
+            )
+        if self.batches is not None:
+            warn(
+                "`batches` are not saved: give them again after load, by "
+                "dataclasses.replace(statistics, batches=...)."
+            )
+        tensors: dict[str, Tensor] = {}
+        for name in self.contents:
+            value = getattr(self, name)
+            if name in BY_PARAMETER:
+                tensors |= {f"{name}/{key}": t.contiguous() for key, t in value.items()}
+            elif name != "batches":
+                tensors[name] = value.contiguous()
+        save_file(tensors, str(path))
+
+    @classmethod
+    def load(cls, path: str | Path) -> SourceStatistics:
+        """Read what :meth:`save` wrote; half-precision values become float32.
+
+        Raises:
+            TypeError: When ``path`` is no path.
+            FileNotFoundError: When there is no such file.
+            ValueError: When the file holds something that is no source artefact.
+        """
+        path = folder_or_file("path", path)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"`path` must be a file of source artefacts, but {path} is not there: make it with "
+                "tta.collect_source(...).save(path)."
+            )
+        try:
+            tensors = load_file(str(path))
+        except SafetensorError as error:
+            raise ValueError(
+                f"`path` must be a file of source artefacts, but {path} is no whole safetensors "
+                f"file ({error}): make it with tta.collect_source(...).save(path)."
+            ) from None
+        known = [f.name for f in dataclasses.fields(cls) if f.name != "batches"]
+        values: dict[str, Any] = {}
+        for key, tensor in tensors.items():
+            name, _, parameter = key.partition("/")
+            if name not in known or bool(parameter) != (name in BY_PARAMETER):
+                raise ValueError(
+                    f"`path` must be a file of source artefacts, but {path} holds {key!r}: "
+                    + nearest(name, known)
+                )
+            tensor = tensor.float() if tensor.is_floating_point() else tensor
+            if parameter:
+                values.setdefault(name, {})[parameter] = tensor
+            else:
+                values[name] = tensor
+        return cls(**values)
+
+
+def preserving_rng(batches: Iterable[Any]) -> Iterator[Any]:
+    """One pass over ``batches`` that leaves torch's global generator as it is between them.
+
+    Every pass over a data loader draws from it, and datasets may. They get its state as a copy,
+    which goes on from batch to batch.
+    """
+    reader, inside = None, torch.get_rng_state()
+    while True:
+        outside = torch.get_rng_state()
+        torch.set_rng_state(inside)
+        try:
+            reader = iter(batches) if reader is None else reader
+            batch = next(reader)
+        except StopIteration:
+            return
+        finally:
+            inside = torch.get_rng_state()
+            torch.set_rng_state(outside)
+        yield batch
+
+
+def as_source(source: Any) -> SourceStatistics:
+    """What the caller gave as ``source=``, as :class:`SourceStatistics`.
+
+    Raises:
+        TypeError: When it is neither that nor an iterable of pairs.
+    """
+    if source is None:
+        return SourceStatistics()
+    if isinstance(source, SourceStatistics):
+        return source
+    check_iterable("source", source)
+    return SourceStatistics(batches=source)

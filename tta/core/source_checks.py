@@ -1,0 +1,180 @@
+"""Checks of source artefacts and source batches, against themselves and against a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tta.core.checks import nearest
+
+__all__ = [
+    "BY_PARAMETER",
+    "check_iterable",
+    "check_named",
+    "check_parameters",
+    "check_tensor",
+    "checked",
+]
+
+BY_PARAMETER = ("fisher", "posterior_mean", "posterior_variance")
+SHAPES = {  # of the tensors, in words, by their number of axes
+    "prototypes": {2: "(C, D)"},
+    "features": {2: "(N, D)"},
+    "feature_labels": {1: "(N,)"},
+    "memory_init": {1: "(D,)"},
+    "covariance": {2: "(D, D)", 3: "(C, D, D)"},
+}
+
+
+def check_parameters(source: Any, model: nn.Module) -> None:
+    """Compare artefacts that go by parameter name with an unwrapped model.
+
+    Raises:
+        ValueError: For a name that the model does not have, or another shape.
+    """
+    names = dict(model.named_parameters(remove_duplicate=False))
+    mine = names | dict(model.named_buffers(remove_duplicate=False))  # as a posterior may have
+    for kind in BY_PARAMETER:
+        for name, value in (getattr(source, kind) or {}).items():
+            if name not in mine:
+                raise ValueError(
+                    f"`source.{kind}` must go by the names of this {type(model).__name__}'s "
+                    f"parameters, got {name!r}: {nearest(name, names, limit=10)}"
+                )
+            if value.shape != mine[name].shape:
+                raise ValueError(
+                    f"`source.{kind}` must hold {name!r} of shape {tuple(mine[name].shape)}, got "
+                    f"{tuple(value.shape)}: make it for this model with tta.collect_source."
+                )
+
+
+def checked(batches: Any, check: Callable[[Any], None], classes: int | None) -> Any:
+    """The same batches, each checked before it is used.
+
+    Args:
+        batches: A list or tuple is checked here and now and returned as it is; of anything else,
+            every batch when it is read.
+        check: Raises for images that the model cannot take.
+        classes: Number of classes, or None where labels are not used.
+
+    Raises:
+        TypeError: When a batch is no pair, or its images or labels of the wrong kind.
+        ValueError: When images do not fit the model, or labels not the images or the classes.
+    """
+    if isinstance(batches, (list, tuple)):
+        for place, batch in enumerate(batches):
+            _check_batch(place, batch, check, classes)
+        return batches
+    kind = _CheckedSequence if isinstance(batches, Sequence) else _Checked
+    return kind(batches, check, classes)
+
+
+class _Checked:
+    """Batches that are checked as they are read."""
+
+    def __init__(self, batches: Any, check: Callable[[Any], None], classes: int | None) -> None:
+        self.batches, self.check, self.classes = batches, check, classes
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for place, batch in enumerate(self.batches):
+            _check_batch(place, batch, self.check, self.classes)
+            yield batch
+
+
+class _CheckedSequence(_Checked, Sequence[Any]):
+    """Likewise, read at any position."""
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, place: Any) -> Any:
+        _check_batch(place, self.batches[place], self.check, self.classes)
+        return self.batches[place]
+
+
+def _check_batch(place: int, batch: Any, check: Callable[[Any], None], classes: int | None) -> None:
+    where = f"`source` must give pairs (images, labels), but batch {place}"
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        got = type(batch).__name__
+        got += f" of {len(batch)}" if isinstance(batch, (tuple, list)) else ""
+        raise TypeError(f"{where} is a {got}: pass a loader that gives two tensors.")
+    images, labels = batch
+    try:
+        check(images)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{where} has images that this model cannot take: {error}") from None
+    if classes is None:
+        return
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
+        got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        raise TypeError(f"{where} has labels of {got}: pass class numbers as an int64 tensor.")
+    if labels.shape != images.shape[:1]:
+        raise ValueError(
+            f"{where} has labels of shape {tuple(labels.shape)} for {len(images)} images: pass one "
+            "class number for each image."
+        )
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= classes:
+        raise ValueError(
+            f"{where} has labels from {low} to {high}, and this model has {classes} classes: pass "
+            f"class numbers from 0 to {classes - 1}."
+        )
+
+
+def check_iterable(name: str, value: Any) -> None:
+    """Refuse what cannot hold source batches."""
+    if isinstance(value, (str, bytes, Tensor, Mapping)) or not isinstance(value, Iterable):
+        what = "an iterable of (images, labels)"
+        what += " or a tta.SourceStatistics" if name == "source" else ""
+        raise TypeError(
+            f"`{name}` must be {what}, got {type(value).__name__}: pass a data loader or what "
+            "tta.collect_source returns."
+        )
+
+
+def check_named(name: str, value: Any) -> None:
+    """Refuse what is no dict of finite tensors by parameter name."""
+    if not isinstance(value, Mapping):
+        raise TypeError(
+            f"`{name}` must be a dict of tensors by parameter name, got {type(value).__name__}: "
+            "pass what tta.collect_source returns."
+        )
+    for key, tensor in value.items():
+        if not isinstance(key, str) or not isinstance(tensor, Tensor):
+            raise TypeError(
+                f"`{name}` must be a dict of tensors by parameter name, got "
+                f"{type(tensor).__name__} under {key!r}: pass what tta.collect_source returns."
+            )
+        # Rounding may leave a variance just below 0; a square of gradients it cannot.
+        negative = name == "fisher" and bool((tensor < 0).any())
+        if negative or not bool(torch.isfinite(tensor).all()):
+            raise ValueError(
+                f"`{name}` must be finite{' and not below 0' if name == 'fisher' else ''}, got "
+                f"{'negative' if negative else 'NaN or infinite'} values under {key!r}: make it "
+                "again with tta.collect_source."
+            )
+
+
+def check_tensor(name: str, value: Any) -> None:
+    """Refuse a tensor of another shape or kind than the artefact `name` has."""
+    shapes = SHAPES[name]
+    expected = f"a tensor of shape {' or '.join(shapes.values())}"
+    if not isinstance(value, Tensor):
+        raise TypeError(f"`{name}` must be {expected}, got {type(value).__name__}: convert it.")
+    if value.ndim not in shapes:
+        raise ValueError(
+            f"`{name}` must be {expected}, got shape {tuple(value.shape)}: reshape it."
+        )
+    if name == "feature_labels":
+        if value.is_floating_point() or value.is_complex():
+            raise TypeError(f"`{name}` must be whole numbers, got {value.dtype}: use .long().")
+        return
+    wrong = value.isinf() if name == "prototypes" else ~value.isfinite()
+    if bool(wrong.any()):  # a class without images has prototypes of NaN
+        raise ValueError(
+            f"`{name}` must be finite, got NaN or infinite values: make it again with "
+            "tta.collect_source."
+        )

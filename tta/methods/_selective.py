@@ -1,0 +1,109 @@
+"""What EATA, ETA and RDumb share: which samples they learn from, and the loss on these."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tta.core.backbone import Backbone
+from tta.core.checks import number
+from tta.core.component import Context
+from tta.core.config import UpdateConfig
+from tta.core.prediction import Prediction, Report
+from tta.core.update import Update
+from tta.parts.losses import entropy
+from tta.parts.selection import move_average, non_redundant
+
+__all__ = ["Selection", "SelectiveConfig", "SelectiveUpdate", "select", "weighted_entropy"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectiveConfig(UpdateConfig):
+    """Fields of the two filters."""
+
+    entropy_margin: float = 0.4  # E0 as a share of ln C, eq. 3
+    redundancy_margin: float = 0.05  # d, largest cosine similarity with q, eq. 5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        number("entropy_margin", self.entropy_margin, 0, above=True)
+        number("redundancy_margin", self.redundancy_margin, 0, above=True)
+
+
+@dataclass
+class Selection:
+    """The outcome of both filters on one batch."""
+
+    reliable: Tensor  # 0-dimensional: how many passed the entropy filter
+    chosen: Tensor  # (B,) bool: passed both
+    count: int  # how many of these
+    probs: Tensor  # (B, C), without gradient
+
+    @property
+    def mean_probs(self) -> Tensor:
+        """Mean prediction (C,) over the chosen samples; ask only when there are any."""
+        return self.probs[self.chosen].mean(0)
+
+
+def select(logits: Tensor, average: Tensor, margin: float, redundancy_margin: float) -> Selection:
+    """Reliable samples that differ enough from the average of earlier ones (EATA, eq. 3 and 5).
+
+    Args:
+        logits: (B, C).
+        average: (C,), q; all NaN while there is none.
+        margin: Largest entropy in nats, strict.
+        redundancy_margin: Largest cosine similarity with the average, strict.
+    """
+    logits = logits.detach()
+    probs = logits.float().softmax(1)
+    reliable = entropy(logits) < margin
+    chosen = reliable & non_redundant(probs, average, redundancy_margin)
+    return Selection(reliable.sum(), chosen, int(chosen.sum()), probs)
+
+
+def weighted_entropy(logits: Tensor, margin: float) -> Tensor:
+    """Mean of exp(margin - H) H, with weights that carry no gradient (EATA, eq. 4 and 6).
+
+    Args:
+        logits: (N, C) of the selected samples; the mean is over these, not over the batch.
+        margin: E0 in nats.
+    """
+    entropies = entropy(logits)
+    return (entropies * torch.exp(margin - entropies.detach())).mean()
+
+
+class SelectiveUpdate(Update):
+    """Weighted entropy of reliable, non-redundant samples, and a penalty if there is one."""
+
+    selects = True
+
+    ema_probs: Tensor  # (C,), q; NaN while undefined
+
+    def __init__(self, config: SelectiveConfig, network: Backbone, context: Context) -> None:
+        super().__init__(config, network, context)
+        self.register_buffer("ema_probs", torch.full((context.num_classes,), float("nan")))
+
+    def penalty(self) -> Tensor | None:
+        """What is added to the loss, a scalar; None = nothing."""
+        return None
+
+    def adapt(self, x: Tensor) -> Prediction:
+        """Predict, select, weigh, step; nothing moves when no sample is selected."""
+        config, margin = self.config, self.config.entropy_margin * self.context.log_classes
+        prediction = self.look(x)
+        found = select(prediction.logits, self.ema_probs, margin, config.redundancy_margin)
+        self.report = Report(
+            reliable=found.reliable, selected=found.count, loss=float("nan"), stepped=False
+        )
+        if found.count == 0:
+            self.count_kept(found.chosen)
+            return prediction
+        move_average(self.ema_probs, found.mean_probs)
+        loss = weighted_entropy(self.kept_logits(x, prediction, found.chosen), margin)
+        penalty = self.penalty()
+        if penalty is not None:
+            loss = loss + penalty
+        self.report |= {"loss": loss.detach(), "stepped": self.step(loss)}
+        return prediction

@@ -1,0 +1,366 @@
+"""Augmented views of a batch (CoTTA, PETAL, RMT, RoTTA, ROID).
+
+The recipe is the one that CoTTA took over: a colour jitter in random order, a small rotation,
+shift and zoom, a faint blur, a flip, a little noise. One view is one draw of its parameters, shared
+by the whole batch (only the noise is drawn for each pixel). Drawing and applying are apart, so that
+any view can be made again.
+
+Everything happens on pixels in [0, 1]; what the model takes is a channel-wise normalisation of
+them, and :func:`pixel_space` finds out which.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tta.core.component import Context
+from tta.core.random import CountedDraws
+
+__all__ = [
+    "Augmenter",
+    "View",
+    "blur",
+    "draw_view",
+    "jitter_colours",
+    "make_view",
+    "pixel_space",
+    "warp",
+]
+
+BRIGHTNESS, CONTRAST, SATURATION, HUE, GAMMA = range(5)
+# By operation, in the order above: factors, and for hue a share of the colour circle.
+RANGES = ((0.6, 1.4), (0.7, 1.3), (0.5, 1.5), (-0.06, 0.06), (0.7, 1.3))
+ANGLE = 15.0  # degrees
+SHIFT = 1 / 8  # of height and width
+SCALE = (0.9, 1.1)
+SIGMA = (0.001, 0.5)  # pixels
+MARGIN = 2  # half of the blur's kernel of 5
+NOISE = 0.005
+GREY = (0.2989, 0.587, 0.114)
+
+
+class View(NamedTuple):
+    """The parameters of one view."""
+
+    order: tuple[int, ...]  # of the five colour operations
+    factors: tuple[float, ...]  # by operation, not by order
+    angle: float  # degrees, clockwise
+    shift: tuple[int, int]  # pixels to the right and down
+    scale: float
+    sigma: float  # of the blur, pixels; 0 = none
+    flip: bool
+
+
+def draw_view(height: int, width: int, draws: CountedDraws) -> View:
+    """Draw the parameters of a view of images of this size."""
+    places, u = draws.numbers(5), draws.numbers(11)
+    order = sorted(range(5), key=places.__getitem__)
+    factors = tuple(low + (high - low) * r for (low, high), r in zip(RANGES, u, strict=False))
+    right, down = (
+        round((2 * r - 1) * SHIFT * n) for r, n in zip(u[5:7], (width, height), strict=True)
+    )
+    return View(
+        order=tuple(order),
+        factors=factors,
+        angle=ANGLE * (2 * u[7] - 1),
+        shift=(right, down),
+        scale=SCALE[0] + (SCALE[1] - SCALE[0]) * u[8],
+        sigma=SIGMA[0] + (SIGMA[1] - SIGMA[0]) * u[9],
+        flip=u[10] < 0.5,
+    )
+
+
+def jitter_colours(pixels: Tensor, view: View) -> Tensor:
+    """The five colour operations, in the view's order.
+
+    Args:
+        pixels: (B, C, H, W) in [0, 1]. Saturation and hue need C = 3 and are left out elsewhere.
+        view: Order and factors.
+
+    Returns:
+        (B, C, H, W) in [0, 1].
+    """
+    x = pixels.clone()
+    for operation in view.order:
+        factor = view.factors[operation]
+        if operation == BRIGHTNESS:
+            x = x.mul_(factor).clamp_(0, 1)
+        elif operation == GAMMA:
+            # exp(g log x) is vectorised on a CPU, a power with a fraction in the exponent is not.
+            x = x.clamp_(1e-8, 1).log_().mul_(factor).exp_().clamp_(0, 1)
+        elif operation == CONTRAST:
+            mean = _grey(x).mean(dim=(1, 2, 3), keepdim=True)
+            x = x.mul_(factor).add_((1 - factor) * mean).clamp_(0, 1)
+        elif x.shape[1] == 3:
+            if operation == SATURATION:
+                grey = _grey(x)
+                x = x.mul_(factor).add_(grey, alpha=1 - factor).clamp_(0, 1)
+            else:
+                x = _turn_hue(x, factor)
+    return x
+
+
+def _grey(x: Tensor) -> Tensor:
+    """Luma (B, 1, H, W) of colour images; other images as they are."""
+    if x.shape[1] != 3:
+        return x
+    r, g, b = x.split(1, dim=1)
+    return (GREY[0] * r).add_(g, alpha=GREY[1]).add_(b, alpha=GREY[2])
+
+
+def _turn_hue(x: Tensor, turn: float) -> Tensor:
+    """Rotate the hue of (B, 3, H, W) by a share of the colour circle.
+
+    A channel is ``value - chroma * clamp(min(k, 4 - k), 0, 1)`` with k the distance of the hue, in
+    sixths of the circle, from that channel's own place.
+    """
+    r, g, b = x.unbind(1)
+    value, low = x.amax(1), x.amin(1)
+    chroma = value - low
+    safe = torch.where(chroma == 0, 1.0, chroma)
+    hue = torch.where(
+        value == r,
+        (g - b) / safe,
+        torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe),
+    )
+    hue = hue + 6 * turn
+    places = x.new_tensor([5.0, 3.0, 1.0]).view(1, 3, 1, 1)
+    k = torch.remainder(hue[:, None] + places, 6.0)
+    share = torch.minimum(k, 4 - k).clamp_(0, 1)
+    return value[:, None] - chroma[:, None] * share
+
+
+def warp(pixels: Tensor, view: View, margin: int = MARGIN, padding: str = "edge") -> Tensor:
+    """Rotate, zoom and shift about the centre, bilinear; flip if the view says so.
+
+    Args:
+        pixels: (B, C, H, W).
+        view: Angle, shift, scale and flip.
+        margin: So many pixels more on every side, for a filter that comes next.
+        padding: What lies around the image: its "edge" or its "reflect"-ion.
+
+    Returns:
+        (B, C, H + 2 margin, W + 2 margin).
+    """
+    b, c, h, w = pixels.shape
+    if padding == "reflect":
+        # Nothing farther out than half the image is ever looked at.
+        pixels = F.pad(pixels, (w // 2, w // 2, h // 2, h // 2), mode="reflect")
+    rows, columns = pixels.shape[2:]
+    across = torch.arange(w + 2 * margin, dtype=torch.float64) - (w - 1) / 2 - margin
+    down = torch.arange(h + 2 * margin, dtype=torch.float64) - (h - 1) / 2 - margin
+    if view.flip:
+        across = -across
+    across, down = across - view.shift[0], (down - view.shift[1])[:, None]
+    angle = math.radians(view.angle)
+    cos, sin = math.cos(angle) / view.scale, math.sin(angle) / view.scale
+    grid = torch.stack(
+        [
+            (cos * across + sin * down) * (2 / columns),
+            (cos * down - sin * across) * (2 / rows),
+        ],
+        dim=-1,
+    )
+    # All channels of all images at once, so that the weights of the grid are made only once.
+    flat = pixels.reshape(1, b * c, rows, columns)
+    warped = F.grid_sample(
+        flat, grid[None].to(flat), mode="bilinear", padding_mode="border", align_corners=False
+    )
+    return warped.view(b, c, *warped.shape[2:])
+
+
+def blur(pixels: Tensor, sigma: float) -> Tensor:
+    """Gaussian blur with a kernel of 5, without padding: (B, C, H + 4, W + 4) to (B, C, H, W)."""
+    taps = torch.arange(-MARGIN, MARGIN + 1, dtype=torch.float64)
+    kernel = torch.exp(-0.5 * (taps / sigma).square())
+    kernel = kernel / kernel.sum()
+    # As two products with banded matrices: on a CPU many times faster than a convolution.
+    down, across = (_band(kernel, n - 2 * MARGIN).to(pixels) for n in pixels.shape[2:])
+    return down.t() @ (pixels @ across)
+
+
+def _band(kernel: Tensor, size: int) -> Tensor:
+    """(size + 4, size), whose column j holds the kernel in rows j to j + 4."""
+    band = kernel.new_zeros(size + 2 * MARGIN, size)
+    for i, weight in enumerate(kernel):
+        band.diagonal(-i).fill_(float(weight))
+    return band
+
+
+def make_view(
+    pixels: Tensor, view: View, noise: Tensor | None = None, padding: str = "edge"
+) -> Tensor:
+    """One view of a batch.
+
+    Args:
+        pixels: (B, C, H, W) in [0, 1].
+        view: Its parameters.
+        noise: Standard normal (B, C, H, W), or none.
+        padding: As for :func:`warp`.
+
+    Returns:
+        (B, C, H, W) in [0, 1].
+
+    Example:
+        >>> view = draw_view(32, 32, CountedDraws(0))
+        >>> make_view(torch.rand(2, 3, 32, 32), view).shape
+        torch.Size([2, 3, 32, 32])
+    """
+    x = jitter_colours(pixels.clamp(0, 1), view)
+    if view.sigma > 0:
+        x = blur(warp(x, view, MARGIN, padding), view.sigma)
+    else:
+        x = warp(x, view, 0, padding)
+    if noise is not None:
+        x = x.add_(noise, alpha=NOISE)
+    return x.clamp_(0, 1)
+
+
+def pixel_space(
+    model: nn.Module, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """The normalisation between pixels in [0, 1] and what a model takes.
+
+    Args:
+        model: Asked for ``pretrained_cfg`` or ``default_cfg``, timm's protocol, when no figures
+            are given.
+        mean: Channel means.
+        std: Channel standard deviations.
+
+    Returns:
+        Mean and standard deviation, or None when nobody knows.
+
+    Raises:
+        ValueError: When only one of them is given, or a deviation is not above 0.
+    """
+    if mean is None and std is None:
+        for name in ("pretrained_cfg", "default_cfg"):
+            cfg: Any = getattr(model, name, None)
+            read = cfg.get if isinstance(cfg, Mapping) else lambda key, cfg=cfg: _read(cfg, key)
+            if read("mean") is not None and read("std") is not None:
+                mean, std = read("mean"), read("std")
+                break
+        else:
+            return None
+    if mean is None or std is None:
+        raise ValueError(
+            f"`mean` and `std` must be given together, got mean={mean} and std={std}: pass both."
+        )
+    if any(s <= 0 for s in std):
+        raise ValueError(f"`std` must be above 0 in every channel, got {tuple(std)}.")
+    return tuple(float(m) for m in mean), tuple(float(s) for s in std)
+
+
+def _read(cfg: Any, key: str) -> Any:
+    return getattr(cfg, key, None)
+
+
+def _checked(view: Any, pixels: Tensor) -> Tensor:
+    """Refuse what the caller's ``augment`` returned, unless it can stand for the images."""
+    if not isinstance(view, Tensor) or not view.is_floating_point():
+        got = view.dtype if isinstance(view, Tensor) else type(view).__name__
+        raise TypeError(f"`augment` must return a floating-point tensor, got {got}: correct it.")
+    if view.shape != pixels.shape or not bool(torch.isfinite(view.sum())):
+        got = "values that are not finite" if view.shape == pixels.shape else tuple(view.shape)
+        raise ValueError(
+            f"`augment` must return finite pixels of shape {tuple(pixels.shape)}, as it was given, "
+            f"got {got}: correct it."
+        )
+    return view.to(pixels)
+
+
+class Augmenter:
+    """Makes views of what a model takes.
+
+    Args:
+        model: The classifier.
+        context: Gives mean, std and, for replays, the caller's own ``augment``.
+        padding: As for :func:`warp`.
+        soften: Whether views are blurred and get noise.
+
+    Raises:
+        ValueError: When nobody says how pixels become what the model takes.
+    """
+
+    def __init__(
+        self, model: nn.Module, context: Context, padding: str = "edge", soften: bool = True
+    ) -> None:
+        space = pixel_space(model, context.mean, context.std)
+        if space is None:
+            raise ValueError(
+                "`mean` and `std` must say how pixels in [0, 1] become what the model takes, "
+                f"because this method augments and {type(model).__name__} has no pretrained_cfg: "
+                "pass wrap(..., mean=..., std=...), 0 and 1 for a model that takes raw pixels."
+            )
+        self.padding, self.soften = padding, soften
+        self.mean, self.std = space
+        self.raw = not any(self.mean) and all(s == 1 for s in self.std)
+        self.augment: Callable[[Tensor, int], Tensor] | None = context.augment
+        self.calls = 0  # of the caller's `augment`, since wrap
+
+    def check(self, x: Tensor) -> None:
+        """Refuse what cannot be augmented, before anything has changed.
+
+        Raises:
+            ValueError: When ``x`` is not (B, C, H, W) with as many channels as there are means.
+        """
+        if x.ndim != 4:
+            raise ValueError(
+                f"`images` must be (B, C, H, W) to be augmented, got shape {tuple(x.shape)}: use a "
+                "method that does not augment."
+            )
+        if {len(self.mean), len(self.std)} - {1, x.shape[1]}:
+            raise ValueError(
+                f"`mean` and `std` must have one value, or one for each of {x.shape[1]} channels, "
+                f"got {self.mean} and {self.std}: wrap the model with those it was trained with."
+            )
+
+    @torch.no_grad()
+    def views(self, x: Tensor, count: int, draws: CountedDraws) -> Iterator[Tensor]:
+        """So many views of ``x``, one by one.
+
+        Args:
+            x: (B, C, H, W), what the model takes.
+            count: Number of views.
+            draws: On the device of ``x``.
+
+        Yields:
+            (B, C, H, W), what the model takes.
+        """
+        pixels = self.pixels(x)
+        for _ in range(count):
+            # Autocast would do the blur in half precision.
+            with torch.autocast(x.device.type, enabled=False):
+                view = self._view(pixels, draws)
+            yield self.images(view, x.dtype)
+
+    def pixels(self, x: Tensor) -> Tensor:
+        """What the model takes (B, C, H, W), as float32 pixels in [0, 1]."""
+        mean, std = self._space(x.device)
+        return (x.float() if self.raw else x.float() * std + mean).clamp(0, 1)
+
+    def images(self, pixels: Tensor, dtype: torch.dtype) -> Tensor:
+        """Pixels in [0, 1] (B, C, H, W) as what the model takes; may change them in place."""
+        mean, std = self._space(pixels.device)
+        return (pixels if self.raw else pixels.sub_(mean).div_(std)).to(dtype)
+
+    def _space(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        mean, std = (torch.tensor(v, device=device) for v in (self.mean, self.std))
+        return mean.view(1, -1, 1, 1), std.view(1, -1, 1, 1)
+
+    def _view(self, pixels: Tensor, draws: CountedDraws) -> Tensor:
+        if self.augment is not None:
+            view = self.augment(pixels, self.calls)
+            self.calls += 1
+            return _checked(view, pixels).clone()
+        parameters = draw_view(pixels.shape[2], pixels.shape[3], draws)
+        if not self.soften:
+            return make_view(pixels, parameters._replace(sigma=0.0), None, self.padding)
+        noise = draws.normals(*pixels.shape)
+        return make_view(pixels, parameters, noise, self.padding)

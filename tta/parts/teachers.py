@@ -1,0 +1,246 @@
+"""Teachers, anchors and restoration: other sets of weights for the model that is there.
+
+A teacher or a source anchor is a set of tensors by parameter name, run through the same modules
+with ``torch.func.functional_call``. It covers what is trained; everything else is the same in
+student, teacher and source. All of it is free of autograd and moves by foreach operations.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tta.core.backbone import Backbone
+from tta.core.norm_layers import AdaptiveNorm, at_rest
+from tta.core.prediction import Prediction
+from tta.core.random import CountedDraws
+
+__all__ = [
+    "NamedTensors",
+    "OtherWeights",
+    "ensemble",
+    "low_values",
+    "order_statistics",
+    "quantile",
+    "random_mask",
+    "restore",
+]
+
+foreach: Any = torch  # the foreach operations are not in its type stubs
+
+SAMPLE = 1 << 15  # values that are sorted to bound a quantile
+CHUNK = 256  # images in a joint pass of several views
+
+
+class NamedTensors(nn.Module):
+    """Tensors by parameter name, as buffers, so that devices, copies and state are generic.
+
+    Args:
+        tensors: Cloned.
+        constant: Whether they are fixed at wrap rather than part of the state.
+    """
+
+    def __init__(self, tensors: dict[str, Tensor], constant: bool) -> None:
+        super().__init__()
+        for name, value in tensors.items():
+            # Not register_buffer, which has no dots in names; nothing else minds them.
+            self._buffers[name] = value.detach().clone()
+            if constant:
+                self._non_persistent_buffers_set.add(name)
+
+    def named(self) -> dict[str, Tensor]:
+        """The tensors themselves, in order."""
+        return {name: value for name, value in self._buffers.items() if value is not None}
+
+    def tensors(self) -> list[Tensor]:
+        """As :meth:`named`, without names."""
+        return list(self.named().values())
+
+
+class OtherWeights(NamedTensors):
+    """The model with other values of its trained parameters.
+
+    Args:
+        network: The wrapped model.
+        parameters: The trained parameters by their original names; cloned.
+        constant: A source anchor; else a teacher, which moves.
+        own_statistics: Whether it also has a state of the norm rules of its own.
+    """
+
+    def __init__(
+        self,
+        network: Backbone,
+        parameters: dict[str, nn.Parameter],
+        constant: bool = False,
+        own_statistics: bool = False,
+    ) -> None:
+        state = _norm_state(network.model) if own_statistics else {}
+        tensors = {n: p.detach() for n, p in parameters.items()}
+        super().__init__(tensors | {name: value for name, (_, value) in state.items()}, constant)
+        self.network = network
+        self.followed = list(parameters.values())
+        self.places = network.names(self.followed) + [[now] for now, _ in state.values()]
+
+    @torch.no_grad()
+    def predict(self, x: Tensor) -> Prediction:
+        """Logits and features of ``x`` (B, ...); norm rules use their state and do not move it."""
+        with at_rest(self.network.wrappers):
+            return self.learn_statistics(x)
+
+    @torch.no_grad()
+    def learn_statistics(self, x: Tensor) -> Prediction:
+        """As :meth:`predict`, and norm rules move their state: its own where it has one."""
+        return self.network(x, (self.places, self.tensors()))
+
+    @torch.no_grad()
+    def average(self, views: Iterable[Tensor]) -> Prediction:
+        """Mean logits and mean features over views of one batch, each (B, ...).
+
+        Where batches are normalised, every view is a batch of its own; elsewhere several small
+        ones share a pass, which gives the same.
+        """
+        logits: Tensor | None = None
+        features: Tensor | None = None
+        count, dtype = 0, torch.float32
+        for group in self._grouped(views):
+            size = len(group[0])
+            found = self.predict(torch.cat(group) if len(group) > 1 else group[0])
+            dtype = found.logits.dtype
+            total = found.logits.float().view(len(group), size, -1).sum(0)
+            logits = total if logits is None else logits + total
+            if found.features is not None:
+                some = found.features.float().view(len(group), size, -1).sum(0)
+                features = some if features is None else features + some
+            count += len(group)
+        if logits is None:
+            raise ValueError("`views` must hold at least one batch, got none.")
+        mean = None if features is None else features / count
+        return Prediction((logits / count).to(dtype), mean)
+
+    def _grouped(self, views: Iterable[Tensor]) -> Iterable[list[Tensor]]:
+        group: list[Tensor] = []
+        for view in views:
+            group.append(view)
+            if self.network.wrappers or len(view) * (len(group) + 1) > CHUNK:
+                yield group
+                group = []
+        if group:
+            yield group
+
+    @torch.no_grad()
+    def follow(self, momentum: float) -> None:
+        """Exponential moving average: ``t <- momentum t + (1 - momentum) s`` for every weight."""
+        weights = self.tensors()[: len(self.followed)]
+        foreach._foreach_lerp_(weights, [p.detach() for p in self.followed], 1 - momentum)
+
+
+def _norm_state(model: nn.Module) -> dict[str, tuple[str, Tensor]]:
+    """What norm rules remember: name and value in the wrapped model, by ``<layer>.<buffer>``."""
+    return {
+        f"{layer}.{key}": (f"{layer}.rule.{key}", value)
+        for layer, module in model.named_modules()
+        if isinstance(module, AdaptiveNorm)
+        for key, value in module.rule.state_dict().items()
+    }
+
+
+@torch.no_grad()
+def ensemble(parameters: Iterable[Tensor], source: list[Tensor], share: float) -> None:
+    """Pull parameters towards the source, in place: ``p <- p + share (source - p)``."""
+    foreach._foreach_lerp_([p.detach() for p in parameters], source, share)
+
+
+@torch.no_grad()
+def restore(parameters: list[nn.Parameter], source: list[Tensor], masks: list[Tensor]) -> None:
+    """Put elements back to their source values, in place and bitwise.
+
+    Args:
+        parameters: Any shapes.
+        source: Like ``parameters``.
+        masks: Like ``parameters``, or flat: True or 1 = back to source.
+    """
+    weights = [m.view_as(p).to(p) for m, p in zip(masks, parameters, strict=True)]
+    # A weight of 1 gives exactly the source and one of 0 exactly the parameter.
+    foreach._foreach_lerp_([p.detach() for p in parameters], source, weights)
+
+
+def random_mask(size: int, probability: float, draws: CountedDraws) -> Tensor:
+    """A flat mask whose elements are True independently with ``probability``.
+
+    Drawn as gaps between the elements that are True, which are few.
+
+    Args:
+        size: Number of elements.
+        probability: In (0, 1].
+        draws: On the device the mask is wanted on.
+    """
+    mask = torch.zeros(size, dtype=torch.bool, device=draws.device)
+    expected = size * probability
+    count = math.ceil(expected + 6 * math.sqrt(expected) + 10)
+    stay = math.log1p(-probability) if probability < 1 else -math.inf
+    end = -1
+    while end < size:
+        u = draws.uniforms(count)
+        gaps = torch.log1p(-u).div_(stay).floor_().clamp_max_(size).long()
+        positions = end + (gaps + 1).cumsum(0)
+        end = int(positions[-1])
+        mask[positions[positions < size]] = True
+    return mask
+
+
+def low_values(values: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """The elements strictly below a quantile.
+
+    Args:
+        values: (P,).
+        share: Of the elements, in [0, 1].
+
+    Returns:
+        Mask (P,) and the quantile. When more than ``share`` of the values are equally small, the
+        quantile is that value and nothing lies below it.
+    """
+    threshold = quantile(values, share)
+    return values < threshold, threshold
+
+
+def quantile(values: Tensor, share: float) -> Tensor:
+    """The quantile of (P,) by linear interpolation, as ``torch.quantile``, of any length.
+
+    Example:
+        >>> float(quantile(torch.tensor([3.0, 1.0, 2.0, 0.0]), 0.5))
+        1.5
+    """
+    position = share * (len(values) - 1)
+    rank = math.floor(position)
+    low, high = order_statistics(values, rank)
+    return low + (high - low) * (position - rank)
+
+
+def order_statistics(values: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The elements of (P,) that would be at ``rank`` and ``rank + 1`` (or the last) if sorted.
+
+    Of many values, a sorted sample tells how far up these two can lie, and only what lies below is
+    sorted: little, for the small shares that methods use. Where it tells that many are equal there,
+    they are counted.
+    """
+    count, last = len(values), min(rank + 1, len(values) - 1)
+    if count > 8 * SAMPLE:
+        sample = values[:: count // SAMPLE].sort().values
+        share = rank / count
+        place = len(sample) * share + 8 + 4 * math.sqrt(len(sample) * share * (1 - share))
+        end = math.ceil(place)
+        if end < len(sample):
+            bound = sample[end]
+            if bool(sample[end - 1] == bound):  # maybe many: gradients of 0 of a whole layer
+                below, upto = int((values < bound).sum()), int((values <= bound).sum())
+                if below <= rank and last < upto:
+                    return bound, bound
+            few = values[values <= bound]
+            if last < len(few):
+                values = few
+    ordered = values.sort().values
+    return ordered[rank], ordered[last]

@@ -1,0 +1,5 @@
+"""Serving: what runs adapters, and what no method knows of."""
+
+from tta.runtime.parallel import split_batches
+
+__all__ = ["split_batches"]

@@ -1,0 +1,204 @@
+"""Adapters on disk: ``save(adapter, folder)`` and ``load(model, folder)``.
+
+A folder holds ``config.json`` (the adapter's config and what the model was) and
+``adapter.safetensors`` (state and constants). No pickle, and no source data needed to resume.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from tta.core.adapter import Adapter
+from tta.core.build import build
+from tta.core.checks import folder_or_file
+from tta.core.recipe import AdapterConfig
+from tta.core.state_dict import checksum
+
+__all__ = ["load", "save"]
+
+FORMAT = 1
+# What folders of earlier versions lack; an adapter made from one begins with it anew.
+LATER = {"update/kept_share"}
+CONFIG, TENSORS = "config.json", "adapter.safetensors"
+
+
+def save(adapter: Adapter, folder: str | Path) -> None:
+    """Write an adapter's config, state and constants into ``folder``.
+
+    Both files are written beside their place first and then moved there, one after the other, and
+    each knows which other it belongs to: wherever the process dies, :func:`load` finds the former
+    pair whole or the new one.
+
+    Raises:
+        TypeError: When ``adapter`` is not an Adapter, or ``folder`` no path.
+        RuntimeError: When the adapter was unwrapped.
+        NotADirectoryError: When ``folder`` is a file.
+    """
+    if not isinstance(adapter, Adapter):
+        raise TypeError(
+            f"`adapter` must be a tta.Adapter, got {type(adapter).__name__}: pass what tta.wrap "
+            "returned."
+        )
+    folder = _folder(folder)
+    if "model" not in adapter._modules:
+        raise RuntimeError("this adapter was unwrapped and has no state: wrap the model again.")
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {f"state:{k}": v for k, v in adapter.state().items()}
+    tensors |= {f"constant:{k}": v.detach().clone() for k, v in adapter.constants().items()}
+    tensors |= {f"initial:{k}": v for k, v in adapter.reset_point().items()}
+    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    about: dict[str, Any] = {
+        "format": FORMAT,
+        "config": adapter.config.to_dict(),
+        "model": _signature(adapter.model, adapter),
+    }
+    names = zlib.crc32(json.dumps([about, *tensors]).encode())
+    about["pair"] = f"{names:08x}{checksum(tensors.values()):08x}"
+    parts = [_part(folder / TENSORS), _part(folder / CONFIG)]
+    try:
+        save_file(tensors, str(parts[0]), metadata={"pair": about["pair"]})
+        parts[1].write_text(json.dumps(about, indent=2))
+    except BaseException:
+        for part in parts:
+            part.unlink(missing_ok=True)
+        raise
+    # Between these two, the tensors belong to the config that still is a part: see `_read`.
+    os.replace(parts[0], folder / TENSORS)
+    os.replace(parts[1], folder / CONFIG)
+
+
+def load(model: nn.Module, folder: str | Path, *, source: Any = None) -> Adapter:
+    """Wrap ``model`` as the saved adapter was and go on from its state.
+
+    Args:
+        model: The classifier that was wrapped, unwrapped and with its source weights.
+        folder: What :func:`save` wrote.
+        source: As for :func:`tta.wrap`; only a method that replays source batches from a data
+            loader asks for it (a list of batches is saved with the adapter).
+
+    Raises:
+        TypeError: When ``folder`` is no path.
+        FileNotFoundError: When the folder holds no adapter.
+        ValueError: When a file in it is cut off or something else, or the adapter was made for
+            another model, or by a newer version.
+    """
+    folder = _folder(folder)
+    about, parts = _read(folder)
+    try:
+        config = AdapterConfig.from_dict(about["config"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"`folder` must hold a config of this version, but that in {folder / CONFIG} is not "
+            f"one: {error}"
+        ) from None
+    adapter = build(model, config, source, constants=parts["constant"])
+    try:
+        saved, expected = about["model"], _signature(adapter.model, adapter)
+        if expected != saved:
+            raise ValueError(
+                f"`model` must be the one that was saved ({saved.get('type')}, "
+                f"{saved.get('classes')} classes, {saved.get('parameters')} parameters, "
+                f"source weights {saved.get('weights')}), got {expected['type']}, "
+                f"{expected['classes']} classes, {expected['parameters']} parameters, weights "
+                f"{expected['weights']}: pass the model that {folder} was made for."
+            )
+        missing = set(adapter.state()) - set(parts["state"]) - set(parts["initial"]) - LATER
+        if missing:
+            raise ValueError(
+                f"`folder` must hold a whole state, but {folder} lacks {min(missing)!r}: save the "
+                "adapter again."
+            )
+        adapter.load_state(parts["initial"], as_source=True)
+        adapter.load_state(parts["state"])
+    except BaseException:
+        adapter.unwrap()
+        raise
+    return adapter
+
+
+def _signature(model: nn.Module, adapter: Adapter) -> dict[str, Any]:
+    return {
+        "type": type(model).__name__,
+        "classes": adapter.num_classes,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "weights": adapter.made_by["weights"],
+    }
+
+
+def _folder(folder: Any) -> Path:
+    folder = folder_or_file("folder", folder)
+    if folder.is_file():
+        raise NotADirectoryError(f"`folder` must be a folder, got the file {folder}: pass another.")
+    return folder
+
+
+def _part(path: Path) -> Path:
+    return path.with_name(path.name + ".part")
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+    """What a folder says about its adapter, and the tensors by kind and name."""
+    # A process that died between moving the tensors and moving their config left it as a part.
+    places = [path for path in (_part(folder / CONFIG), folder / CONFIG) if path.is_file()]
+    if not places or not (folder / TENSORS).is_file():
+        missing = folder / (TENSORS if places else CONFIG)
+        raise FileNotFoundError(
+            f"`folder` must hold a saved adapter, but {missing} is missing: pass the folder that "
+            "tta.save wrote."
+        )
+    parts: dict[str, dict[str, Tensor]] = {"state": {}, "constant": {}, "initial": {}}
+    try:
+        with safe_open(str(folder / TENSORS), "pt") as file:
+            pair = (file.metadata() or {}).get("pair")
+            for key in file.keys():  # noqa: SIM118
+                kind, _, name = key.partition(":")
+                parts[kind][name] = file.get_tensor(key)
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(
+            f"`folder` must hold a saved adapter, but {folder / TENSORS} is cut off or something "
+            f"else ({error}): save it again."
+        ) from None
+    failure = ValueError(
+        f"`folder` must hold two files that were saved together, but those in {folder} were not: "
+        "save the adapter again."
+    )
+    for place in places:
+        try:
+            about = _about(place)
+        except ValueError as error:
+            failure = error
+        else:
+            if about.get("pair") == pair:
+                return about, parts
+    raise failure
+
+
+def _about(path: Path) -> dict[str, Any]:
+    """What a config file holds."""
+    try:
+        about = json.loads(path.read_text())
+    except ValueError as error:
+        about, reason = None, str(error)
+    else:
+        reason = "it is no config of an adapter"
+    if isinstance(about, dict) and about.get("format", FORMAT) != FORMAT:
+        raise ValueError(
+            f"`folder` must be of format {FORMAT}, got {about['format']!r} in {path}: save it "
+            "again with this version."
+        )
+    if not isinstance(about, dict) or any(
+        not isinstance(about.get(key), dict) for key in ("config", "model")
+    ):
+        raise ValueError(
+            f"`folder` must hold a saved adapter, but {path} is cut off or something else "
+            f"({reason}): save it again."
+        )
+    return about
