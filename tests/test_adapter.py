@@ -207,7 +207,7 @@ def test_an_interrupt_at_the_end_of_wrap_leaves_the_model_as_it_was(monkeypatch)
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tta.adapter.lasting_copies", interrupt)
+    monkeypatch.setattr("tta.core.adapter.lasting_copies", interrupt)
     with pytest.raises(KeyboardInterrupt):
         tta.wrap(net, "unmix_tns")
     monkeypatch.undo()

@@ -235,7 +235,7 @@ def test_lines_are_appended_whole_and_plain(tmp_path):
 
 
 def test_a_run_never_writes_into_anothers_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr("experiments.record.date", Mock(today=lambda: date(2026, 2, 3)))
+    monkeypatch.setattr("experiments.records.file.date", Mock(today=lambda: date(2026, 2, 3)))
     names = [make_run_folder(tmp_path, "x").name for _ in range(3)]
     assert names == ["2026-02-03-x", "2026-02-03-x-2", "2026-02-03-x-3"]
 

@@ -229,7 +229,7 @@ def test_a_block_does_not_hold_the_images_of_its_batches(monkeypatch) -> None:
         held.extend(p.batch.images.untyped_storage().nbytes() for p in block)
         return []
 
-    monkeypatch.setattr("experiments.evaluate._score", look)
+    monkeypatch.setattr("experiments.run.scoring._score", look)
     source_steps(tiny("bn"), (torch.rand(16, 3, 16, 16), torch.arange(16) % 10))
     assert held == [0, 0, 0, 0]
 

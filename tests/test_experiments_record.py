@@ -23,7 +23,7 @@ from tests.helpers.tiny_models import use_tiny_models
 def tiny_models(monkeypatch):
     """Let the runner load tiny networks."""
     use_tiny_models(monkeypatch)
-    monkeypatch.setattr("experiments.workers._CACHE", Cache())
+    monkeypatch.setattr("experiments.sweep.workers._CACHE", Cache())
 
 
 def test_every_method_model_and_stream_is_there_the_affordable_part_first():

@@ -17,6 +17,7 @@ from experiments.report.collect import by_setting
 from experiments.report.report import describe
 from experiments.report.statistics import difference, estimate
 from experiments.report.tables import Table, csv_rows, overview, setting_table
+from experiments.run.run import Cache
 from experiments.run.settings import make_sweep
 from experiments.sweep.sweep import Sweep
 from tests.helpers.tiny_models import use_tiny_models
@@ -28,7 +29,7 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         use_tiny_models(patch)
-        patch.setattr("experiments.workers._CACHE", __import__("experiments.run").run.Cache())
+        patch.setattr("experiments.sweep.workers._CACHE", Cache())
         flags = {"methods": ("tent", "source", "eata+lame"), "domains": ["fog", "snow"]}
         flags |= {"images": 20, "batch_size": 10, "seeds": (0, 1), "severities": (3, 5)}
         Sweep(make_sweep({}, {**flags, "device": "cpu"}), folder, quiet=True).execute()

@@ -29,7 +29,7 @@ TIMES = {"seconds", "images_per_second", "peak_memory", "started", "at", "finish
 def tiny_models(monkeypatch):
     """Let the runner load tiny networks; how often it writes does not depend on its speed."""
     use_tiny_models(monkeypatch)
-    monkeypatch.setattr("experiments.evaluate.BLOCK_SECONDS", math.inf)
+    monkeypatch.setattr("experiments.run.scoring.BLOCK_SECONDS", math.inf)
 
 
 def configuration(*methods, scenario="reset_each_shift", **options):
@@ -170,7 +170,7 @@ def test_killed_at_many_points_with_any_method(tmp_path, monkeypatch, method):
     loader = [(images.tensor().float() / 255, torch.from_numpy(images.labels))] * 2
     artefacts = tta.collect_source(net, loader, for_methods=["eata", "adanpc", "petal", "rmt"])
     info = dataclasses.replace(info, source=dataclasses.replace(artefacts, batches=loader))
-    monkeypatch.setattr("experiments.subject.models.load", lambda name: (net, info))
+    monkeypatch.setattr("experiments.run.subject.models.load", lambda name: (net, info))
     scenario = random.Random(method).choice(["reset_each_shift", "mixed", "dirichlet_slots"])
     config = configuration(method, scenario=scenario)
     check_points(config, tmp_path, 8)
@@ -317,7 +317,7 @@ def test_torchs_generator_goes_on(tmp_path, monkeypatch):
         net.register_forward_pre_hook(lambda m, a: (a[0] + 0.1 * torch.rand_like(a[0]),))
         return net, info
 
-    monkeypatch.setattr("experiments.subject.models.load", noisy)
+    monkeypatch.setattr("experiments.run.subject.models.load", noisy)
     config = configuration("tent")
     torch.manual_seed(0)
     whole = figures(execute(config, tmp_path / "whole"))

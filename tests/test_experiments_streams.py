@@ -29,7 +29,7 @@ from tta.streams.walk import best_path
 def tiny_models(monkeypatch):
     """Let the runner load tiny networks."""
     use_tiny_models(monkeypatch)
-    monkeypatch.setattr("experiments.workers._CACHE", Cache())
+    monkeypatch.setattr("experiments.sweep.workers._CACHE", Cache())
 
 
 # Tuning

@@ -169,7 +169,7 @@ def test_what_fails_is_tried_again_and_reported(tmp_path, monkeypatch, capsys):
 
 def test_a_run_that_breaks_is_a_failure_with_its_traceback(tmp_path, monkeypatch):
     use_tiny_models(monkeypatch)
-    monkeypatch.setattr("experiments.run.Run.execute", lambda self: 1 / 0)
+    monkeypatch.setattr("experiments.run.run.Run.execute", lambda self: 1 / 0)
     (cell,) = Sweep(small(("bn",), (0,)), tmp_path).cells
     outcome = workers.run_cell(cell)
     assert outcome.status == "failed" and "ZeroDivisionError" in outcome.text

@@ -1,10 +1,10 @@
 """What the deviations of `corruptions` from the published code do, to pixels and to classifiers.
 
-``python -m experiments.studies.corruption_errors`` prints two tables. The first compares with
-the outputs of the published code that are kept in ``tests/golden/corruptions``, with the same
-draws: the largest difference in grey levels, the worst share of differing values in an image, and
-the error of the bundled classifiers under either. Few images are kept, so errors are coarse; how
-many predictions differ is the sharper figure. The second is about frost, whose photographs cannot be
+``python -m experiments.studies.corruption_errors`` prints two tables. The first compares with the
+outputs of the published code that are kept in ``tests/golden/corruptions``, with the same draws:
+the largest difference in grey levels, the worst share of differing values in an image, and the
+error of the bundled classifiers under either. Few images are kept, so errors are coarse; how many
+predictions differ is the sharper figure. The second is about frost, whose photographs cannot be
 shipped: the classifiers' error under the synthetic texture, under the same texture with its pixels
 shuffled, and under its mean colour alone. If these are close, the ice's geometry, which is what the
 texture lacks, cannot matter much.

@@ -37,7 +37,7 @@ def use_tiny_models(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the runner load tiny networks."""
     real = models.load
     monkeypatch.setattr(
-        "experiments.subject.models.load",
+        "experiments.run.subject.models.load",
         lambda name: fake_load(name) if name in models.list_models() else real(name),
     )
     monkeypatch.setenv("COLUMNS", "140")
