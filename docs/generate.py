@@ -1,9 +1,10 @@
 """Write the pages that follow from the code: ``python docs/generate.py [--pictures]``.
 
 * ``docs/methods/``: a page for each component, made of its module's docstring, its note in
-  ``docs/notes/methods/`` (formulas, when to use it), its figures in the record, its fields and presets.
-* ``docs/catalogue.md``: a section for each scenario, made of ``docs/notes/streams/``, its options and
-  its picture. ``--pictures`` draws the pictures again, which needs matplotlib.
+  ``docs/notes/methods/`` (formulas, when to use it), its figures in the record, its fields and
+  presets.
+* ``docs/catalogue.md``: a section for each scenario, made of its note in ``docs/notes/streams/``,
+  its options and its picture. ``--pictures`` draws the pictures again, which needs matplotlib.
 * ``docs/decisions/index.md``: the list of decisions.
 * The parts of ``docs/which_method.md`` and ``docs/troubleshooting.md`` between their markers.
 
@@ -26,6 +27,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+import tta  # noqa: E402
 from tta.core.registry import component  # noqa: E402
 from tta.streams.building_blocks import (  # noqa: E402
     ARRANGEMENTS,
@@ -33,8 +35,6 @@ from tta.streams.building_blocks import (  # noqa: E402
     SELECTIONS,
     options_of,
 )
-
-import tta  # noqa: E402
 
 __all__ = ["METHOD_NOTES", "PICTURES", "STREAM_NOTES", "messages", "pages"]
 
@@ -50,7 +50,16 @@ MODELS = {
     "cifar10_resnet20_gn": "ResNet-20, GroupNorm",
     "cifar10_convvit_ln": "ConvViT, LayerNorm",
 }
-STREAMS = "continual dirichlet gradual imbalance mixed recurring single walk".split()
+STREAMS = (
+    "continual",
+    "dirichlet",
+    "gradual",
+    "imbalance",
+    "mixed",
+    "recurring",
+    "single",
+    "walk",
+)
 SLOTS = {"norm": "norm rule", "update": "update", "output": "output rule", "": "no slot"}
 
 
@@ -197,18 +206,22 @@ def _figures(name: str, record: Record) -> str:
         cells = []
         for stream, error in zip(STREAMS, errors, strict=True):
             gain = None if error is None else error - record[model, stream, "source"]
-            far = "" if name == "source" or gain is None else f" ({gain:+.1f})"
+            far = "" if name == "source" or gain is None else f"<br>({_signed(gain)})"
             cells.append("" if error is None else f"{error:.1f}{far}")
         rows.append((words, *cells))
     if not rows:
         return ""
     about = (
         "Mean error over the domains in %, and in brackets the difference to the model without "
-        "adaptation, in points: below 0 it helps. CIFAR-10 with corruptions of severity 5 (`gradual` "
-        "and `walk` have their own), published fields, nothing tuned; see the "
+        "adaptation, in points: below 0 it helps. CIFAR-10 with corruptions of severity 5 "
+        "(`gradual` and `walk` have their own), published fields, nothing tuned; see the "
         "[record](../record.md) for the streams, seeds and intervals."
     )
     return f"{about}\n\n{_table(('network', *STREAMS), rows, 'l' + 'r' * len(STREAMS))}"
+
+
+def _signed(points: float) -> str:
+    return f"{round(points, 1) + 0.0:+.1f}"  # adding 0 turns -0.0 into 0.0
 
 
 def _best(record: Record) -> str:
@@ -223,8 +236,8 @@ def _best(record: Record) -> str:
                 if (m, s) == (model, stream) and method != "source"
             }
             order = sorted(gains, key=lambda method: gains[method])
-            best = [f"`{m}` {gains[m]:+.1f}" for m in order[:3] if gains[m] < -0.5]
-            worst = [f"`{m}` {gains[m]:+.1f}" for m in order[:-3:-1] if gains[m] > 1]
+            best = [f"`{m}` {_signed(gains[m])}" for m in order[:3] if gains[m] < -0.5]
+            worst = [f"`{m}` {_signed(gains[m])}" for m in order[:-3:-1] if gains[m] > 1]
             hurt = sum(gain > 1 for gain in gains.values())
             rows.append(
                 (
@@ -320,7 +333,9 @@ def _decisions() -> str:
 # Where a sentence belongs, by the file that raises it; the first that fits.
 PLACES = {
     "Model": r"tta/core/(backbone|build|classifier|norm_layers|update)\.py",
-    "Source data": r"tta/(collect|core/source\w*|parts/(class_moments|posterior|replay)|methods/\w+)\.py",
+    "Source data": (
+        r"tta/(collect|core/source\w*|parts/(class_moments|posterior|replay)|methods/\w+)\.py"
+    ),
     "Pixels, augmentation and views": r"tta/parts/(augment|teachers)\.py",
     "State, saving and unwrapping": r"tta/(saving|core/(adapter|state_dict|prediction))\.py",
     "Several processes": r"tta/(runtime/.*|core/batch_split)\.py",
@@ -334,8 +349,8 @@ PLACES = {
 def messages() -> list[tuple[str, str, str]]:
     """(file, kind, sentence) of every error and warning that users can meet.
 
-    What is filled in at run time is shown as "...". Sentences without fixed words are left out: they
-    pass on what another one says.
+    What is filled in at run time is shown as "...". Sentences without fixed words are left out:
+    they pass on what another one says.
     """
     found = []
     for package in ("tta", "corruptions", "models"):

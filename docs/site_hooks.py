@@ -8,7 +8,7 @@ from typing import Any
 
 # Their tables need the width that the two side bars take.
 WIDE = ("record.md", "networks.md")
-# The theme would load these for diagrams and for browsers of before 2020, and the site needs neither.
+# The theme would load these for diagrams and for browsers of before 2020; the site needs neither.
 FOREIGN = re.compile(r"https://unpkg\.com/[\w.@/-]+")
 
 
