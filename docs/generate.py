@@ -130,17 +130,15 @@ def _method(name: str, record: Record) -> str:
 def _split_docstring(module: Any) -> tuple[str, str, str, str]:
     """Title, reference, idea (up to the formulas), and what follows, of a method's module.
 
-    Indented lines are left out: they are the formulas, which the note sets as formulas.
+    The first block of indented lines is left out: the formulas, which the note sets as formulas.
     """
     blocks = re.split(r"\n\s*\n", inspect.getdoc(module) or "")
     text = [re.sub(r":\w+:`([^`]+)`", r"`\1`", block.strip("\n")) for block in blocks]
-    formulas = [i for i, block in enumerate(text) if block.startswith("    ")]
-    first = formulas[0] if formulas else len(text)
+    first = next((i for i, block in enumerate(text) if block.startswith("    ")), len(text))
     cited = len(text) > 1 and "arXiv" in text[1]
     reference = _linked(text[1]) if cited else ""
     idea = text[1 + cited : first]
-    rest = [block for i, block in enumerate(text) if i > first and i not in formulas]
-    return text[0], reference, "\n\n".join(idea), "\n\n".join(rest)
+    return text[0], reference, "\n\n".join(idea), "\n\n".join(text[first + 1 :])
 
 
 def _linked(text: str) -> str:
@@ -356,13 +354,12 @@ def messages() -> list[tuple[str, str, str]]:
     for package in ("tta", "corruptions", "models"):
         for path in sorted((ROOT / package).rglob("*.py")):
             for node in ast.walk(ast.parse(path.read_text())):
-                call = node.exc if isinstance(node, ast.Raise) else node
-                if not isinstance(call, ast.Call) or not call.args:
+                if not isinstance(node, ast.Call) or not node.args:
                     continue
-                kind = ast.unparse(call.func).rpartition(".")[2]
-                if not (kind.endswith("Error") if isinstance(node, ast.Raise) else kind == "warn"):
+                kind = ast.unparse(node.func).rpartition(".")[2]
+                if not re.fullmatch(r"[A-Z]\w*Error|warn", kind):
                     continue
-                text = re.sub(r"(\.\.\.)+", "...", _fixed(call.args[0]))
+                text = re.sub(r"(\.\.\.)+", "...", _fixed(node.args[0]))
                 if len(re.findall(r"\w+", text)) > 4:
                     found.append((path.relative_to(ROOT).as_posix(), kind, text))
     return list(dict.fromkeys(found))

@@ -77,6 +77,7 @@ def test_every_scenario_has_a_note_a_paper_and_a_picture(generate: Any) -> None:
         assert "https://arxiv.org/abs/" in notes[name], name
 
 
+@pytest.mark.slow
 def test_pictures_of_streams_can_be_drawn_again(
     generate: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,7 +138,10 @@ def test_the_first_blocks_need_the_wheel_alone() -> None:
         assert python_blocks(page)[0].needs == "tta"
 
 
-@pytest.mark.parametrize("needs", NEEDS)
+@pytest.mark.parametrize(
+    "needs",
+    [need if need == "tta" else pytest.param(need, marks=pytest.mark.slow) for need in NEEDS],
+)
 def test_python_blocks_run(needs: str, tmp_path: Path) -> None:
     done = run_blocks(needs, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -237,6 +241,7 @@ def test_links_to_papers_are_no_other_hosts() -> None:
     assert not foreign("a.html", '<a href="https://arxiv.org/abs/2006.10726">TENT</a>')
 
 
+@pytest.mark.slow
 def test_no_page_loads_from_another_host(site: Path) -> None:
     files = [p for p in site.rglob("*") if p.suffix in (".html", ".css", ".js")]
     assert len(files) > 50
@@ -246,6 +251,7 @@ def test_no_page_loads_from_another_host(site: Path) -> None:
     assert "repo_url" not in (ROOT / "mkdocs.yml").read_text()
 
 
+@pytest.mark.slow
 def test_what_pages_load_is_there(site: Path) -> None:
     for path in site.rglob("*.html"):
         if path.name == "404.html":  # its addresses begin at the host
@@ -261,29 +267,68 @@ def test_what_pages_load_is_there(site: Path) -> None:
             assert (path.parent / url).exists(), url
 
 
-def test_formulas_are_set_without_a_network(site: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def browser() -> str:
+    """The command of a browser."""
     names = ("chromium", "chromium-browser", "google-chrome", "chrome")
     browser = next((found for name in names if (found := shutil.which(name))), None)
     if browser is None:
         pytest.skip(f"no browser is installed: looked for {', '.join(names)}")
-    for page in ("methods/eata.html", "methods/roid.html", "glossary.html"):
-        done = subprocess.run(
-            [
-                browser,
-                "--headless=new",
-                "--no-sandbox",
-                "--disable-gpu",
-                f"--user-data-dir={tmp_path}",
-                "--host-resolver-rules=MAP * ~NOTFOUND",
-                "--virtual-time-budget=5000",
-                "--dump-dom",
-                (site / page).as_uri(),
-            ],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        formulas = done.stdout.count('class="arithmatex"')
-        assert formulas and done.stdout.count('class="katex"') == formulas, page
-        assert "katex-error" not in done.stdout, page
+    return browser
+
+
+def _shown(browser: str, page: Path, folder: Path) -> str:
+    """The document that a browser makes of a page, 1280 pixels wide and without a network."""
+    done = subprocess.run(
+        [
+            browser,
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--window-size=1280,900",
+            f"--user-data-dir={folder}",
+            "--host-resolver-rules=MAP * ~NOTFOUND",
+            "--virtual-time-budget=6000",
+            "--dump-dom",
+            page.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", ["methods/eata.html", "methods/roid.html", "glossary.html"])
+def test_formulas_are_set_without_a_network(
+    site: Path, browser: str, tmp_path: Path, page: str
+) -> None:
+    shown = _shown(browser, site / page, tmp_path)
+    formulas = shown.count('class="arithmatex"')
+    assert formulas and shown.count('class="katex"') == formulas
+    assert "katex-error" not in shown
+
+
+MEASURE = """<script>
+addEventListener("load", () => setTimeout(() => {
+  const boxes = [...document.querySelectorAll(".md-typeset__scrollwrap, .katex-display")];
+  const wide = boxes.filter((box) => box.scrollWidth > box.clientWidth + 1);
+  document.documentElement.dataset.boxes = boxes.length;
+  document.documentElement.dataset.wide = wide.length;
+}, 1500));
+</script></body>"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "page", ["record.html", "networks.html", "which_method.html", "methods/adanpc.html"]
+)
+def test_nothing_is_cut_off(site: Path, browser: str, tmp_path: Path, page: str) -> None:
+    file = site / page
+    measured = file.with_stem(f"{file.stem}-measured")
+    measured.write_text(file.read_text().replace("</body>", MEASURE))
+    shown = _shown(browser, measured, tmp_path)
+    assert int(re.findall(r'data-boxes="(\d+)"', shown)[0]) > 0
+    assert re.findall(r'data-wide="(\d+)"', shown) == ["0"]
