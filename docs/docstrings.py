@@ -1,4 +1,4 @@
-"""What mkdocstrings asks of docstrings: doctests as code blocks, and no Sphinx roles."""
+"""What mkdocstrings asks of docstrings: doctests as code, no Sphinx roles, no `<name>` as a tag."""
 
 from __future__ import annotations
 
@@ -20,16 +20,20 @@ class Docstrings(griffe.Extension):
 
 
 def rewrite(text: str) -> str:
-    """Put fences around doctests, and plain code marks in place of roles."""
+    """Put doctests outside of a section into one, and escape what Markdown would swallow."""
     text = re.sub(r":\w+:`~?([^`]+)`", r"`\1`", text)
-    lines, fence = [], ""
-    for line in [*text.split("\n"), ""]:
-        indent = line[: len(line) - len(line.lstrip())]
-        if line.lstrip().startswith(">>>") and not fence:
-            fence = f"{indent}```"
-            lines += ["", f"{fence}pycon"]
-        elif fence and not line.strip():
-            lines.append(fence)
-            fence = ""
-        lines.append(line)
-    return "\n".join(lines).rstrip()
+    text = re.sub(r"^Example:$", "Examples:", text, flags=re.M)
+    lines = text.split("\n")
+    first = next((i for i, line in enumerate(lines) if line.startswith(">>>")), len(lines))
+    # What follows a doctest at the margin belongs to the examples as well.
+    shown = [f"    {line}".rstrip() for line in lines[first:]]
+    lines = [*lines[:first], *(["Examples:", *shown] if shown else [])]
+    return "\n".join(map(_escaped, lines))
+
+
+def _escaped(line: str) -> str:
+    if line.lstrip().startswith((">>>", "...")):
+        return line
+    parts = re.split(r"(`+[^`]*`+)", line)
+    parts[::2] = [re.sub(r"<(?=\w)", "&lt;", part) for part in parts[::2]]
+    return "".join(parts)

@@ -64,16 +64,19 @@ def program(needs: str) -> str:
     Args:
         needs: A key of ``NEEDS``.
     """
-    lines = []
+    pages = []
     for page in PAGES:
-        wanted = [b for b in python_blocks(page) if b.needs in ("tta", needs)]
+        wanted = [block for block in python_blocks(page) if block.needs in ("tta", needs)]
         if any(block.needs == needs for block in wanted):
             name = page.relative_to(ROOT).as_posix()
-            lines.append("names = {'__name__': 'page'}")
-            for block in wanted:
-                code = "\n" * (block.line - 1) + block.code
-                lines.append(f"exec(compile({code!r}, {name!r}, 'exec', dont_inherit=True), names)")
-    return "\n".join(lines)
+            # Lines count as in the page, so that a traceback says where the mistake is.
+            pages.append((name, ["\n" * (b.line - 1) + b.code for b in wanted]))
+    return f"""
+for page, blocks in {pages!r}:
+    names = {{"__name__": "page"}}
+    for block in blocks:
+        exec(compile(block, page, "exec", dont_inherit=True), names)
+"""
 
 
 def run_blocks(needs: str, folder: Path) -> subprocess.CompletedProcess[str]:
