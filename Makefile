@@ -7,7 +7,7 @@ PY := $(VENV)/bin/python
 PYTEST := $(PY) -m pytest -q -n 2  # two processes, each with one torch thread
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint types clean
+.PHONY: help demo test test-all lint types docs clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -41,5 +41,13 @@ lint: $(VENV)/.dev  ## ruff
 types: $(VENV)/.dev  ## pyright on tta and corruptions
 	$(PY) -m pyright
 
+$(VENV)/.docs: $(VENV)/.ready
+	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[docs]'
+	@touch $@
+
+docs: $(VENV)/.docs  ## the documentation site, in site/
+	$(PY) docs/generate.py
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+
 clean:  ## remove the virtual environment and caches
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache
