@@ -7,7 +7,7 @@ PY := $(VENV)/bin/python
 PYTEST := $(PY) -m pytest -q -n 2  # two processes, each with one torch thread
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint types clean
+.PHONY: help demo test test-all lint types wheel release clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -40,6 +40,13 @@ lint: $(VENV)/.dev  ## ruff
 
 types: $(VENV)/.dev  ## pyright on tta and corruptions
 	$(PY) -m pyright
+
+wheel: $(VENV)/.dev  ## sdist and wheel, in dist/
+	rm -rf dist
+	$(PY) -m build --outdir dist
+
+release: $(VENV)/.dev  ## check and build what is uploaded: make release URL=https://...
+	$(PY) -m tools.release --url '$(URL)'
 
 clean:  ## remove the virtual environment and caches
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
