@@ -41,9 +41,9 @@ def _learns(case) -> bool:
     return any(component(n).slot == "update" for n in case[1].values())
 
 
-def _learns_from_all(case) -> bool:
+def _learns_from_whole_batch(case) -> bool:
     updates = [cls for n in case[1].values() if issubclass(cls := component(n), Update)]
-    return all(cls.learns_from_all for cls in updates)
+    return all(cls.learns_from_whole_batch for cls in updates)
 
 
 def test_logits_have_the_models_shape_and_learning_moves_what_was_chosen(case) -> None:
@@ -66,7 +66,9 @@ def test_logits_have_the_models_shape_and_learning_moves_what_was_chosen(case) -
         assert any(k.startswith("param/") for k in moved)
         assert adapter.report.stepped
         assert (
-            adapter.report.selected == BATCH if _learns_from_all(case) else adapter.report.selected
+            adapter.report.selected == BATCH
+            if _learns_from_whole_batch(case)
+            else adapter.report.selected
         )
     assert all(
         torch.equal(p, others[n]) for n, p in adapter.model.named_parameters() if n in others
