@@ -4,46 +4,286 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+import tta
+from tests.helpers.documents import NEEDS, ROOT, python_blocks, run_blocks
+
+DOCS = ROOT / "docs"
+NOTES = DOCS / "notes"  # parts of generated pages, whose links are those of the pages
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *(path for path in sorted(DOCS.rglob("*.md")) if NOTES not in path.parents),
+]
+SITE_NEEDS = ("mkdocs", "material", "mkdocstrings", "mkdocstrings_handlers.python")
 
 
-def _generate():
-    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+@pytest.fixture(scope="module")
+def generate() -> Any:
+    """The module `docs/generate.py`."""
+    spec = importlib.util.spec_from_file_location("generate", DOCS / "generate.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def test_the_methods_pages_are_current() -> None:
-    pages = _generate().pages()
-    assert set((ROOT / "docs" / "methods").glob("*.md")) == set(pages)
+# Generated pages
+
+
+def test_generated_pages_are_current(generate: Any) -> None:
+    pages = generate.pages()
+    written = {path for path in pages if path.parent == DOCS / "methods"}
+    assert set((DOCS / "methods").glob("*.md")) == written
     for path, text in pages.items():
-        assert path.read_text() == text, path.name
+        assert path.read_text() == text, f"{path.name}: run python docs/generate.py"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_every_component_has_a_note_of_its_own(generate: Any) -> None:
+    notes = {path.stem: path.read_text() for path in generate.METHOD_NOTES.glob("*.md")}
+    assert set(notes) == set(tta.list_methods())
+    for name, text in notes.items():
+        assert "$$" in text, f"{name} has no formula"
+        assert "## When to use it" in text and "## When not" in text, name
+        page = (DOCS / "methods" / f"{name}.md").read_text()
+        assert name == "source" or "https://arxiv.org/abs/" in page, f"{name} has no paper"
+
+
+def test_pages_of_components_from_one_file_differ() -> None:
+    """Each page says what is its own: no paragraph of prose is on two of them."""
+    seen: dict[str, str] = {}
+    for path in sorted((DOCS / "methods").glob("*.md")):
+        for paragraph in path.read_text().split("\n\n"):
+            prose = not paragraph.startswith(("|", "#", "<!--", "*", "$$"))
+            if prose and len(paragraph) > 120 and "Mean error over" not in paragraph:
+                assert paragraph not in seen, f"{path.name} and {seen[paragraph]}"
+                seen[paragraph] = path.name
+
+
+def test_every_scenario_has_a_note_a_paper_and_a_picture(generate: Any) -> None:
+    scenarios = set(tta.streams.list_scenarios())
+    notes = {p.stem: p.read_text() for p in generate.STREAM_NOTES.glob("*.md")}
+    assert set(notes) == scenarios | {"index"}
+    assert {path.stem for path in generate.PICTURES.glob("*.png")} == scenarios
+    for name in scenarios:
+        assert "https://arxiv.org/abs/" in notes[name], name
+
+
+def test_pictures_of_streams_can_be_drawn_again(
+    generate: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(generate, "PICTURES", tmp_path / "streams")
+    generate.draw_streams()
+    drawn = {path.stem for path in (tmp_path / "streams").glob("*.png")}
+    assert drawn == set(tta.streams.list_scenarios())
+
+
+def test_troubleshooting_has_every_sentence(generate: Any) -> None:
+    text = (DOCS / "troubleshooting.md").read_text()
+    found = generate.messages()
+    assert len(found) > 200
+    for path, _, sentence in found:
+        assert sentence.replace("`...`", "*argument*") in text, f"{path}: {sentence}"
+
+
+# Links and commands
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
-    text = page.read_text()
-    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
         if "://" not in target:
             assert (page.parent / target).exists(), target
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md"])
-def test_the_first_example_runs(page: str) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.S)
-    exec(compile(blocks[0], page, "exec"), {})
-
-
-def test_the_two_commands_are_in_the_readme() -> None:
+def test_the_commands_are_in_the_readme() -> None:
     text = (ROOT / "README.md").read_text()
     makefile = (ROOT / "Makefile").read_text()
-    for target in ("demo", "test", "test-all"):
+    for target in ("demo", "test", "test-all", "docs"):
         assert f"make {target}" in text
         assert re.search(rf"^{target}:", makefile, flags=re.M)
+
+
+def test_no_page_names_a_module_that_has_moved() -> None:
+    """Pages import from where things are now; `tta._moved` knows where they were."""
+    from tta._moved import MOVED
+
+    for page in PAGES:
+        for old in MOVED:
+            pattern = rf"(?<![\w.]){re.escape(old)}(?![\w/])"
+            assert not re.search(pattern, page.read_text()), f"{page.name} names {old}"
+
+
+# Python blocks
+
+
+def test_every_python_block_says_what_it_needs() -> None:
+    for page in PAGES:
+        for block in python_blocks(page):
+            assert block.needs in NEEDS, f"{page.name}, line {block.line}"
+
+
+def test_the_first_blocks_need_the_wheel_alone() -> None:
+    for page in (ROOT / "README.md", DOCS / "index.md", DOCS / "start.md"):
+        assert python_blocks(page)[0].needs == "tta"
+
+
+@pytest.mark.parametrize("needs", NEEDS)
+def test_python_blocks_run(needs: str, tmp_path: Path) -> None:
+    done = run_blocks(needs, tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+# The site
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built site."""
+    missing = [name for name in SITE_NEEDS if not _installed(name)]
+    if missing:
+        pytest.skip(f"{missing[0]} is not installed: pip install '.[docs]'")
+    folder = tmp_path_factory.mktemp("docs") / "site"
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def _installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+class _Loaded(HTMLParser):
+    """Collects what a page loads, and whatever is not a link to be clicked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.urls: list[str] = []
+        self.inline = ""
+        self._inside = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._inside = tag
+        for name, value in attrs:
+            clicked = tag in ("a", "area") and name == "href"
+            told = tag == "meta" or (tag == "svg" and name.startswith("xmlns"))
+            if name == "style":
+                self.inline += value or ""
+            elif not clicked and not told and name in ("src", "href", "srcset", "data", "poster"):
+                self.urls.append(value or "")
+
+    def handle_data(self, data: str) -> None:
+        if self._inside in ("script", "style"):
+            self.inline += data
+
+
+# What style sheets and scripts can load from another host.
+FOREIGN_STYLE = re.compile(r"""(?:url\(|@import)\s*["']?\s*(?:https?:)?//""")
+FOREIGN_SCRIPT = re.compile(r"""(["'`])(?:https?:)?//[\w.-]+\.\w+/[^"'`]*\1""")
+# Names of XML vocabularies; and where the theme asks for stars and releases of a `repo_url`, which
+# is not set.
+NOT_LOADED = ("http://www.w3.org/", "https://api.github.com/", "https://${")
+
+
+def foreign(page: str, text: str) -> list[str]:
+    """What a file of the site would load from another host."""
+    if page.endswith(".html"):
+        parser = _Loaded()
+        parser.feed(text)
+        found = [url for url in parser.urls if re.match(r"\s*(https?:)?//", url)]
+        return found + FOREIGN_STYLE.findall(parser.inline)
+    if page.endswith(".css"):
+        return FOREIGN_STYLE.findall(text)
+    found = [match[0] for match in FOREIGN_SCRIPT.finditer(text)]
+    return [url for url in found if not url[1:].startswith(NOT_LOADED)]
+
+
+@pytest.mark.parametrize(
+    ("page", "text"),
+    [
+        ("a.html", '<script src="https://cdn.example.org/a.js"></script>'),
+        ("a.html", '<link rel="stylesheet" href="//fonts.example.org/css">'),
+        ("a.html", '<img src="http://example.org/a.png">'),
+        ("a.html", '<p style="background: url(https://example.org/a.png)">'),
+        ("a.html", "<style>@import 'https://example.org/a.css';</style>"),
+        ("a.css", "src: url(https://example.org/font.woff2)"),
+        ("a.css", '@import "//example.org/a.css";'),
+        ("a.js", 'load("https://unpkg.com/mermaid@11/dist/mermaid.min.js")'),
+    ],
+)
+def test_the_search_for_other_hosts_finds_them(page: str, text: str) -> None:
+    assert foreign(page, text)
+
+
+def test_links_to_papers_are_no_other_hosts() -> None:
+    assert not foreign("a.html", '<a href="https://arxiv.org/abs/2006.10726">TENT</a>')
+
+
+def test_no_page_loads_from_another_host(site: Path) -> None:
+    files = [p for p in site.rglob("*") if p.suffix in (".html", ".css", ".js")]
+    assert len(files) > 50
+    for path in files:
+        if "lunr" not in path.parts:  # word lists of other languages, which are not loaded
+            assert not foreign(path.name, path.read_text()), path.relative_to(site)
+    assert "repo_url" not in (ROOT / "mkdocs.yml").read_text()
+
+
+def test_what_pages_load_is_there(site: Path) -> None:
+    for path in site.rglob("*.html"):
+        if path.name == "404.html":  # its addresses begin at the host
+            continue
+        parser = _Loaded()
+        parser.feed(path.read_text())
+        for url in parser.urls:
+            target = re.split("[?#]", url)[0]
+            if target and not target.startswith("data:"):
+                assert (path.parent / target).exists(), f"{path.relative_to(site)}: {url}"
+    for path in (site / "assets" / "katex").glob("*.css"):
+        for url in re.findall(r"url\(([^)]+)\)", path.read_text()):
+            assert (path.parent / url).exists(), url
+
+
+def test_formulas_are_set_without_a_network(site: Path, tmp_path: Path) -> None:
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
+    browser = next((found for name in names if (found := shutil.which(name))), None)
+    if browser is None:
+        pytest.skip(f"no browser is installed: looked for {', '.join(names)}")
+    for page in ("methods/eata.html", "methods/roid.html", "glossary.html"):
+        done = subprocess.run(
+            [
+                browser,
+                "--headless=new",
+                "--no-sandbox",
+                "--disable-gpu",
+                f"--user-data-dir={tmp_path}",
+                "--host-resolver-rules=MAP * ~NOTFOUND",
+                "--virtual-time-budget=5000",
+                "--dump-dom",
+                (site / page).as_uri(),
+            ],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        formulas = done.stdout.count('class="arithmatex"')
+        assert formulas and done.stdout.count('class="katex"') == formulas, page
+        assert "katex-error" not in done.stdout, page
