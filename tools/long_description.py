@@ -30,11 +30,6 @@ def long_description(readme: str, repository: str, version: str) -> str:
     Returns:
         Markdown without relative links: they lead to `repository`, or are plain text where that
         is empty; pictures are left out then. Code is as it was, comments are gone.
-
-    >>> long_description("See [the docs](docs/index.md).", "", "1.0")
-    'See the docs.'
-    >>> long_description("See [the docs](docs/index.md).", "https://a.org/b", "1.0")
-    'See [the docs](https://a.org/b/blob/v1.0/docs/index.md).'
     """
 
     def lead_out(link: re.Match[str]) -> str:
