@@ -25,7 +25,7 @@ def out(capsys, monkeypatch):
         try:
             status = cli.main(arguments)
         except SystemExit as exit:  # of argparse
-            status = exit.code
+            status = int(exit.code or 0)
         return status, *capsys.readouterr()
 
     return run

@@ -47,8 +47,8 @@ def import_modules(names: Iterable[str]) -> None:
         try:
             import_module(name)
         except Exception as error:
-            absent = isinstance(error, ModuleNotFoundError) and error.name is not None
-            if absent and f"{name}.".startswith(f"{error.name}."):
+            missing = error.name if isinstance(error, ModuleNotFoundError) else None
+            if missing is not None and f"{name}.".startswith(f"{missing}."):
                 raise ValueError(
                     f"`import` must be a module that Python finds, got {name!r}: put the folder "
                     "that holds it on PYTHONPATH, or install it"
