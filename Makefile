@@ -7,7 +7,7 @@ PY := $(VENV)/bin/python
 PYTEST := $(PY) -m pytest -q -n 2  # two processes, each with one torch thread
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint types docs clean
+.PHONY: help demo test test-all lint types docs wheel release clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -48,6 +48,13 @@ $(VENV)/.docs: $(VENV)/.ready
 docs: $(VENV)/.docs  ## the documentation site, in site/
 	$(PY) docs/generate.py
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+
+wheel: $(VENV)/.dev  ## sdist and wheel, in dist/
+	rm -rf dist
+	$(PY) -m build --outdir dist
+
+release: $(VENV)/.dev  ## check and build what is uploaded: make release URL=https://...
+	$(PY) -m tools.release --url '$(URL)'
 
 clean:  ## remove the virtual environment and caches
 	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache

@@ -28,6 +28,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 import tta  # noqa: E402
+from tta.cli.methods import field_meanings  # noqa: E402
 from tta.core.registry import component  # noqa: E402
 from tta.streams.building_blocks import (  # noqa: E402
     ARRANGEMENTS,
@@ -109,7 +110,7 @@ def _method(name: str, record: Record) -> str:
     figures = _figures(name, record)
     if figures:
         lines += ["## In our record", "", figures, ""]
-    default, comments = tta.get_config(name), _field_comments(cls.Config)
+    default, comments = tta.get_config(name), field_meanings(cls.Config)
     if fields := dataclasses.fields(default):
         rows = [
             (f"`{f.name}`", f"`{getattr(default, f.name)!r}`", comments.get(f.name, ""))
@@ -143,22 +144,6 @@ def _split_docstring(module: Any) -> tuple[str, str, str, str]:
 
 def _linked(text: str) -> str:
     return re.sub(r"arXiv\s+(\d{4}\.\d{5})", r"[arXiv \1](https://arxiv.org/abs/\1)", text)
-
-
-def _field_comments(config: type) -> dict[str, str]:
-    """The comment behind each field, from the source of the config and its bases."""
-    found: dict[str, str] = {}
-    for cls in reversed(config.__mro__):
-        if not dataclasses.is_dataclass(cls):
-            continue
-        lines, _ = inspect.getsourcelines(cls)
-        body = ast.parse(inspect.cleandoc("".join(lines))).body[0]
-        assert isinstance(body, ast.ClassDef)
-        for node in body.body:
-            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-                _, _, comment = lines[node.end_lineno - 1].partition("#")  # type: ignore[operator]
-                found[node.target.id] = comment.strip() or found.get(node.target.id, "")
-    return found
 
 
 def _methods_index(names: list[str]) -> str:

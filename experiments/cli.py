@@ -13,7 +13,7 @@ from experiments import report
 from experiments.records.config import RunConfig, StreamConfig
 from experiments.records.file import Busy, Conflict, read_header
 from experiments.run import preview, ranks
-from experiments.run.flags import add_settings, number_of_images, settings_flags
+from experiments.run.flags import add_imports, add_settings, number_of_images, settings_flags
 from experiments.run.run import Run
 from experiments.run.settings import make_run
 from experiments.run.subject import pick_device
@@ -21,6 +21,7 @@ from experiments.studies import method_cost, overhead, surface, zoo
 from experiments.studies.card import Card
 from experiments.sweep import benchmark, sweep, tune
 from experiments.sweep.workers import NoClusterError
+from tta.core.plugins import import_modules
 
 __all__ = ["main"]
 
@@ -52,10 +53,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_card(commands)
     method_cost.add_command(commands)
     zoo.add_command(commands)
+    for command in commands.choices.values():
+        add_imports(command)
     args = parser.parse_args(argv)
     try:
         if ranks.many():
             _check_ranks(args)
+        import_modules(args.imports or ())
         work = args.prepare(args)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         # The user's mistake, found before anything ran; everything of ours says it in a sentence.

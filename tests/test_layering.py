@@ -36,7 +36,9 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "streams": {"core"},
         "verbs": {"core"},
         "runtime": {"verbs", "core", "parts"},
+        "cli": {"verbs", "core", "parts"},
         "__init__": {"verbs", "core", "methods", "streams", "runtime"},
+        "__main__": {"cli"},
     },
     "experiments": {
         "records": set(),

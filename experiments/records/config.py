@@ -73,6 +73,7 @@ class RunConfig:
         seed: Of corruptions, streams and adapters.
         device: "cpu", "cuda" or the like.
         tuned: How fields of methods were chosen, see `experiments.sweep.tune`.
+        imports: Modules that register components of a user's own, imported wherever the run is.
     """
 
     name: str
@@ -87,6 +88,7 @@ class RunConfig:
     device: str
     tuned: tuple[dict[str, Any], ...] = ()
     classes: str | None = None
+    imports: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Nested JSON types."""
@@ -106,7 +108,7 @@ class RunConfig:
             StreamConfig(**{**stream, "domains": tuple(stream["domains"])})
             for stream in values["streams"]
         ]
-        lists = {name: tuple(values.get(name, ())) for name in ("methods", "tuned")}
+        lists = {name: tuple(values.get(name, ())) for name in ("methods", "tuned", "imports")}
         return cls(**{**values, **lists, "streams": tuple(streams)})
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from experiments.records.config import DEMO_METHODS
 from experiments.run.settings import read_settings
 
-__all__ = ["add_settings", "number_of_images", "parse_value", "settings_flags"]
+__all__ = ["add_imports", "add_settings", "number_of_images", "parse_value", "settings_flags"]
 
 
 # What a run says by flags of its own, by the name that it has for `tta.streams.build`.
@@ -99,11 +99,22 @@ def add_settings(parser: argparse.ArgumentParser, methods: bool = True) -> None:
     add("--device", help="cpu, cuda, cuda:1 (default: CUDA if there is one)")
 
 
+def add_imports(parser: argparse.ArgumentParser) -> None:
+    """Add the flag of all commands that names modules with components of a user's own."""
+    parser.add_argument(
+        "--import",
+        dest="imports",
+        action="append",
+        metavar="MODULE",
+        help="a module that registers components of your own; may be repeated",
+    )
+
+
 def settings_flags(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
     """The file's settings and the flags', as `experiments.run.settings.make_run` takes them."""
     settings = {} if args.config is None else read_settings(args.config)
     names = ["model", "methods", "data", "clean", "classes", "source", "batch_size", "device"]
-    names += ["severity", "scenario", "name"]
+    names += ["severity", "scenario", "name", "imports"]
     flags = {name: getattr(args, name, None) for name in names}
     flags["domains"] = args.corruptions
     flags["images"] = "all" if args.images == "all" else number_of_images(args.images, None)

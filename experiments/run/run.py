@@ -31,6 +31,7 @@ from experiments.run.snapshot import Snapshots
 from experiments.run.subject import Subject, load_subject
 from experiments.run.trial import Trial
 from tta.core.checks import whole
+from tta.core.plugins import import_modules
 from tta.streams import Stream
 
 __all__ = ["Cache", "Run", "is_finished"]
@@ -97,6 +98,7 @@ class Run:
         self.fresh, self.silent = fresh, silent
         self.snapshot_every, self.deadline = snapshot_every, deadline
         self.device = torch.device(config.device)
+        import_modules(config.imports)  # also in a worker, or where the run is resumed
         cache = Cache() if cache is None else cache
         files = (config.clean, config.source, config.classes)
         wanted = (config.model, config.data, self.device, *files)

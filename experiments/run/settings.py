@@ -7,6 +7,7 @@
     methods = ["source", "tent", "unmix_tns+eata"]
     batch_size = 64
     seed = 0
+    imports = ["my_rules"]               # modules that register components of your own
 
     [[streams]]
     scenario = "dirichlet"
@@ -34,6 +35,7 @@ import tta.streams
 from experiments.records.config import DEMO_METHODS, RunConfig, StreamConfig, SweepConfig
 from experiments.run.subject import pick_device
 from tta.core.checks import nearest
+from tta.core.plugins import import_modules
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -56,6 +58,7 @@ DEFAULTS: dict[str, Any] = {
     "batch_size": 64,
     "seed": 0,
     "device": None,
+    "imports": (),
 }
 BUNDLED_IMAGES = 1000  # of 2000, so that a laptop does it in minutes
 
@@ -92,12 +95,20 @@ def make_run(settings: Mapping[str, Any], flags: Mapping[str, Any]) -> RunConfig
             `StreamConfig` for all streams; None for flags that were not given. ``scenario`` takes
             the place of the file's streams.
 
+    The modules of ``imports`` are imported.
+
     Raises:
-        ValueError: For a value that cannot be.
+        ValueError: For a value that cannot be, or a module that cannot be imported.
+        TypeError: For ``imports`` that are no list.
     """
     given = {name: value for name, value in flags.items() if value is not None}
     values = {**DEFAULTS, **{k: v for k, v in settings.items() if k != "sweep"}}
     values |= {name: value for name, value in given.items() if name in DEFAULTS}
+    if isinstance(values["imports"], str):
+        raise TypeError(
+            f"`imports` must be a list of modules, got {values['imports']!r}; put it in brackets"
+        )
+    import_modules(values["imports"])
     streams = [dict(stream) for stream in settings.get("streams", [])]
     if "scenario" in given or not streams:
         streams = [{"scenario": given.get("scenario", "continual")}]
@@ -116,6 +127,7 @@ def make_run(settings: Mapping[str, Any], flags: Mapping[str, Any]) -> RunConfig
         **{
             **values,
             "methods": tuple(methods),
+            "imports": tuple(values["imports"]),
             "tuned": tuple(given.get("tuned", [])),
             "streams": tuple(_stream(stream, default) for stream in streams),
             "device": str(pick_device(values["device"])),

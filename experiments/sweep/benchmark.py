@@ -114,6 +114,7 @@ def _prepare(args: argparse.Namespace) -> Record:
         streams=tuple(args.streams or STREAMS),
         images=args.images,
         done=_keys(args.results) if args.images is None else frozenset(),
+        imports=tuple(args.imports or ()),
     )
     deadline = None if args.budget_minutes is None else time.time() + 60 * args.budget_minutes
     sweep = Sweep(
@@ -150,6 +151,7 @@ class Benchmark:
         streams: Names in `STREAMS`.
         images: Of each domain, in place of the streams' own.
         done: What is not to be run: model, stream, method and seed of each.
+        imports: Modules that register components of a user's own.
     """
 
     device: str
@@ -158,6 +160,7 @@ class Benchmark:
     streams: tuple[str, ...] = field(default_factory=lambda: tuple(STREAMS))
     images: int | None = None
     done: frozenset[Key] = frozenset()
+    imports: tuple[str, ...] = ()
 
     @property
     def run(self) -> RunConfig:
@@ -213,6 +216,7 @@ class Benchmark:
             batch_size=64,
             seed=seed,
             device=self.device,
+            imports=self.imports,
         )
 
 

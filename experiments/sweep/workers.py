@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -174,10 +175,15 @@ def on_ray(
     """
     ray = import_ray()
     root = str(Path(__file__).parents[2])
-    environment: dict[str, Any] = {"env_vars": {"PYTHONPATH": root}}
+    # Workers on this machine find modules where this process does.
+    places = os.pathsep.join(dict.fromkeys([root, *filter(None, sys.path)]))
+    environment: dict[str, Any] = {"env_vars": {"PYTHONPATH": places}}
     if address is not None:  # the other machines have not got our code
         hidden = [".git", ".venv", "runs", "tests"]
         environment = {"working_dir": root, "excludes": hidden}
+        own = {name.partition(".")[0] for cell in cells for name in cell.config.imports}
+        if own:
+            environment["py_modules"] = [sys.modules[name] for name in sorted(own)]
     ours = not ray.is_initialized()
     if ours:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # keep what CUDA sees

@@ -2,7 +2,8 @@
 
 A component class says its ``slot``, its ``Config`` and its ``PRESETS``; the decorator adds the
 name. A preset is asked for as ``"eata.cifar10"``; the bare name means the ImageNet preset, which
-is what most papers tune.
+is what most papers tune. The first look-up of a name imports what installed packages add
+(:mod:`tta.core.plugins`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any, TypeVar
 from tta.core.checks import mapping, nearest, one_of, text
 from tta.core.component import Component
 from tta.core.config import SLOTS, ComponentConfig
+from tta.core.plugins import load_entry_points
 
 __all__ = ["component", "config_from_dict", "get_config", "list_methods", "register"]
 
@@ -76,7 +78,9 @@ def component(name: str) -> type[Component]:
         TypeError: When ``name`` is no string.
         ValueError: For an unknown name, naming the nearest one.
     """
-    if text("name", name) not in _COMPONENTS:
+    text("name", name)
+    load_entry_points()
+    if name not in _COMPONENTS:
         raise ValueError(f"unknown method {name!r}: " + nearest(name, sorted(_COMPONENTS)))
     return _COMPONENTS[name]
 
@@ -99,6 +103,7 @@ def list_methods(pattern: str = "*", slot: str | None = None) -> list[str]:
     text("pattern", pattern)
     if slot is not None:
         one_of("slot", slot, SLOTS)
+    load_entry_points()
     chosen = {n: c for n, c in _COMPONENTS.items() if slot is None or c.slot == slot}
     names = [f"{n}.{tag}" for n, c in chosen.items() for tag in c.PRESETS]
     return sorted(n for n in (names if "." in pattern else chosen) if fnmatch(n, pattern))

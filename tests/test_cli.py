@@ -1,0 +1,145 @@
+"""The console script `tta`, in this process where that is enough."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+
+import tta
+from tta import cli
+from tta.cli.methods import field_meanings, papers
+from tta.core.config import SLOTS, UpdateConfig
+from tta.core.registry import component
+
+
+@pytest.fixture
+def out(capsys, monkeypatch):
+    """Runs the command line; gives its exit status, output and errors."""
+    monkeypatch.setenv("COLUMNS", "100")
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        try:
+            status = cli.main(arguments)
+        except SystemExit as exit:  # of argparse
+            status = int(exit.code or 0)
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def test_all_components_are_listed_by_slot(out):
+    status, text, errors = out("methods")
+    assert (status, errors) == (0, "")
+    lines = text.splitlines()
+    names = [line.split()[0] for line in lines if line[:3].strip()[:1] and line.startswith("  ")]
+    names = [name for name in names if name in tta.list_methods()]
+    assert sorted(names) == tta.list_methods()
+    order = [component(name).slot for name in names]
+    assert order == sorted(order, key=[*SLOTS, ""].index)
+    (tent,) = [line for line in lines if line.startswith("  tent ")]
+    assert "Entropy minimisation. [imagenet, imagenet_vit, cifar10, cifar100]" in tent
+
+
+def test_patterns_and_slots_choose(out):
+    _, text, _ = out("methods", "*bn", "--slot", "norm")
+    listed = {line.split()[0] for line in text.splitlines() if line.startswith("  ")}
+    assert listed == {"alpha_bn", "bn", "robust_bn"} == set(tta.list_methods("*bn", slot="norm"))
+    _, text, _ = out("methods", "eata.*")
+    assert [line.split()[0] for line in text.splitlines() if line[0] != " "] == tta.list_methods(
+        "eata.*"
+    )
+    assert "lr=0.005, redundancy_margin=0.4, fisher_weight=1.0" in text
+
+
+@pytest.mark.parametrize("name", tta.list_methods())
+def test_details_show_every_field_and_preset(out, name):
+    status, text, _ = out("methods", name)
+    assert status == 0 and text.startswith(f"{name} (")
+    config, cls = tta.get_config(name), component(name)
+    for field, value in config.to_dict().items():
+        if field != "name":
+            value = getattr(config, field)
+            assert f"\n  {field} = {value!r}" in text
+    for tag in cls.PRESETS:
+        assert f"\n  {name}.{tag} " in text
+    if name != "source":
+        assert papers(cls) and f"arXiv {papers(cls)[0]}" in text
+
+
+def test_fields_are_explained_by_the_comments_behind_them():
+    meanings = field_meanings(UpdateConfig)
+    assert meanings["lr"] == "learning rate"
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(UpdateConfig):
+        lr: float = 0.5  # of this method
+        steps: int = 2
+
+    own = field_meanings(Config)
+    assert own["lr"] == "of this method" and own["steps"] == meanings["steps"] != ""
+
+    scope = {"UpdateConfig": UpdateConfig, "dataclass": dataclass}
+    exec("@dataclass(frozen=True)\nclass Typed(UpdateConfig):\n    more: int = 1  # gone", scope)
+    assert field_meanings(scope["Typed"]) == meanings  # its source cannot be read
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "error: the following arguments are required: COMMAND; see tta --help"),
+        (["mehods"], "invalid choice: 'mehods'"),
+        (["methods", "eatta"], "`NAME` must be that of a component, got 'eatta': did you mean"),
+        (["methods", "eata.cifra10"], "got 'eata.cifra10': did you mean 'eata.cifar10'?"),
+        (["methods", "eata", "--slot", "norm"], "a component in the slot norm, got 'eata'"),
+        (["methods", "--slot", "x"], "invalid choice: 'x'"),
+        (["methods", "--import", "nowhere"], "a module that Python finds, got 'nowhere'"),
+    ],
+)
+def test_mistakes_are_said_in_one_sentence(out, arguments, message):
+    status, text, errors = out(*arguments)
+    assert (status, text) == (2, "")
+    assert errors.startswith("error: ") and message in errors and errors.count("\n") == 1
+
+
+def test_help_and_version(out):
+    status, text, _ = out("--version")
+    assert (status, text) == (0, f"tta {tta.__version__}\n")
+    status, text, _ = out("--help")
+    assert status == 0 and all(f"\n    {name} " in text for name in cli.COMMANDS)
+    status, text, _ = out("methods", "--help")
+    assert status == 0 and "--import MODULE" in text and "--slot" in text
+
+
+def test_an_own_component_is_shown(tmp_path):
+    """In a fresh process, from the folder that holds the module."""
+    (tmp_path / "own_rules.py").write_text(
+        '"""Sharper: less doubt."""\nimport tta\n\nclass Config(tta.ComponentConfig): ...\n\n'
+        '@tta.register("sharper")\nclass Sharper(tta.Output):\n    """Doubled logits."""\n\n'
+        "    Config = Config\n\n"
+        "    def correct(self, prediction):\n        return 2 * prediction.logits\n"
+    )
+    code = "import sys; sys.path.pop(0); from tta.cli import main; sys.exit(main())"
+    root = os.path.dirname(os.path.dirname(tta.__file__))
+    done = subprocess.run(
+        [sys.executable, "-c", code, "methods", "sharper", "--import", "own_rules"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": root},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("sharper (slot output): Doubled logits.\n\nSharper: less doubt.")
+
+
+def test_a_reader_that_stops_early_is_no_error():
+    done = subprocess.run(
+        [f"{sys.executable} -m tta methods eata | head -n 1"],
+        shell=True,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.startswith("eata (slot update)") and done.stderr == ""

@@ -1,0 +1,89 @@
+"""The console script ``tta``, also ``python -m tta``.
+
+Each command is a module of this package with the command's name. It has
+``add_arguments(parser)``, which adds its flags, and ``run(args) -> int``, which does the work and
+returns the exit status. Only the module of the chosen command is imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any, NoReturn
+
+from tta.core.plugins import import_modules
+from tta.version import __version__
+
+__all__ = ["COMMANDS", "main"]
+
+COMMANDS = {"methods": "list the components, or show all about one"}
+ABOUT = "Test-time adaptation of image classifiers."
+BROKEN_PIPE, INTERRUPTED = 141, 130  # exit statuses that shells give for these two signals
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status.
+
+    Args:
+        argv: Arguments without the program's name; None for those of this process.
+
+    Returns:
+        0 when all went well, 2 for a mistake in the arguments, which is said in one sentence.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    args = _parse(arguments)
+    if os.getcwd() not in sys.path:  # as it is for `python -m tta`
+        sys.path.insert(0, os.getcwd())
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            import_modules(args.imports)
+            status = args.run(args)
+            sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # the reader, such as `head`, has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = _Parser(prog="tta", description=ABOUT)
+    parser.add_argument("--version", action="version", version=f"tta {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    chosen = next((text for text in arguments if not text.startswith("-")), None)
+    for name, about in COMMANDS.items():
+        command = commands.add_parser(name, help=about, description=f"{about.capitalize()}.")
+        if name == chosen:
+            module = import_module(f"{__name__}.{name}")
+            module.add_arguments(command)
+            command.add_argument(
+                "--import",
+                dest="imports",
+                action="append",
+                default=[],
+                metavar="MODULE",
+                help="a module that registers components of your own; may be repeated",
+            )
+            command.set_defaults(run=module.run)
+    return parser.parse_args(arguments)
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that says a mistake in one sentence, without the usage above it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; see {self.prog} --help\n")
+
+
+def _show_warning(message: Any, *_: Any, **__: Any) -> None:
+    """Warn in one line, without the place in the code, which means nothing on a command line."""
+    print(f"warning: {message}", file=sys.stderr)
