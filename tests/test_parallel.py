@@ -11,8 +11,8 @@ import torch.distributed as dist
 
 import tta
 from experiments.records.file import read_lines
-from tests.contract.cases import CASES
 from tests.helpers import ranks
+from tests.helpers.compositions import CASES
 from tests.helpers.nets import batch_statistics, tiny
 from tta.core.batch_split import Ranks, Split
 from tta.runtime.parallel import split_batches

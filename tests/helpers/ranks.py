@@ -17,7 +17,8 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 import tta
-from tests.contract.cases import arguments, images
+from tests.helpers.batches import images
+from tests.helpers.compositions import arguments
 from tests.helpers.nets import tiny
 from tta.runtime.parallel import split_batches
 
