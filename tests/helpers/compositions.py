@@ -38,9 +38,13 @@ def _on_every_family(parts: list[dict[str, str]], families: list[str] | None = N
     return [(f, p) for p in parts for f in families or FAMILIES if _fits((f, p))]
 
 
+_HAVE_BATCH_NORM = {family for family in FAMILIES if batch_norm_layers(tiny(family))}
+
+
 def _fits(case: Case) -> bool:
-    has_bn = bool(batch_norm_layers(tiny(case[0])))
-    return has_bn or not any(issubclass(cls, NormRule) for cls in components(case))
+    """Whether the family has the norm layers that the case asks for."""
+    asks = any(issubclass(cls, NormRule) for cls in components(case))
+    return not asks or case[0] in _HAVE_BATCH_NORM
 
 
 def components(case: Case) -> list[type[Any]]:
