@@ -26,7 +26,7 @@ def _wrap(name: str = "adanpc", family: str = "bn", source=None, **fields) -> tt
 def _features(x: Tensor) -> Tensor:
     adapter = _wrap()
     with torch.no_grad():
-        return adapter._network(x).features
+        return adapter.network(x).features
 
 
 def test_a_vote_by_hand() -> None:

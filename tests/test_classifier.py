@@ -83,7 +83,7 @@ def test_a_convolution_that_classifies_every_place() -> None:
     assert find_classifier(net) is net.logits
     batches = [(torch.rand(8, 3, 32, 32), torch.arange(8) % 10)]
     adapter = tta.wrap(net, "adanpc", source=batches)
-    features = adapter._network(batches[0][0]).features
+    features = adapter.network(batches[0][0]).features
     assert features.shape == (8, 4)
     torch.testing.assert_close(
         net.logits.weight.flatten(1) @ features.T + net.logits.bias[:, None], net(batches[0][0]).T
@@ -120,5 +120,5 @@ def test_a_head_that_pools_is_read_after_pooling() -> None:
     net = Pools()
     x = torch.rand(8, 3, 12, 12)
     adapter = tta.wrap(net, "adanpc", source=[(x, torch.arange(8))])
-    features = adapter._network(x).features
+    features = adapter.network(x).features
     torch.testing.assert_close(net.head[2](features), net(x))

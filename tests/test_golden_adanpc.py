@@ -55,7 +55,7 @@ def test_stream(path: Path) -> None:
 
 def _features(adapter, x: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
-        return adapter._network(x).features
+        return adapter.network(x).features
 
 
 def _check_source_part(trace: AdanpcTrace, adapter) -> None:

@@ -152,7 +152,7 @@ def test_rates_without_a_rule_stay(name: str) -> None:
     config = tta.get_config(name)
     if isinstance(config, UpdateConfig):
         assert config.lr_scaling == "none"
-        assert config.scaled(1).lr == config.scaled(512).lr == config.lr
+        assert config.for_batch_size(1).lr == config.for_batch_size(512).lr == config.lr
 
 
 def _rate(name: str, batch_size: int | None) -> float:

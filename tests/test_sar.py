@@ -159,9 +159,9 @@ def test_recovery_brings_parameters_and_momentum_back_and_forgets_the_average() 
     ],
 )
 def test_learning_rates_of_the_official_scripts(preset, batch_size, expected) -> None:
-    config = tta.get_config(preset).scaled(batch_size)
-    assert config.lr == pytest.approx(expected) and config.scaled(1).lr == config.lr
-    assert tta.get_config(preset, lr=0.1).scaled(1).lr == 0.1
+    config = tta.get_config(preset).for_batch_size(batch_size)
+    assert config.lr == pytest.approx(expected) and config.for_batch_size(1).lr == config.lr
+    assert tta.get_config(preset, lr=0.1).for_batch_size(1).lr == 0.1
 
 
 def test_a_failure_at_the_perturbed_point_leaves_parameters_as_they_were() -> None:

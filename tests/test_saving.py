@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import tta
 import tta.saving as disk
@@ -160,3 +160,17 @@ def test_a_save_that_fails_leaves_no_parts(tmp_path: Path, monkeypatch) -> None:
             tta.save(adapter, tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter.safetensors", "config.json"]
     tta.load(tiny("bn"), tmp_path)
+
+
+OF_0_1_0 = sorted(path for path in (Path(__file__).parent / "golden" / "saved-0.1.0").glob("*/"))
+
+
+@pytest.mark.parametrize("folder", OF_0_1_0, ids=lambda path: path.name)
+def test_adapters_saved_by_the_first_version_go_on(folder: Path) -> None:
+    about = json.loads((folder / "config.json").read_text())
+    net = tiny("gn" if about["config"]["norm"] is None else "bn")
+    adapter = tta.load(net, folder)
+    expected = load_file(folder / "next.safetensors")["logits"]
+    torch.testing.assert_close(adapter(images(2)), expected)
+    adapter.reset()
+    assert adapter.report.resets == 0

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import tta
 from tests.helpers.batches import BATCH, images, source_batches
 from tests.helpers.nets import tiny
-from tta.core.norm_layers import by_batch, by_source, overriding
+from tta.core.norm_layers import normalize_by_batch, normalize_by_source, with_statistics
 from tta.core.random import CountedDraws
 from tta.parts.replay import Replay
 from tta.parts.teachers import order_statistics, quantile, random_mask, restore
@@ -263,7 +263,7 @@ def test_prototypes_are_class_means_under_batch_statistics() -> None:
     adapter = tta.wrap(net, "bn", output="lame")
     for x, y in source_batches():
         with torch.no_grad():
-            found = adapter._network(x).features  # type: ignore[misc]
+            found = adapter.network(x).features  # type: ignore[misc]
         assert found is not None
         for label, row in zip(y.tolist(), found, strict=True):
             features.setdefault(label, []).append(row)
@@ -291,7 +291,7 @@ def test_what_is_collected_for_rmt_is_what_rmt_takes(tmp_path) -> None:
         loaded.save(tmp_path)
 
 
-def test_the_posterior_is_made_by_sgd_from_the_source_and_given_back() -> None:
+def test_the_posterior_is_fingerprint_sgd_from_the_source_and_given_back() -> None:
     net = tiny("bn")
     before = copy.deepcopy(net.state_dict())
     collected = tta.collect_source(net, source_batches(), for_methods=["petal"], posterior_epochs=4)
@@ -346,9 +346,9 @@ def test_norm_layers_under_other_statistics() -> None:
         adapter = tta.wrap(net, norm="unmix_tns.cifar10")
         wrappers = list(adapter.norm_layers.values())
         before = adapter.state()
-        with overriding(wrappers, by_source):
+        with with_statistics(wrappers, normalize_by_source):
             torch.testing.assert_close(net(x), source)
-        with overriding(wrappers, by_batch):
+        with with_statistics(wrappers, normalize_by_batch):
             batch = net(x)
         assert all(torch.equal(v, adapter.state()[k]) for k, v in before.items())
         adapter.unwrap()

@@ -60,10 +60,10 @@ def collect_source(
             # Thresholds of a preset play no part in source artefacts.
             warnings.filterwarnings("ignore", message=".*preset, made for")
             method = component(name.partition(".")[0])
-            fields = getattr(method, "for_artefacts", {})
+            fields = method.artefact_fields
             recipe = get_config(name).replace(**fields) if fields else name
             spent = isinstance(loader, Iterator)  # by the passes that follow
-            if getattr(method, "replays_source", False) and not spent:
+            if method.replays_source and not spent:
                 collected.batches = loader
             adapter = wrap(model, recipe, source=loader, **wrap_arguments)
         try:

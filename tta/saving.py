@@ -25,8 +25,6 @@ from tta.core.state_dict import checksum
 __all__ = ["load", "save"]
 
 FORMAT = 1
-# What folders of earlier versions lack; an adapter made from one begins with it anew.
-LATER = {"update/kept_share"}
 CONFIG, TENSORS = "config.json", "adapter.safetensors"
 
 
@@ -110,7 +108,7 @@ def load(model: nn.Module, folder: str | Path, *, source: Any = None) -> Adapter
                 f"{expected['classes']} classes, {expected['parameters']} parameters, weights "
                 f"{expected['weights']}: pass the model that {folder} was made for."
             )
-        missing = set(adapter.state()) - set(parts["state"]) - set(parts["initial"]) - LATER
+        missing = set(adapter.state()) - set(parts["state"]) - set(parts["initial"])
         if missing:
             raise ValueError(
                 f"`folder` must hold a whole state, but {folder} lacks {min(missing)!r}: save the "
@@ -129,7 +127,7 @@ def _signature(model: nn.Module, adapter: Adapter) -> dict[str, Any]:
         "type": type(model).__name__,
         "classes": adapter.num_classes,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "weights": adapter.made_by["weights"],
+        "weights": adapter.fingerprint["weights"],
     }
 
 

@@ -71,9 +71,9 @@ def _learns(case: Case) -> bool:
     return any(cls.slot == "update" for cls in components(case))
 
 
-def _learns_from_all(case: Case) -> bool:
+def _learns_from_whole_batch(case: Case) -> bool:
     updates = [cls for cls in components(case) if issubclass(cls, Update)]
-    return all(cls.learns_from_all for cls in updates)
+    return all(cls.learns_from_whole_batch for cls in updates)
 
 
 def _filters(case: Case) -> bool:
@@ -102,7 +102,9 @@ def test_logits_have_the_models_shape_and_learning_moves_what_was_chosen(case) -
         assert any(k.startswith("param/") for k in moved)
         assert adapter.report.stepped
         assert (
-            adapter.report.selected == BATCH if _learns_from_all(case) else adapter.report.selected
+            adapter.report.selected == BATCH
+            if _learns_from_whole_batch(case)
+            else adapter.report.selected
         )
     assert all(
         torch.equal(p, others[n]) for n, p in adapter.model.named_parameters() if n in others

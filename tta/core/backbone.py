@@ -6,18 +6,19 @@ is a convolution; they are read by a hook, so that no model has to be split.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tta.core import functional
-from tta.core.batch_split import Ranks, Split
+from tta.core.batch_split import Split
 from tta.core.classifier import CONVOLUTIONS, first_layer, size_in, size_out
 from tta.core.compiled import without_graphs
-from tta.core.norm_layers import AdaptiveNorm
+from tta.core.norm_layers import AdaptiveNorm, few_images_advice
 from tta.core.prediction import Prediction
+from tta.core.session import Session
 
 __all__ = ["Backbone", "ImagesRefusedError"]
 
@@ -28,7 +29,7 @@ class ImagesRefusedError(ValueError):
     """The model raised on images of a shape that its first layer does not take."""
 
 
-class _Tap:
+class _InputHook:
     """A forward pre-hook that keeps the input of its layer; picklable, unlike a closure."""
 
     def __init__(self) -> None:
@@ -38,7 +39,7 @@ class _Tap:
         self.value = args[0]
 
 
-class _Mark:
+class _CallOrderHook:
     """A forward pre-hook that notes the first call of its layer."""
 
     def __init__(self, name: str, order: list[str]) -> None:
@@ -56,22 +57,24 @@ class Backbone:
         model: A classifier in eval mode.
         classifier: Its layer that makes the logits, see :mod:`tta.core.classifier`.
         features: Whether predictions carry features.
+        session: Shared with the adapter.
     """
 
-    def __init__(self, model: nn.Module, classifier: nn.Module, features: bool) -> None:
+    def __init__(
+        self, model: nn.Module, classifier: nn.Module, features: bool, session: Session
+    ) -> None:
         self.model = model
         self.classifier = classifier
+        self.session = session
         self.num_classes = size_out(classifier)
-        self.tap = _Tap() if features else None
+        self.feature_hook = _InputHook() if features else None
         self._handles: list[Any] = []
-        self._marks: list[Any] = []
+        self._order_hooks: list[Any] = []
         self._order: list[str] = []
-        if self.tap is not None:
-            self._handles.append(classifier.register_forward_pre_hook(self.tap))
+        if self.feature_hook is not None:
+            self._handles.append(classifier.register_forward_pre_hook(self.feature_hook))
         self.wrappers = [m for m in model.modules() if isinstance(m, AdaptiveNorm)]
         self.entry = first_layer(model)
-        self.after: Callable[[], None] | None = None  # called after every pass
-        self.ranks: Ranks | None = None  # processes that share the rows of every pass
 
     def names(self, tensors: Iterable[Tensor]) -> list[list[str]]:
         """Names in the model as it is now, with norm layers inside their wrappers."""
@@ -87,9 +90,10 @@ class Backbone:
         Raises:
             ImagesRefusedError: When the model raised and the shape of ``x`` is the reason.
         """
-        if self.ranks is None or self.ranks.size == 1 or len(x) < self.ranks.size:
+        ranks = self.session.ranks
+        if ranks is None or ranks.size == 1 or len(x) < ranks.size:
             return self._pass(x, weights)
-        with self.ranks.splitting(len(x)) as split:
+        with ranks.splitting(len(x)) as split:
             if torch.is_grad_enabled():
                 weights = self._shared(split, weights)
             own = self._pass(x[split.own], weights)
@@ -107,7 +111,7 @@ class Backbone:
         return places, split.share([*values, *(p for _, p in more)])
 
     def _pass(self, x: Tensor, weights: Weights | None) -> Prediction:
-        hooked = self.tap is not None or bool(self._marks)
+        hooked = self.feature_hook is not None or bool(self._order_hooks)
         try:
             with without_graphs(hooked):
                 logits = functional.call(self.model, *(weights or ([], [])), x)
@@ -116,17 +120,20 @@ class Backbone:
             if (refusal := self.refusal(error, x)) is None:
                 raise
             raise refusal from error
-        if self.after is not None:
-            self.after()
+        if self.session.serving:
+            self._warn_of_small_batch()
         features = None
-        if self.tap is not None:
-            if self.tap.value is None:
+        if self.feature_hook is not None:
+            if self.feature_hook.value is None:
                 raise ValueError(
                     "`model` must call its classifier in forward, but "
                     f"{type(self.classifier).__name__} was not called: give the model a "
                     "get_classifier() that returns the layer which makes the logits."
                 )
-            features, self.tap.value = _pooled(self.tap.value, self.classifier), None
+            features, self.feature_hook.value = (
+                _pooled(self.feature_hook.value, self.classifier),
+                None,
+            )
         return Prediction(logits, features)
 
     def _check_logits(self, logits: Any, rows: int) -> None:
@@ -176,8 +183,8 @@ class Backbone:
                 "skip empty batches."
             )
         entry = self.entry
-        if self.ranks is not None:
-            self.ranks.check_batch(x)
+        if self.session.ranks is not None:
+            self.session.ranks.check_batch(x)
         if entry is not None and x.dtype != entry.weight.dtype:
             if torch.is_autocast_enabled(x.device.type):
                 return
@@ -224,20 +231,27 @@ class Backbone:
             )
         return None
 
+    def _warn_of_small_batch(self) -> None:
+        """Before anything is learned from the batch, as the caller may make warnings errors."""
+        for wrapper in self.wrappers:
+            if wrapper.rule.fell_back:
+                self.session.warn_once("small", few_images_advice(wrapper.rule.name))
+                return
+
     def watch_calls(self, names: Iterable[str]) -> None:
         """Note, from now on, in which order the named layers are called."""
         for name in names:
-            mark = _Mark(name, self._order)
-            self._marks.append(self.model.get_submodule(name).register_forward_pre_hook(mark))
+            hook = _CallOrderHook(name, self._order)
+            self._order_hooks.append(self.model.get_submodule(name).register_forward_pre_hook(hook))
 
     def call_order(self) -> list[str]:
         """The watched layers in the order of their first call, those never called left out.
 
         Watching ends here.
         """
-        for handle in self._marks:
+        for handle in self._order_hooks:
             handle.remove()
-        order, self._marks, self._order = self._order, [], []
+        order, self._order_hooks, self._order = self._order, [], []
         return order
 
     def close(self) -> None:

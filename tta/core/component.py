@@ -9,7 +9,7 @@ An adapter is ``output(update(x))`` with a norm rule inside the model. A compone
 
 Whatever a component remembers is a registered buffer: persistent ones move and make up the state,
 non-persistent ones are constants fixed at wrap. Everything else about state (reset, save, resume,
-devices) is generic.
+devices) is generic and lives in :mod:`tta.core.state`.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ from tta.core.config import ComponentConfig
 __all__ = ["Component", "Context"]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Context:
     """What a component may know of its surroundings when it is built."""
 
-    num_classes: int
+    num_classes: int  # C
+    width: int | None = None  # D, length of the features; None where the classifier does not say
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)  # to be trained, by name
-    generator: torch.Generator = field(default_factory=torch.Generator)
-    batch_size: int | None = None
+    generator: torch.Generator = field(default_factory=torch.Generator)  # of all draws
+    batch_size: int | None = None  # what the caller said the stream has
     rows_independent: bool = False  # no image changes what the model says of another one
     mean: tuple[float, ...] | None = None  # of the channels, if the caller said so
     std: tuple[float, ...] | None = None
@@ -46,20 +47,50 @@ class Context:
         """The largest entropy there is, ln C."""
         return math.log(self.num_classes)
 
+    @property
+    def feature_size(self) -> int:
+        """Length D of the features that the classifier takes.
+
+        Raises:
+            ValueError: When no layer of the classifier says so.
+        """
+        if self.width is None:
+            raise ValueError(
+                "`model` must have a classifier whose first layer says how many features it takes, "
+                "got one that does not: give the model a get_classifier() that returns its linear "
+                "layer."
+            )
+        return self.width
+
 
 class Component(nn.Module):
     """Base of everything registered; see the slot classes for what to write."""
 
     slot: ClassVar[str] = ""
-    name: ClassVar[str] = ""
+    name: ClassVar[str] = ""  # set by ``register``
     Config: ClassVar[type[ComponentConfig]] = ComponentConfig
-    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}  # fields by the name of a preset
+    empties_slots: ClassVar[bool] = False  # a name for the source model; no object is ever made
+    needs_features: ClassVar[bool] = False  # predictions must carry features
     uses_labels: ClassVar[bool] = True  # those of source batches, where it takes any
+    replays_source: ClassVar[bool] = False  # goes on reading source batches while it adapts
+    # Fields under which `collect_source` wraps the method, so that only artefacts are computed.
+    artefact_fields: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.config = config
         self.source_used: str | None = None  # what `fit` took, in words, for the record
+
+    @classmethod
+    def suits(cls, model: nn.Module) -> bool:
+        """Whether this component can work on an unwrapped model at all."""
+        return True
+
+    @classmethod
+    def brings(cls, config: Any) -> dict[str, str]:
+        """Names of the components that come with this one, by slot, where the caller names none."""
+        return {}
 
     def source_artefacts(self) -> dict[str, Any]:
         """What :meth:`fit` took of the source, as fields of ``SourceStatistics``."""
@@ -70,16 +101,20 @@ class Component(nn.Module):
         moving = set(self.state_dict())
         return {name: b for name, b in self.named_buffers() if name not in moving}
 
-    def growing(self) -> tuple[str, ...]:
-        """Buffers whose first axis may have any length; only ``official=True`` may name some."""
-        return ()
-
-    def taking_shape(self) -> tuple[str, ...]:
-        """Buffers that are empty until the first batch shows the shape of their rows."""
-        return ()
-
     def load_constants(self, values: dict[str, Tensor]) -> None:
         """Set what :meth:`constants` returned."""
         buffers = dict(self.named_buffers())
         for name, value in values.items():
             buffers[name].copy_(value)
+
+    def survives_reset(self) -> tuple[str, ...]:
+        """Buffers that ``reset`` leaves as they are; only ``official=True`` may name some."""
+        return ()
+
+    def resizable_buffers(self) -> tuple[str, ...]:
+        """Buffers whose first axis may have any length; only ``official=True`` may name some."""
+        return ()
+
+    def lazy_buffers(self) -> tuple[str, ...]:
+        """Buffers that are empty until the first batch shows the shape of their rows."""
+        return ()

@@ -45,6 +45,14 @@ class ComponentConfig:
             key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()
         }
 
+    def for_batch_size(self: Self, batch_size: int | None) -> Self:
+        """This config with everything decided that depends on the stream's batch size."""
+        return self
+
+    def override(self: Self, **changes: Any) -> Self:
+        """As :meth:`replace`, for fields that the caller of ``wrap`` or ``get_config`` names."""
+        return self.replace(**changes)
+
     def replace(self: Self, **changes: Any) -> Self:
         """A copy with some fields changed.
 
@@ -104,7 +112,11 @@ class UpdateConfig(ComponentConfig):
                 "`momentum` must be above 0 with nesterov=True, got 0: set one of them"
             )
 
-    def scaled(self: SelfUpdate, batch_size: int | None) -> SelfUpdate:
+    def override(self: SelfUpdate, **changes: Any) -> SelfUpdate:
+        """As :meth:`replace`; a learning rate that the caller names is never scaled."""
+        return self.replace(**({"lr_scaling": "none"} if "lr" in changes else {}) | changes)
+
+    def for_batch_size(self: SelfUpdate, batch_size: int | None) -> SelfUpdate:
         """This config with ``lr`` made for ``batch_size``, once and for all.
 
         The rules are those of the authors' scripts (EATA and SAR repositories): "linear" for

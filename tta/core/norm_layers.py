@@ -23,22 +23,22 @@ from tta.core.norm_rule import NormRule
 
 __all__ = [
     "AdaptiveNorm",
-    "at_rest",
     "batch_norm_layers",
     "batch_stats",
-    "by_batch",
-    "by_source",
     "check_values",
     "evaluate",
     "few_images_advice",
+    "frozen_statistics",
     "insert",
     "instance_stats",
     "normalize",
+    "normalize_by_batch",
+    "normalize_by_source",
     "one_value",
-    "overriding",
     "remove",
     "rows_independent",
     "too_few_values",
+    "with_statistics",
 ]
 
 
@@ -66,7 +66,7 @@ class AdaptiveNorm(nn.Module):
         super().__init__()
         self.base = base
         self.rule = rule
-        self.override: Callable[[Tensor, Any], Tensor] | None = None  # set by `overriding`
+        self.override: Callable[[Tensor, Any], Tensor] | None = None  # set by `with_statistics`
         # A subclass with a forward of its own does something after normalising.
         self.finish = type(base).forward is not _BatchNorm.forward and not isinstance(
             base, nn.SyncBatchNorm
@@ -137,7 +137,7 @@ def remove(model: nn.Module, wrappers: dict[str, AdaptiveNorm]) -> None:
 
 
 @contextmanager
-def at_rest(wrappers: Iterable[AdaptiveNorm]) -> Iterator[None]:
+def frozen_statistics(wrappers: Iterable[AdaptiveNorm]) -> Iterator[None]:
     """Forward passes that use the rules' statistics and leave them as they are."""
     before = [(w.rule, w.rule.learning) for w in wrappers]
     for rule, _ in before:
@@ -150,10 +150,10 @@ def at_rest(wrappers: Iterable[AdaptiveNorm]) -> Iterator[None]:
 
 
 @contextmanager
-def overriding(
+def with_statistics(
     wrappers: Iterable[AdaptiveNorm], normalise: Callable[[Tensor, Any], Tensor]
 ) -> Iterator[None]:
-    """Forward passes with other statistics than the rules', :func:`by_batch` or the like."""
+    """Forward passes with other statistics than the rules', such as :func:`normalize_by_batch`."""
     wrappers = list(wrappers)
     for wrapper in wrappers:
         wrapper.override = normalise
@@ -164,20 +164,20 @@ def overriding(
             wrapper.override = None
 
 
-def by_batch(x: Tensor, base: Any) -> Tensor:
+def normalize_by_batch(x: Tensor, base: Any) -> Tensor:
     """Normalise ``x`` (B, C, ...) with its own statistics, or the source's for a single image."""
     if too_few_values(x) and base.running_mean is not None:
-        return by_source(x, base)
+        return normalize_by_source(x, base)
     check_values(x)
     if current_split() is not None:
         return normalize(x, *batch_stats(x), base)
     return F.batch_norm(x, None, None, base.weight, base.bias, True, 0.0, base.eps)
 
 
-def by_source(x: Tensor, base: Any) -> Tensor:
+def normalize_by_source(x: Tensor, base: Any) -> Tensor:
     """Normalise ``x`` (B, C, ...) as the source model does in eval mode."""
     if base.running_mean is None:
-        return by_batch(x, base)
+        return normalize_by_batch(x, base)
     return normalize(x, base.running_mean, base.running_var, base)
 
 
@@ -206,7 +206,7 @@ def one_value(x: Tensor) -> bool:
     return x.numel() == x.shape[1] and current_split() is None
 
 
-def few_images_advice(rule: str | None) -> str:
+def few_images_advice(rule: str) -> str:
     """What to say where a rule had too few values; it is not recommended to itself."""
     others = [f"norm={name!r}" for name in ("alpha_bn", "unmix_tns") if name != rule]
     return (

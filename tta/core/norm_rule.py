@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from tta.core.component import Component, Context
 
@@ -17,6 +18,11 @@ class NormRule(Component):
     A subclass writes :meth:`forward`, usually with :func:`tta.core.norm_layers.normalize`.
     ``learning`` is False while the adapter is frozen; ``fell_back`` is set when too few values came
     for batch statistics and the source statistics were used instead.
+
+    Args:
+        config: The component's config.
+        base: The BatchNorm layer of the model.
+        context: What is known at wrap.
     """
 
     slot = "norm"
@@ -26,6 +32,16 @@ class NormRule(Component):
         super().__init__(config)
         self.learning = True
         self.fell_back = False
+
+    @classmethod
+    def suits(cls, model: nn.Module) -> bool:
+        """Whether there is a BatchNorm layer."""
+        return any(isinstance(module, _BatchNorm) for module in model.modules())
+
+    @classmethod
+    def update_fields(cls, config: Any) -> dict[str, Any]:
+        """Fields of an update that is named without a learning rate, on top of this rule."""
+        return {}
 
     def forward(self, x: Tensor, base: Any) -> Tensor:
         """Normalise ``x`` (B, C, ...) with this rule's statistics and the base's affine part."""

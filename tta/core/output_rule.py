@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 
@@ -15,10 +15,16 @@ __all__ = ["Output"]
 
 
 class Output(Component):
-    """What is returned in the end. A subclass writes :meth:`correct`."""
+    """What is returned in the end. A subclass writes :meth:`correct`.
+
+    ``learning`` is False while the adapter is frozen.
+
+    Args:
+        config: The component's config.
+        context: What is known at wrap.
+    """
 
     slot = "output"
-    needs_features: ClassVar[bool] = False
 
     def __init__(self, config: Any, context: Context) -> None:
         super().__init__(config)

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from tta.core.checks import mapping, nearest, one_of, text
 from tta.core.component import Component
-from tta.core.config import SLOTS, ComponentConfig, UpdateConfig
+from tta.core.config import SLOTS, ComponentConfig
 
 __all__ = ["component", "config_from_dict", "get_config", "list_methods", "register"]
 
@@ -51,7 +51,7 @@ def register(name: str) -> Callable[[C], C]:
                 f"`name` must be new, got {name!r}, which {other.__module__} has: "
                 "choose another name."
             )
-        if cls.slot not in SLOTS and name != "source":
+        if cls.slot not in SLOTS and not cls.empties_slots:
             raise TypeError(
                 f"`slot` must be 'norm', 'update' or 'output', got {cls.slot!r}: subclass "
                 "NormRule, Update or Output."
@@ -122,10 +122,7 @@ def get_config(name: str, **overrides: Any) -> ComponentConfig:
     if tag and tag not in cls.PRESETS:
         known = nearest(tag, cls.PRESETS) if cls.PRESETS else "it has none."
         raise ValueError(f"unknown preset {tag!r} of {base!r}: {known}")
-    values = dict(cls.PRESETS.get(tag or DEFAULT_PRESET, {}))
-    if "lr" in overrides and issubclass(cls.Config, UpdateConfig):
-        overrides.setdefault("lr_scaling", "none")
-    return cls.Config().replace(**(values | overrides))
+    return cls.Config().replace(**cls.PRESETS.get(tag or DEFAULT_PRESET, {})).override(**overrides)
 
 
 def config_from_dict(data: Mapping[str, Any]) -> ComponentConfig:

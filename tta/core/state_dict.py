@@ -1,4 +1,4 @@
-"""Keys of an adapter's state: other names, what may be loaded, what it belongs to, copies."""
+"""Keys of a state: their other names, what may be loaded, what it belongs to, and copies."""
 
 from __future__ import annotations
 
@@ -11,17 +11,24 @@ from torch import Tensor
 
 from tta.core.checks import nearest
 
-__all__ = ["alias", "check_origin", "check_state", "checksum", "lasting_copies"]
+__all__ = [
+    "check_origin",
+    "check_state",
+    "checksum",
+    "compact_copies",
+    "copy_tensors",
+    "current_name",
+]
 
 SMALL = 1024  # elements; a copy of fewer is not worth a comparison
+DROPPED = ("update/kept_share",)  # keys of version 0.1.0 that nothing depends on
 
 
 def check_origin(theirs: dict[str, Any], mine: dict[str, Any]) -> None:
     """Refuse a state that another method, or a model with other weights, made."""
     if theirs != mine:
         mine_told, theirs_told = (
-            f"{made_by['method']} on source weights {made_by['weights']:08x}"
-            for made_by in (mine, theirs)
+            f"{one['method']} on source weights {one['weights']:08x}" for one in (mine, theirs)
         )
         raise ValueError(
             f"`state` must come from an adapter like this one ({mine_told}), got one of "
@@ -32,16 +39,16 @@ def check_origin(theirs: dict[str, Any], mine: dict[str, Any]) -> None:
 def check_state(
     state: dict[str, Tensor],
     moving: dict[str, Tensor],
-    growing: Collection[str] = (),
-    taking_shape: Collection[str] = (),
+    resizable: Collection[str] = (),
+    lazy: Collection[str] = (),
 ) -> None:
     """Refuse a state that does not fit what moves.
 
     Args:
         state: What is to be copied, in part or in full.
         moving: Everything that moves.
-        growing: Keys whose first axis may have any length; those of a component come together.
-        taking_shape: Keys whose other axes are open as long as they are empty.
+        resizable: Keys whose first axis may have any length; those of a component come together.
+        lazy: Keys whose other axes are open as long as they are empty.
     """
     for key, value in state.items():
         if key not in moving:
@@ -49,13 +56,13 @@ def check_state(
                 f"`state` must come from an adapter like this one, got the key {key!r}: "
                 + nearest(key, _neighbours(moving, key))
             )
-        fixed = slice(1, None) if key in growing else slice(None)
-        if key in taking_shape and isinstance(value, Tensor):
+        fixed = slice(1, None) if key in resizable else slice(None)
+        if key in lazy and isinstance(value, Tensor):
             empty = 0 in (moving[key].numel(), value.numel())
             fixed = slice(0, 1) if empty else slice(None)
         _check_tensor(key, value, moving[key], fixed)
     for slot in ("update/", "output/"):
-        keys = [k for k in growing if k.startswith(slot)]
+        keys = [k for k in resizable if k.startswith(slot)]
         lengths = {k: len(state[k]) if k in state else None for k in keys}
         given = {k: v for k, v in lengths.items() if v is not None}
         if given and len(set(lengths.values())) > 1:
@@ -102,10 +109,23 @@ def _check_rng(value: Tensor) -> None:
         ) from None
 
 
-def alias(key: str) -> str:
-    """Methods with a teacher call the trained parameters the student."""
+def current_name(key: str) -> str | None:
+    """The name that a key has in a state now; None where it has none any more.
+
+    Methods with a teacher call the trained parameters the student.
+    """
+    if key in DROPPED:
+        return None
     student = "update/student."
     return f"param/{key[len(student) :]}" if key.startswith(student) else key
+
+
+@torch.no_grad()
+def copy_tensors(targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Copy every one of ``values`` into the target of the same name, in place."""
+    if values:
+        foreach: Any = torch  # not in its type stubs
+        foreach._foreach_copy_([targets[key] for key in values], list(values.values()))
 
 
 def _neighbours(moving: dict[str, Tensor], key: str) -> list[str]:
@@ -124,8 +144,8 @@ def checksum(tensors: Iterable[Tensor], first: int | None = None) -> int:
     return crc
 
 
-def lasting_copies(moving: Mapping[str, Tensor], held: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies that the adapter never writes to, without memory for what there is already.
+def compact_copies(moving: Mapping[str, Tensor], held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies that nobody writes to, which take no memory for what there is already.
 
     Where a whole model is trained, its parameters, a teacher's, and the optimiser's slots are four
     models; at wrap the first two are usually the caller's weights and the others are zeros.
@@ -137,10 +157,10 @@ def lasting_copies(moving: Mapping[str, Tensor], held: Mapping[str, Tensor]) -> 
     Returns:
         Tensors with the bits of ``moving``: one of ``held``, an expanded zero, or a clone.
     """
-    return {key: _lasting_copy(key, value.detach(), held) for key, value in moving.items()}
+    return {key: _compact_copy(key, value.detach(), held) for key, value in moving.items()}
 
 
-def _lasting_copy(key: str, value: Tensor, held: Mapping[str, Tensor]) -> Tensor:
+def _compact_copy(key: str, value: Tensor, held: Mapping[str, Tensor]) -> Tensor:
     if value.numel() >= SMALL:
         name = key.partition("/")[2]
         # param/<name>, or update/teacher.<name>

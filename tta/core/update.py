@@ -12,38 +12,36 @@ from tta.core.autocast import forget_casts
 from tta.core.backbone import Backbone
 from tta.core.component import Component, Context
 from tta.core.config import ComponentConfig, UpdateConfig
+from tta.core.optimizer import make_optimizer
 from tta.core.prediction import Prediction, Report
+from tta.core.selection_pass import RowSelector
 from tta.core.source import SourceStatistics
+from tta.core.state_dict import copy_tensors
 
 __all__ = ["Update"]
-
-# A kept row costs a forward and a backward of its own, about 2.3 forwards; the backward of the
-# whole batch, about 1.3, whether one row or all of them are in the loss.
-RERUN_BELOW = 0.55  # share of kept rows
-
-ADAM_EPS = 1e-8
-HALF_EPS = 1e-4  # in float16 the other is 0, and so are squares of gradients below 2e-4
 
 
 class Update(Component):
     """How parameters move. A subclass writes :meth:`adapt`, top to bottom as the paper has it.
 
-    ``self.network(x)`` is one forward pass, ``self.step(loss)`` the only place where a loss
-    becomes a change of parameters.
+    ``self.network(x)`` is one forward pass, ``self.selection_pass(x)`` one by which samples are
+    chosen, and ``self.step(loss)`` the only place where a loss becomes a change of parameters.
+
+    Args:
+        config: The component's config.
+        network: The wrapped model.
+        context: What is known at wrap.
     """
 
     slot = "update"
     Config: ClassVar[type[ComponentConfig]] = UpdateConfig
     default_norm: ClassVar[str | None] = "bn"  # norm rule when the caller names none
     default_output: ClassVar[str | None] = None  # output rule, likewise
-    needs_features: ClassVar[bool] = False
-    for_artefacts: ClassVar[dict[str, Any]] = {}  # fields that leave out what artefacts need not
     injects: ClassVar[tuple[str, ...]] = ()  # of wrap's "augment" and "restore_mask"
-    learns_from_all: ClassVar[bool] = True  # given margins wide enough, from all of a batch at once
-    selects: ClassVar[bool] = False  # looks, then leaves samples out: see `look`
+    # Whether it learns from all of a batch at once, given margins wide enough.
+    learns_from_whole_batch: ClassVar[bool] = True
 
-    resets: Tensor
-    kept_share: Tensor  # of the last batch, where the method selects
+    resets: Tensor  # 0-dimensional: the method's own, since wrap or the last reset
 
     def __init__(self, config: Any, network: Backbone, context: Context) -> None:
         super().__init__(config)
@@ -51,11 +49,15 @@ class Update(Component):
         self.context = context
         self.parameters_adapted = context.parameters
         self.report = Report()
-        self.recover: Callable[..., None] = lambda **_: None  # set by the adapter
+        self.selection_pass = RowSelector(network, context.rows_independent)
         self.register_buffer("resets", torch.zeros((), dtype=torch.int64))
-        if self.selects:
-            self.register_buffer("kept_share", torch.ones(()))
         self.optimizer = self._make_optimizer()
+
+    @classmethod
+    def brings(cls, config: Any) -> dict[str, str]:
+        """The default norm and output rules."""
+        found = {"norm": cls.default_norm, "output": cls.default_output}
+        return {slot: name for slot, name in found.items() if name is not None}
 
     @classmethod
     def leaves_out(cls, config: Any, names: Iterable[str]) -> set[str]:
@@ -83,53 +85,27 @@ class Update(Component):
     def attach(self, source: SourceStatistics) -> None:
         """Take again what no file holds when an adapter is loaded, and raise if it is missing."""
 
-    def survives_reset(self) -> tuple[str, ...]:
-        """Buffers that ``reset`` leaves as they are; only ``official=True`` may name some."""
-        return ()
-
-    def forward_rows(self, x: Tensor, rows: Tensor) -> Tensor:
-        """Logits (N, C) of the rows of ``x`` in the mask ``rows`` (B,), in a new forward pass.
-
-        Where rows depend on each other (batch statistics) the whole batch goes through the model.
-        """
-        if self.context.rows_independent:
-            return self.network(x[rows]).logits
-        return self.network(x).logits[rows]
-
-    def look(self, x: Tensor) -> Prediction:
-        """The pass that samples are chosen by.
-
-        Without a graph where few were kept of the last batch, as then :meth:`kept_logits` will not
-        need one: to hold what a backward pass would want costs a fifth of a pass.
-        """
-        few = self.selects and self.context.rows_independent
-        with torch.set_grad_enabled(not (few and bool(self.kept_share < RERUN_BELOW))):
-            return self.network(x)
-
-    def count_kept(self, rows: Tensor) -> int:
-        """How many of a batch are in the mask ``rows`` (B,); :meth:`look` remembers the share."""
-        count = int(rows.sum())
-        if self.selects:
-            self.kept_share.fill_(count / len(rows))
-        return count
-
-    def kept_logits(self, x: Tensor, prediction: Prediction, rows: Tensor) -> Tensor:
-        """Logits (N, C) of the rows that go into a loss, those that :meth:`look` gave for ``x``.
-
-        A backward pass costs the same for every row, in the loss or not. Where rows do not depend
-        on each other and few are kept, these go through the model again alone and the graph of
-        the whole batch is dropped: the same gradient, up to rounding, for less.
-        """
-        if not self.context.rows_independent:
-            return prediction.logits[rows]
-        few = self.count_kept(rows) < RERUN_BELOW * len(rows)
-        if few or not prediction.logits.requires_grad:
-            return self.forward_rows(x, rows)
-        return prediction.logits[rows]
-
     def optimized(self) -> dict[str, nn.Parameter]:
         """What the optimiser moves: the model's chosen parameters, then the method's own."""
         return self.context.parameters | {f"update.{n}": p for n, p in self.named_parameters()}
+
+    def trained(self) -> dict[str, Tensor]:
+        """The model's chosen parameters, by their names in a state."""
+        return {f"param/{name}": p.detach() for name, p in self.context.parameters.items()}
+
+    def optimizer_slots(self) -> dict[str, Tensor]:
+        """What the optimiser remembers, by names in a state."""
+        return {
+            f"optim/{name}.{key}": value
+            for name, p in self.optimized().items()
+            for key, value in self.optimizer.state.get(p, {}).items()
+        }
+
+    def recover(self, optimizer: bool = True) -> None:
+        """A method's own recovery: parameters, and the optimiser, back to the reset point."""
+        mine = self.trained() | (self.optimizer_slots() if optimizer else {})
+        start = self.network.session.reset_point
+        copy_tensors(mine, {key: start[key] for key in mine})
 
     def step(
         self,
@@ -175,35 +151,14 @@ class Update(Component):
         return finite
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
-        """The optimiser, with its slots filled with zeros so that the state has fixed keys.
+        """A method that has parameters of its own calls this again when it has made them."""
+        return make_optimizer(self.config, list(self.optimized().values()))
 
-        A zero momentum buffer gives the same first step as torch's lazily made one, because
-        dampening is 0.
-        """
-        c, params = self.config, list(self.optimized().values())
-        if c.optimizer == "sgd":
-            optimizer: torch.optim.Optimizer = torch.optim.SGD(
-                params,
-                lr=c.lr,
-                momentum=c.momentum,
-                nesterov=c.nesterov,
-                weight_decay=c.weight_decay,
-                foreach=True,
-            )
-            if c.momentum > 0:
-                for p in params:
-                    optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            return optimizer
-        optimizer = torch.optim.Adam(
-            params,
-            lr=c.lr,
-            betas=c.betas,
-            eps=HALF_EPS if any(p.dtype == torch.float16 for p in params) else ADAM_EPS,
-            weight_decay=c.weight_decay,
-            foreach=True,
-        )
-        for p in params:
-            optimizer.state[p].update(
-                step=torch.zeros(()), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p)
-            )
-        return optimizer
+    def _apply(self, fn: Any, recurse: bool = True) -> Update:
+        super()._apply(fn, recurse)
+        for p in self.optimized().values():
+            slots = self.optimizer.state.get(p, {})
+            for key, value in slots.items():
+                if key != "step":  # torch keeps the step count on the CPU
+                    slots[key] = fn(value)
+        return self

@@ -35,9 +35,9 @@ class LowerLayersConfig(UpdateConfig):
         super().__post_init__()
         number("skip_blocks", self.skip_blocks, 0, 1, below=True)
 
-    def scaled(self: Self, batch_size: int | None) -> Self:
+    def for_batch_size(self: Self, batch_size: int | None) -> Self:
         """As for every update, and doubled for a stream of single images, as in the scripts."""
-        scaled = super().scaled(batch_size)
+        scaled = super().for_batch_size(batch_size)
         if batch_size == 1 and self.lr_scaling != "none":
             return scaled.replace(lr=2 * scaled.lr)
         return scaled

@@ -38,7 +38,6 @@ class Selection:
 
     reliable: Tensor  # 0-dimensional: how many passed the entropy filter
     chosen: Tensor  # (B,) bool: passed both
-    count: int  # how many of these
     probs: Tensor  # (B, C), without gradient
 
     @property
@@ -60,7 +59,7 @@ def select(logits: Tensor, average: Tensor, margin: float, redundancy_margin: fl
     probs = logits.float().softmax(1)
     reliable = entropy(logits) < margin
     chosen = reliable & non_redundant(probs, average, redundancy_margin)
-    return Selection(reliable.sum(), chosen, int(chosen.sum()), probs)
+    return Selection(reliable.sum(), chosen, probs)
 
 
 def weighted_entropy(logits: Tensor, margin: float) -> Tensor:
@@ -77,8 +76,6 @@ def weighted_entropy(logits: Tensor, margin: float) -> Tensor:
 class SelectiveUpdate(Update):
     """Weighted entropy of reliable, non-redundant samples, and a penalty if there is one."""
 
-    selects = True
-
     ema_probs: Tensor  # (C,), q; NaN while undefined
 
     def __init__(self, config: SelectiveConfig, network: Backbone, context: Context) -> None:
@@ -92,18 +89,18 @@ class SelectiveUpdate(Update):
     def adapt(self, x: Tensor) -> Prediction:
         """Predict, select, weigh, step; nothing moves when no sample is selected."""
         config, margin = self.config, self.config.entropy_margin * self.context.log_classes
-        prediction = self.look(x)
-        found = select(prediction.logits, self.ema_probs, margin, config.redundancy_margin)
+        selection = self.selection_pass(x)
+        found = select(selection.logits, self.ema_probs, margin, config.redundancy_margin)
+        count = selection.keep(found.chosen)
         self.report = Report(
-            reliable=found.reliable, selected=found.count, loss=float("nan"), stepped=False
+            reliable=found.reliable, selected=count, loss=float("nan"), stepped=False
         )
-        if found.count == 0:
-            self.count_kept(found.chosen)
-            return prediction
+        if count == 0:
+            return selection.prediction
         move_average(self.ema_probs, found.mean_probs)
-        loss = weighted_entropy(self.kept_logits(x, prediction, found.chosen), margin)
+        loss = weighted_entropy(selection.kept_logits(), margin)
         penalty = self.penalty()
         if penalty is not None:
             loss = loss + penalty
         self.report |= {"loss": loss.detach(), "stepped": self.step(loss)}
-        return prediction
+        return selection.prediction

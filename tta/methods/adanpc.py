@@ -193,7 +193,7 @@ class Adanpc(Output):
         """Set what ``constants`` returned."""
         self._hold(values["source_features"], values["source_scale"], values["source_labels"])
 
-    def growing(self) -> tuple[str, ...]:
+    def resizable_buffers(self) -> tuple[str, ...]:
         """The official memory has no limit."""
         return ("memory", "memory_labels") if self.config.official else ()
 

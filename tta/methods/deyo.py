@@ -39,7 +39,7 @@ from torch import Tensor
 
 from tta.core.checks import number, one_of, whole
 from tta.core.config import CIFAR_ADAM
-from tta.core.norm_layers import at_rest
+from tta.core.norm_layers import frozen_statistics
 from tta.core.prediction import Prediction, Report
 from tta.core.random import CountedDraws, fork
 from tta.core.registry import register
@@ -80,7 +80,6 @@ class Deyo(LowerLayersUpdate):
     """Entropy of samples that lose their label when their object is destroyed."""
 
     Config = DeyoConfig
-    selects = True
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "imagenet": _RESNET | {"plpd_threshold": 0.3},
         "imagenet_wild": _RESNET | {"plpd_threshold": 0.2},
@@ -97,32 +96,32 @@ class Deyo(LowerLayersUpdate):
         config, log_classes = self.config, self.context.log_classes
         self._check(x)
         self.report = Report(reliable=0, selected=0, loss=float("nan"), stepped=False)
-        prediction = self.look(x)
+        selection = self.selection_pass(x)
         self.leave_out_last()
         draws = fork(self.context.generator, x.device)
-        entropies = entropy(prediction.logits.detach())
+        entropies = entropy(selection.logits)
         reliable = entropies < config.entropy_margin * log_classes
-        self.report["reliable"] = count = self.count_kept(reliable)
+        self.report["reliable"] = count = selection.keep(reliable)
         if count == 0:
-            return prediction
-        drop = self._drop(x[reliable], prediction.logits.detach()[reliable], draws)
+            return selection.prediction
+        drop = self._drop(x[reliable], selection.logits[reliable], draws)
         kept = drop > config.plpd_threshold
         chosen = reliable.clone()
         chosen[reliable] = kept
-        self.report["selected"] = count = self.count_kept(chosen)
+        self.report["selected"] = count = selection.keep(chosen)
         if count == 0:
-            return prediction
+            return selection.prediction
         weight = torch.exp(config.weight_margin * log_classes - entropies[chosen])
         weight = weight + torch.exp(drop[kept])
-        loss = (weight * entropy(self.kept_logits(x, prediction, chosen))).mean()
+        loss = (weight * entropy(selection.kept_logits())).mean()
         self.report |= {"loss": loss.detach(), "stepped": self.step(loss)}
-        return prediction
+        return selection.prediction
 
     @torch.no_grad()
     def _drop(self, images: Tensor, logits: Tensor, draws: CountedDraws) -> Tensor:
         """PLPD (N,): what the label loses when the object in (N, C, H, W) is destroyed."""
         destroyed = self._destroy(images, draws)
-        with at_rest(self.network.wrappers):
+        with frozen_statistics(self.network.wrappers):
             after = self.network(destroyed).logits.float().softmax(1)
         before, label = logits.float().softmax(1).max(1)
         return before - after.gather(1, label[:, None])[:, 0]

@@ -44,7 +44,7 @@ from tta.core.checks import fraction, number, one_of, whole
 from tta.core.classifier import size_in
 from tta.core.component import Context
 from tta.core.config import CIFAR_ADAM, UpdateConfig
-from tta.core.norm_layers import at_rest
+from tta.core.norm_layers import frozen_statistics
 from tta.core.prediction import Prediction, Report
 from tta.core.random import fork
 from tta.core.registry import register
@@ -101,7 +101,7 @@ class Rmt(Update):
     needs_features = True
     injects: ClassVar[tuple[str, ...]] = ("augment",)
     replays_source: ClassVar[bool] = True
-    for_artefacts: ClassVar[dict[str, Any]] = {"weight_source": 0.0, "warmup_samples": 0}
+    artefact_fields: ClassVar[dict[str, Any]] = {"weight_source": 0.0, "warmup_samples": 0}
 
     prototypes: Tensor  # (C, D), NaN for a class without images
     source_position: Tensor  # of the next source batch
@@ -127,7 +127,7 @@ class Rmt(Update):
         self.augmenter.check(x)
         student = self.network(x)
         (view,) = self.augmenter.views(x, 1, fork(self.context.generator, x.device))
-        with at_rest(self.network.wrappers):
+        with frozen_statistics(self.network.wrappers):
             augmented = self.network(view)
         teacher = self.teacher.predict(x)
         plain = symmetric_cross_entropy(student.logits, teacher.logits).mean()
@@ -171,7 +171,7 @@ class Rmt(Update):
     def source_loss(self, x: Tensor) -> Tensor:
         """Cross-entropy on the next labelled source batch."""
         images, labels = self._next_batch(x.device)
-        with at_rest(self.network.wrappers):
+        with frozen_statistics(self.network.wrappers):
             logits = self.network(images).logits
         return F.cross_entropy(logits.float(), labels)
 

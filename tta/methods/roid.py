@@ -47,7 +47,7 @@ from tta.core.backbone import Backbone
 from tta.core.checks import fraction, number
 from tta.core.component import Context
 from tta.core.config import CIFAR_ADAM, ComponentConfig, UpdateConfig
-from tta.core.norm_layers import at_rest
+from tta.core.norm_layers import frozen_statistics
 from tta.core.output_rule import Output
 from tta.core.prediction import Prediction, Report
 from tta.core.random import fork
@@ -110,7 +110,6 @@ class Roid(Update):
     """Certain and diverse samples, a soft likelihood ratio, weights kept near the source."""
 
     Config = RoidConfig
-    selects = True
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "imagenet": {"lr": 2.5e-4},
         "cifar10": CIFAR_ADAM | {"nesterov": False},
@@ -118,7 +117,7 @@ class Roid(Update):
     }
     default_output: ClassVar[str | None] = "prior_correction"
     injects: ClassVar[tuple[str, ...]] = ("augment",)
-    learns_from_all: ClassVar[bool] = False
+    learns_from_whole_batch: ClassVar[bool] = False
 
     ema_probs: Tensor  # q (C,)
 
@@ -138,10 +137,11 @@ class Roid(Update):
         config = self.config
         if self.augmenter is not None:
             self.augmenter.check(x)
-        prediction = self.look(x)
-        logits = prediction.logits.detach()
+        selection = self.selection_pass(x)
+        logits = selection.logits
         weights, kept = sample_weights(logits, self.ema_probs, config.temperature)
-        chosen = self.kept_logits(x, prediction, kept)
+        selection.keep(kept)
+        chosen = selection.kept_logits()
         losses = soft_likelihood_ratio(chosen)
         self.report = Report(selected=len(chosen), likelihood_ratio=_mean(losses))
         if self.augmenter is not None:
@@ -155,13 +155,13 @@ class Roid(Update):
             parameters = self.parameters_adapted.values()
             ensemble(parameters, self.anchor.tensors(), 1 - config.source_momentum)
         self.report |= {"loss": loss.detach(), "stepped": stepped}
-        return prediction
+        return selection.prediction
 
     def _logits_of_view(self, images: Tensor) -> Tensor:
         """Logits (N, C) of one augmented view, in a pass of its own."""
         assert self.augmenter is not None
         (view,) = self.augmenter.views(images, 1, fork(self.context.generator, images.device))
-        with at_rest(self.network.wrappers):
+        with frozen_statistics(self.network.wrappers):
             return self.network(view).logits
 
 

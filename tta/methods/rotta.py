@@ -133,7 +133,7 @@ class Rotta(Update):
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {"imagenet": {}, "cifar10": {}, "cifar100": {}}
     default_norm: ClassVar[str | None] = "robust_bn"
     injects: ClassVar[tuple[str, ...]] = ("augment",)
-    learns_from_all: ClassVar[bool] = False
+    learns_from_whole_batch: ClassVar[bool] = False
 
     memory: Tensor  # (memory_size, C, H, W) uint8 pixels; (memory_size, 0) before the first batch
     offered: Tensor  # 0-dimensional: images so far
@@ -179,7 +179,7 @@ class Rotta(Update):
         """The teacher's prediction, nothing remembered."""
         return self.teacher.predict(x)
 
-    def taking_shape(self) -> tuple[str, ...]:
+    def lazy_buffers(self) -> tuple[str, ...]:
         """The first batch says how large images are."""
         return ("memory",)
 

@@ -42,6 +42,7 @@ from tta.core.checks import number
 from tta.core.component import Context
 from tta.core.prediction import Prediction, Report
 from tta.core.registry import register
+from tta.core.selection_pass import SelectionPass
 from tta.methods._lower_layers import LowerLayersConfig, LowerLayersUpdate
 from tta.parts.losses import entropy
 from tta.parts.sam import perturbed
@@ -72,7 +73,6 @@ class Sar(LowerLayersUpdate):
     """Sharpness-aware and reliable entropy minimisation."""
 
     Config = SarConfig
-    selects = True
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "imagenet": {"lr": 2.5e-4, "lr_scaling": "small_batch"},
         "imagenet_vit": {"lr": 1e-3, "lr_scaling": "linear"},
@@ -89,16 +89,15 @@ class Sar(LowerLayersUpdate):
     def adapt(self, x: Tensor) -> Prediction:
         """Predict, select, step from the perturbed point, recover if the average says so."""
         config = self.config
-        prediction = self.look(x)
+        selection = self.selection_pass(x)
         self.leave_out_last()
         margin = config.entropy_margin * self.context.log_classes
-        reliable = entropy(prediction.logits.detach()) < margin
-        count = self.count_kept(reliable)
+        count = selection.keep(entropy(selection.logits) < margin)
         self.report = Report(
             selected=count, selected_second=0, loss=float("nan"), gradient_norm=0.0, stepped=False
         )
         if count > 0:
-            self._sharp_step(x, prediction, reliable, margin)
+            self._sharp_step(selection, margin)
         if config.official and self.report["selected_second"] == 0:
             self._coast()
         threshold = OFFICIAL_THRESHOLD if config.official else config.reset_threshold
@@ -107,16 +106,14 @@ class Sar(LowerLayersUpdate):
             self.resets += 1
             if not config.official:
                 self.ema.fill_(float("nan"))
-        return prediction
+        return selection.prediction
 
-    def _sharp_step(
-        self, x: Tensor, prediction: Prediction, reliable: Tensor, margin: float
-    ) -> None:
+    def _sharp_step(self, selection: SelectionPass, margin: float) -> None:
         parameters = list(self.parameters_adapted.values())
-        first = entropy(self.kept_logits(x, prediction, reliable)).mean()
+        first = entropy(selection.kept_logits()).mean()
         climb = _gradients(first, parameters)
         with perturbed(parameters, climb, self.config.rho) as norm:
-            entropies = entropy(self.forward_rows(x, reliable))
+            entropies = entropy(selection.again())
             kept = entropies.detach() < margin
             count = int(kept.sum())
             self.report |= {"selected_second": count, "gradient_norm": norm}

@@ -26,3 +26,4 @@ class Source(Component):
     """A name for empty slots; no object of it is ever made."""
 
     Config = SourceConfig
+    empties_slots = True

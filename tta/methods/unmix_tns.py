@@ -36,7 +36,7 @@ from tta.core.batch_split import current_split
 from tta.core.checks import fraction, number, whole
 from tta.core.component import Context
 from tta.core.config import ComponentConfig
-from tta.core.norm_layers import by_source, instance_stats, normalize
+from tta.core.norm_layers import instance_stats, normalize, normalize_by_source
 from tta.core.norm_rule import NormRule
 from tta.core.registry import register
 
@@ -66,6 +66,10 @@ class UnmixTnsConfig(ComponentConfig):
         fraction("alpha", self.alpha)
         if self.update_lr is not None:
             number("update_lr", self.update_lr, 0)
+
+    def for_batch_size(self, batch_size: int | None) -> UnmixTnsConfig:
+        """With ``batch_size`` as the B of lambda, unless one is there."""
+        return self if self.batch_size is not None else self.replace(batch_size=batch_size)
 
 
 def _rate(config: UnmixTnsConfig, momentum: float) -> float:
@@ -110,10 +114,15 @@ class UnmixTns(NormRule):
         self.register_buffer("vars", variances)
         self.rate: float = _rate(config, 0.1 if base.momentum is None else base.momentum)
 
+    @classmethod
+    def update_fields(cls, config: Any) -> dict[str, Any]:
+        """The authors' learning rate on top of this rule."""
+        return {} if config.update_lr is None else {"lr": config.update_lr}
+
     def forward(self, x: Tensor, base: Any) -> Tensor:
         """Normalise each image of (B, C, ...) with its own mixture, then move the components."""
         if x.ndim == 2 or isinstance(base, nn.BatchNorm1d):
-            return by_source(x, base)
+            return normalize_by_source(x, base)
         if torch.is_autocast_enabled(x.device.type):
             with torch.autocast(x.device.type, enabled=False):  # statistics stay in float32
                 return self._unmixed(x, base)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tta.core.backbone import Backbone
-from tta.core.norm_layers import by_batch, overriding
+from tta.core.norm_layers import normalize_by_batch, with_statistics
 from tta.core.source import SourceStatistics
 
 __all__ = ["ClassMoments", "class_moments", "mahalanobis", "whitening"]
@@ -45,7 +45,7 @@ def class_moments(
     wide = torch.zeros(classes, size, dtype=torch.float64, device=like.device)
     total, count, seen = wide, wide.new_zeros(classes), 0
     products = wide.new_zeros((classes,) * (covariance == "class") + (size, size))
-    with overriding(network.wrappers, by_batch):
+    with with_statistics(network.wrappers, normalize_by_batch):
         for images, labels in source.iter_batches():
             found = network(images.to(like.device)).features
             assert found is not None

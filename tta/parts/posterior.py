@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tta.core.backbone import Backbone
-from tta.core.norm_layers import by_source, overriding
+from tta.core.norm_layers import normalize_by_source, with_statistics
 
 __all__ = ["Moments", "diagonal_swag", "prior"]
 
@@ -71,7 +71,7 @@ def diagonal_swag(
     optimizer = torch.optim.SGD(params, FIRST_LR, MOMENTUM, weight_decay=WEIGHT_DECAY, foreach=True)
     moments = Moments(before)
     try:
-        with torch.enable_grad(), overriding(network.wrappers, by_source):
+        with torch.enable_grad(), with_statistics(network.wrappers, normalize_by_source):
             for epoch in range(epochs):
                 share = min(1.0, epoch / RAMP)
                 optimizer.param_groups[0]["lr"] = FIRST_LR + (LAST_LR - FIRST_LR) * share

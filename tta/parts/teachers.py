@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tta.core.backbone import Backbone
-from tta.core.norm_layers import AdaptiveNorm, at_rest
+from tta.core.norm_layers import AdaptiveNorm, frozen_statistics
 from tta.core.prediction import Prediction
 from tta.core.random import CountedDraws
 
@@ -88,7 +88,7 @@ class OtherWeights(NamedTensors):
     @torch.no_grad()
     def predict(self, x: Tensor) -> Prediction:
         """Logits and features of ``x`` (B, ...); norm rules use their state and do not move it."""
-        with at_rest(self.network.wrappers):
+        with frozen_statistics(self.network.wrappers):
             return self.learn_statistics(x)
 
     @torch.no_grad()

@@ -55,9 +55,7 @@ def split_batches(adapter: Adapter, group: Any = None) -> Adapter:
             "`split_batches` must find torch.distributed set up: call "
             "torch.distributed.init_process_group() first, under torchrun."
         )
-    network = adapter._network
-    if network is None:
-        raise RuntimeError("this adapter was unwrapped: wrap the model again.")
+    session = adapter.session
     if adapter.config.norm is None and not rows_independent(adapter.model):
         raise ValueError(
             "`adapter` must have a norm rule where BatchNorm layers have no running statistics, "
@@ -68,9 +66,9 @@ def split_batches(adapter: Adapter, group: Any = None) -> Adapter:
     held = {**adapter.state(), **adapter.constants(), **dict(adapter.model.named_buffers())}
     sums = checksum(held[key] for key in sorted(held))
     ranks.check_same(
-        (adapter.made_by, adapter.config.to_dict(), sums),
+        (adapter.fingerprint, adapter.config.to_dict(), sums),
         "`adapter` must be the same on every rank, got different models, configs, states or source "
         "artefacts: wrap the same model with the same arguments, source batches and seed on each.",
     )
-    network.ranks = ranks
+    session.ranks = ranks
     return adapter

@@ -1,0 +1,97 @@
+"""What components take of the source, at wrap or from a file."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from tta.core.adapter import Adapter
+from tta.core.backbone import Backbone, ImagesRefusedError
+from tta.core.component import Component
+from tta.core.norm_layers import normalize_by_source, with_statistics
+from tta.core.source import SourceStatistics
+from tta.core.source_checks import checked
+
+__all__ = ["fit", "load_constants"]
+
+
+def fit(adapter: Adapter, source: SourceStatistics) -> None:
+    """Give the components what they need of the source, and note in the config what that was.
+
+    Args:
+        adapter: Not serving yet.
+        source: As the caller gave it.
+
+    Raises:
+        ValueError: When something is missing or does not fit the model.
+    """
+    network, wrappers = adapter.network, adapter.norm_layers.values()
+    source = _checked(adapter, network, source)
+    before = {key: v for key, v in adapter.state().items() if key.startswith("norm/")}
+    try:
+        if adapter.output is not None:
+            with with_statistics(wrappers, normalize_by_source):
+                adapter.output.fit(source, network)
+        if adapter.update is not None:
+            adapter.update.fit(source)
+    except ImagesRefusedError as error:
+        raise ValueError(
+            "`source` must give pairs (images, labels), but a batch has images that this model "
+            f"cannot take: {error}"
+        ) from error
+    # Source passes go through the norm rule and must leave no trace in it.
+    adapter.load_state(before)
+    for wrapper in wrappers:
+        wrapper.rule.fell_back = False  # source batches may have been short
+    used = [part.source_used for part in _parts(adapter).values()]
+    words = "; ".join(text for text in used if text) or None
+    adapter.config = dataclasses.replace(adapter.config, source=words)
+
+
+def load_constants(
+    adapter: Adapter, source: SourceStatistics, constants: Mapping[str, Tensor]
+) -> None:
+    """Give the components the constants that were saved.
+
+    Args:
+        adapter: Not serving yet.
+        source: For methods that go on reading source batches.
+        constants: By the names of :meth:`tta.Adapter.constants`.
+
+    Raises:
+        ValueError: When constants are missing or do not fit the model.
+    """
+    for slot, part in _parts(adapter).items():
+        prefix = f"{slot}/"
+        mine = {k[len(prefix) :]: v for k, v in constants.items() if k.startswith(prefix)}
+        try:
+            part.load_constants(mine)
+            missing = min(set(part.constants()) - set(mine), default=None)
+            reason = f"{missing!r} is missing"
+        except (KeyError, RuntimeError) as error:
+            missing, reason = "", str(error)
+        if missing is not None:
+            raise ValueError(
+                f"`folder` must hold the constants of {part.name} for this model, but does not "
+                f"({reason}): save the adapter again."
+            )
+    if adapter.update is not None:
+        adapter.update.attach(_checked(adapter, adapter.network, source))
+
+
+def _parts(adapter: Adapter) -> dict[str, Component]:
+    """The components that may take something of the source, by slot."""
+    parts = {"update": adapter.update, "output": adapter.output}
+    return {slot: part for slot, part in parts.items() if part is not None}
+
+
+def _checked(adapter: Adapter, network: Backbone, source: SourceStatistics) -> SourceStatistics:
+    """The same source, whose batches are checked as they are read."""
+    parts = _parts(adapter).values()
+    if source.batches is None or not parts:
+        return source
+    labels = any(part.uses_labels for part in parts)
+    classes = adapter.num_classes if labels else None
+    return dataclasses.replace(source, batches=checked(source.batches, network.check, classes))

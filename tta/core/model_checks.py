@@ -1,0 +1,53 @@
+"""What cannot be wrapped, refused before anything has changed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from tta.core.adapter import WRAPPED, Adapter
+from tta.core.norm_layers import AdaptiveNorm
+
+__all__ = ["check_model"]
+
+PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+
+
+def check_model(model: Any) -> None:
+    """Refuse what is no single, unwrapped network."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"`model` must be a torch.nn.Module, got {type(model).__name__}: pass a classifier."
+        )
+    for module in model.modules():
+        if isinstance(module, PARALLEL):
+            raise ValueError(
+                f"`model` must be one copy of a network, got a {type(module).__name__}, whose "
+                "copies would each adapt and forget: wrap its .module."
+            )
+        inner = getattr(module, "_orig_mod", None)
+        if isinstance(inner, _BatchNorm):
+            raise ValueError(
+                f"`model` must be compiled as a whole, got a {type(inner).__name__} that was by "
+                "itself and would go on as it is: give torch.compile the model."
+            )
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(
+                f"`model` must have layers that can be looked into, got a {type(module).__name__}: "
+                "wrap the network it was scripted from."
+            )
+    if any(p.is_inference() for p in model.parameters()):
+        raise ValueError(
+            "`model` must have ordinary parameters, got inference tensors: build it outside "
+            "torch.inference_mode()."
+        )
+    if any(
+        isinstance(m, (Adapter, AdaptiveNorm)) or WRAPPED in m.__dict__ for m in model.modules()
+    ):
+        raise ValueError(
+            f"`model` must not be wrapped yet, got {type(model).__name__} that is or holds a "
+            "wrapped model: call unwrap() on its adapter first."
+        )

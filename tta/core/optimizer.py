@@ -1,0 +1,50 @@
+"""Optimisers whose slots are there from the start, so that the state has fixed keys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+__all__ = ["make_optimizer"]
+
+ADAM_EPS = 1e-8
+HALF_EPS = 1e-4  # in float16 the other is 0, and so are squares of gradients below 2e-4
+
+
+def make_optimizer(config: Any, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """SGD or Adam, with slots of zeros.
+
+    A momentum buffer of zeros gives the same first step as the one that torch makes later, because
+    dampening is 0.
+
+    Args:
+        config: An ``UpdateConfig``.
+        parameters: What is trained.
+    """
+    if config.optimizer == "sgd":
+        optimizer: torch.optim.Optimizer = torch.optim.SGD(
+            parameters,
+            lr=config.lr,
+            momentum=config.momentum,
+            nesterov=config.nesterov,
+            weight_decay=config.weight_decay,
+            foreach=True,
+        )
+        if config.momentum > 0:
+            for p in parameters:
+                optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        return optimizer
+    optimizer = torch.optim.Adam(
+        parameters,
+        lr=config.lr,
+        betas=config.betas,
+        eps=HALF_EPS if any(p.dtype == torch.float16 for p in parameters) else ADAM_EPS,
+        weight_decay=config.weight_decay,
+        foreach=True,
+    )
+    for p in parameters:
+        optimizer.state[p].update(
+            step=torch.zeros(()), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p)
+        )
+    return optimizer

@@ -1,0 +1,207 @@
+"""From names in slots to a complete config: what the caller chose, and what comes with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from tta.core.checks import nearest, whole
+from tta.core.classifier import num_classes
+from tta.core.config import SLOTS, ComponentConfig
+from tta.core.norm_rule import NormRule
+from tta.core.recipe import AdapterConfig
+from tta.core.registry import DEFAULT_PRESET, PRESET_CLASSES, component, get_config
+from tta.core.warn import warn
+
+__all__ = ["Request", "resolve"]
+
+ARGUMENTS = ("source", "batch_size", "seed", "mean", "std", "augment", "restore_mask")  # of wrap
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What the caller of ``wrap`` asked for, as it came.
+
+    Args:
+        recipe: A name, a component's config, a whole ``AdapterConfig``, or None.
+        slots: What was given for each slot: a name, a config, or None.
+        overrides: Fields of the chosen components.
+        batch_size: What the stream will have.
+        seed: Of the adapter's generator.
+        mean: Channel means.
+        std: Channel standard deviations.
+    """
+
+    recipe: Any = None
+    slots: Mapping[str, Any] = field(default_factory=dict)
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    batch_size: Any = None
+    seed: Any = 0
+    mean: Any = None
+    std: Any = None
+
+
+def resolve(model: nn.Module, request: Request) -> AdapterConfig:
+    """The config that a request means for this model.
+
+    Args:
+        model: The classifier, checked and unwrapped.
+        request: What was asked for.
+
+    Raises:
+        TypeError: When an argument is of the wrong kind.
+        ValueError: For unknown names or fields.
+    """
+    if isinstance(request.recipe, AdapterConfig):
+        return _whole_config(request)
+    batch_size = request.batch_size
+    if batch_size is not None:
+        batch_size = whole("batch_size", batch_size, 1)
+    chosen = _override(_choose(request), request.overrides)
+    chosen = {
+        slot: None if config is None else config.for_batch_size(batch_size)
+        for slot, config in _complete(chosen, model).items()
+    }
+    config = AdapterConfig(
+        **_adjust(chosen, request),  # type: ignore[arg-type]
+        batch_size=batch_size,
+        seed=request.seed,
+        mean=request.mean,
+        std=request.std,
+    )
+    _warn_of_preset(request, num_classes(model))  # a warning may be an error: nothing has changed
+    return config
+
+
+Chosen = dict[str, ComponentConfig | None]
+
+
+def _whole_config(request: Request) -> AdapterConfig:
+    others = (*request.slots.values(), request.batch_size, request.mean, request.std)
+    if request.overrides or request.seed != 0 or any(value is not None for value in others):
+        raise TypeError(
+            "`recipe` as an AdapterConfig takes no other slots or fields: use dataclasses.replace "
+            "on it."
+        )
+    return request.recipe
+
+
+def _choose(request: Request) -> Chosen:
+    """Configs of the slots that the caller named; a slot named "source" is there as None."""
+    chosen: Chosen = {}
+    recipe, slots = request.recipe, request.slots
+    if recipe is None and all(value is None for value in slots.values()):
+        raise ValueError(
+            "`recipe` must name a method, or norm=, update= or output= must, got none: pass one, "
+            "such as wrap(model, 'tent')."
+        )
+    if _is_source(recipe):
+        chosen["norm"] = None
+    elif recipe is not None:
+        config = _as_config("recipe", recipe)
+        chosen[component(config.name).slot] = config
+    for slot, value in slots.items():
+        if value is None:
+            continue
+        if _is_source(value):
+            chosen[slot] = None
+            continue
+        config = _as_config(slot, value)
+        actual = component(config.name).slot
+        if actual != slot:
+            raise ValueError(
+                f"`{slot}` must be a component of that slot, got {config.name!r}, which belongs "
+                f"to {actual}: pass {actual}={config.name!r}."
+            )
+        chosen[slot] = config
+    return chosen
+
+
+def _is_source(value: Any) -> bool:
+    """Whether the value names the source model, which leaves a slot empty."""
+    name = value.name if isinstance(value, ComponentConfig) else value
+    return isinstance(name, str) and component(name.partition(".")[0]).empties_slots
+
+
+def _as_config(argument: str, value: Any) -> ComponentConfig:
+    if isinstance(value, ComponentConfig):
+        return value
+    if isinstance(value, str):
+        return get_config(value)
+    raise TypeError(
+        f"`{argument}` must be a name or a config, got {type(value).__name__}: pass a name from "
+        "tta.list_methods() or what tta.get_config returns."
+    )
+
+
+def _override(chosen: Chosen, overrides: Mapping[str, Any]) -> Chosen:
+    """Give each keyword to the one chosen component that has such a field."""
+    for key, value in overrides.items():
+        fields = {s: set(c.to_dict()) - {"name"} for s, c in chosen.items() if c is not None}
+        owners = [slot for slot, names in fields.items() if key in names]
+        if not owners:
+            known = sorted(set().union(*fields.values()))
+            raise ValueError(
+                f"`{key}` is not a field of {_label(chosen)} and not an argument of wrap: "
+                + nearest(key, [*known, *ARGUMENTS])
+            )
+        config = chosen[owners[0]]
+        assert config is not None
+        if len(owners) > 1:
+            raise ValueError(
+                f"`{key}` must belong to one component, but {_label(chosen)} share it: set it in a "
+                f"config object, such as {owners[0]}=tta.get_config({config.name!r}, {key}=...)."
+            )
+        chosen = chosen | {owners[0]: config.override(**{key: value})}
+    return chosen
+
+
+def _complete(chosen: Chosen, model: nn.Module) -> Chosen:
+    """All slots, with what the chosen components bring for those that the caller left open."""
+    complete: Chosen = {slot: chosen.get(slot) for slot in SLOTS}
+    for config in list(chosen.values()):
+        brought = {} if config is None else component(config.name).brings(config)
+        for slot, name in brought.items():
+            if slot not in chosen and component(name).suits(model):
+                complete[slot] = get_config(name)
+    return complete
+
+
+def _adjust(chosen: Chosen, request: Request) -> Chosen:
+    """Give an update that was named without a learning rate the one for its norm rule."""
+    norm, update = chosen["norm"], chosen["update"]
+    value = request.slots.get("update") or request.recipe
+    named = isinstance(value, str) and "lr" not in request.overrides
+    if norm is None or update is None or not named:
+        return chosen
+    rule = component(norm.name)
+    assert issubclass(rule, NormRule)
+    return chosen | {"update": update.replace(**rule.update_fields(norm))}
+
+
+def _label(chosen: Chosen) -> str:
+    return " + ".join(c.name for c in chosen.values() if c is not None) or "source"
+
+
+def _warn_of_preset(request: Request, classes: int) -> None:
+    """Say so when figures made for another number of classes are about to be used."""
+    for name in (request.recipe, *request.slots.values()):
+        if not isinstance(name, str):
+            continue
+        base, _, tag = name.partition(".")
+        presets = component(base).PRESETS
+        tag = tag or DEFAULT_PRESET
+        family = tag.partition("_")[0]
+        if tag not in presets or PRESET_CLASSES.get(family, classes) == classes:
+            continue
+        fitting = [
+            f"{base}.{t}" for t in presets if PRESET_CLASSES.get(t.partition("_")[0]) == classes
+        ]
+        better = f"'{fitting[0]}' exists" if fitting else "set its fields for your data"
+        warn(
+            f"{name!r} uses the {family} preset, made for {PRESET_CLASSES[family]} classes, and "
+            f"this model has {classes}: {better}."
+        )

@@ -1,0 +1,37 @@
+"""What the parts of one adapter share while it serves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from tta.core.batch_split import Ranks
+from tta.core.warn import warn
+
+__all__ = ["Session"]
+
+
+@dataclass
+class Session:
+    """Made first, and given to every part that reads it or writes to it.
+
+    Args:
+        ranks: Processes that share the rows of every pass; None for this one alone.
+        serving: Whether ``wrap`` has returned. Passes over source batches come before, and nobody
+            is warned of these.
+        reset_point: What ``reset`` restores, by the names of a state; nobody writes to these
+            tensors.
+        warned: What the caller was told already.
+    """
+
+    ranks: Ranks | None = None
+    serving: bool = False
+    reset_point: dict[str, Tensor] = field(default_factory=dict)
+    warned: set[str] = field(default_factory=set)
+
+    def warn_once(self, kind: str, text: str) -> None:
+        """Warn the caller, unless this kind of warning was given before."""
+        if kind not in self.warned:
+            self.warned.add(kind)
+            warn(text)

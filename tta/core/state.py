@@ -1,0 +1,144 @@
+"""What of an adapter moves: one flat dict of tensors, its copies, and how one is put back.
+
+Names are those of the caller's model: ``param/<name>``, ``norm/<layer>.<buffer>``,
+``update/<buffer>``, ``optim/<parameter>.<slot>``, ``output/<buffer>`` and ``rng``.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tta.core.component import Component
+from tta.core.norm_layers import AdaptiveNorm
+from tta.core.output_rule import Output
+from tta.core.session import Session
+from tta.core.state_dict import (
+    check_origin,
+    check_state,
+    checksum,
+    compact_copies,
+    copy_tensors,
+    current_name,
+)
+from tta.core.update import Update
+
+__all__ = ["AdapterState"]
+
+CHECKED = 1024  # elements of each parameter that tell sets of weights apart: training moves all
+
+
+class AdapterState:
+    """Everything that moves in one adapter.
+
+    Args:
+        label: The components in one word; a state belongs to adapters of the same label.
+        model: The wrapped model.
+        generator: Of all draws.
+        wrappers: The wrapped norm layers, by their names in the caller's model.
+        update: If there is one.
+        output: If there is one.
+        session: Holds the reset point.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        model: nn.Module,
+        generator: torch.Generator,
+        wrappers: dict[str, AdaptiveNorm],
+        update: Update | None,
+        output: Output | None,
+        session: Session,
+    ) -> None:
+        self.generator = generator
+        self.session = session
+        self.update = update
+        self.norm_rules = {f"norm/{name}.": wrapper.rule for name, wrapper in wrappers.items()}
+        self.parts: dict[str, Component] = {}
+        for prefix, part in (("update/", update), ("output/", output)):
+            if part is not None:
+                self.parts[prefix] = part
+        trained = {} if update is None else update.trained()
+        self.original = {key.partition("/")[2]: value.clone() for key, value in trained.items()}
+        self.fingerprint = {"method": label, "weights": checksum(model.parameters(), CHECKED)}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors themselves, and the state of the generator as a copy."""
+        found = {} if self.update is None else self.update.trained()
+        for prefix, part in self._components().items():
+            found |= {f"{prefix}{name}": value for name, value in part.state_dict().items()}
+        if self.update is not None:
+            found |= self.update.optimizer_slots()
+        return found | {"rng": self.generator.get_state()}
+
+    def clones(self) -> dict[str, Tensor]:
+        """Copies, which carry what the state belongs to as torch's state dicts their versions."""
+        copies: Any = OrderedDict((k, v.detach().clone()) for k, v in self.tensors().items())
+        copies.fingerprint = self.fingerprint
+        return copies
+
+    def constants(self) -> dict[str, Tensor]:
+        """What was fixed at wrap, by name."""
+        return {
+            f"{prefix}{name}": value
+            for prefix, part in self.parts.items()
+            for name, value in part.constants().items()
+        }
+
+    def load(self, state: Mapping[str, Tensor], as_source: bool = False) -> None:
+        """Check a full or partial state and copy it in; see :meth:`tta.Adapter.load_state`."""
+        check_origin(getattr(state, "fingerprint", self.fingerprint), self.fingerprint)
+        named = ((current_name(str(key)), value) for key, value in state.items())
+        values = {key: value for key, value in named if key is not None}
+        lazy = {
+            f"{prefix}{name}"
+            for prefix, part in self._components().items()
+            for name in part.lazy_buffers()
+        }
+        check_state(values, self.tensors(), self._resizable().keys() - lazy, lazy)
+        self.copy_in(values)
+        if as_source:
+            moving = self.tensors()
+            changed = {key: moving[key] for key in values if key != "rng"}
+            self.session.reset_point |= compact_copies(changed, self.original)
+            if "rng" in values:
+                self.session.reset_point["rng"] = values["rng"].clone()
+
+    def copy_in(self, values: Mapping[str, Tensor]) -> None:
+        """Copy checked tensors to where they belong."""
+        for key, (part, name) in self._resizable().items():
+            held = getattr(part, name)
+            if key in values and values[key].shape != held.shape:
+                setattr(part, name, held.new_empty(values[key].shape))
+        copy_tensors(self.tensors(), {k: v for k, v in values.items() if k != "rng"})
+        if "rng" in values:
+            self.generator.set_state(values["rng"].cpu())
+
+    def mark_reset_point(self) -> None:
+        """From now on, :meth:`reset` restores what there is now."""
+        self.session.reset_point.update(compact_copies(self.tensors(), self.original))
+
+    def reset(self) -> None:
+        """Put everything back, but for what a component declares to survive."""
+        kept = {
+            f"{prefix}{name}"
+            for prefix, part in self.parts.items()
+            for name in part.survives_reset()
+        }
+        self.copy_in({k: v for k, v in self.session.reset_point.items() if k not in kept})
+
+    def _components(self) -> dict[str, Component]:
+        return {**self.norm_rules, **self.parts}
+
+    def _resizable(self) -> dict[str, tuple[Any, str]]:
+        """Keys whose tensors may change their length, with the component and the buffer's name."""
+        return {
+            f"{prefix}{name}": (part, name)
+            for prefix, part in self._components().items()
+            for name in (*part.resizable_buffers(), *part.lazy_buffers())
+        }
