@@ -7,7 +7,7 @@ PY := $(VENV)/bin/python
 PYTEST := $(PY) -m pytest -q -n 2  # two processes, each with one torch thread
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint types docs wheel release clean
+.PHONY: help demo test test-all soak lint types docs wheel release clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -27,8 +27,11 @@ demo: $(VENV)/.ready  ## the main job: eight methods on 15 corruptions of CIFAR-
 test: $(VENV)/.ready  ## the quick tests
 	$(PYTEST) -m "not slow" $(ARGS)
 
-test-all: $(VENV)/.ready  ## all tests; what .ci/run calls
+test-all: $(VENV)/.ready  ## the slow tests too; what .ci/run calls
 	$(PYTEST) $(ARGS)
+
+soak: $(VENV)/.ready  ## every check on every composition; goes on where it was cut off
+	$(PYTEST) -m soak $(ARGS)
 
 $(VENV)/.dev: $(VENV)/.ready
 	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[dev]'

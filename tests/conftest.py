@@ -8,8 +8,14 @@ import numpy as np
 import pytest
 import torch
 
+from tests.helpers.soak import Soak
+
 # The networks are tiny: more threads only wait for each other, on shared machines for seconds.
 torch.set_num_threads(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Soak(config), "soak")
 
 
 @pytest.fixture(autouse=True)

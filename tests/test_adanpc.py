@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tta
-from tests.contract.cases import images, source_batches
+from tests.helpers.batches import images, source_batches
 from tests.helpers.nets import tiny
 from tta.parts.neighbours import largest
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import tta
-from tests.contract.cases import images, source_batches
+from tests.helpers.batches import images, source_batches
 from tests.helpers.nets import tiny
 from tta.core.component import Context
 from tta.core.random import CountedDraws, fork

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import tta
-from tests.contract.cases import images, source_batches
+from tests.helpers.batches import images, source_batches
 from tests.helpers.nets import affine, batch_statistics, tiny
 from tta.methods.cafa import alignment
 from tta.parts.class_moments import mahalanobis, whitening

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 import tta
-from tests.contract.cases import arguments, images
+from tests.helpers.batches import images
+from tests.helpers.compositions import arguments
 from tests.helpers.nets import tiny
 
 PAGE = Path(__file__).parents[1] / "docs" / "composition.md"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import tta
-from tests.contract.cases import images
+from tests.helpers.batches import images
 from tests.helpers.nets import tiny
 from tta.parts.losses import class_correlation
 

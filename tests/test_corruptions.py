@@ -15,16 +15,9 @@ from torchvision.transforms import v2
 
 import corruptions
 from corruptions import chunks, digital, draws, severity
+from tests.helpers.pictures import smooth_pictures
 
 ALL = corruptions.list_corruptions(extra=True)
-
-
-def images(count=4, height=32, width=32, seed=0):
-    """Smooth 8-bit test images with flat black and white parts, (count, 3, height, width)."""
-    random = torch.Generator().manual_seed(seed)
-    coarse = torch.rand(count, 3, 6, 6, generator=random) * 1.4 - 0.2
-    smooth = torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear")
-    return (smooth.clamp(0, 1) * 255).to(torch.uint8)
 
 
 def test_names():
@@ -39,7 +32,7 @@ def test_names():
 
 @pytest.mark.parametrize("name", ALL)
 def test_batch_does_not_matter(name):
-    batch, seeds = images(7), torch.tensor([5, -3, 2**62, 0, 1, 2, 5])
+    batch, seeds = smooth_pictures(7), torch.tensor([5, -3, 2**62, 0, 1, 2, 5])
     whole = corruptions.corrupt(batch, name, 4, seeds=seeds)
     for part in (1, 3):
         pieces = [
@@ -52,7 +45,7 @@ def test_batch_does_not_matter(name):
 @pytest.mark.parametrize("name", ["zoom_blur", "pixelate", "defocus_blur"])
 def test_matmul_precision_does_not_matter(name):
     """Some processors multiply float32 in bfloat16 under this setting."""
-    batch = images(16, 96, 96) if name == "pixelate" else images(64)
+    batch = smooth_pictures(16, 96, 96) if name == "pixelate" else smooth_pictures(64)
     before = torch.get_float32_matmul_precision()
     expected = corruptions.corrupt(batch, name, 4, seeds=range(len(batch)))
     torch.set_float32_matmul_precision("medium")
@@ -66,7 +59,7 @@ def test_matmul_precision_does_not_matter(name):
 @pytest.mark.parametrize("name", ["gaussian_noise", "glass_blur", "fog"])
 def test_large_batches_are_worked_in_parts(name):
     """300 images make several parts; the last image must match its own call."""
-    batch, seeds = images(300), torch.arange(300)
+    batch, seeds = smooth_pictures(300), torch.arange(300)
     whole = corruptions.corrupt(batch, name, 3, seeds=seeds)
     assert torch.equal(whole[-1:], corruptions.corrupt(batch[-1:], name, 3, seeds=[299]))
 
@@ -96,23 +89,23 @@ def alone(*arguments, **keywords):
 @pytest.mark.parametrize("name", ALL)
 def test_threads_do_not_matter(name, three_threads):
     """However many torch has, and that number is left alone."""
-    batch = images(64)
+    batch = smooth_pictures(64)
     expected = alone(batch, name, 3, seeds=range(64))
     assert torch.equal(corruptions.corrupt(batch, name, 3, seeds=range(64)), expected)
     assert torch.get_num_threads() == 3
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(torch.get_num_threads).result() == 3
-    large = images(4, 256, 250)
+    large = smooth_pictures(4, 256, 250)
     expected = alone(large, name, 3, seeds=range(4))
     assert torch.equal(corruptions.corrupt(large, name, 3, seeds=range(4)), expected)
 
 
 def test_threads_take_over_modes_and_give_errors_back(three_threads, tmp_path):
     with torch.inference_mode():
-        batch = images(64)
+        batch = smooth_pictures(64)
         out = corruptions.corrupt(batch, "fog", 3, seeds=range(64))
     assert torch.equal(out, alone(batch, "fog", 3, seeds=range(64)))
-    leaf = (images(64) / 255).requires_grad_()
+    leaf = (smooth_pictures(64) / 255).requires_grad_()
     assert not corruptions.corrupt(leaf, "fog", 3, seeds=range(64)).requires_grad
     with torch.no_grad():
         clean = corruptions.corrupt(leaf, "fog", 0, seeds=range(64))
@@ -131,10 +124,10 @@ def test_busy_cores_are_left_to_others(monkeypatch):
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(4)
-        monkeypatch.setattr("corruptions.parts.usable_cores", lambda: 4)
+        monkeypatch.setattr("corruptions.chunks.usable_cores", lambda: 4)
         monkeypatch.setattr("os.cpu_count", lambda: 4)
         for busy, left in ((0, 4), (1, 3), (9, 1)):
-            monkeypatch.setattr("corruptions.parts._busy_cores", lambda busy=busy: busy)
+            monkeypatch.setattr("corruptions.chunks._busy_cores", lambda busy=busy: busy)
             assert chunks._idle_cores() == left
             seen = []
 
@@ -155,7 +148,7 @@ def test_busy_cores_are_left_to_others(monkeypatch):
 def test_counting_busy_cores_sees_another_process():
     """Where the system tells at all."""
     if not Path("/proc/loadavg").exists():
-        pytest.skip("no /proc here")
+        pytest.skip("busy cores are counted in /proc, which this system does not have")
     spin = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     try:
         seen = 0
@@ -175,7 +168,9 @@ def test_counting_busy_cores_sees_another_process():
 def test_both_codecs_give_the_same_levels(quality):
     """Pillow stands in where torchvision has no codec."""
     for height, width in ((32, 32), (17, 45)):
-        noisy = corruptions.corrupt(images(3, height, width), "gaussian_noise", 3, seeds=range(3))
+        noisy = corruptions.corrupt(
+            smooth_pictures(3, height, width), "gaussian_noise", 3, seeds=range(3)
+        )
         for image in noisy:
             first = digital._through_torchvision(image, quality)
             assert torch.equal(first, digital._through_pillow(image, quality))
@@ -183,7 +178,7 @@ def test_both_codecs_give_the_same_levels(quality):
 
 @pytest.mark.parametrize("name", ALL)
 def test_floats_give_the_levels_of_uint8(name):
-    batch, seeds = images(2), [1, 2]
+    batch, seeds = smooth_pictures(2), [1, 2]
     levels = corruptions.corrupt(batch, name, 3, seeds=seeds)
     assert levels.dtype == torch.uint8 and levels.shape == batch.shape
     for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
@@ -195,7 +190,7 @@ def test_floats_give_the_levels_of_uint8(name):
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("size", [(8, 9), (28, 28), (48, 64), (96, 70)])
 def test_sizes_in_between(name, size):
-    batch = images(2, *size)
+    batch = smooth_pictures(2, *size)
     out = corruptions.corrupt(batch, name, 3, seeds=[0, 1])
     assert out.shape == batch.shape
     assert not torch.equal(out, batch)
@@ -204,7 +199,7 @@ def test_sizes_in_between(name, size):
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("parameters", ["cifar", "imagenet"])
 def test_forced_parameters(name, parameters):
-    batch = images(2, 40, 40)
+    batch = smooth_pictures(2, 40, 40)
     # Severity 4, because the two sets have the same saturate at 1 and 2.
     forced = corruptions.corrupt(batch, name, 4, seeds=[0, 1], parameters=parameters)
     assert not torch.equal(forced, batch)
@@ -220,7 +215,7 @@ def test_severity_zero_is_a_copy(name):
 
 @pytest.mark.parametrize("name", ALL)
 def test_inputs_stay_as_they_were(name):
-    batch = images(2)
+    batch = smooth_pictures(2)
     params = corruptions.sample(name, batch.shape, 2, [0, 1])
     before = copy.deepcopy(params)
     kept = batch.clone()
@@ -236,7 +231,7 @@ def test_fractional_severities_join_up(name):
     """Just beside a whole severity the output is near the one at it, on either side."""
     # Not pixelate: its inner size is cut to whole pixels, so 24.0 jumps to 23 just beside.
     # Constants that count things may jump at halves, and spatter turns from water to mud there.
-    batch, seeds = images(3, seed=2), [3, 4, 5]
+    batch, seeds = smooth_pictures(3, seed=2), [3, 4, 5]
     for level in (1, 2, 3, 4):
         at = corruptions.corrupt(batch, name, level, seeds=seeds).float()
         for beside in (level - 0.001, level + 0.001):
@@ -250,7 +245,7 @@ def test_fractional_severities_join_up(name):
     "name", [n for n in ALL if n not in ("pixelate", "jpeg_compression", "impulse_noise")]
 )
 def test_small_severities_are_nearly_clean(name):
-    batch = images(3)
+    batch = smooth_pictures(3)
     out = corruptions.corrupt(batch, name, 0.01, seeds=[0, 1, 2])
     # The published truncation alone takes up to one level.
     assert (out.float() - batch.float()).abs().mean() < 1.2
@@ -330,14 +325,14 @@ def test_global_generators_are_left_alone():
     np.random.seed(1)
     before = torch.get_rng_state(), np.random.get_state()[1].copy()
     for name in ALL:
-        corruptions.corrupt(images(2), name, 3)
-        corruptions.corrupt(images(2), name, 3, generator=torch.Generator().manual_seed(0))
+        corruptions.corrupt(smooth_pictures(2), name, 3)
+        corruptions.corrupt(smooth_pictures(2), name, 3, generator=torch.Generator().manual_seed(0))
     assert torch.equal(torch.get_rng_state(), before[0])
     assert np.array_equal(np.random.get_state()[1], before[1])
 
 
 def test_generator_draws_one_seed_for_each_image():
-    batch = images(1).expand(3, -1, -1, -1)
+    batch = smooth_pictures(1).expand(3, -1, -1, -1)
     first, again = (
         corruptions.corrupt(batch, "fog", 3, generator=torch.Generator().manual_seed(7))
         for _ in range(2)
@@ -350,7 +345,7 @@ def test_generator_draws_one_seed_for_each_image():
 
 
 def test_without_seeds_calls_differ():
-    batch = images(1)
+    batch = smooth_pictures(1)
     first, second = (corruptions.corrupt(batch, "gaussian_noise", 3) for _ in range(2))
     assert not torch.equal(first, second)
 
@@ -361,7 +356,7 @@ def test_gradient_is_not_tracked():
 
 
 def test_strided_input():
-    batch = images(2)
+    batch = smooth_pictures(2)
     last = batch.contiguous(memory_format=torch.channels_last)
     for name in ALL:
         expected = corruptions.corrupt(batch, name, 3, seeds=[0, 1])
@@ -391,7 +386,7 @@ def test_transform():
     transform = corruptions.Corrupt("contrast", 3)
     assert isinstance(transform, torch.nn.Module)
     assert "contrast" in str(transform)
-    batch = images(2)
+    batch = smooth_pictures(2)
     expected = corruptions.corrupt(batch, "contrast", 3, seeds=[0, 1])
     assert torch.equal(transform(batch), expected)
     assert torch.equal(transform(batch[0]), expected[0])

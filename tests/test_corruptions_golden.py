@@ -6,20 +6,12 @@ Tolerances are those that the golden files' README recommends for float64, excep
 says otherwise.
 """
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 import corruptions
 from experiments.studies.corruption_goldens import legacy_params, pictures, to_array, to_tensor
-
-GOLDEN_32 = Path(__file__).parent / "golden" / "corruptions"
-GOLDEN_224 = Path(__file__).parents[2] / "shared" / "golden" / "corruptions"
-needs_224 = pytest.mark.skipif(
-    not (GOLDEN_224 / "det224.npz").exists(),
-    reason=f"224x224 goldens show ImageNet crops, never committed: none in {GOLDEN_224}",
-)
+from tests.helpers.pictures import GOLDEN_32, GOLDEN_224, needs_224
 
 # Largest difference in levels, and share of differing values in any one image.
 DETERMINISTIC = {

@@ -8,7 +8,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 import corruptions
-from tests.test_corruptions import images
+from tests.helpers.pictures import smooth_pictures
 
 
 def fog():
@@ -16,7 +16,7 @@ def fog():
 
 
 def picture():
-    return PIL.Image.fromarray(images(1)[0].movedim(0, -1).numpy())
+    return PIL.Image.fromarray(smooth_pictures(1)[0].movedim(0, -1).numpy())
 
 
 def test_compose_from_pillow_to_normalised():
@@ -37,7 +37,7 @@ def test_compose_from_pillow_to_normalised():
 
 
 def test_kinds_of_image_agree():
-    pixels = images(1)[0]
+    pixels = smooth_pictures(1)[0]
     expected = fog()(pixels)
     assert type(expected) is torch.Tensor and not torch.equal(expected, pixels)
     as_image = fog()(tv_tensors.Image(pixels))
@@ -53,7 +53,7 @@ def test_kinds_of_image_agree():
 
 def test_only_images_change():
     """Boxes, masks, labels and names pass through, in structures of any shape."""
-    pixels = images(1)[0]
+    pixels = smooth_pictures(1)[0]
     sample = {
         "image": tv_tensors.Image(pixels),
         "boxes": tv_tensors.BoundingBoxes([[1, 2, 3, 4]], format="XYXY", canvas_size=(32, 32)),
@@ -69,11 +69,11 @@ def test_only_images_change():
 
 def test_random_choice_and_apply():
     either = v2.RandomChoice([corruptions.Corrupt("contrast", 3), corruptions.Corrupt("fog", 3)])
-    assert v2.RandomApply([either], p=1.0)(images(1)).shape == (1, 3, 32, 32)
+    assert v2.RandomApply([either], p=1.0)(smooth_pictures(1)).shape == (1, 3, 32, 32)
 
 
 def test_dataset_does_not_depend_on_access():
-    pixels = images(9)
+    pixels = smooth_pictures(9)
     source = TensorDataset(pixels, torch.arange(9))
     data = corruptions.CorruptedDataset(source, "gaussian_noise", 3, seed=5)
     assert len(data) == 9
@@ -92,7 +92,7 @@ def test_dataset_does_not_depend_on_access():
 def test_dataset_of_pictures():
     data = corruptions.CorruptedDataset([picture()], "contrast", 3)
     assert isinstance(data[0], PIL.Image.Image)
-    expected = corruptions.corrupt(images(1), "contrast", 3, seeds=[0])[0]
+    expected = corruptions.corrupt(smooth_pictures(1), "contrast", 3, seeds=[0])[0]
     chained = corruptions.CorruptedDataset([(picture(), 2)], "contrast", 3, transform=v2.ToImage())
     image, label = chained[0]
     assert torch.equal(image, expected) and label == 2

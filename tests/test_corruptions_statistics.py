@@ -13,7 +13,7 @@ import torch
 
 import corruptions
 from experiments.studies.corruption_goldens import pictures, to_tensor
-from tests.test_corruptions_golden import GOLDEN_32, GOLDEN_224, needs_224
+from tests.helpers.pictures import GOLDEN_32, GOLDEN_224, needs_224
 
 STOCHASTIC = (
     "gaussian_noise", "shot_noise", "impulse_noise", "glass_blur", "motion_blur", "snow", "fog",

@@ -205,7 +205,7 @@ def test_a_killed_process_is_reported(tmp_path):
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     if not children.exists():
         process.kill()
-        pytest.skip("finds the processes by /proc")
+        pytest.skip("the processes are found in /proc, which this system does not have")
     while process.poll() is None and len(manifest.finished(tmp_path / "out")) < 1:
         time.sleep(0.05)
     for child in children.read_text().split():

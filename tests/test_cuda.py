@@ -16,11 +16,11 @@ import corruptions
 import tta
 from experiments.cli import main
 from experiments.records.file import read_lines
-from tests.contract.cases import CASES, images, source_batches
 from tests.helpers import ranks
+from tests.helpers.batches import images, source_batches
+from tests.helpers.compositions import CASES
 from tests.helpers.nets import tiny
-from tests.helpers.traces import Trace
-from tests.test_golden import TRACES
+from tests.helpers.traces import TRACES, Trace
 
 pytestmark = [
     pytest.mark.gpu,

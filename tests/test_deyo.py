@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import tta
-from tests.contract.cases import images
+from tests.helpers.batches import images
 from tests.helpers.nets import affine, batch_statistics, tiny
 from tta.core.random import CountedDraws
 from tta.methods import deyo

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import tta
-from tests.contract.cases import images
+from tests.helpers.batches import images
 from tests.helpers.nets import tiny
 from tests.helpers.refusals import refused, state_of
 from tta.core.registry import config_from_dict

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 import corruptions
 import models
-from tests.contract.cases import images
+from tests.helpers.batches import images
 from tests.helpers.nets import tiny
 from tests.helpers.refusals import refused
 

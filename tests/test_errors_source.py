@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 import tta
-from tests.contract.cases import images, source_batches
+from tests.helpers.batches import images, source_batches
 from tests.helpers.nets import tiny
 from tests.helpers.refusals import refused, state_of
 

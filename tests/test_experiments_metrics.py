@@ -264,7 +264,9 @@ def test_hooks_go_when_the_counting_ends():
 def test_the_peak_of_memory_is_seen():
     """Where the system forgets a former peak."""
     if not os.access("/proc/self/clear_refs", os.W_OK):
-        pytest.skip("peaks cannot be reset here")
+        pytest.skip(
+            "resets the peak of memory in /proc/self/clear_refs, which cannot be written here"
+        )
     memory = PeakMemory(CPU)
     before = memory.read()
     held = torch.zeros(50_000_000)

@@ -20,9 +20,8 @@ from experiments.records.file import Busy, Conflict, JsonLines, Results, mend, r
 from experiments.run.run import Run, is_finished
 from experiments.run.snapshot import FILE
 from experiments.run.trial import OutOfTime
+from tests.helpers.results import figures
 from tests.helpers.tiny_models import fake_load, use_tiny_models
-
-TIMES = {"seconds", "images_per_second", "peak_memory", "started", "at", "finished", "command"}
 
 
 @pytest.fixture(autouse=True)
@@ -103,20 +102,6 @@ def killed(config, folder, writes, share):
     process.join()
     assert process.exitcode in (0, -signal.SIGKILL)
     return process.exitcode != 0
-
-
-def figures(folder):
-    """All numbers of a run but times, in an order that does not depend on interruptions."""
-    rows = [
-        {key: value for key, value in row.items() if key not in TIMES}
-        for row in read_lines(folder / "results.jsonl")
-        if row["kind"] in ("stream", "method", "batch", "domain", "summary")
-    ]
-    keys = [
-        [str(row.get(k)) for k in ("kind", "stream", "method", "step", "domain")] for row in rows
-    ]
-    assert len({tuple(key) for key in keys}) == len(keys), "a line is there twice"
-    return dict(zip(map(tuple, keys), rows, strict=True))
 
 
 def check_points(config, tmp_path, points):

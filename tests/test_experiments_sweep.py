@@ -18,8 +18,8 @@ from experiments.run.settings import make_run, make_sweep, read_settings
 from experiments.sweep import workers
 from experiments.sweep.sweep import Sweep, cell_folder
 from experiments.sweep.workers import Cell, Outcome, in_pool, on_ray, one_by_one
+from tests.helpers.results import figures
 from tests.helpers.tiny_models import use_tiny_models
-from tests.test_experiments_resume import figures
 
 FILE = """
 name = "grid"

@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from tests.helpers.trace_keys import figures
-from tests.helpers.traces import FOLDER, Trace
+from tests.helpers.traces import TRACES, Trace
 
-TRACES = sorted(FOLDER.glob("*.npz"))
 LOGITS = {"atol": 5e-5, "rtol": 1e-5}
 SECOND_ORDER = {"atol": 1e-9, "rtol": 1e-4}  # Adam's exp_avg_sq and Fisher values: relative
 FIGURES = figures("set-a")  # of each step: the trace's key and the report's figure

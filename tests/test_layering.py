@@ -144,6 +144,14 @@ def test_ingredients_register_nothing() -> None:
         assert "tta.core.registry" not in _imported_names(path), path
 
 
+def test_tests_share_helpers_and_helpers_know_no_test() -> None:
+    for module in MODULES:
+        if module.startswith("tests."):
+            of_tests = {m for m in GRAPH[module] if m.startswith("tests")}
+            allowed = {m for m in of_tests if m.startswith("tests.helpers")}
+            assert of_tests == allowed, f"{module} imports {of_tests - allowed}"
+
+
 def test_importing_tta_loads_nothing_heavy() -> None:
     """In a fresh interpreter, so that what pytest imported does not count."""
     code = (

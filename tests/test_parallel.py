@@ -11,8 +11,8 @@ import torch.distributed as dist
 
 import tta
 from experiments.records.file import read_lines
-from tests.contract.cases import CASES
 from tests.helpers import ranks
+from tests.helpers.compositions import ALONE, PAIRS, TRIPLES
 from tests.helpers.nets import batch_statistics, tiny
 from tta.core.batch_split import Ranks, Split
 from tta.runtime.parallel import split_batches
@@ -28,8 +28,10 @@ def close(a: torch.Tensor, b: torch.Tensor) -> bool:
     return ranks.close(a, b, CLOSE)
 
 
-def check(cases, size, tmp_path):
-    ranks.run_ranks(size, ranks.all_cases, cases, str(tmp_path))
+def check(cases, size, tmp_path, *more):
+    """Compare the cases on so many ranks with one process; the same ranks do more afterwards."""
+    works = [(ranks.all_cases, (cases, str(tmp_path))), *((work, ()) for work in more)]
+    ranks.run_ranks(size, ranks.in_turn, works)
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(size)]
     for number, case in enumerate(cases):
         alone, shared = ranks.outcome(case), [rank[number] for rank in found]
@@ -46,13 +48,13 @@ def check(cases, size, tmp_path):
                 )
 
 
-def test_two_ranks_give_what_one_gives(tmp_path):
-    check([case for case in CASES if len(case[1]) == 1], 2, tmp_path)
+def test_two_ranks_give_what_one_gives_copy_themselves_and_refuse(tmp_path):
+    check(ALONE, 2, tmp_path, ranks.copies, ranks.refusals)
 
 
 @pytest.mark.slow
 def test_three_ranks_give_what_one_gives_in_any_composition(tmp_path):
-    check([case for case in CASES if len(case[1]) > 1], 3, tmp_path)
+    check(PAIRS + TRIPLES, 3, tmp_path)
 
 
 def test_shares_differ_by_a_row_and_leave_none_out():
@@ -66,14 +68,9 @@ def test_shares_differ_by_a_row_and_leave_none_out():
         assert max(Split(group, rows).sizes) - min(Split(group, rows).sizes) <= 1
 
 
-def test_what_is_refused(tmp_path):
+def test_without_a_group_of_processes_it_is_refused():
     with pytest.raises(RuntimeError, match="init_process_group"):
         split_batches(tta.wrap(tiny("bn"), "bn"))
-    ranks.run_ranks(2, ranks.refusals)
-
-
-def test_copies(tmp_path):
-    ranks.run_ranks(2, ranks.copies)
 
 
 def test_norm_layers_without_a_rule_would_see_a_share_only():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import tta
-from tests.contract.cases import images
+from tests.helpers.batches import images
 from tests.helpers.nets import affine, batch_statistics, tiny
 from tta.core.component import Context
 from tta.core.prediction import Prediction

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import tta
-from tests.contract.cases import images, source_batches
+from tests.helpers.batches import images, source_batches
 from tests.helpers.nets import tiny
 from tta.parts.memory import Cstu
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import tta
-from tests.contract.cases import images
+from tests.helpers.batches import images
 from tests.helpers.nets import cnn, tiny, trace_model
 from tta.parts.sam import perturbed
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import tta
 import tta.saving as disk
-from tests.contract.cases import images, source_batches
+from tests.helpers.batches import images, source_batches
 from tests.helpers.nets import tiny
 from tests.helpers.refusals import refused
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import tta
-from tests.contract.cases import images, source_batches
+from tests.helpers.batches import BATCH, images, source_batches
 from tests.helpers.nets import tiny
 from tta.core.norm_layers import normalize_by_batch, normalize_by_source, with_statistics
 from tta.core.random import CountedDraws
@@ -279,8 +279,9 @@ def test_what_is_collected_for_rmt_is_what_rmt_takes(tmp_path) -> None:
     pixels = {"mean": 0, "std": torch.tensor(1.0)}  # raw pixels, as the lists below
     batches = source_batches()
     collected = tta.collect_source(tiny("bn"), batches, for_methods=["rmt.cifar10"])
-    adapter = tta.wrap(tiny("bn"), "rmt.cifar10", source=collected, **pixels)
-    given = tta.wrap(tiny("bn"), "rmt.cifar10", source=batches, mean=(0.0,) * 3, std=(1.0,) * 3)
+    short = tta.get_config("rmt.cifar10", warmup_samples=2 * BATCH)  # by default thousands of steps
+    adapter = tta.wrap(tiny("bn"), short, source=collected, **pixels)
+    given = tta.wrap(tiny("bn"), short, source=batches, mean=(0.0,) * 3, std=(1.0,) * 3)
     assert torch.equal(adapter(images(0)), given(images(0)))
     with pytest.warns(UserWarning, match="`batches` are not saved"):
         collected.save(tmp_path / "source.safetensors")

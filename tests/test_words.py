@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import tta
-from tests.contract.cases import images, source_batches
+from tests.helpers.batches import images, source_batches
 from tests.helpers.nets import tiny
 from tests.helpers.refusals import refused
 from tta.core.checks import nearest

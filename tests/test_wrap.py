@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import tta
-from tests.contract.cases import images, source_batches
+from tests.helpers.batches import images, source_batches
 from tests.helpers.nets import tiny
 from tta.core.classifier import find_classifier
 from tta.core.compiled import without_graphs

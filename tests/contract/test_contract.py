@@ -5,13 +5,25 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import tta
-from tests.contract.cases import BATCH, CASES, arguments, images, make, surroundings
+from tests.helpers.batches import BATCH, images, surroundings
+from tests.helpers.compositions import (
+    ALONE,
+    CASES,
+    PAIRS,
+    TRIPLES,
+    Case,
+    arguments,
+    components,
+    label,
+    make,
+)
 from tests.helpers.nets import tiny
 from tta.core.classifier import find_classifier
 from tta.core.registry import component
@@ -20,13 +32,31 @@ from tta.core.update import Update
 pytestmark = pytest.mark.filterwarnings("ignore:.*preset, made for:UserWarning")
 
 
-def _name(value: object) -> str:
-    return "+".join(value.values()) if isinstance(value, dict) else str(value)
+def on(*groups: list[Case], where: Callable[[Case], bool] = lambda case: True):
+    """Run a check on the cases of these groups, and in ``make soak`` on all other cases.
+
+    Args:
+        groups: Of ``ALONE``, ``PAIRS`` and ``TRIPLES``: those whose cases every run checks.
+        where: Whether the check says anything of a case; without, it is not collected for it.
+    """
+    always = [case for group in groups for case in group]
+    return pytest.mark.parametrize(
+        "case",
+        [
+            pytest.param(case, id=label(case), marks=[] if case in always else pytest.mark.soak)
+            for case in CASES
+            if where(case)
+        ],
+    )
 
 
-@pytest.fixture(params=CASES, ids=lambda c: f"{c[0]}-{_name(c[1])}")
-def case(request):
-    return request.param
+# Checks of what one component does run on components; a composition adds nothing to them.
+on_components = on(ALONE)
+# Checks of state and isolation run on compositions too: there the state of one component could
+# be left out, shared with another or put back in the wrong order.
+on_compositions = on(ALONE, PAIRS, TRIPLES)
+# A call that is undone or held back is so by the adapter for all slots: one case has all three.
+on_whole_compositions = on(ALONE, TRIPLES)
 
 
 def _same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -37,15 +67,21 @@ def _bits(t: Tensor) -> Tensor:
     return torch.nan_to_num(t, nan=12345.0) if t.is_floating_point() else t
 
 
-def _learns(case) -> bool:
-    return any(component(n).slot == "update" for n in case[1].values())
+def _learns(case: Case) -> bool:
+    return any(cls.slot == "update" for cls in components(case))
 
 
-def _learns_from_whole_batch(case) -> bool:
-    updates = [cls for n in case[1].values() if issubclass(cls := component(n), Update)]
+def _learns_from_whole_batch(case: Case) -> bool:
+    updates = [cls for cls in components(case) if issubclass(cls, Update)]
     return all(cls.learns_from_whole_batch for cls in updates)
 
 
+def _filters(case: Case) -> bool:
+    """Whether a component leaves samples out of its loss by their entropy."""
+    return any("entropy_margin" in tta.get_config(name).to_dict() for name in case[1].values())
+
+
+@on_components
 def test_logits_have_the_models_shape_and_learning_moves_what_was_chosen(case) -> None:
     _, adapter = make(*case)
     with torch.no_grad():
@@ -76,6 +112,7 @@ def test_logits_have_the_models_shape_and_learning_moves_what_was_chosen(case) -
     assert adapter.report.seen == BATCH and adapter.report.rejected == 0
 
 
+@on_compositions
 def test_reset_replays_bitwise(case) -> None:
     _, adapter = make(*case)
     start = adapter.state()
@@ -85,6 +122,7 @@ def test_reset_replays_bitwise(case) -> None:
     assert all(torch.equal(a, adapter(images(t))) for t, a in enumerate(first))
 
 
+@on_compositions
 def test_state_resumes_bitwise(case, tmp_path) -> None:
     _, adapter = make(*case)
     adapter(images(0))
@@ -102,6 +140,7 @@ def test_state_resumes_bitwise(case, tmp_path) -> None:
     assert _same(adapter.state(), from_disk.state())
 
 
+@on_compositions
 def test_two_streams_interleaved_are_two_streams(case) -> None:
     _, one = make(*case)
     expected = [[one(images(10 * s + t)) for t in range(3)] for s in (0, 1) if not one.reset()]
@@ -114,6 +153,7 @@ def test_two_streams_interleaved_are_two_streams(case) -> None:
             states[s] = shared.state()
 
 
+@on_compositions
 def test_unwrap_gives_the_model_back_bitwise(case) -> None:
     family = case[0]
     net = tiny(family)
@@ -134,6 +174,7 @@ def test_unwrap_gives_the_model_back_bitwise(case) -> None:
     assert torch.equal(net.eval()(images(1)), reference.eval()(images(1)))
 
 
+@on_whole_compositions
 def test_frozen_predicts_and_changes_nothing(case) -> None:
     _, adapter = make(*case)
     adapter(images(0))
@@ -151,6 +192,7 @@ def test_frozen_predicts_and_changes_nothing(case) -> None:
         assert not _same(adapter.state(), before)
 
 
+@on_components
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_the_callers_grad_mode_does_not_matter(case, mode) -> None:
     _, plain = make(*case)
@@ -161,6 +203,7 @@ def test_the_callers_grad_mode_does_not_matter(case, mode) -> None:
             assert torch.equal(adapter(images(t)), expected[t])
 
 
+@on_components
 def test_train_and_eval_have_no_effect(case) -> None:
     _, plain = make(*case)
     _, adapter = make(*case)
@@ -170,6 +213,7 @@ def test_train_and_eval_have_no_effect(case) -> None:
         call()
 
 
+@on_components
 def test_bfloat16_autocast(case) -> None:
     _, adapter = make(*case)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -179,10 +223,7 @@ def test_bfloat16_autocast(case) -> None:
     assert all(v.isfinite().all() for k, v in adapter.state().items() if k.startswith("param/"))
 
 
-ALONE = [case for case in CASES if "recipe" in case[1]]
-
-
-@pytest.mark.parametrize("case", ALONE, ids=lambda c: f"{c[0]}-{_name(c[1])}")
+@on_components
 def test_a_model_in_bfloat16(case) -> None:
     family, parts = case
     net = tiny(family).to(torch.bfloat16)
@@ -195,7 +236,7 @@ def test_a_model_in_bfloat16(case) -> None:
     assert all(v.isfinite().all() for k, v in state.items() if k.startswith(("param/", "norm/")))
 
 
-@pytest.mark.parametrize("case", ALONE, ids=lambda c: f"{c[0]}-{_name(c[1])}")
+@on_components
 def test_channels_last_gives_the_same(case) -> None:
     _, plain = make(*case)
     net = tiny(case[0]).to(memory_format=torch.channels_last)
@@ -206,6 +247,7 @@ def test_channels_last_gives_the_same(case) -> None:
         torch.testing.assert_close(y, plain(x), rtol=1e-2, atol=1e-3)
 
 
+@on_components
 def test_short_batches(case) -> None:
     _, adapter = make(*case)
     with warnings.catch_warnings():
@@ -215,6 +257,7 @@ def test_short_batches(case) -> None:
             assert y.shape == (count, 10) and torch.isfinite(y).all()
 
 
+@on_components
 def test_constant_images(case) -> None:
     _, adapter = make(*case)
     for value in (0.0, 0.5, 1.0):
@@ -222,6 +265,7 @@ def test_constant_images(case) -> None:
     assert torch.isfinite(adapter(images(0))).all()
 
 
+@on_components
 def test_nonfinite_images_are_left_out(case) -> None:
     bad = images(0)
     bad[2, 0, 3, 3] = float("nan")
@@ -242,6 +286,7 @@ def test_nonfinite_images_are_left_out(case) -> None:
     assert _same(adapter.state(), before)
 
 
+@on_whole_compositions
 def test_a_model_that_raises_halfway_has_changed_nothing(case) -> None:
     net, adapter = make(*case)
     adapter(images(0))
@@ -262,6 +307,7 @@ def test_a_model_that_raises_halfway_has_changed_nothing(case) -> None:
     adapter(images(1))
 
 
+@on_components
 def test_same_seed_same_numbers_and_the_global_generator_is_left_alone(case) -> None:
     torch.manual_seed(1)
     _, one = make(*case, seed=3)
@@ -273,6 +319,7 @@ def test_same_seed_same_numbers_and_the_global_generator_is_left_alone(case) -> 
     assert torch.equal(before, torch.get_rng_state())
 
 
+@on_compositions
 def test_deepcopy_and_pickle_go_on_alone(case) -> None:
     _, adapter = make(*case)
     adapter(images(0))
@@ -287,6 +334,7 @@ def test_deepcopy_and_pickle_go_on_alone(case) -> None:
     assert torch.equal(adapter(images(1)), expected)
 
 
+@on_components
 def test_config_round_trip(case) -> None:
     _, adapter = make(*case)
     again = tta.AdapterConfig.from_json(adapter.config.to_json())
@@ -295,17 +343,15 @@ def test_config_round_trip(case) -> None:
     assert torch.equal(adapter(images(0)), other(images(0)))
 
 
+@on(ALONE, where=_filters)
 def test_nothing_selected_changes_no_parameter(case) -> None:
     family, parts = case
-    fields = {"entropy_margin": 1e-9}
-    changed = {
-        slot: tta.get_config(name, **fields)
+    closed = {
+        slot: tta.get_config(name, entropy_margin=1e-9)
         for slot, name in parts.items()
-        if all(f in tta.get_config(name).to_dict() for f in fields)
+        if "entropy_margin" in tta.get_config(name).to_dict()
     }
-    if not changed:
-        return  # this composition has no filter
-    adapter = tta.wrap(tiny(family), **arguments(parts) | changed)
+    adapter = tta.wrap(tiny(family), **arguments(parts) | closed)
     before = adapter.state()
     assert torch.isfinite(adapter(images(0))).all()
     after = adapter.state()

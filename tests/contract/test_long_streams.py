@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import tta
-from tests.contract.cases import LOOSE
+from tests.helpers.compositions import LOOSE
 from tests.helpers.nets import cnn
 
 BATCH, SIZE, CLASSES = 2, 8, 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import tempfile
 import warnings
@@ -17,11 +18,12 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 import tta
-from tests.contract.cases import arguments, images
+from tests.helpers.batches import images
+from tests.helpers.compositions import arguments
 from tests.helpers.nets import tiny
 from tta.runtime.parallel import split_batches
 
-__all__ = ["SIZES", "all_cases", "close", "copies", "outcome", "refusals", "run_ranks"]
+__all__ = ["SIZES", "all_cases", "close", "copies", "in_turn", "outcome", "refusals", "run_ranks"]
 
 SIZES = (8, 7, 1, 9)  # images of each batch: even and odd shares, and one too small to be shared
 
@@ -74,8 +76,16 @@ def _begin(rank: int, size: int, meet: str, work: Any, arguments: Sequence[Any])
     dist.init_process_group("gloo", meet, rank=rank, world_size=size, timeout=limit)
     try:
         work(rank, *arguments)
+        dist.barrier()  # a rank that ends while another one still talks to it would abort it
     finally:
+        gc.collect()  # adapters hold the group in circles; it must be gone before its threads are
         dist.destroy_process_group()
+
+
+def in_turn(rank: int, works: Sequence[tuple[Callable[..., Any], Sequence[Any]]]) -> None:
+    """Do one work after the other: to start a process takes longer than most works."""
+    for work, given in works:
+        work(rank, *given)
 
 
 def all_cases(rank: int, cases: Sequence[Any], folder: str) -> None:

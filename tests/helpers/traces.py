@@ -14,9 +14,10 @@ from torch import Tensor, nn
 import tta
 from tests.helpers.nets import trace_model
 
-__all__ = ["FOLDER", "Trace"]
+__all__ = ["FOLDER", "TRACES", "Trace"]
 
 FOLDER = Path(__file__).parents[1] / "golden" / "set-a"
+TRACES = sorted(FOLDER.glob("*.npz"))
 
 
 class Trace:

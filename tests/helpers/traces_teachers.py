@@ -1,6 +1,6 @@
 """Traces of CoTTA, PETAL and RMT: reading them, and how they become arguments of ``tta.wrap``.
 
-What each of their keys is here says ``tests/trace_keys.py``.
+What each of their keys is here says ``tests/helpers/trace_keys.py``.
 """
 
 from __future__ import annotations

@@ -1,0 +1,116 @@
+"""Every registered component and composition, on every family of norm layers that it can take.
+
+Nothing here names a method. A component is found in the registry; what it needs beyond a name (a
+model with BatchNorm, a filter that lets samples pass) is read off its class and its config.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+from torch import nn
+
+import tta
+from tests.helpers.batches import BATCH, surroundings
+from tests.helpers.nets import FAMILIES, tiny
+from tta.core.norm_layers import batch_norm_layers
+from tta.core.norm_rule import NormRule
+from tta.core.registry import component
+from tta.core.update import Update
+
+__all__ = [
+    "ALONE",
+    "CASES",
+    "LOOSE",
+    "PAIRS",
+    "TRIPLES",
+    "Case",
+    "arguments",
+    "components",
+    "label",
+    "make",
+]
+
+Case: TypeAlias = "tuple[str, dict[str, str]]"  # a norm family, and a component's name in each slot
+
+
+def _on_every_family(parts: list[dict[str, str]], families: list[str] | None = None) -> list[Case]:
+    return [(f, p) for p in parts for f in families or FAMILIES if _fits((f, p))]
+
+
+_HAVE_BATCH_NORM = {family for family in FAMILIES if batch_norm_layers(tiny(family))}
+
+
+def _fits(case: Case) -> bool:
+    """Whether the family has the norm layers that the case asks for."""
+    asks = any(issubclass(cls, NormRule) for cls in components(case))
+    return not asks or case[0] in _HAVE_BATCH_NORM
+
+
+def components(case: Case) -> list[type[Any]]:
+    """The classes of a case's components."""
+    return [component(name) for name in case[1].values()]
+
+
+_NORMS, _UPDATES, _OUTPUTS = (tta.list_methods(slot=s) for s in ("norm", "update", "output"))
+
+ALONE = _on_every_family([{"recipe": name} for name in tta.list_methods()])
+"""Single components: each recipe on each family."""
+
+PAIRS = _on_every_family(
+    [{"norm": n, "update": u} for n in _NORMS for u in _UPDATES]
+    + [{"update": u, "output": o} for u in _UPDATES for o in _OUTPUTS]
+)
+"""Every norm rule with every update, and every update with every output rule."""
+
+# All triples would be thousands of cases. Each pair of a norm rule and an output rule comes with
+# some update, and one family is enough, because a triple adds little to the pairs that it holds.
+TRIPLES = _on_every_family(
+    [
+        {"norm": _NORMS[(i + j) % len(_NORMS)], "update": u, "output": o}
+        for i, u in enumerate(_UPDATES)
+        for j, o in enumerate(_OUTPUTS)
+    ],
+    ["bn"],
+)
+"""A component in all three slots: every pair of components is in one of them."""
+
+CASES = ALONE + PAIRS + TRIPLES
+
+
+def label(case: Case) -> str:
+    """The case in words that can stand in the name of a test."""
+    return f"{case[0]}-{'+'.join(case[1].values())}"
+
+
+# Thresholds wide enough that an untrained network's samples pass them, and short source passes.
+LOOSE = {
+    "entropy_margin": 10.0,
+    "redundancy_margin": 10.0,
+    "confidence_threshold": 10.0,
+    "views": 2,
+    "warmup_samples": 2 * BATCH,
+    "posterior_epochs": 2,
+    "plpd_threshold": -1.0,
+    "update_every": BATCH,
+}
+
+
+def _loose(name: str) -> dict[str, Any]:
+    fields = tta.get_config(name).to_dict()
+    return {key: value for key, value in LOOSE.items() if key in fields}
+
+
+def arguments(parts: dict[str, str]) -> dict[str, Any]:
+    """The arguments of ``wrap``, with a learning rate that moves things and little to compute."""
+    chosen: dict[str, Any] = dict(parts)
+    for slot, name in parts.items():
+        if issubclass(component(name), Update):
+            chosen[slot] = tta.get_config(name, lr=0.05, **_loose(name))
+    return chosen | surroundings()
+
+
+def make(family: str, parts: dict[str, str], **extra: Any) -> tuple[nn.Module, tta.Adapter]:
+    """A fresh model of the family and its adapter."""
+    net = tiny(family)
+    return net, tta.wrap(net, **arguments(parts), **extra)
