@@ -7,7 +7,6 @@ that none is ever fed test images.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 import tta
 from tta.core.backbone import Backbone
 from tta.core.classifier import find_classifier
+from tta.core.files import replacing
 
 __all__ = ["collect", "save_half", "swag"]
 
@@ -92,8 +92,8 @@ def swag(
             "done": epoch + 1,
             "kept": kept,
         }
-        torch.save(state, file.with_suffix(".tmp"))
-        os.replace(file.with_suffix(".tmp"), file)
+        with replacing(file) as part:
+            torch.save(state, part)
     variance = {n: (second[n] - mean[n].square()).clamp_min(0).float() for n in mean}
     return {n: m.float() for n, m in mean.items()}, variance
 

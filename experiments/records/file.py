@@ -18,6 +18,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from tta.core.files import replacing
+
 __all__ = [
     "RESULTS",
     "Busy",
@@ -77,9 +79,8 @@ class JsonLines:
         self._file = _open_locked(self.path)
         mended, count = mend(self.path.read_bytes())
         if count:
-            part = self.path.with_name(self.path.name + ".part")
-            part.write_bytes(mended)
-            os.replace(part, self.path)  # in one step: a kill here loses nothing either
+            with replacing(self.path) as part:  # in one step: a kill here loses nothing either
+                part.write_bytes(mended)
             os.close(self._file)
             self._file = _open_locked(self.path)
             self.repaired = count

@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from experiments.records.config import BASELINE
 from experiments.report.collect import Result
 from experiments.report.plots import finish, mark_domains, running, style, tidy
 from experiments.report.statistics import over_seeds
@@ -51,7 +52,7 @@ def plot_stream(methods: Methods, path: Path, title: str) -> None:
             100 * np.mean(curves, axis=0),
             color=look["color"],
             linestyle=look["linestyle"],
-            linewidth=2.0 if method == "source" else 1.4,
+            linewidth=2.0 if method == BASELINE else 1.4,
             label=short(method, methods),
         )
     mark_domains(axes, first.stretches, total)
@@ -64,8 +65,8 @@ def plot_stream(methods: Methods, path: Path, title: str) -> None:
 
 def plot_domains(methods: Methods, path: Path, title: str) -> None:
     """A bar for each domain in one small plot for each method, with source's error as a mark."""
-    shown = {method: results for method, results in methods.items() if method != "source"}
-    source = methods.get("source")
+    shown = {method: results for method, results in methods.items() if method != BASELINE}
+    source = methods.get(BASELINE)
     names = list(next(iter(methods.values()))[0].summary["domain_errors"])
 
     def errors(results: Sequence[Result]) -> tuple[np.ndarray, np.ndarray]:
@@ -83,7 +84,7 @@ def plot_domains(methods: Methods, path: Path, title: str) -> None:
         if halves.any():
             axes.errorbar(where, means, halves, fmt="none", ecolor="#333333", elinewidth=1)
         if source is not None and shown:
-            axes.plot(where, errors(source)[0], "_", color="black", ms=9, mew=2, label="source")
+            axes.plot(where, errors(source)[0], "_", color="black", ms=9, mew=2, label=BASELINE)
         axes.set_title(short(method, methods), fontsize=10)
         axes.set_ylim(0, 100)
         axes.set_xlim(-0.6, len(names) - 0.4)

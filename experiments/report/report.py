@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.records.config import BASELINE
 from experiments.report.collect import Result, Setting, by_setting, collect
 from experiments.report.page import Page, Section
 from experiments.report.statistics import LEVEL, difference
@@ -152,12 +153,12 @@ def about_lines(results: Sequence[Result]) -> list[str]:
 
 def describe(methods: dict[str, list[Result]]) -> str:
     """Which methods differ from source, in words made from the paired differences."""
-    if "source" not in methods or len(methods) == 1:
+    if BASELINE not in methods or len(methods) == 1:
         return ""
     better, worse, open_ = [], [], []
     for method, results in methods.items():
-        gap = difference(results, methods["source"], lambda r: r.summary["mean_error"])
-        if method == "source" or gap is None:
+        gap = difference(results, methods[BASELINE], lambda r: r.summary["mean_error"])
+        if method == BASELINE or gap is None:
             continue
         text = f"{method} ({gap.text(100, sign=True)})"
         if gap.half is not None and not gap.clear:

@@ -10,6 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from experiments.records import markdown
+from experiments.records.config import BASELINE
+
 __all__ = ["describe", "render_markdown", "render_text", "short_names"]
 
 Summary = Mapping[str, Any]
@@ -82,26 +85,24 @@ def render_markdown(summaries: Sequence[Summary], legend: bool = True) -> str:
     """
     methods, columns = _columns(summaries)
     columns = [methods, *columns]
-    lines = [
-        "| " + " | ".join(c.header for c in columns) + " |",
-        "|---|" + "---:|" * (len(columns) - 1),
+    rows = [
+        [markdown.strong(c.cells[row]) if row in c.best else c.cells[row] for c in columns]
+        for row in range(len(summaries))
     ]
-    for row in range(len(summaries)):
-        cells = [f"**{c.cells[row]}**" if row in c.best else c.cells[row] for c in columns]
-        lines.append("| " + " | ".join(cells) + " |")
+    lines = markdown.table([c.header for c in columns], rows)
     if legend:
         lines += ["", _legend(summaries)]
-    return "\n".join(lines) + "\n"
+    return markdown.document(lines)
 
 
 def describe(summaries: Sequence[Summary]) -> str:
     """What one sees in the table, in words made from its figures."""
     errors = {s["method"]: s["mean_error"] for s in summaries}
     best = min(errors, key=lambda m: errors[m])
-    if "source" not in errors or len(errors) == 1:
+    if BASELINE not in errors or len(errors) == 1:
         return f"Lowest mean error: {best} with {_percent(errors[best])}%."
-    source = errors["source"]
-    others = {m: e for m, e in errors.items() if m != "source"}
+    source = errors[BASELINE]
+    others = {m: e for m, e in errors.items() if m != BASELINE}
     parts = [f"Without adaptation (source) the model errs on {_percent(source)}% of the images."]
     lower = sorted((m for m in others if others[m] < source - 0.0005), key=lambda m: others[m])
     higher = sorted((m for m in others if others[m] > source + 0.0005), key=lambda m: -others[m])
@@ -116,10 +117,10 @@ def describe(summaries: Sequence[Summary]) -> str:
         verb = "does" if len(higher) == 1 else "do"
         parts.append(f"Worse than doing nothing {verb}{_listed('', higher, others)}.")
     clean = {s["method"]: s["clean_error"] for s in summaries if s["clean_error"] is not None}
-    moved = {m: clean[m] - clean["source"] for m in others if m in clean and "source" in clean}
+    moved = {m: clean[m] - clean[BASELINE] for m in others if m in clean and BASELINE in clean}
     if moved:
         worst = max(moved, key=lambda m: moved[m])
-        before = f"On clean images source errs on {_percent(clean['source'])}%"
+        before = f"On clean images source errs on {_percent(clean[BASELINE])}%"
         if moved[worst] > 0.0005:
             parts.append(
                 f"{before}; after the stream {worst} is furthest from that with "

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from experiments.records import markdown
+from experiments.records.config import BASELINE
 from experiments.report.collect import Result, Setting, by_setting
 from experiments.report.statistics import Estimate, difference, over_seeds
 
@@ -49,13 +51,11 @@ class Table:
 
     def markdown(self) -> str:
         """As Markdown."""
-        lines = ["| " + " | ".join(self.header) + " |", "|---|" + "---:|" * (len(self.header) - 1)]
-        lines += ["| " + " | ".join(row) + " |" for row in self._stressed("**{}**", str)]
-        return "\n".join(lines) + "\n"
+        return markdown.document(markdown.table(self.header, self._stressed(markdown.strong, str)))
 
     def latex(self) -> str:
         """As a LaTeX tabular; it needs the package booktabs."""
-        rows = self._stressed(r"\textbf{{{}}}", _escape_latex)
+        rows = self._stressed(lambda text: rf"\textbf{{{text}}}", _escape_latex)
         lines = [r"\begin{tabular}{l" + "r" * (len(self.header) - 1) + "}", r"\toprule"]
         lines += [" & ".join(_escape_latex(text) for text in self.header) + r" \\", r"\midrule"]
         lines += [" & ".join(row) + r" \\" for row in rows]
@@ -64,16 +64,18 @@ class Table:
     def html(self) -> str:
         """As an HTML table."""
         head = "".join(f"<th>{html.escape(text)}</th>" for text in self.header)
-        rows = self._stressed("<b>{}</b>", html.escape)
+        rows = self._stressed(lambda text: f"<b>{text}</b>", html.escape)
         body = "".join(
             "<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>\n" for row in rows
         )
         return f"<table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>\n"
 
-    def _stressed(self, form: str, escape: Callable[[str], str]) -> list[list[str]]:
+    def _stressed(
+        self, stress: Callable[[str], str], escape: Callable[[str], str]
+    ) -> list[list[str]]:
         return [
             [
-                form.format(escape(cell)) if (i, j) in self.best else escape(cell)
+                stress(escape(cell)) if (i, j) in self.best else escape(cell)
                 for j, cell in enumerate(row)
             ]
             for i, row in enumerate(self.rows)
@@ -95,8 +97,8 @@ def setting_table(methods: Mapping[str, Sequence[Result]]) -> Table:
         return lambda results: over_seeds(results, _figure(name))
 
     add("error", figure("mean_error"))
-    if "source" in methods:
-        source = methods["source"]
+    if BASELINE in methods:
+        source = methods[BASELINE]
         add("vs source", lambda r: "" if r is source else _difference(r, source))
     for header, name in (("worst", "worst_error"), ("NLL", "nll"), ("Brier", "brier")):
         add(header, figure(name))

@@ -17,13 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import tta
+from experiments.records import markdown
+from experiments.records.config import BASELINE
 from experiments.report.collect import Result, collect
+from tta.core.files import replacing
 
 __all__ = ["main", "render"]
 
 ROOT = Path(__file__).parents[2]
 PAGE, RESULTS = ROOT / "docs" / "composition.md", ROOT / "experiments/results/compositions.json"
-START, END = "<!-- errors -->", "<!-- /errors -->"
+MARK = "errors"  # of the page's generated part
 SAME = ("images", "domains", "batch_size", "severity", "model")
 JOINED = ("unmix_tns", "lame", "adanpc")  # in the order of the columns
 
@@ -36,9 +39,9 @@ def main(arguments: Sequence[str]) -> None:
     figures = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     for name, results in streams.items():
         figures[name] = _joined(figures.get(name), _figures(results))
-    RESULTS.write_text(json.dumps(figures, indent=1) + "\n")
-    before, _, rest = PAGE.read_text().partition(START)
-    PAGE.write_text(f"{before}{START}\n{render(figures)}{END}{rest.partition(END)[2]}")
+    with replacing(RESULTS) as part:
+        part.write_text(json.dumps(figures, indent=1) + "\n")
+    markdown.write_between(PAGE, MARK, render(figures))
 
 
 def _joined(old: dict[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]:
@@ -69,24 +72,25 @@ def render(figures: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _table(stream: str, found: Mapping[str, Any]) -> str:
-    updates = ("source", *tta.list_methods(slot="update"))
-    rows = [["update", "alone", *(f"+ `{joined}`" for joined in JOINED)], ["---"] + 4 * ["---:"]]
-    for update in updates:
-        cells = [_error(found["errors"], update, joined) for joined in ("", *JOINED)]
-        rows.append([f"`{update}`", *cells])
+    updates = (BASELINE, *tta.list_methods(slot="update"))
+    header = ["update", "alone", *(f"+ {markdown.code(joined)}" for joined in JOINED)]
+    rows = [
+        [markdown.code(update), *(_error(found["errors"], update, j) for j in ("", *JOINED))]
+        for update in updates
+    ]
     about = (
         f"Stream `{stream}`: {found['images']:,} images of {found['domains']} domains, severity "
         f"{found['severity']:g}, batches of {found['batch_size']}, `{found['model']}`; mean error "
         "over the domains in %, one seed."
     )
-    return "\n".join([about, "", *(f"| {' | '.join(cells)} |" for cells in rows), ""])
+    return markdown.document([about, "", *markdown.table(header, rows)])
 
 
 def _error(errors: Mapping[str, float], update: str, joined: str) -> str:
     """The error of a composition, written in either order; source means nothing."""
-    parts = [part for part in (update, joined) if part not in ("", "source")]
+    parts = [part for part in (update, joined) if part not in ("", BASELINE)]
     for order in (parts, parts[::-1]):
-        if (label := "+".join(order) or "source") in errors:
+        if (label := "+".join(order) or BASELINE) in errors:
             return f"{errors[label]:.1f}"
     return "-"
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 import corruptions
 import models
 from experiments.data import read_bundled
+from experiments.records import markdown
 from experiments.studies.corruption_goldens import legacy_params, pictures, to_array, to_tensor
 
 __all__ = ["compare", "frost_errors", "main"]
@@ -141,29 +142,26 @@ def frost_errors(
 
 
 def _render(rows: Sequence[dict[str, Any]], model_names: Sequence[str]) -> str:
-    lines = [
-        "| corruption | 32x32: largest (share) | 224x224 | images | "
-        + " | ".join(f"{name}: published, ours, differing" for name in model_names)
-        + " |",
-        "|---|---|---|---:|" + "---:|" * len(model_names),
-    ]
+    header = ["corruption", "32x32: largest (share)", "224x224", "images"]
+    header += [f"{name}: published, ours, differing" for name in model_names]
+    shown = []
     for row in rows:
         cells = [row["name"], row["pixels_32"], row["pixels_224"], str(row["images"])]
         for name in model_names:
             theirs, ours, differing = row[name]
             share = 100 / row["images"]
             cells.append(f"{theirs * share:.1f}%, {ours * share:.1f}%, {differing}")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        shown.append(cells)
+    return markdown.document(markdown.table(header, shown, "lllr" + "r" * len(model_names)))
 
 
 def _render_frost(rows: Sequence[tuple[str, int, dict[str, float]]]) -> str:
     variants = list(rows[0][2])
-    lines = ["| model | severity | " + " | ".join(variants) + " |", "|---|" + "---:|" * 5]
-    for name, severity, errors in rows:
-        cells = [f"{100 * errors[variant]:.1f}%" for variant in variants]
-        lines.append(f"| {name} | {severity} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    shown = [
+        [name, str(severity), *(f"{100 * errors[variant]:.1f}%" for variant in variants)]
+        for name, severity, errors in rows
+    ]
+    return markdown.document(markdown.table(["model", "severity", *variants], shown))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

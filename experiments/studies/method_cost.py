@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from experiments.records import markdown
 from experiments.records.environment import describe_environment
 from experiments.records.progress import Progress
 from experiments.run.subject import pick_device
@@ -33,7 +34,7 @@ from tta.core.checks import nearest
 
 __all__ = ["Bench", "add_command", "render_bench"]
 
-START, END = "<!-- bench -->", "<!-- /bench -->"
+MARK = "bench"  # of the page's generated part
 WARM_UP = 3  # rounds that are not counted
 
 
@@ -178,9 +179,7 @@ def _write_page(page: Path, results: Path) -> None:
     """Put the last result of every setting between the page's two comments."""
     last = {r["setting"]: r for r in map(json.loads, results.read_text().splitlines())}
     tables = "\n".join(render_bench(last[name]) for name in SETTINGS if name in last)
-    before, _, rest = page.read_text().partition(START)
-    _, _, after = rest.partition(END)
-    page.write_text(f"{before}{START}\n{tables}{END}{after}")
+    markdown.write_between(page, MARK, tables)
 
 
 def _timed(
@@ -290,21 +289,21 @@ def render_bench(result: dict[str, Any]) -> str:
     """One setting's result as Markdown."""
     hardware, versions = result["hardware"], result["versions"]
     where = ", ".join(hardware["gpus"]) if result["device"] != "cpu" else hardware["cpu"]
-    lines = [
-        f"### {result['setting']}: batch {result['batch']} of {result['size']} x {result['size']}",
+    title = f"{result['setting']}: batch {result['batch']} of {result['size']} x {result['size']}"
+    head = [
+        markdown.heading(title, 3),
         "",
         f"{result['date']}, {where}, {hardware['torch_threads']} threads, torch "
         f"{versions['torch']}, {result['rounds']} rounds; one plain forward takes "
         f"{1000 * result['plain_seconds']:.1f} ms.",
         "",
-        "| recipe | time / plain | forwards | backwards | outside the network | peak memory (MB) |",
-        "|---|---:|---:|---:|---:|---:|",
     ]
+    header = ["recipe", "time / plain", "forwards", "backwards", "outside the network"]
+    header.append("peak memory (MB)")
+    rows = []
     for row in result["rows"]:
         outside = "" if row["outside"] is None else f"{100 * row['outside']:.0f} %"
         memory = "" if row["megabytes"] is None else f"{row['megabytes']:.0f}"
-        lines.append(
-            f"| {row['recipe']} | {row['ratio']:.2f} | {row['forwards']:.2f} | "
-            f"{row['backwards']:.2f} | {outside} | {memory} |"
-        )
-    return "\n".join(lines) + "\n"
+        figures = [f"{row[key]:.2f}" for key in ("ratio", "forwards", "backwards")]
+        rows.append([row["recipe"], *figures, outside, memory])
+    return markdown.document([*head, *markdown.table(header, rows)])

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from experiments.records.config import RunConfig
+from experiments.records.config import BASELINE, RunConfig
 from experiments.run.run import Run
 from experiments.run.settings import make_run
 
@@ -49,7 +49,7 @@ def add_command(commands: Any) -> None:
 def _prepare(args: argparse.Namespace) -> Overhead:
     flags = {
         "model": args.model,
-        "methods": ["source"],
+        "methods": [BASELINE],
         "scenario": "continual",
         "images": args.images,
         "batch_size": args.batch_size,

@@ -18,7 +18,7 @@ from typing import Any
 
 import models
 import tta
-from experiments.records.config import RunConfig, StreamConfig
+from experiments.records.config import BASELINE, RunConfig, StreamConfig
 from experiments.report.collect import collect, write_compact
 from experiments.report.record_page import write_page
 from experiments.run.subject import pick_device
@@ -130,7 +130,7 @@ def _prepare(args: argparse.Namespace) -> Record:
 
 def all_methods() -> list[str]:
     """Every registered method, with fields where a bundled model cannot give what it asks for."""
-    names = sorted(tta.list_methods(), key=lambda name: name != "source")
+    names = sorted(tta.list_methods(), key=lambda name: name != BASELINE)
     return [SPELLED.get(name, name) for name in names] + list(COMPOSED)
 
 

@@ -24,6 +24,7 @@ from experiments.records.config import RunConfig
 from experiments.records.file import RESULTS, Busy, Conflict, read_lines
 from experiments.run.run import Cache, Run
 from experiments.run.trial import OutOfTime
+from tta.core.files import replacing
 
 __all__ = ["Cell", "NoClusterError", "Outcome", "in_pool", "on_ray", "one_by_one", "run_cell"]
 
@@ -182,7 +183,7 @@ def on_ray(
     if ours:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # keep what CUDA sees
         try:
-            _knock(address)
+            _check_reachable(address)
             ray.init(
                 address=address or "local",  # and none that the environment speaks of
                 num_cpus=workers if address is None else None,
@@ -212,7 +213,7 @@ def on_ray(
             (reference,), _ = ray.wait(list(running), num_returns=1)
             cell = running.pop(reference)
             try:
-                yield _bring_home(ray.get(reference))
+                yield _with_results_here(ray.get(reference))
             except ray.exceptions.RayError as error:
                 yield Outcome(cell, "failed", f"Ray: {str(error).strip()}")
     finally:
@@ -220,7 +221,7 @@ def on_ray(
             ray.shutdown()
 
 
-def _knock(address: str | None) -> None:
+def _check_reachable(address: str | None) -> None:
     """Raise OSError where nobody answers at ``host:port``; Ray itself tries for minutes."""
     host, _, port = (address or "").removeprefix("ray://").rpartition(":")
     if host and port.isdigit():
@@ -239,14 +240,13 @@ def import_ray() -> Any:
     return ray
 
 
-def _bring_home(outcome: Outcome) -> Outcome:
-    """Write the results of a cell that ran on a machine with disks of its own."""
+def _with_results_here(outcome: Outcome) -> Outcome:
+    """Write the results file of a cell that ran on a machine with disks of its own."""
     path = Path(outcome.cell.folder) / RESULTS
     if outcome.results is not None and not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(RESULTS + ".part")
-        part.write_bytes(outcome.results)
-        os.replace(part, path)
+        with replacing(path) as part:
+            part.write_bytes(outcome.results)
     return outcome
 
 
