@@ -54,11 +54,14 @@ class Progress:
 
     def advance(self, work: float, text: str) -> None:
         """Count `work` as done and maybe show `text`."""
+        new = self._bar is None
         bar = self._shown_bar() if self._as_bar else None
         self._done += work
         if bar is not None:
             bar.set_description_str(text, refresh=False)
-            bar.update(work)
+            bar.update(work)  # redraws a few times a second
+            if new:
+                bar.refresh()
         elif not self._quiet and time.monotonic() - self._last >= self._every:
             self._last = time.monotonic()
             self._print(f"{text}  {self.left()}")
