@@ -18,6 +18,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from experiments.records.errors import CannotGoOn
 from tta.core.files import replacing
 
 __all__ = [
@@ -38,7 +39,7 @@ RESULTS = "results.jsonl"
 KEYS = ("kind", "stream", "method", "step", "domain")  # what makes a line the same line
 
 
-class Busy(RuntimeError):
+class Busy(CannotGoOn):
     """Another process is writing the file."""
 
 
@@ -56,7 +57,7 @@ def make_run_folder(root: str | Path, name: str) -> Path:
             return folder
 
 
-class Conflict(RuntimeError):
+class Conflict(CannotGoOn):
     """What is run does not fit to what is in the file."""
 
 

@@ -13,16 +13,14 @@ from experiments.report.page import Page, Section
 from experiments.report.statistics import LEVEL, difference
 from experiments.report.tables import NOTES, Table, csv_rows, overview, setting_table
 
-__all__ = ["Report", "about_lines", "add_command", "describe"]
+__all__ = ["Report", "about_lines", "add_flags", "describe"]
 
 
-def add_command(commands: Any) -> None:
-    """Add ``report`` to the command line."""
-    parser = commands.add_parser(
-        "report",
-        help="tables, plots and one HTML page of any runs",
-        description="Put the results of any runs together: tables as Markdown, CSV and LaTeX, "
-        "plots, and one HTML page with everything in it.",
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Say what ``report`` does and takes."""
+    parser.description = (
+        "Put the results of any runs together: tables as Markdown, CSV and LaTeX, "
+        "plots, and one HTML page with everything in it."
     )
     add = parser.add_argument
     add("runs", nargs="+", type=Path, help="folders of runs or sweeps, or compact result files")

@@ -7,6 +7,7 @@ tells the rest.
 
 from __future__ import annotations
 
+import argparse
 import json
 import time
 from datetime import date
@@ -22,15 +23,39 @@ from experiments.records import markdown
 from experiments.records.environment import describe_environment
 from experiments.records.progress import Progress
 from experiments.run.domains import corrupt_set
-from experiments.run.subject import load_subject
+from experiments.run.flags import number_of_images
+from experiments.run.subject import load_subject, pick_device
 from models.bundled import BUNDLED, FOLDER
 from tta.core.checks import nearest
 from tta.core.files import replacing
 
-__all__ = ["Card", "render_card"]
+__all__ = ["Card", "add_flags", "render_card"]
 
 BATCH = 250
 SEVERITY = 5
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Say what ``card`` does and takes."""
+    parser.description = (
+        "Measure a bundled model without adaptation: clean accuracy and error under the 15 "
+        "corruptions at severity 5. Writes card.json and card.md beside its weights."
+    )
+    add = parser.add_argument
+    add("model", metavar="NAME", help="a bundled model")
+    add("--data", required=True, help="the CIFAR-10 test set: an .npz or torchvision's folder")
+    add("--images", metavar="N", help="images per corruption, or 'all' (default: all)")
+    add("--seed", type=int, default=0, help="of the corruptions (default: %(default)s)")
+    add("--output", type=Path, help="folder of the card (default: beside the weights)")
+    add("--device", help="cpu, cuda, cuda:1 (default: CUDA if there is one)")
+    add("--quiet", action="store_true", help="print only the card")
+    parser.set_defaults(prepare=_prepare)
+
+
+def _prepare(args: argparse.Namespace) -> Card:
+    images = number_of_images(args.images, None)
+    device = pick_device(args.device)
+    return Card(args.model, args.data, device, images, args.seed, args.output, args.quiet)
 
 
 class Card:

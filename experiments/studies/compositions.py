@@ -1,7 +1,7 @@
 """The errors of compositions in ``docs/composition.md``, from a run of their configuration.
 
     python -m experiments run --config experiments/configs/compositions.toml --output runs
-    python -m experiments.studies.compositions runs/<date>-compositions
+    python -m experiments compositions runs/<date>-compositions
 
 writes a row for each update and a column for each rule that is joined to it, and keeps the figures
 in ``experiments/results/compositions.json``. Runs of some of the methods add to what is there.
@@ -9,9 +9,9 @@ in ``experiments/results/compositions.json``. Runs of some of the methods add to
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from experiments.records.config import BASELINE
 from experiments.report.collect import Result, collect
 from tta.core.files import replacing
 
-__all__ = ["main", "render"]
+__all__ = ["Compositions", "add_flags", "render"]
 
 ROOT = Path(__file__).parents[2]
 PAGE, RESULTS = ROOT / "docs" / "composition.md", ROOT / "experiments/results/compositions.json"
@@ -31,17 +31,37 @@ SAME = ("images", "domains", "batch_size", "severity", "model")
 JOINED = ("unmix_tns", "lame", "adanpc")  # in the order of the columns
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Read the runs in the folders that are named, and write page and figures."""
-    streams: dict[str, list[Result]] = {}
-    for result in collect(arguments):
-        streams.setdefault(result.setting.stream, []).append(result)
-    figures = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-    for name, results in streams.items():
-        figures[name] = _joined(figures.get(name), _figures(results))
-    with replacing(RESULTS) as part:
-        part.write_text(json.dumps(figures, indent=1) + "\n")
-    markdown.write_between(PAGE, MARK, render(figures))
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Say what ``compositions`` does and takes."""
+    parser.description = __doc__
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs")
+    parser.set_defaults(prepare=lambda args: Compositions(collect(args.runs)))
+
+
+class Compositions:
+    """Adds results to the figures and the page.
+
+    Args:
+        results: From `collect`.
+    """
+
+    def __init__(self, results: Sequence[Result]) -> None:
+        self.results = results
+
+    def execute(self) -> Path:
+        """Write figures and page; returns the page."""
+        streams: dict[str, list[Result]] = {}
+        for result in self.results:
+            streams.setdefault(result.setting.stream, []).append(result)
+        figures = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+        for name, results in streams.items():
+            figures[name] = _joined(figures.get(name), _figures(results))
+        with replacing(RESULTS) as part:
+            part.write_text(json.dumps(figures, indent=1) + "\n")
+        markdown.write_between(PAGE, MARK, render(figures))
+        print(f"{RESULTS}\n{PAGE}")
+        return PAGE
 
 
 def _joined(old: dict[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]:
@@ -93,7 +113,3 @@ def _error(errors: Mapping[str, float], update: str, joined: str) -> str:
         if (label := "+".join(order) or BASELINE) in errors:
             return f"{errors[label]:.1f}"
     return "-"
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -32,20 +32,18 @@ from experiments.studies.method_cost_networks import BARE, SETTINGS, TWIN, make_
 from tta.core.backbone import Backbone
 from tta.core.checks import nearest
 
-__all__ = ["Bench", "add_command", "render_bench"]
+__all__ = ["Bench", "add_flags", "render_bench"]
 
 MARK = "bench"  # of the page's generated part
 WARM_UP = 3  # rounds that are not counted
 
 
-def add_command(commands: Any) -> None:
-    """Add ``bench`` to the command line."""
-    parser = commands.add_parser(
-        "bench",
-        help="what each recipe costs beside the plain forward pass",
-        description="Time recipes against the plain forward pass of the same network, in turns in "
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Say what ``bench`` does and takes."""
+    parser.description = (
+        "Time recipes against the plain forward pass of the same network, in turns in "
         "one process; count passes; measure the peak of memory. "
-        "Settings: " + ", ".join(SETTINGS) + ".",
+        "Settings: " + ", ".join(SETTINGS) + "."
     )
     add = parser.add_argument
     add("setting", help="a network and what it is fed")

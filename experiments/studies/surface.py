@@ -30,19 +30,17 @@ from tta.core.checks import nearest
 from tta.core.files import replacing
 from tta.streams.walk import LEVELS, walk_domains
 
-__all__ = ["Surface", "add_command", "fill_in"]
+__all__ = ["Surface", "add_flags", "fill_in"]
 
 BATCH = 250
 
 
-def add_command(commands: Any) -> None:
-    """Add ``surface`` to the command line."""
-    parser = commands.add_parser(
-        "surface",
-        help="measure the accuracy under pairs of corruptions, for the walk stream",
-        description="Measure a model's accuracy under every ordered pair of corruptions at "
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Say what ``surface`` does and takes."""
+    parser.description = (
+        "Measure a model's accuracy under every ordered pair of corruptions at "
         "severities from 0 to 5 of each; the same command goes on after an interruption. Pass the "
-        "file to a walk: run --scenario walk --option surface=FILE.",
+        "file to a walk: run --scenario walk --option surface=FILE."
     )
     add = parser.add_argument
     add("--model", default="cifar10_resnet20_bn", help="default: %(default)s")

@@ -10,6 +10,7 @@ all weights took up to 45 GB of memory, swap included, with those of 600 million
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import warnings
@@ -32,7 +33,7 @@ from tta.core.parameters import is_norm
 from tta.core.registry import component
 from tta.core.state_dict import checksum
 
-__all__ = ["REASONS", "Zoo", "add_command", "candidates", "examine", "render_zoo"]
+__all__ = ["REASONS", "Zoo", "add_flags", "candidates", "examine", "render_zoo"]
 
 SIZES = (32, 64, 96, 128, 160, 192, 224, 240, 256, 288, 299, 320, 384, 448, 512, 518)
 RESULTS = Path(__file__).parents[1] / "results" / "zoo.jsonl"
@@ -71,13 +72,11 @@ LOOSE: dict[str, dict[str, Any]] = {
 }
 
 
-def add_command(commands: Any) -> None:
-    """Add ``zoo`` to the command line."""
-    parser = commands.add_parser(
-        "zoo",
-        help="every recipe on one network of every kind of timm and torchvision",
-        description="Wrap a random network of every module of timm, every kind of norm layer and "
-        "every classifier of torchvision with every recipe; resumes where its file ends.",
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Say what ``zoo`` does and takes."""
+    parser.description = (
+        "Wrap a random network of every module of timm, every kind of norm layer and "
+        "every classifier of torchvision with every recipe; resumes where its file ends."
     )
     add = parser.add_argument
     add(

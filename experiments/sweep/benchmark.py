@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import models
 import tta
@@ -25,7 +24,7 @@ from experiments.run.subject import pick_device
 from experiments.sweep.sweep import Sweep, add_workers, pick_executor
 from experiments.sweep.workers import Outcome
 
-__all__ = ["Benchmark", "Record", "add_command"]
+__all__ = ["Benchmark", "Record", "add_flags"]
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "experiments" / "results" / "record.jsonl"
@@ -72,14 +71,12 @@ COMPOSED = ("unmix_tns+eata", "unmix_tns+lame", "eata+lame")
 Key = tuple[str, str, str, int]  # of a run: model, stream, method, seed
 
 
-def add_command(commands: Any) -> None:
-    """Add ``record`` to the command line."""
-    parser = commands.add_parser(
-        "record",
-        help="the benchmark of record, as far as a time budget goes",
-        description="Run every method on the bundled models and eight streams of the bundled "
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Say what ``record`` does and takes."""
+    parser.description = (
+        "Run every method on the bundled models and eight streams of the bundled "
         "slice, the affordable part first. The same command goes on; each time the compact results "
-        "and docs/record.md are written from all there is.",
+        "and docs/record.md are written from all there is."
     )
     add = parser.add_argument
     add("--models", nargs="+", metavar="MODEL", help="default: all bundled")

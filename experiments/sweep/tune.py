@@ -29,19 +29,17 @@ from experiments.sweep.sweep import Sweep, add_workers, pick_executor
 from experiments.sweep.workers import Outcome
 from tta.core.files import replacing
 
-__all__ = ["HELD_OUT", "Tune", "add_command", "candidates", "with_fields"]
+__all__ = ["HELD_OUT", "Tune", "add_flags", "candidates", "with_fields"]
 
 HELD_OUT = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
 FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0)  # of the learning rate, where no grid is given
 
 
-def add_command(commands: Any) -> None:
-    """Add ``tune`` to the command line."""
-    parser = commands.add_parser(
-        "tune",
-        help="choose a method's fields on the four held-out corruptions",
-        description="Compare values of a method's fields on the four corruptions that are no part "
-        "of the benchmark, and write the choice to tuned.json, for run --tuned.",
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Say what ``tune`` does and takes."""
+    parser.description = (
+        "Compare values of a method's fields on the four corruptions that are no part "
+        "of the benchmark, and write the choice to tuned.json, for run --tuned."
     )
     add = parser.add_argument
     add("method", help="such as eata or unmix_tns+eata")

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from experiments.records.config import RunConfig
+from experiments.records.errors import CannotGoOn
 from experiments.records.file import RESULTS, Busy, Conflict, read_lines
 from experiments.run.run import Cache, Run
 from experiments.run.trial import OutOfTime
@@ -29,7 +30,7 @@ from tta.core.files import replacing
 __all__ = ["Cell", "NoClusterError", "Outcome", "in_pool", "on_ray", "one_by_one", "run_cell"]
 
 
-class NoClusterError(RuntimeError):
+class NoClusterError(CannotGoOn):
     """Ray is not where it was said to be, or has not what was asked for."""
 
 
