@@ -80,9 +80,9 @@ def _main(settings: Mapping[Setting, Methods]) -> Iterator[str]:
     yield ""
     yield (
         "Mean error over the domains in %, with 95 % intervals over seeds (Student's t) where "
-        "there are several, and the number of seeds in brackets; images are those of the table "
-        "above. The lowest of each column is bold. An empty cell was not run, or cannot be: rules "
-        "for BatchNorm on a model without it."
+        "there are three or more, and the number of seeds in brackets; images are those of the "
+        "table above. The lowest of each column is bold. An empty cell was not run, or cannot be: "
+        "rules for BatchNorm on a model without it."
     )
     for model in dict.fromkeys(setting.model for setting in settings):
         own = {s: methods for s, methods in settings.items() if s.model == model}
@@ -99,6 +99,7 @@ def _main(settings: Mapping[Setting, Methods]) -> Iterator[str]:
                 if cell is not None:
                     means[number] = cell.mean
             table.best |= {(i, column) for i in means if means[i] == min(means.values())}
+        table = table.without_empty_columns()
         yield from ("", markdown.strong(model), "", table.markdown())
 
 
@@ -204,7 +205,9 @@ def _pictures(settings: Mapping[Setting, Methods], path: Path, images: Path) -> 
         plot_reliability,
         plot_stream,
     )
+    from experiments.report.style import looks_of
 
+    looks = looks_of(name for methods in settings.values() for name in methods)
     yield markdown.heading("Over the streams", 2)
     yield ""
     model = next(iter(settings)).model
@@ -223,7 +226,8 @@ def _pictures(settings: Mapping[Setting, Methods], path: Path, images: Path) -> 
         for name, draw, caption in drawn:
             file = images / f"{setting.stream}-{name}.png"
             title = f"{caption}: {setting.stream}, {model}"
-            draw(_on_one_machine(methods) if name == "cost" else methods, file, title)
+            compared = _on_one_machine(methods) if draw is plot_cost else methods
+            draw(compared, file, title, looks)
             yield markdown.image(title, os.path.relpath(file, path.parent))
             yield ""
 

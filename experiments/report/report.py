@@ -47,6 +47,7 @@ class Report:
     def __init__(self, results: Sequence[Result], folder: str | Path, title: str) -> None:
         self.results = results
         self.settings = by_setting(results)
+        self.methods = list(dict.fromkeys(result.method for result in results))
         self.folder = Path(folder)
         self.title = title
 
@@ -69,18 +70,20 @@ class Report:
             plot_reliability,
             plot_stream,
         )
+        from experiments.report.style import looks_of
 
+        looks = looks_of(self.methods)
         methods = self.settings[setting]
         about = f"{setting.model}, {setting.title}"
         drawn = []
         for name, draw, caption in (
             ("stream", plot_stream, "Error over the stream"),
-            ("domains", plot_domains, "Error by domain; lines are intervals over seeds"),
+            ("domains", plot_domains, "Error by domain; lines are intervals, or join two seeds"),
             ("cost", plot_cost, "Accuracy against cost"),
             ("reliability", plot_reliability, "Accuracy by confidence; dots are bins' means"),
         ):
             path = self.folder / f"{setting.slug}-{name}.png"
-            draw(methods, path, f"{caption.partition(';')[0]}: {about}")
+            draw(methods, path, f"{caption.partition(';')[0]}: {about}", looks)
             drawn.append((path, f"{caption}."))
         return drawn
 
@@ -159,7 +162,7 @@ def describe(methods: dict[str, list[Result]]) -> str:
         if method == BASELINE or gap is None:
             continue
         text = f"{method} ({gap.text(100, sign=True)})"
-        if gap.half is not None and not gap.clear:
+        if gap.count > 1 and not gap.clear:
             open_.append(text)
         elif gap.mean < 0:
             better.append((gap.mean, text))
@@ -170,7 +173,9 @@ def describe(methods: dict[str, list[Result]]) -> str:
         if found:
             parts.append(f"{lead}: {', '.join(text for _, text in sorted(found))}.")
     if open_:
-        parts.append(f"Not told apart from it by {LEVEL:.0%} intervals: {', '.join(open_)}.")
+        two = any(len(results) == 2 for results in methods.values())
+        means = f"{LEVEL:.0%} intervals" + (" or the signs of two seeds" if two else "")
+        parts.append(f"Not told apart from it by {means}: {', '.join(open_)}.")
     if all(len(results) == 1 for results in methods.values()):
         parts.append("One seed: no interval, and small differences mean nothing.")
     return " ".join(parts)

@@ -16,6 +16,7 @@ from experiments.records.config import BASELINE
 __all__ = ["describe", "render_markdown", "render_text", "short_names"]
 
 Summary = Mapping[str, Any]
+NOTHING = "-"  # a cell without a figure
 
 # Header of each figure after the domains, and what it means.
 LEGEND = {
@@ -147,12 +148,13 @@ def _columns(summaries: Sequence[Summary]) -> tuple[_Column, list[_Column]]:
         _Column("used", [str(s["selected"]) for s in summaries]),
         _Column("resets", [str(s["resets"]) for s in summaries]),
     ]
-    return _Column("method", [s["method"] for s in summaries]), columns
+    shown = [column for column in columns if set(column.cells) != {NOTHING}]
+    return _Column("method", [s["method"] for s in summaries]), shown
 
 
 def _error_column(header: str, errors: Sequence[float | None]) -> _Column:
     cells = [_percent(e) for e in errors]
-    values = {row: float(cell) for row, cell in enumerate(cells) if cell != "-"}
+    values = {row: float(cell) for row, cell in enumerate(cells) if cell != NOTHING}
     best = {row for row, value in values.items() if value == min(values.values())}
     return _Column(header, cells, frozenset(best if len(values) > 1 else ()))
 
@@ -166,7 +168,8 @@ def _line(texts: Sequence[str], columns: Sequence[_Column]) -> str:
 def _legend(summaries: Sequence[Summary]) -> str:
     short = short_names(list(summaries[0]["domain_errors"]))
     domains = [f"{s} = {name}" for name, s in short.items() if s != name]
-    meanings = [f"{header} = {meaning}" for header, meaning in LEGEND.items()]
+    shown = {column.header for column in _columns(summaries)[1]}
+    meanings = [f"{header} = {meaning}" for header, meaning in LEGEND.items() if header in shown]
     return "Errors in %. " + "; ".join(domains + meanings) + "."
 
 
@@ -181,4 +184,4 @@ def _join(words: Sequence[str]) -> str:
 
 
 def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.1f}"
+    return NOTHING if share is None else f"{100 * share:.1f}"

@@ -128,7 +128,8 @@ class Tune:
             "domains": list(config.run.streams[0].domains),
             "grid": {name: list(values) for name, values in self.grid.items()},
             "candidates": [
-                {"method": method, **vars(errors[method])}  # mean, half, count
+                {"method": method}
+                | {name: getattr(errors[method], name) for name in ("mean", "half", "count")}
                 for method in ranked
             ],
             "runs": config.run.to_dict() | {"methods": [], "seeds": list(config.seeds)},
