@@ -215,10 +215,14 @@ def _trains_all(recipe: str) -> bool:
 
 
 def _make(name: str, size: int | None) -> nn.Module:
-    """With random weights, in eval mode; for images of `size` where a size is to be chosen."""
+    """With random weights, in eval mode; made for images of `size` if one is given.
+
+    Raises:
+        TypeError: When it is given for a network that does not let it be chosen.
+    """
     library, _, rest = name.partition(":")
     if library == "torchvision":
-        chosen = {"image_size": size} if size is not None and rest.startswith("vit_") else {}
+        chosen: dict[str, Any] = {} if size is None else {"image_size": size}
         return torchvision.models.get_model(rest, weights=None, num_classes=10, **chosen).eval()
     chosen = {} if size is None else {"img_size": size}
     return timm.create_model(rest, num_classes=10, **chosen).eval()

@@ -38,6 +38,7 @@ class Update(Component):
     default_output: ClassVar[str | None] = None  # output rule, likewise
     needs_features: ClassVar[bool] = False
     cost: ClassVar[float] = 3.0
+    replays_source: ClassVar[bool] = False  # goes on reading source batches after wrap
     for_artefacts: ClassVar[dict[str, Any]] = {}  # fields that leave out what artefacts need not
     injects: ClassVar[tuple[str, ...]] = ()  # of wrap's "augment" and "restore_mask"
     learns_from_all: ClassVar[bool] = True  # given margins wide enough, from all of a batch at once
