@@ -198,9 +198,13 @@ def mend(data: bytes) -> tuple[bytes, int]:
     """
     lines = data.split(b"\n")
     cut = lines.pop()  # empty, unless the last line was cut off
-    mended, count = [], 0
-    for number, line in enumerate([*lines, *([cut] if cut else [])]):
-        if (cut and number == len(lines)) or _parse(line) is None:
+    mended: list[bytes] = []
+    count = 0
+    whole = len(lines)
+    if cut:
+        lines.append(cut)
+    for number, line in enumerate(lines):
+        if number == whole or _parse(line) is None:
             quoted = {"kind": "repaired", "step": number, "text": line.decode(errors="replace")}
             line, count = json.dumps(quoted).encode(), count + 1
         mended.append(line + b"\n")

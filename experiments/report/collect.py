@@ -138,7 +138,9 @@ def write_compact(results: Sequence[Result], path: str | Path) -> None:
     for result in results:
         seen, wrong = result.curve
         keep = np.unique(np.linspace(0, len(seen) - 1, min(POINTS, len(seen))).round().astype(int))
-        row = asdict(result) | {"curve": [[seen[i] for i in keep], [wrong[i] for i in keep]]}
+        row: dict[str, Any] = asdict(result) | {
+            "curve": [[seen[i] for i in keep], [wrong[i] for i in keep]]
+        }
         for part in [row["summary"], *row["domains"]]:
             for name in ("kind", "stream", "method"):
                 part.pop(name, None)  # absent where it comes from such a file

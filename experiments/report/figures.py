@@ -43,7 +43,7 @@ def plot_stream(methods: Methods, path: Path, title: str, looks: Looks) -> None:
     window = min(max(total // 24, 50), 2000)
     curves = {}
     for method, results in methods.items():
-        errors = [running(*(np.array(v) for v in r.curve), window) for r in results]
+        errors = [running(np.array(r.curve[0]), np.array(r.curve[1]), window) for r in results]
         curves[method] = np.array(results[0].curve[0]), np.mean(errors, axis=0)
     draw_curves(curves, first.stretches, window, path, title, looks)
 

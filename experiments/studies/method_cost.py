@@ -262,6 +262,7 @@ def _peak_memory(setting: str, name: str, device: torch.device) -> float:
 def _peak(setting: str, name: str, device_name: str) -> float:
     device = torch.device(device_name)
     before = _peak_kilobytes()
+    held = 0
     if device.type == "cuda":
         held = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)

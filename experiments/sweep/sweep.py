@@ -148,6 +148,7 @@ class Sweep:
             f"{len(self.cells)} runs in {self.folder}, {len(self.cells) - len(todo)} done before"
         )
         lasting: list[Outcome] = []
+        failed: list[Outcome] = []
         with JsonLines(self.folder / "sweep.jsonl") as log:
             for attempt in range(1 + self.retries):
                 failed = self._attempt(todo, attempt, log, lasting)

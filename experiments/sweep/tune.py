@@ -27,6 +27,7 @@ from experiments.run.settings import make_sweep
 from experiments.run.subject import load_subject, pick_device
 from experiments.sweep.sweep import Sweep, add_workers, pick_executor
 from experiments.sweep.workers import Outcome
+from tta.core.config import UpdateConfig
 from tta.core.files import replacing
 
 __all__ = ["HELD_OUT", "Tune", "add_flags", "candidates", "with_fields"]
@@ -201,7 +202,7 @@ def _learning_rates(config: SweepConfig) -> list[float]:
     adapter = method.wrap_subject(subject, run.streams[0].size(run.batch_size), run.seed)
     update = adapter.config.update
     adapter.unwrap()
-    if update is None:
+    if not isinstance(update, UpdateConfig):
         raise ValueError(
             f"`grid` must be given for {method.label}, which has no learning rate: FIELD=V1,V2,..."
         )

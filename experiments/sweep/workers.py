@@ -232,7 +232,7 @@ def _check_reachable(address: str | None) -> None:
 def import_ray() -> Any:
     """The package, or an error that says where it comes from."""
     try:
-        import ray
+        import ray  # type: ignore[import-not-found]
     except ImportError as error:
         raise ValueError(
             "`ray` must be installed for --ray and --ray-address: pip install ray; --workers needs "
