@@ -41,7 +41,7 @@ lint: $(VENV)/.dev  ## ruff
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
-types: $(VENV)/.dev  ## pyright on tta and corruptions
+types: $(VENV)/.dev  ## pyright on all four packages
 	$(PY) -m pyright
 
 $(VENV)/.docs: $(VENV)/.ready

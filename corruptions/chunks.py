@@ -30,8 +30,8 @@ _SHARES: dict[str, float] = {
 }
 # A thread is not woken for less than one part over this.
 _LEAST = 2
-# Seconds between looks at what else is running.
-_GLANCE = 0.05
+# Seconds for which a figure of what else is running is taken as current.
+_LOAD_LASTS = 0.05
 
 _looked = {"at": -1.0, "busy": 0.0}
 
@@ -127,7 +127,7 @@ def usable_cores() -> int:
 def _busy_cores() -> int:
     """How many threads of other processes run or want to; 0 where the system does not say."""
     now = time.monotonic()
-    if now - _looked["at"] > _GLANCE:
+    if now - _looked["at"] > _LOAD_LASTS:
         try:
             running = int(Path("/proc/loadavg").read_text().split()[3].partition("/")[0])
             # One is this thread. Others of ours may be running while they wait for work.

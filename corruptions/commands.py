@@ -148,7 +148,7 @@ def _add_verify(commands: Any) -> None:
     parser = commands.add_parser(
         "verify",
         help="compare a written data set with its checksums",
-        description=f"Compare every file on record in {SUMS} with its checksum; the exit status "
+        description=f"Compare every file that {SUMS} lists with its checksum; the exit status "
         "is 1 if one is missing or has changed.",
     )
     parser.add_argument("folder", type=Path, help="output of write")

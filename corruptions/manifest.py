@@ -2,7 +2,7 @@
 
 ``SHA256SUMS`` has one line for each file, in the format of the usual tool (``sha256sum -c``).
 A file is written under another name, its line is appended, and then it gets its own name. So a
-file in its place is whole and on record, whenever the writing was killed; a line without its file
+file in its place is whole and listed, whenever the writing was killed; a line without its file
 is work to do again.
 """
 
@@ -43,7 +43,7 @@ def open_folder(folder: Path, settings: dict[str, Any]) -> None:
                 f"`output` must be an empty folder or one begun by this command, got {folder} "
                 f"with {others[0]!r} and no {SETTINGS}: choose another folder"
             )
-        put_bytes(folder, SETTINGS, (json.dumps(settings, indent=2) + "\n").encode(), record=False)
+        put_bytes(folder, SETTINGS, (json.dumps(settings, indent=2) + "\n").encode(), listed=False)
     before = json.loads(path.read_text())
     for key in [*settings, *before]:
         if before.get(key) != settings.get(key):
@@ -61,31 +61,31 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def put(folder: Path, name: str, write: Callable[[Path], None], *, record: bool = True) -> None:
-    """Write a file so that it is either whole and on record, or absent.
+def put(folder: Path, name: str, write: Callable[[Path], None], *, listed: bool = True) -> None:
+    """Write a file so that it is either whole and listed, or absent.
 
     Args:
         folder: Of the data set.
         name: Path of the file inside it, with forward slashes.
         write: Writes to the path it is given.
-        record: Append the file's line; processes may do so at the same time.
+        listed: Append the file's line; processes may do so at the same time.
     """
     target = folder / name
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f"{target.name}.{os.getpid()}{_PART}")
     write(part)
-    if record:
+    if listed:
         _append(folder, f"{sha256(part)}  {name}\n")
     os.replace(part, target)
 
 
-def put_bytes(folder: Path, name: str, content: bytes, *, record: bool = True) -> None:
+def put_bytes(folder: Path, name: str, content: bytes, *, listed: bool = True) -> None:
     """`put` for content that is at hand."""
 
     def write(part: Path) -> None:
         part.write_bytes(content)
 
-    put(folder, name, write, record=record)
+    put(folder, name, write, listed=listed)
 
 
 def _append(folder: Path, line: str) -> None:
@@ -106,7 +106,7 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _recorded(folder: Path) -> dict[str, str]:
+def _listed(folder: Path) -> dict[str, str]:
     path = folder / SUMS
     if not path.exists():
         return {}
@@ -116,7 +116,7 @@ def _recorded(folder: Path) -> dict[str, str]:
 
 def finished(folder: Path) -> set[str]:
     """Names of the files that are whole and in their place."""
-    return {name for name in _recorded(folder) if (folder / name).is_file()}
+    return {name for name in _listed(folder) if (folder / name).is_file()}
 
 
 def verify(folder: Path) -> list[str]:
@@ -124,7 +124,7 @@ def verify(folder: Path) -> list[str]:
     if not (folder / SUMS).is_file():
         raise ValueError(f"`folder` must hold {SUMS}, got {folder}: pass the output of write")
     problems = []
-    for name, expected in sorted(_recorded(folder).items()):
+    for name, expected in sorted(_listed(folder).items()):
         path = folder / name
         if not path.is_file():
             problems.append(f"{name} is missing: run the same write command again")

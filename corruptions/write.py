@@ -66,7 +66,7 @@ def write(layout: Layout, output: Path, processes: int, *, quiet: bool = False) 
         )
         sheet.save(part, "png")
 
-    put(output, SHEET, save, record=False)
+    put(output, SHEET, save, listed=False)
 
 
 def _write_in_processes(

@@ -7,7 +7,7 @@ that none is ever fed test images.
 
 from __future__ import annotations
 
-import os
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,8 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import tta
-from tta.core.backbone import Backbone
-from tta.core.classifier import find_classifier
+from tta.core.files import replacing
 
 __all__ = ["collect", "save_half", "swag"]
 
@@ -35,14 +34,6 @@ def batches(
     """Float batches in [0, 1] of uint8 images (N, 3, H, W), in the given order."""
     for index in order.split(size):
         yield images[index].float() / 255, labels[index]
-
-
-@torch.no_grad()
-def _features(model: nn.Module, stream: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    network = Backbone(model, find_classifier(model), features=True)
-    found = [(network(x).features, y) for x, y in stream]
-    network.close()
-    return torch.cat([f for f, _ in found if f is not None]), torch.cat([y for _, y in found])
 
 
 def swag(
@@ -92,8 +83,8 @@ def swag(
             "done": epoch + 1,
             "kept": kept,
         }
-        torch.save(state, file.with_suffix(".tmp"))
-        os.replace(file.with_suffix(".tmp"), file)
+        with replacing(file) as part:
+            torch.save(state, part)
     variance = {n: (second[n] - mean[n].square()).clamp_min(0).float() for n in mean}
     return {n: m.float() for n, m in mean.items()}, variance
 
@@ -108,27 +99,18 @@ def collect(model: nn.Module, images: Tensor, labels: Tensor, seed: int) -> tta.
         seed: Chooses the images.
     """
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    few = list(batches(images, labels, 64, order[:FISHER_IMAGES]))
-    fisher = tta.collect_source(model, few, for_methods=["eata"]).fisher
-    # RMT and CAFA take moments under batch statistics, AdaNPC features under running ones.
-    has_bn = bool(tta.core.norm_layers.batch_norm_layers(model))
-    adapter = tta.wrap(model, "bn") if has_bn else None
-    features, found = _features(model, batches(images, labels, 200, order))
-    classes = int(labels.max()) + 1
-    prototypes = torch.stack([features[found == c].mean(0) for c in range(classes)])
-    around = (features - prototypes[found]).double()
-    covariance = (around.t() @ around / len(around)).float()
-    if adapter is not None:
-        adapter.unwrap()
-    per_class = [order[labels[order] == c][:FEATURES_PER_CLASS] for c in range(classes)]
-    memory, memory_labels = _features(model, batches(images, labels, 200, torch.cat(per_class)))
-    return tta.SourceStatistics(
-        fisher=fisher,
-        prototypes=prototypes,
-        covariance=covariance,
-        features=memory,
-        feature_labels=memory_labels,
-    )
+    classes = range(int(labels.max()) + 1)
+    per_class = torch.cat([order[labels[order] == c][:FEATURES_PER_CLASS] for c in classes])
+    found = tta.SourceStatistics()
+    for method, size, chosen in (
+        ("eata", 64, order[:FISHER_IMAGES]),
+        ("cafa", 200, order),  # class moments, also the prototypes that RMT asks for
+        ("adanpc", 200, per_class),
+    ):
+        part = tta.collect_source(model, batches(images, labels, size, chosen), [method])
+        given = {name: value for name, value in vars(part).items() if value is not None}
+        found = dataclasses.replace(found, **given)
+    return found
 
 
 def save_half(tensors: dict[str, Tensor], path: Path, wide: tuple[str, ...] = ()) -> None:

@@ -14,6 +14,7 @@ import timm
 import torch
 import torchvision
 from safetensors.torch import load_file
+from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 
 import tta
@@ -139,9 +140,9 @@ def _timm(name: str, pretrained: bool, classes: int | None) -> tuple[nn.Module, 
     known = timm.list_models()
     if name.partition(".")[0] not in known:
         raise ValueError(f"unknown timm model {name!r}: " + nearest(name, known, SHOWN))
-    extra = {} if classes is None else {"num_classes": classes}
+    extra: dict[str, Any] = {} if classes is None else {"num_classes": classes}
     model = _fetched(name, pretrained, lambda: timm.create_model(name, pretrained, **extra))
-    cfg = timm.data.resolve_model_data_config(model)
+    cfg = resolve_model_data_config(model)
     return model, {
         "mean": tuple(cfg["mean"]),
         "std": tuple(cfg["std"]),

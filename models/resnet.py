@@ -23,6 +23,9 @@ class Normalize(nn.Module):
     The statistics are constants of the architecture and therefore not in the ``state_dict``.
     """
 
+    mean: Tensor  # (1, C, 1, 1)
+    std: Tensor
+
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 
 from models.artefacts import collect, save_half, swag
 from models.bundled import BUNDLED, FOLDER
+from tta.core.files import replacing
 
 __all__ = ["accuracy", "main", "read_cifar10", "train"]
 
@@ -190,8 +190,8 @@ def train(name: str, data: dict[str, Tensor], work: Path, epochs: int | None, se
             "scheduler": scheduler.state_dict(),
             "log": json.dumps(log),
         }
-        torch.save(state, checkpoint.with_suffix(".tmp"))
-        os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
+        with replacing(checkpoint) as part:
+            torch.save(state, part)
 
 
 def _one_cycle(
@@ -228,7 +228,8 @@ def export(name: str, data: dict[str, Tensor], work: Path, command: str) -> None
     source.save(folder / "source.safetensors")
     tensors = load_file(str(folder / "source.safetensors"))
     save_half(tensors, folder / "source.safetensors", ("fisher", "posterior_variance"))
-    (folder / "training.json").write_text(json.dumps(log, indent=1) + "\n")
+    with replacing(folder / "training.json") as part:
+        part.write_text(json.dumps(log, indent=1) + "\n")
     print(f"wrote {folder}", flush=True)
 
 

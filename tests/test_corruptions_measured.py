@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import corruptions
+from experiments import cli
 from experiments.studies import corruption_errors, corruption_speed
 
 
@@ -32,35 +33,62 @@ def test_table_says_what_falls_short():
     assert "the mean at 224 (4.0, wanted 5)" in bad
 
 
-@pytest.mark.parametrize("name", ["contrast", "zoom_blur"])
 @pytest.mark.parametrize("side", [32, 224])
-def test_plain_functions_do_the_published_work(name, side):
-    """What is timed must be the corruption: it gives our result within a level."""
-    batch = corruption_speed.pictures(side, 2)
-    ours = corruptions.corrupt(batch, name, 3, seeds=[0, 1])
-    for image, out in zip(batch, ours, strict=True):
-        picture = PIL.Image.fromarray(image.movedim(0, -1).contiguous().numpy())
-        plain = corruption_speed.PLAIN[name](picture).astype(np.uint8)
-        assert np.abs(plain.astype(int) - out.movedim(0, -1).numpy()).max() <= 1
+def test_the_unit_of_work_is_no_corruption(side):
+    """It marks edges, equalised, so that all grey levels are equally frequent in its result."""
+    (image,) = corruption_speed.pictures(side, 1)
+    picture = PIL.Image.fromarray(image.movedim(0, -1).contiguous().numpy())
+    out = corruption_speed.edge_map(picture)
+    assert out.shape == (side, side, 3) and (out[..., 0] == out[..., 2]).all()
+    assert np.sort(out[..., 0], axis=None) == pytest.approx(np.linspace(0, 255, side**2))
+    flat = PIL.Image.new("RGB", (side, side), (9, 9, 9))
+    half = PIL.Image.new("RGB", (side // 2, side), (200, 200, 200))
+    flat.paste(half)
+    edges = corruption_speed.edge_map(flat)[..., 0]
+    assert edges[:, side // 2 - 1 : side // 2 + 1].min() > edges[:, 0].max()
 
 
-def test_plain_noise_has_the_published_scale():
-    grey = PIL.Image.new("RGB", (224, 224), (128, 128, 128))
-    out = corruption_speed.PLAIN["gaussian_noise"](grey)
-    assert out.std() == pytest.approx(0.18 * 255, rel=0.02)
+def test_rates_are_carried_over_by_the_unit(monkeypatch):
+    class Machine:
+        """Twice as fast as that of the published rates."""
+
+        def scale(self, side, seconds):
+            return 2.0
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(corruption_speed, "_Baseline", Machine)
+    monkeypatch.setattr(corruption_speed, "_our_rate", lambda images, name, seconds: 100.0)
+    (row,) = corruption_speed.measure(["fog"], [32], 3, 0.0, torch.device("cpu"), quiet=True)
+    assert row["baseline"] == 2 * corruption_speed.PUBLISHED["fog"][0]
+    assert row["ratio"] == pytest.approx(100.0 / row["baseline"])
 
 
 def test_speed_table_goes_on_the_page(tmp_path, capsys):
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- speed -->\nold\n<!-- /speed -->\nafter\n")
-    command = ["--corruptions", "contrast", "--sides", "32", "--rounds", "1", "--seconds", "0.01"]
+    command = [
+        "corruption-speed",
+        "--corruptions",
+        "contrast",
+        "--sides",
+        "32",
+        "--rounds",
+        "1",
+        "--seconds",
+        "0.01",
+    ]
     before = torch.get_num_threads()
-    assert corruption_speed.main([*command, "--page", str(page)]) == 0
+    assert cli.main([*command, "--page", str(page)]) == 0
     assert torch.get_num_threads() == before
     text = page.read_text()
     assert text.startswith("before\n<!-- speed -->\nMeasured on ") and "\nold\n" not in text
     assert "| contrast |" in text and text.endswith("<!-- /speed -->\nafter\n")
     assert "| contrast |" in capsys.readouterr().out
+    page.write_text("nothing to replace")
+    assert cli.main([*command, "--page", str(page)]) == 2
+    assert "`page` must be a file with the comments <!-- speed -->" in capsys.readouterr().err
 
 
 def test_errors_on_the_kept_images():

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from torchvision import datasets
 
-from experiments import data
+from experiments import cli, data
 from experiments.data import bundled, convert
 from experiments.data.image_set import ImageSet
 
@@ -324,7 +324,7 @@ def test_convert(package):
 
 
 def test_convert_says_what_is_wrong(package, capsys, tmp_path):
-    assert convert.main([str(package), str(tmp_path / "out.npz")]) == 2
+    assert cli.main(["convert", str(package), str(tmp_path / "out.npz")]) == 2
     assert "must be 10000 rows of 1024 pixels, got 4 rows" in capsys.readouterr().err
     assert not (tmp_path / "out.npz").exists()
     (package / "test_lables.json").write_text("[3, 8]")

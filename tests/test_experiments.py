@@ -256,21 +256,30 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_progress_renews_one_line_on_a_terminal_only():
+def test_progress_is_a_bar_on_a_terminal_only():
     out = Terminal()
     progress = Progress(10, stream=out)
     progress.advance(5, "half")
+    assert "half" in out.getvalue() and "50 %" in out.getvalue() and "left" in out.getvalue()
+    before = len(out.getvalue())
+    progress.say("a line that stays")
+    # The bar goes away, the line is written whole, and the bar comes back below it.
+    wiped, line, below = out.getvalue()[before:].partition("a line that stays\n")
+    assert line and not wiped.strip() and "half" in below
+    progress.clear()
     progress.say("done")
-    assert "\r\x1b[Khalf" in out.getvalue() and "left" in out.getvalue()
-    assert out.getvalue().endswith("\r\x1b[Kdone\n")
+    assert out.getvalue().endswith(" \rdone\n")
     out = io.StringIO()
     progress = Progress(10, stream=out)
     for _ in range(5):
         progress.advance(1, "half")
-    assert out.getvalue().count("\n") == 1 and "\x1b" not in out.getvalue()
-    out = io.StringIO()
+    assert out.getvalue().count("\n") == 1 and "\r" not in out.getvalue()
+    progress.skip(5)
+    assert progress.total == 5 and progress.left() == "00:00 left"
+    out = Terminal()
     progress = Progress(10, stream=out, quiet=True)
     progress.advance(5, "half")
+    progress.note("more")
     progress.say("done")
     assert out.getvalue() == ""
 

@@ -8,14 +8,18 @@ import re
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 from scipy import stats
 
 from experiments import cli
 from experiments.report import collect, write_compact
 from experiments.report.collect import by_setting
-from experiments.report.report import describe
+from experiments.report.plots import plot_errors, plot_running
+from experiments.report.report import Report, describe
 from experiments.report.statistics import difference, estimate
+from experiments.report.style import looks_of
 from experiments.report.tables import Table, csv_rows, overview, setting_table
 from experiments.run.run import Cache
 from experiments.run.settings import make_sweep
@@ -93,8 +97,20 @@ def test_intervals_are_students():
     low, high = stats.t.interval(0.95, 2, loc=np.mean(values), scale=stats.sem(values))
     assert found.mean == pytest.approx(np.mean(values))
     assert found.half == pytest.approx((high - low) / 2)
+    assert (found.low, found.high) == (pytest.approx(low), pytest.approx(high))
     assert estimate([0.3]).half is None and estimate([]) is None and estimate([0.3, None]) is None
     assert found.text(100) == "32.0 ± 6.6" and estimate([0.3]).text(100, sign=True) == "+30.0"
+
+
+def test_two_seeds_are_shown_as_two_values():
+    two = estimate([0.31, 0.35])
+    assert two.half is None and (two.low, two.high) == (0.31, 0.35)
+    assert two.text(100) == "31.0, 35.0" and estimate([0.02, -0.01]).text(100, 1, True) == (
+        "+2.0, -1.0"
+    )
+    # What they agree on is the sign.
+    assert two.clear and estimate([-0.1, -0.2]).clear
+    assert not estimate([0.02, -0.01]).clear and not estimate([0.3]).clear
 
 
 def test_differences_are_paired_by_seed(runs):
@@ -104,10 +120,10 @@ def test_differences_are_paired_by_seed(runs):
     gaps = [error(methods["tent"][i]) - error(methods["source"][i]) for i in (0, 1)]
     assert found.mean == pytest.approx(np.mean(gaps)) and found.count == 2
     backwards = difference(methods["tent"][::-1], methods["source"], error)
-    assert backwards.half == pytest.approx(found.half)
+    assert backwards.values == found.values[::-1]
     assert difference(methods["tent"], methods["source"][:1], error) is None  # a seed is missing
     zero = difference(methods["source"], methods["source"], error)
-    assert zero.mean == 0 and zero.half == 0 and not zero.clear
+    assert zero.values == (0, 0) and not zero.clear
 
 
 def test_tables(runs):
@@ -121,9 +137,81 @@ def test_tables(runs):
     assert len({line.count("|") for line in markdown}) == 1
     assert sum("**" in line for line in markdown) >= 1
     latex = full.latex()
-    assert latex.count(r"\\") == 4 and r"$\pm$" in latex and latex.count("{tabular}") == 2
+    assert latex.count(r"\\") == 4 and r"$\to$" in latex and latex.count("{tabular}") == 2
     assert Table(["a"], [["50 % & x_1"]]).latex().splitlines()[4] == r"50 \% \& x\_1 \\"
     assert "<b>" in full.html() and "&lt;" in Table(["a"], [["<"]]).html()
+
+
+def test_columns_that_say_nothing_are_left_out(runs):
+    table = Table(["a", "b", "c"], [["x", "-", "1"], ["", "", "-"]], {(0, 2), (0, 1)})
+    kept = table.without_empty_columns()
+    assert kept.header == ["a", "c"] and kept.rows == [["x", "1"], ["", "-"]]
+    assert kept.best == {(0, 1)}
+    methods = next(iter(by_setting(collect([runs])).values()))
+    for shown in (methods, {"source": methods["source"]}, {"tent": methods["tent"]}):
+        table = setting_table(shown)
+        for column in zip(*table.rows, strict=True):
+            assert set(column) - {"-", ""}, table.header
+
+
+def test_wide_tables_are_split_and_keep_their_names():
+    table = Table(["m", *"abcdef"], [["x", *6 * ["1" * 17]], ["y" * 99, *6 * ["2"]]], {(0, 5)})
+    parts = table.blocks(100)
+    assert [part.header for part in parts] == [["m", *"abc"], ["m", *"def"]]
+    assert parts[1].best == {(0, 2)} and parts[1].rows[0][0] == "x"
+    assert [part.header for part in table.blocks(1)] == [["m", name] for name in "abcdef"]
+    wide = Table(["m", *"abcdefghij"], [["tent[lr=1,steps=2]+lame", *10 * ["1" * 17]]])
+    assert wide.html().count("<table>") == 2
+    assert "tent[<wbr>lr=1,<wbr>steps=2]+<wbr>lame" in wide.html()
+
+
+def test_a_method_looks_the_same_in_all_figures(runs, monkeypatch, tmp_path):
+    looks = looks_of(["bn", "source", *(f"m{i}" for i in range(100))])
+    assert looks["source"] == looks_of([])["source"]
+    pairs = [(look.colour, look.marker) for look in looks.values()]
+    assert len(set(pairs)) == len(pairs) == 102
+    drawn = []
+
+    def savefig(figure, path, **_):
+        drawn.append(figure)
+        Image.new("RGB", (8, 8)).save(path)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    results = collect([runs])
+    report = Report(results, tmp_path, "all")
+    report.execute()
+    sizes, widths, colours = set(), set(), {}
+    for figure in drawn:
+        widths.add(figure.get_figwidth())
+        figure.draw_without_rendering()
+        for text in figure.findobj(Text):
+            if text.get_visible() and text.get_text():
+                sizes.add(text.get_fontsize())
+                assert text.get_rotation() == 0, text.get_text()
+        for axes in figure.axes:
+            for line in axes.get_lines():
+                if line.get_label() in ("source", "tent", "eata+lame"):
+                    colours.setdefault(line.get_label(), set()).add(line.get_color())
+    assert widths == {11.0} and sizes == {9.0, 11.0}
+    assert {name: len(found) for name, found in colours.items()} == {
+        "source": 1, "tent": 1, "eata+lame": 1,
+    }  # fmt: skip
+
+
+def test_many_curves_get_small_plots(tmp_path, monkeypatch):
+    kept = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: kept.append(figure))
+    rows = [{"images": 50, "errors": i, "domain": f"d{i // 2}"} for i in range(8)]
+    for count, panels in ((8, 1), (9, 8)):
+        methods = ["source", *(f"m{i}" for i in range(count - 1))]
+        plot_running(dict.fromkeys(methods, rows), tmp_path / "x.png", "title")
+        assert len(kept[-1].axes) == panels
+        summaries = [
+            {"method": name, "domain_errors": {"fog": 0.5, "snow": 0.1}, "mean_error": 0.3}
+            for name in methods
+        ]
+        plot_errors(summaries, tmp_path / "x.png", "title")
+        assert len(kept[-1].axes) == panels
 
 
 def test_the_command_writes_one_page_with_everything(runs, tmp_path, capsys):

@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 
 import models
 import tta
-from experiments.data import open_data
+from experiments.data import open_data, read_bundled
+from models import artefacts
 from models.bundled import FOLDER
 
 BUNDLED = models.list_models()
@@ -64,6 +65,36 @@ def test_source_artefacts_serve_every_method(name: str) -> None:
     fisher = [v for k, v in adapter.constants().items() if "fisher" in k]
     assert all((v >= 0).all() and v.isfinite().all() for v in fisher)
     assert any((v > 0).any() for v in fisher)
+
+
+def test_artefacts_are_made_as_those_that_lie_there() -> None:
+    """The same kinds for the same images, with the plain formulas behind them."""
+    net, info = models.load("cifar10_resnet20_gn")
+    data = read_bundled().balanced(200)
+    pixels, labels = data.tensor(), torch.from_numpy(data.labels)
+    found = artefacts.collect(net, pixels, labels, 0)
+    assert info.source is not None
+    made = {key for key, value in vars(found).items() if value is not None}
+    stored = {key for key, value in vars(info.source).items() if value is not None}
+    assert stored - made == {"posterior_mean", "posterior_variance"} and made <= stored
+    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
+    inputs: list[torch.Tensor] = []
+    hook = net.get_classifier().register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    with torch.no_grad():
+        net(pixels[order].float() / 255)
+    hook.remove()
+    features, labels = inputs[0], labels[order]
+    means = torch.stack([features[labels == c].mean(0) for c in range(10)])
+    around = (features - means[labels]).double()
+    assert found.prototypes is not None and found.covariance is not None
+    torch.testing.assert_close(found.prototypes, means, atol=1e-5, rtol=0)
+    covariance = (around.t() @ around / len(around)).float()
+    torch.testing.assert_close(found.covariance, covariance, atol=1e-5, rtol=0)
+    assert found.features is not None and found.feature_labels is not None
+    assert torch.equal(found.feature_labels, labels.sort(stable=True).values)
+    torch.testing.assert_close(
+        found.features, features[labels.argsort(stable=True)], atol=1e-4, rtol=0
+    )
 
 
 def test_features_are_those_of_the_model() -> None:

@@ -123,13 +123,13 @@ def test_order_of_a_domain_does_not_depend_on_its_place():
 
 def test_shuffled_domains_depend_on_the_seed():
     orders = {
-        tuple(s.domain for s in build(shuffle_domains=True, seed=seed).preview().stays)
+        tuple(s.domain for s in build(shuffle_domains=True, seed=seed).preview().visits)
         for seed in range(12)
     }
     assert len(orders) > 2 and all(sorted(o) == sorted(NAMES) for o in orders)
     stream = build(shuffle_domains=True, seed=3)
     again = streams.from_config(stream.config, DATA, transform=noisy)
-    assert again.preview().stays == stream.preview().stays
+    assert again.preview().visits == stream.preview().visits
 
 
 def test_last_batch_policies():
@@ -195,7 +195,7 @@ def test_target_transform_is_not_bypassed():
 def test_domains_that_are_datasets():
     small = (IMAGES[:40] // 2, LABELS[:40])
     stream = streams.build("lifelong", DATA, {"photo": small, "sketch": DATA}, batch_size=20)
-    kept = [(s.domain, s.samples) for s in stream.preview().stays]
+    kept = [(s.domain, s.samples) for s in stream.preview().visits]
     assert kept == [("photo", 40), ("clean", 200), ("sketch", 200), ("clean", 200)]
     batch = next(iter(stream))
     pixels = torch.from_numpy(small[0][batch.index.numpy()]).permute(0, 3, 1, 2) / 255
@@ -404,3 +404,27 @@ def test_wrong_pixels_and_labels_are_named():
         next(iter(build(transform=lambda x, d, s, generator: None)))
     with pytest.raises(ValueError, match="`n` must be at most"):
         build().from_step(10_000)
+
+
+def test_the_former_names_of_visits_warn_and_work():
+    preview = build("continual").preview()
+    with pytest.warns(DeprecationWarning, match="visits"):
+        assert preview.stays == preview.visits
+    with pytest.warns(DeprecationWarning, match="Visit"):
+        assert streams.Stay is streams.Visit
+    with pytest.raises(AttributeError, match="Stayed"):
+        streams.Stayed  # noqa: B018
+
+
+def test_a_scenario_says_what_sets_it_apart():
+    assert streams.get_scenario("single").batch_size == 1
+    assert [name for name, s in streams.SCENARIOS.items() if s.smooth] == ["walk"]
+    own = [name for name, s in streams.SCENARIOS.items() if s.own_severities]
+    assert own == ["gradual", "walk"]
+    ramped = streams.get_scenario("continual").with_choices(schedule="ramped", reset=None)
+    assert ramped.severities(5, {"first_severities": [0.5, 2]}) == (0.5, 1, 2, 3, 4, 5)
+    assert streams.get_scenario("continual").severities(5, {}) == (5,)
+    with pytest.raises(ValueError, match="did you mean 'walk'"):
+        streams.get_scenario("wlk")
+    with pytest.raises(ValueError, match="reset"):
+        ramped.with_choices(reset="sometimes")

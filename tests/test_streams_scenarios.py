@@ -42,8 +42,8 @@ def shown(stream):
     return np.array(domains), np.concatenate(index), np.concatenate(labels)
 
 
-def stays(stream):
-    return [(s.domain, s.severity, s.samples) for s in stream.preview().stays]
+def visits(stream):
+    return [(s.domain, s.severity, s.samples) for s in stream.preview().visits]
 
 
 def run_count(values):
@@ -74,7 +74,7 @@ def test_each_domain_shows_each_sample_once(scenario, shared_order):
 
 def test_continual_and_reset_each_shift_differ_in_resets_only():
     one, other = build("continual"), build("reset_each_shift")
-    assert stays(one) == [(name, 5, SIZE) for name in NAMES] == stays(other)
+    assert visits(one) == [(name, 5, SIZE) for name in NAMES] == visits(other)
     assert np.array_equal(shown(one)[1], shown(other)[1])
     per_domain = -(-SIZE // 32)
     assert [b.step for b in one if b.reset] == [0]
@@ -85,11 +85,11 @@ def test_continual_and_reset_each_shift_differ_in_resets_only():
 def test_gradual_ramps_each_type():
     ramp = [1, 2, 3, 4, 5, 4, 3, 2, 1]
     stream = build("gradual", batch_size=SIZE)
-    # Neighbouring types meet at severity 1, so no two passes merge into one stay.
-    assert stays(stream) == [(name, s, SIZE) for name in NAMES for s in ramp]
+    # Neighbouring types meet at severity 1, so no two passes merge into one visit.
+    assert visits(stream) == [(name, s, SIZE) for name in NAMES for s in ramp]
     assert [b.step for b in stream if b.reset] == [0]
     first = build("gradual", first_severities=[5, 4, 3, 2, 1], batch_size=SIZE)
-    assert [s for _, s, _ in stays(first)] == [5, 4, 3, 2, 1] + 2 * ramp
+    assert [s for _, s, _ in visits(first)] == [5, 4, 3, 2, 1] + 2 * ramp
     passes = [rows.index.tolist() for rows, _ in stream.rows()]
     assert all(sorted(p) == list(range(SIZE)) for p in passes)
     assert len({tuple(p) for p in passes}) == 27
@@ -98,7 +98,7 @@ def test_gradual_ramps_each_type():
 def test_lifelong_returns_to_clean():
     stream = build("lifelong")
     expected = [x for name in NAMES for x in ((name, 5, SIZE), ("clean", 0, SIZE))]
-    assert stays(stream) == expected
+    assert visits(stream) == expected
     clean = next(b for b in stream if b.domain == "clean")
     pixels = torch.from_numpy(IMAGES[clean.index.numpy()]).permute(0, 3, 1, 2) / 255
     assert torch.equal(clean.images, pixels)
@@ -234,14 +234,14 @@ def test_long_tail_counts(factor):
 
 def test_recurring_redraws_each_visit():
     stream = build("recurring", visits=4, batch_size=SIZE)
-    assert stays(stream) == [(name, 5, SIZE) for name in NAMES] * 4
+    assert visits(stream) == [(name, 5, SIZE) for name in NAMES] * 4
     orders = [tuple(rows.index.tolist()) for rows, _ in stream.rows()]
     assert len(set(orders)) == 12
     shared = build("recurring", visits=2, batch_size=SIZE, shared_order=True)
     orders = [tuple(rows.index.tolist()) for rows, _ in shared.rows()]
     assert len(set(orders[:3])) == 1 and orders[0] != orders[3]
     given = build("recurring", visits=3, orders=[["snow", "fog"], ["frost"]], batch_size=SIZE)
-    assert [s[0] for s in stays(given)] == ["snow", "fog", "frost", "snow", "fog"]
+    assert [s[0] for s in visits(given)] == ["snow", "fog", "frost", "snow", "fog"]
 
 
 def test_interleaved_recurrence_keeps_every_batch():
@@ -328,10 +328,10 @@ def test_walk_paths(difficulty, low, high):
 def test_walk_chains_pairs():
     names = walk_domains("easy")
     stream = build("walk", domains=names, difficulty="easy", speed=40, total=4000)
-    pieces = [s.domain.split("+") for s in stream.preview().stays]
+    pieces = [s.domain.split("+") for s in stream.preview().visits]
     pairs = [pair for i, pair in enumerate(pieces) if i == 0 or pair != pieces[i - 1]]
     assert len(pairs) > 3 and all(a[1] == b[0] for a, b in pairwise(pairs))
-    assert all(s.samples == 40 for s in stream.preview().stays)
+    assert all(s.samples == 40 for s in stream.preview().visits)
     assert len(stream) == 4000 // 32 and all(len(b) == 32 for b in stream.from_step(120))
     batch = next(iter(stream))
     assert batch.severities[0][1] == 0.0 and batch.domain == "+".join(pairs[0])

@@ -1,7 +1,7 @@
 """The bundled slice: the first 200 CIFAR-10 test images of each class, 2,000 in all.
 
 They lie in ``cifar10_test_2000/`` as one lossless PNG (a mosaic that any viewer shows) and one JSON
-file. ``python -m experiments.data.bundled NPZ`` makes both again from the test set.
+file. ``python -m experiments bundle NPZ`` makes both again from the test set.
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +17,7 @@ from PIL import Image
 from experiments.data.cifar import CIFAR10_CLASSES, read_npz
 from experiments.data.image_set import ImageSet
 
-__all__ = ["FOLDER", "main", "read_bundled", "write_bundled"]
+__all__ = ["FOLDER", "Bundling", "add_flags", "read_bundled", "write_bundled"]
 
 FOLDER = Path(__file__).parent / "cifar10_test_2000"
 COLUMNS = 50  # images side by side in the mosaic
@@ -76,25 +74,31 @@ def _cut(mosaic: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(tiles.reshape(rows * columns, SIDE, SIDE, 3))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Make the slice from a CIFAR-10 ``.npz``; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.data.bundled",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("npz", type=Path, help="as `python -m experiments.data.convert` writes it")
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Say what ``bundle`` does and takes."""
+    parser.description = __doc__
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("npz", type=Path, help="as `python -m experiments convert` writes it")
     parser.add_argument("--output", type=Path, default=FOLDER, help=f"default: {FOLDER}")
-    args = parser.parse_args(argv)
-    try:
-        write_bundled(read_npz(args.npz), args.output)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    size = sum(path.stat().st_size for path in args.output.iterdir())
-    print(f"wrote {args.output}: {len(read_bundled(args.output))} images, {size / 1e6:.2f} MB")
-    return 0
+    parser.set_defaults(prepare=lambda args: Bundling(read_npz(args.npz), args.output))
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+class Bundling:
+    """Writes the slice.
+
+    Args:
+        images: The CIFAR-10 test set.
+        folder: Where the files go.
+    """
+
+    def __init__(self, images: ImageSet, folder: Path) -> None:
+        self.images = images
+        self.folder = folder
+
+    def execute(self) -> Path:
+        """Write the files; returns their folder."""
+        write_bundled(self.images, self.folder)
+        size = sum(path.stat().st_size for path in self.folder.iterdir())
+        count = len(read_bundled(self.folder))
+        print(f"wrote {self.folder}: {count} images, {size / 1e6:.2f} MB")
+        return self.folder

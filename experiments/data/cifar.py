@@ -59,9 +59,9 @@ def read_cifar(root: str | Path, name: str = "cifar10", split: str = "test") -> 
 
 
 def read_npz(path: str | Path, split: str = "test") -> ImageSet:
-    """Read one split of CIFAR-10 from the ``.npz`` that `experiments.data.convert` writes."""
+    """Read one split of CIFAR-10 from the ``.npz`` that `python -m experiments convert` writes."""
     path = Path(path)
-    _require(path, "make it with `python -m experiments.data.convert`")
+    _require(path, "make it with `python -m experiments convert`")
     try:
         loaded = np.load(path)
     except (ValueError, EOFError, zipfile.BadZipFile):
@@ -69,7 +69,7 @@ def read_npz(path: str | Path, split: str = "test") -> ImageSet:
     if not isinstance(loaded, np.lib.npyio.NpzFile):
         raise ValueError(
             f"`{path}` must be a whole .npz file, got something else: make it with "
-            "`python -m experiments.data.convert`"
+            "`python -m experiments convert`"
         )
     with loaded as file:
         keys = f"{split}_images", f"{split}_labels"
@@ -77,7 +77,7 @@ def read_npz(path: str | Path, split: str = "test") -> ImageSet:
         if missing:
             raise ValueError(
                 f"`{path}` must hold {keys[0]} and {keys[1]}, got {', '.join(file.files)}: make "
-                "it with `python -m experiments.data.convert`"
+                "it with `python -m experiments convert`"
             )
         images, labels = (file[key] for key in keys)
     return ImageSet(images, labels, CIFAR10_CLASSES, f"CIFAR10 {split} in {path}")

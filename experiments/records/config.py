@@ -9,12 +9,13 @@ from typing import Any
 
 from experiments.records.file import plain
 
-__all__ = ["DEMO_METHODS", "RunConfig", "StreamConfig", "SweepConfig"]
+__all__ = ["BASELINE", "DEMO_METHODS", "RunConfig", "StreamConfig", "SweepConfig"]
 
 OWN_SEVERITIES = ("gradual", "walk")  # scenarios
 
+BASELINE = "source"  # the method that all others are compared with: no adaptation
 DEMO_METHODS = (
-    "source", "bn", "alpha_bn", "tent", "eata", "unmix_tns", "lame", "unmix_tns+eata",
+    BASELINE, "bn", "alpha_bn", "tent", "eata", "unmix_tns", "lame", "unmix_tns+eata",
 )  # fmt: skip
 
 

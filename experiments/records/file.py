@@ -18,6 +18,9 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from experiments.records.errors import CannotGoOn
+from tta.core.files import replacing
+
 __all__ = [
     "RESULTS",
     "Busy",
@@ -36,7 +39,7 @@ RESULTS = "results.jsonl"
 KEYS = ("kind", "stream", "method", "step", "domain")  # what makes a line the same line
 
 
-class Busy(RuntimeError):
+class Busy(CannotGoOn):
     """Another process is writing the file."""
 
 
@@ -54,7 +57,7 @@ def make_run_folder(root: str | Path, name: str) -> Path:
             return folder
 
 
-class Conflict(RuntimeError):
+class Conflict(CannotGoOn):
     """What is run does not fit to what is in the file."""
 
 
@@ -77,9 +80,8 @@ class JsonLines:
         self._file = _open_locked(self.path)
         mended, count = mend(self.path.read_bytes())
         if count:
-            part = self.path.with_name(self.path.name + ".part")
-            part.write_bytes(mended)
-            os.replace(part, self.path)  # in one step: a kill here loses nothing either
+            with replacing(self.path) as part:  # in one step: a kill here loses nothing either
+                part.write_bytes(mended)
             os.close(self._file)
             self._file = _open_locked(self.path)
             self.repaired = count
@@ -196,9 +198,13 @@ def mend(data: bytes) -> tuple[bytes, int]:
     """
     lines = data.split(b"\n")
     cut = lines.pop()  # empty, unless the last line was cut off
-    mended, count = [], 0
-    for number, line in enumerate([*lines, *([cut] if cut else [])]):
-        if (cut and number == len(lines)) or _parse(line) is None:
+    mended: list[bytes] = []
+    count = 0
+    whole = len(lines)
+    if cut:
+        lines.append(cut)
+    for number, line in enumerate(lines):
+        if number == whole or _parse(line) is None:
             quoted = {"kind": "repaired", "step": number, "text": line.decode(errors="replace")}
             line, count = json.dumps(quoted).encode(), count + 1
         mended.append(line + b"\n")

@@ -5,6 +5,6 @@ these, and `page` puts everything into one HTML file.
 """
 
 from experiments.report.collect import Result, Setting, collect, write_compact
-from experiments.report.report import Report, add_command
+from experiments.report.report import Report
 
-__all__ = ["Report", "Result", "Setting", "add_command", "collect", "write_compact"]
+__all__ = ["Report", "Result", "Setting", "collect", "write_compact"]

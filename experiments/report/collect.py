@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from experiments.records.config import StreamConfig
+from experiments.records.config import BASELINE, StreamConfig
 from experiments.records.file import RESULTS, mend, plain, stretches
+from tta.core.files import replacing
 
 __all__ = ["Result", "Setting", "by_setting", "collect", "write_compact"]
 
@@ -123,7 +123,7 @@ def by_setting(results: Sequence[Result]) -> dict[Setting, dict[str, list[Result
     for result in sorted(results, key=lambda r: r.seed):
         groups.setdefault(result.setting, {}).setdefault(result.method, []).append(result)
     order = list(dict.fromkeys(result.method for result in results))
-    order.sort(key=lambda method: method != "source")
+    order.sort(key=lambda method: method != BASELINE)
     return {
         setting: {method: groups[setting][method] for method in order if method in groups[setting]}
         for setting in dict.fromkeys(result.setting for result in results)
@@ -138,7 +138,9 @@ def write_compact(results: Sequence[Result], path: str | Path) -> None:
     for result in results:
         seen, wrong = result.curve
         keep = np.unique(np.linspace(0, len(seen) - 1, min(POINTS, len(seen))).round().astype(int))
-        row = asdict(result) | {"curve": [[seen[i] for i in keep], [wrong[i] for i in keep]]}
+        row: dict[str, Any] = asdict(result) | {
+            "curve": [[seen[i] for i in keep], [wrong[i] for i in keep]]
+        }
         for part in [row["summary"], *row["domains"]]:
             for name in ("kind", "stream", "method"):
                 part.pop(name, None)  # absent where it comes from such a file
@@ -149,9 +151,8 @@ def write_compact(results: Sequence[Result], path: str | Path) -> None:
         if len(result.stretches) > STRETCHES:
             row["stretches"] = []
         lines.append(json.dumps(plain({"kind": "result", **row}), allow_nan=False) + "\n")
-    part = path.with_name(path.name + ".part")
-    part.write_text("".join(lines))
-    os.replace(part, path)
+    with replacing(path) as part:
+        part.write_text("".join(lines))
 
 
 def _rounded(value: Any) -> Any:

@@ -12,17 +12,19 @@ __all__ = ["Page", "Section"]
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 1180px;
-       margin: 2em auto; padding: 0 1.2em; }
+       margin: 2em auto; padding: 0 1.2em; box-sizing: border-box; }
 h1 { font-size: 1.7em; margin-bottom: .2em; }
 h2 { font-size: 1.3em; margin-top: 2.2em; border-bottom: 1px solid #ccc; padding-bottom: .2em; }
 h3 { font-size: 1.05em; margin: 1.6em 0 .4em; }
 p.about, figcaption, dl { color: #555; font-size: .9em; }
 div.wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .88em; font-variant-numeric: tabular-nums; }
-th, td { padding: .25em .7em; text-align: right; white-space: nowrap; }
+table + table { margin-top: 1em; }
+th, td { padding: .25em .55em; text-align: right; white-space: nowrap; }
+td:first-child { white-space: normal; min-width: 9em; max-width: 15em; }
 th { border-bottom: 2px solid #888; } td { border-bottom: 1px solid #e4e4e4; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
-figure { margin: 1.2em 0; } img { max-width: 100%; }
+figure { margin: 1.2em 0; } img { width: 100%; }
 nav li { margin: .1em 0; } dt { float: left; clear: left; min-width: 6em; font-weight: 600; }
 dd { margin-left: 7em; }
 """

@@ -2,73 +2,147 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # pictures go to files, also where there is no display
-
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
+from experiments.records.config import BASELINE
 from experiments.records.file import stretches
+from experiments.report.style import (
+    MANY,
+    Look,
+    label_domains,
+    looks_of,
+    make_figure,
+    make_panels,
+    short_label,
+    styled,
+    tidy,
+    with_legend,
+    with_title,
+)
 
-__all__ = [
-    "finish",
-    "mark_domains",
-    "plot_errors",
-    "plot_running",
-    "running",
-    "style",
-    "tidy",
-]
+__all__ = ["draw_curves", "draw_domains", "plot_errors", "plot_running", "running"]
 
-# Okabe and Ito's colours, told apart with any colour vision; markers tell them apart in grey.
-# Tol's muted ones follow for whoever compares more than eight methods.
-COLOURS = (
-    "#000000", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#0072B2", "#D55E00", "#7F7F7F",
-    "#882255", "#999933", "#332288", "#44AA99", "#661100", "#AA4499", "#117733", "#88CCEE",
-)  # fmt: skip
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p")
-LINES = ("-", "--", "-.", ":")
+Values = Sequence[float]  # one for each domain, in %
+PANELS = 4  # small plots beside each other
+SLOTS = 17  # domains whose names have room beside each other
 
 
-def plot_errors(summaries: Sequence[Mapping[str, Any]], path: str | Path, title: str) -> None:
-    """Draw each method's error in each domain, and the mean, as a dot plot.
+def plot_errors(
+    summaries: Sequence[Mapping[str, Any]],
+    path: str | Path,
+    title: str,
+    methods: Sequence[str] = (),
+) -> None:
+    """Draw each method's error in each domain, and the mean.
 
     Args:
         summaries: One ``summary`` object per method.
         path: Where the PNG goes.
         title: What the picture shows.
+        methods: All methods of the run, so that each looks the same in all its pictures; by default
+            those of `summaries`.
     """
     names = [*summaries[0]["domain_errors"], "mean"]
-    figure = Figure(figsize=(max(7.5, 0.78 * len(names)), 5), dpi=130, layout="constrained")
-    axes = figure.add_subplot()
-    offsets = np.linspace(-0.36, 0.36, len(summaries)) if len(summaries) > 1 else np.zeros(1)
+    looks = looks_of(methods or [summary["method"] for summary in summaries])
+    errors: dict[str, list[float]] = {}
+    for summary in summaries:
+        own = [summary["domain_errors"].get(name) for name in names[:-1]] + [summary["mean_error"]]
+        errors[summary["method"]] = [np.nan if e is None else 100 * e for e in own]
+    if len(errors) > MANY or len(names) > SLOTS:
+        draw_domains({m: (e, None) for m, e in errors.items()}, names, path, title, looks)
+    else:
+        _draw_dots(errors, names, path, title, looks)
+
+
+@styled
+def _draw_dots(
+    errors: Mapping[str, Values],
+    names: Sequence[str],
+    path: str | Path,
+    title: str,
+    looks: Mapping[str, Look],
+) -> None:
+    """All methods in one plot, with a dot for each in every domain."""
+    figure, axes = make_figure(4.6)
+    offsets = np.linspace(-0.36, 0.36, len(errors)) if len(errors) > 1 else np.zeros(1)
     for i in range(0, len(names), 2):
         axes.axvspan(i - 0.5, i + 0.5, color="#f0f0f0", zorder=0)
-    for number, summary in enumerate(summaries):
-        errors = [summary["domain_errors"].get(n, np.nan) for n in names[:-1]]
-        errors.append(summary["mean_error"])
+    for offset, (method, values) in zip(offsets, errors.items(), strict=True):
         axes.plot(
-            np.arange(len(names)) + offsets[number],
-            100 * np.array(errors, dtype=float),
+            np.arange(len(names)) + offset,
+            values,
             linestyle="none",
-            marker=MARKERS[number % len(MARKERS)],
-            color=COLOURS[number % len(COLOURS)],
+            marker=looks[method].marker,
+            color=looks[method].colour,
             markersize=8,
             markeredgecolor="white",
             markeredgewidth=0.6,
-            label=summary["method"],
+            label=short_label(method, errors),
         )
     axes.axvline(len(names) - 1.5, color="#666666", linewidth=1)
-    axes.set_xticks(range(len(names)), [n.replace("_", "\n") for n in names], fontsize=8)
+    axes.set_xticks(range(len(names)), [_in_lines(name) for name in names])
     axes.set_xlim(-0.5, len(names) - 0.5)
     axes.set_ylim(0, min(100.0, axes.get_ylim()[1] * 1.03))
-    finish(figure, axes, title, len(summaries))
+    tidy(axes)
+    with_title(figure, title, "error (%)")
+    with_legend(figure, axes)
+    figure.savefig(path)
+
+
+def _in_lines(name: str) -> str:
+    """A domain's name in lines that are no wider than a slot."""
+    return "\n".join(line for word in name.split("_") for line in textwrap.wrap(word, 8))
+
+
+@styled
+def draw_domains(
+    errors: Mapping[str, tuple[Values, Sequence[Values] | None]],
+    names: Sequence[str],
+    path: str | Path,
+    title: str,
+    looks: Mapping[str, Look],
+) -> None:
+    """A bar for each domain in one small plot for each method, with the baseline as a mark.
+
+    Args:
+        errors: For each method a value for each domain, and for each domain the values at both ends
+            of a line over its bar, or None.
+        names: Of the domains.
+        path: Where the PNG goes.
+        title: What the picture shows.
+        looks: Of all methods.
+    """
+    panels = {m: found for m, found in errors.items() if m != BASELINE} or dict(errors)
+    baseline = errors.get(BASELINE) if BASELINE not in panels else None
+    figure, grid = make_panels(len(panels), PANELS, 0.45 + 0.17 * len(names))
+    where = np.arange(len(names))
+    for number, (axes, (method, (values, ends))) in enumerate(
+        zip(grid, panels.items(), strict=True)
+    ):
+        axes.barh(where, values, color=looks[method].colour, height=0.8)
+        if ends is not None:
+            low, high = np.array(ends, dtype=float).T
+            axes.hlines(where, low, high, color="#333333", linewidth=1)
+        if baseline is not None:
+            label = BASELINE if number == 0 else None
+            axes.plot(
+                baseline[0], where, "|", color=looks[BASELINE].colour, ms=8, mew=2, label=label
+            )
+        axes.set_title(short_label(method, errors))
+        axes.set_xlim(0, 100)
+        axes.set_ylim(len(names) - 0.4, -0.6)  # the first domain above
+        axes.set_yticks(where, names)
+        if number >= len(panels) - PANELS:
+            axes.set_xlabel("error (%)")
+        tidy(axes, "x")
+    with_title(figure, title)
+    if baseline is not None:
+        with_legend(figure, grid[0])
     figure.savefig(path)
 
 
@@ -77,6 +151,7 @@ def plot_running(
     path: str | Path,
     title: str,
     window: int = 500,
+    methods: Sequence[str] = (),
 ) -> None:
     """Draw the error over the last `window` images along the stream, domains marked above.
 
@@ -86,28 +161,81 @@ def plot_running(
         title: What the picture shows.
         window: Images that the running error looks back on; at a boundary it still holds images
             of the domain before.
+        methods: As for `plot_errors`.
     """
-    figure = Figure(figsize=(12, 5.4), dpi=130, layout="constrained")
-    axes = figure.add_subplot()
-    for number, (method, rows) in enumerate(batches.items()):
+    curves: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    for method, rows in batches.items():
         seen = np.cumsum([row["images"] for row in rows])
         wrong = np.cumsum([row["errors"] for row in rows])
-        images, errors = seen, running(seen, wrong, window)
-        axes.plot(
-            images,
-            100 * errors,
-            color=COLOURS[number % len(COLOURS)],
-            linestyle=LINES[number // 2 % len(LINES)],
-            linewidth=1.6,
-            label=method,
-        )
-    rows = next(iter(batches.values()))
-    total = sum(row["images"] for row in rows)
-    mark_domains(axes, stretches(rows), total)
-    axes.set_xlim(0, total)
-    axes.set_ylim(0, min(100.0, axes.get_ylim()[1]))
-    axes.set_xlabel(f"images seen (error over the last {window})")
-    finish(figure, axes, title, len(batches))
+        curves[method] = seen, running(seen, wrong, window)
+    parts = stretches(next(iter(batches.values())))
+    draw_curves(curves, parts, window, path, title, looks_of(methods or batches))
+
+
+@styled
+def draw_curves(
+    curves: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    parts: Sequence[tuple[int, int, str]],
+    window: int,
+    path: str | Path,
+    title: str,
+    looks: Mapping[str, Look],
+) -> None:
+    """Running errors of methods in one plot, or in small ones beside the baseline's if many.
+
+    Args:
+        curves: Images seen and share of errors, by method.
+        parts: Stretches of the stream with one domain each, see `label_domains`.
+        window: Images that errors look back on.
+        path: Where the PNG goes.
+        title: What the picture shows.
+        looks: Of all methods.
+    """
+    total = int(next(iter(curves.values()))[0][-1])
+    top = 100 * max(float(np.nanmax(errors)) for _, errors in curves.values())
+    below = f"images seen (error over the last {window})"
+    if len(curves) <= MANY:
+        figure, axes = make_figure(4.8)
+        for method, (seen, errors) in curves.items():
+            axes.plot(
+                seen,
+                100 * errors,
+                color=looks[method].colour,
+                linestyle=looks[method].line,
+                marker=looks[method].marker,
+                markevery=0.1,  # of the plot's width
+                markeredgecolor="white",
+                linewidth=2.0 if method == BASELINE else 1.5,
+                label=short_label(method, curves),
+            )
+        label_domains(axes, parts, total)
+        axes.set_xlabel(below)
+        tidy(axes)
+        with_legend(figure, axes)
+        grid = [axes]
+    else:
+        panels = [method for method in curves if method != BASELINE]
+        baseline = curves.get(BASELINE)
+        figure, grid = make_panels(len(panels), PANELS, 1.7)
+        for axes, method in zip(grid, panels, strict=True):
+            if baseline is not None:
+                colour = looks[BASELINE].colour
+                axes.plot(baseline[0], 100 * baseline[1], color=colour, linewidth=0.9)
+            seen, errors = curves[method]
+            axes.plot(seen, 100 * errors, color=looks[method].colour, linewidth=1.8)
+            label_domains(axes, parts, total, names=False)
+            axes.set_title(short_label(method, curves))
+            tidy(axes)
+        if baseline is not None:
+            below += f"; the thin black curve is {BASELINE}"
+        if 1 < len(parts) <= 20:
+            order = ", ".join(name for _, _, name in parts)
+            below += "\n" + textwrap.fill(f"domains between the lines: {order}", 150)
+        figure.supxlabel(below, fontsize=9)
+    grid[0].set_xlim(0, total)
+    grid[0].set_ylim(0, min(100.0, 1.05 * top))
+    grid[0].locator_params(axis="x", nbins=4 if len(grid) > 1 else 10)
+    with_title(figure, title, "error (%)")
     figure.savefig(path)
 
 
@@ -123,59 +251,3 @@ def running(seen: np.ndarray, wrong: np.ndarray, window: int) -> np.ndarray:
     old_seen = np.where(before >= 0, seen[before], 0)
     old_wrong = np.where(before >= 0, wrong[before], 0)
     return (wrong - old_wrong) / (seen - old_seen)
-
-
-def mark_domains(axes: Axes, stays: Sequence[tuple[int, int, str]], total: int) -> None:
-    """Draw where the domain changes, and name the domains above where there is room."""
-    roomy = len(stays) <= 6
-    if len(stays) > 60:  # lines would be all one sees
-        return
-    for start, stop, name in stays:
-        if start:
-            axes.axvline(start, color="#999999", linewidth=0.7, zorder=0)
-        if (stop - start) / total > 0.02:  # narrower, the labels would touch
-            axes.text(
-                (start + stop) / 2,
-                1.01,
-                name,
-                rotation=0 if roomy else 45,
-                rotation_mode="anchor",
-                fontsize=8,
-                ha="center" if roomy else "left",
-                va="bottom",
-                transform=axes.get_xaxis_transform(),
-            )
-
-
-def style(number: int) -> dict[str, Any]:
-    """Colour, line and marker of the method of that number, told apart also in grey."""
-    return {
-        "color": COLOURS[number % len(COLOURS)],
-        "linestyle": LINES[(number // 2 + number // 8) % len(LINES)],
-        "marker": MARKERS[number % len(MARKERS)],
-    }
-
-
-def finish(figure: Figure, axes: Axes, title: str, entries: int) -> None:
-    """Label the axis of errors, and put title and legend outside of the plot."""
-    axes.set_ylabel("error (%)")
-    tidy(axes)
-    figure.suptitle(title, fontsize=11, x=0.01, ha="left")
-    rows = -(-entries // int(figure.get_figwidth() / 1.45))  # as many as make the entries fit
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(
-        handles,
-        labels,
-        loc="outside lower center",
-        ncols=-(-entries // rows),
-        frameon=False,
-        fontsize=9,
-    )
-
-
-def tidy(axes: Axes) -> None:
-    """Horizontal grid lines behind, no frame above and at the right."""
-    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)

@@ -7,21 +7,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.records.config import BASELINE
 from experiments.report.collect import Result, Setting, by_setting, collect
 from experiments.report.page import Page, Section
 from experiments.report.statistics import LEVEL, difference
 from experiments.report.tables import NOTES, Table, csv_rows, overview, setting_table
 
-__all__ = ["Report", "about_lines", "add_command", "describe"]
+__all__ = ["Report", "about_lines", "add_flags", "describe"]
 
 
-def add_command(commands: Any) -> None:
-    """Add ``report`` to the command line."""
-    parser = commands.add_parser(
-        "report",
-        help="tables, plots and one HTML page of any runs",
-        description="Put the results of any runs together: tables as Markdown, CSV and LaTeX, "
-        "plots, and one HTML page with everything in it.",
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Say what ``report`` does and takes."""
+    parser.description = (
+        "Put the results of any runs together: tables as Markdown, CSV and LaTeX, "
+        "plots, and one HTML page with everything in it."
     )
     add = parser.add_argument
     add("runs", nargs="+", type=Path, help="folders of runs or sweeps, or compact result files")
@@ -48,6 +47,7 @@ class Report:
     def __init__(self, results: Sequence[Result], folder: str | Path, title: str) -> None:
         self.results = results
         self.settings = by_setting(results)
+        self.methods = list(dict.fromkeys(result.method for result in results))
         self.folder = Path(folder)
         self.title = title
 
@@ -70,18 +70,20 @@ class Report:
             plot_reliability,
             plot_stream,
         )
+        from experiments.report.style import looks_of
 
+        looks = looks_of(self.methods)
         methods = self.settings[setting]
         about = f"{setting.model}, {setting.title}"
         drawn = []
         for name, draw, caption in (
             ("stream", plot_stream, "Error over the stream"),
-            ("domains", plot_domains, "Error by domain; lines are intervals over seeds"),
+            ("domains", plot_domains, "Error by domain; lines are intervals, or join two seeds"),
             ("cost", plot_cost, "Accuracy against cost"),
             ("reliability", plot_reliability, "Accuracy by confidence; dots are bins' means"),
         ):
             path = self.folder / f"{setting.slug}-{name}.png"
-            draw(methods, path, f"{caption.partition(';')[0]}: {about}")
+            draw(methods, path, f"{caption.partition(';')[0]}: {about}", looks)
             drawn.append((path, f"{caption}."))
         return drawn
 
@@ -152,15 +154,15 @@ def about_lines(results: Sequence[Result]) -> list[str]:
 
 def describe(methods: dict[str, list[Result]]) -> str:
     """Which methods differ from source, in words made from the paired differences."""
-    if "source" not in methods or len(methods) == 1:
+    if BASELINE not in methods or len(methods) == 1:
         return ""
     better, worse, open_ = [], [], []
     for method, results in methods.items():
-        gap = difference(results, methods["source"], lambda r: r.summary["mean_error"])
-        if method == "source" or gap is None:
+        gap = difference(results, methods[BASELINE], lambda r: r.summary["mean_error"])
+        if method == BASELINE or gap is None:
             continue
         text = f"{method} ({gap.text(100, sign=True)})"
-        if gap.half is not None and not gap.clear:
+        if gap.count > 1 and not gap.clear:
             open_.append(text)
         elif gap.mean < 0:
             better.append((gap.mean, text))
@@ -171,7 +173,9 @@ def describe(methods: dict[str, list[Result]]) -> str:
         if found:
             parts.append(f"{lead}: {', '.join(text for _, text in sorted(found))}.")
     if open_:
-        parts.append(f"Not told apart from it by {LEVEL:.0%} intervals: {', '.join(open_)}.")
+        two = any(len(results) == 2 for results in methods.values())
+        means = f"{LEVEL:.0%} intervals" + (" or the signs of two seeds" if two else "")
+        parts.append(f"Not told apart from it by {means}: {', '.join(open_)}.")
     if all(len(results) == 1 for results in methods.values()):
         parts.append("One seed: no interval, and small differences mean nothing.")
     return " ".join(parts)

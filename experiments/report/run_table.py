@@ -10,9 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from experiments.records import markdown
+from experiments.records.config import BASELINE
+
 __all__ = ["describe", "render_markdown", "render_text", "short_names"]
 
 Summary = Mapping[str, Any]
+NOTHING = "-"  # a cell without a figure
 
 # Header of each figure after the domains, and what it means.
 LEGEND = {
@@ -82,26 +86,24 @@ def render_markdown(summaries: Sequence[Summary], legend: bool = True) -> str:
     """
     methods, columns = _columns(summaries)
     columns = [methods, *columns]
-    lines = [
-        "| " + " | ".join(c.header for c in columns) + " |",
-        "|---|" + "---:|" * (len(columns) - 1),
+    rows = [
+        [markdown.strong(c.cells[row]) if row in c.best else c.cells[row] for c in columns]
+        for row in range(len(summaries))
     ]
-    for row in range(len(summaries)):
-        cells = [f"**{c.cells[row]}**" if row in c.best else c.cells[row] for c in columns]
-        lines.append("| " + " | ".join(cells) + " |")
+    lines = markdown.table([c.header for c in columns], rows)
     if legend:
         lines += ["", _legend(summaries)]
-    return "\n".join(lines) + "\n"
+    return markdown.document(lines)
 
 
 def describe(summaries: Sequence[Summary]) -> str:
     """What one sees in the table, in words made from its figures."""
     errors = {s["method"]: s["mean_error"] for s in summaries}
     best = min(errors, key=lambda m: errors[m])
-    if "source" not in errors or len(errors) == 1:
+    if BASELINE not in errors or len(errors) == 1:
         return f"Lowest mean error: {best} with {_percent(errors[best])}%."
-    source = errors["source"]
-    others = {m: e for m, e in errors.items() if m != "source"}
+    source = errors[BASELINE]
+    others = {m: e for m, e in errors.items() if m != BASELINE}
     parts = [f"Without adaptation (source) the model errs on {_percent(source)}% of the images."]
     lower = sorted((m for m in others if others[m] < source - 0.0005), key=lambda m: others[m])
     higher = sorted((m for m in others if others[m] > source + 0.0005), key=lambda m: -others[m])
@@ -116,10 +118,10 @@ def describe(summaries: Sequence[Summary]) -> str:
         verb = "does" if len(higher) == 1 else "do"
         parts.append(f"Worse than doing nothing {verb}{_listed('', higher, others)}.")
     clean = {s["method"]: s["clean_error"] for s in summaries if s["clean_error"] is not None}
-    moved = {m: clean[m] - clean["source"] for m in others if m in clean and "source" in clean}
+    moved = {m: clean[m] - clean[BASELINE] for m in others if m in clean and BASELINE in clean}
     if moved:
         worst = max(moved, key=lambda m: moved[m])
-        before = f"On clean images source errs on {_percent(clean['source'])}%"
+        before = f"On clean images source errs on {_percent(clean[BASELINE])}%"
         if moved[worst] > 0.0005:
             parts.append(
                 f"{before}; after the stream {worst} is furthest from that with "
@@ -146,12 +148,13 @@ def _columns(summaries: Sequence[Summary]) -> tuple[_Column, list[_Column]]:
         _Column("used", [str(s["selected"]) for s in summaries]),
         _Column("resets", [str(s["resets"]) for s in summaries]),
     ]
-    return _Column("method", [s["method"] for s in summaries]), columns
+    shown = [column for column in columns if set(column.cells) != {NOTHING}]
+    return _Column("method", [s["method"] for s in summaries]), shown
 
 
 def _error_column(header: str, errors: Sequence[float | None]) -> _Column:
     cells = [_percent(e) for e in errors]
-    values = {row: float(cell) for row, cell in enumerate(cells) if cell != "-"}
+    values = {row: float(cell) for row, cell in enumerate(cells) if cell != NOTHING}
     best = {row for row, value in values.items() if value == min(values.values())}
     return _Column(header, cells, frozenset(best if len(values) > 1 else ()))
 
@@ -165,7 +168,8 @@ def _line(texts: Sequence[str], columns: Sequence[_Column]) -> str:
 def _legend(summaries: Sequence[Summary]) -> str:
     short = short_names(list(summaries[0]["domain_errors"]))
     domains = [f"{s} = {name}" for name, s in short.items() if s != name]
-    meanings = [f"{header} = {meaning}" for header, meaning in LEGEND.items()]
+    shown = {column.header for column in _columns(summaries)[1]}
+    meanings = [f"{header} = {meaning}" for header, meaning in LEGEND.items() if header in shown]
     return "Errors in %. " + "; ".join(domains + meanings) + "."
 
 
@@ -180,4 +184,4 @@ def _join(words: Sequence[str]) -> str:
 
 
 def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.1f}"
+    return NOTHING if share is None else f"{100 * share:.1f}"

@@ -17,41 +17,60 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds.
+    """A mean over seeds, and how far it may be trusted.
 
     Args:
         mean: The mean.
         half: Half the width of the interval that covers the true mean with probability `LEVEL` if
-            seeds scatter normally (Student's t); None with one seed.
-        count: Number of seeds.
+            seeds scatter normally (Student's t); None with fewer than three seeds. Two values say
+            so little of their scatter that the interval would be 13 times as wide as they lie
+            apart; they are shown instead.
+        values: Of the seeds, in their order.
     """
 
     mean: float
     half: float | None
-    count: int
+    values: tuple[float, ...]
+
+    @property
+    def count(self) -> int:
+        """Number of seeds."""
+        return len(self.values)
+
+    @property
+    def low(self) -> float:
+        """The lower end of the interval; with two seeds the smaller value."""
+        return min(self.values) if self.half is None else self.mean - self.half
+
+    @property
+    def high(self) -> float:
+        """The upper end of the interval; with two seeds the larger value."""
+        return max(self.values) if self.half is None else self.mean + self.half
 
     @property
     def clear(self) -> bool:
-        """Whether the interval leaves 0 out."""
-        return self.half is not None and abs(self.mean) > self.half
+        """Whether several seeds agree on the sign: both of two, or the whole interval."""
+        return self.count > 1 and (self.low > 0 or self.high < 0)
 
     def text(self, scale: float = 1.0, digits: int = 1, sign: bool = False) -> str:
-        """The mean, and the interval if there is one."""
-        mean = f"{scale * self.mean:{'+' if sign else ''}.{digits}f}"
-        return mean if self.half is None else f"{mean} ± {scale * self.half:.{digits}f}"
+        """The mean with its interval, or the values of one or two seeds."""
+        form = f"{'+' if sign else ''}.{digits}f"
+        if self.half is None:
+            return ", ".join(f"{scale * value:{form}}" for value in self.values)
+        return f"{scale * self.mean:{form}} ± {scale * self.half:.{digits}f}"
 
 
 def estimate(values: Sequence[float | None]) -> Estimate | None:
-    """The mean of `values` and its interval; None where a value is missing or there is none."""
+    """The mean of `values` and its interval, if any; None where there is no value or one misses."""
     if not values or any(value is None for value in values):
         return None
     numbers = np.array(values, dtype=float)
     n = len(numbers)
     half = None
-    if n > 1:
+    if n > 2:
         quantile = float(stats.t.ppf((1 + LEVEL) / 2, n - 1))
         half = float(quantile * numbers.std(ddof=1) / np.sqrt(n))
-    return Estimate(float(numbers.mean()), half, n)
+    return Estimate(float(numbers.mean()), half, tuple(numbers.tolist()))
 
 
 def over_seeds(

@@ -5,10 +5,13 @@ from __future__ import annotations
 import csv
 import html
 import io
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from experiments.records import markdown
+from experiments.records.config import BASELINE
 from experiments.report.collect import Result, Setting, by_setting
 from experiments.report.statistics import Estimate, difference, over_seeds
 
@@ -29,8 +32,13 @@ NOTES = {
     "fwd, bwd": "passes of an image through the model, forward and backward",
     "img/s": "images per second of the adapter alone",
     "MB": "peak memory: resident on a CPU, allocated on a GPU",
-    "seeds": "number of seeds; with more than one, ± gives 95 % intervals of means (Student's t)",
+    "seeds": "number of seeds; with three or more, ± gives 95 % intervals of means (Student's t), "
+    "with two, both values are given",
 }
+
+NOTHING = "-"  # a cell without a figure
+# Widths in characters: of a page of 1,180 pixels, of the space between columns, and of names.
+PAGE, GAP, FIRST = 160, 3, 28
 
 
 @dataclass
@@ -47,33 +55,72 @@ class Table:
     rows: list[list[str]]
     best: set[tuple[int, int]] = field(default_factory=set)
 
+    def without_empty_columns(self) -> Table:
+        """The same table, less the columns (but the first) that say nothing in any row."""
+        kept = [
+            j
+            for j in range(len(self.header))
+            if j == 0 or any(row[j] not in ("", NOTHING) for row in self.rows)
+        ]
+        return self._columns(kept)
+
+    def _columns(self, kept: Sequence[int]) -> Table:
+        places = {old: new for new, old in enumerate(kept)}
+        return Table(
+            [self.header[j] for j in kept],
+            [[row[j] for j in kept] for row in self.rows],
+            {(i, places[j]) for i, j in self.best if j in places},
+        )
+
+    def blocks(self, width: int) -> list[Table]:
+        """The table in parts that each have at most `width` characters in a row, if possible.
+
+        Every part begins with the first column.
+        """
+        sizes = [
+            max(map(len, [self.header[j], *(row[j] for row in self.rows)])) + GAP
+            for j in range(len(self.header))
+        ]
+        sizes[0] = min(sizes[0], FIRST + GAP)  # longer names are broken
+        parts = [[0]]
+        for j in range(1, len(sizes)):
+            if sum(sizes[k] for k in parts[-1]) + sizes[j] > width and len(parts[-1]) > 1:
+                parts.append([0])
+            parts[-1].append(j)
+        return [self._columns(kept) for kept in parts]
+
     def markdown(self) -> str:
         """As Markdown."""
-        lines = ["| " + " | ".join(self.header) + " |", "|---|" + "---:|" * (len(self.header) - 1)]
-        lines += ["| " + " | ".join(row) + " |" for row in self._stressed("**{}**", str)]
-        return "\n".join(lines) + "\n"
+        return markdown.document(markdown.table(self.header, self._stressed(markdown.strong, str)))
 
     def latex(self) -> str:
         """As a LaTeX tabular; it needs the package booktabs."""
-        rows = self._stressed(r"\textbf{{{}}}", _escape_latex)
+        rows = self._stressed(lambda text: rf"\textbf{{{text}}}", _escape_latex)
         lines = [r"\begin{tabular}{l" + "r" * (len(self.header) - 1) + "}", r"\toprule"]
         lines += [" & ".join(_escape_latex(text) for text in self.header) + r" \\", r"\midrule"]
         lines += [" & ".join(row) + r" \\" for row in rows]
         return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
 
     def html(self) -> str:
-        """As an HTML table."""
+        """As HTML tables, one below the other where one would be wider than the page."""
+        return "".join(block._html() for block in self.blocks(PAGE))
+
+    def _html(self) -> str:
         head = "".join(f"<th>{html.escape(text)}</th>" for text in self.header)
-        rows = self._stressed("<b>{}</b>", html.escape)
+        rows = self._stressed(lambda text: f"<b>{text}</b>", html.escape)
+        for row in rows:  # a long name may be broken after these
+            row[0] = re.sub(r"([,+\[])", r"\1<wbr>", row[0])
         body = "".join(
             "<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>\n" for row in rows
         )
         return f"<table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>\n"
 
-    def _stressed(self, form: str, escape: Callable[[str], str]) -> list[list[str]]:
+    def _stressed(
+        self, stress: Callable[[str], str], escape: Callable[[str], str]
+    ) -> list[list[str]]:
         return [
             [
-                form.format(escape(cell)) if (i, j) in self.best else escape(cell)
+                stress(escape(cell)) if (i, j) in self.best else escape(cell)
                 for j, cell in enumerate(row)
             ]
             for i, row in enumerate(self.rows)
@@ -95,8 +142,8 @@ def setting_table(methods: Mapping[str, Sequence[Result]]) -> Table:
         return lambda results: over_seeds(results, _figure(name))
 
     add("error", figure("mean_error"))
-    if "source" in methods:
-        source = methods["source"]
+    if BASELINE in methods:
+        source = methods[BASELINE]
         add("vs source", lambda r: "" if r is source else _difference(r, source))
     for header, name in (("worst", "worst_error"), ("NLL", "nll"), ("Brier", "brier")):
         add(header, figure(name))
@@ -119,7 +166,7 @@ def setting_table(methods: Mapping[str, Sequence[Result]]) -> Table:
         if header in ("error", "worst", "NLL", "Brier", "ECE") and len(cells) > 1:
             means = {i: c.mean for i, c in enumerate(cells) if isinstance(c, Estimate)}
             table.best |= {(i, number) for i in means if means[i] == min(means.values())}
-    return table
+    return table.without_empty_columns()
 
 
 def overview(results: Sequence[Result]) -> dict[str, Table]:
@@ -138,7 +185,7 @@ def overview(results: Sequence[Result]) -> dict[str, Table]:
                 if cell is not None:
                     means[number] = cell.mean
             table.best |= {(i, column) for i in means if means[i] == min(means.values())}
-        tables[model] = table
+        tables[model] = table.without_empty_columns()
     return tables
 
 
@@ -193,9 +240,9 @@ _DIGITS = {"NLL": 2, "Brier": 3, "conc.": 2, "resets": 0, "img/s": 0, "MB": 0}
 
 def _show(header: str, cell: Any) -> str:
     if cell is None or isinstance(cell, str):
-        return cell or "-"
+        return cell or NOTHING
     if header in ("img/s", "MB"):  # depends on the machine: an interval would say nothing
-        cell = Estimate(cell.mean, None, cell.count)
+        cell = Estimate(cell.mean, None, (cell.mean,))
     scale = 100.0 if header in _PERCENT else 1.0
     return cell.text(scale, _DIGITS.get(header, 1), sign=header == "vs source")
 

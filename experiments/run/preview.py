@@ -5,23 +5,20 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
 from experiments.run.flags import add_settings, settings_flags
 from experiments.run.run import Run
 from experiments.run.settings import make_run
 from tta.streams import Stream
 
-__all__ = ["Previews", "add_command"]
+__all__ = ["Previews", "add_flags"]
 
 
-def add_command(commands: Any) -> None:
-    """Add ``preview`` to the command line."""
-    parser = commands.add_parser(
-        "preview",
-        help="say and draw what a stream shows",
-        description="Print a stream's figures, draw domain and label over time as a PNG, and write "
-        "the small JSON that tta.streams.from_config turns into the stream again.",
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Say what ``preview`` does and takes."""
+    parser.description = (
+        "Print a stream's figures, draw domain and label over time as a PNG, and write "
+        "the small JSON that tta.streams.from_config turns into the stream again."
     )
     add_settings(parser, methods=False)
     parser.add_argument("--seed", type=int, help="of everything random (default: 0)")

@@ -20,6 +20,7 @@ from torch import Tensor
 from experiments.records.file import plain
 from experiments.run.metrics import Totals
 from tta import Adapter
+from tta.core.files import part_of, replacing
 from tta.core.state_dict import checksum
 
 __all__ = ["Snapshots"]
@@ -64,12 +65,10 @@ class Snapshots:
         tensors["torch_rng"] = torch.get_rng_state()
         tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         about = json.dumps({"key": key, "totals": figures, "checksum": _checksum(tensors)})
-        part = self.path.with_name(FILE + ".part")
-        with part.open("wb") as file:
+        with replacing(self.path) as part, part.open("wb") as file:
             file.write(save(tensors, {"about": about}))
             file.flush()
             os.fsync(file.fileno())  # a machine that goes down must not leave the name alone
-        os.replace(part, self.path)
         self._last = time.monotonic()
         self._pause = max(SECONDS, (self._last - start) / SHARE)
 
@@ -107,7 +106,7 @@ class Snapshots:
 
     def remove(self) -> None:
         """Delete the snapshot, and what a kill while saving left."""
-        for path in (self.path, self.path.with_name(FILE + ".part")):
+        for path in (self.path, part_of(self.path)):
             path.unlink(missing_ok=True)
 
 

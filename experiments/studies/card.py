@@ -7,6 +7,7 @@ tells the rest.
 
 from __future__ import annotations
 
+import argparse
 import json
 import time
 from datetime import date
@@ -18,17 +19,43 @@ from torch import Tensor
 
 import corruptions
 from experiments.data import ImageSet
+from experiments.records import markdown
 from experiments.records.environment import describe_environment
 from experiments.records.progress import Progress
 from experiments.run.domains import corrupt_set
-from experiments.run.subject import load_subject
+from experiments.run.flags import number_of_images
+from experiments.run.subject import load_subject, pick_device
 from models.bundled import BUNDLED, FOLDER
 from tta.core.checks import nearest
+from tta.core.files import replacing
 
-__all__ = ["Card", "render_card"]
+__all__ = ["Card", "add_flags", "render_card"]
 
 BATCH = 250
 SEVERITY = 5
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Say what ``card`` does and takes."""
+    parser.description = (
+        "Measure a bundled model without adaptation: clean accuracy and error under the 15 "
+        "corruptions at severity 5. Writes card.json and card.md beside its weights."
+    )
+    add = parser.add_argument
+    add("model", metavar="NAME", help="a bundled model")
+    add("--data", required=True, help="the CIFAR-10 test set: an .npz or torchvision's folder")
+    add("--images", metavar="N", help="images per corruption, or 'all' (default: all)")
+    add("--seed", type=int, default=0, help="of the corruptions (default: %(default)s)")
+    add("--output", type=Path, help="folder of the card (default: beside the weights)")
+    add("--device", help="cpu, cuda, cuda:1 (default: CUDA if there is one)")
+    add("--quiet", action="store_true", help="print only the card")
+    parser.set_defaults(prepare=_prepare)
+
+
+def _prepare(args: argparse.Namespace) -> Card:
+    images = number_of_images(args.images, None)
+    device = pick_device(args.device)
+    return Card(args.model, args.data, device, images, args.seed, args.output, args.quiet)
 
 
 class Card:
@@ -81,8 +108,12 @@ class Card:
             errors[name] = self._error(pixels, self.shifted, name)
         card = self._card(clean, errors, time.monotonic() - started)
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "card.json").write_text(json.dumps(card, indent=2) + "\n")
-        (self.folder / "card.md").write_text(render_card(card))
+        for name, text in (
+            ("card.json", json.dumps(card, indent=2) + "\n"),
+            ("card.md", render_card(card)),
+        ):
+            with replacing(self.folder / name) as part:
+                part.write_text(text)
         self.progress.clear()
         print(render_card(card))
         print(f"wrote {self.folder / 'card.json'} and card.md", flush=True)
@@ -150,14 +181,14 @@ def render_card(card: dict[str, Any]) -> str:
         + (", ".join(hardware["gpus"]) or f"{hardware['cores']} cores")
         + f"; Python {versions['python']}, torch {versions['torch']}, timm {versions['timm']}"
     )
-    lines = [f"# {card['name']}", "", "| | |", "|---|---|"]
-    lines += [f"| {key} | {value} |" for key, value in rows.items()]
+    errors = [[name, f"{100 * error:.1f}"] for name, error in card["corruption_errors"].items()]
+    lines = [markdown.heading(card["name"]), ""]
+    lines += markdown.table(["", ""], list(rows.items()), "ll")
     lines += ["", f"Error by corruption at severity {card['severity']}, without adaptation:", ""]
-    lines += ["| corruption | error (%) |", "|---|---:|"]
-    lines += [f"| {n} | {100 * e:.1f} |" for n, e in card["corruption_errors"].items()]
+    lines += markdown.table(["corruption", "error (%)"], errors)
     lines += [
         "",
         "A small model for demonstrations and tests. Made by this repository from CIFAR-10 alone;",
         "`card.json` beside this page has every figure, and `training.json` the training log.",
     ]
-    return "\n".join(lines) + "\n"
+    return markdown.document(lines)

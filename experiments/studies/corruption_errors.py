@@ -1,6 +1,6 @@
 """What the deviations of `corruptions` from the published code do, to pixels and to classifiers.
 
-``python -m experiments.studies.corruption_errors`` prints two tables. The first compares with the
+``python -m experiments corruption-errors`` prints two tables. The first compares with the
 outputs of the published code that are kept in ``tests/golden/corruptions``, with the same draws:
 the largest difference in grey levels, the worst share of differing values in an image, and the
 error of the bundled classifiers under either. Few images are kept, so errors are coarse; how many
@@ -13,7 +13,6 @@ texture lacks, cannot matter much.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,9 +24,10 @@ from torch import Tensor, nn
 import corruptions
 import models
 from experiments.data import read_bundled
+from experiments.records import markdown
 from experiments.studies.corruption_goldens import legacy_params, pictures, to_array, to_tensor
 
-__all__ = ["compare", "frost_errors", "main"]
+__all__ = ["CorruptionErrors", "add_flags", "compare", "frost_errors"]
 
 ROOT = Path(__file__).parents[2]
 GOLDEN_32 = ROOT / "tests" / "golden" / "corruptions"
@@ -141,49 +141,53 @@ def frost_errors(
 
 
 def _render(rows: Sequence[dict[str, Any]], model_names: Sequence[str]) -> str:
-    lines = [
-        "| corruption | 32x32: largest (share) | 224x224 | images | "
-        + " | ".join(f"{name}: published, ours, differing" for name in model_names)
-        + " |",
-        "|---|---|---|---:|" + "---:|" * len(model_names),
-    ]
+    header = ["corruption", "32x32: largest (share)", "224x224", "images"]
+    header += [f"{name}: published, ours, differing" for name in model_names]
+    shown = []
     for row in rows:
         cells = [row["name"], row["pixels_32"], row["pixels_224"], str(row["images"])]
         for name in model_names:
             theirs, ours, differing = row[name]
             share = 100 / row["images"]
             cells.append(f"{theirs * share:.1f}%, {ours * share:.1f}%, {differing}")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        shown.append(cells)
+    return markdown.document(markdown.table(header, shown, "lllr" + "r" * len(model_names)))
 
 
 def _render_frost(rows: Sequence[tuple[str, int, dict[str, float]]]) -> str:
     variants = list(rows[0][2])
-    lines = ["| model | severity | " + " | ".join(variants) + " |", "|---|" + "---:|" * 5]
-    for name, severity, errors in rows:
-        cells = [f"{100 * errors[variant]:.1f}%" for variant in variants]
-        lines.append(f"| {name} | {severity} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    shown = [
+        [name, str(severity), *(f"{100 * errors[variant]:.1f}%" for variant in variants)]
+        for name, severity, errors in rows
+    ]
+    return markdown.document(markdown.table(["model", "severity", *variants], shown))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measure and print both tables; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.studies.corruption_errors",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Say what ``corruption-errors`` does and takes."""
+    parser.description = __doc__
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     known = models.list_models()
     add("--models", nargs="+", choices=known, default=known, metavar="NAME", help="bundled ones")
     add("--images", type=int, default=2000, help="for frost (default: all 2000 bundled)")
-    args = parser.parse_args(argv)
-    names = corruptions.list_corruptions(extra=True)
-    print(_render(compare(names, args.models), args.models))
-    print()
-    print(_render_frost(frost_errors(args.models, (1, 3, 5), args.images)))
-    return 0
+    parser.set_defaults(prepare=lambda args: CorruptionErrors(args.models, args.images))
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+class CorruptionErrors:
+    """Both comparisons.
+
+    Args:
+        models: Names of bundled models.
+        images: How many for the comparison of frost's textures.
+    """
+
+    def __init__(self, models: Sequence[str], images: int) -> None:
+        self.models = models
+        self.images = images
+
+    def execute(self) -> None:
+        """Measure, and print both tables."""
+        names = corruptions.list_corruptions(extra=True)
+        print(_render(compare(names, self.models), self.models))
+        print(_render_frost(frost_errors(self.models, (1, 3, 5), self.images)), end="")

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from experiments.records import markdown
 from experiments.records.environment import describe_environment
 from experiments.records.progress import Progress
 from experiments.run.subject import pick_device
@@ -31,20 +32,18 @@ from experiments.studies.method_cost_networks import BARE, SETTINGS, TWIN, make_
 from tta.core.backbone import Backbone
 from tta.core.checks import nearest
 
-__all__ = ["Bench", "add_command", "render_bench"]
+__all__ = ["Bench", "add_flags", "render_bench"]
 
-START, END = "<!-- bench -->", "<!-- /bench -->"
+MARK = "bench"  # of the page's generated part
 WARM_UP = 3  # rounds that are not counted
 
 
-def add_command(commands: Any) -> None:
-    """Add ``bench`` to the command line."""
-    parser = commands.add_parser(
-        "bench",
-        help="what each recipe costs beside the plain forward pass",
-        description="Time recipes against the plain forward pass of the same network, in turns in "
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Say what ``bench`` does and takes."""
+    parser.description = (
+        "Time recipes against the plain forward pass of the same network, in turns in "
         "one process; count passes; measure the peak of memory. "
-        "Settings: " + ", ".join(SETTINGS) + ".",
+        "Settings: " + ", ".join(SETTINGS) + "."
     )
     add = parser.add_argument
     add("setting", help="a network and what it is fed")
@@ -178,9 +177,7 @@ def _write_page(page: Path, results: Path) -> None:
     """Put the last result of every setting between the page's two comments."""
     last = {r["setting"]: r for r in map(json.loads, results.read_text().splitlines())}
     tables = "\n".join(render_bench(last[name]) for name in SETTINGS if name in last)
-    before, _, rest = page.read_text().partition(START)
-    _, _, after = rest.partition(END)
-    page.write_text(f"{before}{START}\n{tables}{END}{after}")
+    markdown.write_between(page, MARK, tables)
 
 
 def _timed(
@@ -265,6 +262,7 @@ def _peak_memory(setting: str, name: str, device: torch.device) -> float:
 def _peak(setting: str, name: str, device_name: str) -> float:
     device = torch.device(device_name)
     before = _peak_kilobytes()
+    held = 0
     if device.type == "cuda":
         held = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -290,21 +288,21 @@ def render_bench(result: dict[str, Any]) -> str:
     """One setting's result as Markdown."""
     hardware, versions = result["hardware"], result["versions"]
     where = ", ".join(hardware["gpus"]) if result["device"] != "cpu" else hardware["cpu"]
-    lines = [
-        f"### {result['setting']}: batch {result['batch']} of {result['size']} x {result['size']}",
+    title = f"{result['setting']}: batch {result['batch']} of {result['size']} x {result['size']}"
+    head = [
+        markdown.heading(title, 3),
         "",
         f"{result['date']}, {where}, {hardware['torch_threads']} threads, torch "
         f"{versions['torch']}, {result['rounds']} rounds; one plain forward takes "
         f"{1000 * result['plain_seconds']:.1f} ms.",
         "",
-        "| recipe | time / plain | forwards | backwards | outside the network | peak memory (MB) |",
-        "|---|---:|---:|---:|---:|---:|",
     ]
+    header = ["recipe", "time / plain", "forwards", "backwards", "outside the network"]
+    header.append("peak memory (MB)")
+    rows = []
     for row in result["rows"]:
         outside = "" if row["outside"] is None else f"{100 * row['outside']:.0f} %"
         memory = "" if row["megabytes"] is None else f"{row['megabytes']:.0f}"
-        lines.append(
-            f"| {row['recipe']} | {row['ratio']:.2f} | {row['forwards']:.2f} | "
-            f"{row['backwards']:.2f} | {outside} | {memory} |"
-        )
-    return "\n".join(lines) + "\n"
+        figures = [f"{row[key]:.2f}" for key in ("ratio", "forwards", "backwards")]
+        rows.append([row["recipe"], *figures, outside, memory])
+    return markdown.document([*head, *markdown.table(header, rows)])

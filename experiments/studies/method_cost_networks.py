@@ -101,36 +101,69 @@ def make_subject(setting: Setting, name: str, device: torch.device) -> Callable[
         return tta.wrap(net, name, **_arguments(setting, name, net, device))
 
 
-def _arguments(setting: Setting, name: str, net: nn.Module, device: torch.device) -> dict[str, Any]:
+Arguments = dict[str, Any]  # of `tta.wrap`
+
+
+def _arguments(setting: Setting, name: str, net: nn.Module, device: torch.device) -> Arguments:
+    """What a recipe needs to be wrapped, chosen so that its work is comparable."""
+    make = ARGUMENTS.get(name)
+    return {} if make is None else make(setting, net, device)
+
+
+def _for_filters(setting: Setting, net: nn.Module, device: torch.device) -> Arguments:
+    """Of a method that learns from samples it is sure of: all of them, or the share `KEPT`."""
+    if tta.core.norm_layers.batch_norm_layers(net):
+        return {"entropy_margin": 10.0}
+    with torch.no_grad():
+        entropy = tta.parts.losses.entropy(net(make_batch(setting, 1000, device)))
+    ceiling = torch.tensor(float(tta.core.classifier.num_classes(net))).log()
+    margin = float(entropy.quantile(KEPT) / ceiling)
+    # It steps as usual; a network that learned would keep more and more.
+    return {"entropy_margin": margin, "lr": 0.0}
+
+
+def _for_eata(setting: Setting, net: nn.Module, device: torch.device) -> Arguments:
+    fisher = {n: torch.ones_like(p) for n, p in tta.core.parameters.select(net, "norm").items()}
+    source = tta.SourceStatistics(fisher=fisher)
+    return _for_filters(setting, net, device) | {"redundancy_margin": 10.0, "source": source}
+
+
+def _for_sar(setting: Setting, net: nn.Module, device: torch.device) -> Arguments:
+    return _for_filters(setting, net, device) | {"reset_threshold": 0.0}
+
+
+def _for_adanpc(setting: Setting, net: nn.Module, device: torch.device) -> Arguments:
+    width, classes = tta.core.classifier.feature_size(net), tta.core.classifier.num_classes(net)
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(MEMORY_FEATURES, width, generator=generator)
+    labels = torch.randint(classes, (MEMORY_FEATURES,), generator=generator)
+    return {"source": tta.SourceStatistics(features=features, feature_labels=labels)}
+
+
+def _for_cotta(setting: Setting, net: nn.Module, device: torch.device) -> Arguments:
+    # All views, which a source model that is sure would save.
+    return {**PIXELS, "confidence_threshold": 10.0}
+
+
+def _for_petal(setting: Setting, net: nn.Module, device: torch.device) -> Arguments:
+    mean = {n: p.detach().clone() for n, p in net.named_parameters()}
+    variance = {n: torch.full_like(p, 1e-4) for n, p in mean.items()}
+    source = tta.SourceStatistics(posterior_mean=mean, posterior_variance=variance)
+    return {**_for_cotta(setting, net, device), "source": source}
+
+
+def _for_rmt(setting: Setting, net: nn.Module, device: torch.device) -> Arguments:
     x = make_batch(setting, 1000, device)
-    if name in ("eata", "sar"):
-        config: dict[str, Any] = {"entropy_margin": 10.0}  # all samples, on BatchNorm
-        if not tta.core.norm_layers.batch_norm_layers(net):
-            with torch.no_grad():
-                entropy = tta.parts.losses.entropy(net(x))
-            ceiling = torch.tensor(float(tta.core.classifier.num_classes(net))).log()
-            config["entropy_margin"] = float(entropy.quantile(KEPT) / ceiling)
-            config["lr"] = 0.0  # steps as usual; a network that learned would keep more and more
-        if name == "sar":
-            return config | {"reset_threshold": 0.0}
-        fisher = {n: torch.ones_like(p) for n, p in tta.core.parameters.select(net, "norm").items()}
-        return config | {"redundancy_margin": 10.0, "source": tta.SourceStatistics(fisher=fisher)}
-    if name == "adanpc":
-        width, classes = tta.core.classifier.feature_size(net), tta.core.classifier.num_classes(net)
-        generator = torch.Generator().manual_seed(0)
-        features = torch.randn(MEMORY_FEATURES, width, generator=generator)
-        labels = torch.randint(classes, (MEMORY_FEATURES,), generator=generator)
-        source = tta.SourceStatistics(features=features, feature_labels=labels)
-        return {"source": source}
-    pixels: dict[str, Any] = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
-    if name in ("cotta", "petal"):
-        pixels["confidence_threshold"] = 10.0  # all views, which a confident source would save
-    if name == "petal":
-        mean = {n: p.detach().clone() for n, p in net.named_parameters()}
-        variance = {n: torch.full_like(p, 1e-4) for n, p in mean.items()}
-        source = tta.SourceStatistics(posterior_mean=mean, posterior_variance=variance)
-        return {**pixels, "source": source}
-    if name == "rmt":
-        labels = torch.arange(len(x)) % tta.core.classifier.num_classes(net)
-        return {**pixels, "source": [(x.cpu(), labels)], "warmup_samples": 0}
-    return pixels if name == "cotta" else {}
+    labels = torch.arange(len(x)) % tta.core.classifier.num_classes(net)
+    return {**PIXELS, "source": [(x.cpu(), labels)], "warmup_samples": 0}
+
+
+PIXELS: Arguments = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+ARGUMENTS: dict[str, Callable[[Setting, nn.Module, torch.device], Arguments]] = {
+    "eata": _for_eata,
+    "sar": _for_sar,
+    "adanpc": _for_adanpc,
+    "cotta": _for_cotta,
+    "petal": _for_petal,
+    "rmt": _for_rmt,
+}

@@ -17,20 +17,16 @@ from typing import Any
 
 import torch
 
-from experiments.records.config import RunConfig
+from experiments.records.config import BASELINE, RunConfig
 from experiments.run.run import Run
 from experiments.run.settings import make_run
 
-__all__ = ["Overhead", "add_command"]
+__all__ = ["Overhead", "add_flags"]
 
 
-def add_command(commands: Any) -> None:
-    """Add ``overhead`` to the command line."""
-    parser = commands.add_parser(
-        "overhead",
-        help="measure what the runner adds to the model's own time",
-        description="Run the source model, and print how much time is spent outside of it.",
-    )
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Say what ``overhead`` does and takes."""
+    parser.description = "Run the source model, and print how much time is spent outside of it."
     add = parser.add_argument
     add("--model", default="cifar10_resnet20_bn", help="default: %(default)s")
     add(
@@ -49,7 +45,7 @@ def add_command(commands: Any) -> None:
 def _prepare(args: argparse.Namespace) -> Overhead:
     flags = {
         "model": args.model,
-        "methods": ["source"],
+        "methods": [BASELINE],
         "scenario": "continual",
         "images": args.images,
         "batch_size": args.batch_size,

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,21 +27,20 @@ from experiments.run.domains import corrupt_set, image_seeds
 from experiments.run.flags import number_of_images
 from experiments.run.subject import load_subject, pick_device
 from tta.core.checks import nearest
+from tta.core.files import replacing
 from tta.streams.walk import LEVELS, walk_domains
 
-__all__ = ["Surface", "add_command", "fill_in"]
+__all__ = ["Surface", "add_flags", "fill_in"]
 
 BATCH = 250
 
 
-def add_command(commands: Any) -> None:
-    """Add ``surface`` to the command line."""
-    parser = commands.add_parser(
-        "surface",
-        help="measure the accuracy under pairs of corruptions, for the walk stream",
-        description="Measure a model's accuracy under every ordered pair of corruptions at "
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Say what ``surface`` does and takes."""
+    parser.description = (
+        "Measure a model's accuracy under every ordered pair of corruptions at "
         "severities from 0 to 5 of each; the same command goes on after an interruption. Pass the "
-        "file to a walk: run --scenario walk --option surface=FILE.",
+        "file to a walk: run --scenario walk --option surface=FILE."
     )
     add = parser.add_argument
     add("--model", default="cifar10_resnet20_bn", help="default: %(default)s")
@@ -137,12 +135,12 @@ class Surface:
                 (row["first"], row["severity"], row["second"]): row["accuracies"]
                 for row in read_lines(kept, "row")
             }
-            for first, s1 in itertools.product(self.about["names"], self.levels):
-                self._measure(first, s1, held, lines)
+            for first in self.about["names"]:
+                for s1 in self.levels:
+                    self._measure(first, s1, held, lines)
         text = json.dumps({**self.about, "surface": self._surfaces(held)}) + "\n"
-        part = self.path.with_name(self.path.name + ".part")
-        part.write_text(text)
-        os.replace(part, self.path)
+        with replacing(self.path) as part:
+            part.write_text(text)
         kept.unlink()
         self.progress.say(
             f"{self.path}\npython -m experiments run --scenario walk --option surface={self.path} "

@@ -10,6 +10,7 @@ all weights took up to 45 GB of memory, swap included, with those of 600 million
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import warnings
@@ -24,13 +25,15 @@ import torchvision
 from torch import Tensor, nn
 
 import tta
+from experiments.records import markdown
 from experiments.records.progress import Progress
 from tta.core.classifier import find_classifier
+from tta.core.files import replacing
 from tta.core.parameters import is_norm
 from tta.core.registry import component
 from tta.core.state_dict import checksum
 
-__all__ = ["REASONS", "Zoo", "add_command", "candidates", "examine", "render_zoo"]
+__all__ = ["REASONS", "Zoo", "add_flags", "candidates", "examine", "render_zoo"]
 
 SIZES = (32, 64, 96, 128, 160, 192, 224, 240, 256, 288, 299, 320, 384, 448, 512, 518)
 RESULTS = Path(__file__).parents[1] / "results" / "zoo.jsonl"
@@ -38,6 +41,8 @@ BATCH = 2
 # Where all weights are trained: untrained ones, normalised by two values, have gradients without
 # bounds, and Adam's steps do not depend on their size.
 GENTLE = {"optimizer": "adam", "lr": 1e-4, "nesterov": False}
+
+ADAPTS = "adapts"  # what is said of a recipe that works
 
 # Why a recipe may refuse a network, by what its sentence says.
 REASONS = {
@@ -67,13 +72,11 @@ LOOSE: dict[str, dict[str, Any]] = {
 }
 
 
-def add_command(commands: Any) -> None:
-    """Add ``zoo`` to the command line."""
-    parser = commands.add_parser(
-        "zoo",
-        help="every recipe on one network of every kind of timm and torchvision",
-        description="Wrap a random network of every module of timm, every kind of norm layer and "
-        "every classifier of torchvision with every recipe; resumes where its file ends.",
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Say what ``zoo`` does and takes."""
+    parser.description = (
+        "Wrap a random network of every module of timm, every kind of norm layer and "
+        "every classifier of torchvision with every recipe; resumes where its file ends."
     )
     add = parser.add_argument
     add(
@@ -134,7 +137,9 @@ class Zoo:
         lines = list(results.values())
         print(_totals(lines), flush=True)
         if self.page is not None:
-            self.page.write_text(render_zoo(lines, [n for n in everything if n not in results]))
+            text = render_zoo(lines, [n for n in everything if n not in results])
+            with replacing(self.page) as part:
+                part.write_text(text)
         return lines
 
     def _wanted(self, name: str) -> bool:
@@ -160,7 +165,8 @@ def candidates(cache: Path | None = None) -> list[str]:
     names = [name for _, name in sorted(found)]
     if cache is not None:
         cache.parent.mkdir(parents=True, exist_ok=True)
-        cache.write_text(json.dumps(names, indent=1) + "\n")
+        with replacing(cache) as part:
+            part.write_text(json.dumps(names, indent=1) + "\n")
     return names
 
 
@@ -209,10 +215,14 @@ def _trains_all(recipe: str) -> bool:
 
 
 def _make(name: str, size: int | None) -> nn.Module:
-    """With random weights, in eval mode; for images of `size` where a size is to be chosen."""
+    """With random weights, in eval mode; made for images of `size` if one is given.
+
+    Raises:
+        TypeError: When it is given for a network that does not let it be chosen.
+    """
     library, _, rest = name.partition(":")
     if library == "torchvision":
-        chosen = {"image_size": size} if size is not None and rest.startswith("vit_") else {}
+        chosen: dict[str, Any] = {} if size is None else {"image_size": size}
         return torchvision.models.get_model(rest, weights=None, num_classes=10, **chosen).eval()
     chosen = {} if size is None else {"img_size": size}
     return timm.create_model(rest, num_classes=10, **chosen).eval()
@@ -319,7 +329,7 @@ def _adapt(net: nn.Module, size: int, recipe: str) -> str:
                     return "logits are not finite"
             after = _figures(adapter)
         # Behind layer scales of 1e-5 it may be momentum alone that moves.
-        return "adapts" if after != before or not before else "nothing moved"
+        return ADAPTS if after != before or not before else "nothing moved"
     finally:
         adapter.unwrap()
 
@@ -348,7 +358,8 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
     text = path.read_text() if path.is_file() else ""
     whole = text[: text.rfind("\n") + 1]
     if whole != text:
-        path.write_text(whole)
+        with replacing(path) as part:
+            part.write_text(whole)
     for line in map(json.loads, whole.splitlines()):
         done = results.get(line["model"], {"recipes": {}})["recipes"]
         results[line["model"]] = line | {"recipes": done | line["recipes"]}
@@ -362,8 +373,8 @@ def _outcomes(lines: Sequence[dict[str, Any]]) -> list[str]:
 def _totals(lines: Sequence[dict[str, Any]]) -> str:
     said = _outcomes(lines)
     refused = {reason: said.count(reason) for reason in REASONS if reason in said}
-    faults = len(said) - said.count("adapts") - sum(refused.values())
-    parts = [f"{said.count('adapts')} adapt", *(f"{n} refuse ({r})" for r, n in refused.items())]
+    faults = len(said) - said.count(ADAPTS) - sum(refused.values())
+    parts = [f"{said.count(ADAPTS)} adapt", *(f"{n} refuse ({r})" for r, n in refused.items())]
     return f"{len(lines)} networks, {len(said)} runs: {', '.join(parts)}, {faults} unexplained"
 
 
@@ -376,16 +387,19 @@ def render_zoo(lines: Sequence[dict[str, Any]], left: Sequence[str] = ()) -> str
     """
     recipes = list(dict.fromkeys(r for line in lines for r in line["recipes"]))
     letters = {reason: chr(ord("a") + i) for i, reason in enumerate(REASONS)}
-    rows = [f"| network | size | norm layers | {' | '.join(recipes)} |"]
-    rows.append("|---|---:|---|" + ":-:|" * len(recipes))
+    rows = []
     for line in sorted(lines, key=lambda line: line["model"]):
         norms = ", ".join(f"{count} {kind}" for kind, count in line["norms"].items()) or "none"
         cells = [line["recipes"].get(r, "-") for r in recipes]
-        shown = ["+" if c == "adapts" else letters.get(c, f"**{c}**") for c in cells]
-        rows.append(f"| {line['model']} | {line['size']} | {norms} | {' | '.join(shown)} |")
+        shown = ["+" if c == ADAPTS else letters.get(c, markdown.strong(c)) for c in cells]
+        rows.append([line["model"], str(line["size"]), norms, *shown])
+    shown = markdown.table(
+        ["network", "size", "norm layers", *recipes], rows, "lrl" + "c" * len(recipes)
+    )
     legend = ["", "`+` adapts; refused: " + ", ".join(f"`{v}` {k}" for k, v in letters.items())]
-    head = ["# Networks", "", "<!-- Written by `python -m experiments zoo --page`. -->", ""]
+    written = markdown.note("Written by `python -m experiments zoo --page`.")
+    head = [markdown.heading("Networks"), "", written, ""]
     about = (__doc__ or "").partition("\n\n")[2].strip()
     waiting = [f"Not measured yet ({len(left)}): {', '.join(left)}.", ""] if left else []
     totals = _totals(lines) + "."
-    return "\n".join([*head, about, "", totals, "", *waiting, *rows, *legend]) + "\n"
+    return markdown.document([*head, about, "", totals, "", *waiting, *shown, *legend])

@@ -1,4 +1,4 @@
-"""``python -m experiments record``: the benchmark of record, as far as there is time for it.
+"""``python -m experiments record``: the committed benchmark, as far as there is time for it.
 
 Every method x the bundled models x eight streams of the bundled slice. The runs come in an order in
 which an early stop leaves the most to say: everything cheap for the first model, the other models
@@ -10,6 +10,7 @@ page of documentation are written anew from all there is.
 from __future__ import annotations
 
 import argparse
+import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,68 +19,75 @@ from typing import Any
 
 import models
 import tta
-from experiments.records.config import RunConfig, StreamConfig
+from experiments.records.config import BASELINE, RunConfig, StreamConfig
+from experiments.report.benchmark_page import write_page
 from experiments.report.collect import collect, write_compact
-from experiments.report.record_page import write_page
+from experiments.run.method_strings import PLUS
 from experiments.run.subject import pick_device
 from experiments.sweep.sweep import Sweep, add_workers, pick_executor
 from experiments.sweep.workers import Outcome
+from tta.core.registry import component
+from tta.core.update import Update
 
-__all__ = ["Benchmark", "Record", "add_command"]
+__all__ = ["Benchmark", "BenchmarkRun", "add_flags"]
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "experiments" / "results" / "record.jsonl"
 PAGE = ROOT / "docs" / "record.md"
+SEEDS = (0, 1, 2)
+EXPENSIVE = 10.0  # forward passes that a component adds to those of the model, or more
+COMPOSED = ("unmix_tns+eata", "unmix_tns+lame", "eata+lame")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A stream of the benchmark, and how much of it is run.
+
+    Args:
+        stream: The stream.
+        seeded: Whether affordable methods are run with all of `SEEDS`, and not with the first.
+        expensive: Whether expensive methods are run too.
+        late: Whether it waits until the other streams have been run on the first model.
+    """
+
+    stream: StreamConfig
+    seeded: bool = False
+    expensive: bool = False
+    late: bool = False
+
+
+def _entry(name: str, images: int, options: dict[str, Any] | None = None, **rest: Any) -> Entry:
+    stream = StreamConfig(
+        name=name, scenario=name, domains=(), images=images, options=options or {}
+    )
+    return Entry(stream=stream, **rest)
+
 
 # 500 images of each corruption, 200 where the stream shows them 9 or 20 times, 100 where they come
 # one by one.
 STREAMS = {
-    "continual": StreamConfig(name="continual", scenario="continual", domains=(), images=500),
-    "dirichlet": StreamConfig(
-        name="dirichlet", scenario="dirichlet", domains=(), images=500, options={"delta": 0.1}
-    ),
-    "mixed": StreamConfig(name="mixed", scenario="mixed", domains=(), images=500),
-    "imbalance": StreamConfig(
-        name="imbalance",
-        scenario="imbalance",
-        domains=(),
-        images=500,
-        options={"total": 500},
-    ),
-    "single": StreamConfig(name="single", scenario="single", domains=(), images=100),
-    "walk": StreamConfig(
-        name="walk",
-        scenario="walk",
-        domains=(),
-        images=500,
-        options={"speed": 100, "total": 7500},
-    ),
-    "gradual": StreamConfig(name="gradual", scenario="gradual", domains=(), images=200),
-    "recurring": StreamConfig(
-        name="recurring", scenario="recurring", domains=(), images=200, options={"visits": 20}
-    ),
+    entry.stream.name: entry
+    for entry in (
+        _entry("continual", 500, seeded=True, expensive=True),
+        _entry("dirichlet", 500, {"delta": 0.1}, seeded=True, expensive=True),
+        _entry("mixed", 500, expensive=True),
+        _entry("imbalance", 500, {"total": 500}),
+        _entry("single", 100),
+        _entry("walk", 500, {"speed": 100, "total": 7500}),
+        _entry("gradual", 200),
+        _entry("recurring", 200, {"visits": 20}, late=True),
+    )
 }
-SEEDS = (0, 1, 2)
-SEEDED = ("continual", "dirichlet")  # streams with all seeds; the others have the first
-LONGEST = "recurring"
-# 34 forward passes a batch: only on these streams, and with one seed.
-EXPENSIVE = ("cotta", "petal")
-EXPENSIVE_STREAMS = ("continual", "dirichlet", "mixed")
-# The bundled models come without source images, which RMT replays unless told not to.
-SPELLED = {"rmt": "rmt[warmup_samples=0,weight_source=0]"}
-COMPOSED = ("unmix_tns+eata", "unmix_tns+lame", "eata+lame")
 
 Key = tuple[str, str, str, int]  # of a run: model, stream, method, seed
 
 
-def add_command(commands: Any) -> None:
-    """Add ``record`` to the command line."""
-    parser = commands.add_parser(
-        "record",
-        help="the benchmark of record, as far as a time budget goes",
-        description="Run every method on the bundled models and eight streams of the bundled "
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Say what ``record`` does and takes."""
+    parser.description = (
+        "Run every method on the bundled models and eight streams of the bundled "
         "slice, the affordable part first. The same command goes on; each time the compact results "
-        "and docs/record.md are written from all there is.",
+        "and docs/record.md are written from all there is."
     )
     add = parser.add_argument
     add("--models", nargs="+", metavar="MODEL", help="default: all bundled")
@@ -101,7 +109,7 @@ def add_command(commands: Any) -> None:
     parser.set_defaults(prepare=_prepare)
 
 
-def _prepare(args: argparse.Namespace) -> Record:
+def _prepare(args: argparse.Namespace) -> BenchmarkRun:
     if args.images is not None and args.results == RESULTS:
         raise ValueError(
             "`results` must be another file than the record's with `images`, got the default: pass "
@@ -126,13 +134,25 @@ def _prepare(args: argparse.Namespace) -> Record:
         deadline,
         args.quiet,
     )
-    return Record(None if args.page_only else sweep, args.results, args.page)
+    return BenchmarkRun(None if args.page_only else sweep, args.results, args.page)
 
 
 def all_methods() -> list[str]:
-    """Every registered method, with fields where a bundled model cannot give what it asks for."""
-    names = sorted(tta.list_methods(), key=lambda name: name != "source")
-    return [SPELLED.get(name, name) for name in names] + list(COMPOSED)
+    """Every registered method, and some compositions.
+
+    The bundled models come without source images, so methods that replay these do without.
+    """
+    names = sorted(tta.list_methods(), key=lambda name: name != BASELINE)
+    return [_without_replay(name) for name in names] + list(COMPOSED)
+
+
+def _without_replay(name: str) -> str:
+    """The method as a string, with the fields that switch a replay of source images off."""
+    found = component(name)
+    if not (issubclass(found, Update) and found.replays_source):
+        return name
+    fields = sorted(found.for_artefacts.items())
+    return f"{name}[{','.join(f'{field}={value:g}' for field, value in fields)}]"
 
 
 def bundled_models() -> list[str]:
@@ -165,7 +185,7 @@ class Benchmark:
     @property
     def run(self) -> RunConfig:
         """What the runs have in common."""
-        return self._run(self.models[0], STREAMS[self.streams[0]], self.methods[0], 0)
+        return self._run(self.models[0], STREAMS[self.streams[0]].stream, self.methods[0], 0)
 
     def cells(self) -> list[RunConfig]:
         """All runs, the affordable ones first."""
@@ -175,34 +195,35 @@ class Benchmark:
         cheap = [method for method in self.methods if not _expensive(method)]
         costly = [method for method in self.methods if _expensive(method)]
         first, others = self.models[:1], self.models[1:]
-        short = [name for name in self.streams if name != LONGEST]
-        longest = [name for name in self.streams if name == LONGEST]
-        few = [name for name in self.streams if name in EXPENSIVE_STREAMS]
-        seeded = [name for name in self.streams if name in SEEDED]
-        unseeded = [name for name in short if name not in SEEDED]
+        entries = [STREAMS[name] for name in self.streams]
+        soon = [entry for entry in entries if not entry.late]
+        late = [entry for entry in entries if entry.late]
+        few = [entry for entry in entries if entry.expensive]
+        seeded = [entry for entry in entries if entry.seeded]
+        unseeded = [entry for entry in soon if not entry.seeded]
         seed, more = SEEDS[:1], SEEDS[1:]
-        yield from self._grid(short, first, cheap, seed)
+        yield from self._grid(soon, first, cheap, seed)
         yield from self._grid(seeded, others, cheap, seed)
         yield from self._grid(few, first, costly, seed)
         yield from self._grid(seeded, first, cheap, more)
-        yield from self._grid(longest, first, cheap, seed)
+        yield from self._grid(late, first, cheap, seed)
         yield from self._grid(unseeded, others, cheap, seed)
         yield from self._grid(seeded, others, cheap, more)
         yield from self._grid(few, others, costly, seed)
-        yield from self._grid(longest, others, cheap, seed)
+        yield from self._grid(late, others, cheap, seed)
 
     def _grid(
         self,
-        streams: Sequence[str],
+        entries: Sequence[Entry],
         models: Sequence[str],
         methods: Sequence[str],
         seeds: Sequence[int],
     ) -> Iterator[RunConfig]:
         for seed in seeds:
-            for name in streams:
+            for entry in entries:
                 for model in models:
                     for method in methods:
-                        yield self._run(model, STREAMS[name], method, seed)
+                        yield self._run(model, entry.stream, method, seed)
 
     def _run(self, model: str, stream: StreamConfig, method: str, seed: int) -> RunConfig:
         return RunConfig(
@@ -220,7 +241,7 @@ class Benchmark:
         )
 
 
-class Record:
+class BenchmarkRun:
     """Runs the benchmark and writes it down.
 
     Args:
@@ -260,4 +281,5 @@ def _keys(results: Path) -> frozenset[Key]:
 
 
 def _expensive(method: str) -> bool:
-    return any(name in method for name in EXPENSIVE)
+    names = (re.split(r"[.\[]", part.strip())[0] for part in PLUS.split(method))
+    return any(component(name).cost >= EXPENSIVE for name in names)

@@ -12,7 +12,7 @@ import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from experiments.records.config import RunConfig
 from experiments.records.file import JsonLines
@@ -30,16 +30,14 @@ from experiments.sweep.workers import (
     one_by_one,
 )
 
-__all__ = ["Plan", "Sweep", "add_command", "add_workers", "cell_folder", "pick_executor"]
+__all__ = ["Plan", "Sweep", "add_flags", "add_workers", "cell_folder", "pick_executor"]
 
 
-def add_command(commands: Any) -> None:
-    """Add ``sweep`` to the command line."""
-    parser = commands.add_parser(
-        "sweep",
-        help="run every combination of methods, models, streams, severities, batch sizes, seeds",
-        description="Run every method on every stream, on every model, at every severity, with "
-        "every batch size and every seed. The same command goes on with what is not done.",
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Say what ``sweep`` does and takes."""
+    parser.description = (
+        "Run every method on every stream, on every model, at every severity, with "
+        "every batch size and every seed. The same command goes on with what is not done."
     )
     add_settings(parser)
     add = parser.add_argument
@@ -150,6 +148,7 @@ class Sweep:
             f"{len(self.cells)} runs in {self.folder}, {len(self.cells) - len(todo)} done before"
         )
         lasting: list[Outcome] = []
+        failed: list[Outcome] = []
         with JsonLines(self.folder / "sweep.jsonl") as log:
             for attempt in range(1 + self.retries):
                 failed = self._attempt(todo, attempt, log, lasting)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import tta
-from experiments.records.config import SweepConfig
+from experiments.records.config import BASELINE, SweepConfig
 from experiments.report.collect import collect
 from experiments.report.statistics import over_seeds
 from experiments.run.flags import add_settings, parse_value, settings_flags
@@ -28,20 +27,20 @@ from experiments.run.settings import make_sweep
 from experiments.run.subject import load_subject, pick_device
 from experiments.sweep.sweep import Sweep, add_workers, pick_executor
 from experiments.sweep.workers import Outcome
+from tta.core.config import UpdateConfig
+from tta.core.files import replacing
 
-__all__ = ["HELD_OUT", "Tune", "add_command", "candidates", "with_fields"]
+__all__ = ["HELD_OUT", "Tune", "add_flags", "candidates", "with_fields"]
 
 HELD_OUT = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
 FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0)  # of the learning rate, where no grid is given
 
 
-def add_command(commands: Any) -> None:
-    """Add ``tune`` to the command line."""
-    parser = commands.add_parser(
-        "tune",
-        help="choose a method's fields on the four held-out corruptions",
-        description="Compare values of a method's fields on the four corruptions that are no part "
-        "of the benchmark, and write the choice to tuned.json, for run --tuned.",
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Say what ``tune`` does and takes."""
+    parser.description = (
+        "Compare values of a method's fields on the four corruptions that are no part "
+        "of the benchmark, and write the choice to tuned.json, for run --tuned."
     )
     add = parser.add_argument
     add("method", help="such as eata or unmix_tns+eata")
@@ -123,22 +122,22 @@ class Tune:
             for method in config.run.methods
         }
         ranked = sorted(errors, key=lambda method: (errors[method].mean, method))  # type: ignore[union-attr]
-        record = {
+        choice = {
             "method": self.method,
             "chosen": ranked[0],
             "criterion": "mean error over held-out corruptions, with labels",
             "domains": list(config.run.streams[0].domains),
             "grid": {name: list(values) for name, values in self.grid.items()},
             "candidates": [
-                {"method": method, **vars(errors[method])}  # mean, half, count
+                {"method": method}
+                | {name: getattr(errors[method], name) for name in ("mean", "half", "count")}
                 for method in ranked
             ],
             "runs": config.run.to_dict() | {"methods": [], "seeds": list(config.seeds)},
         }
         path = self.sweep.folder / "tuned.json"
-        part = path.with_name("tuned.json.part")
-        part.write_text(json.dumps(record, indent=2) + "\n")
-        os.replace(part, path)
+        with replacing(path) as part:
+            part.write_text(json.dumps(choice, indent=2) + "\n")
         for method in ranked:
             estimate = errors[method]
             assert estimate is not None
@@ -168,7 +167,7 @@ def with_fields(method: str, values: Mapping[str, Any]) -> str:
     left = dict(values)
     for number, part in enumerate(parts):
         name, bracket, inside = part.partition("[")
-        known = {f.name for f in fields(tta.get_config(name))} if name != "source" else set()
+        known = {f.name for f in fields(tta.get_config(name))} if name != BASELINE else set()
         own = [f"{key}={left.pop(key)!r}" for key in list(left) if key in known]
         if own:
             before = [inside.removesuffix("]")] if bracket else []
@@ -203,7 +202,7 @@ def _learning_rates(config: SweepConfig) -> list[float]:
     adapter = method.wrap_subject(subject, run.streams[0].size(run.batch_size), run.seed)
     update = adapter.config.update
     adapter.unwrap()
-    if update is None:
+    if not isinstance(update, UpdateConfig):
         raise ValueError(
             f"`grid` must be given for {method.label}, which has no learning rate: FIELD=V1,V2,..."
         )

@@ -22,14 +22,16 @@ from typing import Any
 import torch
 
 from experiments.records.config import RunConfig
+from experiments.records.errors import CannotGoOn
 from experiments.records.file import RESULTS, Busy, Conflict, read_lines
 from experiments.run.run import Cache, Run
 from experiments.run.trial import OutOfTime
+from tta.core.files import replacing
 
 __all__ = ["Cell", "NoClusterError", "Outcome", "in_pool", "on_ray", "one_by_one", "run_cell"]
 
 
-class NoClusterError(RuntimeError):
+class NoClusterError(CannotGoOn):
     """Ray is not where it was said to be, or has not what was asked for."""
 
 
@@ -188,7 +190,7 @@ def on_ray(
     if ours:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # keep what CUDA sees
         try:
-            _knock(address)
+            _check_reachable(address)
             ray.init(
                 address=address or "local",  # and none that the environment speaks of
                 num_cpus=workers if address is None else None,
@@ -218,7 +220,7 @@ def on_ray(
             (reference,), _ = ray.wait(list(running), num_returns=1)
             cell = running.pop(reference)
             try:
-                yield _bring_home(ray.get(reference))
+                yield _with_results_here(ray.get(reference))
             except ray.exceptions.RayError as error:
                 yield Outcome(cell, "failed", f"Ray: {str(error).strip()}")
     finally:
@@ -226,7 +228,7 @@ def on_ray(
             ray.shutdown()
 
 
-def _knock(address: str | None) -> None:
+def _check_reachable(address: str | None) -> None:
     """Raise OSError where nobody answers at ``host:port``; Ray itself tries for minutes."""
     host, _, port = (address or "").removeprefix("ray://").rpartition(":")
     if host and port.isdigit():
@@ -236,7 +238,7 @@ def _knock(address: str | None) -> None:
 def import_ray() -> Any:
     """The package, or an error that says where it comes from."""
     try:
-        import ray
+        import ray  # type: ignore[import-not-found]
     except ImportError as error:
         raise ValueError(
             "`ray` must be installed for --ray and --ray-address: pip install ray; --workers needs "
@@ -245,14 +247,13 @@ def import_ray() -> Any:
     return ray
 
 
-def _bring_home(outcome: Outcome) -> Outcome:
-    """Write the results of a cell that ran on a machine with disks of its own."""
+def _with_results_here(outcome: Outcome) -> Outcome:
+    """Write the results file of a cell that ran on a machine with disks of its own."""
     path = Path(outcome.cell.folder) / RESULTS
     if outcome.results is not None and not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(RESULTS + ".part")
-        part.write_bytes(outcome.results)
-        os.replace(part, path)
+        with replacing(path) as part:
+            part.write_bytes(outcome.results)
     return outcome
 
 

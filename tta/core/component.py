@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tta.core.config import ComponentConfig
@@ -76,6 +77,9 @@ class Component(nn.Module):
     replays_source: ClassVar[bool] = False  # goes on reading source batches while it adapts
     # Fields under which `collect_source` wraps the method, so that only artefacts are computed.
     artefact_fields: ClassVar[dict[str, Any]] = {}
+    # What it adds to a forward pass of the model, in forward passes of the same batch; a rough
+    # figure, by which progress foretells the time left.
+    cost: ClassVar[float] = 0.3
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -100,6 +104,14 @@ class Component(nn.Module):
         """What was fixed at wrap, by name."""
         moving = set(self.state_dict())
         return {name: b for name, b in self.named_buffers() if name not in moving}
+
+    def log_probabilities(self, output: Tensor) -> Tensor:
+        """Log-probabilities (B, C) in float32 that the scores it returns stand for.
+
+        Args:
+            output: (B, C) that the adapter returned, this component being the last to change them.
+        """
+        return F.log_softmax(output.float(), 1)
 
     def load_constants(self, values: dict[str, Tensor]) -> None:
         """Set what :meth:`constants` returned."""

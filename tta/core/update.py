@@ -37,6 +37,7 @@ class Update(Component):
     Config: ClassVar[type[ComponentConfig]] = UpdateConfig
     default_norm: ClassVar[str | None] = "bn"  # norm rule when the caller names none
     default_output: ClassVar[str | None] = None  # output rule, likewise
+    cost: ClassVar[float] = 3.0
     injects: ClassVar[tuple[str, ...]] = ()  # of wrap's "augment" and "restore_mask"
     # Whether it learns from all of a batch at once, given margins wide enough.
     learns_from_whole_batch: ClassVar[bool] = True

@@ -236,6 +236,11 @@ class Rmt(Update):
         """The official reset goes on in the source batches."""
         return ("source_position",) if self.config.official else ()
 
+    def log_probabilities(self, output: Tensor) -> Tensor:
+        """A sum of two models' logits is read as logits by its mean."""
+        output = output.float()
+        return super().log_probabilities(output / 2 if self.config.combine == "sum" else output)
+
     def _keep_batches(self, source: SourceStatistics) -> None:
         if source.batches is None:
             raise ValueError(

@@ -6,37 +6,32 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tta.core.checks import nearest
-from tta.streams.building_blocks import (
-    ARRANGEMENTS,
-    SCHEDULES,
-    SELECTIONS,
-    check_option,
-    options_of,
-)
+from tta.streams.building_blocks import check_option, options_of
 from tta.streams.scenarios import Scenario
 from tta.streams.sources import CLEAN, Domains, Transform
-from tta.streams.walk import as_surface, check_walk_domains, resolve_walk, walk_domains
 
-__all__ = ["fit_options", "list_domains", "merge_options"]
+__all__ = ["fit_options", "list_domains", "merge_options", "named_datasets"]
 
 #: Other names in use for an option.
 _ALIASES = {"gamma": "delta"}
 
 
-def merge_options(
-    scenario: str, names: Mapping[str, str], given: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Merge the parts' defaults and the caller's options."""
+def merge_options(scenario: Scenario, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge the defaults of a scenario's building blocks and the caller's options.
+
+    Raises:
+        ValueError: For an option that the scenario does not have, or a value that cannot work.
+    """
     known: dict[str, Any] = {}
-    for kind, table in (("schedule", SCHEDULES), ("select", SELECTIONS), ("arrange", ARRANGEMENTS)):
-        known.update(options_of(table[names[kind]]))
+    for block in scenario.blocks:
+        known.update(options_of(block))
     for name, value in given.items():
         target = _ALIASES.get(name, name)
         if target not in known:
             hint = nearest(name, known) if known else "it has no options of its own"
             raise ValueError(
-                f'`{name}` must be an option of the scenario "{scenario}", which has none of that '
-                f"name; {hint}"
+                f'`{name}` must be an option of the scenario "{scenario.name}", which has none of '
+                f"that name; {hint}"
             )
         if target != name and target in given:
             raise ValueError(f"`{name}` must be left out where `{target}` is given: they are one")
@@ -64,10 +59,9 @@ def named_datasets(domains: Any) -> Any:
 
 
 def list_domains(
-    spec: Scenario,
+    scenario: Scenario,
     domains: Sequence[Any] | Mapping[str, Any] | None,
     transform: Transform | None,
-    schedule: str,
     options: Mapping[str, Any],
 ) -> tuple[Sequence[str] | Mapping[str, Any], list[str]]:
     """Check the domains, fill in the default, and list the names."""
@@ -75,9 +69,7 @@ def list_domains(
     if isinstance(domains, str):
         raise TypeError(f"`domains` must be a list of names, got {domains!r}; pass [{domains!r}]")
     if domains is None:
-        domains = [CLEAN] if transform is None else list(spec.order)
-        if schedule == "walk" and transform is not None:
-            domains = walk_domains(options["difficulty"])
+        domains = [CLEAN] if transform is None else scenario.default_domains(options)
     if not isinstance(domains, (Sequence, Mapping)):
         raise TypeError(
             "`domains` must be a list of names or a mapping from names to datasets, got "
@@ -98,35 +90,17 @@ def list_domains(
     return domains, listed
 
 
-def fit_options(source: Domains, schedule: str, listed: list[str], options: dict[str, Any]) -> None:
-    """Check options against the data, and fill in those that depend on it."""
-    if schedule == "walk":
-        check_walk_domains(listed)
-        options["surface"] = as_surface(options["surface"], listed)
-        if source.base is None or source.transform is None:
-            raise ValueError(
-                "`transform` must be given for a walk, which shows each image under two "
-                "corruptions in turn, got domains that are datasets; pass names in `domains`"
-            )
-        resolve_walk(options, len(source.base))
-    if schedule == "ramped" and not all(source.has_levels(name) for name in listed):
-        raise ValueError(
-            "`domains` must hold each severity of a gradual stream, got one dataset per name; map "
-            "each name to {severity: dataset}, or pass names and `transform`"
-        )
-    if options.get("orders") is not None:
-        for name in sorted({name for order in options["orders"] for name in order} - set(listed)):
-            raise ValueError(
-                f'`orders` must use names in `domains`, got "{name}"; {nearest(name, listed)}'
-            )
-    if options.get("group_by") == "given" and options["groups"] is None:
-        raise ValueError(
-            '`groups` must be given for group_by="given", got None; pass one number per image'
-        )
-    if options.get("groups") is not None:
-        size = None if source.base is None else len(source.base)
-        if len(options["groups"]) != size:
-            raise ValueError(
-                f"`groups` must hold one number per image of `dataset`, {size}, got "
-                f"{len(options['groups'])}"
-            )
+def fit_options(
+    scenario: Scenario, domains: Domains, names: Sequence[str], options: dict[str, Any]
+) -> None:
+    """Check options against the data, and fill in those whose default depends on it.
+
+    Args:
+        scenario: Its building blocks do the checks.
+        domains: The data.
+        names: Names of the domains, in the order of the caller.
+        options: What `merge_options` returned; changed in place.
+    """
+    for block in scenario.blocks:
+        if block.fit is not None:
+            block.fit(domains, names, options)

@@ -1,4 +1,4 @@
-"""In which order a visit shows its samples: the second of a stream's two choices.
+"""In which order a visit shows its samples, the last of a stream's three choices.
 
 An arrangement takes a `Pool` and returns row numbers in the order shown. Its keyword-only
 parameters are the options of the scenarios that use it. `check_*` functions reject what cannot
@@ -7,18 +7,20 @@ work before anything is drawn.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from tta.streams.draws import Draws, exp
 from tta.streams.pool import Ints, Pool, by_class
+from tta.streams.sources import Domains
 
 __all__ = [
     "check_dirichlet",
     "check_imbalance",
     "dirichlet",
+    "fit_grouped",
     "grouped",
     "imbalance",
     "shuffled",
@@ -224,3 +226,17 @@ def grouped(
         order = draws.permutation(len(pool))
     blocks = by_class(keys[order])
     return np.concatenate([order[blocks[i]] for i in draws.permutation(len(blocks))])
+
+
+def fit_grouped(domains: Domains, names: Sequence[str], options: dict[str, Any]) -> None:
+    """Reject groups that are missing, or that are not one for each image."""
+    groups = options["groups"]
+    if options["group_by"] == "given" and groups is None:
+        raise ValueError(
+            '`groups` must be given for group_by="given", got None; pass one number per image'
+        )
+    size = None if domains.base is None else len(domains.base)
+    if groups is not None and len(groups) != size:
+        raise ValueError(
+            f"`groups` must hold one number per image of `dataset`, {size}, got {len(groups)}"
+        )

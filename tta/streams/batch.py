@@ -1,4 +1,4 @@
-"""What a stream yields."""
+"""The batches that a stream yields."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Batch:
         late: The clock says that the method was busy when this batch came.
         adapt: Whether to learn from this batch. False when late, and between the steps of a
             windowed stream: predict then with the latest model, without adapting.
-        visit: Number of the stay in a domain that the first row belongs to.
+        visit: Number of the visit to a domain that the first row belongs to.
         window: (W, 3, H, W) the last images up to this one, newest last; fewer than W at the
             start and after a reset; None unless the stream was built with `window`.
     """

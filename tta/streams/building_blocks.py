@@ -1,64 +1,106 @@
-"""The parts that scenarios are made of, by name, and the checks of their options."""
+"""The building blocks that scenarios are made of, by name, and the checks of their options."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tta.core.checks import flag, fraction, number, one_of, whole
 from tta.streams import arrangements, markov, schedules, selections, walk
+from tta.streams.sources import Domains
 
-__all__ = ["ARRANGEMENTS", "SCHEDULES", "SELECTIONS", "Part", "check_option", "options_of"]
+__all__ = [
+    "ARRANGEMENTS",
+    "SCHEDULES",
+    "SELECTIONS",
+    "BuildingBlock",
+    "Schedule",
+    "check_option",
+    "options_of",
+]
 
 
-@dataclass(frozen=True)
-class Part:
+@dataclass(frozen=True, kw_only=True)
+class BuildingBlock:
     """A schedule, selection or arrangement.
 
     Args:
         function: Does the work; its keyword-only parameters are the options.
         same_size: Whether it shows as many samples as it is given, so that the length of a stream
             is known without drawing.
-        check: (pool, options) -> None, raises for options that cannot work.
+        check: (pool, options) -> None; raises for options that cannot work on a visit's samples.
+        fit: (domains, names, options) -> None; raises for options that do not fit the data, and
+            fills in options whose default depends on the data.
     """
 
     function: Callable[..., Any]
     same_size: bool = False
     check: Callable[..., None] | None = None
+    fit: Callable[[Domains, Sequence[str], dict[str, Any]], None] | None = None
 
 
-SCHEDULES = {
-    "in_turn": Part(schedules.in_turn),
-    "pooled": Part(schedules.pooled),
-    "ramped": Part(schedules.ramped),
-    "alternated": Part(schedules.alternated),
-    "recurring": Part(schedules.recurring),
-    "walk": Part(walk.walk),
+@dataclass(frozen=True, kw_only=True)
+class Schedule(BuildingBlock):
+    """An order of the domains.
+
+    Args:
+        severities: options -> the severities that it shows; None where it shows every domain at
+            the severity that `build` is given.
+        smooth: Whether severities move in small steps and several corruptions are combined, so
+            that images can only be transformed as they are shown.
+        domains: options -> the domains where the caller names none and gives a transform; None
+            for the scenario's own.
+    """
+
+    severities: Callable[[Mapping[str, Any]], Sequence[float]] | None = None
+    smooth: bool = False
+    domains: Callable[[Mapping[str, Any]], Sequence[str]] | None = None
+
+
+SCHEDULES: dict[str, Schedule] = {
+    "in_turn": Schedule(function=schedules.in_turn),
+    "pooled": Schedule(function=schedules.pooled),
+    "ramped": Schedule(
+        function=schedules.ramped, fit=schedules.fit_ramped, severities=schedules.ramped_severities
+    ),
+    "alternated": Schedule(function=schedules.alternated),
+    "recurring": Schedule(function=schedules.recurring, fit=schedules.fit_recurring),
+    "walk": Schedule(
+        function=walk.walk,
+        fit=walk.fit_walk,
+        severities=lambda options: walk.LEVELS,
+        smooth=True,
+        domains=walk.default_domains,
+    ),
 }
-SELECTIONS = {
-    "everything": Part(selections.everything, same_size=True),
-    "zipf": Part(selections.zipf, same_size=True),
-    "label_shift": Part(selections.label_shift),
-    "long_tail": Part(selections.long_tail),
+SELECTIONS: dict[str, BuildingBlock] = {
+    "everything": BuildingBlock(function=selections.everything, same_size=True),
+    "zipf": BuildingBlock(function=selections.zipf, same_size=True),
+    "label_shift": BuildingBlock(function=selections.label_shift),
+    "long_tail": BuildingBlock(function=selections.long_tail),
 }
-ARRANGEMENTS = {
-    "shuffled": Part(arrangements.shuffled, same_size=True),
-    "sorted": Part(arrangements.sorted_by_class, same_size=True),
-    "dirichlet": Part(arrangements.dirichlet, same_size=True, check=arrangements.check_dirichlet),
-    "slots": Part(arrangements.slots, same_size=True),
-    "imbalance": Part(arrangements.imbalance, check=arrangements.check_imbalance),
-    "grouped": Part(arrangements.grouped, same_size=True),
-    "markov": Part(markov.markov),
+ARRANGEMENTS: dict[str, BuildingBlock] = {
+    "shuffled": BuildingBlock(function=arrangements.shuffled, same_size=True),
+    "sorted": BuildingBlock(function=arrangements.sorted_by_class, same_size=True),
+    "dirichlet": BuildingBlock(
+        function=arrangements.dirichlet, same_size=True, check=arrangements.check_dirichlet
+    ),
+    "slots": BuildingBlock(function=arrangements.slots, same_size=True),
+    "imbalance": BuildingBlock(function=arrangements.imbalance, check=arrangements.check_imbalance),
+    "grouped": BuildingBlock(
+        function=arrangements.grouped, same_size=True, fit=arrangements.fit_grouped
+    ),
+    "markov": BuildingBlock(function=markov.markov),
 }
 
 
-def options_of(part: Part) -> dict[str, Any]:
-    """Return the options of a part with their defaults."""
+def options_of(block: BuildingBlock) -> dict[str, Any]:
+    """Return the options of a building block with their defaults."""
     return {
         name: parameter.default
-        for name, parameter in inspect.signature(part.function).parameters.items()
+        for name, parameter in inspect.signature(block.function).parameters.items()
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY
     }
 
@@ -78,7 +120,7 @@ def _orders(name: str, value: Any) -> list[list[str]]:
 
     if not is_list(value) or not all(is_list(item) for item in value):
         raise TypeError(f"`{name}` must be a list of lists of domain names, got {value!r}")
-    return [[str(word) for word in item] for item in value]
+    return [[str(name) for name in item] for item in value]
 
 
 def _groups(name: str, value: Any) -> list[int]:
@@ -98,7 +140,7 @@ def _at_least(low: float) -> Callable[[str, Any], float]:
     return lambda name, value: number(name, value, low)
 
 
-def _words(*allowed: str) -> Callable[[str, Any], str]:
+def _one_of(*allowed: str) -> Callable[[str, Any], str]:
     return lambda name, value: one_of(name, value, allowed)
 
 
@@ -106,28 +148,28 @@ def _count(name: str, value: Any) -> int:
     return whole(name, value, 1)
 
 
-# An option name means the same in every part that has it, so one table serves all.
+# An option name means the same in every building block that has it, so one table serves all.
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "attempts": _count,
     "class_correlation": _maybe(fraction),
     "class_imbalance": _at_least(1.0),
-    "class_order": _words("fixed", "shuffled"),
+    "class_order": _one_of("fixed", "shuffled"),
     "clean_ratio": fraction,
     "concentration": lambda name, value: number(name, value, 0.0, above=True),
     "constant_size": flag,
     "delta": lambda name, value: number(name, value, 0.0, above=True, advice=_SPREAD),
-    "difficulty": _words(*walk.TARGETS),
+    "difficulty": _one_of(*walk.TARGETS),
     "domain_correlation": _maybe(fraction),
     "domain_imbalance": _at_least(1.0),
     "first_severities": _maybe(_severities),
-    "group_by": _words("auto", "given", "domain", "class"),
+    "group_by": _one_of("auto", "given", "domain", "class"),
     "groups": _maybe(_groups),
     "imbalance_factor": _at_least(1.0),
     "interleave": flag,
     "ir": _at_least(1.0),
     "max_state_samples": _maybe(_count),
     "min_chunk": _count,
-    "mode": _words("test", "validation"),
+    "mode": _one_of("test", "validation"),
     "orders": _maybe(_orders),
     "severities": _severities,
     "slot_limit": _count,

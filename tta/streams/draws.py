@@ -84,7 +84,7 @@ class Draws:
 
     Args:
         seed: Any whole number.
-        key: Words and numbers that name what is drawn.
+        key: Strings and numbers that name what is drawn.
 
     >>> draws = Draws(7, "example")
     >>> bool(0.0 <= draws.uniform(1)[0] < 1.0)
@@ -94,11 +94,11 @@ class Draws:
     def __init__(self, seed: int, *key: str | int | float) -> None:
         text = json.dumps([int(seed), *key])
         digest = hashlib.sha256(text.encode("utf-8")).digest()
-        words = np.frombuffer(digest[:16], dtype="<u8").astype(np.uint64)
-        self._bits = np.random.Philox(key=words)
+        key_bits = np.frombuffer(digest[:16], dtype="<u8").astype(np.uint64)
+        self._bits = np.random.Philox(key=key_bits)
 
     def raw(self, count: int) -> NDArray[np.uint64]:
-        """Draw `count` raw 64-bit words, (count,)."""
+        """Draw `count` random 64-bit numbers as the generator gives them, (count,)."""
         return np.asarray(self._bits.random_raw(count), dtype=np.uint64)
 
     def seed(self) -> int:
@@ -106,7 +106,7 @@ class Draws:
         return int(self.raw(1)[0] >> np.uint64(1))
 
     def uniform(self, count: int) -> Floats:
-        """Draw uniform numbers in [0, 1): the 53 high bits of a word times 2**-53, (count,)."""
+        """Draw uniform numbers in [0, 1): the 53 high bits of each raw number times 2**-53."""
         return (self.raw(count) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
     def below(self, bound: int | Ints, count: int) -> Ints:
@@ -122,7 +122,7 @@ class Draws:
         return np.floor(self.uniform(count) * bound).astype(np.int64)
 
     def permutation(self, count: int) -> Ints:
-        """Draw a uniform order of 0..count-1: the stable sort order of `count` raw words."""
+        """Draw a uniform order of 0..count-1: the stable sort order of `count` raw numbers."""
         return np.argsort(self.raw(count), kind="stable").astype(np.int64)
 
     def normal(self, count: int) -> Floats:

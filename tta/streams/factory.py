@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
-from tta.core.checks import flag, nearest, number, one_of, whole
+from tta.core.checks import flag, number, whole
 from tta.streams.arguments import fit_options, list_domains, merge_options, named_datasets
-from tta.streams.building_blocks import ARRANGEMENTS, SCHEDULES, SELECTIONS, options_of
+from tta.streams.building_blocks import options_of
 from tta.streams.clock import Clock, as_clock
 from tta.streams.draws import Draws
 from tta.streams.orders import Orders
 from tta.streams.plan import Plan, Segment, interleaved
-from tta.streams.scenarios import SCENARIOS
-from tta.streams.schedules import Visit
+from tta.streams.scenarios import Scenario, get_scenario
+from tta.streams.schedules import PlannedVisit
 from tta.streams.sources import Domains, Transform
 from tta.streams.stream import Stream
 
@@ -83,7 +83,8 @@ def build(
         select: Replaces its choice of samples: a name in `SELECTIONS`.
         arrange: Replaces its order of samples: a name in `ARRANGEMENTS`. So
             `build("mixed", ..., arrange="dirichlet")` orders the pool of all domains.
-        options: Of the scenario's parts, such as `delta`; see the parts' docstrings.
+        options: Those of the scenario's schedule, selection and arrangement, such as `delta`; see
+            the docstrings of these functions.
 
     Returns:
         The stream.
@@ -98,46 +99,39 @@ def build(
     >>> [batch.labels.unique().tolist() for batch in stream]
     [[0, 1], [2, 3]]
     """
-    if not isinstance(scenario, str) or scenario not in SCENARIOS:
-        raise ValueError(
-            f"`scenario` must be one of the names in list_scenarios(), got {scenario!r}; "
-            f"{nearest(scenario, SCENARIOS)}"
-        )
-    spec = SCENARIOS[scenario]
-    names = {
-        "schedule": _word("schedule", schedule, spec.schedule, SCHEDULES),
-        "select": _word("select", select, spec.select, SELECTIONS),
-        "arrange": _word("arrange", arrange, spec.arrange, ARRANGEMENTS),
-    }
-    chosen = merge_options(scenario, names, options)
-    given, listed = list_domains(spec, domains, transform, names["schedule"], chosen)
+    spec = get_scenario(scenario).with_choices(
+        schedule=schedule, select=select, arrange=arrange, reset=reset, last_batch=last_batch
+    )
+    chosen = merge_options(spec, options)
+    given, listed = list_domains(spec, domains, transform, chosen)
     source = Domains(dataset, given, transform, labels, before, after)
     timing = as_clock(clock)
-    seed = whole("seed", seed, 0)
     config: dict[str, Any] = {
-        "scenario": scenario,
+        "scenario": spec.name,
         "domains": listed,
         "severity": number("severity", severity, 0.0, 5.0),
-        "batch_size": 1 if scenario == "single" else whole("batch_size", batch_size, 1),
-        "seed": seed,
+        "batch_size": spec.batch_size or whole("batch_size", batch_size, 1),
+        "seed": whole("seed", seed, 0),
         "shared_order": flag("shared_order", shared_order),
         "shuffle_domains": flag("shuffle_domains", shuffle_domains),
         "num_samples": None if num_samples is None else whole("num_samples", num_samples, 1),
-        "reset": _word("reset", reset, spec.reset, ["start", "shift", "never"]),
-        "last_batch": _word("last_batch", last_batch, spec.last_batch, ["keep", "drop", "span"]),
+        "reset": spec.reset,
+        "last_batch": spec.last_batch,
         "clock": None if timing is None else asdict(timing),
         "window": None if window is None else whole("window", window, 1),
-        **names,
+        "schedule": spec.schedule,
+        "select": spec.select,
+        "arrange": spec.arrange,
     }
     if window is not None and config["batch_size"] != 1:
         raise ValueError(
             f"`window` must be None unless batches hold one image, got {window} with batch_size="
             f'{config["batch_size"]}; use the scenario "single" or batch_size=1'
         )
-    fit_options(source, names["schedule"], listed, chosen)
-    if shuffle_domains:
-        listed = [listed[i] for i in Draws(seed, "domains").permutation(len(listed))]
-    plan = _plan(source, listed, config, chosen)
+    fit_options(spec, source, listed, chosen)
+    order = Draws(config["seed"], "domains").permutation(len(listed)) if shuffle_domains else None
+    shown = listed if order is None else [listed[i] for i in order]
+    plan = _plan(spec, source, shown, config, chosen)
     return Stream(plan, source, _plain({**config, **chosen}), timing, window)
 
 
@@ -189,27 +183,35 @@ def from_config(
     )
 
 
-def _word(name: str, value: Any, default: str, allowed: Iterable[str]) -> str:
-    return one_of(name, default if value is None else value, allowed)
-
-
 def _plan(
-    source: Domains, listed: list[str], config: Mapping[str, Any], options: Mapping[str, Any]
+    scenario: Scenario,
+    source: Domains,
+    names: list[str],
+    config: Mapping[str, Any],
+    options: Mapping[str, Any],
 ) -> Plan:
-    """Put the parts together."""
+    """Plan the visits, find the order of each, and cut them into batches.
+
+    Args:
+        scenario: Its building blocks plan and order.
+        source: The data.
+        names: Names of the domains, in the order of the stream.
+        config: The arguments of `build`, checked.
+        options: The scenario's options, complete.
+    """
     seed = config["seed"]
-    part = SCHEDULES[config["schedule"]]
-    visits: list[Visit] = part.function(
-        listed,
+    schedule, _, _ = scenario.blocks
+    visits: list[PlannedVisit] = schedule.function(
+        names,
         config["severity"],
         Draws(seed, "schedule"),
-        **{name: options[name] for name in options_of(part)},
+        **{name: options[name] for name in options_of(schedule)},
     )
     orders = Orders(
         visits,
         source,
-        select=config["select"],
-        arrange=config["arrange"],
+        select=scenario.select,
+        arrange=scenario.arrange,
         options=options,
         seed=seed,
         shared_order=config["shared_order"],
@@ -221,11 +223,13 @@ def _plan(
         segments = interleaved(visits, counts, config["batch_size"], seed)
     else:
         segments = [Segment(i, 0, count) for i, count in enumerate(counts)]
-    segments = _with_resets(segments, visits, config["reset"])
-    return Plan(visits, segments, orders.order, config["batch_size"], config["last_batch"])
+    segments = _with_resets(segments, visits, scenario.reset)
+    return Plan(visits, segments, orders.order, config["batch_size"], scenario.last_batch)
 
 
-def _with_resets(segments: list[Segment], visits: Sequence[Visit], reset: str) -> list[Segment]:
+def _with_resets(
+    segments: list[Segment], visits: Sequence[PlannedVisit], reset: str
+) -> list[Segment]:
     """Mark the segments before which the model is reset."""
     marked: list[Segment] = []
     before: tuple[str, ...] | None = None

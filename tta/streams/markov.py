@@ -50,8 +50,8 @@ def make_chain(states: int, correlation: float | None, imbalance: float) -> Chai
     return Chain(np.full(states, c_max), 1.0 / decay)
 
 
-class _Words:
-    """Uniform numbers one at a time, drawn in blocks."""
+class _UniformFeed:
+    """Gives uniform numbers in [0, 1) one at a time, which it draws in blocks."""
 
     def __init__(self, draws: Draws) -> None:
         self._draws = draws
@@ -63,7 +63,7 @@ class _Words:
         return self._block.pop()
 
 
-def _move(chain: Chain, state: int, open_states: list[int], words: _Words) -> int:
+def _move(chain: Chain, state: int, open_states: list[int], feed: _UniformFeed) -> int:
     """Take one step of a chain, among the open states.
 
     A closed state's probability is shared in proportion: stay with c_i if still open, else move
@@ -75,13 +75,13 @@ def _move(chain: Chain, state: int, open_states: list[int], words: _Words) -> in
         others = len(open_states) - 1
         stay = float(chain.stay[state])
         leave = (1.0 - stay) * others / max(1, n - 1)
-        u = words.next() * (stay + leave)
+        u = feed.next() * (stay + leave)
         if u < stay or others == 0:
             return state
         chosen = min(int((u - stay) / leave * others), others - 1)
         place = state if whole else open_states.index(state)
         return open_states[chosen + (chosen >= place)]
-    return open_states[int(words.next() * len(open_states))]
+    return open_states[int(feed.next() * len(open_states))]
 
 
 def markov(
@@ -114,42 +114,83 @@ def markov(
         (m,) row numbers.
     """
     classes, class_of = np.unique(pool.labels, return_inverse=True)
-    domains = int(pool.which.max()) + 1
-    n_classes = len(classes)
-    state_of = pool.which * n_classes + class_of
-    rings: dict[int, Ints] = {}
-    for rows in by_class(state_of):
-        rings[int(state_of[rows[0]])] = rows[draws.permutation(len(rows))]
+    state_of = pool.which * len(classes) + class_of
+    rings = _shuffled_rings(state_of, draws)
     most = max_state_samples or max(len(ring) for ring in rings.values())
-    class_chain = make_chain(n_classes, class_correlation, class_imbalance)
-    domain_chain = make_chain(domains, domain_correlation, domain_imbalance)
+    class_chain = make_chain(len(classes), class_correlation, class_imbalance)
+    domain_chain = make_chain(int(pool.which.max()) + 1, domain_correlation, domain_imbalance)
+    shares = np.outer(domain_chain.quota, class_chain.quota)
+    quota = np.maximum(1, np.floor(most * shares + 1e-9)).astype(int)
     sequential = domain_correlation == 1.0
-    quota = np.maximum(
-        1, np.floor(most * np.outer(domain_chain.quota, class_chain.quota) + 1e-9)
-    ).astype(int)
-    words = _Words(draws)
-    shown = np.zeros((domains, n_classes), dtype=int)
-    open_classes = [
-        [k for k in range(n_classes) if d * n_classes + k in rings] for d in range(domains)
-    ]
-    open_domains = [d for d in range(domains) if open_classes[d]]
+    states = _States(rings, quota, sequential)
+    feed = _UniformFeed(draws)
+    if sequential:
+        domain = states.domains[0]
+    else:
+        domain = states.domains[int(feed.next() * len(states.domains))]
+    label = states.classes[domain][int(feed.next() * len(states.classes[domain]))]
     order: list[int] = []
-    domain = open_domains[0] if sequential else open_domains[int(words.next() * len(open_domains))]
-    label = open_classes[domain][int(words.next() * len(open_classes[domain]))]
     while True:
-        ring = rings[domain * n_classes + label]
-        count = int(shown[domain, label])
-        order.append(int(ring[count % len(ring)]))
-        shown[domain, label] += 1
-        # The largest quota of the domain (of all, unless sequential) ends the stay.
-        limit = quota[domain].max() if sequential else most
-        if count + 1 >= limit:
-            open_domains = [d for d in open_domains if d != domain] if sequential else []
-        elif count + 1 >= quota[domain, label]:
-            open_classes[domain] = [k for k in open_classes[domain] if k != label]
-            if not open_classes[domain]:
-                open_domains = [d for d in open_domains if d != domain]
-        if not open_domains:
+        order.append(states.show(domain, label))
+        if not states.domains:
             return np.array(order, dtype=np.int64)
-        domain = open_domains[0] if sequential else _move(domain_chain, domain, open_domains, words)
-        label = _move(class_chain, label, open_classes[domain], words)
+        if sequential:
+            domain = states.domains[0]
+        else:
+            domain = _move(domain_chain, domain, states.domains, feed)
+        label = _move(class_chain, label, states.classes[domain], feed)
+
+
+def _shuffled_rings(state_of: Ints, draws: Draws) -> dict[int, Ints]:
+    """Shuffle the rows of each state.
+
+    Args:
+        state_of: (n,) number of each row's state.
+        draws: Source of randomness.
+
+    Returns:
+        The rows of each state that occurs, by number of the state in ascending order.
+    """
+    return {
+        int(state_of[rows[0]]): rows[draws.permutation(len(rows))] for rows in by_class(state_of)
+    }
+
+
+class _States:
+    """Which (domain, class) states are open, and how often each was shown.
+
+    Args:
+        rings: The rows of each state d * C + k that has any, shown in turn and again from the
+            start.
+        quota: (D, C) samples after which a state closes.
+        sequential: Whether domains follow each other: a domain then closes as a whole when one of
+            its states has shown the largest quota of the domain. Otherwise all states close when
+            one has shown the largest quota of all.
+    """
+
+    def __init__(self, rings: dict[int, Ints], quota: np.ndarray, sequential: bool) -> None:
+        domains, classes = quota.shape
+        #: Open classes of each domain, and open domains.
+        self.classes = [
+            [k for k in range(classes) if d * classes + k in rings] for d in range(domains)
+        ]
+        self.domains = [d for d in range(domains) if self.classes[d]]
+        self._rings = rings
+        self._quota = quota
+        self._largest = [row.max() if sequential else quota.max() for row in quota]
+        self._sequential = sequential
+        self._shown = np.zeros((domains, classes), dtype=int)
+
+    def show(self, domain: int, label: int) -> int:
+        """Return the next row of a state, and close what has shown all that it may."""
+        ring = self._rings[domain * self._quota.shape[1] + label]
+        row = int(ring[int(self._shown[domain, label]) % len(ring)])
+        self._shown[domain, label] += 1
+        count = int(self._shown[domain, label])
+        if count >= self._largest[domain]:
+            self.domains = [d for d in self.domains if d != domain] if self._sequential else []
+        elif count >= self._quota[domain, label]:
+            self.classes[domain] = [k for k in self.classes[domain] if k != label]
+            if not self.classes[domain]:
+                self.domains = [d for d in self.domains if d != domain]
+        return row

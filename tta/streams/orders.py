@@ -11,7 +11,7 @@ import numpy as np
 from tta.streams.building_blocks import ARRANGEMENTS, SELECTIONS, options_of
 from tta.streams.draws import Draws
 from tta.streams.pool import Ints, Pool
-from tta.streams.schedules import Visit
+from tta.streams.schedules import PlannedVisit
 from tta.streams.sources import Domains
 
 __all__ = ["Orders"]
@@ -36,7 +36,7 @@ class Orders:
 
     def __init__(
         self,
-        visits: Sequence[Visit],
+        visits: Sequence[PlannedVisit],
         domains: Domains,
         *,
         select: str,
@@ -92,12 +92,12 @@ class Orders:
         self._kept.move_to_end(number)
         return self._kept[number]
 
-    def _selected(self, visit: Visit) -> Pool:
+    def _selected(self, visit: PlannedVisit) -> Pool:
         pool = self._pool(visit)
         draws = Draws(self._seed, "select", *visit.key(self._shared))
         return pool.take(self._select.function(pool, draws, **self._select_options))
 
-    def _size(self, visit: Visit, i: int) -> int:
+    def _size(self, visit: PlannedVisit, i: int) -> int:
         """Return how many samples of the visit's i-th condition are in its pool."""
         size = len(self._domains.source(visit.conditions[i]))
         if visit.shares is not None:
@@ -105,7 +105,7 @@ class Orders:
         caps = [cap for cap in (self._num_samples, visit.limit) if cap is not None]
         return min([size, *caps])
 
-    def _pool(self, visit: Visit) -> Pool:
+    def _pool(self, visit: PlannedVisit) -> Pool:
         """Gather the samples of a visit's conditions."""
         parts = []
         for i, condition in enumerate(visit.conditions):

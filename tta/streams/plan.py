@@ -9,7 +9,7 @@ import numpy as np
 
 from tta.streams.draws import Draws
 from tta.streams.pool import Ints
-from tta.streams.schedules import Visit
+from tta.streams.schedules import PlannedVisit
 from tta.streams.sources import Condition
 
 __all__ = ["Plan", "Rows", "Segment", "interleaved"]
@@ -17,12 +17,12 @@ __all__ = ["Plan", "Rows", "Segment", "interleaved"]
 
 @dataclass(frozen=True)
 class Segment:
-    """A contiguous stretch of one visit's order: samples [start, stop).
+    """A contiguous part of one visit: samples [start, stop) of its order.
 
     Args:
-        visit: Number of the visit.
-        start: First sample.
-        stop: One past the last sample.
+        visit: Number of the planned visit.
+        start: The first sample.
+        stop: The number after that of the last sample.
         reset: Whether the scenario resets the model before it.
     """
 
@@ -60,7 +60,7 @@ class Plan:
 
     Args:
         visits: The visits.
-        segments: Stretches of the visits, in the order shown.
+        segments: Parts of the visits, in the order shown.
         order_of: Gives the order of the visit of that number: (index (n,), which (n,)).
         batch_size: Samples per batch.
         last_batch: What happens to a remainder: "keep" a short batch at the end of each segment,
@@ -69,7 +69,7 @@ class Plan:
 
     def __init__(
         self,
-        visits: Sequence[Visit],
+        visits: Sequence[PlannedVisit],
         segments: Sequence[Segment],
         order_of: Callable[[int], tuple[Ints, Ints]],
         batch_size: int,
@@ -155,7 +155,7 @@ def _compact(conditions: list[Condition], which: Ints) -> tuple[tuple[Condition,
 
 
 def interleaved(
-    visits: Sequence[Visit], counts: Sequence[int], batch_size: int, seed: int
+    visits: Sequence[PlannedVisit], counts: Sequence[int], batch_size: int, seed: int
 ) -> list[Segment]:
     """Cut each cycle into runs of batches in random order (CDC, as ReservoirTTA defines it).
 

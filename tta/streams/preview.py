@@ -1,7 +1,8 @@
-"""What a stream shows, in figures: look before running, since names alone mislead."""
+"""What a stream shows, in figures, to be looked at before a run: names alone mislead."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from itertools import groupby, pairwise
@@ -13,19 +14,19 @@ from tta.streams.batch import MIXED
 from tta.streams.plan import Rows
 from tta.streams.pool import Ints
 
-__all__ = ["Preview", "Stay", "summarise"]
+__all__ = ["Preview", "Visit", "summarise"]
 
 
 @dataclass(frozen=True)
-class Stay:
-    """Consecutive samples of one domain and severity.
+class Visit:
+    """One visit of a stream to a domain: consecutive samples of one domain and severity.
 
     Args:
         domain: Name, or "mixed" where domains alternate inside batches.
         severity: Severity, or None if severities alternate as well.
         step: First batch.
-        batches: How many batches have samples of it.
-        samples: How many samples.
+        batches: Number of batches that hold samples of the visit.
+        samples: Number of samples.
     """
 
     domain: str
@@ -37,13 +38,13 @@ class Stay:
 
 @dataclass(frozen=True)
 class Preview:
-    """Figures of a stream; `print` it, or take `as_dict()`.
+    """Figures of a stream, to be printed or taken as a dictionary by `as_dict`.
 
     Args:
-        scenario: Its name.
+        scenario: Name of the scenario.
         batches: Number of batches.
         samples: Number of samples.
-        stays: Consecutive stays in a domain at a severity.
+        visits: The visits to domains, in the order shown.
         transitions: Changes of domain between consecutive samples: (from, to) -> count.
         resets: Batches before which the model is reset.
         run_length: Mean length of runs of equal labels.
@@ -54,13 +55,13 @@ class Preview:
             frequent classes that would be as varied.
         repeated: Share of samples whose image came before in the same domain and severity.
         reused: Share of samples whose image (by index) came before anywhere in the stream.
-        same_order: Share of positions at which one stay shows the same image as the stay before
-            did at that position; 1 means that domains share their order. NaN for one stay.
+        same_order: Share of positions at which a visit shows the same image as the visit before
+            it; 1 means that domains share their order. NaN for one visit.
 
     >>> from tta.streams import build
     >>> data = np.zeros((20, 8, 8, 3), dtype=np.uint8), np.arange(20) % 4
     >>> print(build("sorted", data, domains=["clean"], batch_size=10).preview())
-    sorted: 20 samples in 2 batches, 1 stays, 0 changes of domain, 1 resets
+    sorted: 20 samples in 2 batches, 1 visits, 0 changes of domain, 1 resets
     labels: mean run 5.0, P(next equal) 0.842, 2.0 distinct per batch
     classes: 4 seen, as varied as 4.0 equal ones, largest 5, smallest 5
     images: 0.0% repeated within a domain, 0.0% seen before under any
@@ -70,7 +71,7 @@ class Preview:
     scenario: str
     batches: int
     samples: int
-    stays: tuple[Stay, ...]
+    visits: tuple[Visit, ...]
     transitions: Mapping[tuple[str, str], int]
     resets: tuple[int, ...]
     run_length: float
@@ -82,10 +83,20 @@ class Preview:
     reused: float
     same_order: float
 
+    @property
+    def stays(self) -> tuple[Visit, ...]:
+        """The former name of `visits`."""
+        warnings.warn(
+            "Preview.stays is called Preview.visits: use the new name.",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return self.visits
+
     def as_dict(self) -> dict[str, Any]:
         """Return the figures as plain JSON types."""
         result = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        result["stays"] = [asdict(stay) for stay in self.stays]
+        result["visits"] = [asdict(visit) for visit in self.visits]
         result["transitions"] = [[a, b, n] for (a, b), n in self.transitions.items()]
         result["resets"] = list(self.resets)
         result["class_counts"] = {str(k): n for k, n in self.class_counts.items()}
@@ -95,10 +106,10 @@ class Preview:
     def __str__(self) -> str:
         """Write the figures for people."""
         counts = sorted(self.class_counts.values(), reverse=True)
-        shown = self.stays if len(self.stays) <= 16 else self.stays[:15]
+        shown = self.visits if len(self.visits) <= 16 else self.visits[:15]
         lines = [
             f"{self.scenario}: {self.samples} samples in {self.batches} batches, "
-            f"{len(self.stays)} stays, {sum(self.transitions.values())} changes of domain, "
+            f"{len(self.visits)} visits, {sum(self.transitions.values())} changes of domain, "
             f"{len(self.resets)} resets",
             f"labels: mean run {self.run_length:.1f}, P(next equal) {self.next_equal:.3f}, "
             f"{self.distinct_labels:.1f} distinct per batch",
@@ -111,20 +122,20 @@ class Preview:
         order = (
             ""
             if np.isnan(self.same_order)
-            else (f", {self.same_order:.1%} in the same place as in the stay before")
+            else (f", {self.same_order:.1%} in the same place as in the visit before")
         )
         lines.append(
             f"images: {self.repeated:.1%} repeated within a domain, "
             f"{self.reused:.1%} seen before under any{order}"
         )
-        for stay in shown:
-            level = "" if stay.severity is None else f" severity {stay.severity}"
+        for visit in shown:
+            level = "" if visit.severity is None else f" severity {visit.severity}"
             lines.append(
-                f"  step {stay.step:>7}  {stay.domain}{level}: {stay.batches} batches, "
-                f"{stay.samples} samples"
+                f"  step {visit.step:>7}  {visit.domain}{level}: {visit.batches} batches, "
+                f"{visit.samples} samples"
             )
-        if len(shown) < len(self.stays):
-            lines.append(f"  and {len(self.stays) - len(shown)} more stays")
+        if len(shown) < len(self.visits):
+            lines.append(f"  and {len(self.visits) - len(shown)} more visits")
         return "\n".join(lines)
 
 
@@ -160,7 +171,7 @@ def summarise(batches: Iterable[tuple[Rows, Ints]], scenario: str) -> Preview:
         index.append(rows.index)
         labels.append(batch_labels)
         distinct.append(len(np.unique(batch_labels)))
-    stays = _merge(pieces)
+    visits = _merge(pieces)
     joined = np.concatenate(labels) if labels else np.empty(0, dtype=np.int64)
     n = len(joined)
     classes, counts = np.unique(joined, return_counts=True)
@@ -170,7 +181,7 @@ def summarise(batches: Iterable[tuple[Rows, Ints]], scenario: str) -> Preview:
         scenario=scenario,
         batches=len(labels),
         samples=n,
-        stays=stays,
+        visits=visits,
         transitions=transitions,
         resets=tuple(resets),
         run_length=n / (changes + 1) if n else 0.0,
@@ -180,7 +191,7 @@ def summarise(batches: Iterable[tuple[Rows, Ints]], scenario: str) -> Preview:
         effective_classes=float(np.exp(-np.sum(shares * np.log(shares)))) if n else 0.0,
         repeated=_repeats(shown),
         reused=_repeats(index),
-        same_order=_same_order(stays, index),
+        same_order=_same_order(visits, index),
     )
 
 
@@ -188,11 +199,11 @@ _Piece = tuple[str, Any, int, int]  # domain, severity, step, samples
 
 
 def _pieces(rows: Rows, starts: Ints) -> list[_Piece]:
-    """Split a batch into its stretches of one condition, unless these alternate.
+    """Split a batch where the condition changes, unless conditions alternate inside it.
 
     Args:
         rows: The batch.
-        starts: First row of each stretch.
+        starts: The first row of each run of rows of one condition.
     """
     if len(starts) == len(rows.conditions):
         sizes = np.diff(starts, append=len(rows.index))
@@ -208,15 +219,15 @@ def _pieces(rows: Rows, starts: Ints) -> list[_Piece]:
     return [(domain, severity, rows.step, len(rows.index))]
 
 
-def _merge(pieces: list[_Piece]) -> tuple[Stay, ...]:
+def _merge(pieces: list[_Piece]) -> tuple[Visit, ...]:
     """Join consecutive pieces of one domain and severity."""
-    stays = []
+    visits = []
     for (domain, severity), items in groupby(pieces, key=lambda piece: piece[:2]):
         group = list(items)
         samples = sum(piece[3] for piece in group)
         batches = group[-1][2] - group[0][2] + 1
-        stays.append(Stay(domain, severity, group[0][2], batches, samples))
-    return tuple(stays)
+        visits.append(Visit(domain, severity, group[0][2], batches, samples))
+    return tuple(visits)
 
 
 def _repeats(parts: list[Ints]) -> float:
@@ -225,11 +236,11 @@ def _repeats(parts: list[Ints]) -> float:
     return 1.0 - len(np.unique(np.concatenate(parts))) / total if total else 0.0
 
 
-def _same_order(stays: tuple[Stay, ...], index: list[Ints]) -> float:
-    """Compare each stay's images, position by position, with the stay before."""
-    if len(stays) < 2:
+def _same_order(visits: tuple[Visit, ...], index: list[Ints]) -> float:
+    """Compare each visit's images, position by position, with the visit before."""
+    if len(visits) < 2:
         return float("nan")
-    ends = np.cumsum([stay.samples for stay in stays])
+    ends = np.cumsum([visit.samples for visit in visits])
     parts = np.split(np.concatenate(index), ends[:-1])
     same = compared = 0
     for before, now in pairwise(parts):

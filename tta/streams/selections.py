@@ -1,4 +1,4 @@
-"""Which samples a visit shows, and how often: the first of a stream's two choices.
+"""Which samples a visit shows and how often, the second of a stream's three choices.
 
 A selection takes a `Pool` and returns row numbers, in any order (the arrangement orders them).
 Its keyword-only parameters are the options of the scenarios that use it.

@@ -218,16 +218,7 @@ class Domains:
         before: Transform | None = None,
         after: Transform | None = None,
     ) -> None:
-        for name, function in (("before", before), ("after", after)):
-            if function is not None and not callable(function):
-                raise TypeError(
-                    f"`{name}` must be callable on a batch of images, got {type(function).__name__}"
-                )
-        if transform is not None and not callable(transform):
-            raise TypeError(
-                f"`transform` must be callable as transform(images, domain, severity, "
-                f"generator=g), got {type(transform).__name__}"
-            )
+        _check_functions(transform, before, after)
         own = isinstance(domains, Mapping)
         if own and transform is not None:
             raise ValueError(
@@ -240,21 +231,15 @@ class Domains:
                 "only where `domains` maps names to datasets"
             )
         self.names = [str(name) for name in domains]
-        self.transform = transform
-        self.before, self.after = before, after
-        self.base = None if dataset is None else ImageSource(dataset, "dataset", labels)
-        self._own: dict[str, dict[float | None, ImageSource]] = {}
-        if isinstance(domains, Mapping):
-            for name, data in domains.items():
-                levels = data if isinstance(data, Mapping) else {None: data}
-                self._own[str(name)] = {
-                    level: ImageSource(item, f'domains["{name}"]') for level, item in levels.items()
-                }
-        elif transform is None and set(self.names) != {CLEAN}:
+        if not own and transform is None and set(self.names) != {CLEAN}:
             raise ValueError(
                 f"`transform` must be given for the domains {self.names}, got None; pass "
                 "transform=corruptions.corrupt, or map each name to its own dataset in `domains`"
             )
+        self.transform = transform
+        self.before, self.after = before, after
+        self.base = None if dataset is None else ImageSource(dataset, "dataset", labels)
+        self._own = _own_sources(domains) if isinstance(domains, Mapping) else {}
 
     def source(self, condition: Condition) -> ImageSource:
         """Return the dataset that a condition reads."""
@@ -319,6 +304,34 @@ class Domains:
             result = self.transform(images, name, severity, generator=generator)
             images = _batch("transform", result, count, f" for {name}")
         return images if self.after is None else _batch("after", self.after(images), count)
+
+
+def _check_functions(transform: Any, before: Any, after: Any) -> None:
+    for name, function in (("before", before), ("after", after)):
+        if function is not None and not callable(function):
+            raise TypeError(
+                f"`{name}` must be callable on a batch of images, got {type(function).__name__}"
+            )
+    if transform is not None and not callable(transform):
+        raise TypeError(
+            f"`transform` must be callable as transform(images, domain, severity, "
+            f"generator=g), got {type(transform).__name__}"
+        )
+
+
+def _own_sources(domains: Mapping[str, Any]) -> dict[str, dict[float | None, ImageSource]]:
+    """Open the datasets of domains that bring their own, by name and severity.
+
+    Args:
+        domains: Name to a dataset, which is then found under None, or to {severity: dataset}.
+    """
+    found: dict[str, dict[float | None, ImageSource]] = {}
+    for name, data in domains.items():
+        levels = data if isinstance(data, Mapping) else {None: data}
+        found[str(name)] = {
+            level: ImageSource(item, f'domains["{name}"]') for level, item in levels.items()
+        }
+    return found
 
 
 def _batch(argument: str, images: Any, count: int, where: str = "") -> Tensor:

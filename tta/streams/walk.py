@@ -18,16 +18,16 @@ from typing import Any
 import numpy as np
 
 from tta.streams.draws import Draws, exp
-from tta.streams.schedules import CANONICAL_ORDER, Visit
-from tta.streams.sources import CLEAN, Condition
+from tta.streams.schedules import CANONICAL_ORDER, PlannedVisit
+from tta.streams.sources import CLEAN, Condition, Domains
 
 __all__ = [
     "LEVELS",
     "TARGETS",
     "as_surface",
     "best_path",
-    "check_walk_domains",
-    "resolve_walk",
+    "default_domains",
+    "fit_walk",
     "synthetic_surface",
     "walk",
     "walk_domains",
@@ -149,7 +149,7 @@ def walk(
     surface: Any | None = None,
     speed: int | None = None,
     total: int | None = None,
-) -> list[Visit]:
+) -> list[PlannedVisit]:
     """Chain the paths of random pairs; each point shows newly drawn samples.
 
     Args:
@@ -162,12 +162,12 @@ def walk(
         speed: Images per point; default 1000, or the whole dataset if smaller.
         total: Images in all; default 150 passes over the dataset, at most 7,500,000.
     """
-    assert speed is not None and total is not None  # `resolve_walk` has filled them in
+    assert speed is not None and total is not None  # `fit_walk` has filled them in
     goal = TARGETS[difficulty] if target is None else target
     surfaces = as_surface(surface, domains)
     made_up = synthetic_surface()
     paths: dict[tuple[str, str], list[tuple[float, float]]] = {}
-    visits: list[Visit] = []
+    visits: list[PlannedVisit] = []
     first = domains[int(draws.below(len(domains), 1)[0])]
     while len(visits) * speed < total:
         others = [name for name in domains if name != first]
@@ -180,13 +180,30 @@ def walk(
             if left <= 0:
                 break
             condition = Condition(((first, s1), (second, s2)))
-            visits.append(Visit((condition,), cycle=len(visits), limit=min(speed, left)))
+            visits.append(PlannedVisit((condition,), cycle=len(visits), limit=min(speed, left)))
         first = second
     return visits
 
 
-def resolve_walk(options: dict[str, Any], size: int) -> None:
-    """Fill in the sizes that depend on the dataset's, and reject what cannot be shown."""
+def default_domains(options: Mapping[str, Any]) -> list[str]:
+    """List the domains of a walk whose caller names none."""
+    return walk_domains(options["difficulty"])
+
+
+def fit_walk(domains: Domains, names: Sequence[str], options: dict[str, Any]) -> None:
+    """Check a walk's options against the data, and fill in the sizes that depend on it."""
+    if len(names) < 2 or CLEAN in names:
+        raise ValueError(
+            f'`domains` must be at least two corruptions, without "{CLEAN}", for a walk, got '
+            f"{list(names)}"
+        )
+    options["surface"] = as_surface(options["surface"], names)
+    if domains.base is None or domains.transform is None:
+        raise ValueError(
+            "`transform` must be given for a walk, which shows each image under two corruptions "
+            "in turn, got domains that are datasets; pass names in `domains`"
+        )
+    size = len(domains.base)
     if options["speed"] is None:
         options["speed"] = min(_SPEED, size)
     if options["total"] is None:
@@ -195,13 +212,4 @@ def resolve_walk(options: dict[str, Any], size: int) -> None:
         raise ValueError(
             f"`speed` must be at most the dataset's size, {size}, got {options['speed']}: a point "
             "shows each image at most once"
-        )
-
-
-def check_walk_domains(domains: Sequence[str]) -> None:
-    """Reject domains that make no pairs."""
-    if len(domains) < 2 or CLEAN in domains:
-        raise ValueError(
-            f'`domains` must be at least two corruptions, without "{CLEAN}", for a walk, got '
-            f"{list(domains)}"
         )

@@ -8,10 +8,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import tta.streams
+from experiments.records import markdown
+from experiments.records.config import BASELINE
 from experiments.report.collect import Result, Setting, by_setting
 from experiments.report.report import about_lines
 from experiments.report.statistics import Estimate, difference, over_seeds
 from experiments.report.tables import NOTES, Table, setting_table
+from tta.core.files import replacing
 
 __all__ = ["write_page"]
 
@@ -33,7 +36,7 @@ def write_page(results: Sequence[Result], path: Path, images: Path) -> None:
     settings = dict(sorted(found, key=lambda item: -runs[item[0].model]))
     images.mkdir(parents=True, exist_ok=True)
     text = [
-        "# Benchmark of record",
+        markdown.heading("Benchmark of record"),
         "",
         "Written by `python -m experiments record` from `experiments/results/record.jsonl`; do not "
         "edit. The command goes on where it stopped; what the results hold is not run again.",
@@ -44,14 +47,13 @@ def write_page(results: Sequence[Result], path: Path, images: Path) -> None:
         *_pictures(settings, path, images),
         *_details(settings),
     ]
-    part = path.with_name(path.name + ".part")
-    part.write_text("\n".join(text).rstrip() + "\n")
-    os.replace(part, path)
+    with replacing(path) as part:
+        part.write_text(markdown.document(text))
 
 
 def _setup(results: Sequence[Result], settings: Mapping[Setting, Methods]) -> Iterator[str]:
     hours = sum(result.summary["seconds"] for result in results) / 3600
-    yield "## Setup"
+    yield markdown.heading("Setup", 2)
     yield ""
     yield (
         f"{len(results)} runs of {len({r.method for r in results})} methods on "
@@ -60,34 +62,32 @@ def _setup(results: Sequence[Result], settings: Mapping[Setting, Methods]) -> It
         "on these streams. All methods see the same images in the same order."
     )
     yield ""
-    yield from (f"* {line}" for line in about_lines(results))
+    yield from markdown.bullets(about_lines(results))
     yield ""
-    yield "| stream | what | images | domains | batch |"
-    yield "|---|---|---:|---:|---:|"
-    seen: dict[str, str] = {}
+    seen: dict[str, list[str]] = {}
     for setting in settings:
         what = tta.streams.SCENARIOS[setting.scenario].text
-        seen[setting.stream] = (
-            f"| {setting.stream} | {what} | {setting.images:,} | {setting.domains} | "
-            f"{setting.batch_size} |"
-        )
-    yield from seen.values()
+        counts = [f"{setting.images:,}", str(setting.domains), str(setting.batch_size)]
+        seen[setting.stream] = [setting.stream, what, *counts]
+    yield from markdown.table(
+        ["stream", "what", "images", "domains", "batch"], seen.values(), "llrrr"
+    )
     yield ""
 
 
 def _main(settings: Mapping[Setting, Methods]) -> Iterator[str]:
-    yield "## Main results"
+    yield markdown.heading("Main results", 2)
     yield ""
     yield (
         "Mean error over the domains in %, with 95 % intervals over seeds (Student's t) where "
-        "there are several, and the number of seeds in brackets; images are those of the table "
-        "above. The lowest of each column is bold. An empty cell was not run, or cannot be: rules "
-        "for BatchNorm on a model without it."
+        "there are three or more, and the number of seeds in brackets; images are those of the "
+        "table above. The lowest of each column is bold. An empty cell was not run, or cannot be: "
+        "rules for BatchNorm on a model without it."
     )
     for model in dict.fromkeys(setting.model for setting in settings):
         own = {s: methods for s, methods in settings.items() if s.model == model}
         names = list(dict.fromkeys(method for methods in own.values() for method in methods))
-        names.sort(key=lambda name: name != "source")
+        names.sort(key=lambda name: name != BASELINE)
         table = Table(["method", *(s.stream for s in own)], [[name] for name in names])
         for column, methods in enumerate(own.values(), 1):
             means = {}
@@ -99,21 +99,23 @@ def _main(settings: Mapping[Setting, Methods]) -> Iterator[str]:
                 if cell is not None:
                     means[number] = cell.mean
             table.best |= {(i, column) for i in means if means[i] == min(means.values())}
-        yield from ("", f"**{model}**", "", table.markdown())
+        table = table.without_empty_columns()
+        yield from ("", markdown.strong(model), "", table.markdown())
 
 
 def _findings(settings: Mapping[Setting, Methods]) -> Iterator[str]:
-    yield "## What they say"
+    yield markdown.heading("What they say", 2)
     yield ""
     for setting, methods in settings.items():
         gaps = _gaps(methods)
         if not gaps:
             continue
         best = min(gaps, key=lambda name: gaps[name].mean)
-        source = over_seeds(methods["source"], _error)
+        source = over_seeds(methods[BASELINE], _error)
         assert source is not None
         worse = sorted((n for n in gaps if gaps[n].mean > GAP), key=lambda n: -gaps[n].mean)
-        text = f"* **{setting.stream}, {setting.model}**: source {source.text(100)} %. "
+        where = markdown.strong(f"{setting.stream}, {setting.model}")
+        text = f"{where}: source {source.text(100)} %. "
         if gaps[best].mean < -GAP:
             text += f"Furthest below it is {best} ({gaps[best].text(100, sign=True)} points). "
         else:
@@ -122,7 +124,7 @@ def _findings(settings: Mapping[Setting, Methods]) -> Iterator[str]:
             named = ", ".join(f"{n} ({gaps[n].text(100, sign=True)})" for n in worse[:5])
             more = f" and {len(worse) - 5} more" if len(worse) > 5 else ""
             text += f"Worse than no adaptation: {named}{more}."
-        yield text.rstrip()
+        yield from markdown.bullets([text.rstrip()])
     yield ""
     yield from _collapses(settings)
     yield from _extremes(settings)
@@ -138,21 +140,20 @@ def _collapses(settings: Mapping[Setting, Methods]) -> Iterator[str]:
     ]
     if not rows:
         return
-    yield "### Collapses"
+    yield markdown.heading("Collapses", 3)
     yield ""
     yield (
         "More than ten points above the source model. Concentration is the negative entropy of a "
         "batch's mean prediction: -2.3 for ten classes alike, 0 for one alone."
     )
     yield ""
-    yield "| method | stream | model | above source | concentration | seeds |"
-    yield "|---|---|---|---:|---:|---:|"
+    shown = []
     for gap, setting, method in sorted(rows, key=lambda row: -row[0].mean):
         found = over_seeds(settings[setting][method], lambda r: r.summary["concentration"])
-        yield (
-            f"| {method} | {setting.stream} | {setting.model} | {gap.text(100, sign=True)} | "
-            f"{'' if found is None else found.text(1, 2)} | {gap.count} |"
-        )
+        figures = [gap.text(100, sign=True), "" if found is None else found.text(1, 2)]
+        shown.append([method, setting.stream, setting.model, *figures, str(gap.count)])
+    header = ["method", "stream", "model", "above source", "concentration", "seeds"]
+    yield from markdown.table(header, shown, "lllrrr")
     yield ""
 
 
@@ -160,7 +161,7 @@ def _extremes(settings: Mapping[Setting, Methods]) -> Iterator[str]:
     """Forgetting, calibration and cost on the first setting, usually continual."""
     setting, methods = next(iter(settings.items()))
     where = f"on {setting.stream} with {setting.model}"
-    yield "### Forgetting, calibration, cost"
+    yield markdown.heading("Forgetting, calibration, cost", 3)
     yield ""
     same = _on_one_machine(methods)
     machine = next(iter(same.values()))[0].machine
@@ -184,13 +185,15 @@ def _extremes(settings: Mapping[Setting, Methods]) -> Iterator[str]:
     for lead, among, figure, unit, scale in figures:
         found = {name: over_seeds(results, figure) for name, results in among.items()}
         known = {name: value.mean for name, value in found.items() if value is not None}
-        if "source" not in known:
+        if BASELINE not in known:
             continue
         low, high = min(known, key=lambda n: known[n]), max(known, key=lambda n: known[n])
-        yield (
-            f"* {lead} {where} is {_digits(scale * known['source'])}{unit} for source, and from "
-            f"{_digits(scale * known[low])}{unit} ({low}) to {_digits(scale * known[high])}{unit} "
-            f"({high})."
+        yield from markdown.bullets(
+            [
+                f"{lead} {where} is {_digits(scale * known[BASELINE])}{unit} for source, and from "
+                f"{_digits(scale * known[low])}{unit} ({low}) to "
+                f"{_digits(scale * known[high])}{unit} ({high})."
+            ]
         )
     yield ""
 
@@ -202,8 +205,10 @@ def _pictures(settings: Mapping[Setting, Methods], path: Path, images: Path) -> 
         plot_reliability,
         plot_stream,
     )
+    from experiments.report.style import looks_of
 
-    yield "## Over the streams"
+    looks = looks_of(name for methods in settings.values() for name in methods)
+    yield markdown.heading("Over the streams", 2)
     yield ""
     model = next(iter(settings)).model
     first = True
@@ -221,18 +226,18 @@ def _pictures(settings: Mapping[Setting, Methods], path: Path, images: Path) -> 
         for name, draw, caption in drawn:
             file = images / f"{setting.stream}-{name}.png"
             title = f"{caption}: {setting.stream}, {model}"
-            draw(_on_one_machine(methods) if name == "cost" else methods, file, title)
-            yield f"![{title}]({os.path.relpath(file, path.parent)})"
+            compared = _on_one_machine(methods) if draw is plot_cost else methods
+            draw(compared, file, title, looks)
+            yield markdown.image(title, os.path.relpath(file, path.parent))
             yield ""
 
 
 def _details(settings: Mapping[Setting, Methods]) -> Iterator[str]:
-    yield "## All figures"
+    yield markdown.heading("All figures", 2)
     yield ""
-    for name, meaning in NOTES.items():
-        yield f"* *{name}*: {meaning}"
+    yield from markdown.bullets(f"*{name}*: {meaning}" for name, meaning in NOTES.items())
     for setting, methods in settings.items():
-        yield from ("", f"### {setting.stream}, {setting.model}", "")
+        yield from ("", markdown.heading(f"{setting.stream}, {setting.model}", 3), "")
         yield f"{setting.images:,} images, batches of {setting.batch_size}."
         yield from ("", setting_table(methods).markdown().rstrip())
 
@@ -255,12 +260,12 @@ def _on_one_machine(methods: Methods) -> dict[str, list[Result]]:
 
 def _gaps(methods: Methods) -> dict[str, Estimate]:
     """Difference of each method's error to source's, over the seeds that both have."""
-    if "source" not in methods:
+    if BASELINE not in methods:
         return {}
     found = {
-        name: difference(results, methods["source"], _error)
+        name: difference(results, methods[BASELINE], _error)
         for name, results in methods.items()
-        if name != "source"
+        if name != BASELINE
     }
     return {name: gap for name, gap in found.items() if gap is not None}
 
