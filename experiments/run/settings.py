@@ -38,7 +38,7 @@ from tta.core.checks import nearest
 if sys.version_info >= (3, 11):
     import tomllib
 else:  # the same under its former name
-    import tomli as tomllib
+    import tomli as tomllib  # pyright: ignore[reportMissingImports]
 
 __all__ = ["make_run", "make_sweep", "read_settings"]
 
@@ -141,11 +141,7 @@ def make_sweep(settings: Mapping[str, Any], flags: Mapping[str, Any]) -> SweepCo
 
 def _stream(values: dict[str, Any], images: int | None) -> StreamConfig:
     scenario = values["scenario"]
-    if scenario not in tta.streams.list_scenarios():
-        raise ValueError(
-            f"`scenario` must be one of tta.streams, got {scenario!r}: "
-            + nearest(scenario, tta.streams.list_scenarios())
-        )
+    tta.streams.get_scenario(scenario)  # raises for an unknown name
     values = {"name": scenario, "domains": (), **values}
     values["domains"] = tuple(values["domains"])
     count = values.get("images", images)
