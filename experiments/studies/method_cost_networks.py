@@ -102,35 +102,65 @@ def make_subject(setting: Setting, name: str, device: torch.device) -> Callable[
 
 
 def _arguments(setting: Setting, name: str, net: nn.Module, device: torch.device) -> dict[str, Any]:
+    make = ARGUMENTS.get(name)
+    return {} if make is None else make(setting, net, device)
+
+
+def _all_kept(setting: Setting, net: nn.Module, device: torch.device) -> dict[str, Any]:
+    """An entropy margin that keeps all samples on BatchNorm, and a fixed share elsewhere."""
+    config: dict[str, Any] = {"entropy_margin": 10.0}
+    if not tta.core.norm_layers.batch_norm_layers(net):
+        with torch.no_grad():
+            entropy = tta.parts.losses.entropy(net(make_batch(setting, 1000, device)))
+        ceiling = torch.tensor(float(tta.core.classifier.num_classes(net))).log()
+        config["entropy_margin"] = float(entropy.quantile(KEPT) / ceiling)
+        config["lr"] = 0.0  # steps as usual; a network that learned would keep more and more
+    return config
+
+
+def _sar(setting: Setting, net: nn.Module, device: torch.device) -> dict[str, Any]:
+    return _all_kept(setting, net, device) | {"reset_threshold": 0.0}
+
+
+def _eata(setting: Setting, net: nn.Module, device: torch.device) -> dict[str, Any]:
+    config = _all_kept(setting, net, device)
+    fisher = {n: torch.ones_like(p) for n, p in tta.core.parameters.select(net, "norm").items()}
+    return config | {"redundancy_margin": 10.0, "source": tta.SourceStatistics(fisher=fisher)}
+
+
+def _adanpc(setting: Setting, net: nn.Module, device: torch.device) -> dict[str, Any]:
+    width, classes = tta.core.classifier.feature_size(net), tta.core.classifier.num_classes(net)
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(MEMORY_FEATURES, width, generator=generator)
+    labels = torch.randint(classes, (MEMORY_FEATURES,), generator=generator)
+    return {"source": tta.SourceStatistics(features=features, feature_labels=labels)}
+
+
+def _cotta(setting: Setting, net: nn.Module, device: torch.device) -> dict[str, Any]:
+    # All views are made, which a confident source would save.
+    return {**PIXELS, "confidence_threshold": 10.0}
+
+
+def _petal(setting: Setting, net: nn.Module, device: torch.device) -> dict[str, Any]:
+    mean = {n: p.detach().clone() for n, p in net.named_parameters()}
+    variance = {n: torch.full_like(p, 1e-4) for n, p in mean.items()}
+    source = tta.SourceStatistics(posterior_mean=mean, posterior_variance=variance)
+    return {**_cotta(setting, net, device), "source": source}
+
+
+def _rmt(setting: Setting, net: nn.Module, device: torch.device) -> dict[str, Any]:
     x = make_batch(setting, 1000, device)
-    if name in ("eata", "sar"):
-        config: dict[str, Any] = {"entropy_margin": 10.0}  # all samples, on BatchNorm
-        if not tta.core.norm_layers.batch_norm_layers(net):
-            with torch.no_grad():
-                entropy = tta.parts.losses.entropy(net(x))
-            ceiling = torch.tensor(float(tta.core.classifier.num_classes(net))).log()
-            config["entropy_margin"] = float(entropy.quantile(KEPT) / ceiling)
-            config["lr"] = 0.0  # steps as usual; a network that learned would keep more and more
-        if name == "sar":
-            return config | {"reset_threshold": 0.0}
-        fisher = {n: torch.ones_like(p) for n, p in tta.core.parameters.select(net, "norm").items()}
-        return config | {"redundancy_margin": 10.0, "source": tta.SourceStatistics(fisher=fisher)}
-    if name == "adanpc":
-        width, classes = tta.core.classifier.feature_size(net), tta.core.classifier.num_classes(net)
-        generator = torch.Generator().manual_seed(0)
-        features = torch.randn(MEMORY_FEATURES, width, generator=generator)
-        labels = torch.randint(classes, (MEMORY_FEATURES,), generator=generator)
-        source = tta.SourceStatistics(features=features, feature_labels=labels)
-        return {"source": source}
-    pixels: dict[str, Any] = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
-    if name in ("cotta", "petal"):
-        pixels["confidence_threshold"] = 10.0  # all views, which a confident source would save
-    if name == "petal":
-        mean = {n: p.detach().clone() for n, p in net.named_parameters()}
-        variance = {n: torch.full_like(p, 1e-4) for n, p in mean.items()}
-        source = tta.SourceStatistics(posterior_mean=mean, posterior_variance=variance)
-        return {**pixels, "source": source}
-    if name == "rmt":
-        labels = torch.arange(len(x)) % tta.core.classifier.num_classes(net)
-        return {**pixels, "source": [(x.cpu(), labels)], "warmup_samples": 0}
-    return pixels if name == "cotta" else {}
+    labels = torch.arange(len(x)) % tta.core.classifier.num_classes(net)
+    return {**PIXELS, "source": [(x.cpu(), labels)], "warmup_samples": 0}
+
+
+PIXELS: dict[str, Any] = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+# Arguments of `tta.wrap` for methods that need some, to be measured at their full cost.
+ARGUMENTS: dict[str, Callable[[Setting, nn.Module, torch.device], dict[str, Any]]] = {
+    "adanpc": _adanpc,
+    "cotta": _cotta,
+    "eata": _eata,
+    "petal": _petal,
+    "rmt": _rmt,
+    "sar": _sar,
+}
