@@ -1,4 +1,4 @@
-"""Configurations from TOML files and flags; a flag wins over the file, the file over the default.
+"""Configurations from TOML files and flags. A flag wins over the file, the file over the default.
 
 ::
 
@@ -64,7 +64,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     """Read a TOML file and check its keys.
 
     Raises:
-        ValueError: For a file that is no TOML, or a key that means nothing.
+        ValueError: For a file that is no TOML, or an unknown key.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"`config` must be a TOML file, but {path} is not there")
@@ -87,13 +87,13 @@ def make_run(settings: Mapping[str, Any], flags: Mapping[str, Any]) -> RunConfig
     """The configuration of one run, or of what the runs of a sweep have in common.
 
     Args:
-        settings: Of a file, see `read_settings`.
+        settings: The settings of a file, see `read_settings`.
         flags: Fields of `RunConfig`, ``tuned`` (what `experiments.sweep.tune` wrote), and fields of
             `StreamConfig` for all streams; None for flags that were not given. ``scenario`` takes
             the place of the file's streams.
 
     Raises:
-        ValueError: For a value that cannot be.
+        ValueError: For a value that is not possible.
     """
     given = {name: value for name, value in flags.items() if value is not None}
     values = {**DEFAULTS, **{k: v for k, v in settings.items() if k != "sweep"}}

@@ -24,6 +24,7 @@ from experiments.report.record_page import write_page
 from experiments.run.subject import pick_device
 from experiments.sweep.sweep import Sweep, add_workers, pick_executor
 from experiments.sweep.workers import Outcome
+from tta.core.registry import component
 
 __all__ = ["Benchmark", "Record", "add_command"]
 
@@ -62,8 +63,8 @@ STREAMS = {
 SEEDS = (0, 1, 2)
 SEEDED = ("continual", "dirichlet")  # streams with all seeds; the others have the first
 LONGEST = "recurring"
-# 34 forward passes a batch: only on these streams, and with one seed.
-EXPENSIVE = ("cotta", "petal")
+# Tens of forward passes a batch: only on these streams, and with one seed.
+EXPENSIVE = tuple(n for n in tta.list_methods(slot="update") if component(n).cost > 10)
 EXPENSIVE_STREAMS = ("continual", "dirichlet", "mixed")
 # The bundled models come without source images, which RMT replays unless told not to.
 SPELLED = {"rmt": "rmt[warmup_samples=0,weight_source=0]"}
