@@ -39,7 +39,7 @@ Source = tta.SourceStatistics | Iterable[tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` found.
+    """The results of `evaluate`.
 
     Args:
         folder: Where the results file, the tables, the plots and the TensorBoard events are.
@@ -100,7 +100,8 @@ def evaluate(
         clean: Clean images to predict before and after each stream with the method frozen, as
             `tta.streams.build` takes a dataset.
         seed: Seed of the adapters, 0 or more; the streams have seeds of their own.
-        device: Where the model works, which is moved there for that time. Default: where it is.
+        device: Device to which the model is moved for the evaluation, such as "cuda". Default: the
+            one where it is.
         name: Name of the model in tables. Default: its class.
         data: Name of the data in reports, which compare results of the same data only.
         show: What is printed: "all", "tables" (no progress) or "nothing" (and no plots are drawn).

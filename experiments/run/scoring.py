@@ -1,4 +1,4 @@
-"""One method over one stream: predictions, times, and what the adapter reported."""
+"""One method on one stream: its predictions, their times, and the reports of the adapter."""
 
 from __future__ import annotations
 

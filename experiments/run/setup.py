@@ -1,4 +1,4 @@
-"""What a run runs: model, methods, streams and clean images, opened and checked."""
+"""All that a run needs: model, methods, streams and clean images, opened and checked."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ MOST_READERS = 8
 
 @dataclass
 class Setup:
-    """What a run runs.
+    """The model, the methods and the streams of a run.
 
     Args:
-        config: The same as data, for the results file; its `streams` are in the order of `streams`.
+        config: Describes the rest in the results file; its `streams` have the order of `streams`.
         subject: The model.
         methods: The methods.
         streams: The streams, each from its first batch on.
         clean: Clean images that are predicted before and after each stream; None for none.
-        origin: What the images are, as the results file has it.
+        origin: Describes the images in the results file.
         readers: Threads that decode image files ahead of the model.
         shifts: Makes the images of the streams; None where the caller has made the streams.
     """

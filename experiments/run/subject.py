@@ -155,8 +155,8 @@ def normalise(
     """Make the function from pixels (B, 3, H, W) in [0, 1] to what a model takes.
 
     Args:
-        mean: Of each channel, or one for all.
-        std: Likewise.
+        mean: Mean of each channel, or one for all.
+        std: Standard deviation of each channel, or one for all.
         device: Where the pixels are.
     """
     means, stds = (torch.tensor(v, device=device).view(1, -1, 1, 1) for v in (mean, std))

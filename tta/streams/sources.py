@@ -23,9 +23,10 @@ CLEAN = "clean"
 
 @dataclass(frozen=True)
 class Condition:
-    """What is done to an image: the transforms applied in turn, as (domain, severity).
+    """The transforms that an image goes through in turn, as pairs (domain, severity).
 
-    One pair in every scenario but `walk`, which has two; the domain called "clean" is untouched.
+    There is one pair, except in smooth walks, which have two. The domain called "clean" changes
+    nothing.
     """
 
     steps: tuple[tuple[str, float], ...]
@@ -282,8 +283,8 @@ class Domains:
         """Transform images.
 
         Args:
-            condition: What to show.
-            images: As `read` gave them, B of them.
+            condition: The transforms.
+            images: The B images, as `read` returned them.
             seed: Gives the seed of the transform's own generator, where there is any.
 
         Returns:
