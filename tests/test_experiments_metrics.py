@@ -14,8 +14,9 @@ import tta
 from experiments.records.file import plain as plain_types
 from experiments.run.cost import Passes, PeakMemory
 from experiments.run.method_strings import parse_method
-from experiments.run.metrics import BINS, SMALLEST, Totals, log_probabilities, score
+from experiments.run.metrics import METRICS, SMALLEST, Metric, log_probabilities, score
 from experiments.run.scoring import iter_evaluate
+from experiments.run.totals import BINS, Totals
 from tests.helpers.nets import tiny
 
 CPU = torch.device("cpu")
@@ -52,10 +53,10 @@ def test_scores_agree_with_plain_loops():
         p = np.exp(logits[i].double().numpy())
         p /= p.sum()
         hot = np.eye(10)[label]
-        assert scores.nll[i] == pytest.approx(-math.log(p[label]), rel=1e-5)
-        assert scores.brier[i] == pytest.approx(((p - hot) ** 2).sum(), rel=1e-5)
-        assert scores.entropy[i] == pytest.approx(-(p * np.log(p)).sum(), rel=1e-5)
-        assert bool(scores.wrong[i]) == (int(p.argmax()) != label)
+        assert scores.values["nll"][i] == pytest.approx(-math.log(p[label]), rel=1e-5)
+        assert scores.values["brier"][i] == pytest.approx(((p - hot) ** 2).sum(), rel=1e-5)
+        assert scores.values["entropy"][i] == pytest.approx(-(p * np.log(p)).sum(), rel=1e-5)
+        assert bool(scores.values["error"][i]) == (int(p.argmax()) != label)
     mean = np.exp(logits.double().mean(0).numpy())
     mean /= mean.sum()
     assert scores.concentration == pytest.approx((mean * np.log(mean)).sum(), rel=1e-5)
@@ -97,11 +98,11 @@ def test_rows_that_are_no_numbers_are_errors_and_nothing_else():
     alone = score(logits[:3].argmax(1), log_probs[:3], labels[:3])
     log_probs[3] = math.nan
     scores = score(labels.clone(), log_probs, labels)
-    assert scores.wrong.tolist() == [False, False, False, True]
+    assert scores.values["error"].tolist() == [False, False, False, True]
     assert scores.concentration == pytest.approx(alone.concentration)
     totals = totals_of([(log_probs, labels)])
     assert totals.everything.scored == 3
-    assert totals.summary()["nll"] == pytest.approx(float(alone.nll.mean()), rel=1e-6)
+    assert totals.summary()["nll"] == pytest.approx(float(alone.values["nll"].mean()), rel=1e-6)
     nothing = totals_of([(torch.full((2, 10), math.nan), labels[:2])]).summary()
     assert nothing["error"] == 1.0 and math.isnan(nothing["nll"]) and math.isnan(nothing["ece"])
 
@@ -110,8 +111,13 @@ def test_a_probability_of_zero_is_clipped():
     log_probs = torch.full((1, 10), -math.inf)
     log_probs[0, 3] = 0.0
     scores = score(torch.tensor([3]), log_probs, torch.tensor([4]))
-    assert scores.nll[0] == pytest.approx(-math.log(SMALLEST)) and scores.brier[0] == 2.0
-    assert scores.entropy[0] == 0.0 and scores.concentration == pytest.approx(0.0, abs=1e-9)
+    assert (
+        scores.values["nll"][0] == pytest.approx(-math.log(SMALLEST))
+        and scores.values["brier"][0] == 2.0
+    )
+    assert scores.values["entropy"][0] == 0.0 and scores.concentration == pytest.approx(
+        0.0, abs=1e-9
+    )
 
 
 def test_outputs_are_read_as_what_they_are():
@@ -273,3 +279,49 @@ def test_the_peak_of_memory_is_seen():
     held += 1
     del held
     assert memory.read() - before > 100_000_000
+
+
+# The table of metrics
+
+
+def top5_error(predictions):
+    """Whether the label is not among the five most probable classes."""
+    best = np.argsort(-predictions.log_probs, axis=1)[:, :5]
+    return (best != predictions.labels[:, None]).all(1)
+
+
+def test_a_new_metric_is_one_entry(monkeypatch):
+    metric = Metric("top5_error", top5_error, "share of labels not among the first five", 1.0)
+    monkeypatch.setitem(METRICS, "top5_error", metric)
+    batches = [(logits.log_softmax(1), labels) for logits, labels in map(outputs, range(2))]
+    batches[1][0][7] = math.nan
+    totals = totals_of(batches, ["fog", "snow"] * 20)
+    wrong = np.array([
+        row is None or int(label) not in row
+        for log_probs, labels in batches
+        for row, label in zip(
+            [None if lp.isnan().any() else lp.topk(5).indices.tolist() for lp in log_probs],
+            labels, strict=True,
+        )
+    ])  # fmt: skip
+    assert 0 < wrong.sum() < len(wrong)
+    assert totals.summary()["top5_error"] == pytest.approx(wrong.mean())
+    assert totals.by_domain["snow"].figures()["top5_error"] == pytest.approx(wrong[1::2].mean())
+    again = Totals.from_state(*totals.state())
+    assert again.summary()["top5_error"] == totals.summary()["top5_error"]
+    adapter = tta.wrap(tiny("bn"), "source")
+    found = [s for steps, _ in iter_evaluate(adapter, stream(), CPU, lambda x: x) for s in steps]
+    assert all(0 <= step.row["top5_error"] <= 1 for step in found)
+
+
+def test_totals_with_other_metrics_are_refused(monkeypatch):
+    logits, labels = outputs()
+    numbers, tensors = totals_of([(logits.log_softmax(1), labels)]).state()
+    with pytest.raises(ValueError, match="those of an earlier version"):
+        Totals.from_state({k: v for k, v in numbers.items() if k != "metrics"}, tensors)
+    monkeypatch.setitem(METRICS, "top5_error", Metric("top5_error", top5_error, "words"))
+    with pytest.raises(ValueError, match="top5_error, got error, nll"):
+        Totals.from_state(numbers, tensors)
+    monkeypatch.setitem(METRICS, "two", Metric("two", lambda p: p.probs[:, :2], "words"))
+    with pytest.raises(ValueError, match="one number per image"):
+        score(logits.argmax(1), logits.log_softmax(1), labels)

@@ -17,7 +17,7 @@ from experiments import cli
 from experiments.data import read_bundled
 from experiments.records.config import RunConfig, StreamConfig
 from experiments.records.file import Busy, Conflict, JsonLines, Results, mend, read_lines
-from experiments.run.run import Run, is_finished
+from experiments.run.run import Run, is_finished, load_setup
 from experiments.run.snapshot import FILE
 from experiments.run.trial import OutOfTime
 from tests.helpers.results import figures
@@ -50,7 +50,8 @@ def configuration(*methods, scenario="reset_each_shift", **options):
 
 
 def execute(config, folder, every=3, **arguments):
-    return Run(config, folder=folder, silent=True, snapshot_every=every, **arguments).execute()
+    setup = load_setup(config, **{k: arguments.pop(k) for k in ("readers",) if k in arguments})
+    return Run(setup, folder=folder, show="nothing", snapshot_every=every, **arguments).execute()
 
 
 class Writes:
@@ -222,7 +223,7 @@ def test_damaged_files_are_mended_and_said(tmp_path, capsys):
     lines = (folder / "results.jsonl").read_bytes().splitlines(keepends=True)
     lines[4] = lines[4][:9] + b"\0\0\0\n"
     (folder / "results.jsonl").write_bytes(b"".join(lines)[:-5])
-    Run(config, folder=folder, snapshot_every=3).execute()
+    Run(load_setup(config), folder=folder, snapshot_every=3).execute()
     said = capsys.readouterr().out
     assert "repaired 2 lines" in said and "its checksum is another" in said
     assert figures(folder) == whole
@@ -238,7 +239,7 @@ def test_lines_lost_before_the_snapshot_are_run_again(tmp_path, capsys):
     lines = (folder / "results.jsonl").read_bytes().splitlines(keepends=True)
     lines[4] = b"garbage\n"
     (folder / "results.jsonl").write_bytes(b"".join(lines))
-    Run(config, folder=folder, snapshot_every=3).execute()
+    Run(load_setup(config), folder=folder, snapshot_every=3).execute()
     assert "lines are missing" in capsys.readouterr().out
     assert figures(folder) == whole
 

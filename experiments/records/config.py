@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from experiments.records.file import plain
+from tta.streams import Scenario, get_scenario
 
 __all__ = ["BASELINE", "DEMO_METHODS", "RunConfig", "StreamConfig", "SweepConfig"]
-
-OWN_SEVERITIES = ("gradual", "walk")  # scenarios
 
 BASELINE = "source"  # the method that all others are compared with: no adaptation
 DEMO_METHODS = (
@@ -41,19 +40,22 @@ class StreamConfig:
     batch_size: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def spec(self) -> Scenario:
+        """The scenario, with the schedule that the options may put in place of its own."""
+        return get_scenario(self.scenario).with_choices(schedule=self.options.get("schedule"))
+
     def size(self, default: int) -> int:
         """Images that a method sees at once, with `default` for streams that do not say."""
-        if self.scenario == "single":
-            return int(self.options.get("window") or 1)
+        fixed = self.spec.batch_size
+        if fixed is not None:
+            return int(self.options.get("window") or fixed)
         return default if self.batch_size is None else self.batch_size
 
     @property
     def severities(self) -> tuple[float, ...]:
         """All severities that the stream can ask for."""
-        if self.scenario != "gradual":
-            return (self.severity,)
-        levels = [*self.options.get("severities", (1, 2, 3, 4, 5))]
-        return tuple(sorted({*levels, *(self.options.get("first_severities") or ())}))
+        return self.spec.severities(self.severity, self.options)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,9 +147,9 @@ class SweepConfig:
             self.batch_sizes or (None,),
             self.run.methods,
         ):
-            if severity is not None and stream.scenario not in OWN_SEVERITIES:
+            if severity is not None and not stream.spec.own_severities:
                 stream = dataclasses.replace(stream, severity=severity)
-            if size is not None and stream.scenario != "single":
+            if size is not None and stream.spec.batch_size is None:
                 stream = dataclasses.replace(stream, batch_size=size)
             cell = dataclasses.replace(
                 self.run, model=model, seed=seed, streams=(stream,), methods=(method,)

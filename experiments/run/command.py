@@ -10,7 +10,7 @@ from experiments.records.config import RunConfig, StreamConfig
 from experiments.records.file import read_header
 from experiments.run import ranks
 from experiments.run.flags import add_settings, settings_flags
-from experiments.run.run import Run
+from experiments.run.run import Run, load_setup
 from experiments.run.settings import make_run
 
 __all__ = ["add_flags"]
@@ -73,14 +73,8 @@ def _prepare(args: argparse.Namespace) -> Run:
             raise ValueError(f"`resume` must be the folder of a run, got {args.resume}")
         config = RunConfig.from_dict(header["config"])
         ranks.join(config.device)
-        return Run(
-            config,
-            args.resume.parent,
-            args.quiet,
-            folder=args.resume,
-            silent=not ranks.first(),
-            readers=args.readers,
-        )
+        setup = load_setup(config, readers=args.readers)
+        return Run(setup, args.resume.parent, folder=args.resume, show=_show(args))
     settings, flags = settings_flags(args)
     if "sweep" in settings:
         raise ValueError(f"`{args.config}` describes a sweep: python -m experiments sweep")
@@ -89,11 +83,12 @@ def _prepare(args: argparse.Namespace) -> Run:
     if demo and args.scenario is None and args.corruptions is None:
         config = replace(config, streams=(*config.streams, CORRELATED))
     ranks.join(config.device)
-    return Run(
-        config,
-        args.output,
-        args.quiet,
-        fresh=args.fresh,
-        silent=not ranks.first(),
-        readers=args.readers,
-    )
+    setup = load_setup(config, readers=args.readers)
+    return Run(setup, args.output, fresh=args.fresh, show=_show(args))
+
+
+def _show(args: argparse.Namespace) -> str:
+    """What this process prints; of several the first one speaks."""
+    if not ranks.first():
+        return "nothing"
+    return "tables" if args.quiet else "all"

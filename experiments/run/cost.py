@@ -19,11 +19,11 @@ __all__ = ["Passes", "PeakMemory", "Timer"]
 
 
 class Passes:
-    """Counts the images that go through a model, forward and backward, while it is open.
+    """Counts the images that go through a model forward and backward, until it is closed.
 
-    A batch of 64 seen as itself and in 32 augmented views counts 33 * 64 forward. A backward pass
-    counts all images of the forward pass it goes through, in the loss or not. Where a pass is split
-    over processes, the images of all of them count.
+    A batch of 64 that is seen as it is and in 32 augmented views counts 33 * 64 forward. A backward
+    pass counts all images of its forward pass, whether they are in the loss or not. Where a pass is
+    split over processes, the images of all processes count.
 
     Args:
         model: Its output must be one tensor.
@@ -62,7 +62,9 @@ class Passes:
 
 
 class PeakMemory:
-    """The most memory used since it was made: on CUDA what torch allocated, else resident memory.
+    """The largest use of memory since this was made.
+
+    On CUDA that is what torch allocated, elsewhere the resident memory of the process.
 
     Args:
         device: Where the model is.
@@ -89,10 +91,12 @@ class PeakMemory:
 
 
 class Timer:
-    """Times work on a device from when it is made; nothing waits for a GPU before `seconds`.
+    """Measures the time of work on a device, from when it is made on.
+
+    Nothing waits for a GPU before `seconds` is called.
 
     Args:
-        device: Where the work is done; on CUDA in its current stream.
+        device: Where the work is done; on CUDA, in the current stream.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -100,12 +104,12 @@ class Timer:
         self._first = self._last = self._mark()
 
     def stop(self) -> Timer:
-        """End the time here."""
+        """End the measured time here."""
         self._last = self._mark()
         return self
 
     def seconds(self) -> float:
-        """The time between the two."""
+        """Seconds from when the timer was made to `stop`."""
         if self._stream is None:
             return self._last - self._first
         self._last.synchronize()

@@ -1,7 +1,7 @@
-"""Shifted domains that all methods share, so that an image is corrupted once, not once a method.
+"""Shifted domains that all methods share, so that an image is not corrupted anew by each method.
 
-Every image has its own corruption seed, drawn from (seed, corruption, position in the whole set):
-it looks the same whichever other images are chosen, whatever the batch size, for every method.
+Every image has its own corruption seed, drawn from (seed, corruption, position in the whole set).
+So it looks the same for every method, whatever the batch size and the choice of other images.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def corrupt_set(
 
 
 class _Corrupted:
-    """An image array (N, 3, H, W) uint8 that is made when it is first read."""
+    """An image array (N, 3, H, W) uint8 whose images are made when the first one is read."""
 
     def __init__(self, shape: tuple[int, ...], make: Callable[[], Tensor]) -> None:
         self.shape = shape
@@ -86,14 +86,14 @@ class _Corrupted:
 
 
 class Shifts:
-    """The shifted domains of one run, corrupted or read once.
+    """The shifted domains of one run, each corrupted or read once.
 
     Args:
         data: Where stored domains come from.
         clean: What is corrupted where no domain is stored.
-        seed: Of the corruptions.
+        seed: Seed of the corruptions.
         device: Where images in memory are corrupted and kept.
-        on_corrupt: Called with (domain, severity) before a domain is made.
+        on_corrupt: It is called with (domain, severity) before a domain is made.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class Shifts:
 
         Args:
             names: Domain names, in stream order.
-            severities: All that the stream can ask for.
+            severities: All severities that the stream can ask for.
             choose: Picks the images of a set that the stream uses.
             smooth: Whether the stream asks for severities in between, or for two corruptions at
                 once; such a stream corrupts its images as they come.
@@ -143,7 +143,7 @@ class Shifts:
     def _corrupt(
         self, images: Tensor, name: str, severity: float, generator: torch.Generator
     ) -> Tensor:
-        """Corrupt a batch as it comes; kept by nobody, so paid for by every method."""
+        """Corrupt a batch when it is shown; every method does so again, as nothing is kept."""
         return corruptions.corrupt(images.to(self.device), name, severity, generator=generator)
 
     def _domain(

@@ -15,7 +15,7 @@ from experiments.run.settings import read_settings
 __all__ = ["add_imports", "add_settings", "number_of_images", "parse_value", "settings_flags"]
 
 
-# What a run says by flags of its own, by the name that it has for `tta.streams.build`.
+# Arguments of `tta.streams.build` for which a run has flags of its own.
 OWN_FLAGS = {
     "scenario": "--scenario",
     "dataset": "--data",
@@ -32,7 +32,7 @@ def add_settings(parser: argparse.ArgumentParser, methods: bool = True) -> None:
     """Add the flags that `experiments.run.settings` knows, those of runs and sweeps alike.
 
     Args:
-        parser: Of a command.
+        parser: The parser of a command.
         methods: Whether the user chooses methods.
     """
     add = parser.add_argument
@@ -111,7 +111,7 @@ def add_imports(parser: argparse.ArgumentParser) -> None:
 
 
 def settings_flags(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The file's settings and the flags', as `experiments.run.settings.make_run` takes them."""
+    """The settings of the file and those of the flags, as `make_run` takes them."""
     settings = {} if args.config is None else read_settings(args.config)
     names = ["model", "methods", "data", "clean", "classes", "source", "batch_size", "device"]
     names += ["severity", "scenario", "name", "imports"]
@@ -124,7 +124,7 @@ def settings_flags(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, 
 
 
 def read_tuned(path: Path) -> dict[str, Any]:
-    """What `experiments.sweep.tune` wrote."""
+    """Read a file that `experiments.sweep.tune` wrote."""
     try:
         found = json.loads(path.read_text())
     except json.JSONDecodeError as error:
@@ -135,6 +135,7 @@ def read_tuned(path: Path) -> dict[str, Any]:
 
 
 def number_of_images(text: str | None, default: int | None) -> int | None:
+    """Read a number of images; None for "all", and `default` for None."""
     if text is None:
         return default
     if text == "all":
@@ -145,6 +146,7 @@ def number_of_images(text: str | None, default: int | None) -> int | None:
 
 
 def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
+    """Read ``KEY=VALUE`` pairs, whose values are Python literals or texts."""
     options = {}
     for pair in pairs:
         key, equals, text = pair.partition("=")
@@ -164,4 +166,4 @@ def parse_value(text: str) -> Any:
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
-        return text  # a bare word
+        return text

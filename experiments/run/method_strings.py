@@ -1,29 +1,33 @@
 """Method strings of the command line: ``"eata"``, ``"eata.cifar10"``, ``"unmix_tns+eata+lame"``.
 
-A string is sugar for `tta.wrap`'s keywords: every component goes to the slot it belongs to, so
-their order does not matter. A component without a preset gets the one made for the model's number
-of classes, if it has one. Fields are set in brackets: ``"eata[lr=1e-3, entropy_margin=0.3]+lame"``.
+A string stands for keywords of `tta.wrap`. Every component goes to the slot that it belongs to, so
+the order of components does not matter. A component without a preset gets the one that was made for
+the model's number of classes, if it has one. Fields are set in brackets:
+``"eata[lr=1e-3, entropy_margin=0.3]+lame"``.
 """
 
 from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 import tta
 from experiments.run.subject import Subject
 from tta.core.checks import nearest
+from tta.core.component import Component
 from tta.core.config import SLOTS
-from tta.core.registry import PRESET_CLASSES
+from tta.core.registry import PRESET_CLASSES, component
 
-__all__ = ["Method", "parse_method", "parse_methods"]
+__all__ = ["Method", "check_labels", "parse_method", "parse_methods"]
 
 PLUS = re.compile(r"\+(?![^\[]*\])")  # but not inside of brackets
+SOURCE = "source"  # the model as it is, the one name that is joined to nothing
 PRESET_OF_CLASSES = {classes: preset for preset, classes in PRESET_CLASSES.items()}
 
 
@@ -33,35 +37,54 @@ class Method:
 
     Args:
         label: What the user wrote, for tables.
-        slots: Component of each filled slot, with its preset; empty for the source model.
+        slots: Component of each filled slot, as a name with its preset or as a config; empty for
+            the source model.
         overrides: Fields of the components that are set to other values.
     """
 
     label: str
-    slots: dict[str, str] = field(default_factory=dict)
+    slots: dict[str, str | tta.ComponentConfig] = field(default_factory=dict)
     overrides: dict[str, Any] = field(default_factory=dict)
 
     @property
     def cost(self) -> float:
-        """Rough cost of a batch in plain forwards, to foretell the time left."""
-        return 4.0 if "update" in self.slots else 1.3 if self.slots else 1.0
+        """Rough cost of a batch in forward passes of the plain model, to foretell the time left."""
+        return 1.0 + sum(_component(choice).cost for choice in self.slots.values())
 
     def wrap(self, model: nn.Module, **arguments: Any) -> tta.Adapter:
         """Wrap `model`; `arguments` are those of `tta.wrap`."""
         if not self.slots:
-            return tta.wrap(model, "source", **arguments)
+            return tta.wrap(model, SOURCE, **arguments)
         return tta.wrap(model, **self.slots, **self.overrides, **arguments)  # type: ignore[arg-type]
 
     def wrap_subject(self, subject: Subject, batch_size: int, seed: int) -> tta.Adapter:
-        """Wrap a subject's model with its source artefacts."""
+        """Wrap a subject's model, with its source artefacts and the scale of its pixels."""
         return self.wrap(
             subject.model,
             source=subject.source,
             batch_size=batch_size,
             seed=seed,
-            mean=subject.info.mean,
-            std=subject.info.std,
+            mean=subject.info.mean or None,
+            std=subject.info.std or None,
         )
+
+    @contextmanager
+    def applied(self, subject: Subject, batch_size: int, seed: int) -> Iterator[tta.Adapter]:
+        """Give the subject's model wrapped, for as long as a ``with`` block runs."""
+        adapter = self.wrap_subject(subject, batch_size, seed)
+        try:
+            yield adapter
+        finally:
+            adapter.unwrap()
+
+    def warm_up(self, subject: Subject, images: Tensor) -> None:
+        """Do what torch sets up on a first forward pass, for which no method should pay.
+
+        Args:
+            subject: Its model is run without any method.
+            images: (B, 3, H, W) in [0, 1].
+        """
+        subject.warm_up(images)
 
 
 def parse_method(text: str, classes: int) -> Method:
@@ -76,16 +99,16 @@ def parse_method(text: str, classes: int) -> Method:
             of one slot.
     """
     label = text.strip()
-    if label == "source":
+    if label == SOURCE:
         return Method(label)
     slot_of = {name: slot for slot in SLOTS for name in tta.list_methods(slot=slot)}
-    slots: dict[str, str] = {}
+    slots: dict[str, str | tta.ComponentConfig] = {}
     overrides: dict[str, Any] = {}
     for part in PLUS.split(label):
         name, fields = _fields(part.strip())
         overrides |= fields
         base, _, preset = name.partition(".")
-        if base == "source":
+        if base == SOURCE:
             raise ValueError(
                 f"`methods` has {label!r}, but source means no adaptation and is joined to "
                 "nothing: leave it out"
@@ -93,7 +116,7 @@ def parse_method(text: str, classes: int) -> Method:
         if base not in slot_of:
             raise ValueError(
                 f"`methods` must be names of components, got {base!r}: "
-                + nearest(base, [*slot_of, "source"])
+                + nearest(base, [*slot_of, SOURCE])
             )
         slot = slot_of[base]
         if slot in slots:
@@ -126,13 +149,23 @@ def _fields(part: str) -> tuple[str, dict[str, Any]]:
         ) from error
 
 
+def _component(choice: str | tta.ComponentConfig) -> type[Component]:
+    name = choice if isinstance(choice, str) else choice.name
+    return component(name.partition(".")[0])
+
+
 def parse_methods(texts: Sequence[str], classes: int) -> list[Method]:
-    """Read all method strings; the same one twice is an error."""
+    """Read all method strings; see `parse_method` and `check_labels`."""
     methods = [parse_method(text, classes) for text in texts]
+    check_labels(methods)
+    return methods
+
+
+def check_labels(methods: Sequence[Method]) -> None:
+    """Reject methods of which one is there twice, and none at all."""
     labels = [method.label for method in methods]
     twice = sorted({label for label in labels if labels.count(label) > 1})
     if twice:
         raise ValueError(f"`methods` must name each method once, got {', '.join(twice)} twice")
     if not methods:
         raise ValueError("`methods` must name at least one method, got none: such as source tent")
-    return methods

@@ -1,4 +1,4 @@
-"""``python -m experiments preview``: what a stream is, before any model sees it."""
+"""``python -m experiments preview``: what a stream shows, before any model sees it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 
 from experiments.run.flags import add_settings, settings_flags
-from experiments.run.run import Run
 from experiments.run.settings import make_run
+from experiments.run.setup import load_setup
 from tta.streams import Stream
 
 __all__ = ["Previews", "add_flags"]
@@ -31,18 +31,18 @@ def _prepare(args: argparse.Namespace) -> Previews:
     settings, flags = settings_flags(args)
     settings.pop("sweep", None)
     config = make_run(settings, {**flags, "seed": args.seed, "methods": ["source"], "tuned": []})
-    run = Run(config, silent=True)
-    streams = {c.name: s for c, s in zip(run.config.streams, run.streams, strict=True)}
+    setup = load_setup(config)
+    streams = {c.name: s for c, s in zip(setup.config.streams, setup.streams, strict=True)}
     return Previews(streams, args.output, args.name)
 
 
 class Previews:
-    """What some streams are.
+    """The previews of some streams, to be printed and written.
 
     Args:
-        streams: By name.
+        streams: The streams by name.
         folder: Where the files go.
-        name: Begins the files' names.
+        name: It begins the files' names.
     """
 
     def __init__(self, streams: dict[str, Stream], folder: Path, name: str) -> None:

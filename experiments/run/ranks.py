@@ -1,8 +1,8 @@
 """``torchrun -m experiments run``: one stream on several processes, each with a share of a batch.
 
-Every rank reads the stream and knows all figures, see `tta.runtime.split_batches`; the first one
-writes and speaks. The others work in a folder of their own that begins as a copy of the run's and
-is thrown away, so that a run goes on on all ranks where the first one left it.
+Every rank reads the stream and knows all figures, see `tta.runtime.split_batches`. The first rank
+writes and prints. Each of the others works in a folder of its own, which begins as a copy of the
+run's folder and is thrown away. So all ranks continue a run where the first one left it.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ def many() -> bool:
 
 
 def first() -> bool:
-    """Whether this process is the one that writes and speaks."""
+    """Whether this process is the one that writes and prints."""
     return not many() or os.environ["RANK"] == "0"
 
 
 def join(device: str) -> None:
-    """Meet the other processes, if there are any; each takes the GPU of its local rank for cuda.
+    """Join the group of processes, if there are several; for cuda each takes the GPU of its rank.
 
     Raises:
         ValueError: For a device with a number, which all ranks would take, and for more ranks than
@@ -65,7 +65,7 @@ def join(device: str) -> None:
 
 
 def leave() -> None:
-    """Part from the other processes."""
+    """Leave the group of processes."""
     if many() and dist.is_initialized():
         dist.destroy_process_group()
 
@@ -76,7 +76,7 @@ def share(adapter: tta.Adapter) -> tta.Adapter:
 
 
 def lead(folder: Path) -> None:
-    """Tell the others where the run in `folder` is."""
+    """Send the files of the run in `folder`, which say how far it is, to the other processes."""
     if many():
         files = {n: (folder / n).read_bytes() for n in (RESULTS, FILE) if (folder / n).is_file()}
         dist.broadcast_object_list([files])
@@ -84,7 +84,7 @@ def lead(folder: Path) -> None:
 
 @contextmanager
 def following() -> Iterator[Path]:
-    """A folder for a rank that writes nothing, with what `lead` sent; removed afterwards."""
+    """A folder with the files that `lead` sent, which is removed after the ``with`` block."""
     folder = Path(tempfile.mkdtemp(prefix="tta-rank-"))
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # torchrun's way to end it
     try:

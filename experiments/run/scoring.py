@@ -1,45 +1,52 @@
-"""One method over one stream: predictions, times, and what the adapter reported."""
+"""One method on one stream: its predictions, their times, and the reports of the adapter."""
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from experiments.data import LabelledSet
 from experiments.run.cost import Passes, PeakMemory, Timer
-from experiments.run.metrics import Scores, Totals, log_probabilities, score
+from experiments.run.metrics import Scores, log_probabilities, score
+from experiments.run.totals import Totals
 from tta import Adapter
 from tta.core.prediction import Report
 from tta.streams import Batch, Stream
 from tta.streams.reading import read_ahead
 
-__all__ = ["Step", "clean_error", "iter_evaluate"]
+__all__ = ["Images", "Step", "clean_error", "iter_evaluate"]
 
 # A block is scored when it has so many batches, or took so long: numpy takes nearly as long for one
 # batch as for all of them, and a GPU is waited for once.
 BLOCK_BATCHES, BLOCK_SECONDS = 32, 0.2
-SAMPLES = 8  # images that are kept of each stretch of a domain
+SAMPLES = 8  # images that are kept of each visit to a domain
 MEMORY_EVERY = 20  # batches; asking takes time, and a peak stays
 Preprocess = Callable[[Tensor], Tensor]
 
 
+class Images(Protocol):
+    """Labelled images: items are a (3, H, W) tensor, uint8 or float in [0, 1], and a label."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, position: int, /) -> tuple[Tensor, int]: ...
+
+
 @dataclass
 class Step:
-    """What one batch gave.
+    """The figures of one batch.
 
     Args:
         row: The batch's line in the results file.
-        scores: Of each image.
+        scores: The numbers of each image.
         error: Share of errors in the stream up to here.
         domain_error: Share of errors in the batch's domain up to here; None for a mixed batch.
-        images: The first (up to `SAMPLES`, 3, H, W) where a stretch of a domain begins, or None.
+        images: The first images of a visit to a domain, (up to `SAMPLES`, 3, H, W); None in batches
+            that do not begin a visit.
     """
 
     row: dict[str, Any]
@@ -51,17 +58,17 @@ class Step:
 
 @dataclass
 class _Predicted:
-    """A batch whose predictions are not looked at yet.
+    """A batch that is predicted and not yet scored.
 
     Args:
-        batch: Without its images, which would be held until the block is scored.
+        batch: The batch without its images, which would be held until the block is scored.
         output: (B, C), on the model's device.
-        report: The adapter's, of this batch.
-        before: The adapter's before it, which tells the resets since.
-        timer: Of the adapter's work.
+        report: The adapter's report of this batch.
+        before: The adapter's report before this batch, which tells the resets since then.
+        timer: Has timed the adapter's work.
         forwards: Images through the model.
-        backwards: Images through its backward.
-        undone: Whether the stream had the adapter reset before it.
+        backwards: Images through the model's backward pass.
+        was_reset: Whether the adapter was reset before this batch because the stream said so.
         images: See `Step`.
     """
 
@@ -72,7 +79,7 @@ class _Predicted:
     timer: Timer
     forwards: int
     backwards: int
-    undone: bool
+    was_reset: bool
     images: Tensor | None
 
 
@@ -83,8 +90,8 @@ def iter_evaluate(
     preprocess: Preprocess,
     totals: Totals | None = None,
     every: int | None = None,
-) -> Iterator[tuple[list[Step], Totals]]:
-    """Run `adapter` over `stream` and give out the figures of the batches, some at a time.
+) -> Generator[tuple[list[Step], Totals], None, None]:
+    """Run `adapter` over `stream` and yield the figures of its batches, some batches at a time.
 
     The adapter is reset where the stream says so, and only predicts where it says not to adapt.
     Figures do not depend on how many batches are scored together.
@@ -94,12 +101,12 @@ def iter_evaluate(
         stream: From `tta.streams.build`, from its first batch on.
         device: Where the model is.
         preprocess: Pixels (B, 3, H, W) in [0, 1] to what the model takes.
-        totals: Of the batches before, to go on after them; `adapter` must be as it was then.
-        every: Give out after every batch whose number is a multiple of this, too.
+        totals: Those of the batches before, to go on after them; `adapter` must be as it was then.
+        every: Also yield after every batch whose number is a multiple of this.
 
     Yields:
-        What the batches since the last time gave, and the totals so far (one object, updated);
-        the adapter is as the last of them left it.
+        The figures of the batches since the last time, and the totals so far (one object, which is
+        updated). The adapter is as the last of these batches left it.
     """
     totals = Totals(adapter.num_classes) if totals is None else totals
     memory, passes = PeakMemory(device), Passes(adapter.model)
@@ -126,8 +133,8 @@ def _iter_predict(
     """Adapt and predict batch by batch; waits for a GPU no more than the adapter does."""
     domain, report = None, adapter.report
     for batch in stream:
-        undone = batch.reset and batch.step > 0  # before the first batch there is nothing to undo
-        if undone:
+        was_reset = batch.reset and batch.step > 0  # nothing was learned before the first batch
+        if was_reset:
             adapter.reset()
             report = adapter.report
         pixels = batch.images if batch.window is None else batch.window
@@ -143,7 +150,7 @@ def _iter_predict(
             timer,
             passes.forward,
             passes.backward,
-            undone,
+            was_reset,
             images,
         )
 
@@ -151,7 +158,7 @@ def _iter_predict(
 def _predict(
     adapter: Adapter, stream: Stream, batch: Batch, images: Tensor, passes: Passes
 ) -> tuple[Tensor, Timer]:
-    """The adapter's output (B, C) and the time it took; tells a measured clock what it costs."""
+    """Return the adapter's output (B, C) and its time, of which a measured clock is told."""
 
     def adaptive() -> tuple[Tensor, Timer]:
         timer = Timer(images.device)
@@ -169,7 +176,7 @@ def _predict(
 
 
 def _score(adapter: Adapter, block: Sequence[_Predicted], totals: Totals) -> list[Step]:
-    """Make the figures of some batches, and add them to the totals."""
+    """Compute the figures of some batches, and add them to the totals."""
     output = torch.cat([predicted.output for predicted in block])
     labels = torch.cat([predicted.batch.labels for predicted in block]).cpu()
     together = score(output.argmax(1).cpu(), log_probabilities(adapter, output), labels)
@@ -177,21 +184,19 @@ def _score(adapter: Adapter, block: Sequence[_Predicted], totals: Totals) -> lis
     for predicted in block:
         batch, report = predicted.batch, predicted.report
         start, stop = stop, stop + len(batch)
-        scores = together[start:stop]
-        nll = scores.nll[scores.finite]
+        scores = together.rows(slice(start, stop))
         own_resets = max(report.resets - predicted.before.resets, 0)
         row = {
             "step": batch.step,
             "domain": batch.domain,
             "severity": batch.severity,
             "images": len(batch),
-            "errors": int(scores.wrong.sum()),
-            "entropy": float(scores.entropy.mean()),
-            "nll": float(nll.mean()) if len(nll) else math.nan,
+            "errors": int(scores.values["error"].sum()),
+            **scores.means("batch"),
             "concentration": scores.concentration,
             "loss": report.loss,
             "selected": int(report.selected) if report.stepped and batch.adapt else 0,
-            "resets": totals.resets + int(predicted.undone) + own_resets,
+            "resets": totals.resets + int(predicted.was_reset) + own_resets,
             "late": batch.late,
             "seconds": predicted.timer.seconds(),
         }
@@ -206,7 +211,7 @@ def _score(adapter: Adapter, block: Sequence[_Predicted], totals: Totals) -> lis
 
 def clean_error(
     adapter: Adapter,
-    images: LabelledSet,
+    images: Images,
     batch_size: int,
     seed: int,
     device: torch.device,
@@ -217,9 +222,9 @@ def clean_error(
 
     Args:
         adapter: A wrapped model on `device`.
-        images: To show.
+        images: The clean images.
         batch_size: Images at once.
-        seed: Of the order.
+        seed: Seed of the order.
         device: Where the model is.
         preprocess: As in `iter_evaluate`.
         readers: Threads that decode images ahead.
@@ -234,6 +239,8 @@ def clean_error(
     wrong = 0
     with adapter.frozen():
         for _, (pixels, labels) in read_ahead(order, read, readers):
-            output = adapter(preprocess(pixels.to(device).float() / 255)).cpu()
+            pixels = pixels.to(device)
+            pixels = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
+            output = adapter(preprocess(pixels)).cpu()
             wrong += int(((output.argmax(1) != labels) | output.isnan().any(1)).sum())
     return wrong / len(images)

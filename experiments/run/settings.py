@@ -1,4 +1,4 @@
-"""Configurations from TOML files and flags; a flag wins over the file, the file over the default.
+"""Configurations from TOML files and flags. A flag wins over the file, the file over the default.
 
 ::
 
@@ -40,7 +40,7 @@ from tta.core.plugins import import_modules
 if sys.version_info >= (3, 11):
     import tomllib
 else:  # the same under its former name
-    import tomli as tomllib
+    import tomli as tomllib  # pyright: ignore[reportMissingImports]
 
 __all__ = ["make_run", "make_sweep", "read_settings"]
 
@@ -67,7 +67,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     """Read a TOML file and check its keys.
 
     Raises:
-        ValueError: For a file that is no TOML, or a key that means nothing.
+        ValueError: For a file that is no TOML, or an unknown key.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"`config` must be a TOML file, but {path} is not there")
@@ -90,7 +90,7 @@ def make_run(settings: Mapping[str, Any], flags: Mapping[str, Any]) -> RunConfig
     """The configuration of one run, or of what the runs of a sweep have in common.
 
     Args:
-        settings: Of a file, see `read_settings`.
+        settings: The settings of a file, see `read_settings`.
         flags: Fields of `RunConfig`, ``tuned`` (what `experiments.sweep.tune` wrote), and fields of
             `StreamConfig` for all streams; None for flags that were not given. ``scenario`` takes
             the place of the file's streams.
@@ -153,11 +153,7 @@ def make_sweep(settings: Mapping[str, Any], flags: Mapping[str, Any]) -> SweepCo
 
 def _stream(values: dict[str, Any], images: int | None) -> StreamConfig:
     scenario = values["scenario"]
-    if scenario not in tta.streams.list_scenarios():
-        raise ValueError(
-            f"`scenario` must be one of tta.streams, got {scenario!r}: "
-            + nearest(scenario, tta.streams.list_scenarios())
-        )
+    tta.streams.get_scenario(scenario)  # raises for an unknown name
     values = {"name": scenario, "domains": (), **values}
     values["domains"] = tuple(values["domains"])
     count = values.get("images", images)

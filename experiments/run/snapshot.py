@@ -1,7 +1,7 @@
-"""Where a method is in a stream, in one file that is replaced in one step.
+"""The place of a method in a stream, in one file that is replaced in one step.
 
-A snapshot holds the adapter's state, the totals and torch's generator together, so that whenever a
-run is killed the last one is whole and belongs to one moment.
+A snapshot holds the adapter's state, the totals and the state of torch's generator of one moment.
+Whenever a run is killed, the last snapshot is whole.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from experiments.records.file import plain
-from experiments.run.metrics import Totals
+from experiments.run.totals import Totals
 from tta import Adapter
 from tta.core.files import part_of, replacing
 from tta.core.state_dict import checksum
@@ -34,8 +34,9 @@ class Snapshots:
     """Saves a run's place in a stream now and then, and finds it again.
 
     Args:
-        folder: The run's.
-        every: Batches between two; None for as many as take `SECONDS`, more where saving is slow.
+        folder: The run's folder.
+        every: Batches between two snapshots; None for as many as take `SECONDS`, or more where
+            saving is slow.
     """
 
     def __init__(self, folder: Path, every: int | None = None) -> None:
@@ -79,7 +80,7 @@ class Snapshots:
             The totals; None where there is no snapshot of `key`.
 
         Raises:
-            ValueError: The file is damaged; nothing was loaded.
+            ValueError: The file is damaged or was written by another version; nothing is loaded.
         """
         if not self.path.is_file():
             return None
@@ -100,9 +101,16 @@ class Snapshots:
         for name, value in tensors.items():
             part, _, rest = name.partition("/")
             parts.setdefault(part, {})[rest] = value
+        try:
+            totals = Totals.from_state(about["totals"], parts["totals"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"`{self.path}` must be a snapshot of this version, but it does not fit ({error}): "
+                "it is left out and the method starts again"
+            ) from error
         adapter.load_state(parts["state"])
         torch.set_rng_state(tensors["torch_rng"])
-        return Totals.from_state(about["totals"], parts["totals"])
+        return totals
 
     def remove(self) -> None:
         """Delete the snapshot, and what a kill while saving left."""

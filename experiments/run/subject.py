@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,18 +14,19 @@ import models
 import tta
 from experiments.data import Collection, LabelledSet, open_data
 
-__all__ = ["Subject", "load_subject", "pick_device"]
+__all__ = ["Subject", "load_subject", "normalise", "pick_device"]
 
 
 @dataclass
 class Subject:
-    """A model and what it is shown.
+    """A model and the images that it is shown.
 
     Args:
         name: The model's name.
-        model: On `device`, in eval mode.
-        info: What `models.load` says about it.
-        source: Artefacts made from its training images, or None.
+        model: The model, on `device`.
+        info: What a caller of the model must know. Where `mean` and `std` are empty, nobody knows
+            how `preprocess` scales pixels.
+        source: Artefacts made from its training images, or such images in batches, or None.
         data: Shifted domains, or the images to shift.
         clean: Clean images, or None.
         preprocess: Pixels (B, 3, H, W) in [0, 1] to what the model takes.
@@ -35,11 +36,26 @@ class Subject:
     name: str
     model: nn.Module
     info: models.ModelInfo
-    source: tta.SourceStatistics | None
+    source: tta.SourceStatistics | Iterable[tuple[Tensor, Tensor]] | None
     data: Collection
     clean: LabelledSet | None
     preprocess: Callable[[Tensor], Tensor]
     device: torch.device
+
+    def warm_up(self, images: Tensor) -> None:
+        """Run the plain model once, which is left as it was.
+
+        Args:
+            images: (B, 3, H, W) in [0, 1].
+        """
+        modes = [(module, module.training) for module in self.model.modules()]
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                self.model(self.preprocess(images.to(self.device)))
+        finally:
+            for module, mode in modes:
+                module.training = mode
 
     def describe(self) -> dict[str, Any]:
         """The model for a results file."""
@@ -48,8 +64,13 @@ class Subject:
             "architecture": type(self.model).__name__,
             "norm_layers": self.info.norm_types,
             "parameters": sum(p.numel() for p in self.model.parameters()),
-            "source_artefacts": [] if self.source is None else self.source.contents,
+            "source_artefacts": self._source_artefacts(),
         }
+
+    def _source_artefacts(self) -> list[str]:
+        if isinstance(self.source, tta.SourceStatistics):
+            return list(self.source.contents)
+        return [] if self.source is None else ["batches"]
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -113,7 +134,7 @@ def load_subject(
                 f"`{source_path}` is missing: make it with tta.collect_source(...).save(path)"
             )
         source = tta.SourceStatistics.load(source_path)
-    preprocess = _preprocess(info, device)
+    preprocess = normalise(info.mean, info.std, device)
     model = model.to(device).eval()
     return Subject(model_name, model, info, source, shown, clean, preprocess, device)
 
@@ -128,8 +149,17 @@ def _lines(path: str) -> list[str]:
     return lines
 
 
-def _preprocess(info: models.ModelInfo, device: torch.device) -> Callable[[Tensor], Tensor]:
-    mean, std = (torch.tensor(v, device=device).view(1, -1, 1, 1) for v in (info.mean, info.std))
-    if bool((mean == 0).all()) and bool((std == 1).all()):
+def normalise(
+    mean: Sequence[float], std: Sequence[float], device: torch.device
+) -> Callable[[Tensor], Tensor]:
+    """Make the function from pixels (B, 3, H, W) in [0, 1] to what a model takes.
+
+    Args:
+        mean: Mean of each channel, or one for all.
+        std: Standard deviation of each channel, or one for all.
+        device: Where the pixels are.
+    """
+    means, stds = (torch.tensor(v, device=device).view(1, -1, 1, 1) for v in (mean, std))
+    if bool((means == 0).all()) and bool((stds == 1).all()):
         return lambda images: images
-    return lambda images: (images - mean) / std
+    return lambda images: (images - means) / stds

@@ -8,27 +8,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.compat.proto import summary_pb2
 from torch.utils.tensorboard import SummaryWriter
 
 from experiments.run.scoring import Step
 
 __all__ = ["Events"]
 
-SCALARS = ("entropy", "nll", "concentration", "selected", "resets")
+SCALARS = ("concentration", "selected", "resets")  # besides the metrics of a batch
 QUEUE = 1000  # events that may wait for the writer's thread before we wait for it
 
 
 class Events:
-    """What one method does on one stream: scalars by step, figures and entropies by domain.
+    """Events of one method on one stream: scalars by step, errors and entropies by domain.
 
     Args:
         folder: The run's folder.
         stream: Name of the stream.
         method: Name of the method; both become parts of the path.
         config: Shown as text.
-        start: First step; later events of a run that was killed are overwritten.
-        samples: Show some images of each domain; enough for one method of a stream.
+        start: First step; events of later steps that a killed run left are overwritten.
+        samples: Show some images of each domain, which is enough for one method of a stream.
     """
 
     def __init__(
@@ -57,10 +57,11 @@ class Events:
             if row["domain"] != self._domain:
                 self._end_domain(number)
                 self._domain = row["domain"]
-            self._entropies.append(step.scores.entropy)
+            self._entropies.append(step.scores.values["entropy"])
             self._domain_error = step.domain_error
             values = {"error/batch": row["errors"] / row["images"], "error/running": step.error}
-            self._add_scalars(values | {name: row[name] for name in SCALARS}, number)
+            values |= step.scores.means("batch") | {name: row[name] for name in SCALARS}
+            self._add_scalars(values, number)
             if self._samples and step.images is not None and row["domain"] not in self._shown:
                 self._shown.add(row["domain"])
                 self._writer.add_images(f"images/{row['domain']}", step.images.cpu(), number)
@@ -74,9 +75,12 @@ class Events:
         self._writer.close()
 
     def _add_scalars(self, values: dict[str, float], step: int) -> None:
-        """Add scalars in one event, made here: `add_scalar` for each takes as long as a layer."""
-        points = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
-        self._writer.file_writer.add_summary(Summary(value=points), step)
+        """Add scalars in one event; `add_scalar` for each of them takes as long as a layer."""
+        proto: Any = summary_pb2  # made by protobuf, without types
+        points = [proto.Summary.Value(tag=name, simple_value=v) for name, v in values.items()]
+        writer = self._writer.file_writer
+        assert writer is not None  # it is there until the writer is closed
+        writer.add_summary(proto.Summary(value=points), step)
 
     def _end_domain(self, step: int) -> None:
         """Add the figures of the domain that the stream leaves."""

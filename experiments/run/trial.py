@@ -9,43 +9,42 @@ from pathlib import Path
 from typing import Any
 
 import tta
-from experiments.data import LabelledSet
 from experiments.records.config import StreamConfig
 from experiments.records.file import Results
 from experiments.records.progress import Progress
 from experiments.run import ranks
 from experiments.run.method_strings import Method
-from experiments.run.metrics import Totals
-from experiments.run.scoring import Step, clean_error, iter_evaluate
+from experiments.run.scoring import Images, Step, clean_error, iter_evaluate
 from experiments.run.snapshot import Snapshots
 from experiments.run.subject import Subject
+from experiments.run.totals import Totals
 from tta.streams import Stream
 
 __all__ = ["OutOfTime", "Trial"]
 
 
 class OutOfTime(Exception):
-    """The time a run was given is over; its place is saved."""
+    """The time that a run was given is over; its place is saved."""
 
 
 @dataclass
 class Trial:
-    """What a method needs to be run on a stream.
+    """Runs one method on one stream, with all that it needs to do so.
 
     Args:
         subject: Model and data.
         clean: Clean images to test on before and after, or None.
-        folder: The run's.
-        results: Its results file.
-        snapshots: Where its place in the stream is kept.
-        progress: Told of every batch.
-        seed: Of the adapter, and of the order of clean images.
+        folder: The run's folder.
+        results: The run's results file.
+        snapshots: Where the place in the stream is kept.
+        progress: It is told of every batch.
+        seed: Seed of the adapter, and of the order of clean images.
         deadline: Time (of `time.monotonic`) after which to stop, or None.
         readers: Threads that decode images ahead.
     """
 
     subject: Subject
-    clean: LabelledSet | None
+    clean: Images | None
     folder: Path
     results: Results
     snapshots: Snapshots
@@ -57,13 +56,13 @@ class Trial:
     def run(
         self, config: StreamConfig, stream: Stream, method: Method, batch_size: int, samples: bool
     ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """Run a method on a stream, or read what it gave where it is done.
+        """Run a method on a stream, or read its results where it has been run.
 
         Args:
-            config: The stream's.
+            config: The stream's configuration.
             stream: The stream.
             method: The method.
-            batch_size: The stream's; learning rates are scaled for it.
+            batch_size: That of the stream; learning rates are scaled for it.
             samples: Whether to show some of the stream's images in TensorBoard.
 
         Returns:
@@ -77,13 +76,14 @@ class Trial:
             clean = 0 if self.clean is None else len(self.clean)
             self.progress.skip(method.cost * (done["images"] + 2 * clean))
         else:
-            adapter = method.wrap_subject(self.subject, batch_size, self.seed)
-            try:
+            with method.applied(self.subject, batch_size, self.seed) as adapter:
                 ranks.share(adapter)
                 totals = self._take_up(adapter, config, method, batch_size)
                 self.results.write("method", **names, config=adapter.config.to_dict())
                 about = adapter.config.to_dict()
-                events = Events(self.folder, *names.values(), about, totals.batches, samples)
+                events = Events(
+                    self.folder, config.name, method.label, about, totals.batches, samples
+                )
                 stepper = iter_evaluate(
                     adapter,
                     stream.prefetch(self.readers),
@@ -100,8 +100,6 @@ class Trial:
                         self._save_place(names, adapter, totals)
                     events.finish(totals.batches)
                 after = self._clean_error(adapter, config, method, batch_size)
-            finally:
-                adapter.unwrap()
             for name, tally in totals.by_domain.items():
                 self.results.write("domain", **names, domain=name, **tally.figures())
             self.results.write("summary", **names, **totals.summary(), clean_error=after)
@@ -112,7 +110,7 @@ class Trial:
     def _take_up(
         self, adapter: tta.Adapter, config: StreamConfig, method: Method, batch_size: int
     ) -> Totals:
-        """Totals of what was done before, with the adapter as it was then."""
+        """Put the adapter back to where it was left, and return the totals up to there."""
         label = f"{config.name}, {method.label}"
         try:
             totals = self.snapshots.load([config.name, method.label], adapter)

@@ -12,13 +12,12 @@ import argparse
 import statistics
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from experiments.records.config import BASELINE, RunConfig
-from experiments.run.run import Run
+from experiments.run.run import Run, load_setup
 from experiments.run.settings import make_run
 
 __all__ = ["Overhead", "add_flags"]
@@ -68,15 +67,15 @@ class Overhead:
 
     def execute(self) -> float:
         """Time runs and print the runner's share; returns it, as a part of the model's time."""
-        run = Run(self.config, silent=True)
-        run.clean = None  # more forward passes of the same kind
-        (stream,) = run.streams
+        setup = load_setup(self.config)
+        setup.clean = None  # more forward passes of the same kind
+        (stream,), device = setup.streams, setup.subject.device
         count = sum(len(batch) for batch in stream)  # and so all corruptions are made
-        gpu = run.device.type == "cuda"
+        gpu = device.type == "cuda"
 
         def now() -> float:
             if gpu:
-                torch.cuda.synchronize(run.device)
+                torch.cuda.synchronize(device)
                 return time.perf_counter()
             return time.process_time()
 
@@ -90,12 +89,12 @@ class Overhead:
             nonlocal inside
             inside += now()
 
-        run.subject.model.register_forward_pre_hook(enter)
-        run.subject.model.register_forward_hook(leave)
+        setup.subject.model.register_forward_pre_hook(enter)
+        setup.subject.model.register_forward_hook(leave)
         shares = []
         for number in range(1 + self.rounds):
             with tempfile.TemporaryDirectory() as folder:
-                run.folder = Path(folder)
+                run = Run(setup, folder=folder, show="nothing")
                 inside, start = 0.0, now()
                 run.execute()
                 whole = now() - start

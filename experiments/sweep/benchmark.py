@@ -151,7 +151,7 @@ def _without_replay(name: str) -> str:
     found = component(name)
     if not (issubclass(found, Update) and found.replays_source):
         return name
-    fields = sorted(found.for_artefacts.items())
+    fields = sorted(found.artefact_fields.items())
     return f"{name}[{','.join(f'{field}={value:g}' for field, value in fields)}]"
 
 

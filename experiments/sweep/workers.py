@@ -24,7 +24,7 @@ import torch
 from experiments.records.config import RunConfig
 from experiments.records.errors import CannotGoOn
 from experiments.records.file import RESULTS, Busy, Conflict, read_lines
-from experiments.run.run import Cache, Run
+from experiments.run.run import Cache, Run, load_setup
 from experiments.run.trial import OutOfTime
 from tta.core.files import replacing
 
@@ -98,7 +98,8 @@ def run_cell(cell: Cell, carry: bool = False) -> Outcome:
     status, text = "done", ""
     try:
         try:
-            run = Run(cell.config, folder=cell.folder, silent=True, deadline=deadline, cache=_CACHE)
+            setup = load_setup(cell.config, cache=_CACHE)
+            run = Run(setup, folder=cell.folder, show="nothing", deadline=deadline)
         except (ValueError, TypeError, OSError) as error:
             return Outcome(cell, "refused", str(error))
         run.execute()

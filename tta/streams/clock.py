@@ -101,11 +101,11 @@ class Stopwatch:
         self.ratio: float | None = None
 
     def restart(self) -> None:
-        """Forget a pending delay, at the start of a stream."""
+        """Forget a pending delay, as at the start of a stream."""
         self.delay = 0
 
     def tick(self) -> bool:
-        """Reveal a batch: tell whether it is late, and count it."""
+        """Count the next batch and tell whether it is late."""
         late = self.delay > 0
         self.delay -= int(late)
         return late
@@ -133,7 +133,7 @@ class Stopwatch:
 
 
 def _now() -> float:
-    """Read the time once the device has finished what was queued."""
+    """Read the time after the device has finished all queued work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()

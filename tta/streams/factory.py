@@ -1,4 +1,4 @@
-"""`build`: from a scenario's name and data to a stream."""
+"""`build` makes a stream from the name of a scenario and data."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def build(
             15 corruptions in the scenario's published order, or "clean" without `transform`.
         severity: 0 to 5, for all domains; `gradual` and `walk` have their own.
         batch_size: Samples per batch; `single` always has 1.
-        seed: Of all draws; the global generators are neither read nor advanced.
+        seed: Seed of all draws; the global generators are neither read nor advanced.
         transform: `transform(images, domain, severity, generator=g)`, applied to each batch; its
             generator depends on seed, domain, severity and step alone.
         labels: (N,) labels of `dataset`, to spare reading a dataset that has them only in its

@@ -1,4 +1,4 @@
-"""The order of each visit: a subset, then a selection, then an arrangement, each drawn by name."""
+"""The order of each visit: a subset, a selection and an arrangement, each with its own draws."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ _KEPT = 32
 
 
 class Orders:
-    """Draws the visits' orders when they are needed.
+    """Draws the orders of the visits when they are needed.
 
     Args:
-        visits: The visits.
-        domains: Where sizes and labels come from.
+        visits: The planned visits.
+        domains: The data, which sizes and labels are read from.
         select: Name of the selection.
         arrange: Name of the arrangement.
         options: Options of both.
         seed: The stream's seed.
         shared_order: Whether the visits of one cycle share their draws.
-        num_samples: Most samples per condition; None = all.
+        num_samples: Largest number of samples per condition; None = all.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Orders:
                 check(self._selected(visit), self._arrange_options)
 
     def count(self, number: int) -> int:
-        """Return how many samples visit `number` shows, drawing only if it must."""
+        """Return how many samples visit `number` shows; nothing is drawn unless that decides it."""
         visit = self.visits[number]
         if self._select.same_size and self._arrange.same_size:
             return sum(self._size(visit, i) for i in range(len(visit.conditions)))
@@ -112,8 +112,8 @@ class Orders:
             full, size = len(self._domains.source(condition)), self._size(visit, i)
             rows = np.arange(full)
             if size < full:
-                name = () if self._shared else (i,)
-                draws = Draws(self._seed, "subset", *visit.key(self._shared), *name)
+                place = () if self._shared else (i,)
+                draws = Draws(self._seed, "subset", *visit.key(self._shared), *place)
                 # In the dataset's order: some arrangements build on it.
                 rows = np.sort(draws.permutation(full)[:size])
             parts.append(rows)

@@ -1,4 +1,4 @@
-"""The batch policy: cuts visits into batches, so that any batch can be found by its number."""
+"""The batch policy, which cuts visits into batches such that any batch is found by its number."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Rows:
         index: (B,) positions in the dataset of each row's condition.
         which: (B,) number of each row's condition in `conditions`.
         conditions: What is shown; one entry unless the batch is mixed.
-        visit: Number of the visit that the first row belongs to.
+        visit: Number of the planned visit that the first row belongs to.
         reset: Whether the scenario resets the model before this batch.
         since_reset: Batches since the last reset (0 for the batch after it).
     """
@@ -56,10 +56,10 @@ class Rows:
 
 
 class Plan:
-    """All batches of a stream, found by number without making the ones before.
+    """All batches of a stream, each found by its number without the ones before it.
 
     Args:
-        visits: The visits.
+        visits: The planned visits.
         segments: Parts of the visits, in the order shown.
         order_of: Gives the order of the visit of that number: (index (n,), which (n,)).
         batch_size: Samples per batch.
@@ -163,7 +163,7 @@ def interleaved(
     1..remaining number of its batches.
 
     Args:
-        visits: The visits, cycle by cycle.
+        visits: The planned visits, cycle by cycle.
         counts: Samples of each visit.
         batch_size: Samples per batch.
         seed: The stream's seed.

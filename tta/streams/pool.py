@@ -1,4 +1,4 @@
-"""The samples that one visit to a domain (or to several at once) can draw from."""
+"""The samples that one visit, to a domain or to several pooled domains, can show."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Pool:
     Args:
         index: (n,) positions in the dataset.
         which: (n,) number of the condition each row is shown under.
-        read_labels: Gives the (n,) labels; called only by parts that need labels, since reading
-            them can mean reading a whole dataset.
+        read_labels: Gives the (n,) labels. It is called only by building blocks that need labels,
+            since reading them can mean reading a whole dataset.
     """
 
     def __init__(self, index: Ints, which: Ints, read_labels: Callable[[], Ints]) -> None:

@@ -1,9 +1,9 @@
-"""Batches read ahead by threads, where a dataset decodes files.
+"""Reading batches ahead in threads, for datasets that decode files.
 
-Threads, since decoders of images leave the interpreter to others while they work, and processes
+Threads are enough, since decoders of images release the interpreter while they work. Processes
 would need shared memory, datasets that can be sent to them, and someone to end them. Only reading
-is done ahead: transforms and their draws stay with the stream, so that images are the same bit for
-bit and transforms may be on a GPU.
+is done ahead. Transforms and their draws are left to the thread of the caller, so images are the
+same bit for bit and transforms may work on a GPU.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ _making = Lock()  # torch's number of threads is another one meanwhile
 def read_ahead(
     batches: Iterable[Asked], read: Callable[[Asked], Found], threads: int
 ) -> Iterator[tuple[Asked, Found]]:
-    """Read batches in order, the next ones meanwhile in threads.
+    """Read batches in order; threads meanwhile read the next ones.
 
     Args:
-        batches: What to read.
-        read: Reads one batch; called by several threads at once.
-        threads: Batches read at once; 0 to read each when it is asked for.
+        batches: The batches, as `read` takes them.
+        read: Reads one batch; several threads call it at once.
+        threads: Number of batches read at once; 0 to read each batch when it is asked for.
 
     Yields:
-        A batch and what `read` returned for it; what it raised is raised here.
+        A batch and what `read` returned for it; an exception of `read` is raised here.
     """
     if threads == 0:
         for batch in batches:
@@ -64,7 +64,7 @@ def read_ahead(
 
 
 def _make_pool(threads: int) -> ThreadPoolExecutor:
-    """Threads in each of which torch has one thread: they are many enough themselves."""
+    """Make threads in each of which torch uses one thread only, as there are several of them."""
     all_started = Barrier(threads + 1)
 
     def start_single() -> None:

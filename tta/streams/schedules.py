@@ -51,10 +51,11 @@ class PlannedVisit:
     """One visit of the stream to a domain, or to several pooled domains.
 
     Args:
-        conditions: What is shown; several are pooled before selecting and ordering.
+        conditions: The conditions that are shown; the samples of several are pooled before they
+            are selected and ordered.
         repeat: How many earlier visits of the same cycle had the same domains.
         cycle: Number of the recurrence.
-        shares: Part of each condition's samples that is used; None = all.
+        shares: Share of each condition's samples that is used; None = all.
         limit: Largest number of samples of each condition; None = all.
     """
 

@@ -1,4 +1,4 @@
-"""Where a stream's pixels and labels come from: one dataset, seen through named domains."""
+"""Where the pixels and labels of a stream come from: datasets, seen through named domains."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ CLEAN = "clean"
 
 @dataclass(frozen=True)
 class Condition:
-    """What is done to an image: the transforms applied in turn, as (domain, severity).
+    """The transforms that an image goes through in turn, as pairs (domain, severity).
 
-    One pair in every scenario but `walk`, which has two; the domain called "clean" is untouched.
+    There is one pair, except in smooth walks, which have two. The domain called "clean" changes
+    nothing.
     """
 
     steps: tuple[tuple[str, float], ...]
@@ -94,12 +95,12 @@ def _found_labels(dataset: Any) -> Any | None:
 
 
 class ImageSource:
-    """One dataset: pixels by index, and all labels.
+    """One dataset, of which pixels are read by index and all labels at once.
 
     Args:
         dataset: Anything with `__len__` and `__getitem__ -> (image, label)`, or a pair
             (images (N, H, W, 3) uint8, labels (N,)).
-        name: What errors call it.
+        name: Its name in error messages.
         labels: (N,) labels, to spare reading a dataset whose labels are not in `targets`,
             `labels` or `tensors[1]`; without it such a dataset is read through once.
     """
@@ -177,7 +178,7 @@ class ImageSource:
         return labels.astype(np.int64)
 
     def each(self, index: NDArray[np.int64]) -> Images:
-        """As `images`, but (3, H, W) each where their sizes may differ."""
+        """Read the images at `index` (B,), one by one where their sizes may differ."""
         if self._arrays is not None:
             return self.images(index)
         return [_as_pixels(self._dataset[int(i)][0]) for i in index]
@@ -269,7 +270,7 @@ class Domains:
         return any(not source.in_memory for source in every)
 
     def read(self, condition: Condition, index: NDArray[np.int64]) -> Images:
-        """Read the images at `index` (B,), apart from each other where `before` joins them."""
+        """Read the images at `index` (B,); one by one where `before` puts them together."""
         source = self.source(condition)
         return source.images(index) if self.before is None else source.each(index)
 
@@ -282,8 +283,8 @@ class Domains:
         """Transform images.
 
         Args:
-            condition: What to show.
-            images: As `read` gave them, B of them.
+            condition: The transforms.
+            images: The B images, as `read` returned them.
             seed: Gives the seed of the transform's own generator, where there is any.
 
         Returns:
@@ -335,7 +336,7 @@ def _own_sources(domains: Mapping[str, Any]) -> dict[str, dict[float | None, Ima
 
 
 def _batch(argument: str, images: Any, count: int, where: str = "") -> Tensor:
-    """Check what a function of the user's made of `count` images."""
+    """Check the images that a function of the user returned for `count` images."""
     if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[:2] != (count, 3):
         kind = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
         raise TypeError(

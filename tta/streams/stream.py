@@ -1,4 +1,4 @@
-"""The stream itself: batches made when asked for, each from its number alone."""
+"""The stream, which makes each batch from its number alone when it is asked for."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Stream:
 
     Args:
         plan: Says which samples each batch holds.
-        domains: Reads and transforms them.
+        domains: Reads and transforms the samples.
         config: JSON-able arguments of `build` that reproduce the stream.
         clock: The time budget, or None.
         window: Images kept for single-sample streams, or None.
@@ -159,14 +159,14 @@ class Stream:
             yield self._batch(rows, read, late, recent)
 
     def _read(self) -> Iterator[tuple[Rows, dict[int, Images]]]:
-        """Iterate over (rows, what is read ahead of them: images by number of condition)."""
+        """Iterate over rows and the images that were read ahead, by number of the condition."""
         steps = range(self._start, len(self._plan))
         threads = min(self._threads, len(steps)) if self._domains.has_items else 0
         read = self._read_items if threads else lambda _: {}
         return read_ahead(map(self._plan.rows, steps), read, threads)
 
     def _read_items(self, rows: Rows) -> dict[int, Images]:
-        """Read what is no array; arrays are read when the batch is made, on their device."""
+        """Read images that are items; arrays are read when the batch is made, on their device."""
         with torch.no_grad():  # a thread has a mode of its own
             return {
                 code: self._domains.read(condition, rows.index[rows.which == code])
@@ -211,7 +211,12 @@ class Stream:
         return labels
 
     def _images(self, rows: Rows, read: dict[int, Images]) -> Tensor:
-        """Make a batch's images from what is read and what is not; one transform a condition."""
+        """Make the images of a batch, with one call of the transform for each condition.
+
+        Args:
+            rows: The batch.
+            read: Images that were read ahead, by number of the condition; emptied.
+        """
         made, places = [], []
         for code, condition in enumerate(rows.conditions):
             place = np.flatnonzero(rows.which == code)
@@ -230,5 +235,5 @@ class Stream:
 
 
 def _pixel_seed(seed: int, *key: str | float) -> int:
-    """Of the generator that a transform of one batch's images of one condition is given."""
+    """The seed of the generator that a transform of some images of one batch is given."""
     return Draws(seed, "pixels", *key).seed()

@@ -1,4 +1,4 @@
-"""The strip of a stream: domain, label and severity of each sample over time, as a picture."""
+"""The picture of a stream: domain, label and severity of each sample over time."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def draw_strip(batches: Iterable[tuple[Rows, Ints]], config: Mapping[str, Any], 
     Args:
         batches: The rows of each batch and their labels, as `Stream.rows` gives them.
         config: The definition of the stream.
-        path: Where the picture goes.
+        path: File of the picture.
 
     Raises:
         TypeError: When `path` is no path.
-        ValueError: When it is no name of a PNG, or the stream has no images.
+        ValueError: When `path` is not the name of a PNG file, or the stream has no images.
         FileNotFoundError: When its folder is not there.
         ImportError: Without matplotlib.
     """

@@ -1,0 +1,133 @@
+"""All that a run needs: model, methods, streams and clean images, opened and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from experiments.data import FolderSet, LabelledSet
+from experiments.records.config import RunConfig
+from experiments.run.build_streams import build_stream
+from experiments.run.cache import Cache
+from experiments.run.domains import Shifts, resolve_domains
+from experiments.run.method_strings import Method, parse_methods
+from experiments.run.scoring import Images
+from experiments.run.subject import Subject, load_subject
+from tta.core.checks import whole
+from tta.core.plugins import import_modules
+from tta.streams import Stream
+
+__all__ = ["Setup", "load_setup"]
+
+MOST_READERS = 8
+
+
+@dataclass
+class Setup:
+    """The model, the methods and the streams of a run.
+
+    Args:
+        config: Describes the rest in the results file; its `streams` have the order of `streams`.
+        subject: The model.
+        methods: The methods.
+        streams: The streams, each from its first batch on.
+        clean: Clean images that are predicted before and after each stream; None for none.
+        origin: Describes the images in the results file.
+        readers: Threads that decode image files ahead of the model.
+        shifts: Makes the images of the streams; None where the caller has made the streams.
+    """
+
+    config: RunConfig
+    subject: Subject
+    methods: Sequence[Method]
+    streams: Sequence[Stream]
+    clean: Images | None
+    origin: dict[str, Any]
+    readers: int = 0
+    shifts: Shifts | None = None
+
+    def on_corrupt(self, tell: Callable[[str, float], None]) -> None:
+        """Have `tell` called with (domain, severity) before the images of a domain are made."""
+        if self.shifts is not None:
+            self.shifts.on_corrupt = tell
+
+
+def load_setup(
+    config: RunConfig, *, cache: Cache | None = None, readers: int | None = None
+) -> Setup:
+    """Open what a configuration names.
+
+    Args:
+        config: What to run.
+        cache: Keeps model and images for the next run.
+        readers: Threads that decode image files ahead of the model. None for as many as torch has,
+            at most `MOST_READERS`, where the model is on a GPU, and for none on a CPU, which has
+            nothing better to do than to run the model.
+
+    Raises:
+        ValueError: For names that are not known and figures that cannot be.
+        FileNotFoundError: For missing data.
+    """
+    if readers is not None:
+        whole("readers", readers, 0)
+    import_modules(config.imports)  # also in a worker, or where the run is resumed
+    cache = Cache() if cache is None else cache
+    device = torch.device(config.device)
+    wanted = (config.model, config.data, device, config.clean, config.source, config.classes)
+    subject: Subject = cache.get("subject", wanted, lambda: load_subject(*wanted))
+    data = subject.data
+    methods = parse_methods(config.methods, subject.info.num_classes)
+    resolved = tuple(
+        replace(stream, domains=resolve_domains(stream.domains, data)) for stream in config.streams
+    )
+    config = replace(config, streams=resolved)
+    clean = _choose_clean(subject, [stream.images for stream in config.streams])
+    shifts: Shifts = cache.get(
+        "shifts",
+        (wanted, None if clean is None else len(clean), config.seed),
+        lambda: Shifts(data, clean, config.seed, device),
+    )
+    crop = subject.info.input_size[-1]
+    return Setup(
+        config,
+        subject,
+        methods,
+        [build_stream(stream, config, shifts, crop) for stream in config.streams],
+        clean,
+        {
+            "name": data.name,
+            "origin": data.name if data.clean is None else data.clean.origin,
+            "domains_on_disk": bool(data.stored),
+        },
+        _pick_readers(readers, data.files or isinstance(clean, FolderSet), device),
+        shifts,
+    )
+
+
+def _pick_readers(wanted: int | None, files: bool, device: torch.device) -> int:
+    """Threads that decode files ahead: none for images in memory, else those wanted."""
+    if not files:
+        return 0
+    threads = torch.get_num_threads() if device.type == "cuda" else 0
+    return min(MOST_READERS, threads) if wanted is None else wanted
+
+
+def _choose_clean(subject: Subject, counts: Sequence[int | None]) -> LabelledSet | None:
+    """The clean images behind all streams: as many as the stream that has most.
+
+    Args:
+        subject: Has all clean images.
+        counts: Images of each domain of each stream; None for all.
+    """
+    clean, numbers = subject.clean, [count for count in counts if count is not None]
+    if clean is None or len(numbers) < len(counts):
+        return clean
+    if subject.data.stored:  # other images, perhaps of more classes than the domains'
+        classes = len(np.unique(clean.labels))
+        each = max(1, round(max(numbers) / classes))
+        return clean.balanced(min(each * classes, len(clean) // classes * classes))
+    return clean.balanced(max(numbers))
