@@ -131,10 +131,10 @@ def test_busy_cores_are_left_to_others(monkeypatch):
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(4)
-        monkeypatch.setattr("corruptions.parts.usable_cores", lambda: 4)
+        monkeypatch.setattr("corruptions.chunks.usable_cores", lambda: 4)
         monkeypatch.setattr("os.cpu_count", lambda: 4)
         for busy, left in ((0, 4), (1, 3), (9, 1)):
-            monkeypatch.setattr("corruptions.parts._busy_cores", lambda busy=busy: busy)
+            monkeypatch.setattr("corruptions.chunks._busy_cores", lambda busy=busy: busy)
             assert chunks._idle_cores() == left
             seen = []
 
