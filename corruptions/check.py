@@ -23,8 +23,8 @@ __all__ = [
 
 # RGB, and grey, which is taken for three equal channels.
 CHANNELS = (3, 1)
-# As far outside [0, 1] bicubic and Lanczos interpolation of pixels in [0, 1] may reach.
-_OVERSHOOT = 0.35
+# As far outside [0, 1] bicubic interpolation of pixels in [0, 1] may reach (0.445 for two axes).
+_OVERSHOOT = 0.45
 # Below this the recipes have no room: glass_blur alone moves pixels by up to 4 either way.
 _SMALLEST = 8
 

@@ -80,7 +80,7 @@ def read_picture(path: str | Path) -> Image.Image:
         ) from error
     except Exception as error:  # decoders raise anything: SyntaxError, struct.error, IndexError
         raise UnreadablePictureError(
-            f"`{path}` cannot be decoded, it is not a whole picture "
+            f"`{path}` cannot be decoded as it is not a whole picture "
             f"({_words(error)}): fetch it again or remove it"
         ) from error
 
