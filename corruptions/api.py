@@ -3,6 +3,10 @@
 Draws and arithmetic are kept apart: `sample` turns seeds into parameters and never sees a pixel,
 `apply` is a pure function of images and parameters. All arithmetic is on 8-bit levels, because
 the published recipes are: they take 8-bit images and truncate their result to 8 bits.
+
+The recipes are for RGB. A grey image (one channel) gets what the RGB image of three such channels
+gets; where the three then differ, as under noise for each channel, its level is their luma
+(0.299 R + 0.587 G + 0.114 B, rounded), which is the common level where they are equal.
 """
 
 from __future__ import annotations
@@ -97,7 +101,7 @@ def sample(
 
     Args:
         name: One of `list_corruptions(extra=True)`.
-        shape: (B, 3, H, W) of the images.
+        shape: (B, 3, H, W) of the images; (B, 1, H, W) for grey ones gives the same draws.
         severity: 0 (clean) to 5; fractions interpolate the published constants.
         seeds: (B,) int64, any values.
         parameters: "cifar" and "imagenet" force the constants published for 32x32 and 224x224
@@ -117,7 +121,8 @@ def sample(
     check.severity(severity)
     check.parameters(parameters)
     folder = check.folder(frost_pictures)
-    size = check.shape(shape)
+    batch, _, height, width = check.shape(shape)
+    size = batch, 3, height, width
     seeds = check.seeds(seeds, size[0]).to(_capable(torch.device(device)))
     if severity == 0:
         return {"clean": torch.tensor(True)}
@@ -130,7 +135,7 @@ def apply(images: Tensor, name: str, params: Params) -> Tensor:
     """Corrupt images with parameters from `sample`, or of your own making.
 
     Args:
-        images: (B, 3, H, W), uint8 or floating point in [0, 1].
+        images: (B, 3, H, W), or grey (B, 1, H, W), uint8 or floating point in [0, 1].
         name: The corruption that `params` were drawn for.
         params: From `sample`, or the same fields with other draws.
 
@@ -165,10 +170,20 @@ def _apply(images: Tensor, name: str, params: Params) -> Tensor:
             return images.clone()
         floating = images.is_floating_point()
         levels = _to_levels(images) if floating else images
-        levels = levels.to(device).contiguous()
+        grey = images.shape[1] == 1
+        levels = (levels.expand(-1, 3, -1, -1) if grey else levels).to(device).contiguous()
         local = {key: value.to(device) if value.ndim else value for key, value in params.items()}
         out = _OPERATIONS[name].apply(levels, local).to(images.device)
+        out = _luma(out) if grey else out
         return out.to(images.dtype).div_(255) if floating else out
+
+
+def _luma(images: Tensor) -> Tensor:
+    """Grey levels of RGB ones, (B, 3, H, W) to (B, 1, H, W) uint8, as Pillow computes them."""
+    red, green, blue = images.int().unbind(1)
+    # Weights in units of 2^-16, which sum to one.
+    total = red.mul_(19595).add_(green, alpha=38470).add_(blue, alpha=7471)
+    return total.add_(1 << 15).bitwise_right_shift_(16).to(torch.uint8)[:, None]
 
 
 def _capable(device: torch.device) -> torch.device:
@@ -199,7 +214,9 @@ def corrupt(
     uint8 gives exactly the levels that its uint8 original gives.
 
     Args:
-        images: (B, 3, H, W), RGB, uint8 or floating point in [0, 1], on any device.
+        images: (B, 3, H, W), RGB, or (B, 1, H, W), grey, uint8 or floating point in [0, 1], on
+            any device. Grey images stay grey: each gets the luma of what the recipe makes of
+            three equal channels.
         name: One of `list_corruptions(extra=True)`.
         severity: 1 to 5 as published; fractions interpolate the constants, 0 returns a copy.
         generator: Draws one seed for each image. With neither this nor `seeds`, seeds come from

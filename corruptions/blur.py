@@ -16,6 +16,7 @@ from torch import Tensor
 
 from corruptions.filters import (
     SINGLE_PASS_BITS,
+    SLACK,
     exact_float,
     levels,
     quantised,
@@ -140,17 +141,12 @@ def apply_zoom_blur(images: Tensor, params: Params) -> Tensor:
         exact = exact_float(images.device)
         matrix = _zoom_matrix(height, width, pairs).to(images.device, exact)
         out = images.flatten(2).to(exact).sub_(128) @ matrix
-        whole = out.floor()
         # A sum that is whole to 17 bits comes from a flat region.
-        flat = out == whole
-        whole.add_(128)
-        lowered = _float32_average(params["weights"]).to(images.device)
-        whole -= flat * lowered.index_select(0, whole.flatten().int()).view(whole.shape)
-        return levels(whole).view(images.shape)
+        return _cut(out.add_(128), 0.0, params["weights"]).view(images.shape)
     # All channels as those of one image: torch enlarges few channels in another way, which rounds
     # differently and depends on the number of threads.
     source = images.flatten(0, 1)[None].float()
-    total = torch.zeros_like(source)
+    total = torch.full_like(source, SLACK)
     for factor, weight in pairs:
         (high, tall, top), (wide, broad, left) = (zoom_pair(n, factor) for n in (height, width))
         crop = source[..., top : top + high, left : left + wide]
@@ -158,7 +154,27 @@ def apply_zoom_blur(images: Tensor, params: Params) -> Tensor:
             crop = F.interpolate(crop, (tall, broad), mode="bilinear", align_corners=True)
         rest_y, rest_x = (tall - height) // 2, (broad - width) // 2
         total.add_(crop[..., rest_y : rest_y + height, rest_x : rest_x + width], alpha=weight)
-    return levels(total).view(images.shape)
+    return _cut(total, SLACK, params["weights"]).view(images.shape)
+
+
+def _cut(averages: Tensor, slack: float, weights: Tensor) -> Tensor:
+    """Truncate averages to levels, flat regions as the published float32 average does.
+
+    Args:
+        averages: Averages with `slack` on top; consumed.
+        slack: Most that an average of equal levels may have missed that level by.
+        weights: (K,) shares of the factors.
+
+    Returns:
+        uint8, of the shape of `averages`.
+    """
+    lowered = _float32_average(tuple(weights.tolist()))
+    if lowered.any():
+        whole = averages.floor()
+        flat = averages.sub_(whole) <= 2 * slack
+        low = lowered.to(whole.device).index_select(0, whole.flatten().int())
+        averages = whole.sub_(low.view(whole.shape).mul_(flat))
+    return levels(averages)
 
 
 @lru_cache(maxsize=32)
@@ -172,17 +188,18 @@ def _zoom_matrix(height: int, width: int, pairs: tuple[tuple[float, float], ...]
     return torch.from_numpy(weights.T.astype(np.float32).copy())
 
 
-def _float32_average(weights: Tensor) -> Tensor:
+@lru_cache(maxsize=32)
+def _float32_average(weights: tuple[float, ...]) -> Tensor:
     """Where the published float32 average of equal values falls below them.
 
     Args:
-        weights: (K,) shares of the factors; at a published severity multiples of one fraction.
+        weights: Shares of the factors; at a published severity multiples of one fraction.
 
     Returns:
         (256,) float32, 1 for levels that come out one lower, else 0.
     """
-    terms = round(1 / float(weights.min()))
-    if (weights * terms - (weights * terms).round()).abs().max() > 1e-6:
+    terms = round(1 / min(weights))
+    if any(abs(weight * terms - round(weight * terms)) > 1e-6 for weight in weights):
         return torch.zeros(256)
     level = torch.arange(256, dtype=torch.float64).div_(255).float()
     total = torch.zeros(256)

@@ -13,10 +13,18 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from corruptions.pictures import OnError
 from corruptions.severity import ParameterSet
 
-__all__ = ["drawn", "folder", "images", "name", "parameters", "seeds", "severity", "shape"]
+__all__ = [
+    "drawn", "folder", "images", "name", "on_error", "parameters", "seed", "seeds", "severity",
+    "shape",
+]  # fmt: skip
 
+# RGB, and grey, which is taken for three equal channels.
+CHANNELS = (3, 1)
+# As far outside [0, 1] bicubic interpolation of pixels in [0, 1] may reach (0.445 for two axes).
+_OVERSHOOT = 0.45
 # Below this the recipes have no room: glass_blur alone moves pixels by up to 4 either way.
 _SMALLEST = 8
 
@@ -60,6 +68,16 @@ def parameters(value: object) -> None:
         )
 
 
+def on_error(value: object) -> None:
+    """Raise unless `value` says what to do about pictures that cannot be read."""
+    choices = get_args(OnError)
+    if value not in choices:
+        raise ValueError(
+            f"`on_error` must be one of {', '.join(choices)}, got {value!r}: 'skip' leaves out and "
+            "counts pictures that cannot be read"
+        )
+
+
 def folder(value: str | Path | None) -> Path | None:
     """Return `value` as a path; raise unless it is an existing folder or None."""
     if value is not None and not isinstance(value, (str, os.PathLike)):
@@ -76,24 +94,25 @@ def folder(value: str | Path | None) -> Path | None:
 
 
 def shape(value: Sequence[int]) -> tuple[int, int, int, int]:
-    """Return `value` as a tuple; raise unless it is (B, 3, H, W) of sizes that work."""
+    """Return `value` as a tuple; raise unless it is (B, C, H, W) of sizes that work, C 3 or 1."""
     whole = isinstance(value, Sequence) and all(isinstance(n, numbers.Integral) for n in value)
     if not whole:
         raise TypeError(
             f"`shape` must be the whole numbers (B, 3, H, W), got {value!r}: pass images.shape"
         )
-    if len(value) != 4:
+    size = tuple(int(n) for n in value)
+    if len(size) != 4:
+        raise ValueError(f"images must have shape (B, 3, H, W), got {size}: {_batched(size)}")
+    batch, channels, height, width = size
+    if channels not in CHANNELS:
+        if width in (1, 3, 4):
+            hint = "permute them by images.permute(0, 3, 1, 2), the same as images.movedim(-1, 1)"
+        elif channels == 4:
+            hint = "drop the transparency by images[:, :3]"
+        else:
+            hint = "pass RGB images, or grey ones of one channel"
         raise ValueError(
-            f"images must have shape (B, 3, H, W), got {tuple(value)}: for one image add a batch "
-            "dimension by image[None]"
-        )
-    batch, channels, height, width = (int(size) for size in value)
-    if channels != 3:
-        hint = "move channels first by images.movedim(-1, 1)" if width == 3 else (
-            "repeat grey images by images.expand(-1, 3, -1, -1)"
-        )  # fmt: skip
-        raise ValueError(
-            f"images must have 3 channels in shape (B, 3, H, W), got {tuple(value)}: {hint}"
+            f"images must have 3 channels in shape (B, 3, H, W), or 1, got {size}: {hint}"
         )
     if batch < 1:
         raise ValueError(
@@ -107,8 +126,17 @@ def shape(value: Sequence[int]) -> tuple[int, int, int, int]:
     return batch, channels, height, width
 
 
+def _batched(size: tuple[int, ...]) -> str:
+    """How to make a batch of images of another number of dimensions."""
+    if len(size) == 3 and size[0] not in CHANNELS and size[2] in (1, 3, 4):
+        return "for one image of shape (H, W, 3) use image.permute(2, 0, 1)[None]"
+    if len(size) == 2:
+        return "for one grey image use image[None, None]"
+    return "for one image add a batch dimension by image[None]"
+
+
 def images(value: Tensor) -> None:
-    """Raise unless `value` is a batch of RGB images, uint8 or floating point in [0, 1]."""
+    """Raise unless `value` is a batch of RGB or grey images, uint8 or floating point in [0, 1]."""
     if not isinstance(value, Tensor):
         raise TypeError(
             f"images must be a torch.Tensor of shape (B, 3, H, W), got {type(value).__name__}: "
@@ -129,9 +157,12 @@ def images(value: Tensor) -> None:
             "images.isfinite().all((1, 2, 3))"
         )
     if low < 0 or high > 1:
-        hint = "divide levels by 255" if low >= 0 and high > 2 else (
-            "undo the normalisation or clamp to [0, 1] first"
-        )  # fmt: skip
+        if low >= 0 and high > 2:
+            hint = "divide levels by 255"
+        elif low >= -_OVERSHOOT and high <= 1 + _OVERSHOOT:
+            hint = "clamp what interpolation leaves outside by images.clamp(0, 1)"
+        else:
+            hint = "undo the normalisation first, and leave it to the model"
         raise ValueError(
             f"floating-point images must lie in [0, 1], got values in [{low:.4g}, {high:.4g}]: "
             f"{hint}"

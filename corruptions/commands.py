@@ -16,6 +16,7 @@ from corruptions.api import list_corruptions
 from corruptions.chunks import usable_cores
 from corruptions.layouts import Cifar, Folder, Layout, Options, load_picture
 from corruptions.manifest import SUMS, verify
+from corruptions.pictures import OnError
 from corruptions.severity import ParameterSet
 from corruptions.sheet import corrupted_sheet
 from corruptions.write import SHEET, write
@@ -23,6 +24,7 @@ from corruptions.write import SHEET, write
 __all__ = ["main"]
 
 FROST = "CORRUPTIONS_FROST_PICTURES"
+_TOLD = 5  # pictures left out that are named
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -111,6 +113,13 @@ def _add_write(commands: Any) -> None:
         default=usable_cores(),
         help="default: one for each processor, here %(default)s",
     )
+    add(
+        "--on-error",
+        choices=get_args(OnError),
+        default="raise",
+        help="what to do about a picture that cannot be read: stop, or leave it out and count it "
+        "(default: %(default)s)",
+    )
     add("--quiet", action="store_true", help="print nothing but errors")
     parser.set_defaults(execute=_write)
 
@@ -135,10 +144,17 @@ def _write(args: argparse.Namespace) -> int:
             raise ValueError(f"`data` must exist, got {args.data}: check the path")
         layout = Cifar(args.data, options)
     elif args.layout == "imagenet":
-        layout = Folder.open(args.data, options, resize=256, crop=224)
+        layout = Folder.open(args.data, options, 256, 224, args.on_error)
     else:
-        layout = Folder.open(args.data, options)
-    write(layout, args.output, args.processes, quiet=args.quiet)
+        layout = Folder.open(args.data, options, on_error=args.on_error)
+    skipped = write(layout, args.output, args.processes, quiet=args.quiet)
+    if skipped:
+        more = f"; and {len(skipped) - _TOLD} more" if len(skipped) > _TOLD else ""
+        print(
+            f"left out {len(skipped)} of {layout.count} pictures, which cannot be read: "
+            f"{'; '.join(skipped[:_TOLD])}{more}",
+            file=sys.stderr,
+        )
     if not args.quiet:
         print(f"wrote {args.output}; look at {args.output / SHEET}")
     return 0

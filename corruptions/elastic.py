@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from corruptions.filters import levels, separable
+from corruptions.filters import SLACK, levels, separable
 from corruptions.setting import Params, Setting, scalar
 
 __all__ = ["apply_elastic_transform", "sample_elastic_transform"]
@@ -51,7 +51,7 @@ def apply_elastic_transform(images: Tensor, params: Params) -> Tensor:
         x = moved[:, 0] + torch.arange(width, device=device)
         y = moved[:, 1] + torch.arange(height, device=device)[:, None]
         out = _bilinear(out, x, y, mirror_edge=False)
-    return levels(out)
+    return levels(out.add_(SLACK))
 
 
 def _affine_source(height: int, width: int, points: Tensor, affine: float) -> tuple[Tensor, Tensor]:

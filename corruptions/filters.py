@@ -18,13 +18,17 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "Band", "exact_float", "folded", "levels", "pad", "quantised", "separable",
+    "SLACK", "Band", "exact_float", "folded", "levels", "pad", "quantised", "separable",
 ]  # fmt: skip
 
 # With levels centred on zero (8 bits and a sign), 17 more bits fill a float32.
 SINGLE_PASS_BITS = 17
 # Two passes in float64: 8 + 22 + 22 bits.
 TWO_PASS_BITS = 22
+
+# Levels by which float32 sums of interpolation weights miss one, with room: what lies so little
+# below a whole level is that level. Means of equal values would else fall to the level below.
+SLACK = 2.0**-13
 
 
 def exact_float(device: torch.device) -> torch.dtype:

@@ -17,16 +17,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from corruptions.draws import normals
 from corruptions.filters import levels
+from corruptions.pictures import is_picture, read_picture
 from corruptions.setting import Params, Setting, scalar
 
 __all__ = ["apply_frost", "crop_pictures", "sample_frost", "synthetic_frost"]
 
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm")
 Triple = tuple[float, float, float]
 
 
@@ -274,17 +274,12 @@ def _pictures(folder: Path) -> list[Tensor]:
 
     The sixth of the published pictures is left out where all six are there.
     """
-    files = sorted(path for path in folder.glob("*") if path.suffix.lower() in _SUFFIXES)
+    files = sorted(path for path in folder.glob("*") if is_picture(path))
     if not files:
         raise ValueError(
-            f"`frost_pictures` must be a folder with pictures ({', '.join(_SUFFIXES)}), got "
+            f"`frost_pictures` must be a folder with pictures ({', '.join(IMG_EXTENSIONS)}), got "
             f"{str(folder)!r}, which holds none: check the path, or leave it out"
         )
     if {path.stem for path in files} == {f"frost{i}" for i in range(1, 7)}:
         files = [path for path in files if path.stem != "frost6"]  # the script never chooses it
-    pictures = []
-    for path in files:
-        with Image.open(path) as picture:
-            pixels = np.array(picture.convert("RGB"))
-        pictures.append(torch.from_numpy(pixels).movedim(2, 0))
-    return pictures
+    return [torch.from_numpy(np.array(read_picture(path))).movedim(2, 0) for path in files]

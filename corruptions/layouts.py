@@ -12,8 +12,8 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,14 +23,15 @@ from PIL import Image
 from torch import Tensor
 from torchvision import datasets
 
+from corruptions import check
 from corruptions.api import corrupt
 from corruptions.draws import image_seeds
 from corruptions.manifest import put, put_bytes
+from corruptions.pictures import OnError, UnreadablePictureError, find_pictures, read_picture
 from corruptions.severity import ParameterSet
 
 __all__ = ["Cifar", "Folder", "Layout", "Options", "load_picture", "read_cifar10"]
 
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 _BATCH = 500
 # Pictures that one piece of work decodes and keeps.
 _PICTURES = 16
@@ -65,6 +66,11 @@ class Layout(Protocol):
         """What to make of the images."""
         ...
 
+    @property
+    def count(self) -> int:
+        """How many images are used."""
+        ...
+
     def settings(self) -> dict[str, Any]:
         """What must not change between the start and a resumption."""
         ...
@@ -77,8 +83,13 @@ class Layout(Protocol):
         """Names of the files that a piece makes."""
         ...
 
-    def write(self, output: Path, piece: Any, missing: set[str]) -> Iterator[int]:
-        """Write the missing files of a piece; yields how many images were corrupted since."""
+    def write(
+        self, output: Path, piece: Any, missing: set[str]
+    ) -> Iterator[int | UnreadablePictureError]:
+        """Write the missing files of a piece; yields how many images were corrupted since.
+
+        Where pictures that cannot be read are left out, it yields the error of each.
+        """
         ...
 
     def example(self, output: Path, name: str | None, severity: float) -> np.ndarray:
@@ -154,6 +165,11 @@ class Cifar:
         images, labels = read_cifar10(self.data)
         return images[: self.options.limit], labels[: self.options.limit]
 
+    @property
+    def count(self) -> int:
+        """How many images are used."""
+        return len(self.images()[0])
+
     def settings(self) -> dict[str, Any]:
         """What must not change between the start and a resumption."""
         images, labels = self.images()
@@ -204,20 +220,14 @@ class Cifar:
 
 
 def load_picture(path: Path, resize: int | None, crop: int | None) -> np.ndarray:
-    """Decode a picture to (H, W, 3) uint8.
+    """Decode a picture to (H, W, 3) uint8, upright; errors are those of `read_picture`.
 
     Args:
         path: Any format that Pillow reads.
         resize: Bring the shorter side to this, bilinear and antialiased; None leaves the size.
         crop: Then cut out the middle; None leaves it.
     """
-    try:
-        with Image.open(path) as file:
-            picture = file.convert("RGB")
-    except OSError as error:
-        raise ValueError(
-            f"`{path}` is not a whole picture ({error}): remove or replace it"
-        ) from error
+    picture = read_picture(path)
     if resize is not None:
         short = min(picture.size)
         # The longer side is cut to whole pixels, as torchvision does.
@@ -240,6 +250,7 @@ class Folder:
         options: What to make of it.
         resize: See `load_picture`.
         crop: See `load_picture`.
+        on_error: Whether a picture that cannot be read stops the writing or is left out.
         paths: Of the pictures inside `data`, with forward slashes.
     """
 
@@ -247,26 +258,34 @@ class Folder:
     options: Options
     resize: int | None = None
     crop: int | None = None
+    on_error: OnError = "raise"
     paths: tuple[str, ...] = ()
 
     @staticmethod
     def open(
-        data: Path, options: Options, resize: int | None = None, crop: int | None = None
+        data: Path,
+        options: Options,
+        resize: int | None = None,
+        crop: int | None = None,
+        on_error: OnError = "raise",
     ) -> Folder:
         """Find the pictures."""
+        check.on_error(on_error)
         if not data.is_dir():
             raise ValueError(f"`data` must be a folder of pictures, got {data}: check the path")
-        found = sorted(
-            path.relative_to(data).as_posix()
-            for path in data.rglob("*")
-            if path.suffix.lower() in _SUFFIXES and path.is_file()
-        )
+        found = find_pictures(data)
         if not found:
             raise ValueError(
-                f"`data` must hold pictures ({', '.join(_SUFFIXES)}), got {data} without any: "
-                "check the path"
+                f"`data` must hold pictures ({', '.join(datasets.folder.IMG_EXTENSIONS)}), got "
+                f"{data} without any: check the path"
             )
-        return replace(Folder(data, options, resize, crop), paths=tuple(found[: options.limit]))
+        paths = tuple(found[: options.limit])
+        return Folder(data, options, resize, crop, on_error, paths)
+
+    @property
+    def count(self) -> int:
+        """How many pictures were found and are used."""
+        return len(self.paths)
 
     def settings(self) -> dict[str, Any]:
         """What must not change between the start and a resumption."""
@@ -295,10 +314,22 @@ class Folder:
         plain = f"{stem}{dot}" if suffix.lower() in ("jpg", "jpeg") else f"{path}."
         return f"{name}/{severity}/{plain}JPEG"
 
-    def write(self, output: Path, piece: tuple[str, ...], missing: set[str]) -> Iterator[int]:
-        """Write the missing files of a piece; yields how many images were corrupted since."""
+    def write(
+        self, output: Path, piece: tuple[str, ...], missing: set[str]
+    ) -> Iterator[int | UnreadablePictureError]:
+        """Write the missing files of a piece; yields how many images were corrupted since.
+
+        A picture that is left out is yielded as the error that reading it raised.
+        """
         needed = {path for path in piece if missing.intersection(self.files((path,)))}
-        pictures = {p: load_picture(self.data / p, self.resize, self.crop) for p in sorted(needed)}
+        pictures = {}
+        for path in sorted(needed):
+            try:
+                pictures[path] = self._load(path)
+            except UnreadablePictureError as error:
+                if self.on_error == "raise":
+                    raise
+                yield error
         for name in self.options.names:
             for severity in self.options.severities:
                 by_size: dict[tuple[int, ...], list[str]] = {}
@@ -317,8 +348,26 @@ class Folder:
                     yield len(paths)
 
     def example(self, output: Path, name: str | None, severity: float) -> np.ndarray:
-        """The first picture."""
+        """The first picture of those that can be read."""
+        path = self._first
         if name is None:
-            return load_picture(self.data / self.paths[0], self.resize, self.crop)
-        with Image.open(output / self._file(name, int(severity), self.paths[0])) as file:
-            return np.asarray(file.convert("RGB"))
+            return self._load(path)
+        return np.asarray(read_picture(output / self._file(name, int(severity), path)))
+
+    def _load(self, path: str) -> np.ndarray:
+        return load_picture(self.data / path, self.resize, self.crop)
+
+    @cached_property
+    def _first(self) -> str:
+        if self.on_error == "raise":
+            return self.paths[0]
+        for path in self.paths:
+            try:
+                self._load(path)
+            except UnreadablePictureError:
+                continue
+            return path
+        raise ValueError(
+            f"`data` must hold pictures that can be read, but none of the {len(self.paths)} in "
+            f"{self.data} can: check the files"
+        )

@@ -17,17 +17,20 @@ from torchvision.transforms.v2 import functional
 
 from corruptions import api, check
 from corruptions.draws import image_seeds
+from corruptions.pictures import to_rgb
 from corruptions.severity import ParameterSet
 
 __all__ = ["Corrupt", "CorruptedDataset"]
 
 
 def _through(change: Callable[[Tensor], Tensor], image: Any) -> Any:
-    """Apply a function of (B, 3, H, W) to a Pillow image, an image tensor or a batch."""
+    """Apply a function of (B, C, H, W) to a Pillow image, an image tensor or a batch."""
     if isinstance(image, PIL.Image.Image):
-        pixels = functional.pil_to_tensor(image.convert("RGB"))
+        pixels = functional.pil_to_tensor(to_rgb(image))
         return functional.to_pil_image(change(pixels[None])[0])
     plain = image.as_subclass(Tensor)
+    if plain.ndim == 3 and plain.shape[0] not in check.CHANNELS:
+        check.shape(plain.shape)  # says how to make it a batch
     out = change(plain[None] if plain.ndim == 3 else plain).view(plain.shape)
     # Give back a torchvision image where one came in.
     return type(image)(out) if isinstance(image, tv_tensors.TVTensor) else out
@@ -38,7 +41,8 @@ class Corrupt(v2.Transform):
 
     Takes what v2 transforms take: a Pillow image, an image tensor (3, H, W) or (B, 3, H, W), or a
     structure such as (images, labels), of which the images are corrupted. Every image gets draws
-    of its own.
+    of its own. Grey tensors of one channel stay so, see `corrupt`; Pillow images of all modes
+    become RGB.
 
     Args:
         name: One of `list_corruptions(extra=True)`.
@@ -102,7 +106,8 @@ class CorruptedDataset(Dataset):
 
     Args:
         dataset: Has a length and gives images, or tuples that begin with one: Pillow images or
-            tensors (3, H, W), uint8 or floating point in [0, 1], so before any normalisation.
+            tensors (3, H, W), or grey (1, H, W), uint8 or floating point in [0, 1], so before any
+            normalisation. Pillow images of all modes become RGB.
         name: One of `list_corruptions(extra=True)`.
         severity: 0 (clean) to 5.
         seed: Other seeds give other draws.

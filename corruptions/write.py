@@ -24,7 +24,7 @@ __all__ = ["SHEET", "write"]
 SHEET = "contact-sheet.png"
 
 
-def write(layout: Layout, output: Path, processes: int, *, quiet: bool = False) -> None:
+def write(layout: Layout, output: Path, processes: int, *, quiet: bool = False) -> list[str]:
     """Write what is missing of a data set.
 
     Args:
@@ -32,6 +32,10 @@ def write(layout: Layout, output: Path, processes: int, *, quiet: bool = False) 
         output: Folder, empty or begun before with the same settings.
         processes: How many to use; the result does not depend on it.
         quiet: Say nothing.
+
+    Returns:
+        Why each picture that cannot be read was left out, one sentence each; no sentence where
+        the layout raises instead.
     """
     options = layout.options
     # A limit shows in what it leaves.
@@ -51,7 +55,7 @@ def write(layout: Layout, output: Path, processes: int, *, quiet: bool = False) 
     processes = min(processes, len(work))
     if processes <= 1:
         for piece, missing in work:
-            progress.advance(len(missing), sum(layout.write(output, piece, missing)))
+            progress.advance(*_done(layout, output, piece, missing))
     else:
         _write_in_processes(layout, output, processes, work, progress)
     progress.end()
@@ -67,6 +71,7 @@ def write(layout: Layout, output: Path, processes: int, *, quiet: bool = False) 
         sheet.save(part, "png")
 
     put(output, SHEET, save, listed=False)
+    return sorted(progress.skipped)
 
 
 def _write_in_processes(
@@ -112,9 +117,17 @@ def _die_with_parent() -> None:
     os._exit(1)
 
 
-def _write_piece(piece: Any, missing: set[str]) -> tuple[int, int]:
-    """Write one piece; returns how many files and images that were."""
-    return len(missing), sum(_Worker.layout.write(_Worker.output, piece, missing))
+def _write_piece(piece: Any, missing: set[str]) -> tuple[int, int, list[str]]:
+    return _done(_Worker.layout, _Worker.output, piece, missing)
+
+
+def _done(
+    layout: Layout, output: Path, piece: Any, missing: set[str]
+) -> tuple[int, int, list[str]]:
+    """Write one piece; returns how many files and images that were, and what was left out."""
+    results = list(layout.write(output, piece, missing))
+    skipped = [str(result) for result in results if not isinstance(result, int)]
+    return len(missing), sum(r for r in results if isinstance(r, int)), skipped
 
 
 class _Progress:
@@ -127,8 +140,10 @@ class _Progress:
         if done and not quiet:
             print(f"{done} of {total} files were finished before", file=sys.stderr)
         self._before = done
+        self.skipped: list[str] = []
 
-    def advance(self, files: int, images: int) -> None:
+    def advance(self, files: int, images: int, skipped: list[str]) -> None:
+        self.skipped += skipped
         self._done += files
         self._images += images
         now = time.monotonic()

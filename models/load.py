@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import pickle
-import textwrap
+import importlib
+import socket
+import urllib.error
+import urllib.request
+import warnings
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import timm
-import torch
 import torchvision
 from safetensors.torch import load_file
 from timm.data.config import resolve_model_data_config
@@ -19,6 +23,7 @@ from torch import Tensor, nn
 
 import tta
 from models.bundled import BUNDLED, CIFAR10_CLASSES, FOLDER
+from models.checkpoint import Weights, fit, read_checkpoint, rows_of
 from tta.core.checks import flag, folder_or_file, nearest, text
 from tta.core.classifier import find_classifier, num_classes
 from tta.core.parameters import is_norm
@@ -27,6 +32,10 @@ __all__ = ["ModelInfo", "list_models", "load"]
 
 LIBRARIES = ("timm", "torchvision")
 SHOWN = 5  # names of a library in an error
+PATIENCE_S = 5.0  # for the first answer of a host
+Match = Literal["name", "order"]
+# Settings of the client that timm fetches by and depends on; nothing here needs it but for timm.
+_HUB: Any = importlib.import_module("huggingface_hub.constants")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +54,7 @@ class ModelInfo:
     class_names: tuple[str, ...] | None
     norm_types: dict[str, int]  # class name of each kind of norm layer -> how many
     source: tta.SourceStatistics | None = None
+    matched: int | None = None  # tensors taken from a checkpoint
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -65,7 +75,11 @@ def list_models(pattern: str = "*") -> list[str]:
 
 
 def load(
-    name: str, pretrained: bool = True, *, checkpoint: str | Path | None = None
+    name: str,
+    pretrained: bool = True,
+    *,
+    checkpoint: str | Path | None = None,
+    match: Match = "name",
 ) -> tuple[nn.Module, ModelInfo]:
     """Load a classifier in eval mode.
 
@@ -75,7 +89,14 @@ def load(
         pretrained: Whether to load weights (of the library's default tag); False gives random
             ones. Weights of timm and torchvision are fetched by those libraries.
         checkpoint: A local ``.safetensors`` or ``.pt`` file with a state dict for this
-            architecture; the number of classes is read off it.
+            architecture; the number of classes is read off it. The state dict may lie in the
+            dictionary of a training script (of several that fit an average of weights is
+            preferred, as timm does), under names with a prefix ("module.", "_orig_mod.",
+            "model.", ...), and beside buffers of profilers.
+        match: "name" pairs the checkpoint's tensors with the model's by their names. "order"
+            pairs them by their place, for a port of another framework whose names differ: there
+            must be as many, counters of batches aside, and every shape must be equal. A warning
+            and ``info.matched`` say how many matched.
 
     Returns:
         The model and its :class:`ModelInfo`.
@@ -89,20 +110,33 @@ def load(
     """
     name, at, path = text("name", name).partition("@")
     flag("pretrained", pretrained)
+    if match not in get_args(Match):
+        raise ValueError(
+            f'`match` must be one of {", ".join(get_args(Match))}, got {match!r}: "order" is for '
+            "ports whose names differ."
+        )
+    by_order = match == "order"
     checkpoint = path if at else checkpoint
-    state = None if checkpoint is None else _read(folder_or_file("checkpoint", checkpoint))
+    if by_order and checkpoint is None:
+        raise ValueError(
+            '`match="order"` must come with a checkpoint, got none: pass checkpoint= or the name '
+            "as NAME@PATH."
+        )
+    found = (
+        None if checkpoint is None else read_checkpoint(folder_or_file("checkpoint", checkpoint))
+    )
     library, colon, rest = name.partition(":")
     if colon:
         _check_library(library)
         make = _timm if library == "timm" else _torchvision
-        if state is not None:
-            model, about = make(rest, False, _classes_of(state, make, rest))
+        if found is not None:
+            model, about = make(rest, False, _classes_of(found, make, rest, by_order))
         else:
             model, about = make(rest, pretrained, None)
     else:
-        model, about = _bundled(name, pretrained and state is None)
-    if state is not None:
-        _fill(model, state, name, Path(str(checkpoint)))
+        model, about = _bundled(name, pretrained and found is None)
+    if found is not None:
+        about["matched"] = _fill(model, found, name, Path(str(checkpoint)), by_order)
     norms = Counter(type(m).__name__ for m in model.modules() if is_norm(m))
     info = ModelInfo(name=name, num_classes=num_classes(model), norm_types=dict(norms), **about)
     return model.eval(), info
@@ -141,7 +175,10 @@ def _timm(name: str, pretrained: bool, classes: int | None) -> tuple[nn.Module, 
     if name.partition(".")[0] not in known:
         raise ValueError(f"unknown timm model {name!r}: " + nearest(name, known, SHOWN))
     extra: dict[str, Any] = {} if classes is None else {"num_classes": classes}
-    model = _fetched(name, pretrained, lambda: timm.create_model(name, pretrained, **extra))
+    host = _HUB.ENDPOINT
+    model = _fetched(
+        f"timm:{name}", pretrained, host, lambda: timm.create_model(name, pretrained, **extra)
+    )
     cfg = resolve_model_data_config(model)
     return model, {
         "mean": tuple(cfg["mean"]),
@@ -160,8 +197,9 @@ def _torchvision(
     weights = torchvision.models.get_model_weights(name)["DEFAULT"]
     extra = {} if classes is None else {"num_classes": classes}
     model = _fetched(
-        name,
+        f"torchvision:{name}",
         pretrained,
+        weights.url,
         lambda: torchvision.models.get_model(
             name, weights=weights if pretrained else None, **extra
         ),
@@ -176,73 +214,66 @@ def _torchvision(
     }
 
 
-def _fetched(name: str, pretrained: bool, create: Any) -> nn.Module:
-    try:
+def _fetched(name: str, pretrained: bool, host: str, create: Callable[[], nn.Module]) -> nn.Module:
+    """Make a model, with weights from a cache or the network; at once without a network."""
+    if not pretrained:
         return create()
+    try:
+        with _offline(not _answers(host)):
+            return create()
     except Exception as error:
-        if not pretrained:
-            raise
         raise RuntimeError(
-            f"`name`={name!r} must have weights that can be fetched, but fetching failed "
-            f"({type(error).__name__}): check the network, or pass checkpoint= or "
-            "pretrained=False."
+            f"`name`={name!r} must have weights on this machine or that can be fetched from "
+            f"{host}, but fetching failed ({type(error).__name__}): check the network, or name a "
+            f"file of weights as in {name}@PATH."
         ) from error
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"`checkpoint` must be a file, but {path} is not there: pass a .safetensors or "
-            ".pt file."
-        )
+def _answers(url: str) -> bool:
+    """Whether a host answers at all, be it by an error, through the proxies that are set."""
     try:
-        if path.suffix == ".safetensors":
-            return load_file(str(path))
-        state: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # junk makes an unpickler raise anything
-        odd = isinstance(error, pickle.UnpicklingError) or not str(error)
-        reason = "it holds no plain tensors" if odd else textwrap.shorten(str(error), 200)
-        raise _no_checkpoint(path, reason) from None
-    for key in ("state_dict", "model", "net"):  # where training scripts put it
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict):
-        raise _no_checkpoint(path, f"it holds a {type(state).__name__}")
-    found = {str(k).removeprefix("module."): v for k, v in state.items() if isinstance(v, Tensor)}
-    if not found:
-        raise _no_checkpoint(path, "it holds no tensors")
-    return found
+        request = urllib.request.Request(url, method="HEAD")
+        with urllib.request.urlopen(request, timeout=PATIENCE_S):
+            return True
+    except urllib.error.HTTPError:
+        return True
+    except (OSError, ValueError):
+        return False
 
 
-def _no_checkpoint(path: Path, reason: str) -> ValueError:
-    return ValueError(
-        f"`checkpoint` must be a .safetensors or .pt file with a state dict, but {path} is not "
-        f"({reason}): save one with torch.save(model.state_dict(), path)."
-    )
+@contextmanager
+def _offline(offline: bool) -> Iterator[None]:
+    """Let libraries look into their caches only, and not try the network for a minute."""
+    before = _HUB.HF_HUB_OFFLINE, socket.getdefaulttimeout()
+    if offline:
+        _HUB.HF_HUB_OFFLINE = True
+        socket.setdefaulttimeout(PATIENCE_S)
+    try:
+        yield
+    finally:
+        _HUB.HF_HUB_OFFLINE = before[0]
+        socket.setdefaulttimeout(before[1])
 
 
-def _classes_of(state: dict[str, Tensor], make: Any, name: str) -> int | None:
+def _classes_of(found: list[Weights], make: Any, name: str, by_order: bool) -> int | None:
     """Rows of the classifier's weight in the checkpoint, found by its place in the model."""
     model, _ = make(name, False, None)
+    expected = model.state_dict()
     head = find_classifier(model)
     key = next(n for n, m in model.named_modules() if m is head)
-    for candidate in (f"{key}.weight", f"{key}.fc.weight"):
-        if candidate in state and state[candidate].ndim > 0:
-            return int(state[candidate].shape[0])
-    return None
+    keys = [k for k in (f"{key}.weight", f"{key}.fc.weight") if k in expected]
+    return rows_of(keys[0], found, expected, by_order) if keys else None
 
 
-def _fill(model: nn.Module, state: dict[str, Tensor], name: str, path: Path) -> None:
-    try:
-        model.load_state_dict(
-            {k: v.float() if v.dtype == torch.half else v for k, v in state.items()}
+def _fill(model: nn.Module, found: list[Weights], name: str, path: Path, by_order: bool) -> int:
+    """Load weights that fit; returns how many tensors these were."""
+    expected = model.state_dict()
+    state = fit(found, expected, by_order, name, path)
+    model.load_state_dict(expected | state)  # old files lack counters of batches
+    if by_order:
+        warnings.warn(
+            f'match="order": all {len(state)} tensors of {path} have the shapes of {name} in '
+            "order; check the accuracy, since tensors of one shape may have changed places",
+            stacklevel=3,
         )
-    except RuntimeError as error:
-        detail = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-        detail = textwrap.shorten(detail, 200, placeholder=" ...")
-        raise ValueError(
-            f"`checkpoint` must hold a state dict of {name}, but {path} does not fit ({detail}): "
-            "pass the name of the architecture it was made with."
-        ) from None
+    return len(state)

@@ -422,7 +422,7 @@ GOOD = torch.rand(2, 3, 32, 32)
         (TypeError, "got bool", lambda: corruptions.corrupt(GOOD, "fog", True)),
         (ValueError, "add a batch dimension", lambda: corruptions.corrupt(GOOD[0], "fog", 3)),
         (ValueError, "movedim", lambda: corruptions.corrupt(GOOD.movedim(1, -1), "fog", 3)),
-        (ValueError, "repeat grey", lambda: corruptions.corrupt(GOOD[:, :1], "fog", 3)),
+        (ValueError, "or grey ones", lambda: corruptions.corrupt(GOOD[:, :2], "fog", 3)),
         (ValueError, "at least one image", lambda: corruptions.corrupt(GOOD[:0], "fog", 3)),
         (ValueError, "at least 8 x 8", lambda: corruptions.corrupt(GOOD[..., :7], "fog", 3)),
         (TypeError, "got ndarray", lambda: corruptions.corrupt(GOOD.numpy(), "fog", 3)),

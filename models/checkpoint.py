@@ -1,0 +1,255 @@
+"""Weights from a file, made to fit a model: containers, prefixes, extra keys, other names."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import re
+import textwrap
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+__all__ = ["Weights", "fit", "read_checkpoint", "rows_of"]
+
+Weights = Mapping[str, Tensor]
+
+# Where training scripts put weights; averaged ones first, as timm does. Others come after.
+_PLACES = ("state_dict_ema", "model_ema", "ema", "state_dict", "model_state_dict", "model", "net")
+_DEPTH = 3  # containers in containers
+# What torch puts around modules and into the names of their weights.
+_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+# Buffers of profilers and of weight averaging.
+_EXTRAS = ("total_ops", "total_params", "n_averaged")
+_COUNTER = "num_batches_tracked"
+_SHOWN = 3  # names in an error
+
+
+class _Fit(NamedTuple):
+    """Weights under a model's names, and what speaks against them."""
+
+    named: dict[str, Tensor]
+    missing: list[str]
+    unexpected: list[str]
+    other_shape: list[str]
+
+    @property
+    def faults(self) -> int:
+        return len(self.missing) + len(self.unexpected) + len(self.other_shape)
+
+
+def read_checkpoint(path: Path) -> list[Weights]:
+    """All dictionaries of tensors in a file, most likely ones first.
+
+    Beside tensors and plain values only `argparse.Namespace` and numpy's numbers are loaded, which
+    training scripts store and which run no code.
+
+    Args:
+        path: A ``.safetensors`` file, or one that `torch.save` wrote.
+
+    Raises:
+        FileNotFoundError: When the file is not there.
+        ValueError: When it holds no tensors by name, or objects that are not loaded.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"`checkpoint` must be a file, but {path} is not there: pass a .safetensors or "
+            ".pt file."
+        )
+    try:
+        if path.suffix == ".safetensors":
+            return [load_file(str(path))]
+        with torch.serialization.safe_globals(_harmless()):
+            content: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # junk makes an unpickler raise anything
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        odd = isinstance(error, pickle.UnpicklingError) or not str(error)
+        reason = "it holds no plain tensors" if odd else textwrap.shorten(str(error), 200)
+        if refused:
+            reason = f"it holds no plain tensors but a {refused[1]}, which could run code"
+        raise _no_checkpoint(path, reason) from None
+    if not isinstance(content, Mapping):
+        raise _no_checkpoint(path, f"it holds a {type(content).__name__}")
+    found = list(_states(content, _DEPTH))
+    if not found:
+        raise _no_checkpoint(path, "it holds no tensors")
+    return found
+
+
+def _harmless() -> list[Any]:
+    """Types of training scripts' settings and figures, under the names of numpy 1 and 2."""
+    numbers = {type(np.dtype(code)) for code in "?bhilqBHILQefd"}
+    scalar = np.float64(0).__reduce__()[0]
+    names = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
+    return [argparse.Namespace, np.dtype, *numbers, *((scalar, name) for name in names)]
+
+
+def _no_checkpoint(path: Path, reason: str) -> ValueError:
+    return ValueError(
+        f"`checkpoint` must be a .safetensors or .pt file with a state dict, but {path} is not "
+        f"({reason}): save one with torch.save(model.state_dict(), path)."
+    )
+
+
+def _states(content: Mapping[Any, Any], depth: int) -> Iterator[Weights]:
+    """Dictionaries of tensors in a container, itself last."""
+    inner = {str(k): v for k, v in content.items() if isinstance(v, Mapping)}
+    if depth:
+        for place in sorted(inner, key=lambda k: (*_PLACES, k).index(k)):
+            yield from _states(inner[place], depth - 1)
+    tensors = {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
+    if tensors:
+        yield tensors
+
+
+def fit(
+    found: list[Weights], expected: Weights, by_order: bool, model: str, path: Path
+) -> dict[str, Tensor]:
+    """The weights of a checkpoint under a model's names.
+
+    Args:
+        found: See `read_checkpoint`.
+        expected: The model's state dict.
+        by_order: Pair tensors by their place, whatever their names are; all shapes must be equal.
+        model: What errors call the model.
+        path: What errors call the file.
+
+    Raises:
+        ValueError: When no dictionary of the file fits; the nearest one is described.
+    """
+    if by_order:
+        return _fit_by_order(found, expected, model, path)
+    best = _best(found, expected)
+    if not best.faults:
+        return {key: value for key, value in best.named.items() if key in expected}
+    advice = "pass the name of the architecture it was made with"
+    if path.suffix != ".safetensors" and any(_pairs(state, expected)[1] == "" for state in found):
+        advice += ', or match="order" since all shapes match in order'
+    raise ValueError(
+        f"`checkpoint` must hold a state dict of {model}, but {path} does not fit "
+        f"({_described(best)}): {advice}."
+    )
+
+
+def rows_of(key: str, found: list[Weights], expected: Weights, by_order: bool) -> int | None:
+    """First size of the tensor that a checkpoint has for one of a model's names; None without."""
+    if by_order:
+        aligned = (dict(_aligned(state, expected)[0]) for state in found)
+        candidates = [(state[key][1]) for state in aligned if key in state]
+    else:
+        named = _best(found, expected).named
+        candidates = [named[key]] if key in named else []
+    return next((int(value.shape[0]) for value in candidates if value.ndim), None)
+
+
+def _best(found: list[Weights], expected: Weights) -> _Fit:
+    return min((_fit_names(state, expected) for state in found), key=lambda fit: fit.faults)
+
+
+def _fit_names(state: Weights, expected: Weights) -> _Fit:
+    named = {_unwrapped(key, expected): value for key, value in state.items()}
+    prefix = _prefix(named, expected)
+    # Names without the prefix belong to what lies beside the model: losses, metrics, teachers.
+    named = {k.removeprefix(prefix): v for k, v in named.items() if k.startswith(prefix)}
+    unexpected, other_shape = [], []
+    for key, value in named.items():
+        if key not in expected:
+            if key.rpartition(".")[2] not in _EXTRAS:
+                unexpected.append(key)
+        elif value.shape != expected[key].shape:
+            other_shape.append(
+                f"{key} is {tuple(value.shape)} in place of {tuple(expected[key].shape)}"
+            )
+    # Files from before torch 0.4.1 have no counters.
+    missing = [k for k in expected if k not in named and not k.endswith(_COUNTER)]
+    return _Fit(named, missing, unexpected, other_shape)
+
+
+def _unwrapped(key: str, expected: Weights) -> str:
+    if key not in expected:
+        for wrapper in _WRAPPERS:
+            key = key.replace(wrapper, "")
+    return key
+
+
+def _prefix(named: Weights, expected: Weights) -> str:
+    """What stands before most of the model's names: "", "module.", "model.", "student.net."."""
+    counts: Counter[str] = Counter({"": 0})
+    for key in named:
+        start = 0
+        while True:
+            if key[start:] in expected:
+                counts[key[:start]] += 1
+            start = key.find(".", start) + 1
+            if not start:
+                break
+    return counts.most_common(1)[0][0]
+
+
+def _described(found: _Fit) -> str:
+    parts = []
+    for words, names in (
+        ("missing", found.missing),
+        ("unexpected", found.unexpected),
+        ("of another shape", found.other_shape),
+    ):
+        if names:
+            more = ", ..." if len(names) > _SHOWN else ""
+            parts.append(f"{len(names)} {words}: {', '.join(names[:_SHOWN])}{more}")
+    return textwrap.shorten("; ".join(parts), 400, placeholder=" ...")
+
+
+def _fit_by_order(
+    found: list[Weights], expected: Weights, model: str, path: Path
+) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors":
+        raise ValueError(
+            f'`match="order"` must have a file that keeps the order of its tensors, but {path} '
+            "does not: pass one that torch.save wrote."
+        )
+    best, reasons = 0, []
+    for state in found:
+        pairs, reason = _pairs(state, expected)
+        if not reason:
+            return pairs
+        reasons.append((len(pairs), reason))
+    best, reason = max(reasons, key=lambda item: item[0])
+    raise ValueError(
+        f'`checkpoint` must hold tensors in the order of {model} for `match="order"`, but of '
+        f"{len(expected)} tensors the first {best} match in {path} and then {reason}: pass the "
+        "name of the architecture that it is a port of."
+    )
+
+
+def _pairs(state: Weights, expected: Weights) -> tuple[dict[str, Tensor], str]:
+    """Tensors under the model's names by their place, and why they do not fit; "" if they do."""
+    aligned, reason = _aligned(state, expected)
+    pairs = {}
+    for name, (key, value) in aligned:
+        if value.shape != expected[name].shape:
+            return pairs, (
+                f"{key} of shape {tuple(value.shape)} stands where {name} has "
+                f"{tuple(expected[name].shape)}"
+            )
+        pairs[name] = value
+    return pairs, reason
+
+
+def _aligned(state: Weights, expected: Weights) -> tuple[list[tuple[str, tuple[str, Tensor]]], str]:
+    """The model's names with the names and tensors at their places, and what is left over."""
+    values = [item for item in state.items() if item[0].rpartition(".")[2] not in _EXTRAS]
+    names = list(expected)
+    if len(values) != len(names):  # other frameworks do not count batches
+        values = [item for item in values if item[1].ndim or item[1].is_floating_point()]
+        names = [name for name in names if not name.endswith(_COUNTER)]
+    same = len(values) == len(names)
+    reason = "" if same else f"it has {len(values)} tensors in place of {len(names)}"
+    return list(zip(names, values, strict=False)), reason
