@@ -19,7 +19,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tta.core.batch_split import current_split
+from tta.core.checkpointing import is_recomputation, may_be_recomputed
+from tta.core.classifier import evaluating
 from tta.core.norm_rule import NormRule
+from tta.core.session import Session
 
 __all__ = [
     "AdaptiveNorm",
@@ -60,12 +63,17 @@ class AdaptiveNorm(nn.Module):
     Args:
         base: The layer it stands for, kept as it is.
         rule: Decides mean and variance.
+        session: Of the adapter.
     """
 
-    def __init__(self, base: nn.Module, rule: NormRule) -> None:
+    def __init__(self, base: nn.Module, rule: NormRule, session: Session) -> None:
         super().__init__()
         self.base = base
         self.rule = rule
+        self.session = session
+        # Of each pass of a call that may run again within its backward pass: what tells its input
+        # from others, and what the rule remembered before it.
+        self.passes: list[tuple[float, list[Tensor]]] = []
         self.override: Callable[[Tensor, Any], Tensor] | None = None  # set by `with_statistics`
         # A subclass with a forward of its own does something after normalising.
         self.finish = type(base).forward is not _BatchNorm.forward and not isinstance(
@@ -76,8 +84,35 @@ class AdaptiveNorm(nn.Module):
                 self.__dict__[hooks] = base.__dict__[hooks]
 
     def forward(self, x: Tensor) -> Tensor:
-        y = (self.rule if self.override is None else self.override)(x, self.base)
+        if self.override is not None:
+            y = self.override(x, self.base)
+        elif self.rule.learning and is_recomputation():
+            y = self._again(x)
+        else:
+            if self.rule.learning and self.session.recording and may_be_recomputed():
+                self.passes.append((_sign(x), [b.clone() for b in self.rule.buffers()]))
+            y = self.rule(x, self.base)
         return _finish(y, self.base) if self.finish else y
+
+    def _again(self, x: Tensor) -> Tensor:
+        """What the rule made of ``x`` in the forward pass, from where it stood then.
+
+        A checkpointed part of a model runs again within the backward pass; moving statistics have
+        moved once for it already.
+        """
+        now = [b.clone() for b in self.rule.buffers()]
+        sign = _sign(x)
+        _, then = min(self.passes, key=lambda noted: abs(noted[0] - sign), default=(sign, now))
+        self._remember(then)
+        try:
+            return self.rule(x, self.base)
+        finally:
+            self._remember(now)
+
+    @torch.no_grad()
+    def _remember(self, values: list[Tensor]) -> None:
+        for buffer, value in zip(self.rule.buffers(), values, strict=True):
+            buffer.copy_(value)
 
     def __getattr__(self, name: str) -> Any:
         # Models that read `self.bn1.weight` or `self.bn1.eps` in their forward keep working.
@@ -85,6 +120,11 @@ class AdaptiveNorm(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("base"), name)
+
+
+def _sign(x: Tensor) -> float:
+    """A figure by which inputs of one layer are told apart."""
+    return float(x.detach().double().sum())
 
 
 def _has_activation(base: Any) -> bool:
@@ -118,13 +158,15 @@ def batch_norm_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm)}
 
 
-def insert(model: nn.Module, make: Callable[[nn.Module], NormRule]) -> dict[str, AdaptiveNorm]:
+def insert(
+    model: nn.Module, make: Callable[[nn.Module], NormRule], session: Session
+) -> dict[str, AdaptiveNorm]:
     """Put an :class:`AdaptiveNorm` around every BatchNorm layer, in place.
 
     A layer that is used in several places gets one wrapper, in all of them. All rules are made
     before the first layer is touched, so a rule that raises leaves the model as it was.
     """
-    wrappers = {n: AdaptiveNorm(b, make(b)) for n, b in batch_norm_layers(model).items()}
+    wrappers = {n: AdaptiveNorm(b, make(b), session) for n, b in batch_norm_layers(model).items()}
     _swap(model, {w.base: w for w in wrappers.values()})
     for wrapper in wrappers.values():
         wrapper.training = wrapper.rule.training = wrapper.base.training
@@ -184,7 +226,8 @@ def normalize_by_source(x: Tensor, base: Any) -> Tensor:
 def rows_independent(model: nn.Module) -> bool:
     """Whether no BatchNorm layer of an unwrapped model in eval mode mixes the rows of a batch."""
     layers: Any = batch_norm_layers(model).values()
-    return all(m.running_mean is not None for m in layers)
+    with evaluating(model):  # a model may keep layers in training mode whatever it is told
+        return all(m.running_mean is not None and not m.training for m in layers)
 
 
 def _swap(model: nn.Module, replacement: dict[Any, Any]) -> None:

@@ -46,7 +46,6 @@ from torch.optim.adam import adam
 
 from tta.core.backbone import Backbone
 from tta.core.checks import flag, number, whole
-from tta.core.classifier import size_in
 from tta.core.component import Context
 from tta.core.config import ComponentConfig
 from tta.core.output_rule import Output
@@ -162,7 +161,7 @@ class Adanpc(Output):
                 f"{source.contents or 'nothing'}: pass source batches, or what "
                 f"tta.collect_source(model, loader, for_methods=['{self.name}']) returns."
             )
-        width = size_in(network.classifier)
+        width = self.context.feature_size
         labels = labels.flatten().to(torch.int64)
         inside = bool((labels >= 0).all() and (labels < self.context.num_classes).all())
         if features.ndim != 2 or features.shape[1] != width or len(features) == 0 or not inside:

@@ -41,7 +41,6 @@ from torch import Tensor, nn
 
 from tta.core.backbone import Backbone
 from tta.core.checks import fraction, number, one_of, whole
-from tta.core.classifier import size_in
 from tta.core.component import Context
 from tta.core.config import CIFAR_ADAM, UpdateConfig
 from tta.core.norm_layers import frozen_statistics
@@ -108,7 +107,7 @@ class Rmt(Update):
 
     def __init__(self, config: RmtConfig, network: Backbone, context: Context) -> None:
         super().__init__(config, network, context)
-        size, width = size_in(network.classifier), config.projection_dim
+        size, width = context.feature_size, config.projection_dim
         device = next(iter(context.parameters.values())).device
         self.teacher = OtherWeights(network, context.parameters)
         self.augmenter = Augmenter(network.model, context)
