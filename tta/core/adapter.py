@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from inspect import signature
@@ -26,6 +27,8 @@ from tta.core.update import Update
 
 __all__ = ["WRAPPED", "Adapter"]
 
+OVERFLOW = "features that overflow"
+LARGE = 1e15  # pixels from which on the variance of features may overflow
 WRAPPED = "_tta_wrapped"  # set on every module of a wrapped model
 
 
@@ -92,14 +95,18 @@ class Adapter(nn.Module):
             follow = not self._learning and images.requires_grad and torch.is_grad_enabled()
             x = images if follow else images.detach()
             x = x.clone() if images.is_inference() else x
+            floating = x.is_floating_point()
             self._seen, self._rejected = len(x), 0
             # One cheap pass tells whether anything is wrong; only then look at every row.
-            if bool(torch.isfinite(x.sum())):
-                return self._forward(x, follow)
-            good = torch.isfinite(x).flatten(1).all(1)
-            if bool(good.all()):
-                return self._forward(x, follow)
-            return self._forward_some(x, good, "NaN or infinite pixels", follow)
+            peak = float(torch.linalg.vector_norm(x.detach(), torch.inf)) if floating else 0.0
+            if not math.isfinite(peak):
+                good = torch.isfinite(x).flatten(1).all(1)
+                return self._forward_some(x, good, "NaN or infinite pixels", follow)
+            if peak > LARGE and self._wrappers:  # kernels for batch statistics hide an overflow
+                rows = network.overflowing(x)
+                if not bool(rows.all()):
+                    return self._forward_some(x, ~rows, OVERFLOW, follow)
+            return self._forward(x, follow)
 
     def reset(self) -> None:
         """Put everything back to what it was when ``wrap`` returned, bit for bit."""
@@ -372,7 +379,7 @@ class Adapter(nn.Module):
         try:
             return self._answer(self._attempt(x, follow), None)
         except RowsOverflowError as error:
-            return self._forward_some(x, ~error.rows, "features that overflow", follow)
+            return self._forward_some(x, ~error.rows, OVERFLOW, follow)
 
     def _attempt(self, x: Tensor, follow: bool) -> Tensor:
         """Predict and learn.
@@ -462,7 +469,7 @@ class Adapter(nn.Module):
             for part in (self.update, self.output):
                 if part is not None:
                     part.report = Report()
-            like = x if x.is_floating_point() else torch.empty(0)
+            like = x if x.is_floating_point() else torch.empty(0, dtype=torch.float32)
             logits = like.new_full((len(x), self.num_classes), float("nan"), device=x.device)
             return self._answer(logits, None)
         try:
@@ -470,7 +477,7 @@ class Adapter(nn.Module):
         except RowsOverflowError as error:
             rest = good.clone()
             rest[good] = ~error.rows
-            return self._forward_some(x, rest, "features that overflow", follow)
+            return self._forward_some(x, rest, OVERFLOW, follow)
         logits = some.new_full((len(x), self.num_classes), float("nan"))
         logits[good] = some
         return self._answer(logits, good)

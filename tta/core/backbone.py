@@ -17,7 +17,7 @@ from tta.core import functional
 from tta.core.batch_split import Split
 from tta.core.classifier import CONVOLUTIONS, first_layer, size_in
 from tta.core.compiled import without_graphs
-from tta.core.head import Head
+from tta.core.head import Head, WithFeatures
 from tta.core.input_guard import InputGuard
 from tta.core.masters import Masters
 from tta.core.model_buffers import ModelBuffers
@@ -40,6 +40,10 @@ Weights = tuple[Sequence[list[str]], Sequence[Tensor]]
 
 class ImagesRefusedError(ValueError):
     """The model raised on images of a shape that its first layer does not take."""
+
+
+class KindRefusedError(TypeError):
+    """The model raised on whole numbers, which only some models take."""
 
 
 class RowsOverflowError(ArithmeticError):
@@ -73,17 +77,6 @@ class _CallOrderHook:
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if self.name not in self.order:
             self.order.append(self.name)
-
-
-class _WithFeatures(nn.Module):
-    """A model and a function that gives features, called together."""
-
-    def __init__(self, model: nn.Module, function: Any) -> None:
-        super().__init__()
-        self.model, self.function = model, function
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
-        return self.model(x, *args, **kwargs), self.function(self.model, x)
 
 
 class Backbone:
@@ -134,7 +127,7 @@ class Backbone:
             self.feature_hook = _InputHook()
             self._handles.append(head.module.register_forward_pre_hook(self.feature_hook))
         elif features:
-            self._callee, self._prefix = _WithFeatures(model, head.function), "model."
+            self._callee, self._prefix = WithFeatures(model, head.function), "model."
         places = functional.names(model, [p for _, p in masters.pairs])
         self._master_places = [
             (names, master, p.dtype)
@@ -243,7 +236,8 @@ class Backbone:
         if total != total or total == float("inf"):
             rows = (logits.isnan() | (logits == float("inf"))).any(1)
             if len(rows) > 1 and bool(rows.all()):
-                rows = self._overflowing(x)
+                rows = self.overflowing(x)
+                rows = rows if bool(rows.any()) else ~rows
             raise RowsOverflowError(rows)
         if self._scale_unknown:
             low, high = (float(v) for v in logits.aminmax())
@@ -268,8 +262,8 @@ class Backbone:
         )
 
     @torch.no_grad()
-    def _overflowing(self, x: Tensor) -> Tensor:
-        """Which images (B,) made the statistics of the whole batch overflow.
+    def overflowing(self, x: Tensor) -> Tensor:
+        """Which images (B,) make the statistics of the whole batch overflow.
 
         Under the source statistics no image changes what the model makes of another one.
         """
@@ -285,8 +279,7 @@ class Backbone:
         if self.feature_hook is not None:
             self.feature_hook.value = None
         logits = self.reader.read(result[0] if self._prefix else result)
-        rows |= (logits.isnan() | (logits == float("inf"))).any(1)
-        return rows if bool(rows.any()) else ~rows
+        return rows | (logits.isnan() | (logits == float("inf"))).any(1)
 
     @contextmanager
     def call(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -340,16 +333,18 @@ class Backbone:
                 "one of them, or call under torch.autocast."
             )
 
-    def refusal(self, error: BaseException, x: Tensor) -> ImagesRefusedError | None:
+    def refusal(
+        self, error: BaseException, x: Tensor
+    ) -> ImagesRefusedError | KindRefusedError | None:
         """What to raise in place of ``error``, which came of ``x``, if the shape may be why.
 
         The first layer is taken for what images meet. Models that rearrange or repeat pixels
         before it accept other shapes, so this is no ground to refuse a batch beforehand.
         """
-        final = (ImagesRefusedError, RowsOverflowError, torch.OutOfMemoryError)
+        final = (ImagesRefusedError, KindRefusedError, RowsOverflowError, torch.OutOfMemoryError)
         reason = self._misfit(x)
-        if reason is None and x.dtype == torch.uint8 and isinstance(error, RuntimeError):
-            reason = (
+        if reason is None and x.dtype == torch.uint8 and type(error) is RuntimeError:
+            return KindRefusedError(
                 "`images` must be floating point for this model, got torch.uint8: pass what it "
                 "takes, such as images.float() / 255."
             )

@@ -144,6 +144,12 @@ def _called_last(
         return None
     size = run.logits.shape[-1] if run.logits is not None and run.logits.ndim else None
     fitting = [m for m in calls if size is None or size_out(m) == size]
+    if calls and not fitting:
+        raise ValueError(
+            f"`model` must make its logits by a linear layer, but no layer of this "
+            f"{type(model).__name__} has {size} outputs: pass wrap(..., num_classes={size}, "
+            "features=...), where `features` names the module that they go into."
+        )
     return fitting[-1] if fitting else None
 
 

@@ -12,7 +12,7 @@ from tta.core.checks import nearest, whole
 from tta.core.classifier import dry_run, find_classifier, size_in, size_out
 from tta.core.outputs import LogitsReader
 
-__all__ = ["FeatureSpec", "Head", "find_head"]
+__all__ = ["FeatureSpec", "Head", "WithFeatures", "find_head"]
 
 FeatureSpec = str | nn.Module | Callable[[nn.Module, Tensor], Tensor] | None
 
@@ -38,6 +38,23 @@ class Head:
     def has_features(self) -> bool:
         """Whether it is known what the features are."""
         return self.module is not None or self.function is not None
+
+
+class WithFeatures(nn.Module):
+    """A model and a function that gives its features, called together.
+
+    Args:
+        model: The classifier.
+        function: Model and images to features.
+    """
+
+    def __init__(self, model: nn.Module, function: Any) -> None:
+        super().__init__()
+        self.model, self.function = model, function
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
+        """What the model returns, and the features."""
+        return self.model(x, *args, **kwargs), self.function(self.model, x)
 
 
 def find_head(
@@ -71,6 +88,8 @@ def find_head(
         except ValueError:
             if classes is None:
                 raise
+        if module is not None and classes not in (None, _size_out(module)):
+            module = None  # some other layer: nobody has said where the features are
     if classes is None:
         classes = _classes(model, reader, module)
     if classes < 2:
@@ -79,7 +98,10 @@ def find_head(
             "single logit has no second class to compare with; give it two outputs, such as "
             "torch.stack([-z, z], 1) / 2."
         )
-    return Head(classes, module, function, _width(module))
+    width = _width(module)
+    if width is None and features is not None:
+        width = _width_in_dry_run(model, reader, module, function)
+    return Head(classes, module, function, width)
 
 
 def _module(model: nn.Module, features: Any) -> nn.Module | None:
@@ -113,11 +135,9 @@ def _classes(model: nn.Module, reader: LogitsReader, module: nn.Module | None) -
             f"`model` must return logits, got a {type(model).__name__} with num_classes=0, which "
             "returns features: build it with its classifier."
         )
-    try:
-        if module is not None:
-            return size_out(module)
-    except ValueError:
-        pass
+    size = None if module is None else _size_out(module)
+    if size is not None:
+        return size
     run = dry_run(model, reader)
     logits = None if run is None else run.logits
     if logits is None or logits.ndim != 2:
@@ -131,6 +151,32 @@ def _classes(model: nn.Module, reader: LogitsReader, module: nn.Module | None) -
 def _gives_features(model: nn.Module) -> bool:
     head = getattr(model, "get_classifier", None)
     return not callable(head) or isinstance(head(), nn.Identity)
+
+
+def _size_out(module: nn.Module) -> int | None:
+    try:
+        return size_out(module)
+    except ValueError:
+        return None
+
+
+def _width_in_dry_run(
+    model: nn.Module, reader: LogitsReader, module: nn.Module | None, function: Any
+) -> int | None:
+    """Length of features, which channels of maps and the last axis of tokens are."""
+    found: list[Tensor] = []
+    if module is None:
+        run = dry_run(WithFeatures(model, function), LogitsReader(1))
+        found = [] if run is None or run.logits is None else [run.logits]
+    else:
+        handle = module.register_forward_pre_hook(lambda _, args: found.append(args[0]))
+        try:
+            dry_run(model, reader, found.clear)
+        finally:
+            handle.remove()
+    if not found or not isinstance(found[-1], Tensor):
+        return None
+    return found[-1].shape[1 if found[-1].ndim > 3 else -1]
 
 
 def _width(module: nn.Module | None) -> int | None:

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
-from tta.core.classifier import dry_run
+from tta.core.classifier import dry_run, evaluating
 from tta.core.outputs import LogitsReader
 
 __all__ = ["ModelBuffers"]
@@ -42,11 +43,14 @@ class ModelBuffers:
         self.moving: list[str] = []
         self._copies: dict[str, Tensor] = {}
         self._seen: dict[str, tuple[int, int]] | None = None
+        self._compared = False
         if not self.places:
             return
         run = dry_run(model, reader)
-        if run is not None:
-            self.moving = [name for name in self.places if name in run.moving]
+        found = set() if run is None else set(run.moving)
+        with evaluating(model):
+            found |= _statistics_in_training(model)
+        self.moving = [name for name in self.places if name in found]
         for name, buffer in self.originals.items():
             if run is None or name in self.moving or buffer.numel() <= SMALL:
                 self._copies[name] = buffer.detach().clone()
@@ -61,6 +65,13 @@ class ModelBuffers:
         signs = self._signs()
         before, self._seen = self._seen or signs, signs
         moved = [name for name, sign in signs.items() if sign != before[name]]
+        if not self._compared:  # once by value: some operations write without a trace
+            self._compared = True
+            moved += [
+                name
+                for name, copy in self._copies.items()
+                if name not in moved and not torch.equal(copy, self._now(name))
+            ]
         new = [name for name in moved if name not in self.moving and name in self._copies]
         self.moving += new
         return new
@@ -104,3 +115,13 @@ class ModelBuffers:
     def _signs(self) -> dict[str, tuple[int, int]]:
         """What changes when a buffer is written to or replaced."""
         return {name: (id(t := self._now(name)), t._version) for name in self.places}
+
+
+def _statistics_in_training(model: nn.Module) -> set[str]:
+    """Running statistics of norm layers that stay in training mode whatever the model is told."""
+    return {
+        f"{prefix}.{key}" if prefix else key
+        for prefix, module in model.named_modules()
+        if isinstance(module, _NormBase) and module.training
+        for key in module._buffers
+    }

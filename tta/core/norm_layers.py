@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -57,6 +58,16 @@ _HOOKS = (
 LARGE_MEAN = 1e-2  # share of variance in the mean square below which digits would be lost
 
 
+@dataclass
+class _Pass:
+    """Where a layer stood before a pass."""
+
+    sign: float  # tells its input from others
+    learning: bool
+    override: Callable[[Tensor, Any], Tensor] | None
+    remembered: list[Tensor]  # by the rule
+
+
 class AdaptiveNorm(nn.Module):
     """A BatchNorm layer whose statistics come from a rule.
 
@@ -71,9 +82,7 @@ class AdaptiveNorm(nn.Module):
         self.base = base
         self.rule = rule
         self.session = session
-        # Of each pass of a call that may run again within its backward pass: what tells its input
-        # from others, and what the rule remembered before it.
-        self.passes: list[tuple[float, list[Tensor]]] = []
+        self.passes: list[_Pass] = []  # of a call, that may run again within its backward pass
         self.override: Callable[[Tensor, Any], Tensor] | None = None  # set by `with_statistics`
         # A subclass with a forward of its own does something after normalising.
         self.finish = type(base).forward is not _BatchNorm.forward and not isinstance(
@@ -84,14 +93,12 @@ class AdaptiveNorm(nn.Module):
                 self.__dict__[hooks] = base.__dict__[hooks]
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.override is not None:
-            y = self.override(x, self.base)
-        elif self.rule.learning and is_recomputation():
+        if self.passes and is_recomputation():
             y = self._again(x)
         else:
-            if self.rule.learning and self.session.recording and may_be_recomputed():
-                self.passes.append((_sign(x), [b.clone() for b in self.rule.buffers()]))
-            y = self.rule(x, self.base)
+            if self.session.recording and may_be_recomputed():
+                self.passes.append(self._now(_sign(x)))
+            y = self._normalised(x)
         return _finish(y, self.base) if self.finish else y
 
     def _again(self, x: Tensor) -> Tensor:
@@ -100,18 +107,25 @@ class AdaptiveNorm(nn.Module):
         A checkpointed part of a model runs again within the backward pass; moving statistics have
         moved once for it already.
         """
-        now = [b.clone() for b in self.rule.buffers()]
         sign = _sign(x)
-        _, then = min(self.passes, key=lambda noted: abs(noted[0] - sign), default=(sign, now))
-        self._remember(then)
+        now = self._now(sign)
+        self._go_to(min(self.passes, key=lambda noted: abs(noted.sign - sign)))
         try:
-            return self.rule(x, self.base)
+            return self._normalised(x)
         finally:
-            self._remember(now)
+            self._go_to(now)
+
+    def _normalised(self, x: Tensor) -> Tensor:
+        return (self.rule if self.override is None else self.override)(x, self.base)
+
+    def _now(self, sign: float) -> _Pass:
+        remembered = [b.clone() for b in self.rule.buffers()]
+        return _Pass(sign, self.rule.learning, self.override, remembered)
 
     @torch.no_grad()
-    def _remember(self, values: list[Tensor]) -> None:
-        for buffer, value in zip(self.rule.buffers(), values, strict=True):
+    def _go_to(self, noted: _Pass) -> None:
+        self.rule.learning, self.override = noted.learning, noted.override
+        for buffer, value in zip(self.rule.buffers(), noted.remembered, strict=True):
             buffer.copy_(value)
 
     def __getattr__(self, name: str) -> Any:

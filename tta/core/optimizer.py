@@ -44,6 +44,8 @@ def make_optimizer(config: Any, parameters: list[torch.nn.Parameter]) -> torch.o
     )
     for p in parameters:
         optimizer.state[p].update(
-            step=torch.zeros(()), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p)
+            step=torch.zeros((), dtype=torch.float32),
+            exp_avg=torch.zeros_like(p),
+            exp_avg_sq=torch.zeros_like(p),
         )
     return optimizer

@@ -96,10 +96,14 @@ class Cafa(Update):
         classes, size = context.num_classes, context.feature_size
         each = (classes,) if config.covariance == "class" else ()
         self.register_buffer(
-            "prototypes", torch.full((classes, size), float("nan")), persistent=False
+            "prototypes",
+            torch.full((classes, size), float("nan"), dtype=torch.float32),
+            persistent=False,
         )
         for name in ("covariance", "whitening"):
-            self.register_buffer(name, torch.zeros(*each, size, size), persistent=False)
+            self.register_buffer(
+                name, torch.zeros(*each, size, size, dtype=torch.float32), persistent=False
+            )
 
     def adapt(self, x: Tensor) -> Prediction:
         """Predict, measure distances, step on their log ratio."""

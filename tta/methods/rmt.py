@@ -116,7 +116,9 @@ class Rmt(Update):
         self.replay: Replay | None = None
         self.register_buffer("source_position", torch.zeros((), dtype=torch.int64))
         self.register_buffer(
-            "prototypes", torch.full((context.num_classes, size), float("nan")), persistent=False
+            "prototypes",
+            torch.full((context.num_classes, size), float("nan"), dtype=torch.float32),
+            persistent=False,
         )
 
     def adapt(self, x: Tensor) -> Prediction:
