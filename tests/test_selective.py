@@ -52,7 +52,7 @@ def test_rows_alone_give_the_gradient_of_the_batch(name: str, kept: int, monkeyp
         adapter = tta.wrap(tiny("gn"), update=tta.get_config(name, **fields))
         selector = adapter.update.selection_pass
         assert selector.rows_independent
-        selector.rows_independent = alone
+        selector._rows_independent = alone
         adapter(x)
         assert adapter.report.selected == kept
         results.append({n: p.detach() for n, p in adapter.parameters_adapted.items()})

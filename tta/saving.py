@@ -17,8 +17,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tta.core.adapter import Adapter
-from tta.core.build import build
+from tta.core.build import Injected, build
 from tta.core.checks import folder_or_file
+from tta.core.head import FeatureSpec
+from tta.core.outputs import LogitsSpec
 from tta.core.recipe import AdapterConfig
 from tta.core.state_dict import checksum
 
@@ -73,7 +75,14 @@ def save(adapter: Adapter, folder: str | Path) -> None:
     os.replace(parts[1], folder / CONFIG)
 
 
-def load(model: nn.Module, folder: str | Path, *, source: Any = None) -> Adapter:
+def load(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    source: Any = None,
+    logits: LogitsSpec = None,
+    features: FeatureSpec = None,
+) -> Adapter:
     """Wrap ``model`` as the saved adapter was and go on from its state.
 
     Args:
@@ -81,6 +90,8 @@ def load(model: nn.Module, folder: str | Path, *, source: Any = None) -> Adapter
         folder: What :func:`save` wrote.
         source: As for :func:`tta.wrap`; only a method that replays source batches from a data
             loader asks for it (a list of batches is saved with the adapter).
+        logits: As for :func:`tta.wrap`, where that was given a function, which no file holds.
+        features: Likewise, where it was given a module or a function.
 
     Raises:
         TypeError: When ``folder`` is no path.
@@ -97,7 +108,8 @@ def load(model: nn.Module, folder: str | Path, *, source: Any = None) -> Adapter
             f"`folder` must hold a config of this version, but that in {folder / CONFIG} is not "
             f"one: {error}"
         ) from None
-    adapter = build(model, config, source, constants=parts["constant"])
+    injected = Injected(logits=logits, features=features)
+    adapter = build(model, config, source, injected, parts["constant"])
     try:
         saved, expected = about["model"], _signature(adapter.model, adapter)
         if expected != saved:

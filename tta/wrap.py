@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from tta.core.adapter import Adapter
 from tta.core.build import Injected, build
 from tta.core.config import ComponentConfig
+from tta.core.head import FeatureSpec
 from tta.core.model_checks import check_model
+from tta.core.outputs import LogitsSpec
 from tta.core.recipe import AdapterConfig
 from tta.core.resolve import Request, resolve
 
@@ -34,6 +36,10 @@ def wrap(
     std: Sequence[float] | None = None,
     augment: Callable[[Tensor, int], Tensor] | None = None,
     restore_mask: Callable[[str, torch.Size], Tensor] | None = None,
+    logits: LogitsSpec = None,
+    num_classes: int | None = None,
+    features: FeatureSpec = None,
+    activation: str = "softmax",
     **overrides: Any,
 ) -> Adapter:
     """Make a classifier adapt while it predicts, in place.
@@ -60,6 +66,15 @@ def wrap(
             rewind it). Not part of the config, nor saved.
         restore_mask: For CoTTA and PETAL, instead of their own draws: ``parameter name, shape ->
             bool tensor``, True = back to source. Likewise.
+        logits: How to take logits (B, C) out of what the model returns: a key or the name of an
+            attribute, an index, or a function. Not needed for a tensor, or for something with
+            ``logits`` by that name. The adapter returns what the model returns, with its logits
+            replaced.
+        num_classes: C, for heads that are no linear layer.
+        features: For such heads, where methods read features: the name of the module that they go
+            into, that module, or a function ``model, images -> (B, D)``.
+        activation: What the logits are for; "sigmoid", of models whose classes do not exclude each
+            other, goes with norm rules alone.
         **overrides: Fields of the chosen components.
 
     Returns:
@@ -88,7 +103,13 @@ def wrap(
         seed=seed,
         mean=mean,
         std=std,
+        logits=logits,
+        num_classes=num_classes,
+        features=features,
+        activation=activation,
     )
     config = resolve(model, request)
-    injected = Injected(augment=augment, restore_mask=restore_mask)
+    injected = Injected(
+        augment=augment, restore_mask=restore_mask, logits=logits, features=features
+    )
     return build(model, config, source, injected)

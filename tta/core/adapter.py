@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys
 
 from tta.core.autocast import forget_casts
-from tta.core.backbone import Backbone
+from tta.core.backbone import Backbone, RowsOverflowError
 from tta.core.component import Context
 from tta.core.config import SLOTS
 from tta.core.norm_layers import AdaptiveNorm, remove
@@ -19,10 +22,13 @@ from tta.core.prediction import Prediction, Report
 from tta.core.recipe import AdapterConfig
 from tta.core.session import Session
 from tta.core.state import AdapterState
+from tta.core.state_dict import check_origin
 from tta.core.update import Update
 
 __all__ = ["WRAPPED", "Adapter"]
 
+OVERFLOW = "features that overflow"
+LARGE = 1e15  # pixels from which on the variance of features may overflow
 WRAPPED = "_tta_wrapped"  # set on every module of a wrapped model
 
 
@@ -44,7 +50,7 @@ class Adapter(nn.Module):
         output: Output | None,
     ) -> None:
         super().__init__()
-        self.model = model = network.model
+        self.model = network.model
         self.config = config
         self.update = update
         self.output = output
@@ -52,44 +58,55 @@ class Adapter(nn.Module):
         self._context = context
         self._wrappers = wrappers
         self._state = AdapterState(
-            config.label, model, context.generator, wrappers, update, output, network.session
+            config.label, context.generator, network, wrappers, update, output
         )
         self._learning = True
         self._rejected = 0
         self._seen = 0
-        self._lend(model, context.parameters, update is not None)
+        self._lend(network.masters.own, update is not None)
 
     # What users do with it -----------------------------------------------------------------
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Predict a batch, and learn from it unless frozen.
 
         Args:
-            images: What the model takes, usually (B, 3, H, W).
+            *args: What the model takes: first the images, usually (B, 3, H, W), then whatever else.
+            **kwargs: Likewise; the images too may be given by the name of the model's first
+                parameter.
 
         Returns:
-            Logits (B, C), without gradient. Rows of images with non-finite pixels are NaN and
-            nothing is learned from them.
+            What the model returns, with logits (B, C) in place of its own, without gradient. Rows
+            of images that are not finite, or whose features overflow, are NaN, and nothing is
+            learned from them. While the adapter is frozen, gradients flow to images that ask for
+            them, through weights that stay as they are.
 
         Raises:
-            TypeError: When ``images`` is no floating-point tensor of the model's dtype.
+            TypeError: When the images are no tensor of the model's dtype.
             ValueError: When rank or channels do not fit the model, or the batch is empty.
             RuntimeError: When the adapter was unwrapped.
         """
-        self._held("no longer holds a model").check(images)
+        network = self._held("no longer holds a model")
+        images, args, kwargs = self._images(args, kwargs)
+        network.check(images)
         if self.model.training:
             self.model.eval()
-        with torch.inference_mode(False):
-            x = images.clone() if images.is_inference() else images.detach()
+        with torch.inference_mode(False), network.call(*args, **kwargs):
+            follow = not self._learning and images.requires_grad and torch.is_grad_enabled()
+            x = images if follow else images.detach()
+            x = x.clone() if images.is_inference() else x
+            floating = x.is_floating_point()
             self._seen, self._rejected = len(x), 0
             # One cheap pass tells whether anything is wrong; only then look at every row.
-            if bool(torch.isfinite(x.sum())):
-                return self._forward(x)
-            good = torch.isfinite(x).flatten(1).all(1)
-            self._rejected = int((~good).sum())
-            if self._rejected == 0:
-                return self._forward(x)
-            return self._forward_some(x, good)
+            peak = float(torch.linalg.vector_norm(x.detach(), torch.inf)) if floating else 0.0
+            if not math.isfinite(peak):
+                good = torch.isfinite(x).flatten(1).all(1)
+                return self._forward_some(x, good, "NaN or infinite pixels", follow)
+            if peak > LARGE and self._wrappers:  # kernels for batch statistics hide an overflow
+                rows = network.overflowing(x)
+                if not bool(rows.all()):
+                    return self._forward_some(x, ~rows, OVERFLOW, follow)
+            return self._forward(x, follow)
 
     def reset(self) -> None:
         """Put everything back to what it was when ``wrap`` returned, bit for bit."""
@@ -148,19 +165,74 @@ class Adapter(nn.Module):
         """What was fixed at wrap (Fisher information, anchors, ...), by name."""
         return self._state.constants()
 
-    def unwrap(self) -> nn.Module:
-        """Give the caller's model back as it was: weights, modules, flags, key order.
+    def unwrap(self, keep: bool | str = False) -> nn.Module:
+        """Give the caller's model back, as it was or with what was learned.
 
         The adapter cannot be used afterwards.
+
+        Args:
+            keep: False for the model as it was: weights, modules, flags, key order, bit for bit.
+                True writes what was learned into it: parameters, buffers of its own, and statistics
+                of norm rules that a plain BatchNorm can hold. "parameters" writes the parameters
+                whatever the other slots are, and warns that the source statistics go with them.
+
+        Raises:
+            ValueError: When ``keep`` is True and a rule cannot be written into a model; nothing has
+                changed then.
+            RuntimeError: When the model was given back before.
         """
         network = self._held("gave its model back before")
+        if keep not in (False, True, "parameters"):
+            raise ValueError(
+                f'`keep` must be False, True or "parameters", got {keep!r}: pass one of these.'
+            )
+        if keep is True:
+            self._check_writable()
+        elif keep and (self._wrappers or self.output is not None):
+            self.session.warn_once(
+                "parameters",
+                f"the parameters were learned under {self.config.label}, and go with the source "
+                "statistics and plain logits from now on: compare the results.",
+            )
         model = self.model
         network.close()
         remove(model, self._wrappers)
-        self._give_back()
+        if keep is True:
+            for wrapper in self._wrappers.values():
+                wrapper.rule.write_to(wrapper.base)
+        self._give_back(keep_learned=bool(keep))
         self._network = None
         del self._modules["model"]
         return model
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """What ``state_dict`` holds beside tensors of modules: everything of :meth:`state`."""
+        return {"fingerprint": self.fingerprint, "state": dict(self.state())}
+
+    def set_extra_state(self, state: Any) -> None:
+        """Go on from what :meth:`get_extra_state` gave."""
+        check_origin(state["fingerprint"], self._state.fingerprint)
+        self.load_state(state["state"])
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Go on from a ``state_dict`` of an adapter like this one.
+
+        Raises:
+            ValueError: For the state dict of a plain model, or of another adapter.
+        """
+        if "_extra_state" not in state_dict:
+            raise ValueError(
+                "`state_dict` must be that of an adapter, got one without its state, such as that "
+                "of a plain model: unwrap() the adapter, load it into the model, and wrap again."
+            )
+        if assign:
+            raise ValueError(
+                "`assign` must be False, since the adapter's tensors stay in place: leave it out."
+            )
+        self.set_extra_state(state_dict["_extra_state"])
+        return _IncompatibleKeys([], [])
 
     @property
     def report(self) -> Report:
@@ -184,7 +256,10 @@ class Adapter(nn.Module):
 
         A method that leaves layers out by position knows which after the first batch.
         """
-        return {} if self.update is None else dict(self.update.parameters_adapted)
+        if self.update is None:
+            return {}
+        own = self.network.masters.own
+        return {name: own[name] for name in self.update.parameters_adapted}
 
     @property
     def norm_layers(self) -> dict[str, AdaptiveNorm]:
@@ -242,25 +317,55 @@ class Adapter(nn.Module):
             raise RuntimeError(f"this adapter was unwrapped and {problem}: wrap the model again.")
         return self._network
 
-    def _lend(self, model: nn.Module, parameters: Mapping[str, nn.Parameter], trains: bool) -> None:
+    def _images(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+        """The images, and what else the model is to get."""
+        if args:
+            return args[0], args[1:], kwargs
+        parameters = list(signature(self.model.forward).parameters.values())
+        name = parameters[0].name if parameters else "images"
+        name = name if name in kwargs else "images"
+        if name not in kwargs:
+            raise TypeError(
+                "`images` must be the first argument, or go by the name of the model's first "
+                f"parameter, got {', '.join(kwargs) or 'nothing'}: pass adapter(images)."
+            )
+        return kwargs[name], (), {key: value for key, value in kwargs.items() if key != name}
+
+    def _check_writable(self) -> None:
+        """Refuse to write a rule into the model that a plain one cannot hold."""
+        parts = [wrapper.rule for wrapper in self._wrappers.values()][:1]
+        for part in (*parts, *([] if self.output is None else [self.output])):
+            if not part.writable:
+                raise ValueError(
+                    f"`keep` must be False for {part.name}, which a plain model cannot hold, got "
+                    "True: wrap with norm='robust_bn' or without an output rule, or pass "
+                    "keep='parameters'."
+                )
+
+    def _lend(self, own: Mapping[str, nn.Parameter], trains: bool) -> None:
         """Note what of the model :meth:`unwrap` gives back, and make it ready to adapt."""
-        self._modes = [(m, m.training) for m in model.modules()]
-        self._flags = [(p, p.requires_grad) for p in model.parameters()]
-        self._gradients = [(p, p.grad) for p in parameters.values()]
+        self._modes = [(m, m.training) for m in self.model.modules()]
+        self._flags = [(p, p.requires_grad) for p in self.model.parameters()]
+        self._gradients = [(p, p.grad) for p in own.values()]
         for module, _ in self._modes:
             module.__dict__[WRAPPED] = True
         for p, _ in self._gradients:
             p.grad = None
-        model.eval()
+        self.model.eval()
         if trains:
-            chosen = {id(p) for p in parameters.values()}
-            for p in model.parameters():
+            chosen = {id(p) for p in self._context.parameters.values()}
+            for p in self.model.parameters():
                 p.requires_grad_(id(p) in chosen)
 
-    def _give_back(self) -> None:
-        with torch.no_grad():
-            for name, p in self._context.parameters.items():
-                p.copy_(self._state.original[name])
+    def _give_back(self, keep_learned: bool) -> None:
+        network = self.network
+        if not keep_learned:
+            with torch.no_grad():
+                for name, p in network.masters.own.items():
+                    p.copy_(self._state.original[name])
+            network.buffers.give_back()
         for p, gradient in self._gradients:
             p.grad = gradient
         for p, flag in self._flags:
@@ -269,28 +374,51 @@ class Adapter(nn.Module):
             module.training = mode
             module.__dict__.pop(WRAPPED, None)
 
-    def _forward(self, x: Tensor) -> Tensor:
+    def _forward(self, x: Tensor, follow: bool) -> Any:
+        """Predict and learn, without the rows whose features turn out to overflow."""
+        try:
+            return self._answer(self._attempt(x, follow), None)
+        except RowsOverflowError as error:
+            return self._forward_some(x, ~error.rows, OVERFLOW, follow)
+
+    def _attempt(self, x: Tensor, follow: bool) -> Tensor:
         """Predict and learn.
 
-        Where this raises, norm rules and the generator are as before. Updates change what is
-        theirs after their passes; one with several steps or passes keeps what came of the first.
+        Where this raises, norm rules, the model's own buffers and the generator are as before.
+        Updates change what is theirs after their passes; one with several steps or passes keeps
+        what came of the first.
         """
+        network = self.network
         rules = [w.rule for w in self._wrappers.values()] if self._learning else []
         buffers = [b for rule in rules for b in rule.buffers()]
         before = [b.clone() for b in buffers]
+        own = {name: b.clone() for name, b in network.buffers.tensors().items()}
         rng = self._context.generator.get_state()
         try:
-            return self._predict(x)
+            logits = self._predict(x, follow)
         except BaseException as error:
             for buffer, value in zip(buffers, before, strict=True):
                 buffer.copy_(value)
+            self._forget(own)
             self._context.generator.set_state(rng)
-            refusal = self._network.refusal(error, x) if self._network is not None else None
+            refusal = network.refusal(error, x)
             if refusal is None:
                 raise
             raise refusal from error
+        if self._learning:
+            self._state.notice_model_buffers()
+        else:
+            self._forget(own)
+        network.masters.write_to_model()
+        return logits
 
-    def _predict(self, x: Tensor) -> Tensor:
+    def _forget(self, before: Mapping[str, Tensor]) -> None:
+        """Put the model's own buffers back, those too that moved for the first time."""
+        found = self._state.notice_model_buffers()
+        starts = {name: self.network.buffers.start_of(name) for name in found}
+        self.network.buffers.put_back({**before, **starts})
+
+    def _predict(self, x: Tensor, follow: bool) -> Tensor:
         forget_casts(x.device.type)  # whoever filled the cache may have done so without gradient
         if self.update is not None and self._learning:
             with torch.enable_grad():
@@ -298,32 +426,61 @@ class Adapter(nn.Module):
         else:
             if self.update is not None:
                 self.update.report = Report()  # nothing is learned from this batch
-            with torch.no_grad():
-                predict: Any = self._network if self.update is None else self.update.predict
+            predict: Any = self._network if self.update is None else self.update.predict
+            with self._weights_at_rest() if follow else torch.no_grad():
                 prediction = predict(x)
-        logits = prediction.logits.detach()
         if self.output is None:
-            return logits
-        features = prediction.features
-        with torch.no_grad():
-            detached = Prediction(logits, None if features is None else features.detach())
-            return self.output.correct(detached).to(logits.dtype)
+            return prediction.logits if follow else prediction.logits.detach()
+        with torch.set_grad_enabled(follow):
+            if not follow:
+                features = prediction.features
+                prediction = Prediction(
+                    prediction.logits.detach(), None if features is None else features.detach()
+                )
+            return self.output.correct(prediction).to(prediction.logits.dtype)
 
-    def _forward_some(self, x: Tensor, good: Tensor) -> Tensor:
+    @contextmanager
+    def _weights_at_rest(self) -> Iterator[None]:
+        """No gradient to weights, so that a backward pass of the caller leaves none behind."""
+        trained = [p for p in self._context.parameters.values() if p.requires_grad]
+        for p in trained:
+            p.requires_grad_(False)
+        try:
+            with torch.enable_grad():
+                yield
+        finally:
+            for p in trained:
+                p.requires_grad_(True)
+
+    def _answer(self, logits: Tensor, rows: Tensor | None) -> Any:
+        """What the model returned in its last pass, with these logits."""
+        result = self.network.result
+        return logits if result is None else self.network.reader.replace(result, logits, rows)
+
+    def _forward_some(self, x: Tensor, good: Tensor, problem: str, follow: bool) -> Any:
+        count = int((~good).sum())
         self.session.warn_once(
-            "nonfinite",
-            f"`images` must be finite, got {self._rejected} of {len(x)} with NaN or infinite "
-            "pixels: these rows are returned as NaN and nothing is learned from them.",
+            problem,
+            f"`images` must be finite, got {count} of {len(x)} with {problem}: these rows are "
+            "returned as NaN and nothing is learned from them.",
         )
-        if self._rejected == len(x):
+        self._rejected += count
+        if count == len(x):
             for part in (self.update, self.output):
                 if part is not None:
                     part.report = Report()
-            return x.new_full((len(x), self.num_classes), float("nan"))
-        some = self._forward(x[good])
+            like = x if x.is_floating_point() else torch.empty(0, dtype=torch.float32)
+            logits = like.new_full((len(x), self.num_classes), float("nan"), device=x.device)
+            return self._answer(logits, None)
+        try:
+            some = self._attempt(x[good], follow)
+        except RowsOverflowError as error:
+            rest = good.clone()
+            rest[good] = ~error.rows
+            return self._forward_some(x, rest, OVERFLOW, follow)
         logits = some.new_full((len(x), self.num_classes), float("nan"))
         logits[good] = some
-        return logits
+        return self._answer(logits, good)
 
     def _set_learning(self, learning: bool) -> None:
         self._learning = learning
@@ -331,3 +488,22 @@ class Adapter(nn.Module):
             wrapper.rule.learning = learning
         if self.output is not None:
             self.output.learning = learning
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Adapter:
+        super()._apply(fn, recurse)
+        if self._network is not None:
+            self._network.convert(fn)
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        """Facts of the model, such as ``pretrained_cfg``, are read as if it were not wrapped."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            model = self.__dict__.get("_modules", {}).get("model")
+            if name.startswith("_") or model is None:
+                raise
+            found = getattr(model, name)
+            if callable(found):
+                raise
+            return found

@@ -1,12 +1,13 @@
 """The wrapped model as methods see it: a function from images to logits and features.
 
-Features are what the classifier (:mod:`tta.core.classifier`) is fed, averaged over space where it
-is a convolution; they are read by a hook, so that no model has to be split.
+Features are what the classifier (:mod:`tta.core.head`) is fed, averaged over space where it is a
+convolution; they are read by a hook, so that no model has to be split.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,19 +15,47 @@ from torch import Tensor, nn
 
 from tta.core import functional
 from tta.core.batch_split import Split
-from tta.core.classifier import CONVOLUTIONS, first_layer, size_in, size_out
+from tta.core.classifier import CONVOLUTIONS, first_layer, size_in
 from tta.core.compiled import without_graphs
-from tta.core.norm_layers import AdaptiveNorm, few_images_advice
+from tta.core.head import Head, WithFeatures
+from tta.core.input_guard import InputGuard
+from tta.core.masters import Masters
+from tta.core.model_buffers import ModelBuffers
+from tta.core.norm_layers import (
+    AdaptiveNorm,
+    few_images_advice,
+    normalize_by_source,
+    with_statistics,
+)
+from tta.core.outputs import LogitsReader
 from tta.core.prediction import Prediction
 from tta.core.session import Session
 
-__all__ = ["Backbone", "ImagesRefusedError"]
+__all__ = ["Backbone", "ImagesRefusedError", "RowsOverflowError"]
+
+ENOUGH_VALUES = 8  # logits that must lie in [0, 1] before they are taken for probabilities
 
 Weights = tuple[Sequence[list[str]], Sequence[Tensor]]
 
 
 class ImagesRefusedError(ValueError):
     """The model raised on images of a shape that its first layer does not take."""
+
+
+class KindRefusedError(TypeError):
+    """The model raised on whole numbers, which only some models take."""
+
+
+class RowsOverflowError(ArithmeticError):
+    """Logits of some images are no numbers, though their pixels are.
+
+    Args:
+        rows: Mask (B,) of these images.
+    """
+
+    def __init__(self, rows: Tensor) -> None:
+        super().__init__("features of some images overflow")
+        self.rows = rows
 
 
 class _InputHook:
@@ -54,31 +83,60 @@ class Backbone:
     """Calls the model, checks what comes out, and reads features when asked to.
 
     Args:
-        model: A classifier in eval mode.
-        classifier: Its layer that makes the logits, see :mod:`tta.core.classifier`.
+        model: A classifier in eval mode, with its norm layers wrapped.
+        head: Where it makes logits.
         features: Whether predictions carry features.
         session: Shared with the adapter.
+        reader: Takes logits out of what the model returns.
+        masters: The trained parameters.
+        buffers: Of the model, that it changes itself.
+        softmax: Whether the logits are those of a softmax.
     """
 
     def __init__(
-        self, model: nn.Module, classifier: nn.Module, features: bool, session: Session
+        self,
+        model: nn.Module,
+        head: Head,
+        features: bool,
+        session: Session,
+        reader: LogitsReader,
+        masters: Masters,
+        buffers: ModelBuffers,
+        softmax: bool = True,
     ) -> None:
         self.model = model
-        self.classifier = classifier
+        self.head = head
+        self.num_classes = head.num_classes
         self.session = session
-        self.num_classes = size_out(classifier)
-        self.feature_hook = _InputHook() if features else None
+        self.reader = reader
+        self.masters = masters
+        self.buffers = buffers
+        self.guard = InputGuard()
+        self.result: Any = None  # of the last pass, as the model returned it
+        self.wrappers = [m for m in model.modules() if isinstance(m, AdaptiveNorm)]
+        self.entry = first_layer(model)
+        self._arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+        self._first_pass = False  # of a call
+        self._scale_unknown = softmax  # until logits are seen that are no probabilities
         self._handles: list[Any] = []
         self._order_hooks: list[Any] = []
         self._order: list[str] = []
-        if self.feature_hook is not None:
-            self._handles.append(classifier.register_forward_pre_hook(self.feature_hook))
-        self.wrappers = [m for m in model.modules() if isinstance(m, AdaptiveNorm)]
-        self.entry = first_layer(model)
+        self.feature_hook: _InputHook | None = None
+        self._callee, self._prefix = model, ""
+        if features and head.module is not None:
+            self.feature_hook = _InputHook()
+            self._handles.append(head.module.register_forward_pre_hook(self.feature_hook))
+        elif features:
+            self._callee, self._prefix = WithFeatures(model, head.function), "model."
+        places = functional.names(model, [p for _, p in masters.pairs])
+        self._master_places = [
+            (names, master, p.dtype)
+            for names, (master, p) in zip(places, masters.pairs, strict=True)
+        ]
 
     def names(self, tensors: Iterable[Tensor]) -> list[list[str]]:
         """Names in the model as it is now, with norm layers inside their wrappers."""
-        return functional.names(self.model, tensors)
+        return functional.names(self.model, self.masters.in_model(tensors))
 
     def __call__(self, x: Tensor, weights: Weights | None = None) -> Prediction:
         """One forward pass.
@@ -89,6 +147,7 @@ class Backbone:
 
         Raises:
             ImagesRefusedError: When the model raised and the shape of ``x`` is the reason.
+            RowsOverflowError: When logits of some images are no numbers.
         """
         ranks = self.session.ranks
         if ranks is None or ranks.size == 1 or len(x) < ranks.size:
@@ -104,55 +163,136 @@ class Backbone:
         """``weights``, and all that is trained, with gradients that are summed over ranks."""
         places, values = ([], []) if weights is None else weights
         given = {name for names in places for name in names}
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        more = [(n, p) for n, p in zip(self.names(trained), trained, strict=True)]
+        own = [p for p in self.model.parameters() if p.requires_grad]
+        trained: list[Tensor] = [*own, *(master for _, master, _ in self._master_places)]
+        more = list(zip(self.names(trained), trained, strict=True))
         more = [(names, p) for names, p in more if not given.issuperset(names)]
         places = [*places, *(names for names, _ in more)]
         return places, split.share([*values, *(p for _, p in more)])
 
     def _pass(self, x: Tensor, weights: Weights | None) -> Prediction:
         hooked = self.feature_hook is not None or bool(self._order_hooks)
+        self.session.recording = torch.is_grad_enabled()
+        lent = self.guard.lend(x)
+        args, kwargs = self._arguments
         try:
             with without_graphs(hooked):
-                logits = functional.call(self.model, *(weights or ([], [])), x)
+                result = functional.call(
+                    self._callee, self._tensors(weights), lent[0], *args, **kwargs
+                )
+            features = None
+            if self._prefix:
+                result, features = result
+            logits = self.reader.read(result)
             self._check_logits(logits, len(x))
         except Exception as error:
             if (refusal := self.refusal(error, x)) is None:
                 raise
             raise refusal from error
+        finally:
+            self.session.recording = False
+        self.guard.take_back(x, lent)
+        self.result = result
         if self.session.serving:
             self._warn_of_small_batch()
-        features = None
+            if self._first_pass:
+                self._first_pass = False
+                self._check_values(x, logits.detach())
         if self.feature_hook is not None:
             if self.feature_hook.value is None:
                 raise ValueError(
                     "`model` must call its classifier in forward, but "
-                    f"{type(self.classifier).__name__} was not called: give the model a "
-                    "get_classifier() that returns the layer which makes the logits."
+                    f"{type(self.head.module).__name__} was not called: name the module that the "
+                    "features go into by wrap(..., features=...)."
                 )
-            features, self.feature_hook.value = (
-                _pooled(self.feature_hook.value, self.classifier),
-                None,
-            )
+            features = _pooled(self.feature_hook.value, self.head.module)
+            self.feature_hook.value = None
         return Prediction(logits, features)
 
-    def _check_logits(self, logits: Any, rows: int) -> None:
-        if not isinstance(logits, Tensor):
-            raise TypeError(
-                f"`model` must return one tensor of logits, got {type(logits).__name__}: wrap it "
-                "in a module that returns the logits."
-            )
+    def _tensors(self, weights: Weights | None) -> dict[str, Tensor]:
+        """What takes the place of the model's own tensors, by name in what is called."""
+        found = {} if weights is None else functional.named(*weights)
+        for names, master, dtype in self._master_places:
+            for name in names:
+                found[name] = found.get(name, master).to(dtype)
+        return {f"{self._prefix}{name}": tensor for name, tensor in found.items()}
+
+    def _check_logits(self, logits: Tensor, rows: int) -> None:
         if logits.ndim != 2 or logits.shape[1] != self.num_classes:
             raise ValueError(
                 f"`model` must return logits of shape (B, {self.num_classes}), the size of its "
-                f"classifier, got {tuple(logits.shape)}: give it a get_classifier() that returns "
-                "the layer which makes the logits."
+                f"classifier, got {tuple(logits.shape)}: say how many there are by "
+                "wrap(..., num_classes=...), and where they are by logits=."
             )
         if len(logits) != rows:
             raise ValueError(
                 f"`images` must have a batch axis, but the model returned {len(logits)} rows of "
                 f"logits for a first axis of {rows}: add one with images[None]."
             )
+
+    def _check_values(self, x: Tensor, logits: Tensor) -> None:
+        """Look for rows that are no numbers, and for probabilities in place of logits."""
+        total = float(logits.float().sum())
+        if total != total or total == float("inf"):
+            rows = (logits.isnan() | (logits == float("inf"))).any(1)
+            if len(rows) > 1 and bool(rows.all()):
+                rows = self.overflowing(x)
+                rows = rows if bool(rows.any()) else ~rows
+            raise RowsOverflowError(rows)
+        if self._scale_unknown:
+            low, high = (float(v) for v in logits.aminmax())
+            if low < 0 or high > 1:
+                self._scale_unknown = False
+            elif logits.numel() >= ENOUGH_VALUES:
+                self._scale_unknown = False
+                self._judge_probabilities(logits)
+
+    def _judge_probabilities(self, logits: Tensor) -> None:
+        if bool(((logits.float().sum(1) - 1).abs() < 1e-2).all()):
+            self.session.warn_once(
+                "softmax",
+                "`model` must return logits, but what it returns lies in [0, 1] and sums to 1, as "
+                "after a softmax: take the softmax out, since methods would apply another.",
+            )
+            return
+        raise ValueError(
+            "`model` must return logits, but all that it returns lies in [0, 1], as after a "
+            "sigmoid: take the sigmoid out, or say wrap(..., activation='sigmoid') for a model "
+            "whose classes do not exclude each other, which goes with norm rules alone."
+        )
+
+    @torch.no_grad()
+    def overflowing(self, x: Tensor) -> Tensor:
+        """Which images (B,) make the statistics of the whole batch overflow.
+
+        Under the source statistics no image changes what the model makes of another one.
+        """
+        rows = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+
+        def look(values: Tensor, base: Any) -> Tensor:
+            rows.logical_or_(~values.float().square().flatten(1).sum(1).isfinite())
+            return normalize_by_source(values, base)
+
+        args, kwargs = self._arguments
+        with with_statistics(self.wrappers, look):
+            result = functional.call(self._callee, self._tensors(None), x.clone(), *args, **kwargs)
+        if self.feature_hook is not None:
+            self.feature_hook.value = None
+        logits = self.reader.read(result[0] if self._prefix else result)
+        return rows | (logits.isnan() | (logits == float("inf"))).any(1)
+
+    @contextmanager
+    def call(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """One call of the adapter, whose passes get these arguments of the model beside images."""
+        self._arguments, self._first_pass = (args, kwargs), True
+        for wrapper in self.wrappers:
+            wrapper.passes.clear()
+        try:
+            yield
+        finally:
+            self._arguments, self._first_pass, self.result = ((), {}), False, None
+            for wrapper in self.wrappers:
+                wrapper.passes.clear()
 
     def check(self, x: Any) -> None:
         """Refuse what is no batch of images in the model's dtype, before anything has changed.
@@ -168,7 +308,7 @@ class Backbone:
                 f"`images` must be a dense tensor with values, got {x.layout} on {x.device}: "
                 "convert it with to_dense()."
             )
-        if not x.is_floating_point():
+        if not x.is_floating_point() and x.dtype != torch.uint8:
             raise TypeError(
                 f"`images` must be floating point, got {x.dtype}: pass what the model takes, "
                 "such as images.float() / 255."
@@ -185,7 +325,7 @@ class Backbone:
         entry = self.entry
         if self.session.ranks is not None:
             self.session.ranks.check_batch(x)
-        if entry is not None and x.dtype != entry.weight.dtype:
+        if entry is not None and x.dtype not in (entry.weight.dtype, torch.uint8):
             if torch.is_autocast_enabled(x.device.type):
                 return
             raise TypeError(
@@ -193,14 +333,21 @@ class Backbone:
                 "one of them, or call under torch.autocast."
             )
 
-    def refusal(self, error: BaseException, x: Tensor) -> ImagesRefusedError | None:
+    def refusal(
+        self, error: BaseException, x: Tensor
+    ) -> ImagesRefusedError | KindRefusedError | None:
         """What to raise in place of ``error``, which came of ``x``, if the shape may be why.
 
         The first layer is taken for what images meet. Models that rearrange or repeat pixels
         before it accept other shapes, so this is no ground to refuse a batch beforehand.
         """
-        final = (ImagesRefusedError, torch.OutOfMemoryError)
+        final = (ImagesRefusedError, KindRefusedError, RowsOverflowError, torch.OutOfMemoryError)
         reason = self._misfit(x)
+        if reason is None and x.dtype == torch.uint8 and type(error) is RuntimeError:
+            return KindRefusedError(
+                "`images` must be floating point for this model, got torch.uint8: pass what it "
+                "takes, such as images.float() / 255."
+            )
         if reason is None or not isinstance(error, Exception) or isinstance(error, final):
             return None
         return ImagesRefusedError(reason)
@@ -238,6 +385,12 @@ class Backbone:
                 self.session.warn_once("small", few_images_advice(wrapper.rule.name))
                 return
 
+    def convert(self, fn: Any) -> None:
+        """Follow a model that was moved to another device or dtype by ``fn``."""
+        self.buffers.convert(fn)
+        for master, _ in self.masters.pairs:
+            master.data = fn(master.data).float()
+
     def watch_calls(self, names: Iterable[str]) -> None:
         """Note, from now on, in which order the named layers are called."""
         for name in names:
@@ -261,7 +414,7 @@ class Backbone:
             handle.remove()
 
 
-def _pooled(features: Tensor, classifier: nn.Module) -> Tensor:
+def _pooled(features: Tensor, classifier: nn.Module | None) -> Tensor:
     """(B, D) of what a classifier was fed: (B, ..., D) to a linear layer, else mostly (B, D, ...).
 
     A classifier that makes logits at every place is averaged after it; being linear, it may as
@@ -270,7 +423,15 @@ def _pooled(features: Tensor, classifier: nn.Module) -> Tensor:
     if features.ndim == 2:
         return features
     is_linear = isinstance(classifier, nn.Linear)
-    channels_first = not is_linear and features.shape[1] == size_in(classifier)
+    channels_first = not is_linear and features.shape[1] == _width(classifier, features)
     return features.mean(
         list(range(2, features.ndim) if channels_first else range(1, features.ndim - 1))
     )
+
+
+def _width(classifier: nn.Module | None, features: Tensor) -> int:
+    """What a classifier says that it takes; else channels of maps, or the last axis of tokens."""
+    try:
+        return size_in(classifier) if classifier is not None else -1
+    except ValueError:
+        return features.shape[1] if features.ndim > 3 else -1

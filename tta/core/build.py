@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from tta.core.adapter import Adapter
 from tta.core.backbone import Backbone
-from tta.core.classifier import find_classifier, size_in, size_out
 from tta.core.component import Context
 from tta.core.config import ComponentConfig, UpdateConfig
 from tta.core.fitting import fit, load_constants
+from tta.core.head import Head, find_head
+from tta.core.masters import Masters
+from tta.core.model_buffers import ModelBuffers
 from tta.core.model_checks import check_model
 from tta.core.norm_layers import (
     AdaptiveNorm,
@@ -29,6 +31,7 @@ from tta.core.norm_layers import (
 )
 from tta.core.norm_rule import NormRule
 from tta.core.output_rule import Output
+from tta.core.outputs import GIVEN, LogitsReader
 from tta.core.parameters import select
 from tta.core.recipe import AdapterConfig
 from tta.core.registry import component
@@ -42,15 +45,31 @@ __all__ = ["Injected", "build"]
 
 @dataclass(frozen=True, kw_only=True)
 class Injected:
-    """Functions of the caller in place of a method's own draws; no part of the config."""
+    """Functions and modules of the caller, which are no part of the config.
+
+    Args:
+        augment: In place of an update's own draws of views.
+        restore_mask: In place of its draws of masks.
+        logits: Takes logits out of what the model returns.
+        features: The module that they go into, or a function of model and images.
+    """
 
     augment: Callable[[Tensor, int], Tensor] | None = None
     restore_mask: Callable[[str, torch.Size], Tensor] | None = None
+    logits: Any = None
+    features: Any = None
 
-    def check(self, config: ComponentConfig | None) -> None:
-        """Refuse what is no function, or what the update does not take."""
-        cls: Any = None if config is None else component(config.name)
-        for name, value in vars(self).items():
+    def check(self, config: AdapterConfig) -> None:
+        """Refuse what is no function, what the update does not take, and what is missing."""
+        update = config.update
+        cls: Any = None if update is None else component(update.name)
+        for name in ("logits", "features"):
+            if getattr(config, name) == GIVEN and not callable(getattr(self, name)):
+                raise ValueError(
+                    f"`{name}` must be given again, since no file holds what it was, got none: "
+                    f"pass {name}= what wrap was given."
+                )
+        for name, value in (("augment", self.augment), ("restore_mask", self.restore_mask)):
             if value is None:
                 continue
             if not callable(value):
@@ -82,7 +101,7 @@ def build(
     """
     check_model(model)
     injected = Injected() if injected is None else injected
-    injected.check(config.update)
+    injected.check(config)
     statistics = as_source(source)
     check_parameters(statistics, model)
     with torch.inference_mode(False):
@@ -100,18 +119,23 @@ def build(
 
 def _assemble(model: nn.Module, config: AdapterConfig, injected: Injected) -> Adapter:
     """Model, components and adapter, put together; nothing of the source is known yet."""
-    classifier = find_classifier(model)
-    context = _context(model, config, classifier, injected)
+    reader = LogitsReader(injected.logits if config.logits == GIVEN else config.logits)
+    features = injected.features if config.features == GIVEN else config.features
+    head = find_head(model, reader, config.num_classes, features)
+    masters = Masters(_trained(model, config.update))
+    buffers = ModelBuffers(model, reader, _set_aside(model, config))
+    context = _context(model, config, head, masters, buffers, injected)
     output = None if config.output is None else _component(Output, config.output, context)
     session = Session()
     wrappers: dict[str, AdaptiveNorm] = {}
     network = None
     try:
         if config.norm is not None:
-            wrappers = _insert_norm(model, config.norm, context)
-        used = [c for c in (config.update, config.output) if c is not None]
-        features = any(component(c.name).needs_features for c in used)
-        network = Backbone(model, classifier, features, session)
+            wrappers = _insert_norm(model, config.norm, context, session)
+        softmax = config.activation == "softmax"
+        network = Backbone(
+            model, head, _needs_features(config, head), session, reader, masters, buffers, softmax
+        )
         update = None
         if config.update is not None:
             update = _component(Update, config.update, network, context)
@@ -127,23 +151,40 @@ def _assemble(model: nn.Module, config: AdapterConfig, injected: Injected) -> Ad
         raise
 
 
+def _set_aside(model: nn.Module, config: AdapterConfig) -> set[int]:
+    """Norm layers that a rule stands in for, whose own buffers therefore stay as they are."""
+    layers = {} if config.norm is None else batch_norm_layers(model)
+    return {id(layer) for layer in layers.values()}
+
+
+def _needs_features(config: AdapterConfig, head: Head) -> bool:
+    used = [c for c in (config.update, config.output) if c is not None]
+    needing = [c.name for c in used if component(c.name).needs_features]
+    if needing and not head.has_features:
+        raise ValueError(
+            f"`features` must say what the features of this model are, since {needing[0]} reads "
+            "them, got nothing: name the module that they go into, or pass a function of model and "
+            "images."
+        )
+    return bool(needing)
+
+
 def _context(
-    model: nn.Module, config: AdapterConfig, classifier: nn.Module, injected: Injected
+    model: nn.Module,
+    config: AdapterConfig,
+    head: Head,
+    masters: Masters,
+    buffers: ModelBuffers,
+    injected: Injected,
 ) -> Context:
-    parameters: dict[str, nn.Parameter] = {}
-    if isinstance(config.update, UpdateConfig):
-        parameters = _trained(model, config.update)
-    try:
-        width = size_in(classifier)
-    except ValueError:  # whoever needs it says so
-        width = None
+    alone = config.norm is None and not buffers.moving and rows_independent(model)
     return Context(
-        num_classes=size_out(classifier),
-        width=width,
-        parameters=parameters,
+        num_classes=head.num_classes,
+        width=head.width,
+        parameters=masters.trained,
         generator=torch.Generator().manual_seed(config.seed),
         batch_size=config.batch_size,
-        rows_independent=config.norm is None and rows_independent(model),
+        rows_independent=alone,
         mean=config.mean,
         std=config.std,
         augment=injected.augment,
@@ -158,7 +199,10 @@ def _component(kind: type, config: ComponentConfig, *arguments: Any) -> Any:
     return make(config, *arguments)
 
 
-def _trained(model: nn.Module, config: UpdateConfig) -> dict[str, nn.Parameter]:
+def _trained(model: nn.Module, config: ComponentConfig | None) -> dict[str, nn.Parameter]:
+    """The model's parameters that the update trains."""
+    if not isinstance(config, UpdateConfig):
+        return {}
     found, cls = select(model, config.params), component(config.name)
     assert issubclass(cls, Update)
     left_out = cls.leaves_out(config, found)
@@ -172,7 +216,7 @@ def _trained(model: nn.Module, config: UpdateConfig) -> dict[str, nn.Parameter]:
 
 
 def _insert_norm(
-    model: nn.Module, config: ComponentConfig, context: Context
+    model: nn.Module, config: ComponentConfig, context: Context, session: Session
 ) -> dict[str, AdaptiveNorm]:
     cls: Any = component(config.name)
     assert issubclass(cls, NormRule)
@@ -191,4 +235,4 @@ def _insert_norm(
                     f"`norm`={config.name!r} must find running statistics in every BatchNorm "
                     f"layer, but {name!r} has none: use norm='bn'."
                 )
-    return insert(model, lambda base: cls(config, base, context))
+    return insert(model, lambda base: cls(config, base, context), session)

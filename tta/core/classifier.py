@@ -7,8 +7,9 @@ is read off one forward pass on the ``meta`` device, which computes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -17,8 +18,19 @@ from torch import Tensor, nn
 
 from tta.core import functional
 from tta.core.compiled import without_graphs
+from tta.core.outputs import LogitsReader
 
-__all__ = ["feature_size", "find_classifier", "first_layer", "num_classes", "size_in", "size_out"]
+__all__ = [
+    "DryRun",
+    "dry_run",
+    "evaluating",
+    "feature_size",
+    "find_classifier",
+    "first_layer",
+    "num_classes",
+    "size_in",
+    "size_out",
+]
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # A dry run of a large network takes a second or more; the next wrap of the same one need not.
@@ -26,8 +38,12 @@ _FOUND: WeakKeyDictionary[nn.Module, tuple[tuple[int, ...], nn.Module]] = WeakKe
 PROBE_SIZES = (224, 32, 64, 28, 299)  # of the images that the dry run tries, in pixels
 
 
-def find_classifier(model: nn.Module) -> nn.Module:
+def find_classifier(model: nn.Module, reader: LogitsReader | None = None) -> nn.Module:
     """The layer that makes logits out of features.
+
+    Args:
+        model: A classifier.
+        reader: Takes logits out of what it returns; by default as :class:`LogitsReader` does.
 
     Raises:
         ValueError: When the model has neither ``get_classifier()`` nor a linear layer.
@@ -38,7 +54,8 @@ def find_classifier(model: nn.Module) -> nn.Module:
     if not candidates:
         raise ValueError(
             f"`model` must be a classifier with a linear layer, got {type(model).__name__} without "
-            "one: give it a get_classifier() that returns the layer which makes the logits."
+            "one: pass wrap(..., num_classes=..., features=...), where `features` names the module "
+            "that they go into."
         )
     linear = [m for m in candidates if isinstance(m, nn.Linear)]
     if len(linear) == 1:
@@ -47,7 +64,7 @@ def find_classifier(model: nn.Module) -> nn.Module:
     if found is None or found[0] != layers:
         # Part of the model may say it, where a normaliser is around a timm model.
         inside = (head for m in model.modules() if (head := _declared(m)) is not None)
-        head = _called_last(model, candidates) or next(inside, (linear or candidates)[-1])
+        head = _called_last(model, candidates, reader) or next(inside, (linear or candidates)[-1])
         found = _FOUND[model] = (layers, head)
     return found[1]
 
@@ -106,7 +123,9 @@ def _size(layers: list[nn.Module], *names: str) -> int:
     )
 
 
-def _called_last(model: nn.Module, candidates: Sequence[nn.Module]) -> nn.Module | None:
+def _called_last(
+    model: nn.Module, candidates: Sequence[nn.Module], reader: LogitsReader | None
+) -> nn.Module | None:
     """The candidate called last in a dry run, of those whose size is that of the logits.
 
     None where no dry run succeeds: control flow that depends on values has none.
@@ -116,24 +135,74 @@ def _called_last(model: nn.Module, candidates: Sequence[nn.Module]) -> nn.Module
         m.register_forward_hook(lambda module, args, output: calls.append(module))
         for m in candidates
     ]
-    tensors = [*model.parameters(), *model.buffers()]
-    places = functional.names(model, tensors)
-    meta = [torch.empty_like(t, device="meta") for t in tensors]
     try:
-        with torch.no_grad(), _evaluating(model), without_graphs():
-            for shape in _probe_shapes(model):
-                calls.clear()
-                try:
-                    x = torch.empty(shape, device="meta", dtype=_dtype(model))
-                    logits = functional.call(model, places, meta, x)
-                except Exception:  # whatever a model raises on an image that it does not take
-                    continue
-                size = logits.shape[-1] if isinstance(logits, Tensor) and logits.ndim else None
-                fitting = [m for m in calls if size is None or size_out(m) == size]
-                return fitting[-1] if fitting else None
+        run = dry_run(model, reader, calls.clear)
     finally:
         for handle in handles:
             handle.remove()
+    if run is None:
+        return None
+    size = run.logits.shape[-1] if run.logits is not None and run.logits.ndim else None
+    fitting = [m for m in calls if size is None or size_out(m) == size]
+    if calls and not fitting:
+        raise ValueError(
+            f"`model` must make its logits by a linear layer, but no layer of this "
+            f"{type(model).__name__} has {size} outputs: pass wrap(..., num_classes={size}, "
+            "features=...), where `features` names the module that they go into."
+        )
+    return fitting[-1] if fitting else None
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a pass on the ``meta`` device shows.
+
+    Args:
+        logits: (2, C), which have a shape and no values; None where none were found.
+        moving: Names of the buffers that the model itself has changed.
+    """
+
+    logits: Tensor | None
+    moving: tuple[str, ...]
+
+
+def dry_run(
+    model: nn.Module, reader: LogitsReader | None = None, before: Callable[[], None] | None = None
+) -> DryRun | None:
+    """One pass of two images on the ``meta`` device, which computes nothing.
+
+    Args:
+        model: A classifier.
+        reader: Takes logits out of what it returns.
+        before: Called before every size of image that is tried.
+
+    Returns:
+        What it shows, or None where none succeeds: control flow that depends on values has none.
+    """
+    reader = LogitsReader() if reader is None else reader
+    tensors = [*model.parameters(), *model.buffers()]
+    places = functional.names(model, tensors)
+    with torch.no_grad(), evaluating(model), without_graphs():
+        for shape in _probe_shapes(model):
+            if before is not None:
+                before()
+            try:
+                x = torch.empty(shape, device="meta", dtype=_dtype(model))
+                meta = [torch.empty_like(t, device="meta") for t in tensors]
+                held = functional.named(places, meta)
+                result = torch.func.functional_call(model, held, (x,), tie_weights=False)
+            except Exception:  # whatever a model raises on an image that it does not take
+                continue
+            # A buffer is written to in place, or another tensor is put into its place.
+            moving = [
+                names[0]
+                for names, tensor in zip(places, meta, strict=True)
+                if tensor._version > 0 or held[names[0]] is not tensor
+            ]
+            try:
+                return DryRun(reader.read(result), tuple(moving))
+            except Exception:  # the caller's own function may raise anything
+                return DryRun(None, tuple(moving))
     return None
 
 
@@ -141,11 +210,11 @@ def _probe_shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:
     entry = first_layer(model)
     if isinstance(entry, CONVOLUTIONS):
         for size in PROBE_SIZES:
-            yield (1, entry.in_channels, *(size for _ in range(entry.weight.ndim - 2)))
+            yield (2, entry.in_channels, *(size for _ in range(entry.weight.ndim - 2)))
     for size in PROBE_SIZES:
-        yield (1, 3, size, size)
+        yield (2, 3, size, size)
     if isinstance(entry, nn.Linear):
-        yield (1, entry.in_features)
+        yield (2, entry.in_features)
 
 
 def _dtype(model: nn.Module) -> torch.dtype:
@@ -153,7 +222,8 @@ def _dtype(model: nn.Module) -> torch.dtype:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode, and afterwards every module in the mode it was in."""
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
     try:

@@ -75,6 +75,8 @@ class Component(nn.Module):
     needs_features: ClassVar[bool] = False  # predictions must carry features
     uses_labels: ClassVar[bool] = True  # those of source batches, where it takes any
     replays_source: ClassVar[bool] = False  # goes on reading source batches while it adapts
+    takes_softmax: ClassVar[bool] = True  # works on a softmax of the logits
+    writable: ClassVar[bool] = False  # a plain model can hold what it has come to
     # Fields under which `collect_source` wraps the method, so that only artefacts are computed.
     artefact_fields: ClassVar[dict[str, Any]] = {}
     # What it adds to a forward pass of the model, in forward passes of the same batch; a rough

@@ -8,11 +8,12 @@ here, one at every module that holds the tensor, each module once.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["call", "names"]
+__all__ = ["call", "named", "names"]
 
 
 def names(model: nn.Module, tensors: Iterable[Tensor]) -> list[list[str]]:
@@ -25,17 +26,20 @@ def names(model: nn.Module, tensors: Iterable[Tensor]) -> list[list[str]]:
     return [found[id(tensor)] for tensor in tensors]
 
 
-def call(
-    model: nn.Module, places: Sequence[list[str]], values: Sequence[Tensor], x: Tensor
-) -> Tensor:
-    """``model(x)`` with ``values`` in the ``places`` that :func:`names` found.
+def named(places: Sequence[list[str]], values: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Values by all the names of the ``places`` that :func:`names` found."""
+    return {name: value for at, value in zip(places, values, strict=True) for name in at}
+
+
+def call(model: nn.Module, tensors: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+    """``model(*args, **kwargs)`` with ``tensors`` in place of its own, by name.
 
     Example:
         >>> net = nn.Linear(1, 1, bias=False)
-        >>> call(net, names(net, [net.weight]), [torch.tensor([[3.0]])], torch.tensor([[2.0]]))
+        >>> weight = named(names(net, [net.weight]), [torch.tensor([[3.0]])])
+        >>> call(net, weight, torch.tensor([[2.0]]))
         tensor([[6.]])
     """
-    if not places:
-        return model(x)
-    tensors = {name: value for at, value in zip(places, values, strict=True) for name in at}
-    return torch.func.functional_call(model, tensors, (x,), tie_weights=False)
+    if not tensors:
+        return model(*args, **kwargs)
+    return torch.func.functional_call(model, tensors, args, kwargs, tie_weights=False)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +20,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tta.core.batch_split import current_split
+from tta.core.checkpointing import is_recomputation, may_be_recomputed
+from tta.core.classifier import evaluating
 from tta.core.norm_rule import NormRule
+from tta.core.session import Session
 
 __all__ = [
     "AdaptiveNorm",
@@ -54,18 +58,31 @@ _HOOKS = (
 LARGE_MEAN = 1e-2  # share of variance in the mean square below which digits would be lost
 
 
+@dataclass
+class _Pass:
+    """Where a layer stood before a pass."""
+
+    sign: float  # tells its input from others
+    learning: bool
+    override: Callable[[Tensor, Any], Tensor] | None
+    remembered: list[Tensor]  # by the rule
+
+
 class AdaptiveNorm(nn.Module):
     """A BatchNorm layer whose statistics come from a rule.
 
     Args:
         base: The layer it stands for, kept as it is.
         rule: Decides mean and variance.
+        session: Of the adapter.
     """
 
-    def __init__(self, base: nn.Module, rule: NormRule) -> None:
+    def __init__(self, base: nn.Module, rule: NormRule, session: Session) -> None:
         super().__init__()
         self.base = base
         self.rule = rule
+        self.session = session
+        self.passes: list[_Pass] = []  # of a call, that may run again within its backward pass
         self.override: Callable[[Tensor, Any], Tensor] | None = None  # set by `with_statistics`
         # A subclass with a forward of its own does something after normalising.
         self.finish = type(base).forward is not _BatchNorm.forward and not isinstance(
@@ -76,8 +93,40 @@ class AdaptiveNorm(nn.Module):
                 self.__dict__[hooks] = base.__dict__[hooks]
 
     def forward(self, x: Tensor) -> Tensor:
-        y = (self.rule if self.override is None else self.override)(x, self.base)
+        if self.passes and is_recomputation():
+            y = self._again(x)
+        else:
+            if self.session.recording and may_be_recomputed():
+                self.passes.append(self._now(_sign(x)))
+            y = self._normalised(x)
         return _finish(y, self.base) if self.finish else y
+
+    def _again(self, x: Tensor) -> Tensor:
+        """What the rule made of ``x`` in the forward pass, from where it stood then.
+
+        A checkpointed part of a model runs again within the backward pass; moving statistics have
+        moved once for it already.
+        """
+        sign = _sign(x)
+        now = self._now(sign)
+        self._go_to(min(self.passes, key=lambda noted: abs(noted.sign - sign)))
+        try:
+            return self._normalised(x)
+        finally:
+            self._go_to(now)
+
+    def _normalised(self, x: Tensor) -> Tensor:
+        return (self.rule if self.override is None else self.override)(x, self.base)
+
+    def _now(self, sign: float) -> _Pass:
+        remembered = [b.clone() for b in self.rule.buffers()]
+        return _Pass(sign, self.rule.learning, self.override, remembered)
+
+    @torch.no_grad()
+    def _go_to(self, noted: _Pass) -> None:
+        self.rule.learning, self.override = noted.learning, noted.override
+        for buffer, value in zip(self.rule.buffers(), noted.remembered, strict=True):
+            buffer.copy_(value)
 
     def __getattr__(self, name: str) -> Any:
         # Models that read `self.bn1.weight` or `self.bn1.eps` in their forward keep working.
@@ -85,6 +134,11 @@ class AdaptiveNorm(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("base"), name)
+
+
+def _sign(x: Tensor) -> float:
+    """A figure by which inputs of one layer are told apart."""
+    return float(x.detach().double().sum())
 
 
 def _has_activation(base: Any) -> bool:
@@ -118,13 +172,15 @@ def batch_norm_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm)}
 
 
-def insert(model: nn.Module, make: Callable[[nn.Module], NormRule]) -> dict[str, AdaptiveNorm]:
+def insert(
+    model: nn.Module, make: Callable[[nn.Module], NormRule], session: Session
+) -> dict[str, AdaptiveNorm]:
     """Put an :class:`AdaptiveNorm` around every BatchNorm layer, in place.
 
     A layer that is used in several places gets one wrapper, in all of them. All rules are made
     before the first layer is touched, so a rule that raises leaves the model as it was.
     """
-    wrappers = {n: AdaptiveNorm(b, make(b)) for n, b in batch_norm_layers(model).items()}
+    wrappers = {n: AdaptiveNorm(b, make(b), session) for n, b in batch_norm_layers(model).items()}
     _swap(model, {w.base: w for w in wrappers.values()})
     for wrapper in wrappers.values():
         wrapper.training = wrapper.rule.training = wrapper.base.training
@@ -184,7 +240,8 @@ def normalize_by_source(x: Tensor, base: Any) -> Tensor:
 def rows_independent(model: nn.Module) -> bool:
     """Whether no BatchNorm layer of an unwrapped model in eval mode mixes the rows of a batch."""
     layers: Any = batch_norm_layers(model).values()
-    return all(m.running_mean is not None for m in layers)
+    with evaluating(model):  # a model may keep layers in training mode whatever it is told
+        return all(m.running_mean is not None and not m.training for m in layers)
 
 
 def _swap(model: nn.Module, replacement: dict[Any, Any]) -> None:

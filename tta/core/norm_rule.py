@@ -33,6 +33,8 @@ class NormRule(Component):
         self.learning = True
         self.fell_back = False
 
+    takes_softmax: ClassVar[bool] = False
+
     @classmethod
     def suits(cls, model: nn.Module) -> bool:
         """Whether there is a BatchNorm layer."""
@@ -42,6 +44,13 @@ class NormRule(Component):
     def update_fields(cls, config: Any) -> dict[str, Any]:
         """Fields of an update that is named without a learning rate, on top of this rule."""
         return {}
+
+    def write_to(self, base: Any) -> None:
+        """Give a BatchNorm layer the statistics that this rule has come to.
+
+        Only where the class says that it is ``writable``.
+        """
+        raise NotImplementedError  # pragma: no cover
 
     def forward(self, x: Tensor, base: Any) -> Tensor:
         """Normalise ``x`` (B, C, ...) with this rule's statistics and the base's affine part."""

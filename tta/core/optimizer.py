@@ -9,7 +9,6 @@ import torch
 __all__ = ["make_optimizer"]
 
 ADAM_EPS = 1e-8
-HALF_EPS = 1e-4  # in float16 the other is 0, and so are squares of gradients below 2e-4
 
 
 def make_optimizer(config: Any, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
@@ -39,12 +38,14 @@ def make_optimizer(config: Any, parameters: list[torch.nn.Parameter]) -> torch.o
         parameters,
         lr=config.lr,
         betas=config.betas,
-        eps=HALF_EPS if any(p.dtype == torch.float16 for p in parameters) else ADAM_EPS,
+        eps=ADAM_EPS,
         weight_decay=config.weight_decay,
         foreach=True,
     )
     for p in parameters:
         optimizer.state[p].update(
-            step=torch.zeros(()), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p)
+            step=torch.zeros((), dtype=torch.float32),
+            exp_avg=torch.zeros_like(p),
+            exp_avg_sq=torch.zeros_like(p),
         )
     return optimizer

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tta.core.checks import channels, mapping, nearest, seed, text, whole
+from tta.core.checks import channels, mapping, nearest, one_of, seed, text, whole
 from tta.core.config import SLOTS, ComponentConfig
 from tta.core.registry import component, config_from_dict
 
@@ -31,6 +31,10 @@ class AdapterConfig:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     source: str | None = None
+    logits: str | int | None = None  # where they are in what the model returns; "given": a function
+    num_classes: int | None = None  # as the caller said
+    features: str | None = None  # the module that they go into; "given": a module or a function
+    activation: str = "softmax"  # what the logits are for: "softmax" or "sigmoid"
 
     def __post_init__(self) -> None:
         for slot in SLOTS:
@@ -38,8 +42,13 @@ class AdapterConfig:
         if self.batch_size is not None:
             object.__setattr__(self, "batch_size", whole("batch_size", self.batch_size, 1))
         object.__setattr__(self, "seed", seed("seed", self.seed))
-        if self.source is not None:
-            text("source", self.source)
+        for name in ("source", "features"):
+            if getattr(self, name) is not None:
+                text(name, getattr(self, name))
+        one_of("activation", self.activation, ("softmax", "sigmoid"))
+        if self.num_classes is not None:
+            whole("num_classes", self.num_classes, 1)
+        self._check_activation()
         if (self.mean is None) != (self.std is None):
             raise ValueError(
                 f"`mean` and `std` must be given together, got mean={self.mean!r} and "
@@ -55,6 +64,18 @@ class AdapterConfig:
             )
         object.__setattr__(self, "mean", mean)
         object.__setattr__(self, "std", std)
+
+    def _check_activation(self) -> None:
+        for slot in SLOTS:
+            config = getattr(self, slot)
+            if config is None or self.activation == "softmax":
+                continue
+            if component(config.name).takes_softmax:
+                raise ValueError(
+                    f"`activation` must be 'softmax' for {config.name}, which takes a softmax of "
+                    f"the logits, got {self.activation!r}: for a model whose classes do not "
+                    "exclude each other, norm rules alone remain."
+                )
 
     @property
     def label(self) -> str:

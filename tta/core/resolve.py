@@ -9,16 +9,30 @@ from typing import Any
 from torch import nn
 
 from tta.core.checks import nearest, whole
-from tta.core.classifier import num_classes
 from tta.core.config import SLOTS, ComponentConfig
+from tta.core.head import find_head
 from tta.core.norm_rule import NormRule
+from tta.core.outputs import GIVEN, LogitsReader
 from tta.core.recipe import AdapterConfig
 from tta.core.registry import DEFAULT_PRESET, PRESET_CLASSES, component, get_config
 from tta.core.warn import warn
 
 __all__ = ["Request", "resolve"]
 
-ARGUMENTS = ("source", "batch_size", "seed", "mean", "std", "augment", "restore_mask")  # of wrap
+# Of wrap, beside the slots.
+ARGUMENTS = (
+    "source",
+    "batch_size",
+    "seed",
+    "mean",
+    "std",
+    "augment",
+    "restore_mask",
+    "logits",
+    "num_classes",
+    "features",
+    "activation",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +47,10 @@ class Request:
         seed: Of the adapter's generator.
         mean: Channel means.
         std: Channel standard deviations.
+        logits: How to take logits out of what the model returns.
+        num_classes: Number of classes, where the model has no linear layer that tells.
+        features: What the features go into, or what gives them.
+        activation: What the logits are for.
     """
 
     recipe: Any = None
@@ -42,6 +60,24 @@ class Request:
     seed: Any = 0
     mean: Any = None
     std: Any = None
+    logits: Any = None
+    num_classes: Any = None
+    features: Any = None
+    activation: Any = "softmax"
+
+    @property
+    def fixed(self) -> dict[str, Any]:
+        """What is said of the model, as a config holds it."""
+        reader = LogitsReader(self.logits)
+        module = self.features is None or isinstance(self.features, str)
+        return {
+            "mean": self.mean,
+            "std": self.std,
+            "logits": GIVEN if callable(reader.spec) else reader.spec,
+            "num_classes": self.num_classes,
+            "features": self.features if module else GIVEN,
+            "activation": self.activation,
+        }
 
 
 def resolve(model: nn.Module, request: Request) -> AdapterConfig:
@@ -69,10 +105,11 @@ def resolve(model: nn.Module, request: Request) -> AdapterConfig:
         **_adjust(chosen, request),  # type: ignore[arg-type]
         batch_size=batch_size,
         seed=request.seed,
-        mean=request.mean,
-        std=request.std,
+        **request.fixed,
     )
-    _warn_of_preset(request, num_classes(model))  # a warning may be an error: nothing has changed
+    reader = LogitsReader(request.logits)
+    head = find_head(model, reader, request.num_classes, request.features)
+    _warn_of_preset(request, head.num_classes)  # a warning may be an error: nothing has changed
     return config
 
 
@@ -80,7 +117,8 @@ Chosen = dict[str, ComponentConfig | None]
 
 
 def _whole_config(request: Request) -> AdapterConfig:
-    others = (*request.slots.values(), request.batch_size, request.mean, request.std)
+    said = request.fixed | {"logits": None, "features": None, "activation": None}
+    others = (*request.slots.values(), request.batch_size, *said.values())
     if request.overrides or request.seed != 0 or any(value is not None for value in others):
         raise TypeError(
             "`recipe` as an AdapterConfig takes no other slots or fields: use dataclasses.replace "

@@ -42,12 +42,17 @@ class RowSelector:
 
     def __init__(self, network: Backbone, rows_independent: bool) -> None:
         self.network = network
-        self.rows_independent = rows_independent
+        self._rows_independent = rows_independent
         self.may_guess = rows_independent and not any(
             isinstance(m, DIFFERENT_WITHOUT_GRAPH) or hasattr(m, "_orig_mod") or _is_compiled(m)
             for m in network.model.modules()
         )
         self.expect_few = False  # as in the batch before
+
+    @property
+    def rows_independent(self) -> bool:
+        """Whether rows may go through the model alone."""
+        return self._rows_independent and not self.network.buffers.moving
 
     def __call__(self, x: Tensor) -> SelectionPass:
         """One forward pass of ``x`` (B, ...)."""

@@ -1,7 +1,8 @@
 """What of an adapter moves: one flat dict of tensors, its copies, and how one is put back.
 
 Names are those of the caller's model: ``param/<name>``, ``norm/<layer>.<buffer>``,
-``update/<buffer>``, ``optim/<parameter>.<slot>``, ``output/<buffer>`` and ``rng``.
+``update/<buffer>``, ``optim/<parameter>.<slot>``, ``output/<buffer>``, ``model/<name>`` (buffers
+that the model itself changes) and ``rng``.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from tta.core.backbone import Backbone
 from tta.core.component import Component
 from tta.core.norm_layers import AdaptiveNorm
 from tta.core.output_rule import Output
-from tta.core.session import Session
 from tta.core.state_dict import (
     check_origin,
     check_state,
@@ -37,26 +38,25 @@ class AdapterState:
 
     Args:
         label: The components in one word; a state belongs to adapters of the same label.
-        model: The wrapped model.
         generator: Of all draws.
+        network: The wrapped model.
         wrappers: The wrapped norm layers, by their names in the caller's model.
         update: If there is one.
         output: If there is one.
-        session: Holds the reset point.
     """
 
     def __init__(
         self,
         label: str,
-        model: nn.Module,
         generator: torch.Generator,
+        network: Backbone,
         wrappers: dict[str, AdaptiveNorm],
         update: Update | None,
         output: Output | None,
-        session: Session,
     ) -> None:
         self.generator = generator
-        self.session = session
+        self.network = network
+        self.session = network.session
         self.update = update
         self.norm_rules = {f"norm/{name}.": wrapper.rule for name, wrapper in wrappers.items()}
         self.parts: dict[str, Component] = {}
@@ -65,7 +65,10 @@ class AdapterState:
                 self.parts[prefix] = part
         trained = {} if update is None else update.trained()
         self.original = {key.partition("/")[2]: value.clone() for key, value in trained.items()}
-        self.fingerprint = {"method": label, "weights": checksum(model.parameters(), CHECKED)}
+        self.fingerprint = {
+            "method": label,
+            "weights": checksum(network.model.parameters(), CHECKED),
+        }
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors themselves, and the state of the generator as a copy."""
@@ -74,6 +77,8 @@ class AdapterState:
             found |= {f"{prefix}{name}": value for name, value in part.state_dict().items()}
         if self.update is not None:
             found |= self.update.optimizer_slots()
+        own = self.network.buffers.tensors()
+        found |= {f"model/{name}": buffer for name, buffer in own.items()}
         return found | {"rng": self.generator.get_state()}
 
     def clones(self) -> dict[str, Tensor]:
@@ -118,6 +123,16 @@ class AdapterState:
         copy_tensors(self.tensors(), {k: v for k, v in values.items() if k != "rng"})
         if "rng" in values:
             self.generator.set_state(values["rng"].cpu())
+        self.network.masters.write_to_model()
+        self.network.buffers.notice()
+
+    def notice_model_buffers(self) -> list[str]:
+        """Take buffers of the model that have moved for the first time into the state."""
+        found = self.network.buffers.notice()
+        for name in found:
+            start = self.network.buffers.start_of(name)
+            self.session.reset_point[f"model/{name}"] = start.clone()
+        return found
 
     def mark_reset_point(self) -> None:
         """From now on, :meth:`reset` restores what there is now."""

@@ -132,6 +132,7 @@ class Update(Component):
                 "trained, got logits without a graph: take no_grad, detach or "
                 "requires_grad_(False) out of it."
             )
+        self.optimizer.zero_grad()  # whatever somebody else has left there
         if gradients is None:
             loss.backward()
         else:
@@ -144,12 +145,17 @@ class Update(Component):
                 see([p.grad for p in params if p.grad is not None])
         grads = [p.grad for p in params if p.grad is not None]
         total = torch.nn.utils.get_total_norm(grads) if grads else loss.detach()
-        finite = bool(torch.isfinite(loss.detach() + total))
-        if finite:
+        moved = bool(torch.isfinite(loss.detach() + total))
+        if moved:
+            # Without a gradient it takes momentum or weight decay to move anything.
+            certain = bool(grads) and bool(total > 0) and self.config.lr > 0
+            before = None if certain else [p.detach().clone() for p in params]
             self.optimizer.step()
+            if before is not None:
+                moved = not all(torch.equal(a, b) for a, b in zip(before, params, strict=True))
         self.optimizer.zero_grad()
         forget_casts(loss.device.type)
-        return finite
+        return moved
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         """A method that has parameters of its own calls this again when it has made them."""

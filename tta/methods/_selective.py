@@ -80,7 +80,9 @@ class SelectiveUpdate(Update):
 
     def __init__(self, config: SelectiveConfig, network: Backbone, context: Context) -> None:
         super().__init__(config, network, context)
-        self.register_buffer("ema_probs", torch.full((context.num_classes,), float("nan")))
+        self.register_buffer(
+            "ema_probs", torch.full((context.num_classes,), float("nan"), dtype=torch.float32)
+        )
 
     def penalty(self) -> Tensor | None:
         """What is added to the loss, a scalar; None = nothing."""

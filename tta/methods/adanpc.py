@@ -46,7 +46,6 @@ from torch.optim.adam import adam
 
 from tta.core.backbone import Backbone
 from tta.core.checks import flag, number, whole
-from tta.core.classifier import size_in
 from tta.core.component import Context
 from tta.core.config import ComponentConfig
 from tta.core.output_rule import Output
@@ -127,10 +126,12 @@ class Adanpc(Output):
 
     def __init__(self, config: AdanpcConfig, context: Context) -> None:
         super().__init__(config, context)
-        self.register_buffer("source_features", torch.zeros(0, 0), persistent=False)
-        self.register_buffer("source_scale", torch.zeros(0), persistent=False)
+        self.register_buffer(
+            "source_features", torch.zeros(0, 0, dtype=torch.float32), persistent=False
+        )
+        self.register_buffer("source_scale", torch.zeros(0, dtype=torch.float32), persistent=False)
         self.register_buffer("source_labels", torch.zeros(0, dtype=torch.int64), persistent=False)
-        self.register_buffer("memory", torch.zeros(0, 0))
+        self.register_buffer("memory", torch.zeros(0, 0, dtype=torch.float32))
         self.register_buffer("memory_labels", torch.zeros(0, dtype=torch.int64))
         self.register_buffer("remembered", torch.zeros((), dtype=torch.int64))
 
@@ -162,7 +163,7 @@ class Adanpc(Output):
                 f"{source.contents or 'nothing'}: pass source batches, or what "
                 f"tta.collect_source(model, loader, for_methods=['{self.name}']) returns."
             )
-        width = size_in(network.classifier)
+        width = self.context.feature_size
         labels = labels.flatten().to(torch.int64)
         inside = bool((labels >= 0).all() and (labels < self.context.num_classes).all())
         if features.ndim != 2 or features.shape[1] != width or len(features) == 0 or not inside:
@@ -222,7 +223,9 @@ class Adanpc(Output):
                 )
             return source.memory_init.reshape(1, -1)
         bound = 1 / math.sqrt(width / 3)
-        return (2 * torch.rand(1, width, generator=self.context.generator) - 1) * bound
+        return (
+            2 * torch.rand(1, width, generator=self.context.generator, dtype=torch.float32) - 1
+        ) * bound
 
     def _hold(self, features: Tensor, scale: Tensor, labels: Tensor) -> None:
         device, width = self.remembered.device, features.shape[1]
@@ -233,7 +236,7 @@ class Adanpc(Output):
         misplaced = features.data_ptr() % ALIGNMENT
         self.source_features = features.clone() if misplaced else features
         self.source_scale, self.source_labels = scale.to(device), labels.to(device)
-        self.memory = torch.zeros(rows, width, device=device)
+        self.memory = torch.zeros(rows, width, dtype=torch.float32, device=device)
         self.memory_labels = torch.zeros(rows, dtype=torch.int64, device=device)
 
     def _size(self) -> Tensor:
@@ -270,7 +273,7 @@ class Adanpc(Output):
             torch.mm(features, columns, out=found[:count])
             torch.mm(own, columns, out=found[count:])
         places = torch.arange(len(own), device=own.device)
-        scale = torch.zeros(len(own), device=own.device).masked_fill(
+        scale = torch.zeros(len(own), dtype=torch.float32, device=own.device).masked_fill(
             places >= self.remembered, float("-inf")
         )
         found[:count].mul_(self.source_scale.float()[:, None])
@@ -317,8 +320,8 @@ class AdanpcBn(Adanpc):
     def __init__(self, config: AdanpcBnConfig, context: Context) -> None:
         super().__init__(config, context)
         for name in ("weight", "bias", "exp_avg", "exp_avg_sq"):
-            self.register_buffer(name, torch.zeros(0))
-        self.register_buffer("steps", torch.zeros(2))
+            self.register_buffer(name, torch.zeros(0, dtype=torch.float32))
+        self.register_buffer("steps", torch.zeros(2, dtype=torch.float32))
 
     def correct(self, prediction: Prediction) -> Tensor:
         """Log of the last round's scores (B, C); each round predicts, remembers and steps."""
@@ -371,6 +374,6 @@ class AdanpcBn(Adanpc):
     def _hold(self, features: Tensor, scale: Tensor, labels: Tensor) -> None:
         super()._hold(features, scale, labels)
         width = features.shape[1]
-        self.weight = torch.ones(width, device=self.remembered.device)
+        self.weight = torch.ones(width, dtype=torch.float32, device=self.remembered.device)
         self.bias = torch.zeros_like(self.weight)
         self.exp_avg, self.exp_avg_sq = (self.memory.new_zeros(2, width) for _ in range(2))

@@ -33,7 +33,6 @@ from torch import Tensor
 
 from tta.core.backbone import Backbone
 from tta.core.checks import number, one_of
-from tta.core.classifier import size_in
 from tta.core.component import Context
 from tta.core.config import CIFAR_ADAM, UpdateConfig
 from tta.core.prediction import Prediction, Report
@@ -94,13 +93,17 @@ class Cafa(Update):
 
     def __init__(self, config: CafaConfig, network: Backbone, context: Context) -> None:
         super().__init__(config, network, context)
-        classes, size = context.num_classes, size_in(network.classifier)
+        classes, size = context.num_classes, context.feature_size
         each = (classes,) if config.covariance == "class" else ()
         self.register_buffer(
-            "prototypes", torch.full((classes, size), float("nan")), persistent=False
+            "prototypes",
+            torch.full((classes, size), float("nan"), dtype=torch.float32),
+            persistent=False,
         )
         for name in ("covariance", "whitening"):
-            self.register_buffer(name, torch.zeros(*each, size, size), persistent=False)
+            self.register_buffer(
+                name, torch.zeros(*each, size, size, dtype=torch.float32), persistent=False
+            )
 
     def adapt(self, x: Tensor) -> Prediction:
         """Predict, measure distances, step on their log ratio."""

@@ -41,7 +41,6 @@ from torch import Tensor, nn
 
 from tta.core.backbone import Backbone
 from tta.core.checks import fraction, number, one_of, whole
-from tta.core.classifier import size_in
 from tta.core.component import Context
 from tta.core.config import CIFAR_ADAM, UpdateConfig
 from tta.core.norm_layers import frozen_statistics
@@ -108,7 +107,7 @@ class Rmt(Update):
 
     def __init__(self, config: RmtConfig, network: Backbone, context: Context) -> None:
         super().__init__(config, network, context)
-        size, width = size_in(network.classifier), config.projection_dim
+        size, width = context.feature_size, config.projection_dim
         device = next(iter(context.parameters.values())).device
         self.teacher = OtherWeights(network, context.parameters)
         self.augmenter = Augmenter(network.model, context)
@@ -117,7 +116,9 @@ class Rmt(Update):
         self.replay: Replay | None = None
         self.register_buffer("source_position", torch.zeros((), dtype=torch.int64))
         self.register_buffer(
-            "prototypes", torch.full((context.num_classes, size), float("nan")), persistent=False
+            "prototypes",
+            torch.full((context.num_classes, size), float("nan"), dtype=torch.float32),
+            persistent=False,
         )
 
     def adapt(self, x: Tensor) -> Prediction:

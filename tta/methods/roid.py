@@ -124,7 +124,7 @@ class Roid(Update):
     def __init__(self, config: RoidConfig, network: Backbone, context: Context) -> None:
         super().__init__(config, network, context)
         classes = context.num_classes
-        self.register_buffer("ema_probs", torch.full((classes,), 1 / classes))
+        self.register_buffer("ema_probs", torch.full((classes,), 1 / classes, dtype=torch.float32))
         self.anchor = NamedTensors(
             {n: p.detach() for n, p in context.parameters.items()}, constant=True
         )

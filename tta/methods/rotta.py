@@ -78,6 +78,7 @@ class RobustBn(NormRule):
 
     Config = RobustBnConfig
     needs_source_stats = True
+    writable = True
 
     mean: Tensor  # (C,)
     var: Tensor  # (C,), biased
@@ -86,6 +87,12 @@ class RobustBn(NormRule):
         super().__init__(config, base, context)
         self.register_buffer("mean", base.running_mean.detach().clone())
         self.register_buffer("var", base.running_var.detach().clone())
+
+    @torch.no_grad()
+    def write_to(self, base: Any) -> None:
+        """The averages become the layer's running statistics."""
+        base.running_mean.copy_(self.mean)
+        base.running_var.copy_(self.var)
 
     def forward(self, x: Tensor, base: Any) -> Tensor:
         """Move towards (B, C, ...) and normalise it with the result; frozen: only normalise."""

@@ -84,7 +84,7 @@ class Sar(LowerLayersUpdate):
 
     def __init__(self, config: SarConfig, network: Backbone, context: Context) -> None:
         super().__init__(config, network, context)
-        self.register_buffer("ema", torch.tensor(float("nan")))
+        self.register_buffer("ema", torch.tensor(float("nan"), dtype=torch.float32))
 
     def adapt(self, x: Tensor) -> Prediction:
         """Predict, select, step from the perturbed point, recover if the average says so."""

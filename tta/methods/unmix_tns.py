@@ -106,7 +106,9 @@ class UnmixTns(NormRule):
             means, variances = mean[None].clone(), var[None].clone()
         else:
             # Spread and shrink so that the mixture has the source variance in expectation.
-            noise = torch.randn(k, len(mean), generator=context.generator).to(mean)
+            noise = torch.randn(k, len(mean), generator=context.generator, dtype=torch.float32).to(
+                mean
+            )
             spread = (config.alpha * k / (k - 1)) ** 0.5
             means = mean + spread * var.sqrt() * noise
             variances = ((1 - config.alpha) * var).expand(k, -1).clone()

@@ -229,7 +229,8 @@ def pixel_space(
 
     Args:
         model: Asked for ``pretrained_cfg`` or ``default_cfg``, timm's protocol, when no figures
-            are given.
+            are given. A wrapper that forwards the attributes of the model inside it, and perhaps
+            normalises by itself, is not asked.
         mean: Channel means.
         std: Channel standard deviations.
 
@@ -240,8 +241,7 @@ def pixel_space(
         ValueError: When only one of them is given, or a deviation is not above 0.
     """
     if mean is None and std is None:
-        for name in ("pretrained_cfg", "default_cfg"):
-            cfg: Any = getattr(model, name, None)
+        for cfg in _configs_of_data(model):
             read = cfg.get if isinstance(cfg, Mapping) else lambda key, cfg=cfg: _read(cfg, key)
             if read("mean") is not None and read("std") is not None:
                 mean, std = read("mean"), read("std")
@@ -255,6 +255,14 @@ def pixel_space(
     if any(s <= 0 for s in std):
         raise ValueError(f"`std` must be above 0 in every channel, got {tuple(std)}.")
     return tuple(float(m) for m in mean), tuple(float(s) for s in std)
+
+
+def _configs_of_data(model: nn.Module) -> Iterator[Any]:
+    """What the model itself holds, and not what it forwards from a module inside it."""
+    model = model._modules.get("_orig_mod") or model  # of a compiled one
+    for name in ("pretrained_cfg", "default_cfg"):
+        if name in vars(model):
+            yield vars(model)[name]
 
 
 def _read(cfg: Any, key: str) -> Any:
@@ -342,16 +350,22 @@ class Augmenter:
 
     def pixels(self, x: Tensor) -> Tensor:
         """What the model takes (B, C, H, W), as float32 pixels in [0, 1]."""
+        if x.dtype == torch.uint8:
+            return x.float() / 255
         mean, std = self._space(x.device)
         return (x.float() if self.raw else x.float() * std + mean).clamp(0, 1)
 
     def images(self, pixels: Tensor, dtype: torch.dtype) -> Tensor:
         """Pixels in [0, 1] (B, C, H, W) as what the model takes; may change them in place."""
+        if dtype == torch.uint8:
+            return pixels.mul_(255).round_().to(dtype)
         mean, std = self._space(pixels.device)
         return (pixels if self.raw else pixels.sub_(mean).div_(std)).to(dtype)
 
     def _space(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        mean, std = (torch.tensor(v, device=device) for v in (self.mean, self.std))
+        mean, std = (
+            torch.tensor(v, dtype=torch.float32, device=device) for v in (self.mean, self.std)
+        )
         return mean.view(1, -1, 1, 1), std.view(1, -1, 1, 1)
 
     def _view(self, pixels: Tensor, draws: CountedDraws) -> Tensor:

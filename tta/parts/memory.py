@@ -44,7 +44,7 @@ class Cstu(nn.Module):
         self.timeliness, self.uncertainty = timeliness, uncertainty
         self.register_buffer("labels", torch.full((capacity,), EMPTY))
         self.register_buffer("ages", torch.zeros(capacity, dtype=torch.int64))
-        self.register_buffer("entropies", torch.zeros(capacity))
+        self.register_buffer("entropies", torch.zeros(capacity, dtype=torch.float32))
 
     def score(self, age: int, entropy: float) -> float:
         """How dispensable an image is."""

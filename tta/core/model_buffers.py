@@ -1,0 +1,127 @@
+"""Buffers that a model itself changes in its forward pass: a counter, an average, statistics.
+
+They belong to what moves: they are part of the state, a reset puts them back, and so does
+``unwrap``. Which ones these are is seen in a dry run at wrap; a buffer that moves only later, since
+that depends on values, is found after the call in which it does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from tta.core.classifier import dry_run, evaluating
+from tta.core.outputs import LogitsReader
+
+__all__ = ["ModelBuffers"]
+
+SMALL = 1 << 16  # elements; up to here a copy is kept of every buffer, in case it moves later
+
+
+class ModelBuffers:
+    """The buffers of a model, and which of them move.
+
+    Args:
+        model: The classifier, unwrapped.
+        reader: Takes logits out of what it returns.
+        skip: Modules whose buffers are somebody else's: norm layers that a rule stands in for.
+    """
+
+    def __init__(self, model: nn.Module, reader: LogitsReader, skip: set[int]) -> None:
+        self.places: dict[str, tuple[nn.Module, str]] = {}
+        for prefix, module in model.named_modules():
+            if id(module) in skip:
+                continue
+            for key, buffer in module._buffers.items():
+                if buffer is not None:
+                    self.places[f"{prefix}.{key}" if prefix else key] = (module, key)
+        self.originals = {name: self._now(name) for name in self.places}
+        self.moving: list[str] = []
+        self._copies: dict[str, Tensor] = {}
+        self._seen: dict[str, tuple[int, int]] | None = None
+        self._compared = False
+        if not self.places:
+            return
+        run = dry_run(model, reader)
+        found = set() if run is None else set(run.moving)
+        with evaluating(model):
+            found |= _statistics_in_training(model)
+        self.moving = [name for name in self.places if name in found]
+        for name, buffer in self.originals.items():
+            if run is None or name in self.moving or buffer.numel() <= SMALL:
+                self._copies[name] = buffer.detach().clone()
+        self._seen = self._signs()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The moving buffers themselves, by name."""
+        return {name: self._now(name).detach() for name in self.moving}
+
+    def notice(self) -> list[str]:
+        """Names of buffers that have moved for the first time since this was last asked."""
+        signs = self._signs()
+        before, self._seen = self._seen or signs, signs
+        moved = [name for name, sign in signs.items() if sign != before[name]]
+        if not self._compared:  # once by value: some operations write without a trace
+            self._compared = True
+            moved += [
+                name
+                for name, copy in self._copies.items()
+                if name not in moved and not torch.equal(copy, self._now(name))
+            ]
+        new = [name for name in moved if name not in self.moving and name in self._copies]
+        self.moving += new
+        return new
+
+    def start_of(self, name: str) -> Tensor:
+        """The value that a buffer had at wrap."""
+        return self._copies[name]
+
+    @torch.no_grad()
+    def put_back(self, values: Mapping[str, Tensor]) -> None:
+        """Give moving buffers the values that they had, in the tensors that are there now."""
+        for name, value in values.items():
+            self._now(name).copy_(value)
+        self._seen = self._signs()
+
+    def convert(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Follow a model whose buffers were moved to another device or dtype by ``fn``."""
+        self.originals = {name: self._now(name) for name in self.places}
+        self._copies = {name: fn(copy) for name, copy in self._copies.items()}
+        self._seen = self._signs()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies have tensors of their own, so that what was seen of these says nothing."""
+        return self.__dict__ | {"_seen": None}
+
+    @torch.no_grad()
+    def give_back(self) -> None:
+        """Put the caller's own tensors back into the model, with their values."""
+        for name, (module, key) in self.places.items():
+            original = self.originals[name]
+            if name in self._copies and name in self.moving:
+                original.copy_(self._copies[name])
+            module._buffers[key] = original
+
+    def _now(self, name: str) -> Tensor:
+        module, key = self.places[name]
+        buffer = module._buffers[key]
+        assert buffer is not None
+        return buffer
+
+    def _signs(self) -> dict[str, tuple[int, int]]:
+        """What changes when a buffer is written to or replaced."""
+        return {name: (id(t := self._now(name)), t._version) for name in self.places}
+
+
+def _statistics_in_training(model: nn.Module) -> set[str]:
+    """Running statistics of norm layers that stay in training mode whatever the model is told."""
+    return {
+        f"{prefix}.{key}" if prefix else key
+        for prefix, module in model.named_modules()
+        if isinstance(module, _NormBase) and module.training
+        for key in module._buffers
+    }

@@ -1,0 +1,157 @@
+"""Logits in what a model returns, and what it returns with other logits in their place."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["GIVEN", "LogitsReader", "LogitsSpec"]
+
+LogitsSpec = str | int | Callable[[Any], Tensor] | None
+DEFAULT_NAME = "logits"  # by which most libraries call them
+GIVEN = "given"  # what a config says of a function or a module
+
+
+class LogitsReader:
+    """Takes logits (B, C) out of what a model returns, and puts others back.
+
+    Args:
+        spec: A key or an attribute, an index, or a function of what is returned. None for a tensor
+            as it is, and for anything that has ``logits`` by that name.
+    """
+
+    def __init__(self, spec: LogitsSpec = None) -> None:
+        ok = spec is None or isinstance(spec, (str, int)) or callable(spec)
+        if not ok or isinstance(spec, bool):
+            raise TypeError(
+                f"`logits` must be a key, an index or a function, got {spec!r}: say how to take "
+                "the logits out of what the model returns."
+            )
+        self.spec = spec
+
+    def read(self, result: Any) -> Tensor:
+        """The logits in what the model returned.
+
+        Raises:
+            TypeError: When there is no tensor there.
+        """
+        if self.spec is None:
+            found = result if isinstance(result, Tensor) else _item(result, DEFAULT_NAME)
+        elif isinstance(self.spec, (str, int)):
+            found = _item(result, self.spec)
+        else:
+            found = self.spec(result)
+        if isinstance(found, Tensor):
+            return found
+        if self.spec is None:
+            example = _first_tensor(result)
+            raise TypeError(
+                "`model` must return a tensor of logits, or something with `logits` in it, got "
+                f"{type(result).__name__}{_contents(result)}: say where its logits are, such as "
+                f"wrap(..., logits={example!r})."
+            )
+        raise TypeError(
+            f"`logits`={self.spec!r} must lead to a tensor in what the model returns, got "
+            f"{type(found).__name__} in {type(result).__name__}{_contents(result)}: correct it."
+        )
+
+    def replace(self, result: Any, logits: Tensor, rows: Tensor | None = None) -> Any:
+        """What the model returned, with other logits and nothing that carries a gradient.
+
+        Args:
+            result: What the model returned.
+            logits: (B, C) in place of those in it.
+            rows: Mask (B,) of the images that the model saw; None for all. What goes by image is
+                spread over all rows, and filled with NaN, or 0 where it is no floating point.
+
+        Returns:
+            The same structure. A function that computes logits says nothing of where they belong;
+            then it is the logits alone, unless they are an item of what was returned.
+        """
+        if isinstance(result, Tensor):
+            return logits
+        keys = _keys(result)
+        if callable(self.spec):
+            own = self.spec(result)
+            place = next((key for key in keys if _item(result, key) is own), None)
+        else:
+            place = DEFAULT_NAME if self.spec is None else self.spec
+            if isinstance(place, int) and place < 0:
+                place += len(keys)
+        if place is None:
+            return logits
+        values = {key: _at_rest(_item(result, key), rows) for key in keys}
+        return _with_items(result, values | {place: logits})
+
+
+def _item(result: Any, key: str | int) -> Any:
+    """An item by key, index or attribute; None where there is none."""
+    try:
+        if isinstance(result, Mapping) or isinstance(key, int):
+            return result[key]
+    except (KeyError, IndexError, TypeError):
+        return None
+    return getattr(result, str(key), None)
+
+
+def _keys(result: Any) -> list[Any]:
+    """Keys, indices or attributes of what a model returned."""
+    if isinstance(result, Mapping):
+        return list(result)
+    if isinstance(result, (tuple, list)):
+        return list(range(len(result)))
+    return list(getattr(result, "__dict__", {}))
+
+
+def _with_items(result: Any, values: dict[Any, Any]) -> Any:
+    if isinstance(result, (tuple, list)):
+        items = [values.get(i, item) for i, item in enumerate(result)]
+        for i, name in enumerate(getattr(result, "_fields", ())):
+            items[i] = values.get(name, items[i])
+        return type(result)(*items) if hasattr(result, "_fields") else type(result)(items)
+    other = copy.copy(result)
+    if isinstance(result, Mapping):
+        changed: Any = other
+        try:
+            for key, value in values.items():
+                changed[key] = value
+        except TypeError:  # a mapping that cannot be written to
+            return values
+        return other
+    if dataclasses.is_dataclass(result) and not isinstance(result, type):
+        return dataclasses.replace(result, **values)
+    for key, value in values.items():
+        setattr(other, key, value)
+    return other
+
+
+def _at_rest(value: Any, rows: Tensor | None) -> Any:
+    """A tensor without gradient, or tensors in a tuple; by image, spread over all rows."""
+    if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
+        return type(value)(_at_rest(item, rows) for item in value)
+    if not isinstance(value, Tensor):
+        return value
+    value = value.detach()
+    if rows is None or value.ndim == 0 or len(value) != int(rows.sum()):
+        return value
+    filler = float("nan") if value.is_floating_point() else 0
+    spread = torch.full((len(rows), *value.shape[1:]), filler, dtype=value.dtype).to(value.device)
+    spread[rows.to(value.device)] = value
+    return spread
+
+
+def _contents(result: Any) -> str:
+    keys = [repr(key) for key in _keys(result)][:8]
+    return f" with {', '.join(keys)}" if keys else ""
+
+
+def _first_tensor(result: Any) -> Any:
+    """The place of the first tensor of two axes, as an example; 0 where there is none."""
+    keys = _keys(result)
+    fitting = [k for k in keys if isinstance(v := _item(result, k), Tensor) and v.ndim == 2]
+    return next(iter(fitting or keys), 0)
