@@ -24,6 +24,7 @@ from tta.core.norm_layers import (
     AdaptiveNorm,
     batch_norm_layers,
     insert,
+    is_narrow,
     remove,
     rows_independent,
 )
@@ -143,6 +144,7 @@ def _context(
         parameters=parameters,
         generator=torch.Generator().manual_seed(config.seed),
         batch_size=config.batch_size,
+        narrow=any(is_narrow(layer) for layer in batch_norm_layers(model).values()),
         rows_independent=config.norm is None and rows_independent(model),
         mean=config.mean,
         std=config.std,
