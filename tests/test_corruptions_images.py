@@ -14,7 +14,7 @@ from torchvision.transforms.v2 import functional
 import corruptions
 from corruptions import layouts, pictures
 from corruptions.commands import main
-from tests.test_corruptions import images
+from tests.helpers.pictures import smooth_pictures as images
 
 ALL = corruptions.list_corruptions(extra=True)
 RAMP = np.arange(0, 65536, 257 * 3, dtype=np.int64)[:80].reshape(8, 10)  # 16 bits, whole levels

@@ -82,7 +82,7 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(file):
         ("metods = []", "no setting `metods`: did you mean 'methods'"),
         ("[[streams]]\nscenario='mixed'\nimage=3", r"streams\[0\].image`: did you mean 'images'"),
         ("[[streams]]\nseverity=3", "each stream a scenario"),
-        ("[[streams]]\nscenario='mixd'", "got 'mixd': did you mean 'mixed'"),
+        ("[[streams]]\nscenario='mixd'", "got 'mixd'; did you mean 'mixed'"),
         ("[sweep]\nseed = [1]", "`sweep.seed`: did you mean 'seeds'"),
         ("name = ", "must be a TOML file"),
         ("batch_size = 0", "`batch-size` must be at least 1"),

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import tta
+from experiments.run.method_strings import parse_method
 from tests.helpers.nets import tiny
 from tta.core.config import UpdateConfig
 from tta.core.registry import component
@@ -107,9 +108,50 @@ SHEETS: dict[str, dict[str, Any]] = {
     "unmix_tns.cifar10_mixed": {"components": 128, "batch_size_max": 64, "update_lr": 1e-5},
     "unmix_tns.cifar100_mixed": {"components": 128, "batch_size_max": 64, "update_lr": 1e-5},
     "alpha_bn": {"source_weight": 0.9, "unbiased": True},
-    "robust_bn": {"batch_weight": 0.05},
+    "robust_bn": {"batch_weight": 0.05, "official": False},
     "lame": {"affinity": "rbf", "neighbours": 5, "symmetric": False},
     "adanpc.domainbed": {"neighbours": 100, "temperature": 0.1, "confidence_threshold": 0.1},
+}
+
+SCALED_FROM_200 = ["tent", "rdumb", "sar", "cotta", "petal", "rmt", "roid", "deyo", "cafa", "core"]
+# By how much `wrap(batch_size=1)` divides the rate of each preset.
+DIVIDED_BY: dict[float, list[str]] = {
+    16: [  # twice the rule of the scripts, for single images
+        "sar.imagenet",
+        "deyo.imagenet",
+        "deyo.imagenet_wild",
+        "deyo.waterbirds",
+        "deyo.coloredmnist",
+    ],
+    32: [
+        "tent.imagenet",
+        "eata.imagenet",
+        "eta.imagenet",
+        "rdumb.imagenet",
+        "sar.imagenet_vit",
+        "deyo.imagenet_vit",
+    ],
+    64: [
+        "tent.imagenet_vit",
+        "eata.imagenet_vit",
+        "eta.imagenet_vit",
+        "eata.cifar10",
+        "eta.cifar10",
+        "cotta.imagenet",
+        "petal.imagenet",
+        "rmt.imagenet",
+        "roid.imagenet",
+        "cafa.imagenet",
+        "core.imagenet",
+        "rotta.imagenet",
+        "rotta.cifar10",
+        "rotta.cifar100",
+    ],
+    128: ["rmt.domainnet126"],
+    200: [
+        *(f"{name}.cifar10" for name in SCALED_FROM_200),
+        *(f"{name}.cifar100" for name in (*SCALED_FROM_200, "eata", "eta")),
+    ],
 }
 
 
@@ -147,12 +189,71 @@ def test_rates_of_transformers_follow_the_scripts(method: str, batch_size: int |
     assert _rate(f"{method}.imagenet_vit", batch_size) == pytest.approx(rate)
 
 
-@pytest.mark.parametrize("name", [n for n in SHEETS if n.endswith((".cifar10", ".cifar100"))])
-def test_rates_without_a_rule_stay(name: str) -> None:
+def test_rates_of_all_updates_for_single_images() -> None:
+    """Every preset of every update divides its rate, and by how much."""
+    names = {f"{n}.{tag}" for n in tta.list_methods(slot="update") for tag in component(n).PRESETS}
+    found = {}
+    for name in names:
+        config = tta.get_config(name)
+        assert isinstance(config, UpdateConfig)
+        found[name] = round(config.lr / config.for_batch_size(1).lr, 6)
+    assert found == {name: factor for factor, group in DIVIDED_BY.items() for name in group}
+
+
+@pytest.mark.parametrize("name", [*DIVIDED_BY[64], *DIVIDED_BY[128], *DIVIDED_BY[200]])
+def test_rates_that_authors_do_not_scale_fall_below_the_batch_size_of_the_preset(
+    name: str,
+) -> None:
     config = tta.get_config(name)
-    if isinstance(config, UpdateConfig):
-        assert config.lr_scaling == "none"
-        assert config.for_batch_size(1).lr == config.for_batch_size(512).lr == config.lr
+    assert isinstance(config, UpdateConfig)
+    if config.lr_scaling == "linear":
+        return  # that of the scripts for transformers, tested above
+    size = config.lr_batch_size
+    for batch_size, share in ((None, 1), (size // 4, 0.25), (size, 1), (2 * size, 1)):
+        assert config.for_batch_size(batch_size).lr == pytest.approx(config.lr * share)
+    as_published = config.override(lr_scaling="none")
+    assert as_published.for_batch_size(1).lr == config.lr
+    assert config.override(lr=0.5).for_batch_size(1).lr == 0.5
+    once = config.for_batch_size(1)
+    assert once.for_batch_size(1).lr == once.lr
+
+
+@pytest.mark.parametrize(
+    ("norm", "batch_size", "rate"),
+    [
+        ("unmix_tns.cifar10", None, 1e-5),
+        ("unmix_tns.cifar10", 64, 1e-5),
+        ("unmix_tns.cifar10", 16, 1e-5 / 4),
+        ("unmix_tns.cifar10", 1, 1e-5 / 64),
+        ("unmix_tns.imagenet", 16, 2.5e-6),
+        ("unmix_tns.imagenet", 1, 2.5e-6 / 16),
+    ],
+)
+@pytest.mark.parametrize("update", ["tent.imagenet", "tent.imagenet_vit", "tent.cifar10"])
+def test_rates_on_unmix_tns_fall_below_its_batch_size(
+    norm: str, batch_size: int | None, rate: float, update: str
+) -> None:
+    found = tta.wrap(tiny("bn"), norm=norm, update=update, batch_size=batch_size)
+    assert isinstance(found.config.update, UpdateConfig)
+    assert found.config.update.lr == pytest.approx(rate)
+    fixed = tta.wrap(tiny("bn"), norm=norm, update=update, batch_size=batch_size, lr_scaling="none")
+    assert isinstance(fixed.config.update, UpdateConfig)
+    assert fixed.config.update.lr == tta.get_config(norm).to_dict()["update_lr"]
+
+
+def test_tables_keep_the_rates_of_the_authors() -> None:
+    """The runner compares methods as published, unless a field says otherwise."""
+
+    def rate(text: str, classes: int = 10) -> float:
+        adapter = parse_method(text, classes).wrap(tiny("bn"), batch_size=16)
+        assert isinstance(adapter.config.update, UpdateConfig)
+        return adapter.config.update.lr
+
+    assert rate("tent") == 1e-3
+    assert rate("unmix_tns+tent") == 1e-5
+    assert rate("tent[lr_scaling='linear_below']") == pytest.approx(1e-3 * 16 / 200)
+    assert rate("tent[lr=0.5]") == 0.5
+    assert rate("tent.imagenet") == pytest.approx(2.5e-4 / 2)  # theirs
 
 
 def _rate(name: str, batch_size: int | None) -> float:

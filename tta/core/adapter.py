@@ -16,6 +16,7 @@ from tta.core.autocast import forget_casts
 from tta.core.backbone import Backbone, RowsOverflowError
 from tta.core.component import Context
 from tta.core.config import SLOTS
+from tta.core.loan import Loan
 from tta.core.norm_layers import AdaptiveNorm, remove
 from tta.core.output_rule import Output
 from tta.core.prediction import Prediction, Report
@@ -25,11 +26,10 @@ from tta.core.state import AdapterState
 from tta.core.state_dict import check_origin
 from tta.core.update import Update
 
-__all__ = ["WRAPPED", "Adapter"]
+__all__ = ["Adapter"]
 
 OVERFLOW = "features that overflow"
 LARGE = 1e15  # pixels from which on the variance of features may overflow
-WRAPPED = "_tta_wrapped"  # set on every module of a wrapped model
 
 
 class Adapter(nn.Module):
@@ -63,7 +63,8 @@ class Adapter(nn.Module):
         self._learning = True
         self._rejected = 0
         self._seen = 0
-        self._lend(network.masters.own, update is not None)
+        trained = None if update is None else context.parameters.values()
+        self._loan = Loan(network.model, network.masters.own.values(), trained)
 
     # What users do with it -----------------------------------------------------------------
 
@@ -200,7 +201,10 @@ class Adapter(nn.Module):
         if keep is True:
             for wrapper in self._wrappers.values():
                 wrapper.rule.write_to(wrapper.base)
-        self._give_back(keep_learned=bool(keep))
+        if not keep:
+            network.masters.give_back(self._state.original)
+            network.buffers.give_back()
+        self._loan.end()
         self._network = None
         del self._modules["model"]
         return model
@@ -343,36 +347,6 @@ class Adapter(nn.Module):
                     "True: wrap with norm='robust_bn' or without an output rule, or pass "
                     "keep='parameters'."
                 )
-
-    def _lend(self, own: Mapping[str, nn.Parameter], trains: bool) -> None:
-        """Note what of the model :meth:`unwrap` gives back, and make it ready to adapt."""
-        self._modes = [(m, m.training) for m in self.model.modules()]
-        self._flags = [(p, p.requires_grad) for p in self.model.parameters()]
-        self._gradients = [(p, p.grad) for p in own.values()]
-        for module, _ in self._modes:
-            module.__dict__[WRAPPED] = True
-        for p, _ in self._gradients:
-            p.grad = None
-        self.model.eval()
-        if trains:
-            chosen = {id(p) for p in self._context.parameters.values()}
-            for p in self.model.parameters():
-                p.requires_grad_(id(p) in chosen)
-
-    def _give_back(self, keep_learned: bool) -> None:
-        network = self.network
-        if not keep_learned:
-            with torch.no_grad():
-                for name, p in network.masters.own.items():
-                    p.copy_(self._state.original[name])
-            network.buffers.give_back()
-        for p, gradient in self._gradients:
-            p.grad = gradient
-        for p, flag in self._flags:
-            p.requires_grad_(flag)
-        for module, mode in self._modes:
-            module.training = mode
-            module.__dict__.pop(WRAPPED, None)
 
     def _forward(self, x: Tensor, follow: bool) -> Any:
         """Predict and learn, without the rows whose features turn out to overflow."""

@@ -26,6 +26,7 @@ from tta.core.norm_layers import (
     AdaptiveNorm,
     batch_norm_layers,
     insert,
+    is_narrow,
     remove,
     rows_independent,
 )
@@ -184,6 +185,7 @@ def _context(
         parameters=masters.trained,
         generator=torch.Generator().manual_seed(config.seed),
         batch_size=config.batch_size,
+        narrow=any(is_narrow(layer) for layer in batch_norm_layers(model).values()),
         rows_independent=alone,
         mean=config.mean,
         std=config.std,

@@ -37,6 +37,7 @@ class Context:
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)  # to be trained, by name
     generator: torch.Generator = field(default_factory=torch.Generator)  # of all draws
     batch_size: int | None = None  # what the caller said the stream has
+    narrow: bool = False  # whether a BatchNorm layer of the model has channels without variance
     rows_independent: bool = False  # no image changes what the model says of another one
     mean: tuple[float, ...] | None = None  # of the channels, if the caller said so
     std: tuple[float, ...] | None = None

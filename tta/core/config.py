@@ -13,12 +13,18 @@ from typing import Any, ClassVar, TypeVar
 
 from tta.core.checks import flag, nearest, number, one_of, text, whole
 
-__all__ = ["CIFAR_ADAM", "SLOTS", "ComponentConfig", "UpdateConfig"]
+__all__ = ["CIFAR_ADAM", "LR_SCALINGS", "SLOTS", "ComponentConfig", "UpdateConfig"]
 
 SLOTS = ("norm", "update", "output")  # of an adapter
+LR_SCALINGS = ("none", "linear", "linear_below", "small_batch")
 
 # What TENT's authors use on CIFAR, and the repositories of most methods after them.
-CIFAR_ADAM: dict[str, Any] = {"optimizer": "adam", "lr": 1e-3, "lr_batch_size": 200}
+CIFAR_ADAM: dict[str, Any] = {
+    "optimizer": "adam",
+    "lr": 1e-3,
+    "lr_scaling": "linear_below",
+    "lr_batch_size": 200,
+}
 
 Self = TypeVar("Self", bound="ComponentConfig")
 SelfUpdate = TypeVar("SelfUpdate", bound="UpdateConfig")
@@ -75,7 +81,7 @@ class UpdateConfig(ComponentConfig):
     """Fields of every update that takes gradient steps."""
 
     lr: float = 2.5e-4  # learning rate
-    lr_scaling: str = "none"  # how wrap(batch_size=) changes lr: "none", "linear" or "small_batch"
+    lr_scaling: str = "none"  # of lr by batch_size: "none", "linear", "linear_below", "small_batch"
     lr_batch_size: int = 64  # batch size for which lr is given
     optimizer: str = "sgd"  # "sgd" or "adam"
     momentum: float = 0.9  # SGD only; dampening is 0
@@ -89,7 +95,7 @@ class UpdateConfig(ComponentConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         number("lr", self.lr, 0)
-        one_of("lr_scaling", self.lr_scaling, ("none", "linear", "small_batch"))
+        one_of("lr_scaling", self.lr_scaling, LR_SCALINGS)
         whole("lr_batch_size", self.lr_batch_size, 1)
         one_of("optimizer", self.optimizer, ("sgd", "adam"))
         below_one = "use a value below 1"
@@ -119,13 +125,18 @@ class UpdateConfig(ComponentConfig):
     def for_batch_size(self: SelfUpdate, batch_size: int | None) -> SelfUpdate:
         """This config with ``lr`` made for ``batch_size``, once and for all.
 
-        The rules are those of the authors' scripts (EATA and SAR repositories): "linear" for
-        vision transformers, lr * B / reference; "small_batch" for ResNets, lr unchanged from 32
-        images up and lr * 2 B / reference below; "none" elsewhere.
+        Two rules are those of the authors' scripts (EATA and SAR repositories): "linear" for vision
+        transformers, lr * B / reference; "small_batch" for ResNets, lr unchanged from 32 images up
+        and lr * 2 B / reference below. Other authors do not scale, and their rates ruin the model
+        where batches are much smaller than theirs: so their presets say "linear_below", which is
+        lr * B / reference below the batch size of the preset and lr from there up. "none" is
+        theirs.
         """
         if batch_size is None or self.lr_scaling == "none":
             return self.replace(lr_scaling="none")
         share = batch_size / self.lr_batch_size
         if self.lr_scaling == "small_batch":
             share = 2 * share if batch_size < 32 else 1.0
+        elif self.lr_scaling == "linear_below":
+            share = min(share, 1.0)
         return self.replace(lr=self.lr * share, lr_batch_size=batch_size, lr_scaling="none")

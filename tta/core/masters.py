@@ -42,6 +42,12 @@ class Masters:
         return [own.get(id(tensor), tensor) for tensor in tensors]
 
     @torch.no_grad()
+    def give_back(self, originals: Mapping[str, Tensor]) -> None:
+        """Give the model's own parameters the values they had, by name."""
+        for name, p in self.own.items():
+            p.copy_(originals[name])
+
+    @torch.no_grad()
     def write_to_model(self) -> None:
         """Give the model the rounded values of the master copies."""
         for master, p in self.pairs:

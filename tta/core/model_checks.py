@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from tta.core.adapter import WRAPPED, Adapter
+from tta.core.adapter import Adapter
+from tta.core.loan import WRAPPED
 from tta.core.norm_layers import AdaptiveNorm
 
 __all__ = ["check_model"]

@@ -31,14 +31,17 @@ __all__ = [
     "batch_stats",
     "check_values",
     "evaluate",
+    "far_outside",
     "few_images_advice",
     "frozen_statistics",
     "insert",
     "instance_stats",
+    "is_narrow",
     "normalize",
     "normalize_by_batch",
     "normalize_by_source",
     "one_value",
+    "pooled_stats",
     "remove",
     "rows_independent",
     "too_few_values",
@@ -55,6 +58,8 @@ _HOOKS = (
     "_backward_pre_hooks",
     "_backward_hooks",
 )
+FAR_OUTSIDE = 30.0  # energies above this many reference variances are those of bad images
+NARROW = 1e-6  # share of a layer's median variance below which a channel is silent
 LARGE_MEAN = 1e-2  # share of variance in the mean square below which digits would be lost
 
 
@@ -325,6 +330,53 @@ def instance_stats(x: Tensor) -> tuple[Tensor, Tensor]:
         norm = torch.linalg.vector_norm(deviation, dim=axes, dtype=wide)
         var = norm.square() / count
     return mean, var
+
+
+def is_narrow(base: Any) -> bool:
+    """Whether the source model left channels of this BatchNorm layer without variance.
+
+    That is where the smallest running variance is under ``NARROW`` times the layer's median. It
+    happens in networks of depthwise convolutions, which lose channels in training and which do not
+    average the statistics of one channel with those of another.
+    """
+    variances = base.running_var
+    return variances is not None and bool(variances.min() < NARROW * variances.median())
+
+
+def far_outside(means: Tensor, variances: Tensor, centre: Tensor, reference: Tensor) -> Tensor:
+    """Which images are no images of the network's domain at all, such as pixels times 255.
+
+    That is where, in more than half of the channels, ``(mean - centre)^2 + variance`` is above
+    ``FAR_OUTSIDE`` times the reference, or is not a number.
+
+    Args:
+        means: Of each image and channel, (B, C).
+        variances: Likewise.
+        centre: What the means are compared with, (C,).
+        reference: The variance that is ordinary around the centre, (C,), above 0.
+
+    Returns:
+        (B,) bool.
+    """
+    ordinary = (means - centre).square() + variances <= FAR_OUTSIDE * reference
+    return 2 * ordinary.sum(1) < means.shape[1]
+
+
+def pooled_stats(means: Tensor, variances: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of the batch from those of its images, without some of them.
+
+    Args:
+        means: Of each image and channel, (B, C).
+        variances: Likewise, biased.
+        kept: (B,) bool; the statistics are 0 where it holds no image.
+
+    Returns:
+        Two (C,), the variance biased, as :func:`batch_stats`.
+    """
+    count, rows = kept.sum().clamp_min(1), kept[:, None]
+    mean = torch.where(rows, means, 0.0).sum(0) / count
+    spread = torch.where(rows, means - mean, 0.0).square()
+    return mean, torch.where(rows, variances, 0.0).sum(0) / count + spread.sum(0) / count
 
 
 def evaluate(x: Tensor, mean: Tensor, var: Tensor, base: Any, eps: float) -> Tensor:

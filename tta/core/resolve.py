@@ -99,10 +99,10 @@ def resolve(model: nn.Module, request: Request) -> AdapterConfig:
     chosen = _override(_choose(request), request.overrides)
     chosen = {
         slot: None if config is None else config.for_batch_size(batch_size)
-        for slot, config in _complete(chosen, model).items()
+        for slot, config in _adjust(_complete(chosen, model), request).items()
     }
     config = AdapterConfig(
-        **_adjust(chosen, request),  # type: ignore[arg-type]
+        **chosen,  # type: ignore[arg-type]
         batch_size=batch_size,
         seed=request.seed,
         **request.fixed,
@@ -217,7 +217,10 @@ def _adjust(chosen: Chosen, request: Request) -> Chosen:
         return chosen
     rule = component(norm.name)
     assert issubclass(rule, NormRule)
-    return chosen | {"update": update.replace(**rule.update_fields(norm))}
+    fields = rule.update_fields(norm)
+    if "lr_scaling" in fields and update.to_dict()["lr_scaling"] == "none":
+        fields |= {"lr_scaling": "none"}  # the caller's choice, or the preset's
+    return chosen | {"update": update.replace(**fields)}
 
 
 def _label(chosen: Chosen) -> str:

@@ -36,9 +36,9 @@ class LowerLayersConfig(UpdateConfig):
         number("skip_blocks", self.skip_blocks, 0, 1, below=True)
 
     def for_batch_size(self: Self, batch_size: int | None) -> Self:
-        """As for every update, and doubled for a stream of single images, as in the scripts."""
+        """As for every update; rules of the scripts are doubled for single images, as there."""
         scaled = super().for_batch_size(batch_size)
-        if batch_size == 1 and self.lr_scaling != "none":
+        if batch_size == 1 and self.lr_scaling in ("linear", "small_batch"):
             return scaled.replace(lr=2 * scaled.lr)
         return scaled
 

@@ -60,7 +60,7 @@ def presets(**cifar: Any) -> dict[str, dict[str, Any]]:
         "symmetric_loss": False,
     }
     return {
-        "imagenet": {"lr": 0.01},
+        "imagenet": {"lr": 0.01, "lr_scaling": "linear_below"},
         "cifar10": common | {"confidence_threshold": 0.92} | cifar,
         "cifar100": common | {"confidence_threshold": 0.72} | cifar,
     }

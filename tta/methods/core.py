@@ -50,7 +50,7 @@ class Core(Update):
 
     Config = CoreConfig
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
-        "imagenet": {"lr": 2.5e-4},
+        "imagenet": {"lr": 2.5e-4, "lr_scaling": "linear_below"},
         "cifar10": CIFAR_ADAM,
         "cifar100": CIFAR_ADAM,
     }

@@ -67,7 +67,12 @@ def _presets(beta: float, beta_cifar: float) -> dict[str, dict[str, Any]]:
     return {
         "imagenet": {"lr": 2.5e-4, "lr_scaling": "small_batch", "fisher_weight": beta},
         "imagenet_vit": {"lr": 1e-3, "lr_scaling": "linear", "fisher_weight": beta},
-        "cifar10": {"lr": 0.005, "redundancy_margin": 0.4, "fisher_weight": beta_cifar},
+        "cifar10": {
+            "lr": 0.005,
+            "lr_scaling": "linear_below",
+            "redundancy_margin": 0.4,
+            "fisher_weight": beta_cifar,
+        },
         "cifar100": CIFAR_ADAM | {"redundancy_margin": 0.1, "fisher_weight": beta_cifar},
     }
 

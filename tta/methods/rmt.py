@@ -86,16 +86,19 @@ class RmtConfig(UpdateConfig):
         one_of("combine", self.combine, ("sum", "mean"))
 
 
+_RATE = {"lr": 0.01, "lr_scaling": "linear_below"}
+
+
 @register("rmt")
 class Rmt(Update):
     """Robust mean teacher: symmetric cross-entropy, contrast, source replay."""
 
     Config = RmtConfig
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
-        "imagenet": {"lr": 0.01},
+        "imagenet": _RATE,
         "cifar10": CIFAR_ADAM | {"nesterov": False},
         "cifar100": CIFAR_ADAM | {"nesterov": False},
-        "domainnet126": {"lr": 0.01, "lr_batch_size": 128, "projection_dim": 0},
+        "domainnet126": _RATE | {"lr_batch_size": 128, "projection_dim": 0},
     }
     needs_features = True
     injects: ClassVar[tuple[str, ...]] = ("augment",)

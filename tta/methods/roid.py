@@ -111,7 +111,7 @@ class Roid(Update):
 
     Config = RoidConfig
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
-        "imagenet": {"lr": 2.5e-4},
+        "imagenet": {"lr": 2.5e-4, "lr_scaling": "linear_below"},
         "cifar10": CIFAR_ADAM | {"nesterov": False},
         "cifar100": CIFAR_ADAM | {"nesterov": False},
     }

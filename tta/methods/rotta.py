@@ -24,6 +24,26 @@ As a norm rule of its own ``robust_bn`` moves with every batch. Gradients flow t
 part. With another norm rule the teacher has a state of that rule for itself as well. A layer with
 one value per channel is normalised with the statistics as they are.
 
+Bad images. A frame whose pixels are 255 times too large would spoil the moving statistics for
+dozens of batches. An image is bad in a layer where, in more than half of the channels, its energy
+``(m_b - m_t)^2 + v_b`` is above 30 times the moving variance or the source's, whichever is larger.
+It is left out of the statistics that move and of those that normalise the other images, and a batch
+of bad images moves nothing. The energies of the recorded traces stay below 0.8, those of CIFAR-10
+corruptions at severity 5 on the bundled network below 6.4 and those of 256 photographs under
+corruptions on ``tf_efficientnet_lite0`` below 4; those of images times 255 are above 100.
+
+Narrow layers. Networks of depthwise convolutions lose channels in training: 28 of the 49 layers of
+``tf_efficientnet_lite0`` have channels with no variance. A layer with a channel whose variance is
+under 1e-6 times the layer's median keeps the source's statistics. On 128 photographs, clean, with
+fog, low contrast and JPEG artefacts and clean again, in batches of 16, the error is then 16, 41,
+59, 72 and 27 % instead of 21, 39, 62, 70 and 30 (source: 16, 61, 89, 52, 16). It does not make such
+a network safe: it takes no statistics from between two domains, and six batches of 32 with noise at
+severity 5 leave 95 % on clean photographs instead of 97, although no mean has moved by more than
+0.4 deviations and no variance by more than a factor of 5; a floor for variances at the source's own
+leaves 92. Where such changes may come, ``unmix_tns`` does better there. On the bundled network the
+share is never under 1e-4, and in the traces never under 0.05.
+``robust_bn`` with ``official=True`` has neither rule.
+
 Statistics move by a at every update and no faster, so a stream whose domains are over within a
 few hundred images is over before they arrive; ``robust_bn`` alone moves with every batch.
 
@@ -33,6 +53,7 @@ batch on, and images of another size are refused until ``reset``. All norm layer
 BatchNorm alone (the mariodoebler repository trains GroupNorm and LayerNorm too). The figures are
 the authors' for CIFAR; those for ImageNet are the mariodoebler repository's. There is no trace to
 compare with, and equation numbers are not given: this follows a description of the authors' code.
+The authors' rate is the same for any stream; below 64 images a batch the presets scale it down.
 """
 
 from __future__ import annotations
@@ -44,10 +65,19 @@ import torch
 from torch import Tensor
 
 from tta.core.backbone import Backbone
+from tta.core.batch_split import current_split
 from tta.core.checks import fraction, number, whole
 from tta.core.component import Context
 from tta.core.config import ComponentConfig, UpdateConfig
-from tta.core.norm_layers import batch_stats, normalize, one_value
+from tta.core.norm_layers import (
+    batch_stats,
+    far_outside,
+    instance_stats,
+    is_narrow,
+    normalize,
+    one_value,
+    pooled_stats,
+)
 from tta.core.norm_rule import NormRule
 from tta.core.prediction import Prediction, Report
 from tta.core.random import fork
@@ -66,6 +96,7 @@ class RobustBnConfig(ComponentConfig):
     """Fields of ``robust_bn``."""
 
     batch_weight: float = 0.05  # a, share of the batch in the new statistics
+    official: bool = False  # without the rules for bad images and narrow layers
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -87,6 +118,7 @@ class RobustBn(NormRule):
         super().__init__(config, base, context)
         self.register_buffer("mean", base.running_mean.detach().clone())
         self.register_buffer("var", base.running_var.detach().clone())
+        self.fixed = not config.official and is_narrow(base)
 
     @torch.no_grad()
     def write_to(self, base: Any) -> None:
@@ -98,17 +130,33 @@ class RobustBn(NormRule):
         """Move towards (B, C, ...) and normalise it with the result; frozen: only normalise."""
         alone = one_value(x)
         self.fell_back = self.fell_back or alone
-        if alone or not self.learning:
+        if alone or self.fixed or not self.learning:
             return normalize(x, self.mean, self.var, base)
         a = self.config.batch_weight
-        mean, var = batch_stats(x)
+        if self.config.official:
+            mean, var, enough = *batch_stats(x), None
+        else:
+            mean, var, enough = self._ordinary_stats(x, base)
         mean, var = (1 - a) * self.mean + a * mean, (1 - a) * self.var + a * var
+        if enough is not None:
+            mean, var = torch.where(enough, mean, self.mean), torch.where(enough, var, self.var)
         with torch.no_grad():
             # Finite pixels may overflow; such a batch would spoil the averages for good.
             fine = mean.isfinite() & var.isfinite()
             self.mean.copy_(torch.where(fine, mean, self.mean))
             self.var.copy_(torch.where(fine, var, self.var))
         return normalize(x, mean, var, base)
+
+    def _ordinary_stats(self, x: Tensor, base: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Batch statistics without bad images, and whether more than one value is left of it."""
+        means, variances = instance_stats(x)
+        if (split := current_split()) is not None:  # the other ranks' images too
+            means, variances = split.gather(means), split.gather(variances)
+        with torch.no_grad():
+            reference = torch.maximum(self.var, base.running_var) + base.eps
+            kept = ~far_outside(means, variances, self.mean, reference)
+            enough = kept.sum() * (x.numel() // (len(x) * x.shape[1])) > 1
+        return *pooled_stats(means, variances, kept), enough
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +185,9 @@ class Rotta(Update):
     """A teacher that predicts, a student that learns from a balanced memory."""
 
     Config = RottaConfig
-    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {"imagenet": {}, "cifar10": {}, "cifar100": {}}
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        family: {"lr_scaling": "linear_below"} for family in ("imagenet", "cifar10", "cifar100")
+    }
     default_norm: ClassVar[str | None] = "robust_bn"
     injects: ClassVar[tuple[str, ...]] = ("augment",)
     learns_from_whole_batch: ClassVar[bool] = False

@@ -76,8 +76,8 @@ class Sar(LowerLayersUpdate):
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "imagenet": {"lr": 2.5e-4, "lr_scaling": "small_batch"},
         "imagenet_vit": {"lr": 1e-3, "lr_scaling": "linear"},
-        "cifar10": {"lr": 1e-3, "lr_batch_size": 200},
-        "cifar100": {"lr": 1e-3, "lr_batch_size": 200},
+        "cifar10": {"lr": 1e-3, "lr_scaling": "linear_below", "lr_batch_size": 200},
+        "cifar100": {"lr": 1e-3, "lr_scaling": "linear_below", "lr_batch_size": 200},
     }
 
     ema: Tensor  # 0-dimensional, e; NaN while undefined

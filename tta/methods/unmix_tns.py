@@ -18,6 +18,26 @@ statistics shared by the batch; the official code draws per channel and normalis
 so does this. BatchNorm1d keeps its source statistics, as there. Differences from the code: the
 components are drawn from the adapter's own generator, and wrapping keeps subclasses' activations.
 
+Bad images. A frame whose pixels are 255 times too large would shift all components for hundreds of
+batches. An image is bad in a layer where, in more than half of the channels, its energy
+``(m_b - mean)^2 + v_b`` is above 30 times the variance of the mixture or of the source, whichever
+is larger. Nothing of it is mixed into the statistics, so it stays far outside in the layers that
+follow, and the components move as if the batch had come without it. The energies of the recorded
+traces stay below 1.8, those of CIFAR-10 corruptions at severity 5 on the bundled network below 4.2
+and those of photographs under corruptions on ``tf_efficientnet_lite0`` below 4; those of images
+times 255 are above 1,000.
+
+Narrow networks. Networks of depthwise convolutions lose channels in training: 28 of the 49 layers
+of ``tf_efficientnet_lite0`` have channels with no variance. Such networks average little over
+channels, and K random draws have the source's mean and variance in expectation only: with 16
+components every channel of every layer is off by a fifth of its deviation. On 64 photographs,
+clean, with noise, with fog and clean again, the error is 77, 100, 88 and 64 % (source: 22, 86, 62,
+22). The small variances are not the cause, and a floor for them does not help. Where a layer of the
+model has a channel whose variance is under 1e-6 times the layer's median, the draws of all layers
+are shifted and scaled so that the mixture has the source's mean and variance exactly: 27, 89, 56
+and 38 %. On the bundled network that share is never under 1e-4, and in the traces never under 0.05.
+``official=True`` turns both rules off.
+
 Gradients of images that are normalised one by one are larger, and the learning rates that updates
 are published with break the model on top of this rule. The authors run them at 1e-5 (CIFAR) and
 2.5e-6 (ImageNet); an update that is named without a learning rate gets that (``update_lr``).
@@ -36,7 +56,12 @@ from tta.core.batch_split import current_split
 from tta.core.checks import fraction, number, whole
 from tta.core.component import Context
 from tta.core.config import ComponentConfig
-from tta.core.norm_layers import instance_stats, normalize, normalize_by_source
+from tta.core.norm_layers import (
+    far_outside,
+    instance_stats,
+    normalize,
+    normalize_by_source,
+)
 from tta.core.norm_rule import NormRule
 from tta.core.registry import register
 
@@ -54,8 +79,10 @@ class UnmixTnsConfig(ComponentConfig):
     temperature: float = 0.07  # T
     alpha: float = 0.5  # share of the source variance that the spread of components makes up
     update_lr: float | None = None  # lr of an update that is named without one of its own
+    official: bool = False  # without the rules for bad images and narrow layers
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         whole("components", self.components, 1)
         if self.momentum is not None:
             fraction("momentum", self.momentum)
@@ -106,9 +133,11 @@ class UnmixTns(NormRule):
             means, variances = mean[None].clone(), var[None].clone()
         else:
             # Spread and shrink so that the mixture has the source variance in expectation.
-            noise = torch.randn(k, len(mean), generator=context.generator, dtype=torch.float32).to(
-                mean
-            )
+            shape = (k, len(mean))
+            noise = torch.randn(shape, generator=context.generator, dtype=torch.float32).to(mean)
+            if context.narrow and not config.official:  # exactly, not only in expectation
+                noise = noise - noise.mean(0)
+                noise = noise / noise.square().mean(0).sqrt() * ((k - 1) / k) ** 0.5
             spread = (config.alpha * k / (k - 1)) ** 0.5
             means = mean + spread * var.sqrt() * noise
             variances = ((1 - config.alpha) * var).expand(k, -1).clone()
@@ -118,8 +147,11 @@ class UnmixTns(NormRule):
 
     @classmethod
     def update_fields(cls, config: Any) -> dict[str, Any]:
-        """The authors' learning rate on top of this rule."""
-        return {} if config.update_lr is None else {"lr": config.update_lr}
+        """The authors' learning rate on top of this rule, for batches of ``batch_size_max``."""
+        if config.update_lr is None:
+            return {}
+        scaling = {"lr_scaling": "linear_below", "lr_batch_size": config.batch_size_max}
+        return {"lr": config.update_lr} | scaling
 
     def forward(self, x: Tensor, base: Any) -> Tensor:
         """Normalise each image of (B, C, ...) with its own mixture, then move the components."""
@@ -136,9 +168,13 @@ class UnmixTns(NormRule):
             means, variances = self.means.to(mean.dtype), self.vars.to(mean.dtype)
             similarity = F.normalize(mean, dim=1) @ F.normalize(means, dim=1).t()
             p = (similarity / self.config.temperature).softmax(1)  # (B, K)
+        if not self.config.official:  # nothing of bad images is mixed in
+            bad = self._bad(mean.detach(), var.detach(), means, variances, base)[:, None]
+            p, mean, var = (torch.where(bad, 0.0, v) for v in (p, mean, var))
         k, rest = len(self.means), 1 - p
         # Averages over k of M and of V + M^2, expanded so that nothing of size (B, K, C) is made;
-        # p sums to one. Few operations, since on small layers and on GPUs these are what costs.
+        # p sums to one, or it and the image's own are 0. Few operations, since on small layers and
+        # on GPUs these are what costs.
         mixed_mean = torch.addmm(mean, rest, means) / k
         second = torch.addmm(var, rest, variances)
         second = torch.addmm(second, rest.square(), means.square())
@@ -149,6 +185,13 @@ class UnmixTns(NormRule):
             self._move(p, mean.detach(), var.detach())
         return y
 
+    @staticmethod
+    def _bad(mean: Tensor, var: Tensor, means: Tensor, variances: Tensor, base: Any) -> Tensor:
+        """Which images (B,) are far outside of the mixture of all components."""
+        mixture = variances.mean(0) + means.var(0, correction=0)
+        reference = torch.maximum(mixture, base.running_var) + base.eps
+        return far_outside(mean, var, means.mean(0), reference)
+
     @torch.no_grad()
     def _move(self, p: Tensor, mean: Tensor, var: Tensor) -> None:
         """All components towards the images, in proportion to similarity, divided by B."""
@@ -157,6 +200,8 @@ class UnmixTns(NormRule):
         # Finite pixels may overflow; such an image would spoil the components for good.
         fine = (mean + var).isfinite().all(1, keepdim=True)
         p, mean, var = (torch.where(fine, v, 0.0) for v in (p, mean, var))
+        if not self.config.official:  # the batch without bad images
+            p = p * (len(p) / (p.sum(1) > 0).sum().clamp_min(1))
         rate = self.rate / len(p)
         kept = 1 - rate * p.sum(0)[:, None]
         for components, towards in ((self.means, mean), (self.vars, var)):

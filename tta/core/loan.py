@@ -1,0 +1,50 @@
+"""What an adapter changes about the caller's model while it has it, beside values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+__all__ = ["WRAPPED", "Loan"]
+
+WRAPPED = "_tta_wrapped"  # set on every module of a wrapped model
+
+
+class Loan:
+    """Eval mode, flags and gradients of a model, from wrapping until it is given back.
+
+    Args:
+        model: With its norm layers wrapped.
+        own: The model's parameters that are trained, whose gradients are set aside.
+        trained: What gradients are wanted for; None where nothing is trained.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        own: Iterable[nn.Parameter],
+        trained: Iterable[nn.Parameter] | None,
+    ) -> None:
+        self._modes = [(m, m.training) for m in model.modules()]
+        self._flags = [(p, p.requires_grad) for p in model.parameters()]
+        self._gradients = [(p, p.grad) for p in own]
+        for module, _ in self._modes:
+            module.__dict__[WRAPPED] = True
+        for p, _ in self._gradients:
+            p.grad = None
+        model.eval()
+        if trained is not None:
+            chosen = {id(p) for p in trained}
+            for p in model.parameters():
+                p.requires_grad_(id(p) in chosen)
+
+    def end(self) -> None:
+        """Put everything back, for modules that are the model's own."""
+        for p, gradient in self._gradients:
+            p.grad = gradient
+        for p, flag in self._flags:
+            p.requires_grad_(flag)
+        for module, mode in self._modes:
+            module.training = mode
+            module.__dict__.pop(WRAPPED, None)
