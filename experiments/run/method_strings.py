@@ -67,7 +67,8 @@ class Method:
         update = self.slots.get("update")
         if update is None or not {"lr", "lr_scaling"}.isdisjoint(self.overrides):
             return {}
-        ours = tta.get_config(update).to_dict().get("lr_scaling") == "linear_below"
+        config = tta.get_config(update) if isinstance(update, str) else update
+        ours = config.to_dict().get("lr_scaling") == "linear_below"
         return {"lr_scaling": "none"} if ours else {}
 
     def wrap_subject(self, subject: Subject, batch_size: int, seed: int) -> tta.Adapter:
