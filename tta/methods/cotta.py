@@ -25,6 +25,9 @@ mode, here in eval mode, which differs only with dropout or stochastic depth. Th
 teacher, source and optimiser are as large as the model. With the one-sided loss and a teacher equal
 to the student, as in the first batch without views, the gradient is zero: SGD stands still and Adam
 follows rounding noise.
+
+The authors do not scale the rate; below the batch size of the preset it falls with
+``wrap(batch_size=)`` here (``lr_scaling="none"`` is theirs).
 """
 
 from __future__ import annotations

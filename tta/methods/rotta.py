@@ -53,7 +53,8 @@ batch on, and images of another size are refused until ``reset``. All norm layer
 BatchNorm alone (the mariodoebler repository trains GroupNorm and LayerNorm too). The figures are
 the authors' for CIFAR; those for ImageNet are the mariodoebler repository's. There is no trace to
 compare with, and equation numbers are not given: this follows a description of the authors' code.
-The authors' rate is the same for any stream; below 64 images a batch the presets scale it down.
+The authors do not scale the rate; below the batch size of the preset it falls with
+``wrap(batch_size=)`` here (``lr_scaling="none"`` is theirs).
 """
 
 from __future__ import annotations
