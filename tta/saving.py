@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
@@ -131,8 +132,8 @@ def load(
                 f"`folder` must hold a whole state, but {folder} lacks {min(missing)!r}: save the "
                 "adapter again."
             )
-        adapter.load_state(parts["initial"], as_source=True)
-        adapter.load_state(parts["state"])
+        adapter.load_state(parts["initial"], as_source=True, allow_nonfinite=True)
+        adapter.load_state(parts["state"], allow_nonfinite=True)
     except BaseException:
         adapter.unwrap()
         raise
@@ -159,6 +160,12 @@ def _folder(folder: Any) -> Path:
     if is_file:
         raise NotADirectoryError(f"`folder` must be a folder, got the file {folder}: pass another.")
     return folder
+
+
+def _metadata(data: bytes) -> dict[str, str]:
+    """What a safetensors file says beside its tensors; its header is JSON after its length."""
+    length = int.from_bytes(data[:8], "little")
+    return json.loads(data[8 : 8 + length]).get("__metadata__", {})
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> str:
@@ -196,14 +203,14 @@ def _read_once(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor
         )
     parts: dict[str, dict[str, Tensor]] = {"state": {}, "constant": {}, "initial": {}}
     try:
-        with safe_open(str(folder / TENSORS), "pt") as file:
-            metadata = file.metadata() or {}
-            pair = metadata.get("pair")
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        # In one go: what opens a file of that name twice may find another one.
+        data = (folder / TENSORS).read_bytes()
+        tensors, metadata = from_bytes(data), _metadata(data)
+        pair = metadata.get("pair")
         for key, tensor in tensors.items():
             kind, _, name = key.partition(":")
             parts[kind][name] = tensor
-    except (SafetensorError, KeyError) as error:
+    except (SafetensorError, KeyError, ValueError) as error:
         raise ValueError(
             f"`folder` must hold a saved adapter, but {folder / TENSORS} is cut off or something "
             f"else ({error}): save it again."

@@ -237,6 +237,10 @@ class Rotta(Update):
         """The teacher's prediction, nothing remembered."""
         return self.teacher.predict(x)
 
+    def integer_ranges(self) -> dict[str, tuple[int, int]]:
+        """Labels of the bank, -1 where it is empty."""
+        return {"bank.labels": (-1, self.context.num_classes - 1)}
+
     def lazy_buffers(self) -> tuple[str, ...]:
         """The first batch says how large images are."""
         return ("memory",)
