@@ -411,6 +411,11 @@ class Adapter(nn.Module):
             predict: Any = self._network if self.update is None else self.update.predict
             with self._weights_at_rest() if follow else torch.no_grad():
                 prediction = predict(x)
+        if not isinstance(prediction, Prediction):
+            raise TypeError(
+                f"`{self.config.label}` must give a tta.Prediction from adapt(), got "
+                f"{type(prediction).__name__}: correct the component."
+            )
         if self.output is None:
             return prediction.logits if follow else prediction.logits.detach()
         with torch.set_grad_enabled(follow):
@@ -419,7 +424,15 @@ class Adapter(nn.Module):
                 prediction = Prediction(
                     prediction.logits.detach(), None if features is None else features.detach()
                 )
-            return self.output.correct(prediction).to(prediction.logits.dtype)
+            scores = self.output.correct(prediction)
+        expected = tuple(prediction.logits.shape)
+        if not isinstance(scores, Tensor) or tuple(scores.shape) != expected:
+            got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+            raise TypeError(
+                f"`{self.output.name}` must return scores of shape {expected} from correct(), got "
+                f"{got}: correct the component."
+            )
+        return scores.to(prediction.logits.dtype)
 
     @contextmanager
     def _weights_at_rest(self) -> Iterator[None]:

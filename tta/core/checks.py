@@ -159,6 +159,8 @@ def folder_or_file(name: str, value: Any) -> Path:
     """Return `value` as a path."""
     if not isinstance(value, (str, os.PathLike)):
         raise TypeError(f"`{name}` must be a path, got {value!r}; pass a string or a pathlib.Path")
+    if os.fspath(value) == "":
+        raise ValueError(f"`{name}` must be a path, got an empty one; pass '.' for this folder")
     return Path(value)
 
 

@@ -72,6 +72,7 @@ class Component(nn.Module):
     name: ClassVar[str] = ""  # set by ``register``
     Config: ClassVar[type[ComponentConfig]] = ComponentConfig
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}  # fields by the name of a preset
+    must_define: ClassVar[tuple[str, ...]] = ()  # methods that a component of the slot writes
     empties_slots: ClassVar[bool] = False  # a name for the source model; no object is ever made
     needs_features: ClassVar[bool] = False  # predictions must carry features
     uses_labels: ClassVar[bool] = True  # those of source batches, where it takes any

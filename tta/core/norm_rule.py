@@ -26,6 +26,7 @@ class NormRule(Component):
     """
 
     slot = "norm"
+    must_define = ("forward",)
     needs_source_stats: ClassVar[bool] = False  # the layer must have running statistics
 
     def __init__(self, config: Any, base: Any, context: Context) -> None:

@@ -25,6 +25,7 @@ class Output(Component):
     """
 
     slot = "output"
+    must_define = ("correct",)
 
     def __init__(self, config: Any, context: Context) -> None:
         super().__init__(config)

@@ -8,6 +8,7 @@ is what most papers tune. The first look-up of a name imports what installed pac
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatch
 from typing import Any, TypeVar
@@ -58,17 +59,53 @@ def register(name: str) -> Callable[[C], C]:
                 f"`slot` must be 'norm', 'update' or 'output', got {cls.slot!r}: subclass "
                 "NormRule, Update or Output."
             )
-        if "name" in vars(cls.Config) and cls.Config.name != name:
-            raise TypeError(
-                f"`Config` of {name!r} must be its own, got that of {cls.Config.name!r}: "
-                "subclass it."
-            )
+        _check_config(name, cls)
+        _check_methods(name, cls)
         cls.name = name
         cls.Config.name = name
         _COMPONENTS[name] = cls
         return cls
 
     return add
+
+
+def _check_config(name: str, cls: type[Component]) -> None:
+    """Refuse a class whose config is not its own, or cannot be made, written or preset."""
+    kind = next(b.Config for b in reversed(cls.__mro__) if vars(b).get("slot") == cls.slot)
+    config = cls.Config
+    if not (isinstance(config, type) and issubclass(config, kind)) or config is kind:
+        raise TypeError(
+            f"`Config` of {name!r} must be a dataclass of its own that is made from "
+            f"{kind.__name__}, got {getattr(config, '__name__', config)!r}: write one with the "
+            "fields of the component."
+        )
+    if "name" in vars(config) and config.name != name:
+        raise TypeError(
+            f"`Config` of {name!r} must be its own, got that of {config.name!r}: subclass it."
+        )
+    try:
+        json.dumps(config().to_dict())
+    except TypeError as error:
+        raise TypeError(
+            f"`Config` of {name!r} must have a default for every field, of a kind that JSON knows, "
+            f"got one that has not ({error}): correct it."
+        ) from None
+    for tag, fields in cls.PRESETS.items():
+        try:
+            config().replace(**fields)
+        except (TypeError, ValueError) as error:
+            raise type(error)(
+                f"`PRESETS` of {name!r} must hold fields of its config, got preset {tag!r}: {error}"
+            ) from None
+
+
+def _check_methods(name: str, cls: type[Component]) -> None:
+    """Refuse a class that leaves out what its slot asks for."""
+    for method in cls.must_define:
+        if getattr(cls, method).__module__.startswith("tta.core."):
+            raise TypeError(
+                f"`{name}` must define {method}(), got a component without it: write it."
+            )
 
 
 def component(name: str) -> type[Component]:

@@ -83,7 +83,9 @@ class AdapterState:
 
     def clones(self) -> dict[str, Tensor]:
         """Copies, which carry what the state belongs to as torch's state dicts their versions."""
-        copies: Any = OrderedDict((k, v.detach().clone()) for k, v in self.tensors().items())
+        tensors = self.tensors()
+        self._check_layout(tensors)
+        copies: Any = OrderedDict((k, v.detach().clone()) for k, v in tensors.items())
         copies.fingerprint = self.fingerprint
         return copies
 
@@ -102,7 +104,8 @@ class AdapterState:
         allow_nonfinite: bool = False,
     ) -> None:
         """Check a full or partial state and copy it in; see :meth:`tta.Adapter.load_state`."""
-        check_origin(getattr(state, "fingerprint", self.fingerprint), self.fingerprint)
+        of_0_1_0 = getattr(state, "made_by", self.fingerprint)
+        check_origin(getattr(state, "fingerprint", of_0_1_0), self.fingerprint)
         named = ((current_name(str(key)), value) for key, value in state.items())
         values = {key: value for key, value in named if key is not None}
         parts = self._components().items()
@@ -152,12 +155,27 @@ class AdapterState:
 
     def reset(self) -> None:
         """Put everything back, but for what a component declares to survive."""
+        self._check_layout(self.tensors())
         kept = {
             f"{prefix}{name}"
             for prefix, part in self.parts.items()
             for name in part.survives_reset()
         }
         self.copy_in({k: v for k, v in self.session.reset_point.items() if k not in kept})
+
+    def _check_layout(self, tensors: Mapping[str, Tensor]) -> None:
+        """Refuse buffers that are other ones than at wrap, which a component may only declare."""
+        start, free = self.session.reset_point, self._resizable()
+        for key, value in tensors.items():
+            if not start or key in free or key == "rng":
+                continue
+            before = tuple(start[key].shape) if key in start else None
+            if before != tuple(value.shape):
+                raise ValueError(
+                    f"`{key}` must keep the shape that it had at wrap, {before or 'none at all'}, "
+                    f"got {tuple(value.shape)}: register it in the component's __init__, and name "
+                    "it in lazy_buffers() or resizable_buffers() where its shape is open."
+                )
 
     def _components(self) -> dict[str, Component]:
         return {**self.norm_rules, **self.parts}

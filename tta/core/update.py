@@ -34,6 +34,7 @@ class Update(Component):
     """
 
     slot = "update"
+    must_define = ("adapt",)
     Config: ClassVar[type[ComponentConfig]] = UpdateConfig
     default_norm: ClassVar[str | None] = "bn"  # norm rule when the caller names none
     default_output: ClassVar[str | None] = None  # output rule, likewise
