@@ -1,7 +1,7 @@
-"""Colour changes in HSV, step by step in float64 as the usual code takes them.
+"""Colour changes in HSV, in float64 and in the order of operations of the usual code.
 
-Changes by tenths make whole-number levels common, and whether one is cut to itself or to the level
-below hangs on the last bit of this very sequence of operations.
+Changes by tenths often give levels that are integers, and whether such a level is truncated to
+itself or to the one below depends on the last bit of exactly this sequence of operations.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ def through_hsv(
 
     Args:
         pixels: (B, 3, ...) uint8.
-        change: Takes and gives (saturation, value), each (B, ...) float64 in [0, 1].
+        change: Maps (saturation, value) to new ones, each (B, ...) float64 in [0, 1].
 
     Returns:
         (B, 3, ...) uint8.
     """
-    # By tensors: on a GPU torch multiplies by the reciprocal of a plain number, which rounds twice.
+    # Tensors as divisors: on a GPU torch multiplies by the reciprocal of a plain number, which
+    # rounds twice.
     levels_of_one, sectors = (torch.tensor(n, device=pixels.device).double() for n in (255, 6))
     source = pixels.double().div_(levels_of_one)
     red, green, blue = source.unbind(1)

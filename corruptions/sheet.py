@@ -18,7 +18,7 @@ __all__ = ["contact_sheet", "corrupted_sheet"]
 _GAP = 4
 _LABEL = 130
 _HEAD = 16
-# Smaller pictures are shown enlarged by a whole number.
+# Smaller pictures are enlarged by an integer factor.
 _SMALLEST = 96
 
 

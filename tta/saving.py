@@ -1,7 +1,8 @@
 """Adapters on disk: ``save(adapter, folder)`` and ``load(model, folder)``.
 
-A folder holds ``config.json`` (the adapter's config and what the model was) and
-``adapter.safetensors`` (state and constants). No pickle, and no source data needed to resume.
+A folder holds ``config.json`` (the adapter's config and a description of the model) and
+``adapter.safetensors`` (state and constants). Nothing is pickled, and no source data is needed to
+resume.
 """
 
 from __future__ import annotations
@@ -33,9 +34,13 @@ CONFIG, TENSORS = "config.json", "adapter.safetensors"
 def save(adapter: Adapter, folder: str | Path) -> None:
     """Write an adapter's config, state and constants into ``folder``.
 
-    Both files are written beside their place first and then moved there, one after the other, and
-    each knows which other it belongs to: wherever the process dies, :func:`load` finds the former
-    pair whole or the new one.
+    Both files are first written under other names and then moved into place, one after the other,
+    and each names the other that it belongs to. Wherever the process dies, :func:`load` finds
+    either the former pair or the new one, complete.
+
+    Args:
+        adapter: The adapter, frozen or not.
+        folder: Made if it does not exist.
 
     Raises:
         TypeError: When ``adapter`` is not an Adapter, or ``folder`` no path.
@@ -70,7 +75,7 @@ def save(adapter: Adapter, folder: str | Path) -> None:
         for part in parts:
             part.unlink(missing_ok=True)
         raise
-    # Between these two, the tensors belong to the config that still is a part: see `_read`.
+    # Between these two lines, the tensors belong to the config under its other name: see `_read`.
     os.replace(parts[0], folder / TENSORS)
     os.replace(parts[1], folder / CONFIG)
 
@@ -91,13 +96,16 @@ def load(
         source: As for :func:`tta.wrap`; only a method that replays source batches from a data
             loader asks for it (a list of batches is saved with the adapter).
         logits: As for :func:`tta.wrap`, where that was given a function, which no file holds.
-        features: Likewise, where it was given a module or a function.
+        features: As for :func:`tta.wrap`, where that was given a module or a function.
+
+    Returns:
+        The adapter, in the state in which it was saved.
 
     Raises:
         TypeError: When ``folder`` is no path.
         FileNotFoundError: When the folder holds no adapter.
-        ValueError: When a file in it is cut off or something else, or the adapter was made for
-            another model, or by a newer version.
+        ValueError: When a file in it is incomplete or of another kind, or the adapter was made for
+            another model or by a newer version.
     """
     folder = _folder(folder)
     about, parts = _read(folder)
@@ -156,7 +164,7 @@ def _part(path: Path) -> Path:
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
     """What a folder says about its adapter, and the tensors by kind and name."""
-    # A process that died between moving the tensors and moving their config left it as a part.
+    # A process that died after moving the tensors left their config under its other name.
     places = [path for path in (_part(folder / CONFIG), folder / CONFIG) if path.is_file()]
     if not places or not (folder / TENSORS).is_file():
         missing = folder / (TENSORS if places else CONFIG)
