@@ -170,10 +170,10 @@ def _cut(averages: Tensor, slack: float, weights: Tensor) -> Tensor:
     """
     lowered = _float32_average(tuple(weights.tolist()))
     if lowered.any():
-        whole = averages.floor()
-        flat = averages.sub_(whole) <= 2 * slack
-        low = lowered.to(whole.device).index_select(0, whole.flatten().int())
-        averages = whole.sub_(low.view(whole.shape).mul_(flat))
+        floors = averages.floor()
+        flat = averages.sub_(floors) <= 2 * slack
+        low = lowered.to(floors.device).index_select(0, floors.flatten().int())
+        averages = floors.sub_(low.view(floors.shape).mul_(flat))
     return levels(averages)
 
 

@@ -95,8 +95,8 @@ def folder(value: str | Path | None) -> Path | None:
 
 def shape(value: Sequence[int]) -> tuple[int, int, int, int]:
     """Return `value` as a tuple; raise unless it is (B, C, H, W) of sizes that work, C 3 or 1."""
-    whole = isinstance(value, Sequence) and all(isinstance(n, numbers.Integral) for n in value)
-    if not whole:
+    integers = isinstance(value, Sequence) and all(isinstance(n, numbers.Integral) for n in value)
+    if not integers:
         raise TypeError(
             f"`shape` must be the whole numbers (B, 3, H, W), got {value!r}: pass images.shape"
         )

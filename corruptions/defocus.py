@@ -137,8 +137,8 @@ def _through_disc(images: Tensor, disc: _Disc) -> Tensor:
     """Filter levels (B, H, W) uint8, to float64."""
     rim = len(disc.soft) - 1
     margin = len(disc.halves) - 1 + rim
-    whole = torch.int16 if disc.area * 256 < 2**15 else torch.int32
-    centred = pad(images.to(whole).sub_(128), margin, margin, "mirror101")
+    integer = torch.int16 if disc.area * 256 < 2**15 else torch.int32
+    centred = pad(images.to(integer).sub_(128), margin, margin, "mirror101")
     out = _softened(_disc_sums(centred, disc.halves), disc.soft, -2)
     if not disc.edges:
         out = _softened(out, disc.soft, -1)

@@ -37,8 +37,8 @@ def apply_contrast(images: Tensor, params: Params) -> Tensor:
     factor = float(params["factor"])
     batch, channels, height, width = images.shape
     place = images.flatten(2).to(torch.int32)
-    whole = torch.int32 if height * width * 255 < 2**31 else torch.int64
-    total = place.sum(2, dtype=whole).double()
+    integer = torch.int32 if height * width * 255 < 2**31 else torch.int64
+    total = place.sum(2, dtype=integer).double()
     # Division by a tensor: by a plain number, torch multiplies with the reciprocal on a GPU.
     mean = (total / torch.full_like(total, 255 * height * width))[:, :, None]
     level = (torch.arange(256, dtype=torch.float64) / 255).to(images.device)

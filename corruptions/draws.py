@@ -134,7 +134,7 @@ def image_seeds(seed: int, name: str, severity: float, keys: Iterable[int | str]
     Args:
         seed: Seed of the data set.
         name: The corruption.
-        severity: Its severity.
+        severity: Severity of the corruption.
         keys: What tells the images apart: positions or file names.
 
     Returns:

@@ -55,7 +55,7 @@ def apply_elastic_transform(images: Tensor, params: Params) -> Tensor:
 
 
 def _affine_source(height: int, width: int, points: Tensor, affine: float) -> tuple[Tensor, Tensor]:
-    """Where each output pixel of the affine map reads, x and y, (B, H, W) float64."""
+    """Source position of each output pixel of the affine map, x and y, (B, H, W) float64."""
     centre_x, centre_y, arm = width // 2, height // 2, min(height, width) // 3
     before = torch.tensor(
         [[centre_x + arm, centre_y + arm], [centre_x + arm, centre_y - arm],

@@ -38,10 +38,10 @@ class _Texture:
         mean: Mean over crops.
         mean_spread: Standard deviation of the crop mean over crops.
         contrast: Mean standard deviation within a crop.
-        contrast_spread: Standard deviation of that over crops.
-        correlation: Of the channels within a crop: RG, GB, RB.
+        contrast_spread: Standard deviation of `contrast` over crops.
+        correlation: Correlation of the channels within a crop: RG, GB, RB.
         bands: Share of the variance in eight radial frequency bands up to Nyquist.
-        sign: Of the skewness: 1 where needles are brighter than what is between them.
+        sign: Sign of the skewness: 1 where needles are brighter than what is between them.
     """
 
     mean: Triple
@@ -55,7 +55,7 @@ class _Texture:
 
 # The script's choice among five files falls on four different pictures: the second exists twice.
 _SHARES = (0.2, 0.4, 0.2, 0.2)
-# Fields of each texture from which crops are taken; they repeat after so many pixels.
+# Fields of each texture from which crops are taken; they repeat after `_TILE` pixels.
 _FIELDS = 4
 _TILE = 512
 # Directions of ice needles.

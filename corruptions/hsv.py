@@ -46,12 +46,12 @@ def through_hsv(
     sector = torch.where(blue == value, 4 + (red - green) / safe, sector)
     hue = torch.where(coloured, (sector / sectors).remainder(1.0), 0)
     saturation, value = change(saturation, value)
-    whole = (hue * 6).floor()
-    part = hue * 6 - whole
+    index = (hue * 6).floor()
+    part = hue * 6 - index
     low = value * (1 - saturation)
     falling = value * (1 - part * saturation)
     rising = value * (1 - (1 - part) * saturation)
     choices = torch.stack((value, falling, low, rising), 1)
     order = torch.tensor(_ORDER, device=pixels.device)
-    pick = order[:, whole.long() % 6].movedim(0, 1)
+    pick = order[:, index.long() % 6].movedim(0, 1)
     return levels(choices.gather(1, pick).clamp_(0, 1).mul_(255))

@@ -65,7 +65,7 @@ def put(folder: Path, name: str, write: Callable[[Path], None], *, listed: bool 
     """Write a file so that it is either complete and listed, or absent.
 
     Args:
-        folder: Of the data set.
+        folder: The data set's folder.
         name: Path of the file inside it, with forward slashes.
         write: Writes to the path it is given.
         listed: Append the file's line; processes may do so at the same time.

@@ -21,7 +21,7 @@ _WHITE_IS_ZERO = 0
 
 
 class UnreadablePictureError(OSError, ValueError):
-    """A file that is no whole picture, or one that must not be decoded; the message names it."""
+    """A file that is no complete picture, or must not be decoded; the message names it."""
 
 
 def is_picture(path: str | Path) -> bool:

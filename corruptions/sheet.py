@@ -34,7 +34,7 @@ def contact_sheet(
         clean: (H, W, 3) uint8.
         picture: Gives the (H, W, 3) uint8 picture of a corruption and severity.
         names: Corruptions, from the top.
-        severities: From the left.
+        severities: Severities, from the left.
     """
     height, width = clean.shape[:2]
     times = max(1, _SMALLEST // min(height, width))

@@ -158,7 +158,8 @@ def _best(found: list[Weights], expected: Weights) -> _Fit:
 def _fit_names(state: Weights, expected: Weights) -> _Fit:
     named = {_unwrapped(key, expected): value for key, value in state.items()}
     prefix = _prefix(named, expected)
-    # Names without the prefix belong to what lies beside the model: losses, metrics, teachers.
+    # Names without the prefix belong to what is stored besides the model: losses, metrics,
+    # teachers.
     named = {k.removeprefix(prefix): v for k, v in named.items() if k.startswith(prefix)}
     unexpected, other_shape = [], []
     for key, value in named.items():

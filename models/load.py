@@ -90,9 +90,9 @@ def load(
             ones. Weights of timm and torchvision are fetched by those libraries.
         checkpoint: A local ``.safetensors`` or ``.pt`` file with a state dict for this
             architecture; the number of classes is read off it. The state dict may lie in the
-            dictionary of a training script (of several that fit an average of weights is
-            preferred, as timm does), under names with a prefix ("module.", "_orig_mod.",
-            "model.", ...), and beside buffers of profilers.
+            dictionary of a training script (of several that fit an average of weights is preferred,
+            as timm does), under names with a prefix ("module.", "_orig_mod.", "model.", ...), and
+            together with buffers of profilers.
         match: "name" pairs the checkpoint's tensors with the model's by their names. "order" pairs
             them by their place, for a port of another framework whose names differ: there must be
             equally many, not counting ``num_batches_tracked``, and every shape must be equal. A

@@ -58,7 +58,7 @@ def load_constants(
     Args:
         adapter: The adapter, before it serves.
         source: For methods that go on reading source batches.
-        constants: By the names of :meth:`tta.Adapter.constants`.
+        constants: The constants, by the names of :meth:`tta.Adapter.constants`.
 
     Raises:
         ValueError: When constants are missing or do not fit the model.

@@ -310,9 +310,9 @@ def batch_stats(x: Tensor, unbiased: bool = False) -> tuple[Tensor, Tensor]:
 def instance_stats(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance per image and channel: (B, C, ...) to two (B, C), in float32.
 
-    On a CPU ``torch.var_mean`` costs many times what it should beside a convolution, while a mean
-    and a vector norm are vectorised. The mean square less the squared mean loses digits where the
-    mean is large; there the deviations from the mean are squared instead.
+    On a CPU ``torch.var_mean`` takes many times its share next to a convolution, while a mean and a
+    vector norm are vectorised. The mean square less the squared mean loses digits where the mean is
+    large; there the deviations from the mean are squared instead.
     """
     axes = list(range(2, x.ndim))
     if not axes:

@@ -27,7 +27,7 @@ class CountedDraws:
 
     Args:
         seed: Any integer; where the sequence begins.
-        device: Of the tensors that are drawn.
+        device: Device of the tensors that are drawn.
 
     Example:
         >>> CountedDraws(0).uniforms(2).tolist() == [*CountedDraws(0).numbers(2)]

@@ -42,8 +42,9 @@ class SourceStatistics:
 
     Raises:
         TypeError: When an artefact is not a tensor, or a dict of tensors.
-        ValueError: For a wrong number of axes, values that are not finite (but for prototypes of
-            classes without images), negative Fisher information, or features without labels.
+        ValueError: For a wrong number of axes, values that are not finite (except in prototypes,
+            where a class may have no images), negative Fisher information, or features without
+            labels.
     """
 
     fisher: dict[str, Tensor] | None = None

@@ -73,7 +73,7 @@ class AdanpcConfig(ComponentConfig):
     confidence_threshold: float = 0.1  # beta; on the score, official: on its softmax
     ball_radius: float = 1.1  # cosine from which on all rows vote; above 1 = off
     capacity: int = 1000  # rows of the memory for test images; official: no limit
-    source_samples: int = 50_000  # at most so many images of source batches are taken
+    source_samples: int = 50_000  # largest number of images taken from source batches
     official: bool = False  # random first row, memory without limit, second softmax
 
     def __post_init__(self) -> None:

@@ -48,7 +48,7 @@ class EataConfig(SelectiveConfig):
     """Fields of ``eata``."""
 
     fisher_weight: float = 2000.0  # beta, eq. 8; 0 = no penalty and no source data
-    fisher_samples: int = 2000  # at most so many source images are used
+    fisher_samples: int = 2000  # largest number of source images used
 
     def __post_init__(self) -> None:
         super().__post_init__()

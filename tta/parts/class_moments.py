@@ -33,7 +33,7 @@ def class_moments(
 
     Args:
         network: The wrapped model, which gives features.
-        source: Has ``batches``.
+        source: Artefacts that include ``batches``.
         like: (C, D), gives the shape and the model's device.
         covariance: "tied" = around each image's class mean, over all classes; "class" = one for
             each class, 0 for a class without images; None = none.

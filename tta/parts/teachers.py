@@ -58,7 +58,7 @@ class NamedTensors(nn.Module):
         return {name: value for name, value in self._buffers.items() if value is not None}
 
     def tensors(self) -> list[Tensor]:
-        """As :meth:`named`, without names."""
+        """The tensors of :meth:`named`, without names."""
         return list(self.named().values())
 
 
