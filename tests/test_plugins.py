@@ -15,8 +15,8 @@ import tta
 from experiments import cli
 from experiments.records.file import read_header, read_lines
 from experiments.sweep.workers import Cell, on_ray, run_cell
+from tests.helpers.results import figures
 from tests.helpers.tiny_models import use_tiny_models
-from tests.test_experiments_resume import figures
 from tta.core import plugins, registry
 
 ROOT = Path(__file__).parents[1]

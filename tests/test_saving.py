@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ import tta.saving as disk
 from tests.helpers.batches import images, source_batches
 from tests.helpers.nets import tiny
 from tests.helpers.refusals import refused
+from tta.core.files import replacing
 
 NAN, INF = float("nan"), float("inf")
 
@@ -76,7 +80,8 @@ def test_load_of_other_constants(saved: Path, words, change) -> None:
     from safetensors import safe_open
 
     with safe_open(str(saved / "adapter.safetensors"), "pt") as file:
-        about, tensors = file.metadata(), {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+        tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+        about = {"pair": file.metadata()["pair"]}  # without a checksum, as 0.1.0 wrote it
     key = "constant:update/fisher.layer1.1.bias"
     del tensors[key]
     tensors |= {} if change is None else {key: change}
@@ -129,7 +134,7 @@ def test_a_process_that_dies_while_saving_leaves_a_whole_pair(
         return call
 
     with monkeypatch.context() as patch:
-        patch.setattr(disk, "save_file", step(save_file))
+        patch.setattr(disk, "to_bytes", step(disk.to_bytes))
         patch.setattr(Path, "write_text", step(Path.write_text))
         patch.setattr("os.replace", step(os.replace))
         patch.setattr(Path, "unlink", lambda *_, **__: None)  # a dead process tidies nothing up
@@ -174,3 +179,113 @@ def test_adapters_saved_by_the_first_version_go_on(folder: Path) -> None:
     torch.testing.assert_close(adapter(images(2)), expected)
     adapter.reset()
     assert adapter.report.resets == 0
+
+
+def test_every_flipped_bit_is_noticed(saved: Path) -> None:
+    """Of the payload and of the header; a sample of both."""
+    file = saved / "adapter.safetensors"
+    good = file.read_bytes()
+    places = torch.randint(8, len(good), (60,), generator=torch.Generator().manual_seed(0)).tolist()
+    for place in places:
+        bad = bytearray(good)
+        bad[place] ^= 1 << (place % 8)
+        file.write_bytes(bad)
+        with pytest.raises(ValueError, match="`folder` must hold"):
+            tta.load(tiny("bn"), saved)
+    file.write_bytes(good)
+    tta.load(tiny("bn"), saved)
+
+
+def test_leftovers_of_dead_writers_go_and_those_of_living_ones_stay(saved: Path) -> None:
+    adapter = tta.load(tiny("bn"), saved)
+    dead = [saved / "adapter.safetensors.part", saved / "config.json.1f2e3d4c.part"]
+    for path in dead:
+        path.write_text("{")
+    with replacing(saved / "adapter.safetensors") as living:
+        living.write_text("being written")
+        tta.save(adapter, saved)
+        assert living.is_file() and not any(path.exists() for path in dead)
+        shutil.copy(saved / "adapter.safetensors", living)
+    assert sorted(path.name for path in saved.iterdir()) == ["adapter.safetensors", "config.json"]
+    tta.load(tiny("bn"), saved)
+
+
+def test_links_are_replaced_and_permissions_follow_the_umask(saved: Path, tmp_path: Path) -> None:
+    adapter = tta.load(tiny("bn"), saved)
+    elsewhere = tmp_path / "precious.txt"
+    elsewhere.write_text("mine")
+    (saved / "config.json").unlink()
+    (saved / "config.json").symlink_to(elsewhere)
+    before = os.umask(0o027)
+    try:
+        tta.save(adapter, saved)
+    finally:
+        os.umask(before)
+    assert elsewhere.read_text() == "mine" and not (saved / "config.json").is_symlink()
+    assert {path.stat().st_mode & 0o777 for path in saved.iterdir()} == {0o640}
+
+
+@pytest.mark.parametrize("folder", ["/dev/null", "/dev/null/there", "/proc/there", "x" * 300])
+def test_folders_that_cannot_be_written_to(folder: str, tmp_path: Path) -> None:
+    adapter = tta.wrap(tiny("bn"), "source")
+    with pytest.raises(OSError, match="`folder` must be") as caught:
+        tta.save(adapter, tmp_path / folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_full_disk_leaves_the_former_adapter(saved: Path, monkeypatch) -> None:
+    adapter = tta.load(tiny("bn"), saved)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(disk, "to_bytes", full)
+    with pytest.raises(OSError, match=r"`folder` must be .*No space left"):
+        tta.save(adapter, saved)
+    monkeypatch.undo()
+    assert sorted(path.name for path in saved.iterdir()) == ["adapter.safetensors", "config.json"]
+    tta.load(tiny("bn"), saved)
+
+
+def _save_again_and_again(folder: Path, seed: int, times: int) -> None:
+    adapter = tta.wrap(tiny("bn"), "tent.cifar10", seed=seed)
+    for t in range(times):
+        adapter(images(t))
+        tta.save(adapter, folder)
+
+
+def test_two_writers_and_three_readers_of_one_folder(tmp_path: Path) -> None:
+    """Every reader finds a whole adapter, and so does who comes after the last writer."""
+    _save_again_and_again(tmp_path, 0, 1)
+    context = multiprocessing.get_context("fork")
+    writers = [
+        context.Process(target=_save_again_and_again, args=(tmp_path, seed, 15)) for seed in (0, 1)
+    ]
+    for writer in writers:
+        writer.start()
+    failures: list[Exception] = []
+    making = threading.Lock()
+    loads = 0
+
+    def read() -> None:
+        nonlocal loads
+        while any(writer.is_alive() for writer in writers):
+            with making:  # its weights come from torch's one generator
+                net = tiny("bn")
+            try:
+                tta.load(net, tmp_path)
+                loads += 1
+            except Exception as error:
+                failures.append(error)
+
+    readers = [threading.Thread(target=read) for _ in range(3)]
+    for reader in readers:
+        reader.start()
+    for each in (*readers, *writers):
+        each.join()
+    assert not failures and loads > 0 and [w.exitcode for w in writers] == [0, 0]
+    tta.load(tiny("bn"), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "adapter.safetensors",
+        "config.json",
+    ]

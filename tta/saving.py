@@ -8,18 +8,21 @@ resume.
 from __future__ import annotations
 
 import json
-import os
+import time
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load as from_bytes
+from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from tta.core.adapter import Adapter
 from tta.core.build import Injected, build
 from tta.core.checks import folder_or_file
+from tta.core.files import leftovers_of, replacing_together
 from tta.core.head import FeatureSpec
 from tta.core.outputs import LogitsSpec
 from tta.core.recipe import AdapterConfig
@@ -28,6 +31,7 @@ from tta.core.state_dict import checksum
 __all__ = ["load", "save"]
 
 FORMAT = 1
+TRIES, PAUSE = 20, 0.02  # to find two files that belong together, in seconds
 CONFIG, TENSORS = "config.json", "adapter.safetensors"
 
 
@@ -36,7 +40,8 @@ def save(adapter: Adapter, folder: str | Path) -> None:
 
     Both files are first written under other names and then moved into place, one after the other,
     and each names the other that it belongs to. Wherever the process dies, :func:`load` finds
-    either the former pair or the new one, complete.
+    either the former pair or the new one, complete. Several processes may save to one folder; the
+    files of the last one stay.
 
     Args:
         adapter: The adapter, frozen or not.
@@ -46,6 +51,7 @@ def save(adapter: Adapter, folder: str | Path) -> None:
         TypeError: When ``adapter`` is not an Adapter, or ``folder`` no path.
         RuntimeError: When the adapter was unwrapped.
         NotADirectoryError: When ``folder`` is a file.
+        OSError: When it cannot be written to; what it held stays.
     """
     if not isinstance(adapter, Adapter):
         raise TypeError(
@@ -55,7 +61,6 @@ def save(adapter: Adapter, folder: str | Path) -> None:
     folder = _folder(folder)
     if "model" not in adapter._modules:
         raise RuntimeError("this adapter was unwrapped and has no state: wrap the model again.")
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {f"state:{k}": v for k, v in adapter.state().items()}
     tensors |= {f"constant:{k}": v.detach().clone() for k, v in adapter.constants().items()}
     tensors |= {f"initial:{k}": v for k, v in adapter.reset_point().items()}
@@ -67,17 +72,19 @@ def save(adapter: Adapter, folder: str | Path) -> None:
     }
     names = zlib.crc32(json.dumps([about, *tensors]).encode())
     about["pair"] = f"{names:08x}{checksum(tensors.values()):08x}"
-    parts = [_part(folder / TENSORS), _part(folder / CONFIG)]
+    metadata = {"pair": about["pair"], "checksum": _checksum(tensors)}
     try:
-        save_file(tensors, str(parts[0]), metadata={"pair": about["pair"]})
-        parts[1].write_text(json.dumps(about, indent=2))
-    except BaseException:
-        for part in parts:
-            part.unlink(missing_ok=True)
-        raise
-    # Between these two lines, the tensors belong to the config under its other name: see `_read`.
-    os.replace(parts[0], folder / TENSORS)
-    os.replace(parts[1], folder / CONFIG)
+        folder.mkdir(parents=True, exist_ok=True)
+        # Between the two moves, the tensors belong to the config under its other name: see `_read`.
+        with replacing_together(folder / TENSORS, folder / CONFIG) as (tensors_part, config_part):
+            # Not `save_file`, which makes another file of that name, without lock and umask.
+            tensors_part.write_bytes(to_bytes(tensors, metadata))
+            config_part.write_text(json.dumps(about, indent=2))
+    except OSError as error:
+        raise type(error)(
+            f"`folder` must be one that can be written to, but {folder} is not "
+            f"({error.strerror or error}): choose another, or make room."
+        ) from error
 
 
 def load(
@@ -134,8 +141,8 @@ def load(
                 f"`folder` must hold a whole state, but {folder} lacks {min(missing)!r}: save the "
                 "adapter again."
             )
-        adapter.load_state(parts["initial"], as_source=True)
-        adapter.load_state(parts["state"])
+        adapter.load_state(parts["initial"], as_source=True, allow_nonfinite=True)
+        adapter.load_state(parts["state"], allow_nonfinite=True)
     except BaseException:
         adapter.unwrap()
         raise
@@ -153,19 +160,50 @@ def _signature(model: nn.Module, adapter: Adapter) -> dict[str, Any]:
 
 def _folder(folder: Any) -> Path:
     folder = folder_or_file("folder", folder)
-    if folder.is_file():
+    try:
+        is_file = folder.is_file()
+    except OSError as error:
+        raise type(error)(
+            f"`folder` must be a folder, got what is none ({error.strerror}): choose another."
+        ) from None
+    if is_file:
         raise NotADirectoryError(f"`folder` must be a folder, got the file {folder}: pass another.")
     return folder
 
 
-def _part(path: Path) -> Path:
-    return path.with_name(path.name + ".part")
+def _metadata(data: bytes) -> dict[str, str]:
+    """What a safetensors file says beside its tensors; its header is JSON after its length."""
+    length = int.from_bytes(data[:8], "little")
+    return json.loads(data[8 : 8 + length]).get("__metadata__", {})
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    """Of names and values, in an order that a file does not change."""
+    names = sorted(tensors)
+    crc = zlib.crc32("\n".join(names).encode())
+    return f"{crc:08x}{checksum(tensors[name] for name in names):08x}"
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
     """What a folder says about its adapter, and the tensors by kind and name."""
+    for tries_left in reversed(range(TRIES)):
+        try:
+            return _read_once(folder)
+        except _NotTogetherError as error:  # another process may be saving
+            if tries_left == 0:
+                raise ValueError(str(error)) from None
+            time.sleep(PAUSE)
+    raise AssertionError("unreachable")
+
+
+class _NotTogetherError(ValueError):
+    """Two files were not saved together."""
+
+
+def _read_once(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
     # A process that died after moving the tensors left their config under its other name.
-    places = [path for path in (_part(folder / CONFIG), folder / CONFIG) if path.is_file()]
+    config = folder / CONFIG
+    places = [path for path in (*leftovers_of(config), config) if path.is_file()]
     if not places or not (folder / TENSORS).is_file():
         missing = folder / (TENSORS if places else CONFIG)
         raise FileNotFoundError(
@@ -174,23 +212,32 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
         )
     parts: dict[str, dict[str, Tensor]] = {"state": {}, "constant": {}, "initial": {}}
     try:
-        with safe_open(str(folder / TENSORS), "pt") as file:
-            pair = (file.metadata() or {}).get("pair")
-            for key in file.keys():  # noqa: SIM118
-                kind, _, name = key.partition(":")
-                parts[kind][name] = file.get_tensor(key)
-    except (SafetensorError, KeyError) as error:
+        # In one go: what opens a file of that name twice may find another one.
+        data = (folder / TENSORS).read_bytes()
+        tensors, metadata = from_bytes(data), _metadata(data)
+        pair = metadata.get("pair")
+        for key, tensor in tensors.items():
+            kind, _, name = key.partition(":")
+            parts[kind][name] = tensor
+    except (SafetensorError, KeyError, ValueError) as error:
         raise ValueError(
             f"`folder` must hold a saved adapter, but {folder / TENSORS} is cut off or something "
             f"else ({error}): save it again."
         ) from None
-    failure = ValueError(
+    if metadata.get("checksum", _checksum(tensors)) != _checksum(tensors):  # 0.1.0 wrote none
+        raise ValueError(
+            f"`folder` must hold a saved adapter, but values in {folder / TENSORS} are not those "
+            "that were saved: save it again."
+        )
+    failure: ValueError = _NotTogetherError(
         f"`folder` must hold two files that were saved together, but those in {folder} were not: "
         "save the adapter again."
     )
     for place in places:
         try:
             about = _about(place)
+        except FileNotFoundError:  # its writer has just moved it
+            continue
         except ValueError as error:
             failure = error
         else:

@@ -20,7 +20,7 @@ from torch import Tensor
 from experiments.records.file import plain
 from experiments.run.totals import Totals
 from tta import Adapter
-from tta.core.files import part_of, replacing
+from tta.core.files import leftovers_of, replacing
 from tta.core.state_dict import checksum
 
 __all__ = ["Snapshots"]
@@ -114,7 +114,7 @@ class Snapshots:
 
     def remove(self) -> None:
         """Delete the snapshot, and what a kill while saving left."""
-        for path in (self.path, part_of(self.path)):
+        for path in (self.path, *leftovers_of(self.path)):
             path.unlink(missing_ok=True)
 
 

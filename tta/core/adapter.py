@@ -138,18 +138,26 @@ class Adapter(nn.Module):
         self._held("has no state")
         return self._state.clones()
 
-    def load_state(self, state: Mapping[str, Tensor], as_source: bool = False) -> None:
+    def load_state(
+        self,
+        state: Mapping[str, Tensor],
+        as_source: bool = False,
+        allow_nonfinite: bool = False,
+    ) -> None:
         """Copy a full or partial state in.
 
         Args:
             state: Tensors by the names that :meth:`state` uses; ``update/student.<name>`` is
                 another name for ``param/<name>``.
             as_source: Also make these values the ones that :meth:`reset` restores.
+            allow_nonfinite: Take NaN and infinity too, where they do not mean that there is no
+                value yet.
 
         Raises:
             TypeError: When ``state`` is no dict.
-            ValueError: For a name or a shape that this adapter does not have, or a state that
-                :meth:`state` made for another method or other weights; nothing is copied.
+            ValueError: For a name or a shape that this adapter does not have, values that cannot
+                be, or a state that :meth:`state` made for another method or other weights; nothing
+                is copied.
         """
         self._held("has no state")
         if not isinstance(state, Mapping):
@@ -157,7 +165,7 @@ class Adapter(nn.Module):
                 f"`state` must be a dict of tensors, got {type(state).__name__}: pass what "
                 "state() gave."
             )
-        self._state.load(state, as_source)
+        self._state.load(state, as_source, allow_nonfinite)
 
     def reset_point(self) -> dict[str, Tensor]:
         """Clones of the state that :meth:`reset` restores."""

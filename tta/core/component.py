@@ -126,6 +126,14 @@ class Component(nn.Module):
         """Buffers that ``reset`` leaves as they are; only ``official=True`` may name some."""
         return ()
 
+    def undefined_as_nan(self) -> tuple[str, ...]:
+        """Buffers in which NaN means that there is no value yet."""
+        return ()
+
+    def integer_ranges(self) -> dict[str, tuple[int, int]]:
+        """Smallest and largest value of integer buffers; those not named are at least 0."""
+        return {}
+
     def resizable_buffers(self) -> tuple[str, ...]:
         """Buffers whose first axis may have any length; only ``official=True`` may name some."""
         return ()

@@ -1,20 +1,28 @@
-"""Files that are replaced in one step: whoever reads one finds the former content or the new."""
+"""Files that are replaced in one step: whoever reads one finds the former content or the new.
+
+A file is written under another name beside its place, flushed to disk with its folder, and renamed.
+While it is written, its writer holds a lock on it, which ends with the writer however that dies. So
+what a dead writer has left is known from what a living one is writing, and goes at the next write.
+"""
 
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 
-__all__ = ["PART", "part_of", "replacing"]
+try:
+    import fcntl
+except ImportError:  # a system without such locks keeps leftovers
+    fcntl = None
+
+__all__ = ["leftovers_of", "remove_leftovers", "replacing", "replacing_together"]
 
 PART = ".part"  # ends the name of a file that is being written
-
-
-def part_of(path: Path) -> Path:
-    """The name beside ``path`` under which its next content is written."""
-    return path.with_name(path.name + PART)
+NO_LINKS = getattr(os, "O_NOFOLLOW", 0)
 
 
 @contextmanager
@@ -23,13 +31,16 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
     Whoever reads ``path`` finds the former content until the block ends and the new content
     afterwards, never a part of it. When the block raises, ``path`` stays as it was and the
-    unfinished file is removed.
+    unfinished file is removed. Where ``path`` is a link, the link is replaced.
 
     Args:
         path: The file; its folder must exist.
 
     Yields:
         The path to write to.
+
+    Raises:
+        OSError: When the folder cannot be written to.
 
     Example:
         >>> folder = getfixture("tmp_path")
@@ -38,11 +49,107 @@ def replacing(path: str | Path) -> Iterator[Path]:
         >>> [file.name for file in folder.iterdir()]
         ['a.txt']
     """
-    path = Path(path)
-    part = part_of(path)
-    try:
+    with replacing_together(path) as (part,):
         yield part
-        os.replace(part, path)
+
+
+@contextmanager
+def replacing_together(*paths: str | Path) -> Iterator[list[Path]]:
+    """As :func:`replacing`, for files of one folder that belong together.
+
+    They get their names one after the other, in the order given, while other writers of the folder
+    wait: of two writers, one replaces all files before the other replaces any.
+
+    Args:
+        *paths: The files; their folder must exist.
+
+    Yields:
+        The paths to write to.
+    """
+    places = [Path(path) for path in paths]
+    folder = places[0].parent
+    parts: list[tuple[Path, int]] = []
+    try:
+        for place in places:
+            remove_leftovers(place)
+            parts.append(_new_part(place))
+        yield [part for part, _ in parts]
+        for part, _ in parts:
+            _flush(part)
+        with _alone_in(folder):
+            for (part, _), place in zip(parts, places, strict=True):
+                os.replace(part, place)
+        with suppress(OSError):  # not every system opens folders
+            _flush(folder)
     except BaseException:
-        part.unlink(missing_ok=True)
+        for part, _ in parts:
+            part.unlink(missing_ok=True)
         raise
+    finally:
+        for _, handle in parts:
+            os.close(handle)
+
+
+def leftovers_of(path: str | Path) -> list[Path]:
+    """Unfinished files of ``path``, of living writers and of dead ones."""
+    path = Path(path)
+    return sorted(path.parent.glob(f"{escape(path.name)}*{PART}"))
+
+
+def remove_leftovers(path: str | Path) -> None:
+    """Remove what dead writers of ``path`` have left."""
+    for part in leftovers_of(path):
+        with suppress(OSError):  # a link, or somebody else's
+            handle = os.open(part, os.O_RDWR | NO_LINKS)
+            try:
+                if _lock(handle):
+                    part.unlink(missing_ok=True)
+            finally:
+                os.close(handle)
+
+
+def _new_part(path: Path) -> tuple[Path, int]:
+    """A new file beside ``path``, and the handle that holds its lock."""
+    while True:
+        part = path.with_name(f"{path.name}.{secrets.token_hex(4)}{PART}")
+        handle = os.open(part, os.O_CREAT | os.O_EXCL | os.O_RDWR | NO_LINKS, 0o666)
+        # Another writer may have taken it for a leftover before it was locked.
+        if _lock(handle) or fcntl is None:
+            with suppress(FileNotFoundError):
+                if os.stat(part).st_ino == os.fstat(handle).st_ino:
+                    return part, handle
+        os.close(handle)
+
+
+def _lock(handle: int) -> bool:
+    """Whether the lock of a file was free; it is held until the handle is closed."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Within the block, no other writer moves its files into the folder."""
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -42,7 +42,7 @@ def fit(adapter: Adapter, source: SourceStatistics) -> None:
             f"cannot take: {error}"
         ) from error
     # Source passes go through the norm rule and must leave no trace in it.
-    adapter.load_state(before)
+    adapter.load_state(before, allow_nonfinite=True)
     for wrapper in wrappers:
         wrapper.rule.fell_back = False  # source batches may have been short
     used = [part.source_used for part in _parts(adapter).values()]

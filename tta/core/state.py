@@ -95,17 +95,29 @@ class AdapterState:
             for name, value in part.constants().items()
         }
 
-    def load(self, state: Mapping[str, Tensor], as_source: bool = False) -> None:
+    def load(
+        self,
+        state: Mapping[str, Tensor],
+        as_source: bool = False,
+        allow_nonfinite: bool = False,
+    ) -> None:
         """Check a full or partial state and copy it in; see :meth:`tta.Adapter.load_state`."""
         check_origin(getattr(state, "fingerprint", self.fingerprint), self.fingerprint)
         named = ((current_name(str(key)), value) for key, value in state.items())
         values = {key: value for key, value in named if key is not None}
-        lazy = {
-            f"{prefix}{name}"
-            for prefix, part in self._components().items()
-            for name in part.lazy_buffers()
+        parts = self._components().items()
+        lazy = {f"{prefix}{name}" for prefix, part in parts for name in part.lazy_buffers()}
+        undefined = {
+            f"{prefix}{name}" for prefix, part in parts for name in part.undefined_as_nan()
         }
-        check_state(values, self.tensors(), self._resizable().keys() - lazy, lazy)
+        check_state(
+            values,
+            self.tensors(),
+            self._resizable().keys() - lazy,
+            lazy,
+            None if allow_nonfinite else undefined,
+            {f"{prefix}{n}": r for prefix, part in parts for n, r in part.integer_ranges().items()},
+        )
         self.copy_in(values)
         if as_source:
             moving = self.tensors()

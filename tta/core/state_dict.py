@@ -21,6 +21,8 @@ __all__ = [
 ]
 
 SMALL = 1024  # elements; a copy of fewer is not worth a comparison
+LARGEST = 2**63 - 1
+OF_THE_MODEL = "model/"
 DROPPED = ("update/kept_share",)  # keys of version 0.1.0 that nothing depends on
 
 
@@ -41,6 +43,8 @@ def check_state(
     moving: dict[str, Tensor],
     resizable: Collection[str] = (),
     lazy: Collection[str] = (),
+    undefined: Collection[str] | None = (),
+    ranges: Mapping[str, tuple[int, int]] | None = None,
 ) -> None:
     """Refuse a state that does not fit what moves.
 
@@ -50,6 +54,8 @@ def check_state(
         resizable: Keys whose first axis may have any length; those of one component must all be
             there, with equal lengths.
         lazy: Keys whose axes after the first may have any length while the tensor is empty.
+        undefined: Keys in which NaN means that there is no value; None allows any value anywhere.
+        ranges: Smallest and largest value of integers; those not named are at least 0.
     """
     for key, value in state.items():
         if key not in moving:
@@ -62,6 +68,14 @@ def check_state(
             empty = 0 in (moving[key].numel(), value.numel())
             fixed = slice(0, 1) if empty else slice(None)
         _check_tensor(key, value, moving[key], fixed)
+        if key == "rng":
+            continue
+        if _kind(value) == "whole":
+            low, high = (ranges or {}).get(key, (0, LARGEST))
+            if not key.startswith(OF_THE_MODEL):
+                _check_range(key, value, low, high)
+        elif undefined is not None:
+            _check_finite(key, value.to(moving[key].dtype), nan=key in undefined)
     for slot in ("update/", "output/"):
         keys = [k for k in resizable if k.startswith(slot)]
         lengths = {k: len(state[k]) if k in state else None for k in keys}
@@ -82,6 +96,11 @@ def _check_tensor(key: str, value: Any, mine: Tensor, fixed: slice) -> None:
             f"`state`[{key!r}] must be a tensor of shape {tuple(mine.shape)}, got "
             f"{type(value).__name__}: load what state() gave."
         )
+    if value.layout != torch.strided or value.is_meta or value.is_quantized:
+        raise ValueError(
+            f"`state`[{key!r}] must be a dense tensor with values, got {value.layout} of "
+            f"{value.dtype} on {value.device}: load what state() gave."
+        )
     expected, got = tuple(mine.shape), tuple(value.shape)
     if got[fixed] != expected[fixed]:
         raise ValueError(
@@ -92,6 +111,27 @@ def _check_tensor(key: str, value: Any, mine: Tensor, fixed: slice) -> None:
         raise ValueError(
             f"`state`[{key!r}] must be {mine.dtype} or convert to it, got {value.dtype}: load a "
             "state made with the same model and method."
+        )
+
+
+def _check_range(key: str, value: Tensor, low: int, high: int) -> None:
+    if value.numel() == 0:
+        return
+    least, most = (int(v) for v in value.aminmax())
+    if least < low or most > high:
+        upto = f" and at most {high}" if high < LARGEST else ""
+        raise ValueError(
+            f"`state`[{key!r}] must be at least {low}{upto}, got values from {least} to {most}: "
+            "load what state() gave."
+        )
+
+
+def _check_finite(key: str, value: Tensor, nan: bool) -> None:
+    wrong = value.isinf() if nan else ~value.isfinite()
+    if bool(wrong.any()):
+        raise ValueError(
+            f"`state`[{key!r}] must be finite, got NaN or infinite values: load what state() gave, "
+            "or pass allow_nonfinite=True."
         )
 
 

@@ -84,6 +84,10 @@ class SelectiveUpdate(Update):
             "ema_probs", torch.full((context.num_classes,), float("nan"), dtype=torch.float32)
         )
 
+    def undefined_as_nan(self) -> tuple[str, ...]:
+        """There is no average before the first selected sample."""
+        return ("ema_probs",)
+
     def penalty(self) -> Tensor | None:
         """Return a scalar that is added to the loss, or None for nothing."""
         return None

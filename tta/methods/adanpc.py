@@ -195,6 +195,10 @@ class Adanpc(Output):
         """Set what ``constants`` returned."""
         self._hold(values["source_features"], values["source_scale"], values["source_labels"])
 
+    def integer_ranges(self) -> dict[str, tuple[int, int]]:
+        """Labels are class numbers."""
+        return {"memory_labels": (0, self.context.num_classes - 1)}
+
     def resizable_buffers(self) -> tuple[str, ...]:
         """Return the memory's buffers under ``official=True``, where it has no limit."""
         return ("memory", "memory_labels") if self.config.official else ()

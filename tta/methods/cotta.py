@@ -26,6 +26,9 @@ them). Its model is in train mode, here it is in eval mode, which differs only w
 stochastic depth. The state is heavy: teacher, source and optimiser are as large as the model. With
 the one-sided loss and a teacher equal to the student, as in the first batch without views, the
 gradient is zero: SGD stands still and Adam follows rounding noise.
+
+The authors do not scale the learning rate; below the batch size of the preset it falls with
+``wrap(batch_size=)`` here (``lr_scaling="none"`` is theirs).
 """
 
 from __future__ import annotations

@@ -25,6 +25,8 @@ Differences: a variance that rounding left below 0 is taken as 0 (``official=Tru
 prior covers the trained parameters only. A posterior made at wrap follows the recipe for CIFAR
 (five epochs at batch 200); the ImageNet script, as released, takes no step at all, and so has no
 recipe to follow. The weight w and q are the authors' constants; nothing derives them.
+The authors do not scale the rate; below the batch size of the preset it falls with
+``wrap(batch_size=)`` here (``lr_scaling="none"`` is theirs).
 """
 
 from __future__ import annotations

@@ -29,6 +29,9 @@ then by replay, and start over at the end. With timm models the official code, a
 from it, leaves the classifier untrained; here it is trained. With ``norm="source"`` prototypes are
 taken under running statistics. A saved adapter holds the source batches if they came as a list; a
 data loader must be given to ``tta.load`` again.
+
+The authors do not scale the rate; below the batch size of the preset it falls with
+``wrap(batch_size=)`` here (``lr_scaling="none"`` is theirs).
 """
 
 from __future__ import annotations

@@ -53,8 +53,8 @@ batch on, and images of another size are refused until ``reset``. All norm layer
 BatchNorm alone (the mariodoebler repository trains GroupNorm and LayerNorm too). The figures are
 the authors' for CIFAR; those for ImageNet are the mariodoebler repository's. There is no trace to
 compare with, and equation numbers are not given: this follows a description of the authors' code.
-The authors' learning rate is the same for any stream; below 64 images a batch the presets scale it
-down.
+The authors do not scale the learning rate; below the batch size of the preset it falls with
+``wrap(batch_size=)`` here (``lr_scaling="none"`` is theirs).
 """
 
 from __future__ import annotations
@@ -236,6 +236,10 @@ class Rotta(Update):
     def predict(self, x: Tensor) -> Prediction:
         """Predict with the teacher, without remembering anything."""
         return self.teacher.predict(x)
+
+    def integer_ranges(self) -> dict[str, tuple[int, int]]:
+        """Labels of the bank, -1 where it is empty."""
+        return {"bank.labels": (-1, self.context.num_classes - 1)}
 
     def lazy_buffers(self) -> tuple[str, ...]:
         """Return ``memory``: the first batch shows how large images are."""

@@ -86,6 +86,10 @@ class Sar(LowerLayersUpdate):
         super().__init__(config, network, context)
         self.register_buffer("ema", torch.tensor(float("nan"), dtype=torch.float32))
 
+    def undefined_as_nan(self) -> tuple[str, ...]:
+        """There is no average before the first loss, and after a recovery."""
+        return ("ema",)
+
     def adapt(self, x: Tensor) -> Prediction:
         """Predict, select, step from the perturbed point, recover if the average says so."""
         config = self.config

@@ -25,7 +25,7 @@ is larger. Nothing of it is mixed into the statistics, so it stays far outside i
 follow, and the components move as if the batch had come without it. The energies of the recorded
 traces stay below 1.8, those of CIFAR-10 corruptions at severity 5 on the bundled network below 4.2
 and those of photographs under corruptions on ``tf_efficientnet_lite0`` below 4; those of images
-times 255 are above 1,000.
+times 255 are far above it in the first layer already.
 
 Narrow networks. Networks of depthwise convolutions lose channels in training: 28 of the 49 layers
 of ``tf_efficientnet_lite0`` have channels with no variance. Such networks average little over
