@@ -150,14 +150,14 @@ class Adapter(nn.Module):
             state: Tensors by the names that :meth:`state` uses; ``update/student.<name>`` is
                 another name for ``param/<name>``.
             as_source: Also make these values the ones that :meth:`reset` restores.
-            allow_nonfinite: Take NaN and infinity too, where they do not mean that there is no
-                value yet.
+            allow_nonfinite: Whether to take NaN and infinity even where they do not stand for a
+                missing value.
 
         Raises:
             TypeError: When ``state`` is no dict.
             ValueError: For a name or a shape that this adapter does not have, values that cannot
-                be, or a state that :meth:`state` made for another method or other weights; nothing
-                is copied.
+                occur, or a state that :meth:`state` made for another method or other weights;
+                nothing is copied.
         """
         self._held("has no state")
         if not isinstance(state, Mapping):

@@ -54,7 +54,8 @@ def check_state(
         resizable: Keys whose first axis may have any length; those of one component must all be
             there, with equal lengths.
         lazy: Keys whose axes after the first may have any length while the tensor is empty.
-        undefined: Keys in which NaN means that there is no value; None allows any value anywhere.
+        undefined: Keys in which NaN means that there is no value yet; None allows any value
+            anywhere.
         ranges: Smallest and largest value of integers; those not named are at least 0.
     """
     for key, value in state.items():

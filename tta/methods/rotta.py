@@ -238,7 +238,7 @@ class Rotta(Update):
         return self.teacher.predict(x)
 
     def integer_ranges(self) -> dict[str, tuple[int, int]]:
-        """Labels of the bank, -1 where it is empty."""
+        """Range of the bank's labels, which are -1 in empty slots."""
         return {"bank.labels": (-1, self.context.num_classes - 1)}
 
     def lazy_buffers(self) -> tuple[str, ...]:
