@@ -72,8 +72,7 @@ class Adapter(nn.Module):
         """Predict a batch, and learn from it unless frozen.
 
         Args:
-            *args: The model's positional arguments, of which the images come first, usually
-                (B, 3, H, W).
+            *args: The model's positional arguments: first the images, usually (B, 3, H, W).
             **kwargs: The model's keyword arguments. The images may be among them, under the name of
                 the model's first parameter.
 
@@ -176,19 +175,15 @@ class Adapter(nn.Module):
         return self._state.constants()
 
     def unwrap(self, keep: bool | str = False) -> nn.Module:
-        """Give the caller's model back, as it was or with what was learned.
+        """Return the caller's model, as it was or with what was learned.
 
         The adapter cannot be used afterwards.
 
         Args:
-            keep: False gives the model as it was: weights, modules, flags and key order, bit for
-                bit. True writes what was learned into it: parameters, buffers of its own, and
-                statistics of norm rules that a plain BatchNorm can hold. "parameters" writes the
-                parameters whatever the other slots are, and warns that the source statistics go
-                with them.
-
-        Returns:
-            The caller's model.
+            keep: False gives weights, modules, flags and key order as they were, bit for bit. True
+                writes what was learned into it: parameters, buffers of its own, and statistics of
+                norm rules that a plain BatchNorm can hold. "parameters" writes the parameters
+                whatever the other slots are, and warns that the source statistics go with them.
 
         Raises:
             ValueError: When ``keep`` is none of these values, or is True and a rule cannot be
@@ -234,12 +229,7 @@ class Adapter(nn.Module):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """Restore the ``state_dict`` of an adapter like this one.
-
-        Args:
-            state_dict: What ``state_dict()`` of such an adapter returned.
-            strict: Has no effect: the state is always checked.
-            assign: Must be False, since the adapter's tensors stay in place.
+        """Restore the ``state_dict`` of an adapter like this one; it is always checked strictly.
 
         Raises:
             ValueError: For the state dict of a plain model or of another adapter, or for
