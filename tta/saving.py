@@ -239,7 +239,8 @@ def _read_once(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor
         except FileNotFoundError:  # its writer has just moved it
             continue
         except ValueError as error:
-            failure = error
+            if place == config:  # a part may be one that is being written
+                failure = error
         else:
             if about.get("pair") == pair:
                 return about, parts

@@ -135,6 +135,20 @@ class Backbone:
             for names, (master, p) in zip(places, masters.pairs, strict=True)
         ]
 
+    @property
+    def classifier(self) -> Any:
+        """The layer that makes logits out of features.
+
+        Raises:
+            ValueError: When no layer is known to do so.
+        """
+        if self.head.module is None:
+            raise ValueError(
+                "`model` must make its logits by a linear layer for a method that reads it, got a "
+                "head that is none: use another method."
+            )
+        return self.head.module
+
     def names(self, tensors: Iterable[Tensor]) -> list[list[str]]:
         """All names of each tensor in the model as it is now, with norm layers inside wrappers."""
         return functional.names(self.model, self.masters.in_model(tensors))
