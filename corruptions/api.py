@@ -4,9 +4,9 @@ Draws and arithmetic are kept apart: `sample` turns seeds into parameters and ne
 `apply` is a pure function of images and parameters. All arithmetic is on 8-bit levels, because
 the published recipes are: they take 8-bit images and truncate their result to 8 bits.
 
-The recipes are for RGB. A grey image (one channel) gets what the RGB image of three such channels
-gets; where the three then differ, as under noise for each channel, its level is their luma
-(0.299 R + 0.587 G + 0.114 B, rounded), which is the common level where they are equal.
+The recipes are for RGB. A grey image (one channel) is treated as the RGB image of three such
+channels. Where the three then differ, as under noise for each channel, the level of the result is
+their luma (0.299 R + 0.587 G + 0.114 B, rounded), which is the common level where they are equal.
 """
 
 from __future__ import annotations
@@ -107,12 +107,17 @@ def sample(
         parameters: "cifar" and "imagenet" force the constants published for 32x32 and 224x224
             images; "auto" chooses by the short side and interpolates in between.
         frost_pictures: Folder of pictures to use for frost in place of the synthetic texture.
-        device: Where to draw: best where the images are (Apple's GPUs get the CPU's draws). They
-            are the same on every device, but for frost's levels, which may differ by one.
+        device: Where to draw: best where the images are (for Apple's GPUs the CPU draws). Draws are
+            the same on every device, except frost's levels, which may differ by one.
 
     Returns:
         Name to tensor: draws start with a dimension B and lie on `device`, constants have none.
         Fields are described by the `sample_...` function of each corruption.
+
+    Raises:
+        TypeError: When an argument is of the wrong kind.
+        ValueError: For an unknown name, a shape, severity or number of seeds that does not fit, or
+            a folder of frost pictures that is not there or does not fit.
 
     >>> sample("contrast", (1, 3, 32, 32), 3, [0])
     {'factor': tensor(0.4000, dtype=torch.float64)}
@@ -132,7 +137,7 @@ def sample(
 
 
 def apply(images: Tensor, name: str, params: Params) -> Tensor:
-    """Corrupt images with parameters from `sample`, or of your own making.
+    """Corrupt images with parameters from `sample`, or with your own.
 
     Args:
         images: (B, 3, H, W), or grey (B, 1, H, W), uint8 or floating point in [0, 1].
@@ -141,6 +146,10 @@ def apply(images: Tensor, name: str, params: Params) -> Tensor:
 
     Returns:
         Corrupted images of the same shape, dtype and device; see `corrupt` for floats.
+
+    Raises:
+        TypeError: When `images` are no tensor, or `params` no dict of tensors.
+        ValueError: When `images` are not as above, or `params` are not for them.
     """
     check.name(name, _OPERATIONS)
     check.images(images)
@@ -192,7 +201,7 @@ def _capable(device: torch.device) -> torch.device:
 
 
 def _to_levels(images: Tensor) -> Tensor:
-    """Nearest of the 256 levels; half precision has too few bits for the sum before the cut."""
+    """Round to the nearest of the 256 levels, in a type that holds the sum before truncation."""
     wide = images.double() if images.dtype == torch.float64 else images.float()
     return (wide * 255).add_(0.5).to(torch.uint8)
 
@@ -222,13 +231,18 @@ def corrupt(
         generator: Draws one seed for each image. With neither this nor `seeds`, seeds come from
             the operating system and no call repeats another. No global generator is used.
         seeds: (B,) int64: fixes each image's draws, whatever batch it is in.
-        parameters: Which published constants: "auto" takes those for 32x32 up to a short side of
-            32 pixels, those for 224x224 from 224, and interpolates in between; "cifar" and
+        parameters: Which published constants to use: "auto" takes those for 32x32 up to a short
+            side of 32 pixels, those for 224x224 from 224, and interpolates in between; "cifar" and
             "imagenet" force one set.
         frost_pictures: Folder of pictures to use for frost in place of the synthetic texture.
 
     Returns:
         Corrupted images of the same shape, dtype and device, without gradient.
+
+    Raises:
+        TypeError: When an argument is of the wrong kind.
+        ValueError: For an unknown name, a severity or images out of range, seeds that do not fit
+            the images, or both seeds and a generator.
 
     >>> images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
     >>> corrupt(images, "brightness", 3, seeds=[0, 1]).unique()

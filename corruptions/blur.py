@@ -141,7 +141,7 @@ def apply_zoom_blur(images: Tensor, params: Params) -> Tensor:
         exact = exact_float(images.device)
         matrix = _zoom_matrix(height, width, pairs).to(images.device, exact)
         out = images.flatten(2).to(exact).sub_(128) @ matrix
-        # A sum that is whole to 17 bits comes from a flat region.
+        # A sum that is an integer to 17 bits comes from a flat region.
         return _cut(out.add_(128), 0.0, params["weights"]).view(images.shape)
     # All channels as those of one image: torch enlarges few channels in another way, which rounds
     # differently and depends on the number of threads.
@@ -158,11 +158,11 @@ def apply_zoom_blur(images: Tensor, params: Params) -> Tensor:
 
 
 def _cut(averages: Tensor, slack: float, weights: Tensor) -> Tensor:
-    """Truncate averages to levels, flat regions as the published float32 average does.
+    """Truncate averages to levels, and flat regions as the published float32 average does.
 
     Args:
-        averages: Averages with `slack` on top; consumed.
-        slack: Most that an average of equal levels may have missed that level by.
+        averages: Averages plus `slack`; changed in place.
+        slack: Largest error of an average of equal levels, in levels.
         weights: (K,) shares of the factors.
 
     Returns:
@@ -170,16 +170,16 @@ def _cut(averages: Tensor, slack: float, weights: Tensor) -> Tensor:
     """
     lowered = _float32_average(tuple(weights.tolist()))
     if lowered.any():
-        whole = averages.floor()
-        flat = averages.sub_(whole) <= 2 * slack
-        low = lowered.to(whole.device).index_select(0, whole.flatten().int())
-        averages = whole.sub_(low.view(whole.shape).mul_(flat))
+        floors = averages.floor()
+        flat = averages.sub_(floors) <= 2 * slack
+        low = lowered.to(floors.device).index_select(0, floors.flatten().int())
+        averages = floors.sub_(low.view(floors.shape).mul_(flat))
     return levels(averages)
 
 
 @lru_cache(maxsize=32)
 def _zoom_matrix(height: int, width: int, pairs: tuple[tuple[float, float], ...]) -> Tensor:
-    """The whole zoom blur of a small image as a matrix, (H W, H W): image rows times it."""
+    """zoom_blur of a small image as one matrix (H W, H W), which flat images are multiplied by."""
     down = np.stack([weight * _zoom_axis(height, factor).ravel() for factor, weight in pairs])
     along = np.stack([_zoom_axis(width, factor).ravel() for factor, _ in pairs])
     # From (row out, row in), (column out, column in) to outputs by inputs.
@@ -190,7 +190,7 @@ def _zoom_matrix(height: int, width: int, pairs: tuple[tuple[float, float], ...]
 
 @lru_cache(maxsize=32)
 def _float32_average(weights: tuple[float, ...]) -> Tensor:
-    """Where the published float32 average of equal values falls below them.
+    """Find where the published float32 average of equal values falls below them.
 
     Args:
         weights: Shares of the factors; at a published severity multiples of one fraction.

@@ -1,8 +1,9 @@
-"""What the images of CCC go through before and after their two corruptions.
+"""The processing of CCC's images before and after their two corruptions.
 
 Source: Press et al., "RDumb: A simple approach that questions our progress in continual test-time
 adaptation", NeurIPS 2023, arXiv 2306.05401. Give these to `tta.streams.build("walk", ...)` as
-``before`` and ``after``; every image is flipped and cropped at random, and compressed in the end.
+``before`` and ``after``; every image is cropped and flipped at random first, and compressed as JPEG
+at the end.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _TRIES = 10  # as torchvision's RandomResizedCrop, then the largest crop in the 
 
 
 class CropAndFlip:
-    """A random part of each image, resized, half of the time mirrored.
+    """Crop a random part of each image, resize it, and mirror it half of the time.
 
     Args:
         size: Side of the result in pixels.
@@ -54,11 +55,11 @@ class CropAndFlip:
         """Crop and flip.
 
         Args:
-            images: (B, 3, H, W) in [0, 1], or as many (3, H, W) of any sizes.
-            generator: Every image takes as many numbers from it, whatever its size.
+            images: (B, 3, H, W) in [0, 1], or a sequence of B images (3, H, W) of any sizes.
+            generator: Source of randomness, from which every image takes equally many numbers.
 
         Returns:
-            (B, 3, size, size), at the 256 levels that an image file has.
+            (B, 3, size, size) in [0, 1], rounded to the 256 levels that an image file has.
         """
         out = []
         for image in images:
@@ -90,7 +91,7 @@ class Jpeg:
     """JPEG compression of images in [0, 1] at a given quality.
 
     Args:
-        quality: 1 to 100; CCC has 85.
+        quality: 1 to 100; CCC uses 85.
     """
 
     def __init__(self, quality: int = 85) -> None:

@@ -1,4 +1,4 @@
-"""Argument checks shared by the public functions: argument, expected, got, what to do."""
+"""Argument checks of the public functions; errors say what was expected, what came, what to do."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ __all__ = [
     "shape",
 ]  # fmt: skip
 
-# RGB, and grey, which is taken for three equal channels.
+# RGB, and grey, which counts as three equal channels.
 CHANNELS = (3, 1)
-# As far outside [0, 1] bicubic interpolation of pixels in [0, 1] may reach (0.445 for two axes).
+# How far outside [0, 1] bicubic interpolation of such pixels may reach (0.445 for two axes).
 _OVERSHOOT = 0.45
 # Below this the recipes have no room: glass_blur alone moves pixels by up to 4 either way.
 _SMALLEST = 8
@@ -95,8 +95,8 @@ def folder(value: str | Path | None) -> Path | None:
 
 def shape(value: Sequence[int]) -> tuple[int, int, int, int]:
     """Return `value` as a tuple; raise unless it is (B, C, H, W) of sizes that work, C 3 or 1."""
-    whole = isinstance(value, Sequence) and all(isinstance(n, numbers.Integral) for n in value)
-    if not whole:
+    integers = isinstance(value, Sequence) and all(isinstance(n, numbers.Integral) for n in value)
+    if not integers:
         raise TypeError(
             f"`shape` must be the whole numbers (B, 3, H, W), got {value!r}: pass images.shape"
         )
@@ -127,7 +127,7 @@ def shape(value: Sequence[int]) -> tuple[int, int, int, int]:
 
 
 def _batched(size: tuple[int, ...]) -> str:
-    """How to make a batch of images of another number of dimensions."""
+    """Advise how to make a batch of a tensor with another number of dimensions."""
     if len(size) == 3 and size[0] not in CHANNELS and size[2] in (1, 3, 4):
         return "for one image of shape (H, W, 3) use image.permute(2, 0, 1)[None]"
     if len(size) == 2:
@@ -242,7 +242,7 @@ def _size(
 
 
 def seed(value: object) -> None:
-    """Refuse what is no whole number of 64 bits."""
+    """Raise unless `value` is an integer of 64 bits."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"`seed` must be a whole number, got {value!r}: pass an int")
     if not -(2**63) <= value < 2**63:

@@ -1,4 +1,4 @@
-"""Batches in parts whose temporaries fit the cache, on as many threads as there are idle cores.
+"""Split batches into parts whose temporaries fit the cache, and run them on idle cores.
 
 torch splits an operation between threads, which wait for each other at its end. Where another
 program keeps a core busy, such a wait lasts until that core is given back, and an operation of
@@ -23,24 +23,24 @@ __all__ = ["in_parts", "part_size", "usable_cores"]
 # Temporaries of this many pixels fit the processor cache, or a GPU's memory.
 _PIXELS = 1 << 18
 _PIXELS_GPU = 1 << 23
-# Some have more of them, or of a wider type; others have few.
+# Factors for corruptions with more temporaries, or of a wider type, and for those with few.
 _SHARES: dict[str, float] = {
     **dict.fromkeys(("zoom_blur", "glass_blur", "gaussian_blur"), 0.5),
     **dict.fromkeys(("shot_noise", "frost", "brightness", "contrast", "snow", "spatter"), 2),
 }
-# A thread is not woken for less than one part over this.
+# A thread is not woken for less than one part divided by this.
 _LEAST = 2
-# Seconds for which a figure of what else is running is taken as current.
+# Seconds for which a measurement of the load by other processes is taken as current.
 _LOAD_LASTS = 0.05
 
-_looked = {"at": -1.0, "busy": 0.0}
+_load = {"at": -1.0, "busy": 0.0}
 
 
 def part_size(name: str, images: torch.Tensor) -> int:
-    """Images to work on at once, at least 1; never what decides a result.
+    """Number of images to work on at once, at least 1; no result depends on it.
 
     Args:
-        name: Of a corruption.
+        name: The corruption.
         images: (B, C, H, W).
     """
     pixels = images.shape[2] * images.shape[3]
@@ -57,7 +57,7 @@ def in_parts(work: Callable[[slice], None], count: int, part: int, device: torch
     one part after the other, from the caller's thread and so in its stream.
 
     Args:
-        work: Given rows; calls for different rows do not depend on each other.
+        work: Called with a slice of rows; calls do not depend on each other.
         count: Rows of the batch.
         part: Rows to work on at once.
         device: Where the batch is.
@@ -67,7 +67,7 @@ def in_parts(work: Callable[[slice], None], count: int, part: int, device: torch
     if device.type == "cpu":
         threads = min(idle, -(-count // max(1, part // _LEAST)))
     if threads > 1:
-        # As many parts for each thread, all of about one size.
+        # Equally many parts for each thread, all of about one size.
         part = -(-count // (threads * -(-count // (threads * part))))
     rows = iter([slice(first, first + part) for first in range(0, count, part)])
     inference = torch.is_inference_mode_enabled()
@@ -112,7 +112,7 @@ def _idle_cores() -> int:
     wanted = torch.get_num_threads()
     if wanted == 1:
         return 1
-    # What runs is told of the whole machine, of which this process may have a part.
+    # The load is that of the machine, of whose cores this process may have only some.
     idle = (os.cpu_count() or 1) - _busy_cores()
     return max(1, min(wanted, usable_cores(), idle))
 
@@ -127,15 +127,15 @@ def usable_cores() -> int:
 def _busy_cores() -> int:
     """How many threads of other processes run or want to; 0 where the system does not say."""
     now = time.monotonic()
-    if now - _looked["at"] > _LOAD_LASTS:
+    if now - _load["at"] > _LOAD_LASTS:
         try:
             running = int(Path("/proc/loadavg").read_text().split()[3].partition("/")[0])
             # One is this thread. Others of ours may be running while they wait for work.
-            _looked["busy"] = max(0, running - _own_running()) if running > 1 else 0
+            _load["busy"] = max(0, running - _own_running()) if running > 1 else 0
         except (OSError, ValueError, IndexError):
-            _looked["busy"] = 0
-        _looked["at"] = now
-    return int(_looked["busy"])
+            _load["busy"] = 0
+        _load["at"] = now
+    return int(_load["busy"])
 
 
 def _own_running() -> int:

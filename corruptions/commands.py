@@ -24,7 +24,7 @@ from corruptions.write import SHEET, write
 __all__ = ["main"]
 
 FROST = "CORRUPTIONS_FROST_PICTURES"
-_TOLD = 5  # pictures left out that are named
+_SHOWN = 5  # pictures left out whose names are printed
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -149,10 +149,10 @@ def _write(args: argparse.Namespace) -> int:
         layout = Folder.open(args.data, options, on_error=args.on_error)
     skipped = write(layout, args.output, args.processes, quiet=args.quiet)
     if skipped:
-        more = f"; and {len(skipped) - _TOLD} more" if len(skipped) > _TOLD else ""
+        more = f"; and {len(skipped) - _SHOWN} more" if len(skipped) > _SHOWN else ""
         print(
             f"left out {len(skipped)} of {layout.count} pictures, which cannot be read: "
-            f"{'; '.join(skipped[:_TOLD])}{more}",
+            f"{'; '.join(skipped[:_SHOWN])}{more}",
             file=sys.stderr,
         )
     if not args.quiet:

@@ -1,10 +1,10 @@
 """defocus_blur: convolution with a disc whose rim is softened.
 
-Source: Hendrycks & Dietterich, ICLR 2019, arXiv 1903.12261. The published code softens the disc
-and convolves with it. Here the image is summed over the hard disc, in integers and by runs of
-pixels, which takes two additions for a row of the disc; the small Gaussian that softens the rim
-follows as a filter of its own. Only where the published picture of the disc ends at the disc
-itself is that not the same, and there the difference is added.
+Source: Hendrycks & Dietterich, ICLR 2019, arXiv 1903.12261. The published code softens the disc and
+convolves with it. Here the image is summed over the hard disc, in integers and by runs of pixels,
+which takes two additions for a row of the disc; the small Gaussian that softens the rim follows as
+a separate filter. The two differ only where the published picture of the disc ends at the disc
+itself, and there the difference is added.
 """
 
 from __future__ import annotations
@@ -58,10 +58,10 @@ def apply_defocus_blur(images: Tensor, params: Params) -> Tensor:
     return out.view(images.shape)
 
 
-# Numbers that additions go over at once: they stay in the cache.
+# Numbers that are added at once, few enough to stay in the cache.
 _PIXELS = 1 << 18
 # Softening weights below this move no level.
-_NOTHING = 1e-12
+_NEGLIGIBLE = 1e-12
 
 
 class _Disc(NamedTuple):
@@ -71,7 +71,7 @@ class _Disc(NamedTuple):
         halves: How far each row of the hard disc reaches to either side, from the centre down.
         soft: Weights of the softening filter, from the centre on.
         area: Pixels of the hard disc.
-        share: What float32 makes of a sum of one.
+        share: Sum of the published float32 weights, which is one up to rounding.
         edges: (half of a run, distance of its row, weight), the shortest run first, of what
             softening does differently at the ends of the published picture of the disc.
     """
@@ -102,9 +102,9 @@ def _disc(radius: float, sigma: float) -> _Disc:
 
 
 def _published_share(radius: float, reach: int, soft: np.ndarray) -> float:
-    """Sum of the published float32 weights over the exact one: 1 to seven digits.
+    """Sum of the published float32 weights over the exact sum, which is 1 to seven digits.
 
-    Whether it is just below one decides every flat region.
+    Whether it is just below one decides the level of every flat region.
     """
     grid = np.arange(-reach, reach + 1)
     rim = np.arange(1 - len(soft), len(soft))
@@ -121,7 +121,7 @@ def _published_share(radius: float, reach: int, soft: np.ndarray) -> float:
 
 
 def _edges(halves: list[int], reach: int, soft: list[float]) -> list[tuple[int, int, float]]:
-    """Softening mirrors the last rows of the disc's picture and has none beyond them."""
+    """Corrections for rows at the end of the disc's picture, which softening mirrors there."""
     rim = len(soft) - 1
     mirrored = [(k, j - k, soft[j]) for k in range(rim) for j in range(k + 1, rim + 1)]
     beyond = [(k, j, -soft[j - k]) for k in range(-rim, 0) for j in range(rim + k + 1)]
@@ -134,11 +134,11 @@ def _edges(halves: list[int], reach: int, soft: list[float]) -> list[tuple[int, 
 
 
 def _through_disc(images: Tensor, disc: _Disc) -> Tensor:
-    """Filtered levels (B, H, W) uint8, as float64."""
+    """Filter levels (B, H, W) uint8, to float64."""
     rim = len(disc.soft) - 1
     margin = len(disc.halves) - 1 + rim
-    whole = torch.int16 if disc.area * 256 < 2**15 else torch.int32
-    centred = pad(images.to(whole).sub_(128), margin, margin, "mirror101")
+    integer = torch.int16 if disc.area * 256 < 2**15 else torch.int32
+    centred = pad(images.to(integer).sub_(128), margin, margin, "mirror101")
     out = _softened(_disc_sums(centred, disc.halves), disc.soft, -2)
     if not disc.edges:
         out = _softened(out, disc.soft, -1)
@@ -171,7 +171,7 @@ def _disc_sums(centred: Tensor, halves: tuple[int, ...]) -> Tensor:
 
 
 def _edge_rows(centred: Tensor, disc: _Disc) -> Tensor:
-    """What `disc.edges` adds up to, (B, H, W + 2 rim) float64."""
+    """Sum of the corrections in `disc.edges`, (B, H, W + 2 rim) float64."""
     rim = len(disc.soft) - 1
     margin = len(disc.halves) - 1 + rim
     left, height = margin - rim, centred.shape[-2] - 2 * margin
@@ -200,7 +200,7 @@ def _softened(values: Tensor, soft: tuple[float, ...], axis: int) -> Tensor:
     size = values.shape[axis] - 2 * rim
     out = values.narrow(axis, rim, size).to(torch.float64, copy=True).mul_(soft[0])
     for k, weight in enumerate(soft[1:], 1):
-        if weight > _NOTHING:
+        if weight > _NEGLIGIBLE:
             pair = values.narrow(axis, rim - k, size) + values.narrow(axis, rim + k, size)
             out += pair.double().mul_(weight)
     return out

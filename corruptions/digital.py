@@ -37,9 +37,9 @@ def apply_contrast(images: Tensor, params: Params) -> Tensor:
     factor = float(params["factor"])
     batch, channels, height, width = images.shape
     place = images.flatten(2).to(torch.int32)
-    whole = torch.int32 if height * width * 255 < 2**31 else torch.int64
-    total = place.sum(2, dtype=whole).double()
-    # Quotients of the CPU, or by tensors: on a GPU torch multiplies by the reciprocal of a number.
+    integer = torch.int32 if height * width * 255 < 2**31 else torch.int64
+    total = place.sum(2, dtype=integer).double()
+    # Division by a tensor: by a plain number, torch multiplies with the reciprocal on a GPU.
     mean = (total / torch.full_like(total, 255 * height * width))[:, :, None]
     level = (torch.arange(256, dtype=torch.float64) / 255).to(images.device)
     table = levels((level - mean).mul_(factor).add_(mean).clamp_(0, 1).mul_(255))
@@ -110,7 +110,7 @@ def apply_jpeg_compression(images: Tensor, params: Params) -> Tensor:
         return images.clone()
     quality = int(params["quality"])
     through_codec = _through_torchvision if _TORCHVISION_CODEC else _through_pillow
-    # Pixel by pixel, as codecs want them; numpy copies planes in a third of torch's time.
+    # Channels go last, as codecs want them; numpy copies planes in a third of torch's time.
     planes = images.cpu().numpy()
     pixels = np.empty((*planes.shape[:1], *planes.shape[2:], 3), np.uint8)
     for channel in range(3):
@@ -130,7 +130,7 @@ def _through_torchvision(image: Tensor, quality: int) -> Tensor:
 
 
 def _through_pillow(image: Tensor, quality: int) -> Tensor:
-    """The same levels by Pillow, three times slower on small images."""
+    """Give the same levels by Pillow, three times slower on small images."""
     with io.BytesIO() as file:
         PIL.Image.fromarray(image.movedim(0, -1).numpy()).save(file, "jpeg", quality=quality)
         with PIL.Image.open(file, formats=("JPEG",)) as decoded:

@@ -53,7 +53,7 @@ def words(seeds: Tensor, field: str, count: int) -> Tensor:
 
     Args:
         seeds: One seed for each image, (B,) int64.
-        field: Name of what is drawn; other names give independent streams.
+        field: Name of what is drawn; different names give independent streams.
         count: Words for each image.
 
     Returns:
@@ -132,9 +132,9 @@ def image_seeds(seed: int, name: str, severity: float, keys: Iterable[int | str]
     """Seeds for the images of a data set, such that all its draws are independent.
 
     Args:
-        seed: Of the data set.
+        seed: Seed of the data set.
         name: The corruption.
-        severity: Its severity.
+        severity: Severity of the corruption.
         keys: What tells the images apart: positions or file names.
 
     Returns:

@@ -55,15 +55,15 @@ def apply_elastic_transform(images: Tensor, params: Params) -> Tensor:
 
 
 def _affine_source(height: int, width: int, points: Tensor, affine: float) -> tuple[Tensor, Tensor]:
-    """Where each output pixel of the affine map reads, x and y, (B, H, W) float64."""
+    """Source position of each output pixel of the affine map, x and y, (B, H, W) float64."""
     centre_x, centre_y, arm = width // 2, height // 2, min(height, width) // 3
     before = torch.tensor(
         [[centre_x + arm, centre_y + arm], [centre_x + arm, centre_y - arm],
          [centre_x - arm, centre_y - arm]],
         dtype=torch.float64,
     )  # fmt: skip
-    # float32, as published: rounding below makes the difference visible. The few numbers of each
-    # image come from the CPU, since their last bit decides; what is made of them is exact.
+    # These are float32, as published: rounding below makes the difference visible. The few numbers
+    # of each image come from the CPU, since their last bit counts; what follows is exact.
     device = points.device
     after = (before + points.cpu().double() * affine).float().double()
     # The map back takes `after` to `before`: the edges u, v of the moved triangle to (0, 2 arm)
@@ -75,7 +75,7 @@ def _affine_source(height: int, width: int, points: Tensor, affine: float) -> tu
     per_y = torch.stack((u[:, 0], v[:, 0]), 1) * -scale[:, None]
     offset = before[1] - per_x * origin[:, :1] - per_y * origin[:, 1:]
     per_x, per_y, offset = (values.to(device) for values in (per_x, per_y, offset))
-    # OpenCV adds a part for the column and a part for the row, each rounded on its own.
+    # OpenCV adds a term for the column and a term for the row, each rounded separately.
     x = torch.arange(width, dtype=torch.float64, device=device)
     y = torch.arange(height, dtype=torch.float64, device=device)
     column = (per_x[..., None] * (x * _FIXED)).round_()

@@ -26,8 +26,9 @@ SINGLE_PASS_BITS = 17
 # Two passes in float64: 8 + 22 + 22 bits.
 TWO_PASS_BITS = 22
 
-# Levels by which float32 sums of interpolation weights miss one, with room: what lies so little
-# below a whole level is that level. Means of equal values would else fall to the level below.
+# Bound, in levels, on the error of float32 sums with interpolation weights: a value that lies so
+# little below an integer level is taken for that level. Otherwise means of equal values would fall
+# to the level below.
 SLACK = 2.0**-13
 
 
@@ -43,10 +44,11 @@ def levels(values: Tensor) -> Tensor:
 
 
 def quantised(weights: np.ndarray, bits: int) -> np.ndarray:
-    """Round weights to multiples of 2^-bits so that each row keeps its sum, rounded likewise.
+    """Round weights to multiples of 2^-bits, so that each row keeps its sum, rounded so too.
 
     Args:
-        weights: (rows, taps); a row that sums to one up to rounding errors does so exactly after.
+        weights: (rows, taps); a row that sums to one up to rounding errors does so exactly
+            afterwards.
         bits: Fraction bits.
 
     Returns:
@@ -102,7 +104,7 @@ def pad(images: Tensor, rows: int, columns: int, mode: str) -> Tensor:
                 index = _pad_index(size, margin, margin, mode).to(images.device)
                 images = images.index_select(axis, index)
         return images
-    # Copies of whole blocks: several times faster than to gather on a CPU.
+    # Blocks are copied, which is several times faster than gathering on a CPU.
     out = images.new_empty(*images.shape[:-2], height + 2 * rows, width + 2 * columns)
     inner = out[..., columns : columns + width]
     inner[..., rows : rows + height, :] = images
@@ -117,7 +119,7 @@ def pad(images: Tensor, rows: int, columns: int, mode: str) -> Tensor:
 
 
 def _mirrored(edge: Tensor, axis: int, mode: str, at_start: bool) -> Tensor:
-    """What lies beyond an edge, given as many samples as are wanted and one more."""
+    """Continue beyond an edge, given one sample more than are wanted."""
     margin = edge.shape[axis] - 1
     if mode == "edge":
         return edge.narrow(axis, 0 if at_start else margin, 1)
@@ -143,7 +145,7 @@ class Band(NamedTuple):
 
     @classmethod
     def of(cls, matrix: Tensor) -> Band:
-        """The blocks of a matrix on the CPU, `_BAND_ROWS` rows each."""
+        """Find the blocks of a matrix on the CPU, `_BAND_ROWS` rows each."""
         blocks = []
         for first in range(0, len(matrix), _BAND_ROWS):
             rows = matrix[first : first + _BAND_ROWS]
@@ -152,7 +154,7 @@ class Band(NamedTuple):
         return cls(matrix, tuple(blocks))
 
     def along(self, values: Tensor) -> Tensor:
-        """The matrix applied along the last axis, which comes first then: (..., N) to (M, ...)."""
+        """Apply the matrix along the last axis, which becomes the first: (..., N) to (M, ...)."""
         flat = values.reshape(-1, values.shape[-1])
         matrix = self.matrix.to(values)
         if values.device.type != "cpu":

@@ -38,10 +38,10 @@ class _Texture:
         mean: Mean over crops.
         mean_spread: Standard deviation of the crop mean over crops.
         contrast: Mean standard deviation within a crop.
-        contrast_spread: Standard deviation of that over crops.
-        correlation: Of the channels within a crop: RG, GB, RB.
+        contrast_spread: Standard deviation of `contrast` over crops.
+        correlation: Correlation of the channels within a crop: RG, GB, RB.
         bands: Share of the variance in eight radial frequency bands up to Nyquist.
-        sign: Of the skewness: 1 where needles are brighter than what is between them.
+        sign: Sign of the skewness: 1 where needles are brighter than what is between them.
     """
 
     mean: Triple
@@ -55,12 +55,12 @@ class _Texture:
 
 # The script's choice among five files falls on four different pictures: the second exists twice.
 _SHARES = (0.2, 0.4, 0.2, 0.2)
-# Fields of each texture from which crops are taken; they repeat after so many pixels.
+# Fields of each texture from which crops are taken; they repeat after `_TILE` pixels.
 _FIELDS = 4
 _TILE = 512
 # Directions of ice needles.
 _DIRECTIONS = 7
-# At shrink 5, for 32x32 crops.
+# Measured at shrink 5, for 32x32 crops.
 _SMALL = (
     _Texture((.302, .581, .646), (.069, .038, .031), (.083, .051, .049), (.015, .009, .008),
              (.79, .92, .52), (.321, .160, .072, .058, .058, .067, .080, .184), 1),
@@ -71,7 +71,7 @@ _SMALL = (
     _Texture((.402, .447, .493), (.062, .060, .056), (.136, .135, .132), (.026, .025, .024),
              (1.00, .999, .998), (.106, .151, .121, .096, .092, .095, .110, .228), 1),
 )  # fmt: skip
-# At full size, for 224x224 crops.
+# Measured at full size, for 224x224 crops.
 _LARGE = (
     _Texture((.298, .577, .642), (.056, .031, .024), (.092, .055, .052), (.017, .008, .007),
              (.79, .93, .53), (.631, .061, .062, .069, .063, .049, .034, .031), 1),
@@ -158,8 +158,8 @@ def synthetic_frost(setting: Setting, textures: tuple[_Texture, ...]) -> Tensor:
 def _bank(height: int, width: int, textures: tuple[_Texture, ...], device: torch.device) -> Tensor:
     """Periodic fields, `_FIELDS` of each texture, mean 0 and variance 1, flat float32.
 
-    They are to crops what the published pictures are: always the same, from which a crop is taken
-    at random. Being periodic they have a crop at every pixel.
+    They stand for the published pictures: they are always the same, and a crop is taken from them
+    at random. Being periodic, they have a crop at every pixel.
     """
     needles = torch.fft.rfft2(_needles(height, width))
     band = _bands(height, width)
@@ -222,7 +222,7 @@ def _needles(height: int, width: int) -> Tensor:
 
 
 def _mixed(field: Tensor, mixing: Tensor) -> Tensor:
-    """Lower-triangular mix of three channels, (B, 3, H, W), in a fixed order of sums."""
+    """Mix three channels, (B, 3, H, W), by a lower triangular matrix, in a fixed order of sums."""
     rows = [[mixing[i, j] * field[:, j] for j in range(i + 1)] for i in range(3)]
     return torch.stack([torch.stack(row).sum(0) for row in rows], 1)
 

@@ -43,7 +43,7 @@ def apply_glass_blur(images: Tensor, params: Params) -> Tensor:
 
 
 def _source_pixels(offsets: Tensor, reach: int, height: int, width: int) -> Tensor:
-    """Where each pixel's value comes from after all passes, (B, H W) int64."""
+    """Source of each pixel's value after all passes, (B, H W) int64."""
     batch, passes = offsets.shape[:2]
     start = torch.arange(height * width, device=offsets.device)
     total = start.expand(batch, -1)

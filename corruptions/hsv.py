@@ -1,7 +1,7 @@
-"""Colour changes in HSV, step by step in float64 as the usual code takes them.
+"""Colour changes in HSV, in float64 and in the order of operations of the usual code.
 
-Changes by tenths make whole-number levels common, and whether one is cut to itself or to the level
-below hangs on the last bit of this very sequence of operations.
+Changes by tenths often give levels that are integers, and whether such a level is truncated to
+itself or to the one below depends on the last bit of exactly this sequence of operations.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ def through_hsv(
 
     Args:
         pixels: (B, 3, ...) uint8.
-        change: Takes and gives (saturation, value), each (B, ...) float64 in [0, 1].
+        change: Maps (saturation, value) to new ones, each (B, ...) float64 in [0, 1].
 
     Returns:
         (B, 3, ...) uint8.
     """
-    # By tensors: on a GPU torch multiplies by the reciprocal of a plain number, which rounds twice.
+    # Tensors as divisors: on a GPU torch multiplies by the reciprocal of a plain number, which
+    # rounds twice.
     levels_of_one, sectors = (torch.tensor(n, device=pixels.device).double() for n in (255, 6))
     source = pixels.double().div_(levels_of_one)
     red, green, blue = source.unbind(1)
@@ -45,12 +46,12 @@ def through_hsv(
     sector = torch.where(blue == value, 4 + (red - green) / safe, sector)
     hue = torch.where(coloured, (sector / sectors).remainder(1.0), 0)
     saturation, value = change(saturation, value)
-    whole = (hue * 6).floor()
-    part = hue * 6 - whole
+    index = (hue * 6).floor()
+    part = hue * 6 - index
     low = value * (1 - saturation)
     falling = value * (1 - part * saturation)
     rising = value * (1 - (1 - part) * saturation)
     choices = torch.stack((value, falling, low, rising), 1)
     order = torch.tensor(_ORDER, device=pixels.device)
-    pick = order[:, whole.long() % 6].movedim(0, 1)
+    pick = order[:, index.long() % 6].movedim(0, 1)
     return levels(choices.gather(1, pick).clamp_(0, 1).mul_(255))

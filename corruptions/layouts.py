@@ -33,18 +33,18 @@ from corruptions.severity import ParameterSet
 __all__ = ["Cifar", "Folder", "Layout", "Options", "load_picture", "read_cifar10"]
 
 _BATCH = 500
-# Pictures that one piece of work decodes and keeps.
+# Number of pictures in one piece of work, which are all held in memory.
 _PICTURES = 16
 
 
 @dataclass(frozen=True)
 class Options:
-    """What decides the content of the files, beside the images.
+    """What decides the content of the files, besides the images.
 
     Attributes:
         names: Corruptions.
         severities: Severities, in the order of the rows of CIFAR-10-C.
-        seed: Of all draws.
+        seed: Seed of all draws.
         parameters: See `corrupt`.
         frost_pictures: See `corrupt`.
         limit: Use this many images, None for all.
@@ -59,7 +59,7 @@ class Options:
 
 
 class Layout(Protocol):
-    """A data set to write, in pieces that processes of their own can do."""
+    """A data set to write, in pieces that separate processes can do."""
 
     @property
     def options(self) -> Options:
@@ -86,7 +86,7 @@ class Layout(Protocol):
     def write(
         self, output: Path, piece: Any, missing: set[str]
     ) -> Iterator[int | UnreadablePictureError]:
-        """Write the missing files of a piece; yields how many images were corrupted since.
+        """Write the missing files of a piece; yields counts of newly corrupted images.
 
         Where pictures that cannot be read are left out, it yields the error of each.
         """
@@ -100,7 +100,7 @@ class Layout(Protocol):
 def _corrupted(
     images: Tensor, options: Options, name: str, severity: int, keys: list[str]
 ) -> np.ndarray:
-    """(B, H, W, 3) uint8 of images (B, 3, H, W)."""
+    """Corrupt images (B, 3, H, W) of a data set, to (B, H, W, 3) uint8."""
     out = corrupt(
         images,
         name,
@@ -186,7 +186,7 @@ class Cifar:
         return [f"{piece}.npy"]
 
     def write(self, output: Path, piece: str, missing: set[str]) -> Iterator[int]:
-        """Write the file of a piece; yields how many images were corrupted since."""
+        """Write the file of a piece; yields counts of newly corrupted images."""
         images, labels = self.images()
         severities = self.options.severities
         if piece == "labels":
@@ -224,13 +224,13 @@ def load_picture(path: Path, resize: int | None, crop: int | None) -> np.ndarray
 
     Args:
         path: Any format that Pillow reads.
-        resize: Bring the shorter side to this, bilinear and antialiased; None leaves the size.
-        crop: Then cut out the middle; None leaves it.
+        resize: New length of the shorter side, bilinear and antialiased; None keeps the size.
+        crop: Side of the square that is then cut out of the middle; None keeps all.
     """
     picture = read_picture(path)
     if resize is not None:
         short = min(picture.size)
-        # The longer side is cut to whole pixels, as torchvision does.
+        # The longer side is truncated to an integer, as torchvision does.
         width, height = (
             resize if side == short else int(resize * side / short) for side in picture.size
         )
@@ -251,7 +251,7 @@ class Folder:
         resize: See `load_picture`.
         crop: See `load_picture`.
         on_error: Whether a picture that cannot be read stops the writing or is left out.
-        paths: Of the pictures inside `data`, with forward slashes.
+        paths: Paths of the pictures inside `data`, with forward slashes.
     """
 
     data: Path
@@ -317,7 +317,7 @@ class Folder:
     def write(
         self, output: Path, piece: tuple[str, ...], missing: set[str]
     ) -> Iterator[int | UnreadablePictureError]:
-        """Write the missing files of a piece; yields how many images were corrupted since.
+        """Write the missing files of a piece; yields counts of newly corrupted images.
 
         A picture that is left out is yielded as the error that reading it raised.
         """

@@ -1,9 +1,9 @@
 """Finished files of a data set: which they are, and what is in them.
 
-``SHA256SUMS`` has one line for each file, in the format of the usual tool (``sha256sum -c``).
-A file is written under another name, its line is appended, and then it gets its own name. So a
-file in its place is whole and listed, whenever the writing was killed; a line without its file
-is work to do again.
+``SHA256SUMS`` has one line for each file, in the format of the usual tool (``sha256sum -c``). A
+file is written under another name, its line is appended, and then it gets its own name. So a file
+in its place is complete and listed, whenever the writing was killed; a line without its file is
+work to do again.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def open_folder(folder: Path, settings: dict[str, Any]) -> None:
         settings: What decides the files' content, as JSON can say it.
 
     Raises:
-        ValueError: The folder holds other things, or files of other settings.
+        ValueError: When the folder holds other things, or files of other settings.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / SETTINGS
@@ -62,10 +62,10 @@ def _short(value: Any) -> str:
 
 
 def put(folder: Path, name: str, write: Callable[[Path], None], *, listed: bool = True) -> None:
-    """Write a file so that it is either whole and listed, or absent.
+    """Write a file so that it is either complete and listed, or absent.
 
     Args:
-        folder: Of the data set.
+        folder: The data set's folder.
         name: Path of the file inside it, with forward slashes.
         write: Writes to the path it is given.
         listed: Append the file's line; processes may do so at the same time.
@@ -80,7 +80,7 @@ def put(folder: Path, name: str, write: Callable[[Path], None], *, listed: bool 
 
 
 def put_bytes(folder: Path, name: str, content: bytes, *, listed: bool = True) -> None:
-    """`put` for content that is at hand."""
+    """Write a file as `put` does, from content in memory."""
 
     def write(part: Path) -> None:
         part.write_bytes(content)
@@ -115,12 +115,12 @@ def _listed(folder: Path) -> dict[str, str]:
 
 
 def finished(folder: Path) -> set[str]:
-    """Names of the files that are whole and in their place."""
+    """Names of the files that are complete and in their place."""
     return {name for name in _listed(folder) if (folder / name).is_file()}
 
 
 def verify(folder: Path) -> list[str]:
-    """What is wrong with a data set, one sentence each; nothing if all files are as written."""
+    """List what is wrong with a data set, one sentence each; nothing if all is as written."""
     if not (folder / SUMS).is_file():
         raise ValueError(f"`folder` must hold {SUMS}, got {folder}: pass the output of write")
     problems = []

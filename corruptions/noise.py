@@ -57,13 +57,13 @@ def sample_impulse_noise(setting: Setting) -> Params:
     """
     draw = setting.integers("uniform", *setting.shape[1:])
     amount = setting.constants()["amount"] * 2**32
-    # Given that a value is replaced, its draw is uniform below: half of them are salt.
+    # Given that a value is replaced, its draw is uniform below the amount: half are salt.
     return {"replace": draw < round(amount) - 2**31, "salt": draw < round(amount / 2) - 2**31}
 
 
 def apply_impulse_noise(images: Tensor, params: Params) -> Tensor:
     """Replace single values by black or white."""
-    # Bits in place of choices: eight times as fast.
+    # Operations on bits are eight times as fast as choices by torch.where.
     gone = params["replace"].view(torch.uint8) * 255
     white = (params["salt"].view(torch.uint8) * 255).bitwise_and_(gone)
     return gone.bitwise_not_().bitwise_and_(images).bitwise_or_(white)

@@ -21,7 +21,7 @@ _WHITE_IS_ZERO = 0
 
 
 class UnreadablePictureError(OSError, ValueError):
-    """A file that is no whole picture, or one that must not be decoded; the message names it."""
+    """A file that is no complete picture, or must not be decoded; the message names it."""
 
 
 def is_picture(path: str | Path) -> bool:
@@ -76,22 +76,22 @@ def read_picture(path: str | Path) -> Image.Image:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UnreadablePictureError(
             f"`{path}` must have fewer pixels than PIL.Image.MAX_IMAGE_PIXELS allows, got more "
-            f"({_words(error)}): make the picture smaller, or raise that limit if you trust it"
+            f"({_first_line(error)}): make the picture smaller, or raise that limit if you trust it"
         ) from error
     except Exception as error:  # decoders raise anything: SyntaxError, struct.error, IndexError
         raise UnreadablePictureError(
             f"`{path}` cannot be decoded as it is not a whole picture "
-            f"({_words(error)}): fetch it again or remove it"
+            f"({_first_line(error)}): fetch it again or remove it"
         ) from error
 
 
-def _words(error: BaseException) -> str:
+def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(".") if lines else type(error).__name__
 
 
 def _upright(picture: Image.Image, info: dict[Any, Any]) -> Image.Image:
-    """Turn a picture as the metadata of its file say; TIFF files are turned while they load."""
+    """Turn a picture as the metadata of its file say; TIFF files are turned when they load."""
     picture.info = dict(info)  # some conversions lose it
     try:
         return ImageOps.exif_transpose(picture)
@@ -138,7 +138,7 @@ def _integer_levels(picture: Image.Image) -> np.ndarray:
             f"whole-number grey values must lie in 0..{most}, got {low}..{high}: scale them to "
             "16 bits"
         )
-    if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:  # Pillow turns those of 8 bits only
+    if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:  # Pillow inverts those of 8 bits only
         values = most - values
     return (values * 255 + most // 2) // most
 

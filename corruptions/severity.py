@@ -37,8 +37,8 @@ class Constant:
     Attributes:
         cifar: Values for 32x32 images.
         imagenet: Values for 224x224 images.
-        clean: Value at severity 0, where the recipe leaves the image alone; None repeats level 1
-            for constants that have no say in that.
+        clean: Value at severity 0, where the recipe leaves the image alone; None repeats level 1,
+            for constants that do not matter there.
         integer: Round the interpolated value to the nearest integer.
         reciprocal: Interpolate 1/value, for counts whose clean value is infinite.
     """
@@ -149,7 +149,8 @@ TABLES: dict[str, dict[str, Constant]] = {
         "scale": _constant(".1 .1 .3 .1 .1", ".3 .3 .3 .3 .4", 0),
         "sigma": _constant(".7 .8 1 .7 .5", "4 3 2 1 1"),
         "threshold": _constant(".7 .7 .69 .69 .68", ".69 .68 .68 .65 .65"),
-        # Levels 1-3 are water, 4-5 mud. Each kind's own constant is held where the other rules.
+        # Levels 1-3 are water, 4-5 mud. The constants of each kind are held constant at the other's
+        # levels.
         "strength": _constant(".5 .5 .5 .5 .5", ".6 .6 .5 .5 .5"),
         "mud_sigma": _constant(".6 .6 .6 .6 .6", "1.5 1.5 1.5 1.5 1.5"),
         "mud": _constant("0 0 0 1 1", "0 0 0 1 1", integer=True),

@@ -18,7 +18,7 @@ __all__ = ["contact_sheet", "corrupted_sheet"]
 _GAP = 4
 _LABEL = 130
 _HEAD = 16
-# Smaller pictures are shown enlarged by a whole number.
+# Smaller pictures are enlarged by an integer factor.
 _SMALLEST = 96
 
 
@@ -34,7 +34,7 @@ def contact_sheet(
         clean: (H, W, 3) uint8.
         picture: Gives the (H, W, 3) uint8 picture of a corruption and severity.
         names: Corruptions, from the top.
-        severities: From the left.
+        severities: Severities, from the left.
     """
     height, width = clean.shape[:2]
     times = max(1, _SMALLEST // min(height, width))

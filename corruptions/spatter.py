@@ -51,7 +51,7 @@ def apply_spatter(images: Tensor, params: Params) -> Tensor:
         cover = torch.where(cover < 0.8, 0, cover).float()[:, None]
         out = source.mul_(1 - cover).add_(cover * _colour(_MUD, source))
     else:
-        # A whole 8-bit type, in which values beyond 255 wrap around.
+        # An 8-bit integer type, in which values beyond 255 wrap around.
         liquid = liquid.mul_(255).int().bitwise_and_(255)
         light = liquid * _edge_light(liquid)
         brightest = light.amax((1, 2), keepdim=True)
@@ -84,7 +84,7 @@ def _edge_light(liquid: Tensor) -> Tensor:
         for dx, weight in enumerate(row):
             if weight:
                 emboss.add_(around[:, dy : dy + height, dx : dx + width], alpha=weight)
-    # Nine times a whole number plus a half does not exist, so rounding has no ties.
+    # A ninth of an integer is never an integer plus a half, so rounding has no ties.
     return _box_sum(emboss.clamp_(0, 255)).float().mul_(1 / 9).round_().int()
 
 
@@ -96,7 +96,7 @@ def _box_sum(values: Tensor) -> Tensor:
 
 
 def _neighbour(around: Tensor, down: int, across: int, margin: int = 1) -> Tensor:
-    """View of a padded map shifted by whole pixels."""
+    """View of a padded map, shifted by some pixels."""
     height, width = around.shape[1] - 2 * margin, around.shape[2] - 2 * margin
     top, left = margin + down, margin + across
     return around[:, top : top + height, left : left + width]

@@ -1,4 +1,4 @@
-"""`Corrupt`, a corruption as a transform, and `CorruptedDataset`, a data set seen through one."""
+"""`Corrupt`, a corruption as a transform, and `CorruptedDataset`, a data set with one applied."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ class Corrupt(v2.Transform):
     """A corruption as a torchvision v2 transform, which is also an `nn.Module`.
 
     Takes what v2 transforms take: a Pillow image, an image tensor (3, H, W) or (B, 3, H, W), or a
-    structure such as (images, labels), of which the images are corrupted. Every image gets draws
-    of its own. Grey tensors of one channel stay so, see `corrupt`; Pillow images of all modes
-    become RGB.
+    structure such as (images, labels), of which the images are corrupted. Every image gets draws of
+    its own. Grey tensors of one channel stay grey, see `corrupt`; Pillow images of all modes become
+    RGB.
 
     Args:
         name: One of `list_corruptions(extra=True)`.
@@ -100,14 +100,14 @@ class Corrupt(v2.Transform):
 class CorruptedDataset(Dataset):
     """A map-style data set whose images are corrupted, the same image always in the same way.
 
-    What an image is given depends on `seed` and its position alone, so that epochs, workers and
-    the order of access do not matter. Positions of CIFAR-10's test set give the very images that
+    What an image gets depends on `seed` and its position alone, so epochs, workers and the order of
+    access do not matter. Positions of CIFAR-10's test set give the very images that
     ``python -m corruptions write cifar10`` writes with the same seed.
 
     Args:
-        dataset: Has a length and gives images, or tuples that begin with one: Pillow images or
-            tensors (3, H, W), or grey (1, H, W), uint8 or floating point in [0, 1], so before any
-            normalisation. Pillow images of all modes become RGB.
+        dataset: Has a length and gives images, or tuples that begin with one. Images are Pillow
+            images or tensors (3, H, W), or grey (1, H, W), uint8 or floating point in [0, 1],
+            before any normalisation. Pillow images of all modes become RGB.
         name: One of `list_corruptions(extra=True)`.
         severity: 0 (clean) to 5.
         seed: Other seeds give other draws.

@@ -157,10 +157,10 @@ def apply_brightness(images: Tensor, params: Params) -> Tensor:
 
 @lru_cache(maxsize=32)
 def _brightness_table(shift: float) -> tuple[Tensor, Tensor]:
-    """Output for [largest channel, channel], (65536,) uint8, and where it takes the hue to tell.
+    """Output for [largest channel, channel], (65536,) uint8, and where it depends on the hue.
 
-    The middle channel depends on the hue by its last bits only, which count where the result is
-    a whole number.
+    The middle channel depends on the hue in its last bits only, which count where the result is an
+    integer.
     """
     level = torch.arange(256, dtype=torch.float64) / 255
     value = (level + shift).clamp_(0, 1)[:, None]

@@ -31,14 +31,14 @@ def write(layout: Layout, output: Path, processes: int, *, quiet: bool = False) 
         layout: What to write.
         output: Folder, empty or begun before with the same settings.
         processes: How many to use; the result does not depend on it.
-        quiet: Say nothing.
+        quiet: Print nothing.
 
     Returns:
         Why each picture that cannot be read was left out, one sentence each; no sentence where
         the layout raises instead.
     """
     options = layout.options
-    # A limit shows in what it leaves.
+    # A limit shows in the layout's own settings, by the number of images.
     settings = {key: value for key, value in asdict(options).items() if key != "limit"}
     settings |= {"names": list(options.names), "severities": list(options.severities)}
     open_folder(output, layout.settings() | settings)
@@ -55,7 +55,7 @@ def write(layout: Layout, output: Path, processes: int, *, quiet: bool = False) 
     processes = min(processes, len(work))
     if processes <= 1:
         for piece, missing in work:
-            progress.advance(*_done(layout, output, piece, missing))
+            progress.advance(*_write_missing(layout, output, piece, missing))
     else:
         _write_in_processes(layout, output, processes, work, progress)
     progress.end()
@@ -97,7 +97,7 @@ def _write_in_processes(
 
 
 class _Worker:
-    """What a process was started for."""
+    """What this writing process works on; set when it starts."""
 
     layout: Layout
     output: Path
@@ -110,7 +110,7 @@ def _start(layout: Layout, output: Path) -> None:
 
 
 def _die_with_parent() -> None:
-    """Whoever asked was killed: the next run will do the rest, and must not find us at it."""
+    """Exit when the parent was killed, so that the next run does not find this process at work."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -118,13 +118,13 @@ def _die_with_parent() -> None:
 
 
 def _write_piece(piece: Any, missing: set[str]) -> tuple[int, int, list[str]]:
-    return _done(_Worker.layout, _Worker.output, piece, missing)
+    return _write_missing(_Worker.layout, _Worker.output, piece, missing)
 
 
-def _done(
+def _write_missing(
     layout: Layout, output: Path, piece: Any, missing: set[str]
 ) -> tuple[int, int, list[str]]:
-    """Write one piece; returns how many files and images that were, and what was left out."""
+    """Write one piece; returns the numbers of files and images, and what was left out."""
     results = list(layout.write(output, piece, missing))
     skipped = [str(result) for result in results if not isinstance(result, int)]
     return len(missing), sum(r for r in results if isinstance(r, int)), skipped

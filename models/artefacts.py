@@ -1,8 +1,8 @@
 """Source artefacts of the bundled classifiers, made from training images and nothing else.
 
 Fisher information (EATA), class prototypes (RMT, CAFA), the covariance around them (CAFA), a
-diagonal SWAG posterior (PETAL), 200 features per class (AdaNPC): what methods ask of a source, so
-that none is ever fed test images.
+diagonal SWAG posterior (PETAL), 200 features per class (AdaNPC): all that methods need from the
+source, so that none ever gets test images.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tta.core.files import replacing
 
 __all__ = ["collect", "save_half", "swag"]
 
-FISHER_IMAGES = 2000  # as EATA's authors
+FISHER_IMAGES = 2000  # as EATA's authors use
 FEATURES_PER_CLASS = 200
 SWAG_EPOCHS = 5
 # PETAL's schedule for CIFAR: 8e-4 in the first epoch, then linearly to 0.01 over three epochs.
@@ -96,7 +96,7 @@ def collect(model: nn.Module, images: Tensor, labels: Tensor, seed: int) -> tta.
         model: The classifier with its final weights.
         images: (N, 3, 32, 32) uint8 training images.
         labels: (N,).
-        seed: Chooses the images.
+        seed: Seed of the choice of images.
     """
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     classes = range(int(labels.max()) + 1)

@@ -20,10 +20,11 @@ __all__ = ["Weights", "fit", "read_checkpoint", "rows_of"]
 
 Weights = Mapping[str, Tensor]
 
-# Where training scripts put weights; averaged ones first, as timm does. Others come after.
+# Keys under which training scripts store weights, in order of preference: averaged ones first, as
+# timm does. Other keys come last.
 _PLACES = ("state_dict_ema", "model_ema", "ema", "state_dict", "model_state_dict", "model", "net")
-_DEPTH = 3  # containers in containers
-# What torch puts around modules and into the names of their weights.
+_DEPTH = 3  # how deep containers in containers are searched
+# What torch's wrappers of modules put into the names of weights.
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 # Buffers of profilers and of weight averaging.
 _EXTRAS = ("total_ops", "total_params", "n_averaged")
@@ -32,7 +33,7 @@ _SHOWN = 3  # names in an error
 
 
 class _Fit(NamedTuple):
-    """Weights under a model's names, and what speaks against them."""
+    """Weights under a model's names, and why they do not fit it."""
 
     named: dict[str, Tensor]
     missing: list[str]
@@ -45,10 +46,10 @@ class _Fit(NamedTuple):
 
 
 def read_checkpoint(path: Path) -> list[Weights]:
-    """All dictionaries of tensors in a file, most likely ones first.
+    """Read all dictionaries of tensors in a file, most likely ones first.
 
-    Beside tensors and plain values only `argparse.Namespace` and numpy's numbers are loaded, which
-    training scripts store and which run no code.
+    Besides tensors and plain values, only `argparse.Namespace` and numpy's numbers are loaded,
+    which training scripts store and which run no code.
 
     Args:
         path: A ``.safetensors`` file, or one that `torch.save` wrote.
@@ -85,7 +86,7 @@ def read_checkpoint(path: Path) -> list[Weights]:
 
 
 def _harmless() -> list[Any]:
-    """Types of training scripts' settings and figures, under the names of numpy 1 and 2."""
+    """Types of training scripts' settings and numbers, under the names of numpy 1 and 2."""
     numbers = {type(np.dtype(code)) for code in "?bhilqBHILQefd"}
     scalar = np.float64(0).__reduce__()[0]
     names = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
@@ -100,7 +101,7 @@ def _no_checkpoint(path: Path, reason: str) -> ValueError:
 
 
 def _states(content: Mapping[Any, Any], depth: int) -> Iterator[Weights]:
-    """Dictionaries of tensors in a container, itself last."""
+    """Find dictionaries of tensors in a container; the container itself comes last."""
     inner = {str(k): v for k, v in content.items() if isinstance(v, Mapping)}
     if depth:
         for place in sorted(inner, key=lambda k: (*_PLACES, k).index(k)):
@@ -118,7 +119,7 @@ def fit(
     Args:
         found: See `read_checkpoint`.
         expected: The model's state dict.
-        by_order: Pair tensors by their place, whatever their names are; all shapes must be equal.
+        by_order: Pair tensors by their order, whatever their names are; all shapes must be equal.
         model: What errors call the model.
         path: What errors call the file.
 
@@ -140,7 +141,7 @@ def fit(
 
 
 def rows_of(key: str, found: list[Weights], expected: Weights, by_order: bool) -> int | None:
-    """First size of the tensor that a checkpoint has for one of a model's names; None without."""
+    """First size of the tensor that a checkpoint has for one of a model's names; None if none."""
     if by_order:
         aligned = (dict(_aligned(state, expected)[0]) for state in found)
         candidates = [(state[key][1]) for state in aligned if key in state]
@@ -157,7 +158,8 @@ def _best(found: list[Weights], expected: Weights) -> _Fit:
 def _fit_names(state: Weights, expected: Weights) -> _Fit:
     named = {_unwrapped(key, expected): value for key, value in state.items()}
     prefix = _prefix(named, expected)
-    # Names without the prefix belong to what lies beside the model: losses, metrics, teachers.
+    # Names without the prefix belong to what is stored besides the model: losses, metrics,
+    # teachers.
     named = {k.removeprefix(prefix): v for k, v in named.items() if k.startswith(prefix)}
     unexpected, other_shape = [], []
     for key, value in named.items():
@@ -230,7 +232,7 @@ def _fit_by_order(
 
 
 def _pairs(state: Weights, expected: Weights) -> tuple[dict[str, Tensor], str]:
-    """Tensors under the model's names by their place, and why they do not fit; "" if they do."""
+    """Tensors under the model's names by their order, and why they do not fit; "" if they do."""
     aligned, reason = _aligned(state, expected)
     pairs = {}
     for name, (key, value) in aligned:
@@ -244,7 +246,7 @@ def _pairs(state: Weights, expected: Weights) -> tuple[dict[str, Tensor], str]:
 
 
 def _aligned(state: Weights, expected: Weights) -> tuple[list[tuple[str, tuple[str, Tensor]]], str]:
-    """The model's names with the names and tensors at their places, and what is left over."""
+    """The model's names with the names and tensors at the same place, and why lengths differ."""
     values = [item for item in state.items() if item[0].rpartition(".")[2] not in _EXTRAS]
     names = list(expected)
     if len(values) != len(names):  # other frameworks do not count batches

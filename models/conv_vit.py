@@ -2,8 +2,8 @@
 
 Xiao et al.: Early Convolutions Help Transformers See Better, NeurIPS 2021, arXiv 2106.14881: the
 patch projection is a short stack of strided convolutions. Everything after the stem is timm's
-``VisionTransformer`` (pre-norm blocks, LayerNorm), average-pooled. No layer of it looks at the
-batch, so it stands for the transformers that test-time adaptation meets.
+``VisionTransformer`` (pre-norm blocks, LayerNorm), average-pooled. No layer of it uses batch
+statistics, so it stands for the transformers that test-time adaptation meets.
 """
 
 from __future__ import annotations

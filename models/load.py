@@ -32,9 +32,9 @@ __all__ = ["ModelInfo", "list_models", "load"]
 
 LIBRARIES = ("timm", "torchvision")
 SHOWN = 5  # names of a library in an error
-PATIENCE_S = 5.0  # for the first answer of a host
+PATIENCE_S = 5.0  # seconds to wait for the first answer of a host
 Match = Literal["name", "order"]
-# Settings of the client that timm fetches by and depends on; nothing here needs it but for timm.
+# Settings of the client by which timm fetches weights; it is needed for timm alone.
 _HUB: Any = importlib.import_module("huggingface_hub.constants")
 
 
@@ -58,7 +58,7 @@ class ModelInfo:
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """Names of the bundled classifiers; with a prefix ("timm:res*"), of that library's.
+    """Names of the bundled classifiers, or with a prefix ("timm:res*") those of that library.
 
     Example:
         >>> list_models("*_bn")
@@ -90,20 +90,20 @@ def load(
             ones. Weights of timm and torchvision are fetched by those libraries.
         checkpoint: A local ``.safetensors`` or ``.pt`` file with a state dict for this
             architecture; the number of classes is read off it. The state dict may lie in the
-            dictionary of a training script (of several that fit an average of weights is
-            preferred, as timm does), under names with a prefix ("module.", "_orig_mod.",
-            "model.", ...), and beside buffers of profilers.
-        match: "name" pairs the checkpoint's tensors with the model's by their names. "order"
-            pairs them by their place, for a port of another framework whose names differ: there
-            must be as many, counters of batches aside, and every shape must be equal. A warning
-            and ``info.matched`` say how many matched.
+            dictionary of a training script (of several that fit an average of weights is preferred,
+            as timm does), under names with a prefix ("module.", "_orig_mod.", "model.", ...), and
+            together with buffers of profilers.
+        match: "name" pairs the checkpoint's tensors with the model's by their names. "order" pairs
+            them by their place, for a port of another framework whose names differ: there must be
+            equally many, not counting ``num_batches_tracked``, and every shape must be equal. A
+            warning and ``info.matched`` say how many matched.
 
     Returns:
         The model and its :class:`ModelInfo`.
 
     Raises:
         TypeError: When an argument is of the wrong kind.
-        ValueError: For an unknown name, naming the nearest, or a checkpoint that is none or does
+        ValueError: For an unknown name, naming the nearest, or a file that is no checkpoint or does
             not fit.
         FileNotFoundError: When the checkpoint is not there.
         RuntimeError: When weights cannot be fetched.
@@ -215,7 +215,7 @@ def _torchvision(
 
 
 def _fetched(name: str, pretrained: bool, host: str, create: Callable[[], nn.Module]) -> nn.Module:
-    """Make a model, with weights from a cache or the network; at once without a network."""
+    """Make a model, with weights from a cache or the network; without a network, fail at once."""
     if not pretrained:
         return create()
     try:
@@ -230,7 +230,7 @@ def _fetched(name: str, pretrained: bool, host: str, create: Callable[[], nn.Mod
 
 
 def _answers(url: str) -> bool:
-    """Whether a host answers at all, be it by an error, through the proxies that are set."""
+    """Whether a host answers at all, even by an error, through the proxies that are set."""
     try:
         request = urllib.request.Request(url, method="HEAD")
         with urllib.request.urlopen(request, timeout=PATIENCE_S):
@@ -243,7 +243,7 @@ def _answers(url: str) -> bool:
 
 @contextmanager
 def _offline(offline: bool) -> Iterator[None]:
-    """Let libraries look into their caches only, and not try the network for a minute."""
+    """Let libraries read their caches only, instead of trying the network for a minute."""
     before = _HUB.HF_HUB_OFFLINE, socket.getdefaulttimeout()
     if offline:
         _HUB.HF_HUB_OFFLINE = True

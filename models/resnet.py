@@ -24,7 +24,7 @@ class Normalize(nn.Module):
     """
 
     mean: Tensor  # (1, C, 1, 1)
-    std: Tensor
+    std: Tensor  # (1, C, 1, 1)
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()

@@ -5,8 +5,8 @@ same two for ``test``, or a folder that torchvision's ``CIFAR10`` reads. A check
 after every epoch into ``--work``; the same command goes on from it, and since every epoch draws
 from a generator seeded by (seed, epoch), an interrupted training ends where an uninterrupted one
 would. At the end the weights, the source artefacts and the training log go to
-``models/weights/NAME``. The test images are only looked at to report accuracy; no epoch is chosen
-by them.
+``models/weights/NAME``. The test images are used to report accuracy only; no epoch is chosen by
+them.
 """
 
 from __future__ import annotations
@@ -197,7 +197,7 @@ def train(name: str, data: dict[str, Tensor], work: Path, epochs: int | None, se
 def _one_cycle(
     optimizer: torch.optim.Optimizer, recipe: Recipe, cycle: tuple[int, float], steps: int
 ) -> torch.optim.lr_scheduler.OneCycleLR:
-    """The learning rate over one cycle of (epochs, peak): up, then down to nothing."""
+    """Schedule the learning rate over one cycle of (epochs, peak): up, then down to almost 0."""
     return torch.optim.lr_scheduler.OneCycleLR(
         optimizer,
         cycle[1],

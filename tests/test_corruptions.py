@@ -153,7 +153,7 @@ def test_counting_busy_cores_sees_another_process():
     try:
         seen = 0
         for _ in range(100):
-            chunks._looked["at"] = -1.0
+            chunks._load["at"] = -1.0
             seen = max(seen, chunks._busy_cores())
             time.sleep(0.02)
             if seen:

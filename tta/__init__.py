@@ -52,7 +52,7 @@ install_old_names()
 
 
 def __getattr__(name: str) -> Any:
-    """Rooms that ``import tta`` does not load, and modules under old names."""
+    """Import subpackages on first use, and modules under their old names."""
     if name in LAZY or f"tta.{name}" in {*MOVED, *FORMER}:
         return import_module(f"tta.{name}")
     raise AttributeError(f"module 'tta' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""Modules of version 0.1 under their old names, with a DeprecationWarning; gone after 0.2.
+"""Modules of version 0.1 under their old names, with a DeprecationWarning; dropped after 0.2.
 
 ``from tta.losses import entropy`` and ``tta.parallel.split_batches`` go on working. A finder at the
 end of ``sys.meta_path`` answers for these names alone, so that no file of an old name is left.
@@ -38,7 +38,7 @@ MOVED = {
     "tta.state": "tta.saving",
     "tta.teachers": "tta.parts.teachers",
 }
-# What one module held and several do now.
+# Names of a former module that are in several modules now.
 SLOTS = {
     "Component": "tta.core.component",
     "Context": "tta.core.component",

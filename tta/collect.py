@@ -1,4 +1,4 @@
-"""``collect_source``: what methods need of the training data, computed once."""
+"""``collect_source``: what methods need from the training data, computed once."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def collect_source(
     for_methods: list[str] | str,
     **wrap_arguments: Any,
 ) -> SourceStatistics:
-    """Compute the artefacts that methods need, from source batches, and leave the model alone.
+    """Compute the artefacts that methods need from source batches; the model stays as it is.
 
     Args:
         model: The classifier, as it will be wrapped.
@@ -37,8 +37,7 @@ def collect_source(
         ``loader`` as their ``batches``, which it goes on reading and which are not saved.
 
     Raises:
-        TypeError: When ``loader`` is not iterable, or ``for_methods`` holds something else than
-            names.
+        TypeError: When ``loader`` is not iterable, or ``for_methods`` holds anything but names.
         ValueError: For an unknown method, none at all, or batches that do not fit the model.
     """
     if wrap_arguments.get("mean") is None and wrap_arguments.get("std") is None:

@@ -1,7 +1,8 @@
 """Adapters on disk: ``save(adapter, folder)`` and ``load(model, folder)``.
 
-A folder holds ``config.json`` (the adapter's config and what the model was) and
-``adapter.safetensors`` (state and constants). No pickle, and no source data needed to resume.
+A folder holds ``config.json`` (the adapter's config and a description of the model) and
+``adapter.safetensors`` (state and constants). Nothing is pickled, and no source data is needed to
+resume.
 """
 
 from __future__ import annotations
@@ -37,9 +38,14 @@ CONFIG, TENSORS = "config.json", "adapter.safetensors"
 def save(adapter: Adapter, folder: str | Path) -> None:
     """Write an adapter's config, state and constants into ``folder``.
 
-    Both files are written beside their place first and then moved there, one after the other, and
-    each knows which other it belongs to: wherever the process dies, :func:`load` finds the former
-    pair whole or the new one. Several processes may save to one folder; the last one stays.
+    Both files are first written under other names and then moved into place, one after the other,
+    and each names the other that it belongs to. Wherever the process dies, :func:`load` finds
+    either the former pair or the new one, complete. Several processes may save to one folder; the
+    files of the last one stay.
+
+    Args:
+        adapter: The adapter, frozen or not.
+        folder: Made if it does not exist.
 
     Raises:
         TypeError: When ``adapter`` is not an Adapter, or ``folder`` no path.
@@ -69,7 +75,7 @@ def save(adapter: Adapter, folder: str | Path) -> None:
     metadata = {"pair": about["pair"], "checksum": _checksum(tensors)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # Between the two moves, the tensors belong to the config that still is a part: see `_read`.
+        # Between the two moves, the tensors belong to the config under its other name: see `_read`.
         with replacing_together(folder / TENSORS, folder / CONFIG) as (tensors_part, config_part):
             # Not `save_file`, which makes another file of that name, without lock and umask.
             tensors_part.write_bytes(to_bytes(tensors, metadata))
@@ -97,13 +103,16 @@ def load(
         source: As for :func:`tta.wrap`; only a method that replays source batches from a data
             loader asks for it (a list of batches is saved with the adapter).
         logits: As for :func:`tta.wrap`, where that was given a function, which no file holds.
-        features: Likewise, where it was given a module or a function.
+        features: As for :func:`tta.wrap`, where that was given a module or a function.
+
+    Returns:
+        The adapter, in the state in which it was saved.
 
     Raises:
         TypeError: When ``folder`` is no path.
         FileNotFoundError: When the folder holds no adapter.
-        ValueError: When a file in it is cut off or something else, or the adapter was made for
-            another model, or by a newer version.
+        ValueError: When a file in it is incomplete or of another kind, or the adapter was made for
+            another model or by a newer version.
     """
     folder = _folder(folder)
     about, parts = _read(folder)
@@ -192,7 +201,7 @@ class _NotTogetherError(ValueError):
 
 
 def _read_once(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
-    # A process that died between moving the tensors and moving their config left it as a part.
+    # A process that died after moving the tensors left their config under its other name.
     config = folder / CONFIG
     places = [path for path in (*leftovers_of(config), config) if path.is_file()]
     if not places or not (folder / TENSORS).is_file():

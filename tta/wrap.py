@@ -48,33 +48,35 @@ def wrap(
         model: Any classifier that takes a batch and returns logits (B, C). A compiled one runs
             without its graphs where features are read.
         recipe: A component name or ``"name.preset"`` (an update brings its default norm and output
-            rules), a config, or a whole ``AdapterConfig``. A bare name means the ImageNet preset.
+            rules), a component's config, or an ``AdapterConfig``. A bare name means the ImageNet
+            preset.
         norm: Replaces the norm slot: a name, a config, or "source" for running statistics.
-        update: Replaces the update slot, likewise.
-        output: Replaces the output slot, likewise; "source" for the plain logits.
-        source: Source batches ``(images, labels)`` or a :class:`tta.SourceStatistics`, for
-            methods that need something of the training data.
-        batch_size: What the stream will have; learning rates are scaled for it once, unless
-            given explicitly.
+        update: Replaces the update slot: a name, a config, or "source" for no update.
+        output: Replaces the output slot: a name, a config, or "source" for the plain logits.
+        source: Source batches ``(images, labels)`` or a :class:`tta.SourceStatistics`, for methods
+            that need something from the training data.
+        batch_size: Batch size of the stream; learning rates are scaled for it once, unless given
+            explicitly.
         seed: Seeds the adapter's own generator; the global one is never touched.
         mean: Channel means that turn pixels in [0, 1] into what the model takes, for methods
             that augment; 0 says that it takes raw pixels.
-        std: Channel standard deviations, likewise; 1 for raw pixels. Without both, timm's
-            ``pretrained_cfg`` is read.
+        std: Channel standard deviations, given together with ``mean``; 1 for raw pixels. Without
+            both, timm's ``pretrained_cfg`` is read.
         augment: For methods that augment, instead of their own random views: ``images, index ->
             images`` on pixels in [0, 1], ``index`` counting calls since wrap (a reset does not
             rewind it). Not part of the config, nor saved.
-        restore_mask: For CoTTA and PETAL, instead of their own draws: ``parameter name, shape ->
-            bool tensor``, True = back to source. Likewise.
+        restore_mask: For CoTTA and PETAL, instead of their own draws:
+            ``parameter name, shape -> bool tensor``, True = back to source. Not part of the config,
+            nor saved.
         logits: How to take logits (B, C) out of what the model returns: a key or the name of an
             attribute, an index, or a function. Not needed for a tensor, or for something with
-            ``logits`` by that name. The adapter returns what the model returns, with its logits
-            replaced.
-        num_classes: C, for heads that are no linear layer.
+            ``logits`` as a key or an attribute. The adapter returns what the model returns, with
+            its logits replaced.
+        num_classes: Number of classes C, for heads that are no linear layer.
         features: For such heads, where methods read features: the name of the module that they go
             into, that module, or a function ``model, images -> (B, D)``.
-        activation: What the logits are for; "sigmoid", of models whose classes do not exclude each
-            other, goes with norm rules alone.
+        activation: What the logits are for: "softmax", or "sigmoid" for models whose classes do not
+            exclude each other, which norm rules alone can adapt.
         **overrides: Fields of the chosen components.
 
     Returns:

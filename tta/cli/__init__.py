@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; None for those of this process.
 
     Returns:
-        0 when all went well, 2 for a mistake in the arguments, which is said in one sentence.
+        0 when all went well, 2 for a mistake in the arguments, which is printed in one sentence.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     args = _parse(arguments)

@@ -1,4 +1,4 @@
-"""The adapter: a model, what fills its slots, and what a user does with both."""
+"""The adapter: a model, the components in its slots, and the methods that users call."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tta.core.update import Update
 __all__ = ["Adapter"]
 
 OVERFLOW = "features that overflow"
-LARGE = 1e15  # pixels from which on the variance of features may overflow
+LARGE = 1e15  # pixel values above this may make the variance of features overflow
 
 
 class Adapter(nn.Module):
@@ -72,9 +72,9 @@ class Adapter(nn.Module):
         """Predict a batch, and learn from it unless frozen.
 
         Args:
-            *args: What the model takes: first the images, usually (B, 3, H, W), then whatever else.
-            **kwargs: Likewise; the images too may be given by the name of the model's first
-                parameter.
+            *args: The model's positional arguments: first the images, usually (B, 3, H, W).
+            **kwargs: The model's keyword arguments. The images may be among them, under the name of
+                the model's first parameter.
 
         Returns:
             What the model returns, with logits (B, C) in place of its own, without gradient. Rows
@@ -98,7 +98,7 @@ class Adapter(nn.Module):
             x = x.clone() if images.is_inference() else x
             floating = x.is_floating_point()
             self._seen, self._rejected = len(x), 0
-            # One cheap pass tells whether anything is wrong; only then look at every row.
+            # One cheap reduction shows whether any pixel is bad; only then is every row checked.
             peak = float(torch.linalg.vector_norm(x.detach(), torch.inf)) if floating else 0.0
             if not math.isfinite(peak):
                 good = torch.isfinite(x).flatten(1).all(1)
@@ -119,12 +119,12 @@ class Adapter(nn.Module):
         self._set_learning(False)
 
     def unfreeze(self) -> None:
-        """Go on learning."""
+        """Resume learning after :meth:`freeze`."""
         self._set_learning(True)
 
     @contextmanager
     def frozen(self) -> Iterator[Adapter]:
-        """Freeze within a ``with`` block."""
+        """Freeze within a ``with`` block, and restore what was before at its end."""
         before = self._learning
         self._set_learning(False)
         try:
@@ -149,14 +149,14 @@ class Adapter(nn.Module):
             state: Tensors by the names that :meth:`state` uses; ``update/student.<name>`` is
                 another name for ``param/<name>``.
             as_source: Also make these values the ones that :meth:`reset` restores.
-            allow_nonfinite: Take NaN and infinity too, where they do not mean that there is no
-                value yet.
+            allow_nonfinite: Whether to take NaN and infinity even where they do not stand for a
+                missing value.
 
         Raises:
             TypeError: When ``state`` is no dict.
             ValueError: For a name or a shape that this adapter does not have, values that cannot
-                be, or a state that :meth:`state` made for another method or other weights; nothing
-                is copied.
+                occur, or a state that :meth:`state` made for another method or other weights;
+                nothing is copied.
         """
         self._held("has no state")
         if not isinstance(state, Mapping):
@@ -175,19 +175,19 @@ class Adapter(nn.Module):
         return self._state.constants()
 
     def unwrap(self, keep: bool | str = False) -> nn.Module:
-        """Give the caller's model back, as it was or with what was learned.
+        """Return the caller's model, as it was or with what was learned.
 
         The adapter cannot be used afterwards.
 
         Args:
-            keep: False for the model as it was: weights, modules, flags, key order, bit for bit.
-                True writes what was learned into it: parameters, buffers of its own, and statistics
-                of norm rules that a plain BatchNorm can hold. "parameters" writes the parameters
+            keep: False gives weights, modules, flags and key order as they were, bit for bit. True
+                writes what was learned into it: parameters, buffers of its own, and statistics of
+                norm rules that a plain BatchNorm can hold. "parameters" writes the parameters
                 whatever the other slots are, and warns that the source statistics go with them.
 
         Raises:
-            ValueError: When ``keep`` is True and a rule cannot be written into a model; nothing has
-                changed then.
+            ValueError: When ``keep`` is none of these values, or is True and a rule cannot be
+                written into a model; nothing has changed then.
             RuntimeError: When the model was given back before.
         """
         network = self._held("gave its model back before")
@@ -218,21 +218,22 @@ class Adapter(nn.Module):
         return model
 
     def get_extra_state(self) -> dict[str, Any]:
-        """What ``state_dict`` holds beside tensors of modules: everything of :meth:`state`."""
+        """Return what ``state_dict`` holds besides the modules' tensors: state and fingerprint."""
         return {"fingerprint": self.fingerprint, "state": dict(self.state())}
 
     def set_extra_state(self, state: Any) -> None:
-        """Go on from what :meth:`get_extra_state` gave."""
+        """Restore what :meth:`get_extra_state` returned."""
         check_origin(state["fingerprint"], self._state.fingerprint)
         self.load_state(state["state"])
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """Go on from a ``state_dict`` of an adapter like this one.
+        """Restore the ``state_dict`` of an adapter like this one; it is always checked strictly.
 
         Raises:
-            ValueError: For the state dict of a plain model, or of another adapter.
+            ValueError: For the state dict of a plain model or of another adapter, or for
+                ``assign=True``.
         """
         if "_extra_state" not in state_dict:
             raise ValueError(
@@ -266,7 +267,7 @@ class Adapter(nn.Module):
     def parameters_adapted(self) -> dict[str, nn.Parameter]:
         """The parameters that move, by their name in the caller's model.
 
-        A method that leaves layers out by position knows which after the first batch.
+        A method that leaves layers out by position knows these only after the first batch.
         """
         if self.update is None:
             return {}
@@ -280,7 +281,7 @@ class Adapter(nn.Module):
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """Which method on which source weights this is; states of others are refused."""
+        """The method and a checksum of the source weights; a state with others is refused."""
         return dict(self._state.fingerprint)
 
     @property
@@ -290,11 +291,11 @@ class Adapter(nn.Module):
 
     @property
     def session(self) -> Session:
-        """What the parts share while they serve; it belongs to whatever runs adapters."""
+        """What the adapter's parts share while it serves, for :mod:`tta.runtime`."""
         return self.network.session
 
     def train(self, mode: bool = True) -> Adapter:
-        """Change nothing but the flag: adaptation is paused by :meth:`freeze`, not by ``eval``."""
+        """Set the flag and nothing else: :meth:`freeze` pauses adaptation, ``eval`` does not."""
         self.training = mode
         return self
 
@@ -318,13 +319,13 @@ class Adapter(nn.Module):
     # How it works ---------------------------------------------------------------------------
 
     def begin(self) -> Adapter:
-        """What there is now is what :meth:`reset` restores; called at the end of ``wrap``."""
+        """Make the present state what :meth:`reset` restores; ``wrap`` calls this at its end."""
         self._state.mark_reset_point()
         self.session.serving = True
         return self
 
     def _held(self, problem: str) -> Backbone:
-        """The network, unless it was given back."""
+        """Return the network, or raise ``RuntimeError`` if the model was given back."""
         if self._network is None:
             raise RuntimeError(f"this adapter was unwrapped and {problem}: wrap the model again.")
         return self._network
@@ -332,7 +333,7 @@ class Adapter(nn.Module):
     def _images(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
-        """The images, and what else the model is to get."""
+        """Split the arguments into the images and the model's other arguments."""
         if args:
             return args[0], args[1:], kwargs
         parameters = list(signature(self.model.forward).parameters.values())
@@ -366,9 +367,9 @@ class Adapter(nn.Module):
     def _attempt(self, x: Tensor, follow: bool) -> Tensor:
         """Predict and learn.
 
-        Where this raises, norm rules, the model's own buffers and the generator are as before.
-        Updates change what is theirs after their passes; one with several steps or passes keeps
-        what came of the first.
+        When this raises, norm rules, the model's own buffers and the generator are put back.
+        Nothing else has changed, since an update changes its own tensors after its passes only; but
+        one with several steps or passes keeps what the earlier ones changed.
         """
         network = self.network
         rules = [w.rule for w in self._wrappers.values()] if self._learning else []
@@ -395,13 +396,13 @@ class Adapter(nn.Module):
         return logits
 
     def _forget(self, before: Mapping[str, Tensor]) -> None:
-        """Put the model's own buffers back, those too that moved for the first time."""
+        """Put the model's own buffers back, including those that moved for the first time."""
         found = self._state.notice_model_buffers()
         starts = {name: self.network.buffers.start_of(name) for name in found}
         self.network.buffers.put_back({**before, **starts})
 
     def _predict(self, x: Tensor, follow: bool) -> Tensor:
-        forget_casts(x.device.type)  # whoever filled the cache may have done so without gradient
+        forget_casts(x.device.type)  # the cache may have been filled under no_grad
         if self.update is not None and self._learning:
             with torch.enable_grad():
                 prediction = self.update.learn(x)
@@ -436,7 +437,7 @@ class Adapter(nn.Module):
 
     @contextmanager
     def _weights_at_rest(self) -> Iterator[None]:
-        """No gradient to weights, so that a backward pass of the caller leaves none behind."""
+        """Switch off gradients of weights, so that the caller's backward pass leaves none."""
         trained = [p for p in self._context.parameters.values() if p.requires_grad]
         for p in trained:
             p.requires_grad_(False)
@@ -448,7 +449,7 @@ class Adapter(nn.Module):
                 p.requires_grad_(True)
 
     def _answer(self, logits: Tensor, rows: Tensor | None) -> Any:
-        """What the model returned in its last pass, with these logits."""
+        """Return what the model returned in its last pass, with these logits in it."""
         result = self.network.result
         return logits if result is None else self.network.reader.replace(result, logits, rows)
 
@@ -491,7 +492,7 @@ class Adapter(nn.Module):
         return self
 
     def __getattr__(self, name: str) -> Any:
-        """Facts of the model, such as ``pretrained_cfg``, are read as if it were not wrapped."""
+        """Read attributes of the model, such as ``pretrained_cfg``, as if it were not wrapped."""
         try:
             return super().__getattr__(name)
         except AttributeError:

@@ -1,4 +1,4 @@
-"""What ``torch.autocast`` remembers of weights that have changed since."""
+"""The cache of ``torch.autocast``, which keeps weights that have changed since."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The wrapped model as methods see it: a function from images to logits and features.
 
-Features are what the classifier (:mod:`tta.core.head`) is fed, averaged over space where it is a
-convolution; they are read by a hook, so that no model has to be split.
+Features are the input of the classifier (:mod:`tta.core.head`), averaged over space where that is a
+convolution. A hook reads them, so that no model has to be split.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ __all__ = ["Backbone", "ImagesRefusedError", "RowsOverflowError"]
 
 ENOUGH_VALUES = 8  # logits that must lie in [0, 1] before they are taken for probabilities
 
+# All names of each tensor in the model, and the tensors to use under these names.
 Weights = tuple[Sequence[list[str]], Sequence[Tensor]]
 
 
@@ -43,11 +44,11 @@ class ImagesRefusedError(ValueError):
 
 
 class KindRefusedError(TypeError):
-    """The model raised on whole numbers, which only some models take."""
+    """The model raised on integer images (uint8), which only some models take."""
 
 
 class RowsOverflowError(ArithmeticError):
-    """Logits of some images are no numbers, though their pixels are.
+    """Logits of some images are NaN or infinite, although their pixels are finite.
 
     Args:
         rows: Mask (B,) of these images.
@@ -84,13 +85,13 @@ class Backbone:
 
     Args:
         model: A classifier in eval mode, with its norm layers wrapped.
-        head: Where it makes logits.
+        head: Where the model makes its logits.
         features: Whether predictions carry features.
         session: Shared with the adapter.
         reader: Takes logits out of what the model returns.
         masters: The trained parameters.
-        buffers: Of the model, that it changes itself.
-        softmax: Whether the logits are those of a softmax.
+        buffers: The buffers that the model itself changes.
+        softmax: Whether the logits are meant for a softmax, rather than a sigmoid.
     """
 
     def __init__(
@@ -112,12 +113,12 @@ class Backbone:
         self.masters = masters
         self.buffers = buffers
         self.guard = InputGuard()
-        self.result: Any = None  # of the last pass, as the model returned it
+        self.result: Any = None  # what the model returned in its last pass
         self.wrappers = [m for m in model.modules() if isinstance(m, AdaptiveNorm)]
         self.entry = first_layer(model)
         self._arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
-        self._first_pass = False  # of a call
-        self._scale_unknown = softmax  # until logits are seen that are no probabilities
+        self._first_pass = False  # whether the next pass is the first of a call
+        self._scale_unknown = softmax  # True until logits are seen that are no probabilities
         self._handles: list[Any] = []
         self._order_hooks: list[Any] = []
         self._order: list[str] = []
@@ -149,19 +150,23 @@ class Backbone:
         return self.head.module
 
     def names(self, tensors: Iterable[Tensor]) -> list[list[str]]:
-        """Names in the model as it is now, with norm layers inside their wrappers."""
+        """All names of each tensor in the model as it is now, with norm layers inside wrappers."""
         return functional.names(self.model, self.masters.in_model(tensors))
 
     def __call__(self, x: Tensor, weights: Weights | None = None) -> Prediction:
         """One forward pass.
 
         Args:
-            x: What the model takes.
-            weights: What :meth:`names` returned, and the tensors that are used there.
+            x: Images (B, ...), as the model takes them.
+            weights: What :meth:`names` returned, and the tensors to use under these names; None for
+                the model's own.
+
+        Returns:
+            Logits (B, C), and features (B, D) if predictions carry any.
 
         Raises:
             ImagesRefusedError: When the model raised and the shape of ``x`` is the reason.
-            RowsOverflowError: When logits of some images are no numbers.
+            RowsOverflowError: When logits of some images are NaN or infinite.
         """
         ranks = self.session.ranks
         if ranks is None or ranks.size == 1 or len(x) < ranks.size:
@@ -174,7 +179,7 @@ class Backbone:
         return Prediction(split.collect(own.logits), features)
 
     def _shared(self, split: Split, weights: Weights | None) -> Weights:
-        """``weights``, and all that is trained, with gradients that are summed over ranks."""
+        """Add all trained tensors to ``weights``, with gradients that are summed over ranks."""
         places, values = ([], []) if weights is None else weights
         given = {name for names in places for name in names}
         own = [p for p in self.model.parameters() if p.requires_grad]
@@ -224,7 +229,7 @@ class Backbone:
         return Prediction(logits, features)
 
     def _tensors(self, weights: Weights | None) -> dict[str, Tensor]:
-        """What takes the place of the model's own tensors, by name in what is called."""
+        """The tensors that stand in for the model's own, by name in the module that is called."""
         found = {} if weights is None else functional.named(*weights)
         for names, master, dtype in self._master_places:
             for name in names:
@@ -245,7 +250,7 @@ class Backbone:
             )
 
     def _check_values(self, x: Tensor, logits: Tensor) -> None:
-        """Look for rows that are no numbers, and for probabilities in place of logits."""
+        """Find rows with NaN or infinite logits, and probabilities in place of logits."""
         total = float(logits.float().sum())
         if total != total or total == float("inf"):
             rows = (logits.isnan() | (logits == float("inf"))).any(1)
@@ -277,18 +282,18 @@ class Backbone:
 
     @torch.no_grad()
     def overflowing(self, x: Tensor) -> Tensor:
-        """Which images (B,) make the statistics of the whole batch overflow.
+        """Find the images (B,) that make the batch statistics overflow.
 
-        Under the source statistics no image changes what the model makes of another one.
+        The pass uses the source statistics, under which no image affects another.
         """
         rows = torch.zeros(len(x), dtype=torch.bool, device=x.device)
 
-        def look(values: Tensor, base: Any) -> Tensor:
+        def note_overflow(values: Tensor, base: Any) -> Tensor:
             rows.logical_or_(~values.float().square().flatten(1).sum(1).isfinite())
             return normalize_by_source(values, base)
 
         args, kwargs = self._arguments
-        with with_statistics(self.wrappers, look):
+        with with_statistics(self.wrappers, note_overflow):
             result = functional.call(self._callee, self._tensors(None), x.clone(), *args, **kwargs)
         if self.feature_hook is not None:
             self.feature_hook.value = None
@@ -297,7 +302,7 @@ class Backbone:
 
     @contextmanager
     def call(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """One call of the adapter, whose passes get these arguments of the model beside images."""
+        """Open one call of the adapter, in whose passes the model gets these further arguments."""
         self._arguments, self._first_pass = (args, kwargs), True
         for wrapper in self.wrappers:
             wrapper.passes.clear()
@@ -309,11 +314,11 @@ class Backbone:
                 wrapper.passes.clear()
 
     def check(self, x: Any) -> None:
-        """Refuse what is no batch of images in the model's dtype, before anything has changed.
+        """Refuse what is no batch of images in the model's dtype, before anything changes.
 
         Raises:
-            TypeError: Not a floating-point tensor of the model's dtype.
-            ValueError: No batch axis, or an empty batch.
+            TypeError: When ``x`` is no dense tensor of the model's dtype or of uint8.
+            ValueError: When ``x`` has no batch axis or holds no image.
         """
         if not isinstance(x, Tensor):
             raise TypeError(f"`images` must be a tensor, got {type(x).__name__}: pass a batch.")
@@ -350,10 +355,10 @@ class Backbone:
     def refusal(
         self, error: BaseException, x: Tensor
     ) -> ImagesRefusedError | KindRefusedError | None:
-        """What to raise in place of ``error``, which came of ``x``, if the shape may be why.
+        """Return what to raise in place of ``error`` if shape or dtype of ``x`` may be its cause.
 
-        The first layer is taken for what images meet. Models that rearrange or repeat pixels
-        before it accept other shapes, so this is no ground to refuse a batch beforehand.
+        The shape is compared with what the first layer takes. Models that rearrange or repeat
+        pixels before that layer accept other shapes, so a batch is not refused beforehand.
         """
         final = (ImagesRefusedError, KindRefusedError, RowsOverflowError, torch.OutOfMemoryError)
         reason = self._misfit(x)
@@ -367,7 +372,7 @@ class Backbone:
         return ImagesRefusedError(reason)
 
     def _misfit(self, x: Tensor) -> str | None:
-        """What of the shape of ``x`` the first layer does not take, if anything."""
+        """Say why the first layer cannot take the shape of ``x``; None where it can."""
         entry, shape = self.entry, tuple(x.shape)
         if isinstance(entry, nn.Linear):
             if shape[-1] == entry.in_features:
@@ -393,26 +398,26 @@ class Backbone:
         return None
 
     def _warn_of_small_batch(self) -> None:
-        """Before anything is learned from the batch, as the caller may make warnings errors."""
+        """Warn before anything is learned from the batch, as warnings may be turned into errors."""
         for wrapper in self.wrappers:
             if wrapper.rule.fell_back:
                 self.session.warn_once("small", few_images_advice(wrapper.rule.name))
                 return
 
     def convert(self, fn: Any) -> None:
-        """Follow a model that was moved to another device or dtype by ``fn``."""
+        """Apply ``fn``, which moved the model to another device or dtype, to what goes with it."""
         self.buffers.convert(fn)
         for master, _ in self.masters.pairs:
             master.data = fn(master.data).float()
 
     def watch_calls(self, names: Iterable[str]) -> None:
-        """Note, from now on, in which order the named layers are called."""
+        """Record, from now on, the order in which the named layers are first called."""
         for name in names:
             hook = _CallOrderHook(name, self._order)
             self._order_hooks.append(self.model.get_submodule(name).register_forward_pre_hook(hook))
 
     def call_order(self) -> list[str]:
-        """The watched layers in the order of their first call, those never called left out.
+        """Return the watched layers that were called, in the order of their first call.
 
         Watching ends here.
         """
@@ -429,10 +434,11 @@ class Backbone:
 
 
 def _pooled(features: Tensor, classifier: nn.Module | None) -> Tensor:
-    """(B, D) of what a classifier was fed: (B, ..., D) to a linear layer, else mostly (B, D, ...).
+    """Average the input of a classifier over all axes but batch and channels, to (B, D).
 
-    A classifier that makes logits at every place is averaged after it; being linear, it may as
-    well be averaged before.
+    Channels come last, (B, ..., D), for a linear layer, and mostly second, (B, D, ...), otherwise.
+    Some models make logits at every place and average these; as their classifier is linear, the
+    average may as well come before it.
     """
     if features.ndim == 2:
         return features
@@ -444,7 +450,7 @@ def _pooled(features: Tensor, classifier: nn.Module | None) -> Tensor:
 
 
 def _width(classifier: nn.Module | None, features: Tensor) -> int:
-    """What a classifier says that it takes; else channels of maps, or the last axis of tokens."""
+    """Features that a classifier declares; else the channels of maps or the last axis of tokens."""
     try:
         return size_in(classifier) if classifier is not None else -1
     except ValueError:

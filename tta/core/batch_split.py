@@ -15,14 +15,14 @@ from torch import Tensor
 
 __all__ = ["Ranks", "Split", "current_split"]
 
-CLOSE = 1e-5  # relative difference of sums over pixels that two kinds of device may come to
+CLOSE = 1e-5  # largest relative difference of sums over pixels between two kinds of device
 
 
 class Ranks:
     """The processes of a group, and what crosses between them.
 
     Args:
-        group: Of ``torch.distributed``.
+        group: A process group of ``torch.distributed``.
     """
 
     def __init__(self, group: Any) -> None:
@@ -36,11 +36,11 @@ class Ranks:
             )
 
     def __deepcopy__(self, memo: Any) -> Ranks:
-        """A copied adapter has the same ranks."""
+        """Return this object, since a copied adapter has the same ranks."""
         return self
 
     def __reduce__(self) -> Any:
-        """A pickled adapter is one of a single process: a group is nothing to be sent."""
+        """Pickle as None, since a process group cannot be sent to another process."""
         return type(None), ()
 
     def check_same(self, what: Any, message: str) -> None:
@@ -51,7 +51,7 @@ class Ranks:
             raise ValueError(message)
 
     def check_batch(self, x: Tensor) -> None:
-        """Refuse batches that differ, as where every rank was given a share of its own."""
+        """Refuse batches that differ between ranks, such as shares of one batch."""
         pixels = x.detach().float().nan_to_num(0.0, 0.0, 0.0)
         # Sums of rows and of columns, each with a weight of its own, so that order counts.
         sums = [pixels.flatten(1).sum(1).double(), pixels.flatten(0, -2).sum(0).double()]
@@ -72,7 +72,7 @@ class Ranks:
 
     @contextmanager
     def splitting(self, rows: int) -> Iterator[Split]:
-        """A pass in which this rank has its share of a batch of so many rows."""
+        """Open a pass in which this rank runs its share of a batch of ``rows`` rows."""
         before, _going_on.split = current_split(), Split(self, rows)
         try:
             yield _going_on.split
@@ -85,8 +85,8 @@ class Split:
     """A batch of which every rank has a share, in order.
 
     Args:
-        ranks: Who shares it.
-        rows: Of the whole batch, at least one a rank.
+        ranks: The processes that share it.
+        rows: Rows of the whole batch, at least one for each rank.
     """
 
     ranks: Ranks
@@ -105,20 +105,20 @@ class Split:
         return slice(start, start + self.sizes[self.ranks.rank])
 
     def gather(self, x: Tensor) -> Tensor:
-        """All rows (B, ...) of what this rank has some of, for what differs between ranks.
+        """Gather all rows (B, ...), where later computation differs between ranks.
 
-        The gradient of a row is the sum over what every rank made of it.
+        The gradient of a row is the sum of its gradients on all ranks.
         """
         result: Any = _Gather.apply(x, self, True)
         return result
 
     def collect(self, x: Tensor) -> Tensor:
-        """All rows (B, ...), for what is the same on every rank from here on (a loss)."""
+        """Gather all rows (B, ...), where later computation is the same on every rank (a loss)."""
         result: Any = _Gather.apply(x, self, False)
         return result
 
     def share(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The tensors themselves, whose gradients are the sums over all ranks."""
+        """Return the tensors, with gradients that are summed over all ranks."""
         return list(_Share.apply(self, *tensors)) if tensors else []
 
 
@@ -126,7 +126,7 @@ _going_on = threading.local()  # each thread has passes of its own
 
 
 def current_split() -> Split | None:
-    """The split of the pass that is going on, for norm rules; None where rows are all here."""
+    """The split of the current pass, for norm rules; None where this process has all rows."""
     return getattr(_going_on, "split", None)
 
 
@@ -140,7 +140,7 @@ class _Gather(torch.autograd.Function):
                 f"`model` must keep one row for each image where batches are split over ranks, got "
                 f"{len(x)} rows of {sizes[split.ranks.rank]} images: run it in one process."
             )
-        # All ranks must send as much; shares differ by one row at most.
+        # All ranks must send equally many rows; shares differ by one row at most.
         padded = x.new_zeros(max(sizes), *x.shape[1:])
         padded[: len(x)] = x
         found = [torch.empty_like(padded) for _ in sizes]
@@ -165,7 +165,7 @@ class _Share(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        # One message for all. A rank in whose rows a parameter has no part sends zeros.
+        # One message carries all gradients. A rank whose rows do not use a parameter sends zeros.
         filled = [
             torch.zeros(shape, dtype=dtype, device=device) if g is None else g
             for g, (shape, dtype, device) in zip(gradients, ctx.shapes, strict=True)

@@ -46,13 +46,13 @@ __all__ = ["Injected", "build"]
 
 @dataclass(frozen=True, kw_only=True)
 class Injected:
-    """Functions and modules of the caller, which are no part of the config.
+    """Functions and modules of the caller, which are not part of the config.
 
     Args:
-        augment: In place of an update's own draws of views.
-        restore_mask: In place of its draws of masks.
+        augment: Makes views, in place of an update's own random ones.
+        restore_mask: Makes masks, in place of an update's own random ones.
         logits: Takes logits out of what the model returns.
-        features: The module that they go into, or a function of model and images.
+        features: The module that features go into, or a function of model and images.
     """
 
     augment: Callable[[Tensor, int], Tensor] | None = None
@@ -95,10 +95,17 @@ def build(
 
     Args:
         model: The classifier.
-        config: All slots, with every figure decided.
+        config: All slots, with every value decided.
         source: As for :func:`tta.wrap`.
-        injected: Functions in place of draws.
-        constants: What a saved adapter had; when given, nothing is computed from source data.
+        injected: Functions and modules of the caller.
+        constants: Those of a saved adapter; when given, nothing is computed from source data.
+
+    Returns:
+        The adapter, ready to serve.
+
+    Raises:
+        TypeError: When an argument is of the wrong kind.
+        ValueError: When config, source or constants do not fit the model, which stays as it was.
     """
     check_model(model)
     injected = Injected() if injected is None else injected
@@ -119,12 +126,12 @@ def build(
 
 
 def _assemble(model: nn.Module, config: AdapterConfig, injected: Injected) -> Adapter:
-    """Model, components and adapter, put together; nothing of the source is known yet."""
+    """Put model, components and adapter together, before anything of the source is known."""
     reader = LogitsReader(injected.logits if config.logits == GIVEN else config.logits)
     features = injected.features if config.features == GIVEN else config.features
     head = find_head(model, reader, config.num_classes, features)
     masters = Masters(_trained(model, config.update))
-    buffers = ModelBuffers(model, reader, _set_aside(model, config))
+    buffers = ModelBuffers(model, reader, _replaced_layers(model, config))
     context = _context(model, config, head, masters, buffers, injected)
     output = None if config.output is None else _component(Output, config.output, context)
     session = Session()
@@ -152,8 +159,8 @@ def _assemble(model: nn.Module, config: AdapterConfig, injected: Injected) -> Ad
         raise
 
 
-def _set_aside(model: nn.Module, config: AdapterConfig) -> set[int]:
-    """Norm layers that a rule stands in for, whose own buffers therefore stay as they are."""
+def _replaced_layers(model: nn.Module, config: AdapterConfig) -> set[int]:
+    """Ids of the norm layers that a rule stands in for, whose own buffers never move."""
     layers = {} if config.norm is None else batch_norm_layers(model)
     return {id(layer) for layer in layers.values()}
 

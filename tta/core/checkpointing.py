@@ -8,7 +8,7 @@ import torch
 
 __all__ = ["is_recomputation", "may_be_recomputed"]
 
-_C: Any = torch._C  # torch has no public words for either
+_C: Any = torch._C  # torch has no public function for either
 
 
 def is_recomputation() -> bool:

@@ -27,12 +27,12 @@ __all__ = [
 
 
 def nearest(name: str, known: Iterable[str], limit: int = 40) -> str:
-    """The end of a sentence about a name that is not in `known`: the closest, then all.
+    """End a sentence about a name that is not in `known`: the closest name, then all.
 
     Args:
-        name: What came.
-        known: In the order to list them; a set is sorted.
-        limit: Of more names than this, only so many of the closest are listed.
+        name: The unknown name.
+        known: The known names, in the order to list them; a set is sorted.
+        limit: Largest number of names to list; of more names the closest are listed.
 
     >>> nearest("dirichlett", ["dirichlet", "mixed"])
     "did you mean 'dirichlet'? Known: dirichlet, mixed."
@@ -69,7 +69,7 @@ def number(
     below: bool = False,
     advice: str = "",
 ) -> float:
-    """Return `value` as a finite float in [low, high]; without low if `above`, high if `below`."""
+    """Return `value` as a finite float in [low, high]; `above` excludes low, `below` high."""
     expected = f"a number greater than {low:g}" if above else f"a number of at least {low:g}"
     if high < math.inf:
         expected += f" and {'below' if below else 'at most'} {high:g}"
@@ -134,7 +134,7 @@ def seed(name: str, value: Any) -> int:
 def channels(name: str, value: Any, *, above: float = -math.inf) -> tuple[float, ...]:
     """Return `value` as a tuple of finite floats above `above`, one for each channel or for all."""
     if getattr(value, "ndim", None) == 0 and not getattr(value, "is_meta", False):
-        value = value.item()  # of an array or a tensor
+        value = value.item()  # the number in an array or a tensor
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         value = (value,)
     expected = "a list of numbers, one for each channel, or one for all"

@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-# A dry run of a large network takes a second or more; the next wrap of the same one need not.
+# A dry run of a large network takes a second or more, so its result is kept for the next wrap.
 _FOUND: WeakKeyDictionary[nn.Module, tuple[tuple[int, ...], nn.Module]] = WeakKeyDictionary()
 PROBE_SIZES = (224, 32, 64, 28, 299)  # of the images that the dry run tries, in pixels
 
@@ -62,7 +62,7 @@ def find_classifier(model: nn.Module, reader: LogitsReader | None = None) -> nn.
         return linear[0]
     layers, found = tuple(map(id, candidates)), _FOUND.get(model)
     if found is None or found[0] != layers:
-        # Part of the model may say it, where a normaliser is around a timm model.
+        # A module inside may declare it, as where a normaliser is around a timm model.
         inside = (head for m in model.modules() if (head := _declared(m)) is not None)
         head = _called_last(model, candidates, reader) or next(inside, (linear or candidates)[-1])
         found = _FOUND[model] = (layers, head)
@@ -70,7 +70,7 @@ def find_classifier(model: nn.Module, reader: LogitsReader | None = None) -> nn.
 
 
 def _declared(model: nn.Module) -> nn.Module | None:
-    """What ``get_classifier()`` returns, if anything; of several heads, the first."""
+    """Return what ``get_classifier()`` returns, if anything; of several heads, the first."""
     get_classifier: Any = getattr(model, "get_classifier", None)
     head = get_classifier() if callable(get_classifier) else None
     if isinstance(head, nn.ModuleDict):
@@ -89,7 +89,7 @@ def feature_size(model: nn.Module) -> int:
     """Length of the features that the classifier takes, read off its first layer.
 
     Raises:
-        ValueError: When no layer of it says so.
+        ValueError: When no layer of the classifier declares it.
     """
     return size_in(find_classifier(model))
 
@@ -128,7 +128,7 @@ def _called_last(
 ) -> nn.Module | None:
     """The candidate called last in a dry run, of those whose size is that of the logits.
 
-    None where no dry run succeeds: control flow that depends on values has none.
+    It is None where no dry run succeeds, as with control flow that depends on values.
     """
     calls: list[nn.Module] = []
     handles = [
@@ -158,7 +158,7 @@ class DryRun:
     """What a pass on the ``meta`` device shows.
 
     Args:
-        logits: (2, C), which have a shape and no values; None where none were found.
+        logits: (2, C) on the ``meta`` device, a shape without values; None where none were found.
         moving: Names of the buffers that the model itself has changed.
     """
 
@@ -177,7 +177,8 @@ def dry_run(
         before: Called before every size of image that is tried.
 
     Returns:
-        What it shows, or None where none succeeds: control flow that depends on values has none.
+        What the pass shows; None where no size succeeds, as with control flow that depends on
+        values.
     """
     reader = LogitsReader() if reader is None else reader
     tensors = [*model.parameters(), *model.buffers()]
@@ -223,7 +224,7 @@ def _dtype(model: nn.Module) -> torch.dtype:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode, and afterwards every module in the mode it was in."""
+    """Put the model in eval mode, and afterwards every module back in the mode it was in."""
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""Models that hold graphs of ``torch.compile``, and hooks.
+"""Hooks on models that hold graphs of ``torch.compile``.
 
 A graph that was made before a hook was set, or for another network of the same class, is used
 again without calling the hook: torch guards graphs against most changes of a module, but by
@@ -24,9 +24,9 @@ _stance: Any = None
 
 @contextmanager
 def without_graphs(needed: bool = True) -> Iterator[None]:
-    """Run what is compiled as if it were not, in all threads until the last of them leaves.
+    """Run compiled code without its graphs, in all threads until the last of them leaves.
 
-    Within a compiled function that calls the adapter nothing can be switched, and nothing is.
+    Within a compiled function that calls the adapter, nothing can be switched, so nothing is.
     """
     global _inside, _stance
     if not needed or "torch._dynamo" not in sys.modules:  # then nothing has been compiled

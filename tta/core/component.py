@@ -1,4 +1,4 @@
-"""What all components are: a config, buffers that move or stay, and what they may know at wrap.
+"""The base of all components: a config, buffers that move or stay, and a context known at wrap.
 
 An adapter is ``output(update(x))`` with a norm rule inside the model. A component fills one slot:
 
@@ -35,18 +35,18 @@ class Context:
     num_classes: int  # C
     width: int | None = None  # D, length of the features; None where the classifier does not say
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)  # to be trained, by name
-    generator: torch.Generator = field(default_factory=torch.Generator)  # of all draws
-    batch_size: int | None = None  # what the caller said the stream has
+    generator: torch.Generator = field(default_factory=torch.Generator)  # makes all random draws
+    batch_size: int | None = None  # of the stream, if the caller said so
     narrow: bool = False  # whether a BatchNorm layer of the model has channels without variance
-    rows_independent: bool = False  # no image changes what the model says of another one
-    mean: tuple[float, ...] | None = None  # of the channels, if the caller said so
+    rows_independent: bool = False  # no image affects the logits of another
+    mean: tuple[float, ...] | None = None  # channel means, if the caller gave them
     std: tuple[float, ...] | None = None
-    augment: Callable[[Tensor, int], Tensor] | None = None  # instead of drawing views
-    restore_mask: Callable[[str, torch.Size], Tensor] | None = None  # instead of drawing masks
+    augment: Callable[[Tensor, int], Tensor] | None = None  # replaces random views
+    restore_mask: Callable[[str, torch.Size], Tensor] | None = None  # replaces random masks
 
     @property
     def log_classes(self) -> float:
-        """The largest entropy there is, ln C."""
+        """The largest entropy of C classes, ln C, in nats."""
         return math.log(self.num_classes)
 
     @property
@@ -66,23 +66,23 @@ class Context:
 
 
 class Component(nn.Module):
-    """Base of everything registered; see the slot classes for what to write."""
+    """Base of all components; the class of each slot says what a subclass must define."""
 
     slot: ClassVar[str] = ""
     name: ClassVar[str] = ""  # set by ``register``
     Config: ClassVar[type[ComponentConfig]] = ComponentConfig
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}  # fields by the name of a preset
     must_define: ClassVar[tuple[str, ...]] = ()  # methods that a component of the slot writes
-    empties_slots: ClassVar[bool] = False  # a name for the source model; no object is ever made
+    empties_slots: ClassVar[bool] = False  # stands for the source model; is never instantiated
     needs_features: ClassVar[bool] = False  # predictions must carry features
-    uses_labels: ClassVar[bool] = True  # those of source batches, where it takes any
+    uses_labels: ClassVar[bool] = True  # reads the labels of source batches
     replays_source: ClassVar[bool] = False  # goes on reading source batches while it adapts
     takes_softmax: ClassVar[bool] = True  # works on a softmax of the logits
-    writable: ClassVar[bool] = False  # a plain model can hold what it has come to
+    writable: ClassVar[bool] = False  # a plain model can hold what it has learned
     # Fields under which `collect_source` wraps the method, so that only artefacts are computed.
     artefact_fields: ClassVar[dict[str, Any]] = {}
-    # What it adds to a forward pass of the model, in forward passes of the same batch; a rough
-    # figure, by which progress foretells the time left.
+    # Rough cost of a batch on top of its forward pass, in forward passes; progress estimates the
+    # time left with it.
     cost: ClassVar[float] = 0.3
 
     def __init__(self, config: Any) -> None:
@@ -97,23 +97,23 @@ class Component(nn.Module):
 
     @classmethod
     def brings(cls, config: Any) -> dict[str, str]:
-        """Names of the components that come with this one, by slot, where the caller names none."""
+        """Names of the components that fill other slots, by slot, where the caller names none."""
         return {}
 
     def source_artefacts(self) -> dict[str, Any]:
-        """What :meth:`fit` took of the source, as fields of ``SourceStatistics``."""
+        """What :meth:`fit` took from the source, as fields of ``SourceStatistics``."""
         return {}
 
     def constants(self) -> dict[str, Tensor]:
-        """What was fixed at wrap, by name."""
+        """What was fixed at wrap: the non-persistent buffers, by name."""
         moving = set(self.state_dict())
         return {name: b for name, b in self.named_buffers() if name not in moving}
 
     def log_probabilities(self, output: Tensor) -> Tensor:
-        """Log-probabilities (B, C) in float32 that the scores it returns stand for.
+        """Log-probabilities (B, C) in float32 for scores that the adapter returned.
 
         Args:
-            output: (B, C) that the adapter returned, this component being the last to change them.
+            output: (B, C) that the adapter returned, after this component changed them last.
         """
         return F.log_softmax(output.float(), 1)
 

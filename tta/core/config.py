@@ -1,8 +1,8 @@
 """Configs: one frozen dataclass per component, to and from JSON, strict about names.
 
 A config says *what* a component does and nothing about the model, so it can be written to a file
-beside a result and read back. :class:`AdapterConfig` holds the configs of all slots together with
-the arguments of ``wrap`` that change figures.
+beside a result and read back. :class:`~tta.core.recipe.AdapterConfig` holds the configs of all
+slots together with the arguments of ``wrap`` that change results.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["CIFAR_ADAM", "LR_SCALINGS", "SLOTS", "ComponentConfig", "UpdateConfi
 SLOTS = ("norm", "update", "output")  # of an adapter
 LR_SCALINGS = ("none", "linear", "linear_below", "small_batch")
 
-# What TENT's authors use on CIFAR, and the repositories of most methods after them.
+# TENT's settings on CIFAR, which the repositories of most later methods use too.
 CIFAR_ADAM: dict[str, Any] = {
     "optimizer": "adam",
     "lr": 1e-3,
@@ -37,7 +37,7 @@ class ComponentConfig:
     name: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
-        """Refuse flags and words of another kind; a subclass adds the checks of its numbers."""
+        """Check the types of booleans and strings; a subclass adds the checks of its numbers."""
         for field in dataclasses.fields(self):
             if field.type in ("bool", bool):
                 flag(field.name, getattr(self, field.name))
@@ -52,15 +52,15 @@ class ComponentConfig:
         }
 
     def for_batch_size(self: Self, batch_size: int | None) -> Self:
-        """This config with everything decided that depends on the stream's batch size."""
+        """Return this config with everything decided that depends on the stream's batch size."""
         return self
 
     def override(self: Self, **changes: Any) -> Self:
-        """As :meth:`replace`, for fields that the caller of ``wrap`` or ``get_config`` names."""
+        """Replace fields that the caller of ``wrap`` or ``get_config`` names."""
         return self.replace(**changes)
 
     def replace(self: Self, **changes: Any) -> Self:
-        """A copy with some fields changed.
+        """Return a copy with some fields changed.
 
         Raises:
             ValueError: For an unknown field, naming the nearest one.
@@ -119,18 +119,18 @@ class UpdateConfig(ComponentConfig):
             )
 
     def override(self: SelfUpdate, **changes: Any) -> SelfUpdate:
-        """As :meth:`replace`; a learning rate that the caller names is never scaled."""
+        """Replace fields; a learning rate that the caller names is never scaled."""
         return self.replace(**({"lr_scaling": "none"} if "lr" in changes else {}) | changes)
 
     def for_batch_size(self: SelfUpdate, batch_size: int | None) -> SelfUpdate:
-        """This config with ``lr`` made for ``batch_size``, once and for all.
+        """Return this config with ``lr`` scaled for ``batch_size``, once and for all.
 
-        Two rules are those of the authors' scripts (EATA and SAR repositories): "linear" for vision
-        transformers, lr * B / reference; "small_batch" for ResNets, lr unchanged from 32 images up
-        and lr * 2 B / reference below. Other authors do not scale, and their rates ruin the model
-        where batches are much smaller than theirs: so their presets say "linear_below", which is
-        lr * B / reference below the batch size of the preset and lr from there up. "none" is
-        theirs.
+        The reference is ``lr_batch_size``. Two rules are those of the EATA and SAR repositories'
+        scripts: "linear" for vision transformers, lr * B / reference; "small_batch" for ResNets, lr
+        unchanged from 32 images up and lr * 2 B / reference below. Other authors do not scale
+        ("none"), and their rates ruin the model where batches are much smaller than theirs; so
+        their presets say "linear_below" here, which is lr * B / reference below the batch size of
+        the preset and lr from there up.
         """
         if batch_size is None or self.lr_scaling == "none":
             return self.replace(lr_scaling="none")

@@ -1,8 +1,9 @@
 """Files that are replaced in one step: whoever reads one finds the former content or the new.
 
 A file is written under another name beside its place, flushed to disk with its folder, and renamed.
-While it is written, its writer holds a lock on it, which ends with the writer however that dies. So
-what a dead writer has left is known from what a living one is writing, and goes at the next write.
+While it is written, its writer holds a lock on it, which ends with the writer, however that dies.
+So what a dead writer has left is distinguished from what a living one is writing, and is removed at
+the next write.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing_together(*paths: str | Path) -> Iterator[list[Path]]:
-    """As :func:`replacing`, for files of one folder that belong together.
+    """Replace files of one folder that belong together, as :func:`replacing` does one.
 
     They get their names one after the other, in the order given, while other writers of the folder
     wait: of two writers, one replaces all files before the other replaces any.
@@ -99,7 +100,7 @@ def leftovers_of(path: str | Path) -> list[Path]:
 def remove_leftovers(path: str | Path) -> None:
     """Remove what dead writers of ``path`` have left."""
     for part in leftovers_of(path):
-        with suppress(OSError):  # a link, or somebody else's
+        with suppress(OSError):  # it is a link, or belongs to another user
             handle = os.open(part, os.O_RDWR | NO_LINKS)
             try:
                 if _lock(handle):
@@ -122,7 +123,7 @@ def _new_part(path: Path) -> tuple[Path, int]:
 
 
 def _lock(handle: int) -> bool:
-    """Whether the lock of a file was free; it is held until the handle is closed."""
+    """Lock a file until the handle is closed; return whether the lock was free."""
     if fcntl is None:
         return False
     try:
@@ -134,7 +135,7 @@ def _lock(handle: int) -> bool:
 
 @contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
-    """Within the block, no other writer moves its files into the folder."""
+    """Keep other writers from moving files into the folder within the block."""
     if fcntl is None:
         yield
         return

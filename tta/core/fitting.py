@@ -1,4 +1,4 @@
-"""What components take of the source, at wrap or from a file."""
+"""Give components what they need from the source, at wrap or from a saved adapter."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ __all__ = ["fit", "load_constants"]
 
 
 def fit(adapter: Adapter, source: SourceStatistics) -> None:
-    """Give the components what they need of the source, and note in the config what that was.
+    """Give the components what they need from the source, and note in the config what that was.
 
     Args:
-        adapter: Not serving yet.
+        adapter: The adapter, before it serves.
         source: As the caller gave it.
 
     Raises:
@@ -56,9 +56,9 @@ def load_constants(
     """Give the components the constants that were saved.
 
     Args:
-        adapter: Not serving yet.
+        adapter: The adapter, before it serves.
         source: For methods that go on reading source batches.
-        constants: By the names of :meth:`tta.Adapter.constants`.
+        constants: The constants, by the names of :meth:`tta.Adapter.constants`.
 
     Raises:
         ValueError: When constants are missing or do not fit the model.
@@ -82,13 +82,13 @@ def load_constants(
 
 
 def _parts(adapter: Adapter) -> dict[str, Component]:
-    """The components that may take something of the source, by slot."""
+    """The components that may take something from the source, by slot."""
     parts = {"update": adapter.update, "output": adapter.output}
     return {slot: part for slot, part in parts.items() if part is not None}
 
 
 def _checked(adapter: Adapter, network: Backbone, source: SourceStatistics) -> SourceStatistics:
-    """The same source, whose batches are checked as they are read."""
+    """Return the same source, with batches that are checked as they are read."""
     parts = _parts(adapter).values()
     if source.batches is None or not parts:
         return source

@@ -17,7 +17,7 @@ __all__ = ["call", "named", "names"]
 
 
 def names(model: nn.Module, tensors: Iterable[Tensor]) -> list[list[str]]:
-    """Where parameters and buffers of ``model`` are held: for each, a name for every holder."""
+    """Find parameters and buffers in ``model``: for each, one name in every module that has it."""
     found: dict[int, list[str]] = {}
     for prefix, module in model.named_modules():
         for key, tensor in (*module._parameters.items(), *module._buffers.items()):
@@ -27,12 +27,12 @@ def names(model: nn.Module, tensors: Iterable[Tensor]) -> list[list[str]]:
 
 
 def named(places: Sequence[list[str]], values: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Values by all the names of the ``places`` that :func:`names` found."""
+    """Return the values under all the names that :func:`names` found for each."""
     return {name: value for at, value in zip(places, values, strict=True) for name in at}
 
 
 def call(model: nn.Module, tensors: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-    """``model(*args, **kwargs)`` with ``tensors`` in place of its own, by name.
+    """Return ``model(*args, **kwargs)`` with ``tensors`` in place of its own, by name.
 
     Example:
         >>> net = nn.Linear(1, 1, bias=False)

@@ -1,4 +1,4 @@
-"""Where a model makes logits: the number of classes, and what features go in."""
+"""The head of a model: where it makes logits, for how many classes, from which features."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class Head:
     """What makes logits out of features.
 
     Args:
-        num_classes: C.
-        module: The layer whose input are the features; None where ``function`` gives them, or
-            nobody said where they are.
+        num_classes: Number of classes C.
+        module: The layer whose input is the features; None where ``function`` gives them, or where
+            it is unknown what they are.
         function: Model and images (B, ...) to features (B, D).
-        width: D; None where nothing says so before the first batch.
+        width: Length D of the features; None where it is unknown before the first batch.
     """
 
     num_classes: int
@@ -45,7 +45,7 @@ class WithFeatures(nn.Module):
 
     Args:
         model: The classifier.
-        function: Model and images to features.
+        function: Gives features (B, D) for the model and images (B, ...).
     """
 
     def __init__(self, model: nn.Module, function: Any) -> None:
@@ -53,7 +53,7 @@ class WithFeatures(nn.Module):
         self.model, self.function = model, function
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
-        """What the model returns, and the features."""
+        """Return what the model returns, and the features."""
         return self.model(x, *args, **kwargs), self.function(self.model, x)
 
 
@@ -72,9 +72,9 @@ def find_head(
         features: ``features=`` of the caller, or None.
 
     Raises:
-        TypeError: When ``features`` is none of what it may be.
-        ValueError: When there is no linear layer and nobody says what is there instead, or fewer
-            than two classes.
+        TypeError: When ``features`` is no name, module or function.
+        ValueError: When there is no linear layer and the caller does not say what is there instead,
+            or when there are fewer than two classes.
     """
     if classes is not None:
         classes = whole("num_classes", classes, 1)
@@ -89,7 +89,7 @@ def find_head(
             if classes is None:
                 raise
         if module is not None and classes not in (None, _size_out(module)):
-            module = None  # some other layer: nobody has said where the features are
+            module = None  # not the classifier, so the features are unknown
     if classes is None:
         classes = _classes(model, reader, module)
     if classes < 2:
@@ -163,7 +163,7 @@ def _size_out(module: nn.Module) -> int | None:
 def _width_in_dry_run(
     model: nn.Module, reader: LogitsReader, module: nn.Module | None, function: Any
 ) -> int | None:
-    """Length of features, which channels of maps and the last axis of tokens are."""
+    """Length of the features: the channels of maps, or the last axis of tokens."""
     found: list[Tensor] = []
     if module is None:
         run = dry_run(WithFeatures(model, function), LogitsReader(1))

@@ -1,4 +1,4 @@
-"""Images as they came, for every pass, also of a model that writes to its input."""
+"""Keep images as they came for every pass, even of a model that writes to its input."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ __all__ = ["InputGuard"]
 
 
 class InputGuard:
-    """Lends images to a model, and copies where the model is seen to write to them.
+    """Gives a model its images, or copies of them if the model writes to its input.
 
-    Whether it writes is seen by lending it a copy, once for every shape of image and with and
-    without a graph. Later passes get the images themselves, and a counter that torch keeps tells
+    To find out whether it does, it gets a copy once for every shape of image, with and without a
+    graph. Later passes get the images themselves, and torch's version counter of a tensor shows
     whether the model has written to them after all.
     """
 
@@ -23,13 +23,13 @@ class InputGuard:
         self._tried: set[tuple[Any, ...]] = set()
 
     def lend(self, x: Tensor) -> tuple[Tensor, int]:
-        """What the model is given for ``x`` (B, ...), and its version."""
+        """Return the tensor to give the model for ``x`` (B, ...), and that tensor's version."""
         if self.writes or _kind(x) not in self._tried:
             x = x.clone()
         return x, x._version
 
     def take_back(self, x: Tensor, lent: tuple[Tensor, int]) -> None:
-        """See what a pass has done to what :meth:`lend` gave for ``x``.
+        """Check what a pass has done to the tensor that :meth:`lend` returned for ``x``.
 
         Raises:
             RuntimeError: When the images themselves were changed.
@@ -39,8 +39,8 @@ class InputGuard:
             return
         if given is not x:
             self._tried.add(_kind(x))
-            # Bits, since what is compared may hold NaN; and not the version alone, since `.data`
-            # and numpy write past it.
+            # Bits are compared, since the images may hold NaN, and not the version alone, since a
+            # write through `.data` or numpy does not raise it.
             self.writes = given._version != version or not torch.equal(_bits(given), _bits(x))
         elif given._version != version:
             self.writes = True

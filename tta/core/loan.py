@@ -1,4 +1,4 @@
-"""What an adapter changes about the caller's model while it has it, beside values."""
+"""Settings of the caller's model that an adapter changes while it has the model."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class Loan:
     """Eval mode, flags and gradients of a model, from wrapping until it is given back.
 
     Args:
-        model: With its norm layers wrapped.
-        own: The model's parameters that are trained, whose gradients are set aside.
-        trained: What gradients are wanted for; None where nothing is trained.
+        model: The model, with its norm layers wrapped.
+        own: The model's parameters that are trained, whose gradients are stored until the end.
+        trained: The parameters that need gradients; None where nothing is trained.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Loan:
                 p.requires_grad_(id(p) in chosen)
 
     def end(self) -> None:
-        """Put everything back, for modules that are the model's own."""
+        """Put everything back, on the model's own modules."""
         for p, gradient in self._gradients:
             p.grad = gradient
         for p, flag in self._flags:

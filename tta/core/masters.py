@@ -1,7 +1,7 @@
 """Trained parameters in float32 where the model holds them in half precision.
 
 A step of an optimiser is often smaller than the distance between two numbers of bfloat16 or
-float16, and rounding then drops it. So what is trained is a master copy in float32, and every pass
+float16, and rounding then drops it. Therefore a master copy in float32 is trained, and every pass
 of the model uses its rounded values.
 """
 

@@ -1,8 +1,8 @@
 """Buffers that a model itself changes in its forward pass: a counter, an average, statistics.
 
-They belong to what moves: they are part of the state, a reset puts them back, and so does
-``unwrap``. Which ones these are is seen in a dry run at wrap; a buffer that moves only later, since
-that depends on values, is found after the call in which it does.
+Such buffers are part of the state, and ``reset`` and ``unwrap`` put them back. A dry run at wrap
+finds them; a buffer that moves only later, because that depends on values, is found after the call
+in which it first does.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class ModelBuffers:
     Args:
         model: The classifier, unwrapped.
         reader: Takes logits out of what it returns.
-        skip: Modules whose buffers are somebody else's: norm layers that a rule stands in for.
+        skip: Ids of modules to leave out: norm layers that a rule stands in for.
     """
 
     def __init__(self, model: nn.Module, reader: LogitsReader, skip: set[int]) -> None:
@@ -61,11 +61,11 @@ class ModelBuffers:
         return {name: self._now(name).detach() for name in self.moving}
 
     def notice(self) -> list[str]:
-        """Names of buffers that have moved for the first time since this was last asked."""
+        """Find the buffers that have moved for the first time since the last call, by name."""
         signs = self._signs()
         before, self._seen = self._seen or signs, signs
         moved = [name for name, sign in signs.items() if sign != before[name]]
-        if not self._compared:  # once by value: some operations write without a trace
+        if not self._compared:  # once by value: some operations do not raise the version
             self._compared = True
             moved += [
                 name
@@ -82,19 +82,19 @@ class ModelBuffers:
 
     @torch.no_grad()
     def put_back(self, values: Mapping[str, Tensor]) -> None:
-        """Give moving buffers the values that they had, in the tensors that are there now."""
+        """Copy values into moving buffers, in the tensors that are there now."""
         for name, value in values.items():
             self._now(name).copy_(value)
         self._seen = self._signs()
 
     def convert(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """Follow a model whose buffers were moved to another device or dtype by ``fn``."""
+        """Apply ``fn``, which moved the model to another device or dtype, to the copies."""
         self.originals = {name: self._now(name) for name in self.places}
         self._copies = {name: fn(copy) for name, copy in self._copies.items()}
         self._seen = self._signs()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies have tensors of their own, so that what was seen of these says nothing."""
+        """Leave out identities and versions, which say nothing about the tensors of a copy."""
         return self.__dict__ | {"_seen": None}
 
     @torch.no_grad()
@@ -113,12 +113,12 @@ class ModelBuffers:
         return buffer
 
     def _signs(self) -> dict[str, tuple[int, int]]:
-        """What changes when a buffer is written to or replaced."""
+        """Identity and version of each buffer, which change when it is replaced or written to."""
         return {name: (id(t := self._now(name)), t._version) for name in self.places}
 
 
 def _statistics_in_training(model: nn.Module) -> set[str]:
-    """Running statistics of norm layers that stay in training mode whatever the model is told."""
+    """Running statistics of norm layers that stay in training mode even after ``eval()``."""
     return {
         f"{prefix}.{key}" if prefix else key
         for prefix, module in model.named_modules()

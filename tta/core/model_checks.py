@@ -1,4 +1,4 @@
-"""What cannot be wrapped, refused before anything has changed."""
+"""Checks that refuse what cannot be wrapped, before anything has changed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,13 @@ PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
 def check_model(model: Any) -> None:
-    """Refuse what is no single, unwrapped network."""
+    """Refuse what is no single, unwrapped network.
+
+    Raises:
+        TypeError: When ``model`` is no module.
+        ValueError: When it is scripted, parallel, compiled in part, wrapped already, or made under
+            ``torch.inference_mode``.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"`model` must be a torch.nn.Module, got {type(model).__name__}: pass a classifier."

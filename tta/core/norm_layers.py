@@ -65,21 +65,21 @@ LARGE_MEAN = 1e-2  # share of variance in the mean square below which digits wou
 
 @dataclass
 class _Pass:
-    """Where a layer stood before a pass."""
+    """State of a layer before a pass, on which the output of the pass depends."""
 
-    sign: float  # tells its input from others
+    sign: float  # of the input of the pass, see `_sign`
     learning: bool
     override: Callable[[Tensor, Any], Tensor] | None
-    remembered: list[Tensor]  # by the rule
+    remembered: list[Tensor]  # copies of the rule's buffers
 
 
 class AdaptiveNorm(nn.Module):
     """A BatchNorm layer whose statistics come from a rule.
 
     Args:
-        base: The layer it stands for, kept as it is.
+        base: The layer that it replaces, kept as it is.
         rule: Decides mean and variance.
-        session: Of the adapter.
+        session: The adapter's session.
     """
 
     def __init__(self, base: nn.Module, rule: NormRule, session: Session) -> None:
@@ -87,14 +87,14 @@ class AdaptiveNorm(nn.Module):
         self.base = base
         self.rule = rule
         self.session = session
-        self.passes: list[_Pass] = []  # of a call, that may run again within its backward pass
+        self.passes: list[_Pass] = []  # of this call, which a backward pass may repeat
         self.override: Callable[[Tensor, Any], Tensor] | None = None  # set by `with_statistics`
         # A subclass with a forward of its own does something after normalising.
         self.finish = type(base).forward is not _BatchNorm.forward and not isinstance(
             base, nn.SyncBatchNorm
         )
         if not self.finish or _has_activation(base):
-            for hooks in _HOOKS:  # the caller's, on the layer, are called as before
+            for hooks in _HOOKS:  # the caller's hooks on the layer are called as before
                 self.__dict__[hooks] = base.__dict__[hooks]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -107,10 +107,10 @@ class AdaptiveNorm(nn.Module):
         return _finish(y, self.base) if self.finish else y
 
     def _again(self, x: Tensor) -> Tensor:
-        """What the rule made of ``x`` in the forward pass, from where it stood then.
+        """Normalise ``x`` as in the forward pass, with the state that the rule had then.
 
-        A checkpointed part of a model runs again within the backward pass; moving statistics have
-        moved once for it already.
+        A checkpointed part of a model runs again within the backward pass, when the moving
+        statistics have already moved for it.
         """
         sign = _sign(x)
         now = self._now(sign)
@@ -142,7 +142,7 @@ class AdaptiveNorm(nn.Module):
 
 
 def _sign(x: Tensor) -> float:
-    """A figure by which inputs of one layer are told apart."""
+    """A number that distinguishes the inputs of one layer: the sum of their values."""
     return float(x.detach().double().sum())
 
 
@@ -199,7 +199,7 @@ def remove(model: nn.Module, wrappers: dict[str, AdaptiveNorm]) -> None:
 
 @contextmanager
 def frozen_statistics(wrappers: Iterable[AdaptiveNorm]) -> Iterator[None]:
-    """Forward passes that use the rules' statistics and leave them as they are."""
+    """Within the block, forward passes use the rules' statistics without moving them."""
     before = [(w.rule, w.rule.learning) for w in wrappers]
     for rule, _ in before:
         rule.learning = False
@@ -214,7 +214,7 @@ def frozen_statistics(wrappers: Iterable[AdaptiveNorm]) -> Iterator[None]:
 def with_statistics(
     wrappers: Iterable[AdaptiveNorm], normalise: Callable[[Tensor, Any], Tensor]
 ) -> Iterator[None]:
-    """Forward passes with other statistics than the rules', such as :func:`normalize_by_batch`."""
+    """Within the block, normalise with other statistics, as :func:`normalize_by_batch` does."""
     wrappers = list(wrappers)
     for wrapper in wrappers:
         wrapper.override = normalise
@@ -245,7 +245,7 @@ def normalize_by_source(x: Tensor, base: Any) -> Tensor:
 def rows_independent(model: nn.Module) -> bool:
     """Whether no BatchNorm layer of an unwrapped model in eval mode mixes the rows of a batch."""
     layers: Any = batch_norm_layers(model).values()
-    with evaluating(model):  # a model may keep layers in training mode whatever it is told
+    with evaluating(model):  # a model may keep layers in training mode even then
         return all(m.running_mean is not None and not m.training for m in layers)
 
 
@@ -264,12 +264,12 @@ def too_few_values(x: Tensor) -> bool:
 
 
 def one_value(x: Tensor) -> bool:
-    """Whether there is one value per channel, which says nothing of a variance."""
+    """Whether there is only one value per channel, which has no variance."""
     return x.numel() == x.shape[1] and current_split() is None
 
 
 def few_images_advice(rule: str) -> str:
-    """What to say where a rule had too few values; it is not recommended to itself."""
+    """The warning for a rule that had too few values; it does not recommend that rule."""
     others = [f"norm={name!r}" for name in ("alpha_bn", "unmix_tns") if name != rule]
     return (
         "`images` must hold at least 2 images for batch statistics, got 1: the source statistics "
@@ -278,7 +278,7 @@ def few_images_advice(rule: str) -> str:
 
 
 def check_values(x: Tensor) -> None:
-    """Refuse one value per channel, which a layer without running statistics has no answer to."""
+    """Refuse one value per channel, which a layer without running statistics cannot normalise."""
     if one_value(x):
         raise ValueError(
             "`images` must hold at least 2 images for a BatchNorm layer without running "
@@ -289,7 +289,7 @@ def check_values(x: Tensor) -> None:
 def batch_stats(x: Tensor, unbiased: bool = False) -> tuple[Tensor, Tensor]:
     """Mean and variance per channel over the batch: (B, C, ...) to two (C,), in float32.
 
-    Where other ranks have a share of the batch, over all of it, with gradients to all.
+    Where the batch is split over ranks, they are taken over all of it, with gradients to all ranks.
     """
     split = current_split()
     if split is None and (x.ndim == 2 or x.device.type != "cpu"):
@@ -302,7 +302,7 @@ def batch_stats(x: Tensor, unbiased: bool = False) -> tuple[Tensor, Tensor]:
         count = count // len(x) * split.rows
         means, variances = split.gather(means), split.gather(variances)
     mean = means.mean(0)
-    # Within images plus between them; both terms are positive, so nothing cancels.
+    # Variance within images plus variance between them; both are positive, so nothing cancels.
     var = variances.mean(0) + (means - mean).square().mean(0)
     return mean, var * (count / (count - 1)) if unbiased else var
 
@@ -310,9 +310,9 @@ def batch_stats(x: Tensor, unbiased: bool = False) -> tuple[Tensor, Tensor]:
 def instance_stats(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance per image and channel: (B, C, ...) to two (B, C), in float32.
 
-    On a CPU ``torch.var_mean`` costs many times a convolution's share, while a mean and a vector
-    norm are vectorised; their difference of squares loses digits where the mean is large, and there
-    the deviations are taken first.
+    On a CPU ``torch.var_mean`` takes many times its share next to a convolution, while a mean and a
+    vector norm are vectorised. The mean square less the squared mean loses digits where the mean is
+    large; there the deviations from the mean are squared instead.
     """
     axes = list(range(2, x.ndim))
     if not axes:
@@ -335,7 +335,7 @@ def instance_stats(x: Tensor) -> tuple[Tensor, Tensor]:
 def is_narrow(base: Any) -> bool:
     """Whether the source model left channels of this BatchNorm layer without variance.
 
-    That is where the smallest running variance is under ``NARROW`` times the layer's median. It
+    It did where the smallest running variance is under ``NARROW`` times the layer's median. This
     happens in networks of depthwise convolutions, which lose channels in training and which do not
     average the statistics of one channel with those of another.
     """
@@ -344,16 +344,16 @@ def is_narrow(base: Any) -> bool:
 
 
 def far_outside(means: Tensor, variances: Tensor, centre: Tensor, reference: Tensor) -> Tensor:
-    """Which images are no images of the network's domain at all, such as pixels times 255.
+    """Find images far outside the network's domain, such as ones with pixels times 255.
 
-    That is where, in more than half of the channels, ``(mean - centre)^2 + variance`` is above
-    ``FAR_OUTSIDE`` times the reference, or is not a number.
+    An image is far outside when, in more than half of the channels,
+    ``(mean - centre)^2 + variance`` is above ``FAR_OUTSIDE`` times the reference, or is NaN.
 
     Args:
-        means: Of each image and channel, (B, C).
-        variances: Likewise.
+        means: Mean of each image and channel, (B, C).
+        variances: Variance of each image and channel, (B, C).
         centre: What the means are compared with, (C,).
-        reference: The variance that is ordinary around the centre, (C,), above 0.
+        reference: The ordinary variance around the centre, (C,), above 0.
 
     Returns:
         (B,) bool.
@@ -366,9 +366,9 @@ def pooled_stats(means: Tensor, variances: Tensor, kept: Tensor) -> tuple[Tensor
     """Mean and variance of the batch from those of its images, without some of them.
 
     Args:
-        means: Of each image and channel, (B, C).
-        variances: Likewise, biased.
-        kept: (B,) bool; the statistics are 0 where it holds no image.
+        means: Mean of each image and channel, (B, C).
+        variances: Biased variance of each image and channel, (B, C).
+        kept: (B,) bool, the images to use; without any the statistics are 0.
 
     Returns:
         Two (C,), the variance biased, as :func:`batch_stats`.
@@ -380,7 +380,7 @@ def pooled_stats(means: Tensor, variances: Tensor, kept: Tensor) -> tuple[Tensor
 
 
 def evaluate(x: Tensor, mean: Tensor, var: Tensor, base: Any, eps: float) -> Tensor:
-    """The evaluation kernel, with the affine part in the precision of the statistics (C,)."""
+    """Run the evaluation kernel, with the affine part in the precision of the statistics (C,)."""
     weight, bias = base.weight, base.bias
     if weight is not None and weight.dtype != mean.dtype:
         weight, bias = weight.to(mean.dtype), bias.to(mean.dtype)
@@ -395,7 +395,7 @@ def normalize(x: Tensor, mean: Tensor, var: Tensor, base: Any, eps: float | None
         mean: (C,) or, one set for each image, (B, C).
         var: Like ``mean``.
         base: The BatchNorm layer.
-        eps: In place of the layer's.
+        eps: Replaces the layer's own, unless None.
 
     Returns:
         (B, C, ...) of x's dtype. Gradients flow into mean and var where these carry any.

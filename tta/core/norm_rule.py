@@ -13,11 +13,11 @@ __all__ = ["NormRule"]
 
 
 class NormRule(Component):
-    """Where one BatchNorm layer takes its statistics from; built once for every layer.
+    """Decides where one BatchNorm layer takes its statistics from; one is built for each layer.
 
-    A subclass writes :meth:`forward`, usually with :func:`tta.core.norm_layers.normalize`.
-    ``learning`` is False while the adapter is frozen; ``fell_back`` is set when too few values came
-    for batch statistics and the source statistics were used instead.
+    A subclass defines :meth:`forward`, usually with :func:`tta.core.norm_layers.normalize`.
+    ``learning`` is False while the adapter is frozen; ``fell_back`` is set when a batch had too few
+    values for batch statistics and the source statistics were used instead.
 
     Args:
         config: The component's config.
@@ -38,18 +38,18 @@ class NormRule(Component):
 
     @classmethod
     def suits(cls, model: nn.Module) -> bool:
-        """Whether there is a BatchNorm layer."""
+        """Whether the model has a BatchNorm layer."""
         return any(isinstance(module, _BatchNorm) for module in model.modules())
 
     @classmethod
     def update_fields(cls, config: Any) -> dict[str, Any]:
-        """Fields of an update that is named without a learning rate, on top of this rule."""
+        """Fields for an update on top of this rule that is named without a learning rate."""
         return {}
 
     def write_to(self, base: Any) -> None:
-        """Give a BatchNorm layer the statistics that this rule has come to.
+        """Write the present statistics of this rule into a BatchNorm layer.
 
-        Only where the class says that it is ``writable``.
+        Called only if the class is ``writable``.
         """
         raise NotImplementedError  # pragma: no cover
 

@@ -1,4 +1,4 @@
-"""Optimisers whose slots are there from the start, so that the state has fixed keys."""
+"""Optimisers whose moments exist from the start, so that an adapter's state has fixed keys."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ ADAM_EPS = 1e-8
 
 
 def make_optimizer(config: Any, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """SGD or Adam, with slots of zeros.
+    """Make SGD or Adam, with moments of zeros.
 
     A momentum buffer of zeros gives the same first step as the one that torch makes later, because
     dampening is 0.
 
     Args:
         config: An ``UpdateConfig``.
-        parameters: What is trained.
+        parameters: The parameters to train.
     """
     if config.optimizer == "sgd":
         optimizer: torch.optim.Optimizer = torch.optim.SGD(

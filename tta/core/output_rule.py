@@ -1,4 +1,4 @@
-"""The output slot: what is returned in the end."""
+"""The output slot: what the adapter returns."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Output"]
 
 
 class Output(Component):
-    """What is returned in the end. A subclass writes :meth:`correct`.
+    """Decides what the adapter returns. A subclass defines :meth:`correct`.
 
     ``learning`` is False while the adapter is frozen.
 
@@ -34,7 +34,7 @@ class Output(Component):
         self.report = Report()
 
     def fit(self, source: SourceStatistics, network: Backbone) -> None:
-        """Take what the rule needs of ``source`` and raise ``ValueError`` if it is not there.
+        """Take what the rule needs from ``source``, or raise ``ValueError`` if it is not there.
 
         Args:
             source: The artefacts at hand.
@@ -42,5 +42,5 @@ class Output(Component):
         """
 
     def correct(self, prediction: Prediction) -> Tensor:
-        """Scores (B, C) that replace the logits."""
+        """Return scores (B, C) that replace the logits."""
         raise NotImplementedError  # pragma: no cover

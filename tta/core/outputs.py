@@ -13,16 +13,16 @@ from torch import Tensor
 __all__ = ["GIVEN", "LogitsReader", "LogitsSpec"]
 
 LogitsSpec = str | int | Callable[[Any], Tensor] | None
-DEFAULT_NAME = "logits"  # by which most libraries call them
-GIVEN = "given"  # what a config says of a function or a module
+DEFAULT_NAME = "logits"  # the name in most libraries
+GIVEN = "given"  # stands in a config for a function or a module
 
 
 class LogitsReader:
     """Takes logits (B, C) out of what a model returns, and puts others back.
 
     Args:
-        spec: A key or an attribute, an index, or a function of what is returned. None for a tensor
-            as it is, and for anything that has ``logits`` by that name.
+        spec: A key or an attribute, an index, or a function of what is returned. None for a tensor,
+            and for anything with ``logits`` as a key or an attribute.
     """
 
     def __init__(self, spec: LogitsSpec = None) -> None:
@@ -38,7 +38,7 @@ class LogitsReader:
         """The logits in what the model returned.
 
         Raises:
-            TypeError: When there is no tensor there.
+            TypeError: When there is no tensor at that place.
         """
         if self.spec is None:
             found = result if isinstance(result, Tensor) else _item(result, DEFAULT_NAME)
@@ -66,12 +66,13 @@ class LogitsReader:
         Args:
             result: What the model returned.
             logits: (B, C) in place of those in it.
-            rows: Mask (B,) of the images that the model saw; None for all. What goes by image is
-                spread over all rows, and filled with NaN, or 0 where it is no floating point.
+            rows: Mask (B,) of the images that the model saw; None for all. A tensor with one row
+                for each of these is spread over all rows, and filled with NaN, or with 0 if it is
+                not floating point.
 
         Returns:
-            The same structure. A function that computes logits says nothing of where they belong;
-            then it is the logits alone, unless they are an item of what was returned.
+            The same structure. Where a function computes the logits, their place is not known, and
+            the logits alone are returned unless they are an item of what the model returned.
         """
         if isinstance(result, Tensor):
             return logits
@@ -85,7 +86,7 @@ class LogitsReader:
                 place += len(keys)
         if place is None:
             return logits
-        values = {key: _at_rest(_item(result, key), rows) for key in keys}
+        values = {key: _without_gradient(_item(result, key), rows) for key in keys}
         return _with_items(result, values | {place: logits})
 
 
@@ -130,10 +131,10 @@ def _with_items(result: Any, values: dict[Any, Any]) -> Any:
     return other
 
 
-def _at_rest(value: Any, rows: Tensor | None) -> Any:
-    """A tensor without gradient, or tensors in a tuple; by image, spread over all rows."""
+def _without_gradient(value: Any, rows: Tensor | None) -> Any:
+    """Detach a tensor, or those in a tuple, and spread what has a row per image over all rows."""
     if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
-        return type(value)(_at_rest(item, rows) for item in value)
+        return type(value)(_without_gradient(item, rows) for item in value)
     if not isinstance(value, Tensor):
         return value
     value = value.detach()

@@ -15,13 +15,13 @@ _TORCH_NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module is a normalisation layer: torch's own, or one that is called so."""
+    """Whether a module is a normalisation layer: torch's own, or one with such a name."""
     if isinstance(module, _TORCH_NORMS):
         return True
     if re.search(r"Norm|Evo|FilterResponse", type(module).__name__) is None:
         return False
     own = list(module.parameters(recurse=False))
-    # One figure per channel; a linear layer that normalises its weight is called so as well.
+    # It has one number per channel; a linear layer that normalises its weight has such a name too.
     return bool(own) and all(p.numel() == max(p.shape, default=1) for p in own)
 
 

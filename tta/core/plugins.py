@@ -35,8 +35,8 @@ def import_modules(names: Iterable[str]) -> None:
 
     Raises:
         TypeError: For a name that is no string.
-        ValueError: For a name that is none of a module, and for a module that is not found or
-            cannot be imported.
+        ValueError: For a name that no module can have, and for a module that is not found or cannot
+            be imported.
     """
     for name in names:
         if not all(part.isidentifier() for part in text("import", name).split(".")):
@@ -60,7 +60,7 @@ def import_modules(names: Iterable[str]) -> None:
 
 
 def load_entry_points() -> None:
-    """Import what installed packages name in the group, once; one that fails is warned of."""
+    """Import, once, the modules that installed packages name; warn of one that fails."""
     global _loaded
     if _loaded:
         return

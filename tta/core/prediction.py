@@ -22,14 +22,15 @@ class Prediction:
 class Report(dict[str, Any]):
     """Figures of the last batch, readable as keys or as attributes.
 
-    Always there: ``seen`` (images in the batch), ``rejected`` (of these, with non-finite pixels),
-    ``selected`` (samples in the loss), ``loss``, ``stepped``, ``resets`` (total since wrap or
-    reset). 0-dimensional tensors become Python numbers on reading, whichever way, so that writing
-    a report never waits for a GPU.
+    Always there: ``seen`` (images in the batch), ``rejected`` (of these, those with pixels that are
+    not finite or features that overflow), ``selected`` (samples in the loss), ``loss``,
+    ``stepped``, ``resets`` (total since wrap or reset). 0-dimensional tensors become Python numbers
+    on reading, whichever way, so that writing a report never waits for a GPU.
     """
 
     def __iter__(self) -> Iterator[str]:
-        # An own `__iter__` makes `dict(report)` and `{**report}` read values as we do.
+        # With `__iter__` defined here, `dict(report)` and `{**report}` read values by
+        # `__getitem__`.
         return super().__iter__()
 
     def __repr__(self) -> str:

@@ -1,11 +1,11 @@
 """Random numbers that an adapter draws in a batch: the same on every device.
 
-torch's generators give other numbers on a GPU than on a CPU. The words here are SplitMix64's
-(Steele, Lea and Flood, OOPSLA 2014): word j is a fixed mixing of ``start + j * gamma`` in 64-bit
-integers, which every device computes alike, all words in one expression. Uniform numbers are exact
-fractions of them and normal ones come from a table, so no logarithm or cosine rounds differently.
-`corruptions.draws` has the same generator, with a start for each image: neither package needs the
-other.
+torch's generators give other numbers on a GPU than on a CPU. The generator here is SplitMix64
+(Steele, Lea and Flood, OOPSLA 2014), whose output is a sequence of 64-bit words: word j is a fixed
+mixing of ``start + j * gamma`` in 64-bit integers, which every device computes alike, and all words
+come from one expression. Uniform numbers are exact fractions of words and normal ones come from a
+table, so no logarithm or cosine rounds differently. `corruptions.draws` has the same generator,
+with a start for each image: neither package needs the other.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _QUANTILES = 2**16
 
 
 class CountedDraws:
-    """A stream of random numbers.
+    """A sequence of random numbers.
 
     Args:
-        seed: Where it begins; any integer.
-        device: Where what is drawn lies.
+        seed: Any integer; where the sequence begins.
+        device: Device of the tensors that are drawn.
 
     Example:
         >>> CountedDraws(0).uniforms(2).tolist() == [*CountedDraws(0).numbers(2)]
@@ -39,7 +39,7 @@ class CountedDraws:
         self._at = seed
 
     def words(self, count: int, device: torch.device | None = None) -> Tensor:
-        """The next words, (count,) int64, uniform over all bit patterns."""
+        """Draw the next words, (count,) int64, uniform over all bit patterns."""
         device = self.device if device is None else device
         # 64-bit integers wrap around, as SplitMix64's do.
         state = torch.arange(1, count + 1, dtype=torch.int64, device=device)
@@ -53,22 +53,22 @@ class CountedDraws:
         return state
 
     def uniforms(self, *shape: int) -> Tensor:
-        """Multiples of 2^-53 in [0, 1), float64."""
+        """Draw uniform numbers, multiples of 2^-53 in [0, 1), float64."""
         return _fractions(self.words(torch.Size(shape).numel())).view(shape)
 
     def numbers(self, count: int) -> list[float]:
-        """As :meth:`uniforms`, for Python: no device is waited for."""
+        """Draw uniform numbers as Python floats, without waiting for a device."""
         return _fractions(self.words(count, torch.device("cpu"))).tolist()
 
     def normals(self, *shape: int) -> Tensor:
-        """Standard normal, from 65,536 equally likely values; at most 4.5 in size, float32."""
+        """Draw standard normals, float32: 65,536 equally likely values, at most 4.5 in size."""
         count = torch.Size(shape).numel()
         index = self.words((count + 3) // 4).view(torch.int16)[:count].int().add_(_QUANTILES // 2)
         return _quantiles(self.device).index_select(0, index).view(shape)
 
 
 def fork(generator: torch.Generator, device: torch.device) -> CountedDraws:
-    """A new stream of numbers for ``device``, seeded by one draw from ``generator``.
+    """Start a new sequence of numbers for ``device``, seeded by one draw from ``generator``.
 
     Whatever is drawn from it, ``generator`` has advanced by the same single draw.
     """

@@ -17,10 +17,10 @@ __all__ = ["AdapterConfig"]
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
-    """What an adapter is made of; ``tta.wrap(model, config)`` makes its equal.
+    """What an adapter is made of; ``tta.wrap(model, config)`` makes one like it.
 
-    ``source`` records which source artefacts were used, as words; the artefacts themselves are
-    not part of a config.
+    ``source`` records in words which source artefacts were used; the artefacts themselves are not
+    part of a config.
     """
 
     norm: ComponentConfig | None = None
@@ -31,9 +31,9 @@ class AdapterConfig:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     source: str | None = None
-    logits: str | int | None = None  # where they are in what the model returns; "given": a function
-    num_classes: int | None = None  # as the caller said
-    features: str | None = None  # the module that they go into; "given": a module or a function
+    logits: str | int | None = None  # place in what the model returns; "given": a function
+    num_classes: int | None = None  # if the caller gave it
+    features: str | None = None  # module that they go into; "given": a module or a function
     activation: str = "softmax"  # what the logits are for: "softmax" or "sigmoid"
 
     def __post_init__(self) -> None:

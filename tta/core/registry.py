@@ -1,8 +1,8 @@
 """Names: which components exist, in which slot, with which presets.
 
-A component class says its ``slot``, its ``Config`` and its ``PRESETS``; the decorator adds the
-name. A preset is asked for as ``"eata.cifar10"``; the bare name means the ImageNet preset, which
-is what most papers tune. The first look-up of a name imports what installed packages add
+A component class declares its ``slot``, its ``Config`` and its ``PRESETS``; the decorator adds the
+name. A preset is asked for as ``"eata.cifar10"``; the bare name means the ImageNet preset, which is
+what most papers tune. The first look-up of a name imports what installed packages add
 (:mod:`tta.core.plugins`).
 """
 

@@ -19,7 +19,7 @@ from tta.core.warn import warn
 
 __all__ = ["Request", "resolve"]
 
-# Of wrap, beside the slots.
+# Arguments of wrap besides the recipe and the slots.
 ARGUMENTS = (
     "source",
     "batch_size",
@@ -37,20 +37,20 @@ ARGUMENTS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What the caller of ``wrap`` asked for, as it came.
+    """The arguments of ``wrap``, as the caller gave them.
 
     Args:
-        recipe: A name, a component's config, a whole ``AdapterConfig``, or None.
+        recipe: A name, a component's config, an ``AdapterConfig``, or None.
         slots: What was given for each slot: a name, a config, or None.
         overrides: Fields of the chosen components.
-        batch_size: What the stream will have.
-        seed: Of the adapter's generator.
+        batch_size: Batch size of the stream.
+        seed: Seed of the adapter's generator.
         mean: Channel means.
         std: Channel standard deviations.
         logits: How to take logits out of what the model returns.
-        num_classes: Number of classes, where the model has no linear layer that tells.
-        features: What the features go into, or what gives them.
-        activation: What the logits are for.
+        num_classes: Number of classes, where no linear layer of the model shows it.
+        features: The module that features go into, or a function that gives them.
+        activation: What the logits are for, "softmax" or "sigmoid".
     """
 
     recipe: Any = None
@@ -67,7 +67,7 @@ class Request:
 
     @property
     def fixed(self) -> dict[str, Any]:
-        """What is said of the model, as a config holds it."""
+        """The arguments that describe the model, in the form that a config holds."""
         reader = LogitsReader(self.logits)
         module = self.features is None or isinstance(self.features, str)
         return {
@@ -92,7 +92,7 @@ def resolve(model: nn.Module, request: Request) -> AdapterConfig:
         ValueError: For unknown names or fields.
     """
     if isinstance(request.recipe, AdapterConfig):
-        return _whole_config(request)
+        return _given_config(request)
     batch_size = request.batch_size
     if batch_size is not None:
         batch_size = whole("batch_size", batch_size, 1)
@@ -109,14 +109,14 @@ def resolve(model: nn.Module, request: Request) -> AdapterConfig:
     )
     reader = LogitsReader(request.logits)
     head = find_head(model, reader, request.num_classes, request.features)
-    _warn_of_preset(request, head.num_classes)  # a warning may be an error: nothing has changed
+    _warn_of_preset(request, head.num_classes)  # a warning may raise: nothing has changed yet
     return config
 
 
 Chosen = dict[str, ComponentConfig | None]
 
 
-def _whole_config(request: Request) -> AdapterConfig:
+def _given_config(request: Request) -> AdapterConfig:
     said = request.fixed | {"logits": None, "features": None, "activation": None}
     others = (*request.slots.values(), request.batch_size, *said.values())
     if request.overrides or request.seed != 0 or any(value is not None for value in others):
@@ -228,7 +228,7 @@ def _label(chosen: Chosen) -> str:
 
 
 def _warn_of_preset(request: Request, classes: int) -> None:
-    """Say so when figures made for another number of classes are about to be used."""
+    """Warn when a preset made for another number of classes is about to be used."""
     for name in (request.recipe, *request.slots.values()):
         if not isinstance(name, str):
             continue

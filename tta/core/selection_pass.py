@@ -28,7 +28,7 @@ __all__ = ["RowSelector", "SelectionPass"]
 # whole batch, about 1.3, whether one row or all of them are in the loss.
 FEW = 0.55  # share of kept rows below which these go through the model again
 
-# Modules that compute something else, in the last digits, where no gradient is asked for.
+# Modules whose results differ in the last digits where no gradient is asked for.
 DIFFERENT_WITHOUT_GRAPH = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
@@ -37,7 +37,7 @@ class RowSelector:
 
     Args:
         network: The wrapped model.
-        rows_independent: Whether no image changes what the model says of another one.
+        rows_independent: Whether no image affects the logits of another.
     """
 
     def __init__(self, network: Backbone, rows_independent: bool) -> None:
@@ -47,7 +47,7 @@ class RowSelector:
             isinstance(m, DIFFERENT_WITHOUT_GRAPH) or hasattr(m, "_orig_mod") or _is_compiled(m)
             for m in network.model.modules()
         )
-        self.expect_few = False  # as in the batch before
+        self.expect_few = False  # whether few rows were kept in the batch before
 
     @property
     def rows_independent(self) -> bool:
@@ -55,7 +55,7 @@ class RowSelector:
         return self._rows_independent and not self.network.buffers.moving
 
     def __call__(self, x: Tensor) -> SelectionPass:
-        """One forward pass of ``x`` (B, ...)."""
+        """Run one forward pass of ``x`` (B, ...)."""
         graph = torch.is_grad_enabled() and not (self.may_guess and self.expect_few)
         with torch.set_grad_enabled(graph):
             return SelectionPass(self, x, self.network(x))
@@ -65,9 +65,9 @@ class SelectionPass:
     """A batch that has gone through the model, and which of its rows are learned from.
 
     Args:
-        selector: What made it.
+        selector: The selector that made it.
         x: The batch (B, ...).
-        prediction: Of the whole batch, with or without a graph.
+        prediction: Prediction for the whole batch, with or without a graph.
     """
 
     def __init__(self, selector: RowSelector, x: Tensor, prediction: Prediction) -> None:
@@ -83,7 +83,7 @@ class SelectionPass:
         return self.prediction.logits.detach()
 
     def keep(self, rows: Tensor) -> int:
-        """Choose the rows in the mask (B,); how many these are."""
+        """Keep the rows in the mask (B,), and return how many these are."""
         self.rows, self.count = rows, int(rows.sum())
         self.selector.expect_few = self._few
         return self.count

@@ -14,16 +14,16 @@ __all__ = ["Session"]
 
 @dataclass
 class Session:
-    """Made first, and given to every part that reads it or writes to it.
+    """What the parts share: made first, and given to every part that reads or writes it.
 
     Args:
         ranks: Processes that share the rows of every pass; None for this one alone.
         recording: Whether a pass that records a graph is going on.
-        serving: Whether ``wrap`` has returned. Passes over source batches come before, and nobody
-            is warned of these.
+        serving: Whether ``wrap`` has returned. Passes over source batches come before that, and
+            give no warnings.
         reset_point: What ``reset`` restores, by the names of a state; nobody writes to these
             tensors.
-        warned: What the caller was told already.
+        warned: The kinds of warning that were given already.
     """
 
     ranks: Ranks | None = None

@@ -1,4 +1,4 @@
-"""Source artefacts: what some methods need of the training data, computed once and kept.
+"""Source artefacts: what some methods need from the training data, computed once and kept.
 
 A method never loads data. It takes a :class:`SourceStatistics`, made by :func:`tta.collect_source`
 from batches of source images, read from a file, or built by keyword.
@@ -26,15 +26,15 @@ __all__ = ["SourceStatistics", "as_source", "preserving_rng"]
 
 @dataclass(kw_only=True, repr=False)
 class SourceStatistics:
-    """Any subset of the artefacts; what a method needs and does not find, it asks for at wrap.
+    """Any subset of the artefacts; ``wrap`` raises when a method needs one that is missing.
 
     Args:
         fisher: Diagonal Fisher information by parameter name (EATA).
         posterior_mean: Mean of the source posterior by parameter name (PETAL).
-        posterior_variance: Its variance, likewise.
+        posterior_variance: Variance of the source posterior by parameter name (PETAL).
         prototypes: Class means of features (C, D) under batch statistics (RMT, CAFA).
         features: Features as the classifier sees them (N, D), not normalised (AdaNPC).
-        feature_labels: Their labels (N,).
+        feature_labels: Labels of ``features`` (N,), whole numbers (AdaNPC).
         memory_init: First row of AdaNPC's memory in the official code (D,).
         covariance: Covariance of features within classes (D, D), or (C, D, D) of each (CAFA).
         batches: Source batches ``(images, labels)``, kept for methods that run the model on them,
@@ -42,8 +42,9 @@ class SourceStatistics:
 
     Raises:
         TypeError: When an artefact is not a tensor, or a dict of tensors.
-        ValueError: For a wrong number of axes, values that are not finite (but for prototypes of
-            classes without images), negative Fisher information, or features without labels.
+        ValueError: For a wrong number of axes, values that are not finite (except in prototypes,
+            where a class may have no images), negative Fisher information, or features without
+            labels.
     """
 
     fisher: dict[str, Tensor] | None = None
@@ -66,7 +67,7 @@ class SourceStatistics:
                 check_iterable("batches", value)
             else:
                 check_tensor(name, value)
-                setattr(self, name, value.detach())  # graphs of the caller's are none of ours
+                setattr(self, name, value.detach())  # without the caller's graph
         features, labels = self.features, self.feature_labels
         if (features is None) != (labels is None) or (
             features is not None and labels is not None and len(features) != len(labels)
@@ -78,14 +79,14 @@ class SourceStatistics:
             )
 
     def __repr__(self) -> str:
-        """What there is, with shapes: the tensors would fill pages."""
+        """Show which artefacts there are, with shapes in place of values."""
 
-        def told(value: Any) -> str:
+        def shown(value: Any) -> str:
             if isinstance(value, Tensor):
                 return str(tuple(value.shape))
             return f"{len(value)} tensors" if isinstance(value, dict) else type(value).__name__
 
-        parts = (f"{name}: {told(getattr(self, name))}" for name in self.contents)
+        parts = (f"{name}: {shown(getattr(self, name))}" for name in self.contents)
         return f"SourceStatistics({', '.join(parts)})"
 
     @property
@@ -95,7 +96,7 @@ class SourceStatistics:
         return [n for n in names if getattr(self, n) is not None]
 
     def iter_batches(self, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """One pass over ``batches``, cut after ``limit`` images."""
+        """Iterate once over ``batches``, up to ``limit`` images."""
         seen = 0
         for images, labels in preserving_rng(self.batches or ()):
             if limit is not None and seen + len(images) > limit:
@@ -107,7 +108,7 @@ class SourceStatistics:
                 return
 
     def save(self, path: str | Path) -> None:
-        """Write everything but ``batches`` to one safetensors file, and warn of these.
+        """Write everything except ``batches`` to one safetensors file, and warn if there are any.
 
         Raises:
             TypeError: When ``path`` is no path.
@@ -178,10 +179,10 @@ class SourceStatistics:
 
 
 def preserving_rng(batches: Iterable[Any]) -> Iterator[Any]:
-    """One pass over ``batches`` that leaves torch's global generator as it is between them.
+    """Iterate once over ``batches`` without changing torch's global generator.
 
-    Every pass over a data loader draws from it, and datasets may. They get its state as a copy,
-    which goes on from batch to batch.
+    Every pass over a data loader draws from that generator, and datasets may do so too. Here they
+    draw from a copy of its state, which goes on from batch to batch.
     """
     reader, inside = None, torch.get_rng_state()
     while True:
@@ -199,10 +200,10 @@ def preserving_rng(batches: Iterable[Any]) -> Iterator[Any]:
 
 
 def as_source(source: Any) -> SourceStatistics:
-    """What the caller gave as ``source=``, as :class:`SourceStatistics`.
+    """Convert the caller's ``source=`` to :class:`SourceStatistics`.
 
     Raises:
-        TypeError: When it is neither that nor an iterable of pairs.
+        TypeError: When it is neither that nor an iterable.
     """
     if source is None:
         return SourceStatistics()

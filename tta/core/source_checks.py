@@ -20,7 +20,7 @@ __all__ = [
 ]
 
 BY_PARAMETER = ("fisher", "posterior_mean", "posterior_variance")
-SHAPES = {  # of the tensors, in words, by their number of axes
+SHAPES = {  # of the tensors, as errors name them, by number of axes
     "prototypes": {2: "(C, D)"},
     "features": {2: "(N, D)"},
     "feature_labels": {1: "(N,)"},
@@ -36,7 +36,7 @@ def check_parameters(source: Any, model: nn.Module) -> None:
         ValueError: For a name that the model does not have, or another shape.
     """
     names = dict(model.named_parameters(remove_duplicate=False))
-    mine = names | dict(model.named_buffers(remove_duplicate=False))  # as a posterior may have
+    mine = names | dict(model.named_buffers(remove_duplicate=False))  # for a posterior
     for kind in BY_PARAMETER:
         for name, value in (getattr(source, kind) or {}).items():
             if name not in mine:
@@ -55,14 +55,15 @@ def checked(batches: Any, check: Callable[[Any], None], classes: int | None) -> 
     """The same batches, each checked before it is used.
 
     Args:
-        batches: A list or tuple is checked here and now and returned as it is; of anything else,
-            every batch when it is read.
+        batches: Source batches. A list or tuple is checked at once and returned as it is; of
+            anything else, every batch is checked when it is read.
         check: Raises for images that the model cannot take.
         classes: Number of classes, or None where labels are not used.
 
     Raises:
-        TypeError: When a batch is no pair, or its images or labels of the wrong kind.
-        ValueError: When images do not fit the model, or labels not the images or the classes.
+        TypeError: When a batch is no pair, or its images or labels are of the wrong kind.
+        ValueError: When images do not fit the model, or labels do not fit the images or the
+            classes.
     """
     if isinstance(batches, (list, tuple)):
         for place, batch in enumerate(batches):
@@ -85,7 +86,7 @@ class _Checked:
 
 
 class _CheckedSequence(_Checked, Sequence[Any]):
-    """Likewise, read at any position."""
+    """Batches at any position, checked as they are read."""
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -148,7 +149,7 @@ def check_named(name: str, value: Any) -> None:
                 f"`{name}` must be a dict of tensors by parameter name, got "
                 f"{type(tensor).__name__} under {key!r}: pass what tta.collect_source returns."
             )
-        # Rounding may leave a variance just below 0; a square of gradients it cannot.
+        # Rounding may leave a variance just below 0, but never the square of a gradient.
         negative = name == "fisher" and bool((tensor < 0).any())
         if negative or not bool(torch.isfinite(tensor).all()):
             raise ValueError(

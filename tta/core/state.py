@@ -1,4 +1,4 @@
-"""What of an adapter moves: one flat dict of tensors, its copies, and how one is put back.
+"""The state of an adapter: all that moves as one flat dict of tensors, copied and put back.
 
 Names are those of the caller's model: ``param/<name>``, ``norm/<layer>.<buffer>``,
 ``update/<buffer>``, ``optim/<parameter>.<slot>``, ``output/<buffer>``, ``model/<name>`` (buffers
@@ -30,7 +30,7 @@ from tta.core.update import Update
 
 __all__ = ["AdapterState"]
 
-CHECKED = 1024  # elements of each parameter that tell sets of weights apart: training moves all
+CHECKED = 1024  # elements of each parameter that a fingerprint covers: training moves all
 
 
 class AdapterState:
@@ -38,11 +38,11 @@ class AdapterState:
 
     Args:
         label: The components in one word; a state belongs to adapters of the same label.
-        generator: Of all draws.
+        generator: Source of all random draws.
         network: The wrapped model.
         wrappers: The wrapped norm layers, by their names in the caller's model.
-        update: If there is one.
-        output: If there is one.
+        update: The update, or None.
+        output: The output rule, or None.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class AdapterState:
         return found | {"rng": self.generator.get_state()}
 
     def clones(self) -> dict[str, Tensor]:
-        """Copies, which carry what the state belongs to as torch's state dicts their versions."""
+        """Copies, in a dict that carries the fingerprint as torch's state dicts carry versions."""
         tensors = self.tensors()
         self._check_layout(tensors)
         copies: Any = OrderedDict((k, v.detach().clone()) for k, v in tensors.items())
@@ -150,11 +150,11 @@ class AdapterState:
         return found
 
     def mark_reset_point(self) -> None:
-        """From now on, :meth:`reset` restores what there is now."""
+        """Make the present state the one that :meth:`reset` restores."""
         self.session.reset_point.update(compact_copies(self.tensors(), self.original))
 
     def reset(self) -> None:
-        """Put everything back, but for what a component declares to survive."""
+        """Put everything back, except what a component declares to survive a reset."""
         self._check_layout(self.tensors())
         kept = {
             f"{prefix}{name}"

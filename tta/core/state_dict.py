@@ -1,4 +1,4 @@
-"""Keys of a state: their other names, what may be loaded, what it belongs to, and copies."""
+"""Keys of a state: former names, checks before loading, checksums, and compact copies."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ DROPPED = ("update/kept_share",)  # keys of version 0.1.0 that nothing depends o
 def check_origin(theirs: dict[str, Any], mine: dict[str, Any]) -> None:
     """Refuse a state that another method, or a model with other weights, made."""
     if theirs != mine:
-        mine_told, theirs_told = (
+        mine_shown, theirs_shown = (
             f"{one['method']} on source weights {one['weights']:08x}" for one in (mine, theirs)
         )
         raise ValueError(
-            f"`state` must come from an adapter like this one ({mine_told}), got one of "
-            f"{theirs_told}: load it there, or pass dict(state) to copy it all the same."
+            f"`state` must come from an adapter like this one ({mine_shown}), got one of "
+            f"{theirs_shown}: load it there, or pass dict(state) to copy it all the same."
         )
 
 
@@ -49,11 +49,13 @@ def check_state(
     """Refuse a state that does not fit what moves.
 
     Args:
-        state: What is to be copied, in part or in full.
+        state: The tensors to copy, of a full or partial state.
         moving: Everything that moves.
-        resizable: Keys whose first axis may have any length; those of a component come together.
-        lazy: Keys whose other axes are open as long as they are empty.
-        undefined: Keys in which NaN means that there is no value; None for any value anywhere.
+        resizable: Keys whose first axis may have any length; those of one component must all be
+            there, with equal lengths.
+        lazy: Keys whose axes after the first may have any length while the tensor is empty.
+        undefined: Keys in which NaN means that there is no value yet; None allows any value
+            anywhere.
         ranges: Smallest and largest value of integers; those not named are at least 0.
     """
     for key, value in state.items():
@@ -169,7 +171,7 @@ def copy_tensors(targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) ->
 
 
 def _neighbours(moving: dict[str, Tensor], key: str) -> list[str]:
-    """The keys worth listing for a wrong one: those of its group, else the groups."""
+    """The keys to list for a wrong one: those of its group, else the names of the groups."""
     group = key.partition("/")[0]
     same = [k for k in moving if k.partition("/")[0] == group]
     return same or sorted({k.partition("/")[0] for k in moving})
@@ -185,10 +187,11 @@ def checksum(tensors: Iterable[Tensor], first: int | None = None) -> int:
 
 
 def compact_copies(moving: Mapping[str, Tensor], held: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies that nobody writes to, which take no memory for what there is already.
+    """Make read-only copies, which take no memory for values that are held already.
 
-    Where a whole model is trained, its parameters, a teacher's, and the optimiser's slots are four
-    models; at wrap the first two are usually the caller's weights and the others are zeros.
+    Where all of a model is trained, its parameters, a teacher's and Adam's two moments are as large
+    as four models; at wrap the first two usually equal the caller's weights and the others are
+    zeros.
 
     Args:
         moving: Tensors by the names of a state.
@@ -218,5 +221,5 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
 
 
 def _bits(value: Tensor) -> Tensor:
-    """Bytes, by which NaN is itself and -0 is not 0."""
+    """The bytes of a tensor, in which NaN equals itself and -0 differs from 0."""
     return value.reshape(-1).view(torch.uint8)

@@ -22,7 +22,7 @@ __all__ = ["Update"]
 
 
 class Update(Component):
-    """How parameters move. A subclass writes :meth:`adapt`, top to bottom as the paper has it.
+    """Decides how parameters move. A subclass defines :meth:`adapt`, in the order of the paper.
 
     ``self.network(x)`` is one forward pass, ``self.selection_pass(x)`` one by which samples are
     chosen, and ``self.step(loss)`` the only place where a loss becomes a change of parameters.
@@ -37,13 +37,13 @@ class Update(Component):
     must_define = ("adapt",)
     Config: ClassVar[type[ComponentConfig]] = UpdateConfig
     default_norm: ClassVar[str | None] = "bn"  # norm rule when the caller names none
-    default_output: ClassVar[str | None] = None  # output rule, likewise
+    default_output: ClassVar[str | None] = None  # output rule when the caller names none
     cost: ClassVar[float] = 3.0
     injects: ClassVar[tuple[str, ...]] = ()  # of wrap's "augment" and "restore_mask"
-    # Whether it learns from all of a batch at once, given margins wide enough.
+    # Whether it learns from every sample of a batch, given margins wide enough.
     learns_from_whole_batch: ClassVar[bool] = True
 
-    resets: Tensor  # 0-dimensional: the method's own, since wrap or the last reset
+    resets: Tensor  # 0-dimensional: by the method itself, since wrap or the user's last reset
 
     def __init__(self, config: Any, network: Backbone, context: Context) -> None:
         super().__init__(config)
@@ -67,11 +67,11 @@ class Update(Component):
         return set()
 
     def adapt(self, x: Tensor) -> Prediction:
-        """One cycle: predict ``x`` (B, ...), learn from it, fill ``self.report``."""
+        """Run one cycle: predict ``x`` (B, ...), learn from it, fill ``self.report``."""
         raise NotImplementedError  # pragma: no cover
 
     def learn(self, x: Tensor) -> Prediction:
-        """``config.steps`` cycles; the prediction is that of the last one."""
+        """Run ``config.steps`` cycles, and return the prediction of the last one."""
         prediction = self.adapt(x)
         for _ in range(self.config.steps - 1):
             prediction = self.adapt(x)
@@ -82,10 +82,10 @@ class Update(Component):
         return self.network(x)
 
     def fit(self, source: SourceStatistics) -> None:
-        """Take what the method needs of ``source`` and raise ``ValueError`` if it is not there."""
+        """Take what the method needs from ``source``; raise ``ValueError`` if it is missing."""
 
     def attach(self, source: SourceStatistics) -> None:
-        """Take again what no file holds when an adapter is loaded, and raise if it is missing."""
+        """Take from ``source`` what a saved adapter does not hold, or raise if it is not there."""
 
     def optimized(self) -> dict[str, nn.Parameter]:
         """What the optimiser moves: the model's chosen parameters, then the method's own."""
@@ -96,7 +96,7 @@ class Update(Component):
         return {f"param/{name}": p.detach() for name, p in self.context.parameters.items()}
 
     def optimizer_slots(self) -> dict[str, Tensor]:
-        """What the optimiser remembers, by names in a state."""
+        """The optimiser's moments and step counts, by their names in a state."""
         return {
             f"optim/{name}.{key}": value
             for name, p in self.optimized().items()
@@ -104,7 +104,7 @@ class Update(Component):
         }
 
     def recover(self, optimizer: bool = True) -> None:
-        """A method's own recovery: parameters, and the optimiser, back to the reset point."""
+        """Put parameters, and optionally the optimiser's state, back to the reset point."""
         mine = self.trained() | (self.optimizer_slots() if optimizer else {})
         start = self.network.session.reset_point
         copy_tensors(mine, {key: start[key] for key in mine})
@@ -119,9 +119,10 @@ class Update(Component):
 
         Args:
             loss: A scalar.
-            gradients: Its gradients where they were taken already, elsewhere than here (SAM).
-            see: Called between the two with the gradients, in the order of :meth:`optimized`
-                (zeros where a parameter got none); it may change them in place.
+            gradients: Gradients for ``parameters_adapted``, where the method has computed them
+                itself (SAM); None to compute them here.
+            see: Called before the step with the gradients, in the order of :meth:`optimized` (zeros
+                where a parameter got none); it may change them in place.
 
         Returns:
             Whether the parameters moved. Gradients are cleared either way.
@@ -133,7 +134,7 @@ class Update(Component):
                 "trained, got logits without a graph: take no_grad, detach or "
                 "requires_grad_(False) out of it."
             )
-        self.optimizer.zero_grad()  # whatever somebody else has left there
+        self.optimizer.zero_grad()  # gradients that somebody else has left there
         if gradients is None:
             loss.backward()
         else:
@@ -148,7 +149,7 @@ class Update(Component):
         total = torch.nn.utils.get_total_norm(grads) if grads else loss.detach()
         moved = bool(torch.isfinite(loss.detach() + total))
         if moved:
-            # Without a gradient it takes momentum or weight decay to move anything.
+            # With gradients of zero, only momentum or weight decay moves anything.
             certain = bool(grads) and bool(total > 0) and self.config.lr > 0
             before = None if certain else [p.detach().clone() for p in params]
             self.optimizer.step()
@@ -159,7 +160,7 @@ class Update(Component):
         return moved
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
-        """A method that has parameters of its own calls this again when it has made them."""
+        """Make the optimiser; a method calls this again after making parameters of its own."""
         return make_optimizer(self.config, list(self.optimized().values()))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Update:

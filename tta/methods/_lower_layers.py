@@ -1,8 +1,9 @@
 """What SAR and DeYO share: which norm layers they train, and learning rates for small batches.
 
-The last blocks and the final norm are not trained. By position: of the norm layers, in the order in
-which a forward pass first calls them, the last ``skip_blocks`` share is left out, rounded up and at
-least the last one; one layer is always trained. The order is seen during the first batch.
+The last blocks and the final norm are not trained. They are found by position: of the norm layers,
+in the order in which a forward pass first calls them, the last ``skip_blocks`` share is left out,
+rounded up and at least one; one layer is always trained. The order is recorded during the first
+batch.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ Self = TypeVar("Self", bound="LowerLayersConfig")
 
 @dataclass(frozen=True, kw_only=True)
 class LowerLayersConfig(UpdateConfig):
-    """Fields of updates that leave the last norm layers alone."""
+    """Fields of updates that do not train the last norm layers."""
 
     skip_blocks: float = 0.25  # share of the norm layers left out at the end, and the final norm
 
@@ -36,7 +37,7 @@ class LowerLayersConfig(UpdateConfig):
         number("skip_blocks", self.skip_blocks, 0, 1, below=True)
 
     def for_batch_size(self: Self, batch_size: int | None) -> Self:
-        """As for every update; rules of the scripts are doubled for single images, as there."""
+        """Scale ``lr`` as every update does; the scripts' two rules double it for single images."""
         scaled = super().for_batch_size(batch_size)
         if batch_size == 1 and self.lr_scaling in ("linear", "small_batch"):
             return scaled.replace(lr=2 * scaled.lr)
@@ -54,7 +55,7 @@ class LowerLayersUpdate(Update):
 
     @classmethod
     def leaves_out(cls, config: Any, names: Iterable[str]) -> set[str]:
-        """What the official code leaves out, by the names of layers."""
+        """Return what the official code leaves out, which goes by the names of layers."""
         if not config.official or config.params != "norm":
             return set()
         return {n for n in names if _officially_left_out(_layer(n))}
@@ -62,13 +63,13 @@ class LowerLayersUpdate(Update):
     def leave_out_last(self) -> None:
         """Stop training the layers that the first forward pass called last; later calls do nothing.
 
-        Until then ``parameters_adapted`` and, for good, the state's keys name all norm layers.
+        Until then ``parameters_adapted`` names all norm layers; the keys of the state always do.
         """
         if not self.order_unknown:
             return
         self.order_unknown = False
         order = self.network.call_order()
-        if not order:  # their weights are used, but not by calling them
+        if not order:  # the model uses their weights without calling them
             order = list(dict.fromkeys(_layer(n) for n in self.parameters_adapted))
         # Rounded before rounding up: 0.1 * 30 must not make 4.
         skipped = max(1, math.ceil(round(self.config.skip_blocks * len(order), 6)))

@@ -1,7 +1,7 @@
-"""What CoTTA and PETAL share: a teacher, a source anchor, and the decision what to learn from.
+"""What CoTTA and PETAL share: a teacher, a source anchor, and the choice of what to learn from.
 
-The teacher's logits on the batch are the target, or, when the source model is unsure of it, their
-mean over augmented views. What a method does with the target is in its own file.
+The target is the teacher's logits on the batch or, when the source model is unsure of the batch,
+their mean over augmented views. What a method does with the target is in its own file.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = ["ConsistencyConfig", "ConsistencyUpdate", "presets"]
 
 @dataclass(frozen=True, kw_only=True)
 class ConsistencyConfig(UpdateConfig):
-    """Fields of updates that learn from a teacher over views."""
+    """Fields of updates that learn from a teacher averaged over views."""
 
     params: str = "weight_bias"  # what is trained: every parameter called weight or bias
     lr: float = 0.01  # learning rate
@@ -52,7 +52,7 @@ def presets(**cifar: Any) -> dict[str, dict[str, Any]]:
     """The authors' settings: for ImageNet the defaults, for CIFAR those of their yaml files.
 
     Args:
-        **cifar: More fields of the CIFAR presets.
+        **cifar: Further fields of the CIFAR presets.
     """
     common = CIFAR_ADAM | {
         "nesterov": False,
@@ -67,7 +67,7 @@ def presets(**cifar: Any) -> dict[str, dict[str, Any]]:
 
 
 class ConsistencyUpdate(Update):
-    """A student of the teacher that it moves; predictions are the teacher's."""
+    """A student that learns from its own moving average, the teacher, which also predicts."""
 
     injects: ClassVar[tuple[str, ...]] = ("augment", "restore_mask")
     cost: ClassVar[float] = 35.0  # the teacher sees each image in 32 views
@@ -79,11 +79,11 @@ class ConsistencyUpdate(Update):
         self.augmenter = Augmenter(network.model, context)
 
     def predict(self, x: Tensor) -> Prediction:
-        """The teacher's prediction, without views."""
+        """Predict with the teacher, without views."""
         return self.teacher.predict(x)
 
     def compare(self, x: Tensor) -> tuple[Prediction, Tensor]:
-        """The teacher's prediction for ``x`` (B, ...), and the student's mean loss against it."""
+        """Return the teacher's prediction for ``x`` (B, ...), and the student's mean loss."""
         self.report = Report(selected=len(x))
         self.augmenter.check(x)
         student = self.network(x)
@@ -92,7 +92,7 @@ class ConsistencyUpdate(Update):
         return target, loss.mean()
 
     def target(self, x: Tensor) -> Prediction:
-        """The teacher's logits (B, C), over views if the source is unsure of the batch.
+        """Return the teacher's logits (B, C), averaged over views if the source is unsure.
 
         Fills the report's ``anchor_confidence`` and ``augmented``.
         """
@@ -131,7 +131,7 @@ class ConsistencyUpdate(Update):
         restore(list(parameters.values()), self.anchor.tensors(), masks)
 
     def given_masks(self) -> list[Tensor] | None:
-        """The caller's masks, if there are to be any; asked for before anything has changed."""
+        """Ask the caller for masks before anything has changed; None without ``restore_mask``."""
         draw = self.context.restore_mask
         if draw is None:
             return None

@@ -42,7 +42,7 @@ class Selection:
 
     @property
     def mean_probs(self) -> Tensor:
-        """Mean prediction (C,) over the chosen samples; ask only when there are any."""
+        """Mean prediction (C,) over the chosen samples; NaN when there are none."""
         return self.probs[self.chosen].mean(0)
 
 
@@ -89,7 +89,7 @@ class SelectiveUpdate(Update):
         return ("ema_probs",)
 
     def penalty(self) -> Tensor | None:
-        """What is added to the loss, a scalar; None = nothing."""
+        """Return a scalar that is added to the loss, or None for nothing."""
         return None
 
     def adapt(self, x: Tensor) -> Prediction:

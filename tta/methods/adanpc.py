@@ -13,24 +13,25 @@ and shift of the features to make the vote confident.
     score = min(p + 1e-5, 1);   z joins the memory if confidence >= ``confidence_threshold``
     adanpc_bn: z' = w z / sqrt(1 + 1e-5) + b,   (w, b) <- Adam on mean H(softmax(score)), each round
 
-Returned is log(score), not renormalised (B, C). The whole batch is predicted before any of it is
-remembered. The memory starts with the source features, as the classifier sees them under running
-statistics; with ``ball_radius`` at most 1, everything inside the ball votes when all images of the
-batch have such a neighbour. Fewer rows than ``neighbours`` all vote, where the official code fails.
+What is returned is log(score) (B, C), which is not renormalised. The whole batch is predicted
+before any of it is remembered. The memory starts with the source features, as the classifier sees
+them under running statistics; with ``ball_radius`` at most 1, all rows inside the ball vote when
+every image of the batch has a neighbour there. A memory with fewer rows than ``neighbours`` votes
+with all of them, where the official code fails.
 
-Differences: in the official code the memory grows without bound (here the test part holds
-``capacity`` rows, the oldest giving way), its first row is a left-over random vector of label 0
-(here absent), and the confidence is the largest softmax *of the score*, a second softmax that is at
-most e / (e + C - 1), 0.23 for 10 classes (here the largest score itself). ``official=True`` does
-all three; the state's ``memory`` and ``memory_labels`` then have as many rows as were remembered.
-Its threshold must be one that a second softmax reaches, such as the constructor's 0.1 (preset
-``domainbed``): under the other presets' 0.9, ``official=True`` never remembers an image.
-Paper against code: the paper describes recall, vote and growth; similarity weights, second softmax,
-random row and the re-insertion of the batch in every round of ``adanpc_bn`` are in the code alone.
-The official ``reset`` of ``adanpc_bn`` cuts the memory only; here it restores the affine part and
-its optimiser too, always. There is no official CIFAR or ImageNet configuration: the field defaults
-are those of the constructor (domain generalisation; ``domainbed`` adds ``official=True``), the
-other presets are our own choice.
+Differences: in the official code the memory grows without bound (here the part for test images
+holds ``capacity`` rows, of which the oldest is replaced), its first row is a left-over random
+vector of label 0 (here absent), and the confidence is the largest softmax *of the score*, a second
+softmax that is at most e / (e + C - 1), 0.23 for 10 classes (here the largest score itself).
+``official=True`` does all three; the state's ``memory`` and ``memory_labels`` then have one row for
+each image remembered. The threshold must then be one that a second softmax can reach, such as the
+constructor's 0.1 (preset ``domainbed``): under the other presets' 0.9, ``official=True`` never
+remembers an image. Paper against code: the paper describes recall, vote and growth; similarity
+weights, second softmax, random row and the re-insertion of the batch in every round of
+``adanpc_bn`` are in the code alone. The official ``reset`` of ``adanpc_bn`` cuts the memory only;
+here it always restores the affine part and its optimiser too. There is no official CIFAR or
+ImageNet configuration: the field defaults are those of the constructor (domain generalisation;
+``domainbed`` adds ``official=True``), the other presets are our own choice.
 """
 
 from __future__ import annotations
@@ -70,9 +71,9 @@ class AdanpcConfig(ComponentConfig):
     neighbours: int = 100  # k
     temperature: float = 0.1  # T
     confidence_threshold: float = 0.1  # beta; on the score, official: on its softmax
-    ball_radius: float = 1.1  # cosine from which all rows vote; above 1 = off
+    ball_radius: float = 1.1  # cosine from which on all rows vote; above 1 = off
     capacity: int = 1000  # rows of the memory for test images; official: no limit
-    source_samples: int = 50_000  # at most so many images of source batches are taken
+    source_samples: int = 50_000  # largest number of images taken from source batches
     official: bool = False  # random first row, memory without limit, second softmax
 
     def __post_init__(self) -> None:
@@ -91,7 +92,7 @@ class AdanpcBnConfig(AdanpcConfig):
 
     neighbours: int = 5  # k; the released sweep has 1 and 5
     rounds: int = 1  # gamma, updates a batch; the last round's scores are returned
-    lr: float = 5e-5  # of the source training, times alpha
+    lr: float = 5e-5  # learning rate: that of the source training, times alpha
     weight_decay: float = 0.0  # that of the source training
 
     def __post_init__(self) -> None:
@@ -118,11 +119,11 @@ class Adanpc(Output):
     needs_features = True
 
     source_features: Tensor  # (N, D), not normalised
-    source_scale: Tensor  # (N,) what normalises them; 1 for the random row
+    source_scale: Tensor  # (N,) factors that normalise them; 1 for the random row
     source_labels: Tensor  # (N,)
     memory: Tensor  # (capacity, D) normalised; official: (number remembered, D)
-    memory_labels: Tensor  # (capacity,), likewise
-    remembered: Tensor  # 0-dimensional: test images so far, also those that gave way
+    memory_labels: Tensor  # (capacity,) int64; official: (number remembered,)
+    remembered: Tensor  # 0-dimensional: test images remembered so far, replaced ones included
 
     def __init__(self, config: AdanpcConfig, context: Context) -> None:
         super().__init__(config, context)
@@ -136,7 +137,7 @@ class Adanpc(Output):
         self.register_buffer("remembered", torch.zeros((), dtype=torch.int64))
 
     def correct(self, prediction: Prediction) -> Tensor:
-        """Log of the scores (B, C) over the memory as it was; then remember the confident ones."""
+        """Return the log of the scores (B, C), then remember the confident images."""
         assert prediction.features is not None
         with torch.autocast(prediction.features.device.type, enabled=False):
             unit = F.normalize(prediction.features.float(), dim=1)
@@ -199,7 +200,7 @@ class Adanpc(Output):
         return {"memory_labels": (0, self.context.num_classes - 1)}
 
     def resizable_buffers(self) -> tuple[str, ...]:
-        """The official memory has no limit."""
+        """Return the memory's buffers under ``official=True``, where it has no limit."""
         return ("memory", "memory_labels") if self.config.official else ()
 
     def _measure(self, source: SourceStatistics, network: Backbone) -> tuple[Tensor, Tensor]:
@@ -218,7 +219,7 @@ class Adanpc(Output):
         return torch.cat(features), torch.cat(labels)
 
     def _first_row(self, source: SourceStatistics, width: int) -> Tensor:
-        """What the official memory is constructed with: (1, D), label 0, not normalised."""
+        """Return the row that the official memory starts with: (1, D), label 0, not normalised."""
         if source.memory_init is not None:
             if source.memory_init.numel() != width:
                 raise ValueError(
@@ -235,8 +236,8 @@ class Adanpc(Output):
         device, width = self.remembered.device, features.shape[1]
         rows = 0 if self.config.official else self.config.capacity
         features = features.detach().to(device)
-        # Products of matrices depend in their last bit on where these begin, and what was read
-        # from a file may begin anywhere.
+        # The last bit of a matrix product depends on how its operands are aligned, and a tensor
+        # that was read from a file may begin anywhere.
         misplaced = features.data_ptr() % ALIGNMENT
         self.source_features = features.clone() if misplaced else features
         self.source_scale, self.source_labels = scale.to(device), labels.to(device)
@@ -262,11 +263,11 @@ class Adanpc(Output):
         return (share + FLOOR).clamp_max(1.0)
 
     def _similarity(self, unit: Tensor) -> Tensor:
-        """Cosine (B, M) of features (B, D) with every row of the memory, -inf with free rows.
+        """Cosine (B, M) of features (B, D) with every row of the memory, -inf for free rows.
 
-        One column for each image in memory: with rows of the memory on the outside the product is
-        twice as fast on a CPU. Written to one place where no gradient is wanted, since on a small
-        network memory anew costs as much as the product.
+        The product is computed transposed, as (M, B), which is twice as fast on a CPU. Without a
+        gradient both parts are written into one tensor, since on a small network another allocation
+        costs as much as the product.
         """
         count, columns = len(self.source_labels), unit.t()
         features, own = self.source_features.float(), self.memory.float()
@@ -285,7 +286,7 @@ class Adanpc(Output):
         return found.t()
 
     def _remember(self, unit: Tensor, scores: Tensor) -> int:
-        """Put the confident rows of (B, D) into the memory; how many these were."""
+        """Put the confident rows of (B, D) into the memory and return how many these were."""
         if not self.learning:
             return 0
         confidence = (scores.softmax(1) if self.config.official else scores).amax(1)
@@ -317,9 +318,9 @@ class AdanpcBn(Adanpc):
 
     weight: Tensor  # (D,), w
     bias: Tensor  # (D,), b
-    exp_avg: Tensor  # (2, D), Adam's, for weight and bias
-    exp_avg_sq: Tensor  # (2, D), likewise
-    steps: Tensor  # (2,), Adam's
+    exp_avg: Tensor  # (2, D), Adam's first moments, for weight and bias
+    exp_avg_sq: Tensor  # (2, D), Adam's second moments
+    steps: Tensor  # (2,), Adam's step counts
 
     def __init__(self, config: AdanpcBnConfig, context: Context) -> None:
         super().__init__(config, context)
@@ -328,7 +329,7 @@ class AdanpcBn(Adanpc):
         self.register_buffer("steps", torch.zeros(2, dtype=torch.float32))
 
     def correct(self, prediction: Prediction) -> Tensor:
-        """Log of the last round's scores (B, C); each round predicts, remembers and steps."""
+        """Log of the last round's scores (B, C); each round predicts, steps and remembers."""
         assert prediction.features is not None
         self.report = Report()
         with torch.autocast(prediction.features.device.type, enabled=False):
@@ -341,7 +342,7 @@ class AdanpcBn(Adanpc):
         return scores.log()
 
     def _round(self, features: Tensor) -> tuple[Tensor, int]:
-        """Scores (B, C) with the affine part as it is, and how many rows were remembered."""
+        """Return scores (B, C) under the present affine part, and how many rows were remembered."""
         affine = [self.weight.clone(), self.bias.clone()]
         with torch.set_grad_enabled(self.learning):
             for p in affine:
@@ -351,7 +352,7 @@ class AdanpcBn(Adanpc):
             loss = entropy(scores).mean()
         self.report["vote_entropy"] = loss.detach()
         if self.learning:
-            # Before remembering, which changes the memory that the graph refers to.
+            # This comes before remembering, which changes the memory that the graph refers to.
             self._step(torch.autograd.grad(loss, affine))
         return scores.detach(), self._remember(unit.detach(), scores.detach())
 

@@ -5,22 +5,23 @@ ICCV 2023, arXiv 2206.00205. No official code was found; there is no trace to co
 
 Before adaptation the mean and covariance of the features of each class are measured on source
 images. A test image's features are then pulled to the Gaussian of its pseudo-label and pushed from
-those of all other classes, in one ratio of Mahalanobis distances without a weight to tune. What is
-returned are the logits of the forward pass before the update.
+those of all other classes, in one ratio of Mahalanobis distances without a weight to tune. The
+returned logits are those of the forward pass before the update.
 
     D(x; c) = (g(x) - mu_c)^T Sigma_c^-1 (g(x) - mu_c),   y_i = argmax_k p_k(x_i)
     L = mean_i log( D(x_i; y_i) / sum_{c != y_i} D(x_i; c) )
 
-The formula is from memory: that there is neither a hyper-parameter nor another loss is confirmed by
-the abstract, where the logarithm stands and whether other classes are summed or averaged (which
-adds a constant) is not. Whether Sigma is one for each class or tied, and how it is regularised, is
-not known: here it is tied (``covariance="class"`` for one each) with a ridge of ``shrinkage`` times
-its mean variance, because with fewer images than features a class's own is singular. That
-BatchNorm's affine parameters alone are trained under batch statistics, and the optimiser, which is
-TENT's, are notes and our inference. Features are those that the classifier takes, and their
-moments are measured under batch statistics, as for RMT, since that is what adaptation sees: our
-choice too. A class without source images has no Gaussian; images predicted as one are left out of
-the loss, and it out of the sum.
+The formula is from memory. The abstract confirms that there is neither a hyper-parameter nor
+another loss; it does not say where the logarithm stands, nor whether the other classes are summed
+or averaged (which adds a constant). Whether there is one Sigma for each class or one for all
+(tied), and how it is regularised, is not known. Here it is tied (``covariance="class"`` gives one
+for each class) with a ridge of ``shrinkage`` times its mean variance, because the covariance of a
+class with fewer images than features is singular. That only BatchNorm's affine parameters are
+trained, under batch statistics and with TENT's optimiser, is taken from notes and inferred.
+Features are those that the classifier takes, and their moments are measured under batch statistics,
+as for RMT, since that is what adaptation sees; this is our choice too. A class without source
+images has no Gaussian: images predicted as that class are left out of the loss, and the class is
+left out of the sum.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def alignment(distances: Tensor, labels: Tensor, known: Tensor) -> Tensor:
 
 @register("cafa")
 class Cafa(Update):
-    """Mahalanobis distance to the pseudo-label's source features, relative to the others'."""
+    """Mahalanobis distance to the features of the pseudo-label, relative to other classes."""
 
     Config = CafaConfig
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
@@ -117,7 +118,7 @@ class Cafa(Update):
         if count == 0:
             return prediction
         with torch.autocast(x.device.type, enabled=False):
-            means = self.prototypes.nan_to_num(0.0)  # NaN would spoil gradients of the others
+            means = self.prototypes.nan_to_num(0.0)  # NaN would spoil all gradients
             distances = mahalanobis(prediction.features[chosen], means, self.whitening)
             loss = alignment(distances, labels[chosen], known).mean()
         self.report |= {"loss": loss.detach(), "stepped": self.step(loss)}

@@ -4,21 +4,22 @@ You, Li, Zhao: Test-time Batch Statistics Calibration for Covariate Shift, 2021,
 No official code was found, and the paper's text was not at hand: this is a reading of its abstract
 and not a reproduction. There is no trace to compare with.
 
-Known is that the loss is built from the pairwise correlation between classes in the predictions of
-a batch, and is minimised online on top of alpha-BN, the paper's other half (``norm="alpha_bn"``,
-which this brings). Not known are how the correlation is normalised, which parameters are trained
-with which optimiser and rate, whether gradients flow through alpha-BN's statistics (here they do),
-and alpha for each task.
+It is known that the loss is built from the pairwise correlation between classes in the predictions
+of a batch, and that it is minimised online on top of alpha-BN, the paper's other half
+(``norm="alpha_bn"``, the default norm rule here). It is not known how the correlation is
+normalised, which parameters are trained with which optimiser and rate, whether gradients flow
+through alpha-BN's statistics (here they do), and what alpha is for each task.
 
     R = P^T P / B,   L = sum_{i != j} R_ij = 1 - mean_b |p_b|^2,   P (B, C) the probabilities
 
-The loss is therefore the mean quadratic entropy: unlike Shannon's its gradient is bounded for
-unsure samples, and it vanishes for confident ones. ``balanced=True`` divides each row of R by its
-sum and averages the mass off the diagonal over classes, in the spirit of minimum class confusion;
-that depends on how often classes are predicted. What is trained, the rates and the prediction,
-which comes before the update, are TENT's, by our own choice; on the bundled BatchNorm classifier
-and a continual stream they are too high, and it collapses (72 % error against 49 % of the source,
-15 corruptions of 200 images at severity 5), as TENT does on ``alpha_bn``; at 1e-4 it does not.
+The loss is therefore the mean quadratic entropy. Unlike that of Shannon entropy, its gradient is
+bounded for unsure samples, and it vanishes for confident ones. ``balanced=True`` divides each row
+of R by its sum and averages the mass off the diagonal over classes, in the spirit of minimum class
+confusion; that depends on how often classes are predicted. The trained parameters, the rates and
+the prediction, which comes before the update, are TENT's, by our own choice. On the bundled
+BatchNorm classifier and a continual stream these rates are too high and the method collapses (72 %
+error against 49 % of the source model, on 15 corruptions of 200 images at severity 5), as TENT does
+on ``alpha_bn``; at 1e-4 it does not.
 """
 
 from __future__ import annotations

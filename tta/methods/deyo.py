@@ -5,8 +5,9 @@ Perspective of Disentangled Factors, ICLR 2024, arXiv 2403.07366.
 
 Low entropy alone does not make a sample trustworthy: the prediction may rest on background or
 texture. So the object is destroyed, by shuffling patches, and only samples whose pseudo-label then
-loses probability (PLPD) are learned from; these weigh more the surer they are and the more they
-lose. Returned are the logits of the first forward pass.
+loses probability (PLPD, pseudo-label probability difference) are learned from. A sample weighs more
+the more confident its prediction is and the more probability it loses. The returned logits are
+those of the first forward pass.
 
     S1 = [H_b < t_ent ln C],   PLPD_b = p_y(x_b) - p_y(x'_b),   y = argmax p(x_b)
     S2 = S1 [PLPD_b > t_plpd],   L = mean_{S2} (exp(m ln C - H_b) + exp(PLPD_b)) H_b
@@ -15,18 +16,19 @@ x' is x with its patches in a random order, made from the images of S1 alone, wh
 their own (with their own batch statistics). The factor before H_b carries no gradient. Nothing
 moves when S2 is empty. Both thresholds are strict.
 
-As in SAR the last blocks and the final norm are not trained; here by position, ``official=True``
-leaves out layers by the names in the code (layer4, blocks.9, blocks.10, blocks.11, norm): see
-``sar``. ``destroy`` has the code's alternatives: "pixel" shuffles single pixels, "occlusion" covers
-a rectangle with the image's mean (half of each side, as 112 of 224; where is not known to us: in
-the middle). Sides that the grid does not divide are resized down and back; which way the code
-resizes is not known to us either.
+As in SAR, the last blocks and the final norm are not trained. Here they are found by position;
+``official=True`` finds them by the names in the code (layer4, blocks.9, blocks.10, blocks.11,
+norm): see ``sar``. ``destroy`` has the code's alternatives: "pixel" shuffles single pixels,
+"occlusion" covers a rectangle with the image's mean (half of each side, as 112 of 224; it lies in
+the middle, since its place in the code is not known to us). Sides that the grid does not divide are
+resized down and back; which way the code resizes is not known to us either.
 
 The threshold on PLPD is 0.3 for ResNet-50 in the mild setting (``imagenet``) and 0.2 in the wild
-ones (``imagenet_wild``, and ``imagenet_vit``, for which the sheet gives no value of its own); the
-CIFAR presets are the mariodoebler repository's. Differences: the authors' code is in train mode,
-this in eval mode; its ``reset`` refers to attributes that are never made and cannot run. Equation
-numbers and a golden trace are missing: this follows a description of the authors' code.
+ones (``imagenet_wild``, and ``imagenet_vit``, for which the description that we follow gives no
+value of its own); the CIFAR presets are the mariodoebler repository's. Differences: the authors'
+code runs the model in train mode, this code in eval mode; their ``reset`` refers to attributes that
+are never made and cannot run. Equation numbers and a golden trace are missing: this follows a
+description of the authors' code.
 """
 
 from __future__ import annotations
@@ -57,8 +59,8 @@ class DeyoConfig(LowerLayersConfig):
     entropy_margin: float = 0.5  # t_ent, largest entropy as a share of ln C
     weight_margin: float = 0.4  # m, entropy of weight 1 as a share of ln C
     plpd_threshold: float = 0.2  # t_plpd, smallest loss of probability of the pseudo-label
-    destroy: str = "patch"  # the object: "patch", "pixel" or "occlusion"
-    patches: int = 4  # along each side; "patch" only
+    destroy: str = "patch"  # how the object is destroyed: "patch", "pixel" or "occlusion"
+    patches: int = 4  # number of patches along each side; "patch" only
     occlusion: float = 0.5  # share of each side that is covered; "occlusion" only
 
     def __post_init__(self) -> None:
@@ -119,7 +121,7 @@ class Deyo(LowerLayersUpdate):
 
     @torch.no_grad()
     def _drop(self, images: Tensor, logits: Tensor, draws: CountedDraws) -> Tensor:
-        """PLPD (N,): what the label loses when the object in (N, C, H, W) is destroyed."""
+        """PLPD (N,): the label's loss of probability as the object in (N, C, H, W) is destroyed."""
         destroyed = self._destroy(images, draws)
         with frozen_statistics(self.network.wrappers):
             after = self.network(destroyed).logits.float().softmax(1)

@@ -14,8 +14,8 @@ values. ETA is EATA without the penalty and needs no source data.
 q is a moving average (0.9) of the mean prediction over selected samples. As in the official code,
 and unlike the paper's formula, the entropy term is divided by the number selected, so a step does
 not shrink when few survive; nothing moves when none does. The Fisher information is the mean over
-batches of the squared gradient of the *batch mean* loss against pseudo-labels, no per-sample
-squares.
+batches of the squared gradient of the *batch mean* loss against pseudo-labels, not of the loss of
+each sample.
 
 Differences: ``reset`` also clears q; ``official=True`` keeps it, as the official code does. The
 CIFAR-10 preset follows the paper's settings as recalled by a secondary source (SGD 0.005), which
@@ -48,7 +48,7 @@ class EataConfig(SelectiveConfig):
     """Fields of ``eata``."""
 
     fisher_weight: float = 2000.0  # beta, eq. 8; 0 = no penalty and no source data
-    fisher_samples: int = 2000  # at most so many source images are used
+    fisher_samples: int = 2000  # largest number of source images used
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -107,7 +107,8 @@ class Eata(SelectiveUpdate):
         """Take the Fisher information, or compute it from source batches.
 
         Raises:
-            ValueError: When it is needed and ``source`` has neither, or for other parameters.
+            ValueError: When it is needed and ``source`` has neither, or has it for other
+                parameters.
         """
         if self.config.fisher_weight == 0:
             return
@@ -151,7 +152,7 @@ class Eata(SelectiveUpdate):
             mine[name].copy_(value)
 
     def survives_reset(self) -> tuple[str, ...]:
-        """The official reset leaves q in place."""
+        """Return q under ``official=True``, whose reset leaves it in place."""
         return ("ema_probs",) if self.config.official else ()
 
     def _measure_fisher(self, source: SourceStatistics) -> Tensor:

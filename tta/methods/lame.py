@@ -4,18 +4,17 @@ Boudiaf, Mueller, Ben Ayed, Bertinetto: Parameter-free Online Test-time Adaptati
 arXiv 2201.05718.
 
 The softmax outputs of a batch are pulled towards those of its neighbours in feature space by
-Laplacian-regularised maximum likelihood, solved by a few fixed-point iterations. It shines on
-streams where neighbours share the label and hurts on class-balanced i.i.d. batches: it is made for
-the former.
+Laplacian-regularised maximum likelihood, solved by a few fixed-point iterations. It is made for
+streams whose neighbouring images share a label; on class-balanced i.i.d. batches it hurts.
 
     U = -log(P + 1e-10),   Y <- softmax(-U + W Y)   until the energy stops falling      (eq. 6-8)
 
 W is the affinity of L2-normalised features: "rbf" (bandwidth from the ``neighbours``-th smallest
-distance, the zero distance to oneself counted), "knn" (directed, without oneself) or "linear".
-What is returned is log Y (B, C), so that softmax of it gives the paper's probabilities. Official
-code returns Y. An image that is alone in its batch, and identical features under rbf (zero
-bandwidth), get the source prediction; ``official=True`` gives what the official code does: NaN
-under rbf, and for a lone image under "linear" a prediction pulled towards itself.
+distance, the zero distance to oneself counted), "knn" (directed, without oneself) or "linear". What
+is returned is log Y (B, C), whose softmax gives the paper's probabilities; the official code
+returns Y. An image that is alone in its batch, and identical features under rbf (zero bandwidth),
+get the source prediction; ``official=True`` gives what the official code does: NaN under rbf, and
+for a lone image under "linear" a prediction pulled towards itself.
 """
 
 from __future__ import annotations
@@ -61,7 +60,7 @@ def affinity(features: Tensor, kind: str, neighbours: int, symmetric: bool) -> T
         features: (B, D), not normalised.
         kind: "rbf", "knn" or "linear".
         neighbours: k.
-        symmetric: Average with the transpose.
+        symmetric: Whether to average the matrix with its transpose.
 
     Returns:
         (B, B) float32; NaN for "rbf" when all features coincide.
@@ -83,7 +82,7 @@ def affinity(features: Tensor, kind: str, neighbours: int, symmetric: bool) -> T
 
 
 def assign(unary: Tensor, weights: Tensor) -> Tensor:
-    """Solve for the assignment.
+    """Find the assignment Y by fixed-point iterations.
 
     Args:
         unary: (B, C), -log of the predicted probabilities.
@@ -113,7 +112,7 @@ class Lame(Output):
     needs_features = True
 
     def correct(self, prediction: Prediction) -> Tensor:
-        """Log of the assignment (B, C)."""
+        """Return the log of the assignment (B, C)."""
         c = self.config
         assert prediction.features is not None
         logits = prediction.logits.float()

@@ -4,24 +4,26 @@ Brahma, Rai: A Probabilistic Framework for Lifelong Test-Time Adaptation, CVPR 2
 arXiv 2212.09713.
 
 Adaptation is seen as inference with the posterior of the source weights, a diagonal Gaussian from a
-short SGD run on source data (SWAG), as its prior: the student is pulled to the posterior mean, most
-where the variance is small. Teacher, views and decision are CoTTA's. After every step the elements
-whose squared gradient is among the smallest, which carry least of the batch, go back to source;
-``restore="random"`` restores as CoTTA does (the authors' S-Res).
+short SGD run on source data (SWAG), as its prior: the student is pulled to the posterior mean, and
+most where the variance is small. The teacher, the views and the rule for using them are CoTTA's.
+After every step the elements whose squared gradient is among the smallest, which carry the least
+information about the batch, go back to their source values; ``restore="random"`` restores as CoTTA
+does (the authors' S-Res).
 
     L = mean_b CE(y -> f_s(x)) + w R,   R = 0.5 sum_i (theta_i - mu_i)^2 / (sigma_i^2 + 1e-6)
     F = (dL/dtheta)^2,   theta_s <- theta_0 where F < quantile_q(F)
 
 The Fisher information, as in the code, is the squared gradient of the batch mean of the whole loss,
-prior included; the paper, as recalled, squares that of a log-likelihood. It is of one batch only,
-with one threshold for all tensors. Where more than a share q of all elements has no gradient at
-all, the threshold is 0 and nothing is restored. ImageNet's symmetric loss is in the code only. The
-authors start from mu; ``wrap`` does not move the model there, and restores to the weights it found:
-load ``posterior_mean`` before wrapping to do as they do. Without one the mean is those weights.
+prior included; the paper, as recalled, squares that of a log-likelihood. It is taken on one batch
+only, with one threshold for all tensors. Where more than a share q of all elements has no gradient
+at all, the threshold is 0 and nothing is restored. ImageNet's symmetric loss is in the code only.
+The authors start from mu; ``wrap`` does not move the model there, and restores to the weights it
+found: load ``posterior_mean`` before wrapping to do as they do. Where no mean is given, mu is those
+weights.
 
-Differences: a variance that rounding left below 0 is taken as 0 (``official=True``: as it is).
-The prior covers what is trained. A posterior made at wrap follows the recipe for CIFAR (five
-epochs at batch 200); the ImageNet script, as released, takes no step at all, and so has no
+Differences: a variance that rounding left below 0 is taken as 0 (``official=True``: as it is). The
+prior covers the trained parameters only. A posterior made at wrap follows the recipe for CIFAR
+(five epochs at batch 200); the ImageNet script, as released, takes no step at all, and so has no
 recipe to follow. The weight w and q are the authors' constants; nothing derives them.
 The authors do not scale the rate; below the batch size of the preset it falls with
 ``wrap(batch_size=)`` here (``lr_scaling="none"`` is theirs).
@@ -83,7 +85,7 @@ class Petal(ConsistencyUpdate):
         self.posterior_variance = NamedTensors(values, constant=True)
 
     def adapt(self, x: Tensor) -> Prediction:
-        """Learn from teacher and prior, move the teacher, restore the least informative."""
+        """Learn from teacher and prior, move the teacher, restore uninformative elements."""
         config = self.config
         target, loss = self.compare(x)
         parameters = list(self.parameters_adapted.values())

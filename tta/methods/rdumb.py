@@ -1,24 +1,24 @@
-"""RDumb: ETA, put back to the source model after every so many batches.
+"""RDumb: ETA, reset to the source model after every N batches.
 
 Press, Schneider, Kuemmerer, Bethge: RDumb: A simple approach that questions our progress in
 continual test-time adaptation, NeurIPS 2023, arXiv 2306.05401.
 
 On streams of millions of images most adaptation methods end up worse than the model they started
 from. Forgetting everything at fixed intervals bounds how far anything can drift, and ETA restarted
-every 1,000 batches beats methods made for long streams. What it costs is a new transient after
-every reset, and what was learned on a stream that did not change.
+every 1,000 batches beats methods made for long streams. The price is a new transient after every
+reset and, on a stream that did not change, the loss of what was learned.
 
     ETA's step on S(b) = [H_b < E0] [|cos(q, p_b)| < d];   theta <- theta_0 before batch N, 2N, ...
 
-Before batch t with t mod ``reset_every`` = 0 parameters, optimiser and q go back to the start;
-every batch counts, also one from which nothing was selected. The official code does so at t = 0
-as well, where it changes nothing and is not counted in ``resets`` here. Everything else is ETA's:
-see ``eta``.
+Before batch t with t mod ``reset_every`` = 0, parameters, optimiser and q go back to the start.
+Every batch counts, even one from which nothing was selected. The official code does so at t = 0 as
+well, where it changes nothing and is not counted in ``resets`` here. Everything else is ETA's: see
+``eta``.
 
-Differences: the official code trains BatchNorm2d only, this all norm layers; its margins are those
-of 1,000 classes, here a share of ln C. The CIFAR presets are those of the mariodoebler repository
-(Adam, batches of 200); a whole continual CIFAR-C run there has 750 batches, so with N = 1,000 it
-never resets and is ETA: set ``reset_every`` for your stream.
+Differences: the official code trains BatchNorm2d only, this code all norm layers; its margins are
+those for 1,000 classes, here they are a share of ln C. The CIFAR presets are those of the
+mariodoebler repository (Adam, batches of 200); a whole continual CIFAR-C run there has 750 batches,
+so with N = 1,000 it never resets and is ETA: set ``reset_every`` for your stream.
 """
 
 from __future__ import annotations

@@ -3,28 +3,29 @@
 Döbler, Marsden, Yang: Robust Mean Teacher for Continual and Gradual Test-Time Adaptation,
 CVPR 2023, arXiv 2211.13081.
 
-Student and teacher agree under a symmetric cross-entropy, whose gradient is even between confident
-and unsure samples; a contrastive loss pulls a sample, its augmented view and the nearest source
-prototype together; a labelled source batch beside each test batch keeps what was learned, after a
-warm-up on source images. Student and teacher predict together.
+Student and teacher agree under a symmetric cross-entropy, whose gradients are balanced between
+confident and unsure samples; a contrastive loss pulls a sample, its augmented view and the nearest
+source prototype together; a labelled source batch beside each test batch keeps what was learned,
+after a warm-up on source images. Student and teacher predict together.
 
     L = l_trg mean_b [SCE(z, q) + SCE(z', q)] / 2 + l_cont L_con + l_src CE(f_s(x_src), y_src)
     SCE(z, q) = CE(q -> z) / 2 + CE(z -> q) / 2,   z' = f_s(A(x)),   q = f_t(x),   return z + q
 
-L_con has 3B anchors: prototype, feature and feature of the view of each image, through a projector
-that is trained too, with cosine similarities over T; the other two of the same image are positives,
-all else is negative, even if two images share a prototype. All passes are apart, each with its own
-batch statistics. Prototypes are class means of features under batch statistics, over at most the
-batches needed to pass 100,000 images; a class without images has none and is never the nearest.
-Warm-up makes floor(``warmup_samples`` / batch) updates on source images with SCE alone, the rate
-rising linearly, and keeps the optimiser's moments. The paper is said to have more variants of
-warm-up and replay; without source data set ``weight_source=0, warmup_samples=0`` and pass
-prototypes.
+The factors l are the ``weight_`` fields. L_con has 3B anchors: for each image its prototype, its
+feature and the feature of its view, all passed through a projector that is trained too.
+Similarities are cosines divided by T; the other two vectors of an image are positives and all
+others are negatives, even if two images share a prototype. All forward passes are separate, each
+with its own batch statistics. Prototypes are class means of features under batch statistics, over
+at most the batches needed to pass 100,000 images; a class without images has none and is never the
+nearest. Warm-up makes floor(``warmup_samples`` / batch) updates on source images with SCE alone,
+while the learning rate rises linearly; the optimiser keeps its moments afterwards. The paper is
+said to have more variants of warm-up and replay. Without source data, set
+``weight_source=0, warmup_samples=0`` and pass prototypes.
 
 Differences: the returned sum doubles the scale of logits, ``combine="mean"`` does not. ``reset``
-also rewinds the source batches to where they were after warm-up; the official code goes on in
-them, and so does ``official=True``. Source batches are taken in the order given, warm-up and replay
-one after the other, wrapping around. With timm models the official code, as far as can be told
+also rewinds the source batches to where they were after warm-up; the official code goes on in them,
+and so does ``official=True``. Source batches are taken in the order given, first by warm-up and
+then by replay, and start over at the end. With timm models the official code, as far as can be told
 from it, leaves the classifier untrained; here it is trained. With ``norm="source"`` prototypes are
 taken under running statistics. A saved adapter holds the source batches if they came as a list; a
 data loader must be given to ``tta.load`` again.
@@ -109,7 +110,7 @@ class Rmt(Update):
     artefact_fields: ClassVar[dict[str, Any]] = {"weight_source": 0.0, "warmup_samples": 0}
 
     prototypes: Tensor  # (C, D), NaN for a class without images
-    source_position: Tensor  # of the next source batch
+    source_position: Tensor  # 0-dimensional: position of the next source batch
 
     def __init__(self, config: RmtConfig, network: Backbone, context: Context) -> None:
         super().__init__(config, network, context)
@@ -158,7 +159,7 @@ class Rmt(Update):
         return self._together(student, teacher)
 
     def predict(self, x: Tensor) -> Prediction:
-        """Student and teacher together, nothing learned."""
+        """Predict with student and teacher together, without learning."""
         return self._together(self.network(x), self.teacher.predict(x))
 
     def nearest(self, features: Tensor) -> Tensor:
@@ -168,10 +169,10 @@ class Rmt(Update):
         return similarity.nan_to_num(nan=-2.0).argmax(1)
 
     def contrast(self, student: Prediction, augmented: Prediction) -> Tensor:
-        """The contrastive loss over prototypes, features and features of the view."""
+        """Contrastive loss over the prototypes, the features and the features of the view."""
         assert student.features is not None and augmented.features is not None
         chosen = self.prototypes[self.nearest(student.features.detach())]
-        own = next(self.projector.parameters(), chosen).dtype  # float32, or as the user moved it
+        own = next(self.projector.parameters(), chosen).dtype  # float32, unless converted
         vectors = [v.to(own) for v in (chosen, student.features, augmented.features)]
         return contrastive(self.projector(torch.stack(vectors, dim=1)), self.config.temperature)
 
@@ -240,11 +241,11 @@ class Rmt(Update):
             self.replay = Replay(pairs)
 
     def survives_reset(self) -> tuple[str, ...]:
-        """The official reset goes on in the source batches."""
+        """Return the position under ``official=True``, whose reset does not rewind it."""
         return ("source_position",) if self.config.official else ()
 
     def log_probabilities(self, output: Tensor) -> Tensor:
-        """A sum of two models' logits is read as logits by its mean."""
+        """Return log-probabilities (B, C); a sum of two models' logits is halved first."""
         output = output.float()
         return super().log_probabilities(output / 2 if self.config.combine == "sum" else output)
 
@@ -270,7 +271,7 @@ class Rmt(Update):
         return images.to(device), labels.to(device)
 
     def _warm_up(self) -> None:
-        """Mean teacher on source images, without labels or views, the rate rising linearly."""
+        """Train on source images without labels or views, at a linearly rising rate."""
         config, device = self.config, self.prototypes.device
         assert self.replay is not None
         total = config.warmup_samples // len(self.replay[0][0])

@@ -5,9 +5,9 @@ Weighting, and Prior Correction, WACV 2024, arXiv 2306.00650.
 
 Samples count by how sure the model is of them and by how much they differ from what it has
 predicted lately; the soft likelihood ratio keeps a gradient where the model is sure, where entropy
-has none, and a symmetric cross-entropy asks for the same of an augmented view. After every step the
-weights are drawn back to the source's a little, and what is returned is corrected for the share of
-classes in the batch.
+has none, and a symmetric cross-entropy asks for the same prediction on an augmented view. After
+every step the weights are drawn back to the source's a little, and what is returned is corrected
+for the share of classes in the batch.
 
     div_b = 1 - cos(q, p_b),   cert_b = -H_b,   both scaled to [0, 1] within the batch
     w_b = exp(div_b cert_b / T),   0 where div_b < mean div;   then q <- 0.9 q + 0.1 mean_b p_b
@@ -16,10 +16,10 @@ classes in the batch.
 
 SLR(z) = -sum_k p_k log(p_k / (1 - p_k) + 1e-5), p clipped at 0.99. The views are made of the kept
 samples alone, which are a batch with statistics of their own, and gradients flow into z_b too. A is
-CoTTA's with reflected borders, neither blur nor noise. B is ``wrap(batch_size=)``, as the authors
-divide by the batch size of their configuration, a short last batch too; without it, the batch's
-own length. q starts uniform and ``reset`` makes it so again. z_b are the logits of the forward pass
-before the update.
+CoTTA's augmentation with reflected borders and without blur and noise. B is ``wrap(batch_size=)``,
+since the authors divide by the batch size of their configuration even for a short last batch;
+without that argument it is the batch's own length. q starts uniform and ``reset`` makes it so
+again. z_b are the logits of the forward pass before the update.
 
 The correction is an output rule of its own, ``prior_correction``, which this update brings and
 which goes with any other; ``output="source"`` leaves it out. It multiplies *logits* by the smoothed
@@ -28,10 +28,10 @@ prior, as the authors' code does:
     z_bk (m_k + e) / (1 + e C),   m = mean_b p_b,   e = max(1/B, 1/C) / max_k m_k
 
 with B the length of the batch at hand. Differences: one image, or several that are equal in
-diversity or certainty, would give 0/0 in the scaling and have 0 there. The authors' switch for
-weighting is not here (it crashes their code together with the consistency loss); ``consistency``
-is. There is no trace to compare with beyond the loss and the augmentation, and equation numbers
-are not given: this follows a description of the authors' code.
+diversity or certainty, would give 0/0 in the scaling; here they get 0. The authors' switch for the
+weighting is left out (together with the consistency loss it crashes their code), their switch for
+that loss is ``consistency``. There is no trace to compare with beyond the loss and the
+augmentation, and equation numbers are not given: this follows a description of the authors' code.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class RoidConfig(UpdateConfig):
 
 
 def sample_weights(logits: Tensor, average: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """By certainty and diversity, how much each sample of a batch counts.
+    """Weigh the samples of a batch by certainty and diversity.
 
     Args:
         logits: (B, C).
@@ -100,7 +100,7 @@ def sample_weights(logits: Tensor, average: Tensor, temperature: float) -> tuple
 
 
 def _scaled(values: Tensor) -> Tensor:
-    """To [0, 1]; 0 where all are equal."""
+    """Scale values linearly to [0, 1]; all are 0 where all are equal."""
     low, high = values.aminmax()
     return (values - low) / (high - low) if bool(high > low) else torch.zeros_like(values)
 
@@ -181,7 +181,7 @@ class PriorCorrection(Output):
     Config = PriorCorrectionConfig
 
     def correct(self, prediction: Prediction) -> Tensor:
-        """Logits (B, C) times the smoothed prior."""
+        """Return logits (B, C) times the smoothed prior."""
         logits = prediction.logits.float()
         samples, classes = logits.shape
         share = logits.softmax(1).mean(0)

@@ -2,27 +2,27 @@
 
 Yuan, Xie, Li: Robust Test-Time Adaptation in Dynamic Scenarios, CVPR 2023, arXiv 2303.13899.
 
-On streams whose neighbours share a class, a batch is no sample of anything. So statistics move
-slowly instead of being the batch's (``robust_bn``); updates are made not on the batch but on a
-memory that is balanced over pseudo-labels and prefers recent and confident images; and old images
-in it weigh less. A weight-averaged teacher, with statistics of its own, predicts every batch before
-anything else happens and teaches the student on augmented views.
+On streams whose neighbouring images share a class, a batch does not represent the stream. Therefore
+statistics move slowly instead of being the batch's (``robust_bn``), and updates are made on a
+memory instead of the batch. The memory is balanced over pseudo-labels, prefers recent and confident
+images, and gives old ones less weight. A weight-averaged teacher, with statistics of its own,
+predicts every batch before anything else happens, and teaches the student on augmented views.
 
     m_t = (1 - a) m_{t-1} + a m_batch, v_t likewise, and x is normalised with (m_t, v_t)
     L = mean_i w_i CE(f_t(x_i) -> f_s(A(x_i))),   w_i = exp(-g_i) / (1 + exp(-g_i))
     theta_t <- n theta_t + (1 - n) theta_s
 
-over the images i of the memory, g_i their age in units of its capacity. There is one update
-after every ``update_every`` images, counted across batches: the teacher runs on the memory, the
-student on one view of it, and the statistics of both move, each with what it ran on; all other
-passes use the statistics as they are. Which image goes to which slot says
-:class:`tta.parts.memory.Cstu`.
+The mean is over the images i of the memory, and g_i is an image's age divided by the capacity.
+There is one update after every ``update_every`` images, counted across batches: the teacher runs on
+the memory, the student on one view of it, and the statistics of each move with its own input. All
+other passes use the statistics as they are. The class :class:`tta.parts.memory.Cstu` decides which
+image goes to which slot.
 
-With ``steps`` above 1 every batch is offered to the memory so many times.
+With ``steps`` above 1, every batch is offered to the memory that many times.
 
-As a norm rule of its own ``robust_bn`` moves with every batch. Gradients flow through the batch
-part. With another norm rule the teacher has a state of that rule for itself as well. A layer with
-one value per channel is normalised with the statistics as they are.
+Used on its own, the norm rule ``robust_bn`` moves with every batch. Gradients flow through the
+batch part. With another norm rule, the teacher has its own copy of that rule's state as well. A
+layer with one value per channel is normalised with the statistics as they are.
 
 Bad images. A frame whose pixels are 255 times too large would spoil the moving statistics for
 dozens of batches. An image is bad in a layer where, in more than half of the channels, its energy
@@ -34,26 +34,26 @@ corruptions on ``tf_efficientnet_lite0`` below 4; those of images times 255 are 
 
 Narrow layers. Networks of depthwise convolutions lose channels in training: 28 of the 49 layers of
 ``tf_efficientnet_lite0`` have channels with no variance. A layer with a channel whose variance is
-under 1e-6 times the layer's median keeps the source's statistics. On 128 photographs, clean, with
-fog, low contrast and JPEG artefacts and clean again, in batches of 16, the error is then 16, 41,
-59, 72 and 27 % instead of 21, 39, 62, 70 and 30 (source: 16, 61, 89, 52, 16). It does not make such
-a network safe: it takes no statistics from between two domains, and six batches of 32 with noise at
-severity 5 leave 95 % on clean photographs instead of 97, although no mean has moved by more than
-0.4 deviations and no variance by more than a factor of 5; a floor for variances at the source's own
-leaves 92. Where such changes may come, ``unmix_tns`` does better there. On the bundled network the
-share is never under 1e-4, and in the traces never under 0.05.
+under 1e-6 times the layer's median keeps the source's statistics. On 128 photographs in batches of
+16, which are clean, with fog, with low contrast, with JPEG artefacts and clean again, the error is
+then 16, 41, 59, 72 and 27 % instead of 21, 39, 62, 70 and 30 (source: 16, 61, 89, 52, 16). This
+does not make such a network safe, which cannot bear statistics that lie between two domains: six
+batches of 32 with noise at severity 5 leave 95 % on clean photographs instead of 97, although no
+mean has moved by more than 0.4 deviations and no variance by more than a factor of 5; a floor for
+variances at the source's own leaves 92. Where such changes may come, ``unmix_tns`` does better
+there. On the bundled network the share is never under 1e-4, and in the traces never under 0.05.
 ``robust_bn`` with ``official=True`` has neither rule.
 
-Statistics move by a at every update and no faster, so a stream whose domains are over within a
-few hundred images is over before they arrive; ``robust_bn`` alone moves with every batch.
+Statistics move by the share a at every update and no faster, so where a domain lasts only a few
+hundred images they do not arrive before it ends; ``robust_bn`` on its own moves with every batch.
 
-Differences: images are kept as 8-bit pixels, in a quarter of the space: exact where images come
-from such files, within 1/510 elsewhere. The shape of ``update/memory`` is known from the first
+Differences: images are kept as 8-bit pixels, in a quarter of the space, which is exact for images
+from 8-bit files and within 1/510 otherwise. The shape of ``update/memory`` is known from the first
 batch on, and images of another size are refused until ``reset``. All norm layers are trained, not
 BatchNorm alone (the mariodoebler repository trains GroupNorm and LayerNorm too). The figures are
 the authors' for CIFAR; those for ImageNet are the mariodoebler repository's. There is no trace to
 compare with, and equation numbers are not given: this follows a description of the authors' code.
-The authors do not scale the rate; below the batch size of the preset it falls with
+The authors do not scale the learning rate; below the batch size of the preset it falls with
 ``wrap(batch_size=)`` here (``lr_scaling="none"`` is theirs).
 """
 
@@ -106,7 +106,7 @@ class RobustBnConfig(ComponentConfig):
 
 @register("robust_bn")
 class RobustBn(NormRule):
-    """Moving averages of the batches' statistics, from the source's on."""
+    """Moving averages of the statistics of batches, starting from the source's."""
 
     Config = RobustBnConfig
     needs_source_stats = True
@@ -123,12 +123,12 @@ class RobustBn(NormRule):
 
     @torch.no_grad()
     def write_to(self, base: Any) -> None:
-        """The averages become the layer's running statistics."""
+        """Write the averages into the layer's running statistics."""
         base.running_mean.copy_(self.mean)
         base.running_var.copy_(self.var)
 
     def forward(self, x: Tensor, base: Any) -> Tensor:
-        """Move towards (B, C, ...) and normalise it with the result; frozen: only normalise."""
+        """Move the averages towards (B, C, ...), unless frozen, and normalise it with them."""
         alone = one_value(x)
         self.fell_back = self.fell_back or alone
         if alone or self.fixed or not self.learning:
@@ -149,7 +149,7 @@ class RobustBn(NormRule):
         return normalize(x, mean, var, base)
 
     def _ordinary_stats(self, x: Tensor, base: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Batch statistics without bad images, and whether more than one value is left of it."""
+        """Batch statistics without bad images, and whether more than one value is left for each."""
         means, variances = instance_stats(x)
         if (split := current_split()) is not None:  # the other ranks' images too
             means, variances = split.gather(means), split.gather(variances)
@@ -170,7 +170,7 @@ class RottaConfig(UpdateConfig):
     memory_size: int = 64  # images in the memory
     update_every: int = 64  # images between updates, counted across batches
     timeliness: float = 1.0  # lambda_t, weight of age in what leaves the memory
-    uncertainty: float = 1.0  # lambda_u, weight of entropy in it
+    uncertainty: float = 1.0  # lambda_u, weight of entropy in what leaves the memory
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -194,7 +194,7 @@ class Rotta(Update):
     learns_from_whole_batch: ClassVar[bool] = False
 
     memory: Tensor  # (memory_size, C, H, W) uint8 pixels; (memory_size, 0) before the first batch
-    offered: Tensor  # 0-dimensional: images so far
+    offered: Tensor  # 0-dimensional: images offered to the memory so far
 
     def __init__(self, config: RottaConfig, network: Backbone, context: Context) -> None:
         super().__init__(config, network, context)
@@ -208,7 +208,7 @@ class Rotta(Update):
         self.register_buffer("offered", torch.zeros((), dtype=torch.int64))
 
     def adapt(self, x: Tensor) -> Prediction:
-        """The teacher predicts; then image by image into the memory, with updates when due."""
+        """Predict with the teacher, then offer each image to the memory, with updates when due."""
         self.augmenter.check(x)
         self._check_size(x)
         self.report = Report(selected=0, loss=float("nan"), stepped=False)
@@ -234,19 +234,19 @@ class Rotta(Update):
         return prediction
 
     def predict(self, x: Tensor) -> Prediction:
-        """The teacher's prediction, nothing remembered."""
+        """Predict with the teacher, without remembering anything."""
         return self.teacher.predict(x)
 
     def integer_ranges(self) -> dict[str, tuple[int, int]]:
-        """Labels of the bank, -1 where it is empty."""
+        """Range of the bank's labels, which are -1 in empty slots."""
         return {"bank.labels": (-1, self.context.num_classes - 1)}
 
     def lazy_buffers(self) -> tuple[str, ...]:
-        """The first batch says how large images are."""
+        """Return ``memory``: the first batch shows how large images are."""
         return ("memory",)
 
     def _update(self, dtype: torch.dtype) -> None:
-        """One step of the student on the memory, and of the teacher towards it."""
+        """Take one step of the student on the memory, and move the teacher towards the student."""
         occupied = self.bank.labels >= 0
         pixels = self.memory[occupied].float() / 255
         images = self.augmenter.images(pixels, dtype)

@@ -4,28 +4,28 @@ Niu, Wu, Zhang, Wen, Chen, Zhao, Tan: Towards Stable Test-Time Adaptation in Dyn
 ICLR 2023, arXiv 2302.12400.
 
 Batches of one, mixed domains and shifting labels make entropy minimisation collapse, through few
-samples with large gradients. Samples of high entropy are left out, the rest takes a
-sharpness-aware step, which looks for flat minima that noisy gradients do not throw it out of; and
-when the average of the loss falls under a threshold, as it does in a collapse, the source model
-comes back. It is meant for models with GroupNorm or LayerNorm.
+samples with large gradients. Samples of high entropy are left out; on the rest a sharpness-aware
+step is taken, which looks for flat minima that noisy gradients do not leave; and when the average
+of the loss falls under a threshold, as it does in a collapse, the source model is restored. It is
+meant for models with GroupNorm or LayerNorm.
 
     S1 = [H_b(theta) < E0],   theta' = theta + rho g / |g|,   g = grad mean_{S1} H_b(theta)
     S2 = S1 [H_b(theta') < E0],   theta <- theta - lr grad mean_{S2} H_b(theta')
     e <- 0.9 e + 0.1 L2;   e < ``reset_threshold``: theta <- theta_0
 
-What is returned are the logits of the first forward pass. The last blocks and the final norm are
-not trained. Here that goes by position: of the norm layers, in the order in which a forward pass
+The returned logits are those of the first forward pass. The last blocks and the final norm are not
+trained. Here they are found by position: of the norm layers, in the order in which a forward pass
 first calls them, the last ``skip_blocks`` share is left out, rounded up and at least the last one
 (for ViT-B the six of blocks 9 to 11 and the final one, as in the official code; one layer is always
-trained). The order is seen during the first batch; until then ``parameters_adapted`` and, for good,
-the state's keys name all norm layers, of which those left out never move. Layers that a forward
-pass does not call are not counted. This concerns ``params="norm"`` alone.
+trained). The order is recorded during the first batch; until then ``parameters_adapted`` names all
+norm layers. The keys of the state always do, but the layers left out never move. Layers that a
+forward pass does not call are not counted. This concerns ``params="norm"`` alone.
 
 Differences: the official code leaves layers out by name (layer4, blocks.9, blocks.10, blocks.11,
 norm), which leaves out nothing in most models; ignores its threshold argument (0.2); after a
 recovery keeps the average that triggered it, so that the next batches recover as well, and the
 momentum; and, when nothing is selected, still steps on momentum. ``official=True`` does all that.
-Here the average and the momentum are cleared and an empty selection is no step. The official
+Otherwise the average and the momentum are cleared and an empty selection is no step. The official
 repository has no CIFAR settings; those presets are the mariodoebler repository's.
 """
 
@@ -59,7 +59,7 @@ class SarConfig(LowerLayersConfig):
 
     entropy_margin: float = 0.4  # E0 as a share of ln C
     rho: float = 0.05  # length of the sharpness-aware perturbation
-    reset_threshold: float = 0.2  # of the average loss in nats
+    reset_threshold: float = 0.2  # average loss in nats below which the source model is restored
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -129,7 +129,7 @@ class Sar(LowerLayersUpdate):
         self.report |= {"loss": loss.detach(), "stepped": self.step(loss, gradients)}
 
     def _coast(self) -> None:
-        """A step with a gradient of zero: only the momentum acts."""
+        """Take a step with a gradient of zero, in which only the momentum acts."""
         zeros = [torch.zeros_like(p) for p in self.parameters_adapted.values()]
         self.report["stepped"] = self.step(torch.zeros((), device=self.ema.device), zeros)
 

@@ -1,4 +1,4 @@
-"""The source model: no adaptation, the lower reference of every comparison.
+"""The source model without adaptation: the baseline of every comparison.
 
 ``tta.wrap(model, "source")`` predicts in eval mode with running statistics and learns nothing, so
 that a baseline runs through the same code as the methods. In a slot, the name means "leave this
@@ -18,12 +18,12 @@ __all__ = ["Source", "SourceConfig"]
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig(ComponentConfig):
-    """Nothing to set."""
+    """``source`` has no fields."""
 
 
 @register("source")
 class Source(Component):
-    """A name for empty slots; no object of it is ever made."""
+    """A name for empty slots; no object of this class is ever made."""
 
     Config = SourceConfig
     empties_slots = True

@@ -14,8 +14,8 @@ towards the images. Given the components, an image does not depend on its batch 
     mu_k += lambda avg_b p_bk (m_b - mu_k),   s_k likewise
 
 Paper and code differ: a published review reads the paper as one random number per component and
-statistics shared by the batch; the official code draws per channel and normalises per image, and
-so does this. BatchNorm1d keeps its source statistics, as there. Differences from the code: the
+statistics shared by the batch; the official code draws per channel and normalises per image, and so
+does this. BatchNorm1d keeps its source statistics, as in that code. Differences from the code: the
 components are drawn from the adapter's own generator, and wrapping keeps subclasses' activations.
 
 Bad images. A frame whose pixels are 255 times too large would shift all components for hundreds of
@@ -30,13 +30,13 @@ times 255 are far above it in the first layer already.
 Narrow networks. Networks of depthwise convolutions lose channels in training: 28 of the 49 layers
 of ``tf_efficientnet_lite0`` have channels with no variance. Such networks average little over
 channels, and K random draws have the source's mean and variance in expectation only: with 16
-components every channel of every layer is off by a fifth of its deviation. On 64 photographs,
-clean, with noise, with fog and clean again, the error is 77, 100, 88 and 64 % (source: 22, 86, 62,
-22). The small variances are not the cause, and a floor for them does not help. Where a layer of the
-model has a channel whose variance is under 1e-6 times the layer's median, the draws of all layers
-are shifted and scaled so that the mixture has the source's mean and variance exactly: 27, 89, 56
-and 38 %. On the bundled network that share is never under 1e-4, and in the traces never under 0.05.
-``official=True`` turns both rules off.
+components every channel of every layer is off by a fifth of its deviation. On 64 photographs, which
+are clean, with noise, with fog and clean again, the error is 77, 100, 88 and 64 % (source: 22, 86,
+62, 22). The small variances are not the cause, and a floor for them does not help. Where a layer of
+the model has a channel whose variance is under 1e-6 times the layer's median, the draws of all
+layers are shifted and scaled so that the mixture has the source's mean and variance exactly: 27,
+89, 56 and 38 %. On the bundled network that share is never under 1e-4, and in the traces never
+under 0.05. ``official=True`` turns both rules off.
 
 Gradients of images that are normalised one by one are larger, and the learning rates that updates
 are published with break the model on top of this rule. The authors run them at 1e-5 (CIFAR) and
@@ -95,12 +95,12 @@ class UnmixTnsConfig(ComponentConfig):
             number("update_lr", self.update_lr, 0)
 
     def for_batch_size(self, batch_size: int | None) -> UnmixTnsConfig:
-        """With ``batch_size`` as the B of lambda, unless one is there."""
+        """Take ``batch_size`` as the B of lambda, unless the config has one."""
         return self if self.batch_size is not None else self.replace(batch_size=batch_size)
 
 
 def _rate(config: UnmixTnsConfig, momentum: float) -> float:
-    """Lambda, from the layer's own momentum unless the config says it."""
+    """Return lambda, from the layer's own momentum unless the config has it."""
     if config.momentum is not None:
         return config.momentum
     share = (config.batch_size or config.batch_size_max) / config.batch_size_max
@@ -123,8 +123,8 @@ class UnmixTns(NormRule):
     }
     needs_source_stats = True
 
-    means: Tensor
-    vars: Tensor
+    means: Tensor  # (K, C)
+    vars: Tensor  # (K, C)
 
     def __init__(self, config: UnmixTnsConfig, base: Any, context: Context) -> None:
         super().__init__(config, base, context)
@@ -172,9 +172,9 @@ class UnmixTns(NormRule):
             bad = self._bad(mean.detach(), var.detach(), means, variances, base)[:, None]
             p, mean, var = (torch.where(bad, 0.0, v) for v in (p, mean, var))
         k, rest = len(self.means), 1 - p
-        # Averages over k of M and of V + M^2, expanded so that nothing of size (B, K, C) is made;
-        # p sums to one, or it and the image's own are 0. Few operations, since on small layers and
-        # on GPUs these are what costs.
+        # Averages over k of M and of V + M^2, expanded so that nothing of size (B, K, C) is made; p
+        # sums to one, or it and the image's own statistics are 0. There are few operations, since
+        # their number is what costs time on small layers and on GPUs.
         mixed_mean = torch.addmm(mean, rest, means) / k
         second = torch.addmm(var, rest, variances)
         second = torch.addmm(second, rest.square(), means.square())
@@ -187,20 +187,20 @@ class UnmixTns(NormRule):
 
     @staticmethod
     def _bad(mean: Tensor, var: Tensor, means: Tensor, variances: Tensor, base: Any) -> Tensor:
-        """Which images (B,) are far outside of the mixture of all components."""
+        """Find the images (B,) that are far outside the mixture of all components."""
         mixture = variances.mean(0) + means.var(0, correction=0)
         reference = torch.maximum(mixture, base.running_var) + base.eps
         return far_outside(mean, var, means.mean(0), reference)
 
     @torch.no_grad()
     def _move(self, p: Tensor, mean: Tensor, var: Tensor) -> None:
-        """All components towards the images, in proportion to similarity, divided by B."""
+        """Move all components towards the images, in proportion to similarity, divided by B."""
         if (split := current_split()) is not None:  # the other ranks' images too
             p, mean, var = (split.gather(v) for v in (p, mean, var))
         # Finite pixels may overflow; such an image would spoil the components for good.
         fine = (mean + var).isfinite().all(1, keepdim=True)
         p, mean, var = (torch.where(fine, v, 0.0) for v in (p, mean, var))
-        if not self.config.official:  # the batch without bad images
+        if not self.config.official:  # as if the batch had come without bad images
             p = p * (len(p) / (p.sum(1) > 0).sum().clamp_min(1))
         rate = self.rate / len(p)
         kept = 1 - rate * p.sum(0)[:, None]

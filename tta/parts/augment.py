@@ -1,8 +1,8 @@
 """Augmented views of a batch (CoTTA, PETAL, RMT, RoTTA, ROID).
 
-The recipe is the one that CoTTA took over: a colour jitter in random order, a small rotation,
-shift and zoom, a faint blur, a flip, a little noise. One view is one draw of its parameters, shared
-by the whole batch (only the noise is drawn for each pixel). Drawing and applying are apart, so that
+The recipe is the one that CoTTA took over: a colour jitter in random order, a small rotation, shift
+and zoom, a faint blur, a flip, a little noise. One view is one draw of its parameters, shared by
+the whole batch (only the noise is drawn for each pixel). Drawing and applying are separate, so that
 any view can be made again.
 
 Everything happens on pixels in [0, 1]; what the model takes is a channel-wise normalisation of
@@ -34,14 +34,15 @@ __all__ = [
 ]
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE, GAMMA = range(5)
-# By operation, in the order above: factors, and for hue a share of the colour circle.
+# Ranges of the five operations in the order above: factors, and for hue a share of the colour
+# circle.
 RANGES = ((0.6, 1.4), (0.7, 1.3), (0.5, 1.5), (-0.06, 0.06), (0.7, 1.3))
 ANGLE = 15.0  # degrees
 SHIFT = 1 / 8  # of height and width
 SCALE = (0.9, 1.1)
 SIGMA = (0.001, 0.5)  # pixels
 MARGIN = 2  # half of the blur's kernel of 5
-NOISE = 0.005
+NOISE = 0.005  # standard deviation
 GREY = (0.2989, 0.587, 0.114)
 
 
@@ -80,7 +81,7 @@ def jitter_colours(pixels: Tensor, view: View) -> Tensor:
     """The five colour operations, in the view's order.
 
     Args:
-        pixels: (B, C, H, W) in [0, 1]. Saturation and hue need C = 3 and are left out elsewhere.
+        pixels: (B, C, H, W) in [0, 1]. Saturation and hue need C = 3 and are left out otherwise.
         view: Order and factors.
 
     Returns:
@@ -142,15 +143,15 @@ def warp(pixels: Tensor, view: View, margin: int = MARGIN, padding: str = "edge"
     Args:
         pixels: (B, C, H, W).
         view: Angle, shift, scale and flip.
-        margin: So many pixels more on every side, for a filter that comes next.
-        padding: What lies around the image: its "edge" or its "reflect"-ion.
+        margin: Extra pixels on every side, for a filter that follows.
+        padding: How the image continues beyond its border, "edge" or "reflect".
 
     Returns:
         (B, C, H + 2 margin, W + 2 margin).
     """
     b, c, h, w = pixels.shape
     if padding == "reflect":
-        # Nothing farther out than half the image is ever looked at.
+        # No pixel farther out than half the image is ever read.
         pixels = F.pad(pixels, (w // 2, w // 2, h // 2, h // 2), mode="reflect")
     rows, columns = pixels.shape[2:]
     across = torch.arange(w + 2 * margin, dtype=torch.float64) - (w - 1) / 2 - margin
@@ -228,14 +229,14 @@ def pixel_space(
     """The normalisation between pixels in [0, 1] and what a model takes.
 
     Args:
-        model: Asked for ``pretrained_cfg`` or ``default_cfg``, timm's protocol, when no figures
-            are given. A wrapper that forwards the attributes of the model inside it, and perhaps
-            normalises by itself, is not asked.
+        model: Asked for ``pretrained_cfg`` or ``default_cfg``, timm's protocol, when no figures are
+            given. Attributes that a wrapper forwards from a model inside it are not read, since the
+            wrapper may normalise by itself.
         mean: Channel means.
         std: Channel standard deviations.
 
     Returns:
-        Mean and standard deviation, or None when nobody knows.
+        Mean and standard deviation, or None when neither the caller nor the model gives them.
 
     Raises:
         ValueError: When only one of them is given, or a deviation is not above 0.
@@ -258,7 +259,7 @@ def pixel_space(
 
 
 def _configs_of_data(model: nn.Module) -> Iterator[Any]:
-    """What the model itself holds, and not what it forwards from a module inside it."""
+    """The configs that the model itself holds, not those forwarded from a module inside it."""
     model = model._modules.get("_orig_mod") or model  # of a compiled one
     for name in ("pretrained_cfg", "default_cfg"):
         if name in vars(model):
@@ -288,12 +289,12 @@ class Augmenter:
 
     Args:
         model: The classifier.
-        context: Gives mean, std and, for replays, the caller's own ``augment``.
+        context: Gives mean, std and, where there is one, the caller's own ``augment``.
         padding: As for :func:`warp`.
         soften: Whether views are blurred and get noise.
 
     Raises:
-        ValueError: When nobody says how pixels become what the model takes.
+        ValueError: When neither the caller nor the model says how pixels are normalised.
     """
 
     def __init__(
@@ -331,15 +332,15 @@ class Augmenter:
 
     @torch.no_grad()
     def views(self, x: Tensor, count: int, draws: CountedDraws) -> Iterator[Tensor]:
-        """So many views of ``x``, one by one.
+        """Make ``count`` views of ``x``, one by one.
 
         Args:
-            x: (B, C, H, W), what the model takes.
+            x: (B, C, H, W), as the model takes it.
             count: Number of views.
             draws: On the device of ``x``.
 
         Yields:
-            (B, C, H, W), what the model takes.
+            (B, C, H, W), as the model takes it.
         """
         pixels = self.pixels(x)
         for _ in range(count):
@@ -349,14 +350,14 @@ class Augmenter:
             yield self.images(view, x.dtype)
 
     def pixels(self, x: Tensor) -> Tensor:
-        """What the model takes (B, C, H, W), as float32 pixels in [0, 1]."""
+        """Convert what the model takes (B, C, H, W) to float32 pixels in [0, 1]."""
         if x.dtype == torch.uint8:
             return x.float() / 255
         mean, std = self._space(x.device)
         return (x.float() if self.raw else x.float() * std + mean).clamp(0, 1)
 
     def images(self, pixels: Tensor, dtype: torch.dtype) -> Tensor:
-        """Pixels in [0, 1] (B, C, H, W) as what the model takes; may change them in place."""
+        """Convert pixels in [0, 1] (B, C, H, W) to what the model takes, perhaps in place."""
         if dtype == torch.uint8:
             return pixels.mul_(255).round_().to(dtype)
         mean, std = self._space(pixels.device)

@@ -29,12 +29,12 @@ def class_moments(
 ) -> ClassMoments:
     """Moments of the classifier's input over labelled source batches, under batch statistics.
 
-    Batches are read until they pass 100,000 images.
+    Batches are read until they hold more than 100,000 images.
 
     Args:
         network: The wrapped model, which gives features.
-        source: Has ``batches``.
-        like: (C, D) on the model's device.
+        source: Artefacts that include ``batches``.
+        like: (C, D), gives the shape and the model's device.
         covariance: "tied" = around each image's class mean, over all classes; "class" = one for
             each class, 0 for a class without images; None = none.
 
@@ -121,7 +121,8 @@ def mahalanobis(features: Tensor, means: Tensor, whitening: Tensor) -> Tensor:
         >>> mahalanobis(torch.zeros(1, 2), torch.tensor([[3.0, 4.0]]), torch.eye(2))
         tensor([[25.]])
     """
-    # Around the middle of the means, so that nothing is lost where all are far from the origin.
+    # Centred at the middle of the means, so that no digits are lost where all are far from the
+    # origin.
     whitening = whitening.float()
     middle = means.float().mean(0)
     features, means = features.float() - middle, means.float() - middle

@@ -81,7 +81,7 @@ def consistency(logits: Tensor, target: Tensor, symmetric: bool) -> Tensor:
     Args:
         logits: (B, C) of the student.
         target: (B, C) of the teacher.
-        symmetric: Half of either direction, else the teacher's only.
+        symmetric: Whether to take half of either direction; otherwise CE(target -> logits) alone.
 
     Returns:
         (B,).

@@ -17,25 +17,26 @@ EMPTY = -1
 class Cstu(nn.Module):
     """Category-balanced sampling with timeliness and uncertainty (RoTTA, arXiv 2303.13899).
 
-    It decides which of ``capacity`` slots an image goes to; the images are its owner's. Every class
-    has a quota of capacity / C slots. A class below it takes a free slot, or, when there is none,
-    one of the classes that have most; a class at its quota takes one of its own. What leaves is
-    what scores highest there, and only for a newcomer that scores less:
+    It decides which of ``capacity`` slots an image goes to; whoever uses it holds the images. Every
+    class has a quota of capacity / C slots. An image of a class below its quota takes a free slot
+    or, when there is none, a slot of the classes that have most; an image of a class at its quota
+    takes one of that class. The image that has to leave is the one with the highest score there,
+    and it leaves only for a new image that scores less:
 
         score = w_t / (1 + exp(-age / capacity)) + w_u H / ln C
 
-    Ages grow by one with every image offered, that of the newcomer too. Where C is above the
-    capacity, one image fills a class's quota.
+    The ages of all images held, the new one included, grow by one with every image offered. Where C
+    is above the capacity, one image fills a class's quota.
 
     Args:
-        capacity: Slots.
-        classes: C.
-        timeliness: w_t.
-        uncertainty: w_u.
+        capacity: Number of slots.
+        classes: Number of classes C.
+        timeliness: Weight w_t of the age.
+        uncertainty: Weight w_u of the entropy.
     """
 
-    labels: Tensor  # (capacity,), -1 = empty
-    ages: Tensor  # (capacity,), images offered since
+    labels: Tensor  # (capacity,) pseudo-labels, -1 = empty
+    ages: Tensor  # (capacity,), images offered since each was stored
     entropies: Tensor  # (capacity,) in nats
 
     def __init__(self, capacity: int, classes: int, timeliness: float, uncertainty: float) -> None:
@@ -47,21 +48,21 @@ class Cstu(nn.Module):
         self.register_buffer("entropies", torch.zeros(capacity, dtype=torch.float32))
 
     def score(self, age: int, entropy: float) -> float:
-        """How dispensable an image is."""
+        """Score an image by its age and entropy: the image with the highest score leaves first."""
         timely = self.timeliness / (1 + math.exp(-age / self.capacity))
         return timely + self.uncertainty * entropy / math.log(max(self.classes, 2))
 
     def offer(self, labels: Iterable[int], entropies: Iterable[float]) -> dict[int, int]:
-        """Take some of the images, one after another.
+        """Offer images one after another, and take some of them.
 
         Args:
-            labels: Their pseudo-labels.
-            entropies: Of their predictions, in nats.
+            labels: Pseudo-labels of the images.
+            entropies: Entropies of their predictions, in nats.
 
         Returns:
-            The position, among the images offered, of what every slot that changed holds now.
+            For every slot that changed, the position of its new image among the images offered.
         """
-        # Plain numbers: a decision for each image, which would wait for a GPU each time.
+        # Plain numbers, since there is a decision for each image, which would wait for a GPU.
         held, ages, unsure = self.labels.tolist(), self.ages.tolist(), self.entropies.tolist()
         placed: dict[int, int] = {}
         for position, (label, entropy) in enumerate(zip(labels, entropies, strict=True)):
@@ -77,7 +78,7 @@ class Cstu(nn.Module):
     def _slot(
         self, label: int, entropy: float, held: list[int], ages: list[int], unsure: list[float]
     ) -> int | None:
-        """Where an image goes; None = nowhere."""
+        """Choose the slot of an image; None if it is not taken."""
         counts = Counter(kept for kept in held if kept != EMPTY)
         if counts[label] >= self.capacity / self.classes:
             classes = {label}

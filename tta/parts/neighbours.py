@@ -7,7 +7,7 @@ from torch import Tensor
 
 __all__ = ["largest", "vote"]
 
-BLOCK = 64  # values of which one stands for all in the first search
+BLOCK = 64  # values in a block, of which the first search reads the largest
 
 
 def vote(
@@ -23,11 +23,11 @@ def vote(
     Args:
         similarity: (B, M) cosine with every row of the memory; -inf for rows that are not there.
         labels: (M,) int64.
-        classes: C.
+        classes: Number of classes C.
         neighbours: How many rows vote, with weights softmax(similarity / temperature).
-        temperature: Of these weights.
+        temperature: Temperature of these weights.
         ball_radius: When every row of the batch has a similarity above it, all rows of the memory
-            from this similarity up vote instead; above 1 never.
+            from this similarity up vote instead; a value above 1 turns this off.
 
     Returns:
         (B, C), every row summing to 1.
@@ -46,23 +46,23 @@ def vote(
 
 
 def largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The largest values of each row (B, M), falling, and where they are: as ``topk``, but faster.
+    """Find the largest values of each row (B, M), in descending order: a faster ``topk``.
 
-    They lie in those blocks of a row whose own largest values are the largest: no other block
-    beats so many. Only these are searched.
+    Each row is cut into blocks. Its k largest values lie in the k blocks whose own largest values
+    are the largest, so only these blocks are searched.
 
     Args:
         values: (B, M).
         count: k, at most M.
 
     Returns:
-        Two of (B, k).
+        Values and their positions in the row, each (B, k).
     """
     size = values.shape[1]
     blocks = size // BLOCK
     if blocks < 4 * count:
         return torch.topk(values, count, dim=1)
-    columns = values.t()  # which AdaNPC's products fill row by row
+    columns = values.t()  # the layout in which AdaNPC computes them
     head, rest = columns[: blocks * BLOCK], columns[blocks * BLOCK :]
     head = head.unflatten(0, (blocks, BLOCK))
     best = head.detach().amax(1).topk(count, dim=0, sorted=False).indices[:, None]

@@ -1,6 +1,6 @@
-"""Images whose object is destroyed while colours and textures stay: what DeYO compares with.
+"""Destroy the object of an image while colours and textures stay, for DeYO.
 
-Shapes are gone, so a prediction that stays as sure as it was did not rest on them.
+Without shapes, a prediction that stays as confident as before did not rest on them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ __all__ = ["occlude", "shuffle_patches", "shuffle_pixels"]
 
 
 def shuffle_patches(images: Tensor, grid: int, draws: CountedDraws) -> Tensor:
-    """Cut each image into grid x grid patches and put them back in a random order of its own.
+    """Cut each image into grid x grid patches and put these back in a random order of its own.
 
     Sides that are no multiple of ``grid`` are resized down to one, and back afterwards.
 

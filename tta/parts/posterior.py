@@ -1,4 +1,4 @@
-"""A Gaussian posterior of the source weights: how it is made (diagonal SWAG) and how it pulls."""
+"""A Gaussian posterior of the source weights: its estimate (diagonal SWAG) and its penalty."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Moments:
         foreach._foreach_lerp_(self.square, foreach._foreach_mul(values, values), 1 / self.count)
 
     def variance(self) -> list[Tensor]:
-        """Mean square minus squared mean, in float32; rounding may leave it below 0."""
+        """Return mean square minus squared mean, in float32; rounding may leave it below 0."""
         squares = foreach._foreach_mul(self.mean, self.mean)
         return [v.float() for v in foreach._foreach_sub(self.square, squares)]
 
@@ -56,8 +56,8 @@ def diagonal_swag(
 
     Args:
         network: The wrapped model.
-        parameters: What is trained, and gets a posterior.
-        batches: Read once an epoch.
+        parameters: The parameters that are trained and get a posterior, by name.
+        batches: Source batches, read once per epoch.
         epochs: At least 2; the variance is 0 after 2.
 
     Returns:

@@ -18,7 +18,7 @@ class Replay:
     """Source batches in the order given, wrapping around.
 
     A list or tuple is read at any position. Anything else, such as a data loader, is read in
-    passes, and going back starts a new pass and skips; copies of the object start anew.
+    passes: going back starts a new pass and skips batches, and so does a copy of the object.
 
     Args:
         batches: Pairs of images and labels.

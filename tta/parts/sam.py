@@ -1,4 +1,4 @@
-"""Sharpness-aware minimisation (SAM): look at the loss a little way up the gradient.
+"""Sharpness-aware minimisation (SAM): take gradients a small step up the gradient.
 
 Foret, Kleiner, Mobahi, Neyshabur: Sharpness-Aware Minimization for Efficiently Improving
 Generalization, ICLR 2021, arXiv 2010.01412.
@@ -20,11 +20,11 @@ __all__ = ["perturbed"]
 def perturbed(
     parameters: Sequence[Tensor], gradients: Sequence[Tensor], rho: float
 ) -> Iterator[Tensor]:
-    """Parameters moved by rho g / (|g| + 1e-12) within a ``with`` block, put back exactly after it.
+    """Move parameters by rho g / (|g| + 1e-12) in a ``with`` block, and put them back exactly.
 
     Args:
-        parameters: What moves, in place.
-        gradients: One for each.
+        parameters: The tensors to move, in place.
+        gradients: One gradient g for each parameter.
         rho: Length of the move.
 
     Yields:

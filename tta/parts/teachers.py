@@ -1,8 +1,9 @@
-"""Teachers, anchors and restoration: other sets of weights for the model that is there.
+"""Teachers, source anchors and restoration: other weights for the same model.
 
 A teacher or a source anchor is a set of tensors by parameter name, run through the same modules
-with ``torch.func.functional_call``. It covers what is trained; everything else is the same in
-student, teacher and source. All of it is free of autograd and moves by foreach operations.
+with ``torch.func.functional_call``. It covers the trained parameters; everything else is the same
+in student, teacher and source. None of these tensors takes part in autograd, and they move by
+foreach operations.
 """
 
 from __future__ import annotations
@@ -40,14 +41,14 @@ class NamedTensors(nn.Module):
     """Tensors by parameter name, as buffers, so that devices, copies and state are generic.
 
     Args:
-        tensors: Cloned.
+        tensors: The tensors, which are cloned.
         constant: Whether they are fixed at wrap rather than part of the state.
     """
 
     def __init__(self, tensors: dict[str, Tensor], constant: bool) -> None:
         super().__init__()
         for name, value in tensors.items():
-            # Not register_buffer, which has no dots in names; nothing else minds them.
+            # Not by register_buffer, which refuses names with dots; nothing else does.
             self._buffers[name] = value.detach().clone()
             if constant:
                 self._non_persistent_buffers_set.add(name)
@@ -57,7 +58,7 @@ class NamedTensors(nn.Module):
         return {name: value for name, value in self._buffers.items() if value is not None}
 
     def tensors(self) -> list[Tensor]:
-        """As :meth:`named`, without names."""
+        """The tensors of :meth:`named`, without names."""
         return list(self.named().values())
 
 
@@ -66,9 +67,9 @@ class OtherWeights(NamedTensors):
 
     Args:
         network: The wrapped model.
-        parameters: The trained parameters by their original names; cloned.
-        constant: A source anchor; else a teacher, which moves.
-        own_statistics: Whether it also has a state of the norm rules of its own.
+        parameters: The trained parameters by their original names, which are cloned.
+        constant: True for a source anchor; False for a teacher, which moves.
+        own_statistics: Whether it also has its own copy of the norm rules' state.
     """
 
     def __init__(
@@ -87,21 +88,21 @@ class OtherWeights(NamedTensors):
 
     @torch.no_grad()
     def predict(self, x: Tensor) -> Prediction:
-        """Logits and features of ``x`` (B, ...); norm rules use their state and do not move it."""
+        """Predict ``x`` (B, ...); norm rules use their state and do not move it."""
         with frozen_statistics(self.network.wrappers):
             return self.learn_statistics(x)
 
     @torch.no_grad()
     def learn_statistics(self, x: Tensor) -> Prediction:
-        """As :meth:`predict`, and norm rules move their state: its own where it has one."""
+        """Predict ``x`` (B, ...); norm rules move their state, or the one of this object."""
         return self.network(x, (self.places, self.tensors()))
 
     @torch.no_grad()
     def average(self, views: Iterable[Tensor]) -> Prediction:
-        """Mean logits and mean features over views of one batch, each (B, ...).
+        """Average logits and features over views of one batch, each (B, ...).
 
-        Where batches are normalised, every view is a batch of its own; elsewhere several small
-        ones share a pass, which gives the same.
+        Where a norm rule uses the batch, every view is a batch of its own; otherwise several small
+        views share a pass, with the same result.
         """
         logits: Tensor | None = None
         features: Tensor | None = None
@@ -133,13 +134,13 @@ class OtherWeights(NamedTensors):
 
     @torch.no_grad()
     def follow(self, momentum: float) -> None:
-        """Exponential moving average: ``t <- momentum t + (1 - momentum) s`` for every weight."""
+        """Move towards the student: ``t <- momentum t + (1 - momentum) s`` for every weight."""
         weights = self.tensors()[: len(self.followed)]
         foreach._foreach_lerp_(weights, [p.detach() for p in self.followed], 1 - momentum)
 
 
 def _norm_state(model: nn.Module) -> dict[str, tuple[str, Tensor]]:
-    """What norm rules remember: name and value in the wrapped model, by ``<layer>.<buffer>``."""
+    """State of the norm rules: name and value in the wrapped model, by ``<layer>.<buffer>``."""
     return {
         f"{layer}.{key}": (f"{layer}.rule.{key}", value)
         for layer, module in model.named_modules()
@@ -169,14 +170,14 @@ def restore(parameters: list[nn.Parameter], source: list[Tensor], masks: list[Te
 
 
 def random_mask(size: int, probability: float, draws: CountedDraws) -> Tensor:
-    """A flat mask whose elements are True independently with ``probability``.
+    """Draw a flat mask whose elements are True independently with ``probability``.
 
-    Drawn as gaps between the elements that are True, which are few.
+    The gaps between the elements that are True are drawn, since these elements are few.
 
     Args:
         size: Number of elements.
         probability: In (0, 1].
-        draws: On the device the mask is wanted on.
+        draws: Random numbers, on the device of the mask.
     """
     mask = torch.zeros(size, dtype=torch.bool, device=draws.device)
     expected = size * probability
@@ -193,11 +194,11 @@ def random_mask(size: int, probability: float, draws: CountedDraws) -> Tensor:
 
 
 def low_values(values: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """The elements strictly below a quantile.
+    """Find the elements strictly below a quantile.
 
     Args:
         values: (P,).
-        share: Of the elements, in [0, 1].
+        share: Share of the elements that the quantile cuts off, in [0, 1].
 
     Returns:
         Mask (P,) and the quantile. When more than ``share`` of the values are equally small, the
@@ -223,9 +224,9 @@ def quantile(values: Tensor, share: float) -> Tensor:
 def order_statistics(values: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The elements of (P,) that would be at ``rank`` and ``rank + 1`` (or the last) if sorted.
 
-    Of many values, a sorted sample tells how far up these two can lie, and only what lies below is
-    sorted: little, for the small shares that methods use. Where it tells that many are equal there,
-    they are counted.
+    Of many values, a sorted sample gives an upper bound for these two, and only the values below
+    that bound are sorted, which are few for the small shares that methods use. Where the sample
+    shows that many values may equal the bound, they are counted instead.
     """
     count, last = len(values), min(rank + 1, len(values) - 1)
     if count > 8 * SAMPLE:

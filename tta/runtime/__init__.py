@@ -1,4 +1,4 @@
-"""Serving: what runs adapters, and what no method knows of."""
+"""Serving: code that runs adapters, which no method knows of."""
 
 from tta.runtime.parallel import split_batches
 
