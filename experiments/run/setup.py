@@ -16,7 +16,7 @@ from experiments.run.cache import Cache
 from experiments.run.domains import Shifts, resolve_domains
 from experiments.run.method_strings import Method, parse_methods
 from experiments.run.scoring import Images
-from experiments.run.subject import Subject, load_subject
+from experiments.run.subject import Subject, load_subject, subject_arguments
 from tta.core.checks import whole
 from tta.core.plugins import import_modules
 from tta.streams import Stream
@@ -77,7 +77,7 @@ def load_setup(
     import_modules(config.imports)  # also in a worker, or where the run is resumed
     cache = Cache() if cache is None else cache
     device = torch.device(config.device)
-    wanted = (config.model, config.data, device, config.clean, config.source, config.classes)
+    wanted = subject_arguments(config, device)
     subject: Subject = cache.get("subject", wanted, lambda: load_subject(*wanted))
     data = subject.data
     methods = parse_methods(config.methods, subject.info.num_classes)
