@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -85,6 +86,7 @@ def load_setup(
         replace(stream, domains=resolve_domains(stream.domains, data)) for stream in config.streams
     )
     config = replace(config, streams=resolved)
+    _warn_of_tuned_domains(config)
     clean = _choose_clean(subject, [stream.images for stream in config.streams])
     shifts: Shifts = cache.get(
         "shifts",
@@ -106,6 +108,20 @@ def load_setup(
         _pick_readers(readers, data.files or isinstance(clean, FolderSet), device),
         shifts,
     )
+
+
+def _warn_of_tuned_domains(config: RunConfig) -> None:
+    """Warn where a method is shown domains on which its fields were chosen, with their labels."""
+    shown = {name for stream in config.streams for name in stream.domains}
+    for record in config.tuned:
+        both = [name for name in record.get("domains", ()) if name in shown]
+        if both:
+            warnings.warn(
+                f"`tuned`: the fields of {record['chosen']} were chosen with labels on "
+                f"{' '.join(both)}, which this run shows, so its errors there are no results: "
+                "leave these domains out of `corruptions`",
+                stacklevel=3,
+            )
 
 
 def _pick_readers(wanted: int | None, files: bool, device: torch.device) -> int:

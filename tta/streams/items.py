@@ -25,6 +25,8 @@ _WHITE_IS_ZERO, _BITS_PER_SAMPLE, _PHOTOMETRIC = 0, 258, 262  # tags of TIFF
 def image_of(item: Any, name: str, number: int) -> Any:
     """The image of an item: the first of a pair, or what a dictionary has under a known key.
 
+    Items without a label, such as arrays, are taken for images; their labels are told otherwise.
+
     Args:
         item: What ``dataset[number]`` returned.
         name: The dataset's name in error messages.
@@ -33,6 +35,8 @@ def image_of(item: Any, name: str, number: int) -> Any:
     Raises:
         TypeError: When the item is None or of another kind, or has no known key.
     """
+    if isinstance(item, (Tensor, np.ndarray)) or _is_picture(item):
+        return item
     return _part(item, 0, IMAGE_KEYS, name, number)
 
 
@@ -51,7 +55,7 @@ def _part(item: Any, place: int, keys: tuple[str, ...], name: str, number: int) 
                 "the dataset so that it gives pairs (image, label)"
             )
         return item[found]
-    if isinstance(item, (tuple, list)) and len(item) >= 2:
+    if isinstance(item, (tuple, list)) and len(item) > place:
         return item[place]
     if item is None:
         raise TypeError(

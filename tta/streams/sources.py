@@ -136,14 +136,7 @@ class ImageSource:
         """All labels, (N,) int64."""
         found = self._given if self._given is not None else _found_labels(self._dataset)
         if found is None:
-            try:
-                items = ((i, self._item(i)) for i in range(self._size))
-                found = [int(label_of(item, self.name, i)) for i, item in items]
-            except (TypeError, IndexError, ValueError, RuntimeError) as error:
-                raise TypeError(
-                    f"`{self.name}` must give pairs (image, label), got items whose label cannot "
-                    f"be read ({error}); pass labels= or such a data set"
-                ) from error
+            found = [self._label(i) for i in range(self._size)]
         labels = np.asarray(found)
         if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
             raise TypeError(
@@ -156,6 +149,16 @@ class ImageSource:
                 f"got {int(labels.min())}; remove or renumber the samples without a class"
             )
         return labels.astype(np.int64)
+
+    def _label(self, number: int) -> int:
+        found = label_of(self._item(number), self.name, number)
+        try:
+            return int(found)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(
+                f"`{self.name}` must give pairs (image, label), got items whose label cannot "
+                f"be read ({error}); pass labels= or such a data set"
+            ) from error
 
     def each(self, index: NDArray[np.int64]) -> Images:
         """Read the images at `index` (B,), one by one where their sizes may differ."""
