@@ -391,6 +391,17 @@ def test_pictures_that_cannot_be_read_are_left_out_and_counted(broken):
         data.read_folder(broken, on_error="ignore")
 
 
+def test_a_huge_picture_is_named_and_may_be_left_out(broken, monkeypatch):
+    save(broken / "bee" / "huge.png", pictures(1, 64)[0])
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 32 * 32)
+    images = data.read_folder(broken, size=32)
+    number = next(i for i, (path, _) in enumerate(images.files) if path.endswith("huge.png"))
+    with pytest.raises(UnreadablePictureError, match=r"bee/huge.png` must have fewer pixels than"):
+        images[number]
+    with pytest.warns(UserWarning, match=r"^left out 3 of 7 .*huge.png"):
+        assert len(data.read_folder(broken, size=32, on_error="skip")) == 4
+
+
 def test_a_folder_of_which_nothing_can_be_read(tmp_path):
     save(tmp_path / "a" / "x.png").write_bytes(b"")
     with pytest.raises(ValueError, match=r"none of the 1 can .*x.png"):
@@ -409,6 +420,14 @@ def test_a_run_leaves_out_what_it_cannot_read_when_told_so(tmp_path, broken, mon
     assert status == 0
     header = next(h for h in map(read_header, folders) if h["config"]["on_error"] == "skip")
     assert "2 of 6 pictures left out" in header["data"]["origin"]
+    broken.rename(tmp_path / "d")
+    (tmp_path / "domains").mkdir()
+    (tmp_path / "d").rename(tmp_path / "domains" / "photo")
+    arguments[1:4] = [str(tmp_path / "domains")]
+    with pytest.warns(UserWarning, match=r"left out 2 of 6 .*domains/photo"):
+        status, folders = experiment(tmp_path, *arguments, "--on-error", "skip", "--name", "stored")
+    stored = next(h for h in map(read_header, folders) if h["name"] == "stored")
+    assert status == 0 and "domains (2 pictures left out" in stored["data"]["origin"]
 
 
 # Items and arrays of any kind

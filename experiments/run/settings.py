@@ -209,6 +209,6 @@ def _check(path: str | Path, where: str, values: Mapping[str, Any], known: set[s
         advice = nearest(key, sorted(known))
         if key == "corruptions":
             advice = "it is called `domains` there, in each [[streams]]"
-        elif belongs:
+        elif belongs and f"{key}s" not in known:
             advice = f"it belongs {' or '.join(belongs)}"
         raise ValueError(f"`{path}` has no setting `{where}{key}`: {advice}")

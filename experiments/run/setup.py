@@ -94,17 +94,17 @@ def load_setup(
         lambda: Shifts(data, clean, config.seed, device),
     )
     crop = subject.info.input_size[-1]
+    streams = [build_stream(stream, config, shifts, crop) for stream in config.streams]
+    origin = data.name if data.clean is None else data.clean.origin
+    if shifts.left_out:
+        origin += f" ({shifts.left_out} pictures left out, which cannot be read)"
     return Setup(
         config,
         subject,
         methods,
-        [build_stream(stream, config, shifts, crop) for stream in config.streams],
+        streams,
         clean,
-        {
-            "name": data.name,
-            "origin": data.name if data.clean is None else data.clean.origin,
-            "domains_on_disk": bool(data.stored),
-        },
+        {"name": data.name, "origin": origin, "domains_on_disk": bool(data.stored)},
         _pick_readers(readers, data.files or isinstance(clean, FolderSet), device),
         shifts,
     )

@@ -181,8 +181,9 @@ class ImageSource:
         try:
             return self._dataset[number]
         except Exception as error:
-            if hasattr(error, "add_note"):  # Python 3.11
-                error.add_note(f"raised by `{self.name}` for its item {number}")
+            add_note = getattr(error, "add_note", None)  # from Python 3.11 on
+            if add_note is not None:
+                add_note(f"raised by `{self.name}` for its item {number}")
             raise
 
     @staticmethod
