@@ -634,7 +634,7 @@ class Sizes:
 
 def test_images_of_several_sizes_are_said_with_their_sizes():
     source = tta.streams.sources.ImageSource(Sizes(8, 8, 9), "dataset")
-    words = r"one size in a batch, got 8 x 8 pixels for item 0 and 9 x 9 pixels for item 2: resize"
+    words = r"one size in a batch, got 8 x 8 pixels for item 0 and 9 x 9 for item 2: resize"
     with pytest.raises(ValueError, match=words):
         source.images(np.array([0, 1, 2]))
     with pytest.raises(ValueError, match="`dataset` must give images of one size in a batch"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -19,6 +20,7 @@ LABEL_KEYS = ("label", "labels", "fine_label", "target", "targets", "y")
 OVERSHOOT = (
     0.5  # beyond [0, 1], how far sharp resizing of pixels may go; normalised ones go further
 )
+LEVELS = 16.0  # pixels above are levels up to 255, since normalised ones stay below
 _WHITE_IS_ZERO, _BITS_PER_SAMPLE, _PHOTOMETRIC = 0, 258, 262  # tags of TIFF
 
 
@@ -120,22 +122,25 @@ def scale(pixels: Tensor, name: str = "dataset") -> Tensor:
     if not pixels.numel():
         return pixels
     low, high = (float(value) for value in pixels.aminmax())
-    if not (low >= 0.0 and high <= 1.0):
+    if low >= 0.0 and high <= 1.0:
+        return pixels
+    got = f"{low:.7g}..{high:.7g}"
+    if not (math.isfinite(low) and math.isfinite(high)):
         raise ValueError(
-            f"`{name}` must give pixels in [0, 1], got {low:.7g}..{high:.7g}; {_remedy(low, high)}"
+            f"`{name}` must give pixels in [0, 1], got {got}; remove the values that are not finite"
         )
-    return pixels
-
-
-def _remedy(low: float, high: float) -> str:
-    """What to do about floating-point pixels that leave [0, 1]."""
-    if not (np.isfinite(low) and np.isfinite(high)):
-        return "remove the values that are not finite"
     if low >= -OVERSHOOT and high <= 1 + OVERSHOOT:
-        return "clamp them with clamp(0, 1), as bicubic resizing overshoots"
-    if low >= -255 * OVERSHOOT and high > 16:
-        return "divide them by 255, or give uint8"
-    return "leave normalisation to the model"
+        raise ValueError(
+            f"`{name}` must give pixels in [0, 1], got {got}; clamp them with clamp(0, 1), as "
+            "bicubic resizing overshoots"
+        )
+    if low >= -255 * OVERSHOOT and high > LEVELS:
+        raise ValueError(
+            f"`{name}` must give pixels in [0, 1], got {got}; divide them by 255, or give uint8"
+        )
+    raise ValueError(
+        f"`{name}` must give pixels in [0, 1], got {got}; leave normalisation to the model"
+    )
 
 
 def join(images: Sequence[Tensor], name: str, numbers: Sequence[int]) -> Tensor:
