@@ -15,7 +15,7 @@ import tta
 from corruptions.commands import main as corruptions_main
 from corruptions.pictures import UnreadablePictureError, to_rgb
 from experiments import cli, data
-from experiments.data.folders import read_labels
+from experiments.data.labels import read_labels
 from experiments.records.file import read_header, read_lines
 from experiments.run.settings import make_run, read_settings
 from tests.helpers.tiny_models import use_tiny_models

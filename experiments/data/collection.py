@@ -85,7 +85,7 @@ def open_data(
         classes: Class folder names in label order, see `read_folder`.
         num_classes: Of the model that is shown them, see `label_order`.
         labels: A file with the label of each picture of a folder without class folders, see
-            `experiments.data.folders.read_labels`.
+            `experiments.data.labels.read_labels`.
         on_error: What to do about pictures that cannot be read, see `FolderSet`.
 
     Raises:

@@ -78,7 +78,7 @@ class RunConfig:
         tuned: How fields of methods were chosen, see `experiments.sweep.tune`.
         imports: Modules that register components of a user's own, imported wherever the run is.
         labels: File of the label of each picture where `data` is a folder without class folders,
-            see `experiments.data.folders.read_labels`; None for none.
+            see `experiments.data.labels.read_labels`; None for none.
         on_error: What to do about pictures that cannot be read: "raise", or "skip" to leave them
             out.
         match: How a checkpoint's tensors are paired with the model's, see `models.load`.
