@@ -90,7 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     argv = sys.argv[1:] if argv is None else list(argv)
     args = _parser(argv).parse_args(argv)
-    from experiments.run import ranks  # slow to import
+    from corruptions.pictures import UnreadablePictureError  # these are slow to import
+    from experiments.run import ranks
     from tta.core.plugins import import_modules
 
     try:
@@ -107,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         left = work.execute()
-    except (CannotGoOn, FileExistsError) as error:
+    except (CannotGoOn, FileExistsError, UnreadablePictureError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -25,7 +25,7 @@ PACKAGES: dict[str, set[str] | None] = {
     "experiments": None,
 }
 # What a plain install lacks, and these files import when they are asked to.
-OPTIONAL = {"tta/streams/strip.py": {"matplotlib"}}
+OPTIONAL = {"tta/streams/strip.py": {"matplotlib"}, "tta/streams/items.py": {"PIL"}}
 
 # The rooms of a package, and which others each may import. The verbs are the files at the top.
 ROOMS: dict[str, dict[str, set[str]]] = {

@@ -8,6 +8,8 @@
 | CIFAR-10-C / CIFAR-100-C, ``<corruption>.npy`` | `read_cifar_c(folder, corruption, severity)` |
 | ImageNet-C, ``<corruption>/<severity>/<class>/`` | `read_imagenet_c(root, corruption, severity)` |
 | any ``<class>/<image>`` folder, ImageNet-R, -A, V2, Sketch | `read_folder(root, classes=...)` |
+| pictures and a file of their labels, such as ImageNet's | `read_folder(root, labels=file)` |
+| CIFAR-10.1, ``<name>_data.npy`` | `read_cifar_c(folder, name, 1)` |
 | ``<domain>/<class>/<image>`` | `open_data(where)` |
 | one of these, found out from the path | `open_data(where)` |
 
@@ -18,7 +20,7 @@ of the wrong shape raises `FileNotFoundError` or `ValueError` naming it.
 
 from experiments.data.bundled import read_bundled
 from experiments.data.cifar import list_cifar_c, read_cifar, read_cifar_c, read_npz
-from experiments.data.collection import Collection, open_data
+from experiments.data.collection import Collection, default_severity, open_data
 from experiments.data.folders import (
     FolderSet,
     label_order,
@@ -33,6 +35,7 @@ __all__ = [
     "FolderSet",
     "ImageSet",
     "LabelledSet",
+    "default_severity",
     "label_order",
     "list_cifar_c",
     "list_imagenet_c",

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from corruptions.pictures import read_picture
 from experiments.data.cifar import CIFAR10_CLASSES, read_npz
 from experiments.data.image_set import ImageSet
 
@@ -35,8 +36,7 @@ def read_bundled(folder: str | Path = FOLDER) -> ImageSet:
             )
     table = json.loads((folder / "labels.json").read_text())
     labels, index = (np.array(table[key], dtype=np.int64) for key in ("labels", "index"))
-    with Image.open(folder / "images.png") as picture:
-        mosaic = np.asarray(picture.convert("RGB"))
+    mosaic = np.asarray(read_picture(folder / "images.png"))
     images = _cut(mosaic)[: len(labels)]
     if hashlib.sha256(images.tobytes()).hexdigest() != table["sha256"]:
         raise ValueError(

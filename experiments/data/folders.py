@@ -1,30 +1,51 @@
 """Images in folders, one folder per class: ImageNet-C and anything shaped like it.
 
-Images are decoded when they are asked for; nothing is kept in memory.
+Images are decoded when they are asked for; nothing is kept in memory. They are read by
+`corruptions.pictures`, so any colour mode becomes RGB, pictures are upright as their EXIF
+orientation says, and hidden files, such as the ``._name.jpg`` of macOS, are no pictures.
 """
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor
-from torchvision import datasets
 from torchvision.transforms import v2
 
+from corruptions.pictures import (
+    OnError,
+    UnreadablePictureError,
+    find_pictures,
+    is_picture,
+    read_picture,
+)
 from experiments.data.image_set import balanced_positions
+from experiments.data.labels import read_labels
+from tta.core.checks import one_of
 
 __all__ = [
     "FolderSet",
+    "are_classes",
+    "has_pictures",
     "label_order",
     "list_domains",
+    "list_folders",
     "list_imagenet_c",
+    "list_severities",
     "read_folder",
     "read_imagenet_c",
+    "refuse_splits",
 ]
+
+SPLITS = ("train", "training", "val", "valid", "validation", "dev", "test", "testing")
+_TOLD = 5  # pictures left out that are named
 
 
 class FolderSet:
@@ -37,6 +58,15 @@ class FolderSet:
         size: Height and width every image is brought to: the shorter side is resized to
             `size / crop`, then the middle is cut out. Images of that size already are not touched.
         crop: Share of the resized image that is kept; 0.875 is usual for ImageNet.
+        on_error: What to do about pictures that cannot be read: "raise" when one is asked for, or
+            "skip" to leave them out. For "skip" every picture is decoded once here, a warning
+            names those that are left out, and `skipped` and `origin` say so.
+
+    Attributes:
+        skipped: Why each picture was left out, one sentence each.
+
+    Raises:
+        ValueError: Where no picture is left.
     """
 
     def __init__(
@@ -46,10 +76,15 @@ class FolderSet:
         origin: str,
         size: int = 224,
         crop: float = 0.875,
+        on_error: OnError = "raise",
     ) -> None:
+        one_of("on_error", on_error, ("raise", "skip"))
         self.files = list(files)
         self.classes = tuple(classes)
         self.origin = origin
+        self.skipped: tuple[str, ...] = ()
+        if on_error == "skip":
+            self._leave_out()
         self.labels = np.array([label for _, label in self.files], dtype=np.int64)
         self.index = np.arange(len(self.files))
         self.size = size
@@ -63,15 +98,33 @@ class FolderSet:
     def __getitem__(self, position: int) -> tuple[Tensor, int]:
         """The image as (3, size, size) uint8, and its label."""
         path, label = self.files[position]
-        try:
-            picture = datasets.folder.pil_loader(path)
-        except OSError as error:
-            raise OSError(
-                f"`{path}` cannot be decoded ({error}): fetch it again or remove it"
-            ) from error
+        picture = read_picture(path)
         if picture.size != (self.size, self.size):
             picture = self._resize(picture)
         return v2.functional.pil_to_tensor(picture), label
+
+    def _leave_out(self) -> None:
+        """Leave out the pictures that cannot be read, and say so."""
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            found = list(pool.map(_why_unreadable, [path for path, _ in self.files]))
+        self.skipped = tuple(sorted(reason for reason in found if reason is not None))
+        if not self.skipped:
+            return
+        count = f"{len(self.skipped)} of {len(self.files)} pictures"
+        if len(self.skipped) == len(self.files):
+            raise ValueError(
+                f"`{self.origin}` must hold pictures that can be read, but none of the "
+                f"{len(self.files)} can ({self.skipped[0]}): check the files"
+            )
+        more = len(self.skipped) - _TOLD
+        warnings.warn(
+            f"left out {count} of {self.origin}, which cannot be read: "
+            f"{'; '.join(self.skipped[:_TOLD])}{f'; and {more} more' if more > 0 else ''}",
+            stacklevel=4,
+        )
+        pairs = zip(self.files, found, strict=True)
+        self.files = [file for file, reason in pairs if reason is None]
+        self.origin += f" ({count} left out, which cannot be read)"
 
     def subset(self, positions: Sequence[int] | np.ndarray) -> FolderSet:
         """The images at `positions`, in that order."""
@@ -124,8 +177,11 @@ def read_folder(
     classes: Sequence[str] | None = None,
     crop: float = 0.875,
     num_classes: int | None = None,
+    *,
+    labels: str | Path | None = None,
+    on_error: OnError = "raise",
 ) -> FolderSet:
-    """Read ``root/<class>/<image>``.
+    """Read ``root/<class>/<image>``, or ``root/<image>`` with a list of labels.
 
     Args:
         root: The folder; its sub-folders are the classes.
@@ -134,27 +190,85 @@ def read_folder(
             (ImageNet-R has 200 of 1,000). Default: see `label_order`.
         crop: See `FolderSet`.
         num_classes: Of the model, see `label_order`.
+        labels: A text file with the label of each picture of a folder without class folders, such
+            as ImageNet's validation images, see `experiments.data.labels`.
+        on_error: See `FolderSet`.
+
+    Raises:
+        FileNotFoundError: Where the folder or its pictures are missing.
+        ValueError: For folders that are no classes, or labels that do not fit the pictures.
     """
     root = Path(root)
     if not root.is_dir():
         raise FileNotFoundError(f"`{root}` is missing: expected a folder with one folder per class")
-    try:
-        found = _ClassFolders(str(root))
-    except FileNotFoundError as error:  # no class folders, or one without images
+    if labels is not None:
+        names = find_pictures(root)
+        if not names:
+            raise FileNotFoundError(
+                f"`{root}` must hold pictures, one for each label of {labels}, but it has none"
+            )
+        order = _class_names(classes, num_classes)
+        found = read_labels(labels, names, order, num_classes)
+        order = order or [str(label) for label in range(num_classes or max(found) + 1)]
+        pairs = zip(names, found, strict=True)
+        files = [(str(root / name), label) for name, label in pairs]
+        return FolderSet(files, order, str(root), size, crop, on_error)
+    folders = sorted(list_folders(root))
+    refuse_splits(root, folders, classes)
+    if not folders:
         raise FileNotFoundError(
-            f"`{root}` must hold one folder of images per class, but {_first_line(error)}"
-        ) from error
+            f"`{root}` must hold one folder of images per class, but it has no folders"
+        )
+    pictures = {name: find_pictures(root / name) for name in folders}
+    empty = [name for name, found in pictures.items() if not found]
+    if empty:
+        raise FileNotFoundError(
+            f"`{root}` must hold one folder of images per class, but there are none in "
+            f"{', '.join(empty[:3])}: remove empty folders"
+        )
     if classes is None:
-        classes = label_order(found.classes, num_classes)
-    unknown = sorted(set(found.classes) - set(classes))
+        classes = label_order(folders, num_classes)
+    unknown = sorted(set(folders) - set(classes))
     if unknown:
         raise ValueError(
             f"`{root}` has folders that are not among the {len(classes)} classes "
             f"({', '.join(unknown[:3])}): remove them or pass the right `classes`"
         )
     label_of = {name: label for label, name in enumerate(classes)}
-    files = [(path, label_of[found.classes[label]]) for path, label in found.samples]
-    return FolderSet(files, classes, str(root), size, crop)
+    files = [
+        (str(root / name / path), label_of[name]) for name in folders for path in pictures[name]
+    ]
+    return FolderSet(files, classes, str(root), size, crop, on_error)
+
+
+def _class_names(classes: Sequence[str] | None, num_classes: int | None) -> list[str] | None:
+    """Class names in label order, where they are given or known by ImageNet's number of classes."""
+    if classes is not None:
+        return list(classes)
+    return list(_wordnet_ids(num_classes)) or None
+
+
+def refuse_splits(
+    root: str | Path, folders: Collection[str], classes: Sequence[str] | None = None
+) -> None:
+    """Raise where folders are parts of one data set, such as train and val, and no classes.
+
+    Parts are two folders or more with such names, or folders all of which have such names. Names
+    in `classes` are classes.
+
+    Raises:
+        ValueError: The message names the folder to choose.
+    """
+    parts = [name for name in folders if name.lower() in SPLITS and name not in (classes or ())]
+    if not parts or (len(parts) == 1 and len(folders) > 1):
+        return
+    rank = {name: place for place, name in enumerate(("val", "valid", "validation", "test"))}
+    best = min(parts, key=lambda name: (rank.get(name.lower(), len(rank)), name))
+    raise ValueError(
+        f"`data` must be the part to be shown, but {root} holds {', '.join(sorted(parts))}, which "
+        f"are parts of one data set and neither domains nor classes: choose one, such as "
+        f"{Path(root) / best}"
+    )
 
 
 def are_classes(
@@ -174,18 +288,35 @@ def list_domains(root: str | Path) -> dict[str, set[str]]:
 
     Domains hold no images themselves and share classes, which a class in several folders does not.
     """
-    domains = {name: _folders(Path(root, name)) for name in _folders(Path(root))}
-    nested = all(domains.values()) and not any(_has_images(Path(root, name)) for name in domains)
+    domains = {name: list_folders(Path(root, name)) for name in list_folders(Path(root))}
+    nested = all(domains.values()) and not any(has_pictures(Path(root, name)) for name in domains)
     shared = set.intersection(*domains.values()) if domains else set()
     return dict(sorted(domains.items())) if nested and shared else {}
 
 
-def list_imagenet_c(root: str | Path) -> list[str]:
-    """The corruptions that an ImageNet-C folder has, alphabetically."""
-    root = Path(root)
-    severities = [*root.glob("*/[1-5]"), *root.glob("*/*/[1-5]")]
+def list_imagenet_c(root: str | Path, flat: bool = False) -> list[str]:
+    """The corruptions that an ImageNet-C folder has, alphabetically.
+
+    Args:
+        root: The folder.
+        flat: Whether severities hold pictures, and no class folders.
+    """
+    return sorted({path.parent.name for path in _severities(Path(root), flat)})
+
+
+def list_severities(
+    root: str | Path, corruption: str | None = None, flat: bool = False
+) -> list[int]:
+    """The severities that an ImageNet-C folder has, of one corruption or of any, ascending."""
+    found = _severities(Path(root), flat)
+    return sorted({int(p.name) for p in found if corruption in (None, p.parent.name)})
+
+
+def _severities(root: Path, flat: bool) -> list[Path]:
+    """The folders of severities in ``root/<corruption>/`` and ``root/<group>/<corruption>/``."""
+    found = [path for path in (*root.glob("*/[1-5]"), *root.glob("*/*/[1-5]")) if path.is_dir()]
     # A class that is called 3 holds images, a severity holds classes.
-    return sorted({path.parent.name for path in severities if path.is_dir() and _folders(path)})
+    return [path for path in found if (has_pictures(path) if flat else list_folders(path))]
 
 
 def read_imagenet_c(
@@ -195,6 +326,9 @@ def read_imagenet_c(
     size: int = 224,
     classes: Sequence[str] | None = None,
     num_classes: int | None = None,
+    *,
+    labels: str | Path | None = None,
+    on_error: OnError = "raise",
 ) -> FolderSet:
     """Read ``root/<corruption>/<severity>/<class>/<image>``.
 
@@ -207,19 +341,35 @@ def read_imagenet_c(
         size: Height and width of the images given out; the published ones are 224.
         classes: See `read_folder`.
         num_classes: See `read_folder`.
+        labels: See `read_folder`, for ``root/<corruption>/<severity>/<image>``.
+        on_error: See `FolderSet`.
     """
     if severity not in range(1, 6):
         raise ValueError(f"`severity` must be an integer in 1..5, got {severity}")
-    root = Path(root)
+    root, flat = Path(root), labels is not None
     found = [root / corruption, *sorted(root.glob(f"*/{corruption}"))]
     folder = next((path for path in found if path.is_dir()), None)
     if folder is None:
-        have = ", ".join(list_imagenet_c(root)) or "none"
+        have = ", ".join(list_imagenet_c(root, flat)) or "none"
         raise FileNotFoundError(
             f"`{root / corruption}` is missing: unpack that part of ImageNet-C into {root}, whose "
             f"corruptions are: {have}"
         )
-    return read_folder(folder / str(severity), size, classes, num_classes=num_classes)
+    severities = list_severities(root, corruption, flat)
+    if severity not in severities:
+        have = ", ".join(map(str, severities)) or "none"
+        raise FileNotFoundError(
+            f"`{folder / str(severity)}` is missing: ask for a severity that {corruption} has "
+            f"there ({have}), or write or unpack that one"
+        )
+    return read_folder(
+        folder / str(severity),
+        size,
+        classes,
+        num_classes=num_classes,
+        labels=labels,
+        on_error=on_error,
+    )
 
 
 @cache  # asked for again with every domain and severity
@@ -229,27 +379,21 @@ def _wordnet_ids(num_classes: int | None) -> tuple[str, ...]:
     return () if subset is None else tuple(ImageNetInfo(subset).label_names())
 
 
-def _folders(root: Path) -> set[str]:
+def list_folders(root: Path) -> set[str]:
     """Sub-folders that people made: not .git, .ipynb_checkpoints, __MACOSX and the like."""
     hidden = (".", "__")
     return {p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(hidden)}
 
 
-class _ClassFolders(datasets.ImageFolder):
-    """Files and labels of ``root/<class>/<image>``."""
-
-    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
-        """The names of class folders, and a number for each."""
-        names = sorted(_folders(Path(directory)))
-        if not names:
-            raise FileNotFoundError(f"Couldn't find any class folder in {directory}.")
-        return names, {name: number for number, name in enumerate(names)}
+def has_pictures(root: Path) -> bool:
+    """Whether a folder holds pictures itself."""
+    return any(is_picture(path) and path.is_file() for path in root.iterdir())
 
 
-def _has_images(root: Path) -> bool:
-    return any(datasets.folder.is_image_file(path.name) for path in root.iterdir())
-
-
-def _first_line(error: Exception) -> str:
-    message = str(error).splitlines()[0]
-    return message[:1].lower() + message[1:].rstrip(".")
+def _why_unreadable(path: str) -> str | None:
+    """Why a picture cannot be read; None for one that can."""
+    try:
+        read_picture(path)
+    except (UnreadablePictureError, PermissionError) as error:
+        return str(error)
+    return None

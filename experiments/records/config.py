@@ -77,6 +77,11 @@ class RunConfig:
         device: "cpu", "cuda" or the like.
         tuned: How fields of methods were chosen, see `experiments.sweep.tune`.
         imports: Modules that register components of a user's own, imported wherever the run is.
+        labels: File of the label of each picture where `data` is a folder without class folders,
+            see `experiments.data.labels.read_labels`; None for none.
+        on_error: What to do about pictures that cannot be read: "raise", or "skip" to leave them
+            out.
+        match: How a checkpoint's tensors are paired with the model's, see `models.load`.
     """
 
     name: str
@@ -92,6 +97,9 @@ class RunConfig:
     tuned: tuple[dict[str, Any], ...] = ()
     classes: str | None = None
     imports: tuple[str, ...] = ()
+    labels: str | None = None
+    on_error: str = "raise"
+    match: str = "name"
 
     def to_dict(self) -> dict[str, Any]:
         """Nested JSON types."""

@@ -111,6 +111,11 @@ class Shifts:
         self.on_corrupt = on_corrupt
         self._made: dict[tuple[str, float], Any] = {}
 
+    @property
+    def left_out(self) -> int:
+        """Pictures of stored domains that cannot be read and were left out, so far."""
+        return sum(len(getattr(images, "skipped", ())) for images in self._made.values())
+
     def build_arguments(
         self,
         names: Sequence[str],

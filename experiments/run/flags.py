@@ -7,10 +7,11 @@ import ast
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from corruptions.pictures import OnError
 from experiments.records.config import DEMO_METHODS
-from experiments.run.settings import read_settings
+from experiments.run.settings import MATCHES, read_settings
 
 __all__ = ["add_imports", "add_settings", "number_of_images", "parse_value", "settings_flags"]
 
@@ -24,7 +25,7 @@ OWN_FLAGS = {
     "batch_size": "--batch-size",
     "seed": "--seed",
     "transform": "--corruptions",
-    "labels": "--data",
+    "labels": "--labels",
 }
 
 
@@ -69,6 +70,24 @@ def add_settings(parser: argparse.ArgumentParser, methods: bool = True) -> None:
         metavar="FILE",
         help="names of class folders in label order, a line each, where they do not say it",
     )
+    add(
+        "--labels",
+        metavar="FILE",
+        help="the label of each picture, a line each, with or without its name, where DATA is a "
+        "folder of pictures without class folders",
+    )
+    add(
+        "--on-error",
+        choices=get_args(OnError),
+        help="what to do about pictures that cannot be read: stop, or leave them out and count "
+        "them, for which each is decoded once before the run (default: raise)",
+    )
+    add(
+        "--match",
+        choices=MATCHES,
+        help="how the tensors of a checkpoint (MODEL@PATH) are paired with the model's: by name, "
+        "or by their place, for ports of other frameworks (default: name)",
+    )
     add("--source", help="file of source artefacts (default: those that come with the model)")
     add(
         "--corruptions",
@@ -77,7 +96,12 @@ def add_settings(parser: argparse.ArgumentParser, methods: bool = True) -> None:
         help="domains in stream order, 'clean' for images as they are (default: the 15 in "
         "canonical order, or all of DATA's own)",
     )
-    add("--severity", type=int, choices=range(1, 6), help="1 to 5 (default: 5)")
+    add(
+        "--severity",
+        type=int,
+        choices=range(1, 6),
+        help="1 to 5 (default: 5, or the highest that DATA has)",
+    )
     add(
         "--scenario",
         help="a scenario of tta.streams (default: continual, then a short correlated stream)",
@@ -114,7 +138,7 @@ def settings_flags(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, 
     """The settings of the file and those of the flags, as `make_run` takes them."""
     settings = {} if args.config is None else read_settings(args.config)
     names = ["model", "methods", "data", "clean", "classes", "source", "batch_size", "device"]
-    names += ["severity", "scenario", "name", "imports"]
+    names += ["severity", "scenario", "name", "imports", "labels", "on_error", "match"]
     flags = {name: getattr(args, name, None) for name in names}
     flags["domains"] = args.corruptions
     flags["images"] = "all" if args.images == "all" else number_of_images(args.images, None)

@@ -29,12 +29,14 @@ import sys
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import tta.streams
+from corruptions.pictures import OnError
+from experiments.data import default_severity
 from experiments.records.config import DEMO_METHODS, RunConfig, StreamConfig, SweepConfig
 from experiments.run.subject import pick_device
-from tta.core.checks import nearest
+from tta.core.checks import nearest, one_of
 from tta.core.plugins import import_modules
 
 if sys.version_info >= (3, 11):
@@ -47,12 +49,21 @@ __all__ = ["make_run", "make_sweep", "read_settings"]
 RUN_KEYS = {f.name for f in fields(RunConfig)}
 STREAM_KEYS = {f.name for f in fields(StreamConfig)}
 SWEEP_KEYS = {"models", "severities", "batch_sizes", "seeds"}
+PLACES = {
+    "above the first [[streams]] or [sweep]": RUN_KEYS - {"streams"},
+    "below a line [[streams]]": STREAM_KEYS,
+    "below a line [sweep]": SWEEP_KEYS,
+}
+MATCHES = ("name", "order")
 DEFAULTS: dict[str, Any] = {
     "name": "demo",
     "model": "cifar10_resnet20_bn",
     "data": "bundled",
     "clean": None,
     "classes": None,
+    "labels": None,
+    "on_error": "raise",
+    "match": "name",
     "source": None,
     "methods": DEMO_METHODS,
     "batch_size": 64,
@@ -76,13 +87,25 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"`config` must be a TOML file, but {path} is not: {error}") from error
     _check(path, "", settings, RUN_KEYS | {"sweep"})
-    for number, stream in enumerate(settings.get("streams", [])):
+    streams = settings.get("streams", [])
+    if not isinstance(streams, list) or not all(isinstance(stream, dict) for stream in streams):
+        raise ValueError(
+            f"`{path}` must give streams as tables of their own, got streams = "
+            f"{str(streams)[:60]}: write each below a line [[streams]], in two brackets"
+        )
+    for number, stream in enumerate(streams):
         _check(path, f"streams[{number}].", stream, STREAM_KEYS)
         if "scenario" not in stream:
             raise ValueError(
                 f"`{path}` must give each stream a scenario, streams[{number}] has none"
             )
-    _check(path, "sweep.", settings.get("sweep", {}), SWEEP_KEYS)
+    sweep = settings.get("sweep", {})
+    if not isinstance(sweep, dict):
+        raise ValueError(
+            f"`{path}` must give the sweep as a table, got sweep = {str(sweep)[:60]}: write its "
+            "lists below a line [sweep]"
+        )
+    _check(path, "sweep.", sweep, SWEEP_KEYS)
     return settings
 
 
@@ -122,14 +145,17 @@ def make_run(settings: Mapping[str, Any], flags: Mapping[str, Any]) -> RunConfig
             methods[methods.index(record["method"])] = record["chosen"]
         elif record["chosen"] not in methods:
             methods.append(record["chosen"])
-    default = BUNDLED_IMAGES if values["data"] == "bundled" else None
+    defaults = {
+        "images": BUNDLED_IMAGES if values["data"] == "bundled" else None,
+        "severity": default_severity(values["data"], values["labels"] is not None),
+    }
     config = RunConfig(
         **{
             **values,
             "methods": tuple(methods),
             "imports": tuple(values["imports"]),
             "tuned": tuple(given.get("tuned", [])),
-            "streams": tuple(_stream(stream, default) for stream in streams),
+            "streams": tuple(_stream(stream, defaults) for stream in streams),
             "device": str(pick_device(values["device"])),
         }
     )
@@ -151,17 +177,18 @@ def make_sweep(settings: Mapping[str, Any], flags: Mapping[str, Any]) -> SweepCo
     return config
 
 
-def _stream(values: dict[str, Any], images: int | None) -> StreamConfig:
+def _stream(values: dict[str, Any], defaults: Mapping[str, Any]) -> StreamConfig:
     scenario = values["scenario"]
     tta.streams.get_scenario(scenario)  # raises for an unknown name
-    values = {"name": scenario, "domains": (), **values}
+    values = {"name": scenario, "domains": (), **defaults, **values}
     values["domains"] = tuple(values["domains"])
-    count = values.get("images", images)
-    values["images"] = None if count == "all" else count
+    values["images"] = None if values["images"] == "all" else values["images"]
     return StreamConfig(**values)
 
 
 def _check_run(config: RunConfig) -> None:
+    one_of("on-error", config.on_error, get_args(OnError))
+    one_of("match", config.match, MATCHES)
     if config.batch_size < 1:
         raise ValueError(f"`batch-size` must be at least 1, got {config.batch_size}")
     if config.seed < 0:
@@ -174,8 +201,14 @@ def _check_run(config: RunConfig) -> None:
 
 
 def _check(path: str | Path, where: str, values: Mapping[str, Any], known: set[str]) -> None:
+    """Raise for a key that is not among `known`, with the place where it belongs."""
     for key in values:
-        if key not in known:
-            raise ValueError(
-                f"`{path}` has no setting `{where}{key}`: {nearest(key, sorted(known))}"
-            )
+        if key in known:
+            continue
+        belongs = [place for place, keys in PLACES.items() if key in keys and keys is not known]
+        advice = nearest(key, sorted(known))
+        if key == "corruptions":
+            advice = "it is called `domains` there, in each [[streams]]"
+        elif belongs and f"{key}s" not in known:
+            advice = f"it belongs {' or '.join(belongs)}"
+        raise ValueError(f"`{path}` has no setting `{where}{key}`: {advice}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +17,7 @@ from experiments.run.cache import Cache
 from experiments.run.domains import Shifts, resolve_domains
 from experiments.run.method_strings import Method, parse_methods
 from experiments.run.scoring import Images
-from experiments.run.subject import Subject, load_subject
+from experiments.run.subject import Subject, load_subject, subject_arguments
 from tta.core.checks import whole
 from tta.core.plugins import import_modules
 from tta.streams import Stream
@@ -77,7 +78,7 @@ def load_setup(
     import_modules(config.imports)  # also in a worker, or where the run is resumed
     cache = Cache() if cache is None else cache
     device = torch.device(config.device)
-    wanted = (config.model, config.data, device, config.clean, config.source, config.classes)
+    wanted = subject_arguments(config, device)
     subject: Subject = cache.get("subject", wanted, lambda: load_subject(*wanted))
     data = subject.data
     methods = parse_methods(config.methods, subject.info.num_classes)
@@ -85,6 +86,7 @@ def load_setup(
         replace(stream, domains=resolve_domains(stream.domains, data)) for stream in config.streams
     )
     config = replace(config, streams=resolved)
+    _warn_of_tuned_domains(config)
     clean = _choose_clean(subject, [stream.images for stream in config.streams])
     shifts: Shifts = cache.get(
         "shifts",
@@ -92,20 +94,34 @@ def load_setup(
         lambda: Shifts(data, clean, config.seed, device),
     )
     crop = subject.info.input_size[-1]
+    streams = [build_stream(stream, config, shifts, crop) for stream in config.streams]
+    origin = data.name if data.clean is None else data.clean.origin
+    if shifts.left_out:
+        origin += f" ({shifts.left_out} pictures left out, which cannot be read)"
     return Setup(
         config,
         subject,
         methods,
-        [build_stream(stream, config, shifts, crop) for stream in config.streams],
+        streams,
         clean,
-        {
-            "name": data.name,
-            "origin": data.name if data.clean is None else data.clean.origin,
-            "domains_on_disk": bool(data.stored),
-        },
+        {"name": data.name, "origin": origin, "domains_on_disk": bool(data.stored)},
         _pick_readers(readers, data.files or isinstance(clean, FolderSet), device),
         shifts,
     )
+
+
+def _warn_of_tuned_domains(config: RunConfig) -> None:
+    """Warn where a method is shown domains on which its fields were chosen, with their labels."""
+    shown = {name for stream in config.streams for name in stream.domains}
+    for record in config.tuned:
+        both = [name for name in record.get("domains", ()) if name in shown]
+        if both:
+            warnings.warn(
+                f"`tuned`: the fields of {record['chosen']} were chosen with labels on "
+                f"{' '.join(both)}, which this run shows, so its errors there are no results: "
+                "leave these domains out of `corruptions`",
+                stacklevel=3,
+            )
 
 
 def _pick_readers(wanted: int | None, files: bool, device: torch.device) -> int:

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 import models
 import tta
+from corruptions.pictures import OnError
 from experiments.data import Collection, LabelledSet, open_data
+from experiments.records.config import RunConfig
 
-__all__ = ["Subject", "load_subject", "normalise", "pick_device"]
+__all__ = ["Subject", "load_subject", "normalise", "pick_device", "subject_arguments"]
 
 
 @dataclass
@@ -89,6 +91,12 @@ def pick_device(name: str | None) -> torch.device:
     return device
 
 
+def subject_arguments(config: RunConfig, device: torch.device) -> tuple[Any, ...]:
+    """What a run's configuration says of its model and images, as `load_subject` takes it."""
+    files = config.clean, config.source, config.classes, config.labels
+    return (config.model, config.data, device, *files, config.on_error, config.match)
+
+
 def load_subject(
     model_name: str,
     data_name: str,
@@ -96,6 +104,9 @@ def load_subject(
     clean_name: str | None = None,
     source_path: str | None = None,
     classes_path: str | None = None,
+    labels_path: str | None = None,
+    on_error: OnError = "raise",
+    match: Literal["name", "order"] = "name",
 ) -> Subject:
     """Load a model and open the data it is shown.
 
@@ -106,18 +117,28 @@ def load_subject(
         clean_name: Path of clean images; those of `data_name` are shifted ones then.
         source_path: File of a `tta.SourceStatistics`; default: what comes with the model.
         classes_path: File of class folders' names in label order, a line each.
+        labels_path: File of the label of each picture in a folder without class folders.
+        on_error: What to do about pictures that cannot be read.
+        match: How the tensors of a checkpoint in `model_name` are paired, see `models.load`.
     """
-    model, info = models.load(model_name)
+    options: dict[str, Any] = {} if match == "name" else {"match": match}
+    model, info = models.load(model_name, **options)
     size, classes = info.input_size[-1], None if classes_path is None else _lines(classes_path)
     if classes is not None and len(classes) != info.num_classes:
         raise ValueError(
             f"`classes` must name the {info.num_classes} classes of {model_name}, got "
             f"{len(classes)} lines in {classes_path}: one line for each, in label order"
         )
-    data = shown = open_data(data_name, size, classes, info.num_classes)
+
+    def read(where: str) -> Collection:
+        return open_data(
+            where, size, classes, info.num_classes, labels=labels_path, on_error=on_error
+        )
+
+    data = shown = read(data_name)
     clean = data.clean
     if clean_name is not None:
-        clean = open_data(clean_name, size, classes, info.num_classes).clean
+        clean = read(clean_name).clean
         if clean is None:
             raise ValueError(f"`clean` must be a path of clean images, got {clean_name!r}")
         shown = data.as_shifted()

@@ -2,7 +2,8 @@
 
 The field's accepted protocol: candidates are compared, with labels, on the four corruptions that
 are held out of the benchmark's 15 (Hendrycks and Dietterich 2019; for test-time adaptation advised
-by the authors of TENT). What was tried and what came out is written beside the choice, and
+by the authors of TENT). Data that does not have these has other domains held out by ``--held-out``,
+and the run is on the rest. What was tried and what came out is written beside the choice, and
 ``run --tuned FILE`` puts all of it into the results of the run that uses it.
 """
 
@@ -24,7 +25,7 @@ from experiments.report.statistics import over_seeds
 from experiments.run.flags import add_settings, parse_value, settings_flags
 from experiments.run.method_strings import PLUS, parse_method
 from experiments.run.settings import make_sweep
-from experiments.run.subject import load_subject, pick_device
+from experiments.run.subject import load_subject, pick_device, subject_arguments
 from experiments.sweep.sweep import Sweep, add_workers, pick_executor
 from experiments.sweep.workers import Outcome
 from tta.core.config import UpdateConfig
@@ -40,7 +41,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """Say what ``tune`` does and takes."""
     parser.description = (
         "Compare values of a method's fields on the four corruptions that are no part "
-        "of the benchmark, and write the choice to tuned.json, for run --tuned."
+        "of the benchmark, or on other domains that are held out, and write the choice to "
+        "tuned.json, for run --tuned."
     )
     add = parser.add_argument
     add("method", help="such as eata or unmix_tns+eata")
@@ -54,6 +56,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         + ", ".join(f"{factor:g}" for factor in FACTORS)
         + ")",
     )
+    add(
+        "--held-out",
+        nargs="+",
+        metavar="NAME",
+        help="domains to tune on, which are no part of the stream that the method is tested on "
+        f"(default: {' '.join(HELD_OUT)})",
+    )
     add("--seeds", nargs="+", type=int, metavar="N", help="default: 0")
     add("--name", help="the folder's name (default: tune-METHOD)")
     add("--output", type=Path, default=Path("runs"), help="where the folder is made")
@@ -64,16 +73,26 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def _prepare(args: argparse.Namespace) -> Tune:
     args.methods = [args.method]
-    args.corruptions = args.corruptions or list(HELD_OUT)
+    held_out = tuple(args.held_out or HELD_OUT)
+    args.corruptions = args.corruptions or list(held_out)
     args.scenario = args.scenario or "continual"
     args.name = args.name or f"tune-{args.method}"
     settings, flags = settings_flags(args)
     config = make_sweep(settings, {**flags, "seeds": args.seeds})
     names = config.run.streams[0].domains
-    if set(names) - set(HELD_OUT):
+    if set(names) - set(held_out):
         raise ValueError(
-            f"`corruptions` must be held out ({' '.join(HELD_OUT)}), got {' '.join(names)}: what "
-            "is chosen on the benchmark's own corruptions is no result on them"
+            f"`corruptions` must be held out ({' '.join(held_out)}), got {' '.join(names)}: what "
+            "is chosen on the benchmark's own corruptions is no result on them; --held-out names "
+            "other domains to tune on"
+        )
+    stored = _subject(config).data.stored
+    if stored and set(names) - set(stored):
+        lacking = [name for name in names if name not in stored]
+        raise ValueError(
+            f"`held-out` must be domains of {config.run.data}, which has no {' or '.join(lacking)}:"
+            f" name those of its domains to tune on ({' '.join(stored)}), by --held-out, and test "
+            "on the others"
         )
     grid = dict(_axis(text) for text in args.grid) or {"lr": _learning_rates(config)}
     methods = candidates(args.method, grid)
@@ -184,8 +203,7 @@ def load_classes(config: SweepConfig) -> int:
 
 def _subject(config: SweepConfig) -> Any:
     run = config.run
-    device = pick_device(run.device)
-    return load_subject(run.model, run.data, device, run.clean, run.source, run.classes)
+    return load_subject(*subject_arguments(run, pick_device(run.device)))
 
 
 def _axis(text: str) -> tuple[str, list[Any]]:

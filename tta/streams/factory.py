@@ -51,8 +51,11 @@ def build(
 
     Args:
         scenario: One of `list_scenarios()`.
-        dataset: Anything with `__len__` and `__getitem__ -> (image, label)`, or a pair of arrays
-            (N, H, W, 3) uint8 and (N,). May be None where `domains` brings the datasets.
+        dataset: Anything with `__len__` and `__getitem__ -> (image, label)`, where items may also
+            be dictionaries such as ``{"image": ..., "label": ...}`` and images Pillow pictures of
+            any mode, arrays or tensors, uint8 or in [0, 1]; or a pair of arrays (N, H, W, 3) uint8
+            and (N,), which may be those of an HDF5 file. Images of one batch have one size. May be
+            None where `domains` brings the datasets.
         domains: Names for `transform` ("clean" is the dataset as it is), or a mapping from name
             to a dataset, or from name to a mapping from severity to a dataset, or a list of
             datasets or of pairs (name, dataset); without names they are "0", "1", ... Default: the

@@ -12,6 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tta.streams.items import as_pixels, image_of, join, label_of, scale
+
 __all__ = ["CLEAN", "Condition", "Domains", "ImageSource", "Images", "Transform"]
 
 ROUNDING = 1e-3  # beyond [0, 1], which a transform may leave
@@ -49,36 +51,6 @@ class Condition:
         return Condition(((domain, int(value) if value == int(value) else float(value)),))
 
 
-def _as_pixels(image: Any) -> Tensor:
-    """Turn one image of a dataset (PIL, array or tensor) into (3, H, W) float in [0, 1]."""
-    tensor = image if isinstance(image, Tensor) else torch.from_numpy(np.array(image))
-    if not isinstance(image, Tensor) and tensor.ndim == 3 and tensor.shape[-1] == 3:
-        tensor = tensor.permute(2, 0, 1)
-    if tensor.ndim != 3 or tensor.shape[0] != 3:
-        raise ValueError(
-            f"`dataset` must give colour images, a (3, H, W) tensor or an (H, W, 3) array, "
-            f"got shape {tuple(tensor.shape)}; convert it to RGB"
-        )
-    return _scale(tensor)
-
-
-def _scale(pixels: Tensor) -> Tensor:
-    """Bring uint8 or float pixels to float32 in [0, 1]."""
-    if pixels.dtype == torch.uint8:
-        return pixels.float().div_(255.0)
-    if not pixels.is_floating_point():
-        raise TypeError(
-            f"`dataset` must give uint8 or float images, got {pixels.dtype}; convert to uint8"
-        )
-    pixels = pixels.float()
-    if pixels.numel() and not (float(pixels.min()) >= 0.0 and float(pixels.max()) <= 1.0):
-        raise ValueError(
-            f"`dataset` must give pixels in [0, 1], got {float(pixels.min()):.3g}.."
-            f"{float(pixels.max()):.3g}; leave normalisation to the model"
-        )
-    return pixels
-
-
 def _found_labels(dataset: Any) -> Any | None:
     """Look for labels that can be read without loading images; None where there are none."""
     if getattr(dataset, "target_transform", None) is not None:
@@ -98,8 +70,9 @@ class ImageSource:
     """One dataset, of which pixels are read by index and all labels at once.
 
     Args:
-        dataset: Anything with `__len__` and `__getitem__ -> (image, label)`, or a pair
-            (images (N, H, W, 3) uint8, labels (N,)).
+        dataset: Anything with `__len__` and `__getitem__ -> (image, label)`, whose items may also
+            be dictionaries such as ``{"image": ..., "label": ...}``; or a pair of arrays (images
+            (N, H, W, 3) uint8, labels (N,)), which may lie in a file, as those of HDF5 do.
         name: Its name in error messages.
         labels: (N,) labels, to spare reading a dataset whose labels are not in `targets`,
             `labels` or `tensors[1]`; without it such a dataset is read through once.
@@ -128,6 +101,12 @@ class ImageSource:
                 )
             self._arrays = images
             labels = own if labels is None else labels
+        elif isinstance(dataset, Mapping):
+            raise TypeError(
+                f"`{name}` must be one dataset or a pair of arrays, got a {type(dataset).__name__} "
+                f"with the keys {', '.join(map(str, list(dataset)[:5])) or '(none)'}: choose one "
+                'of its datasets, or pass the pair (data["images"], data["labels"])'
+            )
         elif not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
             raise TypeError(
                 f"`{name}` must have __len__ and __getitem__ giving (image, label), or be a pair "
@@ -157,13 +136,7 @@ class ImageSource:
         """All labels, (N,) int64."""
         found = self._given if self._given is not None else _found_labels(self._dataset)
         if found is None:
-            try:
-                found = [int(self._dataset[i][1]) for i in range(self._size)]
-            except (TypeError, IndexError, ValueError, RuntimeError) as error:
-                raise TypeError(
-                    f"`{self.name}` must give pairs (image, label), got items whose label cannot "
-                    f"be read ({error}); pass labels= or such a data set"
-                ) from error
+            found = [self._label(i) for i in range(self._size)]
         labels = np.asarray(found)
         if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
             raise TypeError(
@@ -177,23 +150,55 @@ class ImageSource:
             )
         return labels.astype(np.int64)
 
+    def _label(self, number: int) -> int:
+        found = label_of(self._item(number), self.name, number)
+        try:
+            return int(found)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(
+                f"`{self.name}` must give pairs (image, label), got items whose label cannot "
+                f"be read ({error}); pass labels= or such a data set"
+            ) from error
+
     def each(self, index: NDArray[np.int64]) -> Images:
         """Read the images at `index` (B,), one by one where their sizes may differ."""
         if self._arrays is not None:
             return self.images(index)
-        return [_as_pixels(self._dataset[int(i)][0]) for i in index]
+        numbers = [int(i) for i in index]
+        return [as_pixels(image_of(self._item(i), self.name, i), self.name) for i in numbers]
 
     def images(self, index: NDArray[np.int64]) -> Tensor:
         """Read the images at `index` (B,), as (B, 3, H, W) float32 in [0, 1]."""
         if self._arrays is None:
-            return torch.stack([_as_pixels(self._dataset[int(i)][0]) for i in index])
-        rows = self._arrays[
-            index if not isinstance(self._arrays, Tensor) else torch.from_numpy(index)
-        ]
-        pixels = rows if isinstance(rows, Tensor) else torch.from_numpy(np.ascontiguousarray(rows))
+            return join(list(self.each(index)), self.name, index.tolist())
+        pixels = self._rows(self._arrays, index)
         if pixels.shape[-1] == 3:
             pixels = pixels.permute(0, 3, 1, 2)
-        return _scale(pixels).contiguous()
+        return scale(pixels, self.name).contiguous()
+
+    def _item(self, number: int) -> Any:
+        """One item; an exception of the dataset is given a note that says which."""
+        try:
+            return self._dataset[number]
+        except Exception as error:
+            add_note = getattr(error, "add_note", None)  # from Python 3.11 on
+            if add_note is not None:
+                add_note(f"raised by `{self.name}` for its item {number}")
+            raise
+
+    @staticmethod
+    def _rows(arrays: Any, index: NDArray[np.int64]) -> Tensor:
+        """Rows of an array, whatever kind it is."""
+        if isinstance(arrays, Tensor):
+            return arrays[torch.from_numpy(index)]
+        if isinstance(arrays, np.ndarray):
+            return torch.from_numpy(np.ascontiguousarray(arrays[index]))
+        # Arrays in files, as those of HDF5, give rows in ascending order and each row once.
+        ascending, back = np.unique(index, return_inverse=True)
+        rows = arrays[ascending]
+        if isinstance(rows, Tensor):
+            return rows[torch.from_numpy(back).to(rows.device)]
+        return torch.from_numpy(np.ascontiguousarray(np.asarray(rows)[back]))
 
 
 class Domains:

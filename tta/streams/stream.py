@@ -18,6 +18,7 @@ from tta.core.checks import whole
 from tta.streams.batch import MIXED, Batch
 from tta.streams.clock import Clock, Stopwatch
 from tta.streams.draws import Draws
+from tta.streams.items import concatenate
 from tta.streams.plan import Plan, Rows
 from tta.streams.pool import Ints
 from tta.streams.preview import Preview, summarise
@@ -185,7 +186,7 @@ class Stream:
             if rows.since_reset == 0:
                 recent.clear()
             recent.append(images)
-            window = torch.cat(list(recent))
+            window = concatenate(list(recent))
             adapt = adapt and rows.since_reset % self._window == self._window - 1
         return Batch(
             images=images,
@@ -231,7 +232,7 @@ class Stream:
         if len(made) == 1:
             return made[0]
         back = torch.from_numpy(np.argsort(np.concatenate(places)))
-        return torch.cat(made).index_select(0, back.to(made[0].device))
+        return concatenate(made).index_select(0, back.to(made[0].device))
 
 
 def _pixel_seed(seed: int, *key: str | float) -> int:
