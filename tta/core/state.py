@@ -83,6 +83,7 @@ class AdapterState:
 
     def clones(self) -> dict[str, Tensor]:
         """Copies, which carry what the state belongs to as torch's state dicts their versions."""
+        self.notice_model_buffers(by_value=True)
         copies: Any = OrderedDict((k, v.detach().clone()) for k, v in self.tensors().items())
         copies.fingerprint = self.fingerprint
         return copies
@@ -126,9 +127,15 @@ class AdapterState:
         self.network.masters.write_to_model()
         self.network.buffers.notice()
 
-    def notice_model_buffers(self) -> list[str]:
-        """Take buffers of the model that have moved for the first time into the state."""
-        found = self.network.buffers.notice()
+    def notice_model_buffers(self, by_value: bool = False) -> list[str]:
+        """Take buffers of the model that have moved for the first time into the state.
+
+        Args:
+            by_value: Whether values are compared whatever has been seen, or after the first call
+                alone.
+        """
+        buffers = self.network.buffers
+        found = buffers.notice(by_value=True) if by_value else buffers.notice_after_call()
         for name in found:
             start = self.network.buffers.start_of(name)
             self.session.reset_point[f"model/{name}"] = start.clone()
@@ -140,6 +147,7 @@ class AdapterState:
 
     def reset(self) -> None:
         """Put everything back, but for what a component declares to survive."""
+        self.notice_model_buffers(by_value=True)
         kept = {
             f"{prefix}{name}"
             for prefix, part in self.parts.items()
