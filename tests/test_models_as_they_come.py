@@ -130,8 +130,7 @@ def test_one_frame_of_1e20_is_rejected_and_the_others_are_right(method: str, fam
     x[3] *= 1e20
     rest = [0, 1, 2, 4, 5, 6, 7]
     result = adapter(x)
-    outputs = ("source", "lame", "prior_correction")
-    if method not in outputs or family == "ln":  # source statistics leave features finite
+    if adapter.config.norm is not None or family == "ln":  # source statistics: all is finite
         assert torch.equal(result[rest], without(images(0)[rest]))
         assert adapter.report["rejected"] == 1 and result[3].isnan().all()
         assert torch.equal(adapter(images(1)), without(images(1)))
@@ -330,7 +329,7 @@ def test_buffers_that_a_model_changes_itself_move_with_the_adapter(
     middle = adapter.state()
     assert "model/average" in middle and middle["model/average"].abs().sum() > 0
     if way in ("in place", "bright"):
-        assert middle["model/count"] == net.count == {"in place": 3, "bright": 2}[way]
+        assert middle["model/count"] == net.count > 0
     with adapter.frozen():
         assert torch.equal(adapter(batch(5)), adapter(batch(5)))
     assert same(adapter.state(), middle)
@@ -342,8 +341,7 @@ def test_buffers_that_a_model_changes_itself_move_with_the_adapter(
     adapter.load_state(middle)
     tta.save(adapter, tmp_path / "saved")
     again = tta.load(Counting(way), tmp_path / "saved", source=source_batches())
-    if "model/average" in again.state():
-        assert torch.equal(again(batch(6)), following)
+    assert torch.equal(again(batch(6)), following)
     adapter.reset()
     assert torch.equal(net.average, torch.zeros(3))
     replayed = [adapter(images(0)), *(adapter(batch(t)) for t in (1, 2))]
@@ -610,7 +608,7 @@ def test_a_model_of_every_kind_goes_through_every_recipe_and_back(method: str, k
 
 def test_the_teacher_of_a_recurrent_network_has_weights_of_its_own() -> None:
     net = Rnn()
-    adapter = wrapped(net, "cotta.cifar10", norm="source", official=False)
+    adapter = wrapped(net, "cotta.cifar10", norm="source", params="all")
     adapter(images(0))
     state = adapter.state()
     teacher = Rnn()

@@ -7,7 +7,7 @@ that depends on values, is found after the call in which it does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -84,6 +84,11 @@ class ModelBuffers:
         new = [name for name in moved if name not in self.moving and name in self._copies]
         self.moving += new
         return new
+
+    def take_up(self, names: Iterable[str]) -> None:
+        """Count buffers among those that move, since a state of another adapter says so."""
+        known = [name for name in names if name in self._copies and name not in self.moving]
+        self.moving += known
 
     def start_of(self, name: str) -> Tensor:
         """The value that a buffer had at wrap."""

@@ -101,6 +101,7 @@ class AdapterState:
         check_origin(getattr(state, "fingerprint", self.fingerprint), self.fingerprint)
         named = ((current_name(str(key)), value) for key, value in state.items())
         values = {key: value for key, value in named if key is not None}
+        self._take_up_model_buffers(values)
         lazy = {
             f"{prefix}{name}"
             for prefix, part in self._components().items()
@@ -140,6 +141,16 @@ class AdapterState:
             start = self.network.buffers.start_of(name)
             self.session.reset_point[f"model/{name}"] = start.clone()
         return found
+
+    def _take_up_model_buffers(self, state: Mapping[str, Tensor]) -> None:
+        """Those that moved in the adapter that the state is of, and not yet in this one."""
+        buffers = self.network.buffers
+        before = set(buffers.moving)
+        buffers.take_up(key.partition("/")[2] for key in state if key.startswith("model/"))
+        for name in buffers.moving:
+            if name not in before:
+                start = buffers.start_of(name).clone()
+                self.session.reset_point[f"model/{name}"] = start
 
     def mark_reset_point(self) -> None:
         """From now on, :meth:`reset` restores what there is now."""
