@@ -29,6 +29,10 @@ from tta.core.update import Update
 __all__ = ["Adapter"]
 
 OVERFLOW = "features that overflow"
+PARALLEL = (
+    "`module` of {} must not be an adapter, whose copies would each adapt and forget, got one: "
+    "call the adapter itself; tta.runtime.split_batches shares its batches among processes."
+)
 LARGE = 1e15  # pixel values above this may make the variance of features overflow
 
 
@@ -88,6 +92,7 @@ class Adapter(nn.Module):
             RuntimeError: When the adapter was unwrapped.
         """
         network = self._held("no longer holds a model")
+        self._refuse_copies()
         images, args, kwargs = self._images(args, kwargs)
         network.check(images)
         if self.model.training:
@@ -330,6 +335,17 @@ class Adapter(nn.Module):
             raise RuntimeError(f"this adapter was unwrapped and {problem}: wrap the model again.")
         return self._network
 
+    def _refuse_copies(self) -> None:
+        """Refuse to be called by what would average gradients over processes."""
+        outside: Any = nn.parallel.DistributedDataParallel
+        outside = outside._get_active_ddp_module()
+        if outside is not None and any(module is self for module in outside.modules()):
+            raise RuntimeError(PARALLEL.format("DistributedDataParallel"))
+
+    def _replicate_for_data_parallel(self) -> Any:
+        """Called by torch where every device is to get a copy for one batch."""
+        raise RuntimeError(PARALLEL.format("DataParallel"))
+
     def _images(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
@@ -384,8 +400,8 @@ class Adapter(nn.Module):
                 buffer.copy_(value)
             self._forget(own)
             self._context.generator.set_state(rng)
-            refusal = network.refusal(error, x)
-            if refusal is None:
+            refusal = None if str(error).startswith("`") else network.refusal(error, x)
+            if refusal is None:  # also for a sentence of ours, which names an argument
                 raise
             raise refusal from error
         if self._learning:
@@ -438,13 +454,16 @@ class Adapter(nn.Module):
     @contextmanager
     def _weights_at_rest(self) -> Iterator[None]:
         """Switch off gradients of weights, so that the caller's backward pass leaves none."""
-        trained = [p for p in self._context.parameters.values() if p.requires_grad]
+        parts = (*self.parameters(), *self._context.parameters.values())
+        trained = [p for p in parts if p.requires_grad]
         for p in trained:
             p.requires_grad_(False)
+        self.session.following = True
         try:
             with torch.enable_grad():
                 yield
         finally:
+            self.session.following = False
             for p in trained:
                 p.requires_grad_(True)
 

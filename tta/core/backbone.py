@@ -31,7 +31,7 @@ from tta.core.outputs import LogitsReader
 from tta.core.prediction import Prediction
 from tta.core.session import Session
 
-__all__ = ["Backbone", "ImagesRefusedError", "RowsOverflowError"]
+__all__ = ["Backbone", "ImagesRefusedError", "KindRefusedError", "RowsOverflowError"]
 
 ENOUGH_VALUES = 8  # logits that must lie in [0, 1] before they are taken for probabilities
 
@@ -44,7 +44,7 @@ class ImagesRefusedError(ValueError):
 
 
 class KindRefusedError(TypeError):
-    """The model raised on integer images (uint8), which only some models take."""
+    """The model raised on numbers of a kind that its first layer does not take, such as uint8."""
 
 
 class RowsOverflowError(ArithmeticError):
@@ -60,13 +60,13 @@ class RowsOverflowError(ArithmeticError):
 
 
 class _InputHook:
-    """A forward pre-hook that keeps the input of its layer; picklable, unlike a closure."""
+    """A forward pre-hook that keeps the inputs of its layer; picklable, unlike a closure."""
 
     def __init__(self) -> None:
-        self.value: Tensor | None = None
+        self.values: list[Tensor] = []  # of a pass, one for every call
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self.value = args[0]
+        self.values.append(args[0])
 
 
 class _CallOrderHook:
@@ -204,29 +204,48 @@ class Backbone:
                 result, features = result
             logits = self.reader.read(result)
             self._check_logits(logits, len(x))
+            if self.feature_hook is not None:
+                features = self._hooked_features(len(x))
+            self._check_features(features, len(x))
         except Exception as error:
             if (refusal := self.refusal(error, x)) is None:
                 raise
             raise refusal from error
         finally:
             self.session.recording = False
+            if self.feature_hook is not None:
+                self.feature_hook.values = []
         self.guard.take_back(x, lent)
         self.result = result
         if self.session.serving:
             self._warn_of_small_batch()
             if self._first_pass:
                 self._first_pass = False
-                self._check_values(x, logits.detach())
-        if self.feature_hook is not None:
-            if self.feature_hook.value is None:
-                raise ValueError(
-                    "`model` must call its classifier in forward, but "
-                    f"{type(self.head.module).__name__} was not called: name the module that the "
-                    "features go into by wrap(..., features=...)."
-                )
-            features = _pooled(self.feature_hook.value, self.head.module)
-            self.feature_hook.value = None
+                self._check_values(x, logits.detach(), features)
         return Prediction(logits, features)
+
+    def _hooked_features(self, rows: int) -> Tensor:
+        """What the classifier was fed; a model may show it the images one by one, or in parts."""
+        assert self.feature_hook is not None
+        values, self.feature_hook.values = self.feature_hook.values, []
+        if not values:
+            raise ValueError(
+                "`model` must call its classifier in forward, but "
+                f"{type(self.head.module).__name__} was not called: name the module that the "
+                "features go into by wrap(..., features=...)."
+            )
+        features = _pooled(values[-1], self.head.module)
+        if len(features) != rows and sum(map(len, values)) == rows:
+            features = torch.cat([_pooled(value, self.head.module) for value in values])
+        return features
+
+    def _check_features(self, features: Tensor | None, rows: int) -> None:
+        if features is not None and len(features) != rows:
+            raise ValueError(
+                f"`features` must have a row for each image, got {len(features)} rows for {rows} "
+                "images: pass wrap(..., features=...), a function of model and images that returns "
+                "them so."
+            )
 
     def _tensors(self, weights: Weights | None) -> dict[str, Tensor]:
         """The tensors that stand in for the model's own, by name in the module that is called."""
@@ -237,6 +256,14 @@ class Backbone:
         return {f"{self._prefix}{name}": tensor for name, tensor in found.items()}
 
     def _check_logits(self, logits: Tensor, rows: int) -> None:
+        trained = next(iter(self.masters.trained.values()), None)
+        wanted = self.session.recording and trained is not None and trained.requires_grad
+        if wanted and not logits.requires_grad:
+            raise ValueError(
+                "`model` must let gradients flow from its logits to the parameters that are "
+                "trained, got logits without a graph: take no_grad, detach or "
+                "requires_grad_(False) out of it."
+            )
         if logits.ndim != 2 or logits.shape[1] != self.num_classes:
             raise ValueError(
                 f"`model` must return logits of shape (B, {self.num_classes}), the size of its "
@@ -249,11 +276,17 @@ class Backbone:
                 f"logits for a first axis of {rows}: add one with images[None]."
             )
 
-    def _check_values(self, x: Tensor, logits: Tensor) -> None:
-        """Find rows with NaN or infinite logits, and probabilities in place of logits."""
-        total = float(logits.float().sum())
+    def _check_values(self, x: Tensor, logits: Tensor, features: Tensor | None) -> None:
+        """Find rows with NaN or infinite logits, and probabilities in place of logits.
+
+        Features count as well, squared, because components that read them square them.
+        """
+        total = logits.float().sum()
+        if features is not None:
+            total = total + features.detach().float().square().sum()
+        total = float(total)
         if total != total or total == float("inf"):
-            rows = (logits.isnan() | (logits == float("inf"))).any(1)
+            rows = _overflow(logits, features)
             if len(rows) > 1 and bool(rows.all()):
                 rows = self.overflowing(x)
                 rows = rows if bool(rows.any()) else ~rows
@@ -276,8 +309,9 @@ class Backbone:
             return
         raise ValueError(
             "`model` must return logits, but all that it returns lies in [0, 1], as after a "
-            "sigmoid: take the sigmoid out, or say wrap(..., activation='sigmoid') for a model "
-            "whose classes do not exclude each other, which goes with norm rules alone."
+            "sigmoid: take the sigmoid out, scale similarities as in training, or say "
+            "wrap(..., activation='sigmoid') for a model whose classes do not exclude each other, "
+            "which goes with norm rules alone."
         )
 
     @torch.no_grad()
@@ -295,10 +329,12 @@ class Backbone:
         args, kwargs = self._arguments
         with with_statistics(self.wrappers, note_overflow):
             result = functional.call(self._callee, self._tensors(None), x.clone(), *args, **kwargs)
-        if self.feature_hook is not None:
-            self.feature_hook.value = None
-        logits = self.reader.read(result[0] if self._prefix else result)
-        return rows | (logits.isnan() | (logits == float("inf"))).any(1)
+        features = None
+        if self._prefix:
+            result, features = result
+        elif self.feature_hook is not None:
+            features = self._hooked_features(len(x))
+        return rows | _overflow(self.reader.read(result), features)
 
     @contextmanager
     def call(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -314,10 +350,10 @@ class Backbone:
                 wrapper.passes.clear()
 
     def check(self, x: Any) -> None:
-        """Refuse what is no batch of images in the model's dtype, before anything changes.
+        """Refuse what is no batch of images, before anything changes.
 
         Raises:
-            TypeError: When ``x`` is no dense tensor of the model's dtype or of uint8.
+            TypeError: When ``x`` is no dense tensor of floating-point numbers or of uint8.
             ValueError: When ``x`` has no batch axis or holds no image.
         """
         if not isinstance(x, Tensor):
@@ -341,24 +377,16 @@ class Backbone:
                 f"`images` must hold at least one image, got shape {tuple(x.shape)}: "
                 "skip empty batches."
             )
-        entry = self.entry
         if self.session.ranks is not None:
             self.session.ranks.check_batch(x)
-        if entry is not None and x.dtype not in (entry.weight.dtype, torch.uint8):
-            if torch.is_autocast_enabled(x.device.type):
-                return
-            raise TypeError(
-                f"`images` must be {entry.weight.dtype} like the model, got {x.dtype}: convert "
-                "one of them, or call under torch.autocast."
-            )
 
     def refusal(
         self, error: BaseException, x: Tensor
     ) -> ImagesRefusedError | KindRefusedError | None:
         """Return what to raise in place of ``error`` if shape or dtype of ``x`` may be its cause.
 
-        The shape is compared with what the first layer takes. Models that rearrange or repeat
-        pixels before that layer accept other shapes, so a batch is not refused beforehand.
+        Both are compared with what the first layer takes. Models that rearrange, repeat or convert
+        pixels before that layer accept others, so a batch is not refused beforehand.
         """
         final = (ImagesRefusedError, KindRefusedError, RowsOverflowError, torch.OutOfMemoryError)
         reason = self._misfit(x)
@@ -367,9 +395,19 @@ class Backbone:
                 "`images` must be floating point for this model, got torch.uint8: pass what it "
                 "takes, such as images.float() / 255."
             )
+        if reason is None and type(error) is RuntimeError and self._other_dtype(x):
+            return KindRefusedError(
+                f"`images` must be {self.entry.weight.dtype} like the model, got {x.dtype}: "
+                "convert one of them, or call under torch.autocast."
+            )
         if reason is None or not isinstance(error, Exception) or isinstance(error, final):
             return None
         return ImagesRefusedError(reason)
+
+    def _other_dtype(self, x: Tensor) -> bool:
+        if self.entry is None or torch.is_autocast_enabled(x.device.type):
+            return False
+        return x.dtype != self.entry.weight.dtype
 
     def _misfit(self, x: Tensor) -> str | None:
         """Say why the first layer cannot take the shape of ``x``; None where it can."""
@@ -431,6 +469,14 @@ class Backbone:
         self.call_order()
         for handle in self._handles:
             handle.remove()
+
+
+def _overflow(logits: Tensor, features: Tensor | None) -> Tensor:
+    """Which rows (B,) of logits, or of squared features, are no numbers."""
+    rows = (logits.isnan() | (logits == float("inf"))).any(1)
+    if features is not None:
+        rows = rows | ~features.detach().float().square().flatten(1).sum(1).isfinite()
+    return rows
 
 
 def _pooled(features: Tensor, classifier: nn.Module | None) -> Tensor:

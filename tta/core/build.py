@@ -33,7 +33,7 @@ from tta.core.norm_layers import (
 from tta.core.norm_rule import NormRule
 from tta.core.output_rule import Output
 from tta.core.outputs import GIVEN, LogitsReader
-from tta.core.parameters import select
+from tta.core.parameters import norm_layers_in_words, select
 from tta.core.recipe import AdapterConfig
 from tta.core.registry import component
 from tta.core.session import Session
@@ -231,11 +231,10 @@ def _insert_norm(
     assert issubclass(cls, NormRule)
     layers = batch_norm_layers(model)
     if not layers or "" in layers:
-        found = sorted({type(m).__name__ for m in model.modules() if "Norm" in type(m).__name__})
         raise ValueError(
             f"`norm`={config.name!r} must find BatchNorm layers in the model, but this "
-            f"{type(model).__name__} has " + (", ".join(found) or "no norm layers") + ": leave "
-            "norm= out, or use a model with BatchNorm."
+            f"{type(model).__name__} has {norm_layers_in_words(model)}: leave norm= out, or use a "
+            "model with BatchNorm."
         )
     if cls.needs_source_stats:
         for name, layer in layers.items():

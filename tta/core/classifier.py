@@ -50,14 +50,18 @@ def find_classifier(model: nn.Module, reader: LogitsReader | None = None) -> nn.
     """
     if (head := _declared(model)) is not None:
         return head
-    candidates = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    candidates = [
+        m
+        for m in model.modules()
+        if isinstance(m, (nn.Linear, nn.Conv2d)) or (m is not model and _says_linear(m))
+    ]
     if not candidates:
         raise ValueError(
             f"`model` must be a classifier with a linear layer, got {type(model).__name__} without "
-            "one: pass wrap(..., num_classes=..., features=...), where `features` names the module "
-            "that they go into."
+            "one: pass wrap(..., num_classes=...) and, to methods that read features, features=, "
+            "the module that they go into or a function of model and images."
         )
-    linear = [m for m in candidates if isinstance(m, nn.Linear)]
+    linear = [m for m in candidates if not isinstance(m, nn.Conv2d)]
     if len(linear) == 1:
         return linear[0]
     layers, found = tuple(map(id, candidates)), _FOUND.get(model)
@@ -67,6 +71,12 @@ def find_classifier(model: nn.Module, reader: LogitsReader | None = None) -> nn.
         head = _called_last(model, candidates, reader) or next(inside, (linear or candidates)[-1])
         found = _FOUND[model] = (layers, head)
     return found[1]
+
+
+def _says_linear(module: nn.Module) -> bool:
+    """Whether a module has what linear layers have, as quantised ones do."""
+    sizes = [getattr(module, name, None) for name in ("in_features", "out_features")]
+    return all(isinstance(size, int) for size in sizes) and hasattr(module, "weight")
 
 
 def _declared(model: nn.Module) -> nn.Module | None:
@@ -118,8 +128,9 @@ def _size(layers: list[nn.Module], *names: str) -> int:
             if isinstance(size := getattr(layer, name, None), int):
                 return size
     raise ValueError(
-        f"`model` must have a classifier with {names[0]}, got a {type(layers[0]).__name__}: give "
-        "the model a get_classifier() that returns its last linear layer."
+        f"`model` must have a classifier with {names[0]}, got a {type(layers[0]).__name__}: pass "
+        "wrap(..., num_classes=...) and, to methods that read features, features=, the module that "
+        "they go into or a function of model and images."
     )
 
 
@@ -147,8 +158,9 @@ def _called_last(
     if calls and not fitting:
         raise ValueError(
             f"`model` must make its logits by a linear layer, but no layer of this "
-            f"{type(model).__name__} has {size} outputs: pass wrap(..., num_classes={size}, "
-            "features=...), where `features` names the module that they go into."
+            f"{type(model).__name__} has {size} outputs: pass wrap(..., num_classes={size}) and, "
+            "to methods that read features, features=, the module that they go into or a function "
+            "of model and images."
         )
     return fitting[-1] if fitting else None
 

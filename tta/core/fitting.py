@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from tta.core.adapter import Adapter
-from tta.core.backbone import Backbone, ImagesRefusedError
+from tta.core.backbone import Backbone, ImagesRefusedError, KindRefusedError
 from tta.core.component import Component
 from tta.core.norm_layers import normalize_by_source, with_statistics
 from tta.core.source import SourceStatistics
@@ -36,13 +36,15 @@ def fit(adapter: Adapter, source: SourceStatistics) -> None:
                 adapter.output.fit(source, network)
         if adapter.update is not None:
             adapter.update.fit(source)
-    except ImagesRefusedError as error:
-        raise ValueError(
+    except (ImagesRefusedError, KindRefusedError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(
             "`source` must give pairs (images, labels), but a batch has images that this model "
             f"cannot take: {error}"
         ) from error
-    # Source passes go through the norm rule and must leave no trace in it.
+    # Source passes go through the norm rule and the model's own buffers, and must leave no trace.
     adapter.load_state(before, allow_nonfinite=True)
+    network.buffers.put_back_all()
     for wrapper in wrappers:
         wrapper.rule.fell_back = False  # source batches may have been short
     used = [part.source_used for part in _parts(adapter).values()]

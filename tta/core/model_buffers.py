@@ -7,7 +7,7 @@ in which it first does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -43,7 +43,7 @@ class ModelBuffers:
         self.moving: list[str] = []
         self._copies: dict[str, Tensor] = {}
         self._seen: dict[str, tuple[int, int]] | None = None
-        self._compared = False
+        self._first_call = True
         if not self.places:
             return
         run = dry_run(model, reader)
@@ -56,17 +56,26 @@ class ModelBuffers:
                 self._copies[name] = buffer.detach().clone()
         self._seen = self._signs()
 
+    def notice_after_call(self) -> list[str]:
+        """As :meth:`notice`; by value after the first call alone."""
+        first, self._first_call = self._first_call, False
+        return self.notice(by_value=first)
+
     def tensors(self) -> dict[str, Tensor]:
         """The moving buffers themselves, by name."""
         return {name: self._now(name).detach() for name in self.moving}
 
-    def notice(self) -> list[str]:
-        """Find the buffers that have moved for the first time since the last call, by name."""
+    def notice(self, by_value: bool = False) -> list[str]:
+        """Find the buffers that have moved for the first time since the last call, by name.
+
+        Args:
+            by_value: Compare values too, which waits for the device: some operations do not raise
+                the version, among them a batch norm with statistics in training mode.
+        """
         signs = self._signs()
         before, self._seen = self._seen or signs, signs
         moved = [name for name, sign in signs.items() if sign != before[name]]
-        if not self._compared:  # once by value: some operations do not raise the version
-            self._compared = True
+        if by_value:
             moved += [
                 name
                 for name, copy in self._copies.items()
@@ -75,6 +84,11 @@ class ModelBuffers:
         new = [name for name in moved if name not in self.moving and name in self._copies]
         self.moving += new
         return new
+
+    def take_up(self, names: Iterable[str]) -> None:
+        """Count buffers among those that move, since a state of another adapter says so."""
+        known = [name for name in names if name in self._copies and name not in self.moving]
+        self.moving += known
 
     def start_of(self, name: str) -> Tensor:
         """The value that a buffer had at wrap."""
@@ -86,6 +100,11 @@ class ModelBuffers:
         for name, value in values.items():
             self._now(name).copy_(value)
         self._seen = self._signs()
+
+    def put_back_all(self) -> None:
+        """Give all buffers of which there are copies the values that they had at wrap."""
+        self.notice(by_value=True)
+        self.put_back({name: self._copies[name] for name in self.moving})
 
     def convert(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Apply ``fn``, which moved the model to another device or dtype, to the copies."""
@@ -100,6 +119,7 @@ class ModelBuffers:
     @torch.no_grad()
     def give_back(self) -> None:
         """Put the caller's own tensors back into the model, with their values."""
+        self.notice(by_value=True)
         for name, (module, key) in self.places.items():
             original = self.originals[name]
             if name in self._copies and name in self.moving:

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 
 from tta.core.adapter import Adapter
+from tta.core.classifier import evaluating
 from tta.core.loan import WRAPPED
 from tta.core.norm_layers import AdaptiveNorm
 
@@ -46,6 +48,25 @@ def check_model(model: Any) -> None:
                 f"`model` must have layers that can be looked into, got a {type(module).__name__}: "
                 "wrap the network it was scripted from."
             )
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise ValueError(
+                f"`model` must know the shape of every parameter, but {name!r} is not initialised "
+                "yet: call the model with one batch first."
+            )
+        if tensor.is_meta:
+            raise ValueError(
+                f"`model` must have weights with values, but {name!r} is on the meta device: load "
+                "the weights first, such as by load_state_dict(..., assign=True)."
+            )
+    try:
+        with evaluating(model):
+            pass
+    except NotImplementedError:  # what torch.export makes has one mode for good
+        raise ValueError(
+            f"`model` must have layers and an eval mode, got a {type(model).__name__} that refuses "
+            "eval(), as exported programs do: wrap the network that it was exported from."
+        ) from None
     if any(p.is_inference() for p in model.parameters()):
         raise ValueError(
             "`model` must have ordinary parameters, got inference tensors: build it outside "

@@ -114,7 +114,8 @@ class AdaptiveNorm(nn.Module):
         """
         sign = _sign(x)
         now = self._now(sign)
-        self._go_to(min(self.passes, key=lambda noted: abs(noted.sign - sign)))
+        # Of passes of the same images the last one, as a loss is of the last pass before it.
+        self._go_to(min(reversed(self.passes), key=lambda noted: abs(noted.sign - sign)))
         try:
             return self._normalised(x)
         finally:
@@ -270,7 +271,7 @@ def one_value(x: Tensor) -> bool:
 
 def few_images_advice(rule: str) -> str:
     """The warning for a rule that had too few values; it does not recommend that rule."""
-    others = [f"norm={name!r}" for name in ("alpha_bn", "unmix_tns") if name != rule]
+    others = [f"norm={name!r}" for name in ("robust_bn", "unmix_tns") if name != rule]
     return (
         "`images` must hold at least 2 images for batch statistics, got 1: the source statistics "
         f"are used for such a batch; use larger batches or {' or '.join(others)}."

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from tta.core.classifier import find_classifier
 
-__all__ = ["is_norm", "select"]
+__all__ = ["is_norm", "norm_layers_in_words", "select"]
 
 _TORCH_NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
@@ -71,11 +71,22 @@ def select(model: nn.Module, spec: str) -> dict[str, nn.Parameter]:
     once = {id(p): n for n, p in reversed(found.items())}  # a tied parameter has several names
     found = {n: p for n, p in found.items() if once[id(p)] == n and p.dtype.is_floating_point}
     if not found:
-        kinds = sorted({type(m).__name__ for m in model.modules() if is_norm(m)})
         raise ValueError(
             f"`params`={spec!r} must match at least one parameter, but this "
-            f"{type(model).__name__} has none of that kind"
-            + (f" (its norm layers: {', '.join(kinds)})" if kinds else " (it has no norm layers)")
-            + ": choose other params=, or a method that trains nothing, such as 'lame'."
+            f"{type(model).__name__} has none of that kind (it has {norm_layers_in_words(model)}): "
+            "choose other params=, or a method that trains nothing, such as 'lame'."
         )
     return found
+
+
+def norm_layers_in_words(model: nn.Module) -> str:
+    """The kinds of norm layers of a model, and what of them cannot be trained."""
+    found: set[str] = set()
+    for module in model.modules():
+        kind = type(module).__name__
+        if isinstance(module, _TORCH_NORMS) or is_norm(module):
+            without = not any(True for _ in module.parameters(recurse=False))
+            found.add(f"{kind} without weights" if without else kind)
+        elif isinstance(getattr(module, "running_var", None), Tensor):
+            found.add(f"{kind}, whose figures are fixed, unlike those of nn.BatchNorm2d")
+    return ", ".join(sorted(found)) or "no norm layers"

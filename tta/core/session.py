@@ -19,6 +19,7 @@ class Session:
     Args:
         ranks: Processes that share the rows of every pass; None for this one alone.
         recording: Whether a pass that records a graph is going on.
+        following: Whether gradients to the images are asked for, which flow through teachers too.
         serving: Whether ``wrap`` has returned. Passes over source batches come before that, and
             give no warnings.
         reset_point: What ``reset`` restores, by the names of a state; nobody writes to these
@@ -28,6 +29,7 @@ class Session:
 
     ranks: Ranks | None = None
     recording: bool = False
+    following: bool = False
     serving: bool = False
     reset_point: dict[str, Tensor] = field(default_factory=dict)
     warned: set[str] = field(default_factory=set)

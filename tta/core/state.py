@@ -83,6 +83,7 @@ class AdapterState:
 
     def clones(self) -> dict[str, Tensor]:
         """Copies, in a dict that carries the fingerprint as torch's state dicts carry versions."""
+        self.notice_model_buffers(by_value=True)
         tensors = self.tensors()
         self._check_layout(tensors)
         copies: Any = OrderedDict((k, v.detach().clone()) for k, v in tensors.items())
@@ -108,6 +109,7 @@ class AdapterState:
         check_origin(getattr(state, "fingerprint", of_0_1_0), self.fingerprint)
         named = ((current_name(str(key)), value) for key, value in state.items())
         values = {key: value for key, value in named if key is not None}
+        self._take_up_model_buffers(values)
         parts = self._components().items()
         lazy = {f"{prefix}{name}" for prefix, part in parts for name in part.lazy_buffers()}
         undefined = {
@@ -141,13 +143,29 @@ class AdapterState:
         self.network.masters.write_to_model()
         self.network.buffers.notice()
 
-    def notice_model_buffers(self) -> list[str]:
-        """Take buffers of the model that have moved for the first time into the state."""
-        found = self.network.buffers.notice()
+    def notice_model_buffers(self, by_value: bool = False) -> list[str]:
+        """Take buffers of the model that have moved for the first time into the state.
+
+        Args:
+            by_value: Whether values are compared whatever has been seen, or after the first call
+                alone.
+        """
+        buffers = self.network.buffers
+        found = buffers.notice(by_value=True) if by_value else buffers.notice_after_call()
         for name in found:
             start = self.network.buffers.start_of(name)
             self.session.reset_point[f"model/{name}"] = start.clone()
         return found
+
+    def _take_up_model_buffers(self, state: Mapping[str, Tensor]) -> None:
+        """Those that moved in the adapter that the state is of, and not yet in this one."""
+        buffers = self.network.buffers
+        before = set(buffers.moving)
+        buffers.take_up(key.partition("/")[2] for key in state if key.startswith("model/"))
+        for name in buffers.moving:
+            if name not in before:
+                start = buffers.start_of(name).clone()
+                self.session.reset_point[f"model/{name}"] = start
 
     def mark_reset_point(self) -> None:
         """Make the present state the one that :meth:`reset` restores."""
@@ -155,6 +173,7 @@ class AdapterState:
 
     def reset(self) -> None:
         """Put everything back, except what a component declares to survive a reset."""
+        self.notice_model_buffers(by_value=True)
         self._check_layout(self.tensors())
         kept = {
             f"{prefix}{name}"

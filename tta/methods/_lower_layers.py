@@ -13,10 +13,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from torch import Tensor
+
 from tta.core.backbone import Backbone
 from tta.core.checks import number
 from tta.core.component import Context
 from tta.core.config import UpdateConfig
+from tta.core.prediction import Prediction
 from tta.core.update import Update
 
 __all__ = ["LowerLayersConfig", "LowerLayersUpdate"]
@@ -50,8 +53,23 @@ class LowerLayersUpdate(Update):
     def __init__(self, config: LowerLayersConfig, network: Backbone, context: Context) -> None:
         super().__init__(config, network, context)
         self.order_unknown = config.params == "norm" and not config.official
+        self._left_out: list[tuple[Tensor, Any]] = []  # in this batch, with hooks that drop grads
         if self.order_unknown:
             network.watch_calls({_layer(name) for name in context.parameters})
+
+    def learn(self, x: Tensor) -> Prediction:
+        """As any update; what was left out in this batch asks for no gradient afterwards.
+
+        Not before, since a checkpointed part of the model runs again in the backward pass and must
+        find the parameters as they were.
+        """
+        try:
+            return super().learn(x)
+        finally:
+            for p, handle in self._left_out:
+                handle.remove()
+                p.requires_grad_(False)
+            self._left_out = []
 
     @classmethod
     def leaves_out(cls, config: Any, names: Iterable[str]) -> set[str]:
@@ -75,10 +93,15 @@ class LowerLayersUpdate(Update):
         skipped = max(1, math.ceil(round(self.config.skip_blocks * len(order), 6)))
         trained = set(order[: max(1, len(order) - skipped)])
         for name, p in self.parameters_adapted.items():
-            p.requires_grad_(_layer(name) in trained)
+            if _layer(name) not in trained:
+                self._left_out.append((p, p.register_post_accumulate_grad_hook(_drop)))
         self.parameters_adapted = {
             n: p for n, p in self.parameters_adapted.items() if _layer(n) in trained
         }
+
+
+def _drop(p: Tensor) -> None:
+    p.grad = None
 
 
 def _layer(parameter: str) -> str:

@@ -117,8 +117,10 @@ class RobustBn(NormRule):
 
     def __init__(self, config: RobustBnConfig, base: Any, context: Context) -> None:
         super().__init__(config, base, context)
-        self.register_buffer("mean", base.running_mean.detach().clone())
-        self.register_buffer("var", base.running_var.detach().clone())
+        # At least float32, since half precision would round small moves of an average away.
+        wide = torch.promote_types(base.running_mean.dtype, torch.float32)
+        self.register_buffer("mean", base.running_mean.detach().to(wide, copy=True))
+        self.register_buffer("var", base.running_var.detach().to(wide, copy=True))
         self.fixed = not config.official and is_narrow(base)
 
     @torch.no_grad()

@@ -128,7 +128,10 @@ class UnmixTns(NormRule):
 
     def __init__(self, config: UnmixTnsConfig, base: Any, context: Context) -> None:
         super().__init__(config, base, context)
-        mean, var, k = base.running_mean, base.running_var, config.components
+        # At least float32, since half precision would round small moves away.
+        wide = torch.promote_types(base.running_mean.dtype, torch.float32)
+        mean, var = base.running_mean.to(wide), base.running_var.to(wide)
+        k = config.components
         if k == 1:
             means, variances = mean[None].clone(), var[None].clone()
         else:

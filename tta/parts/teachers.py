@@ -86,16 +86,15 @@ class OtherWeights(NamedTensors):
         self.followed = list(parameters.values())
         self.places = network.names(self.followed) + [[now] for now, _ in state.values()]
 
-    @torch.no_grad()
     def predict(self, x: Tensor) -> Prediction:
         """Predict ``x`` (B, ...); norm rules use their state and do not move it."""
         with frozen_statistics(self.network.wrappers):
             return self.learn_statistics(x)
 
-    @torch.no_grad()
     def learn_statistics(self, x: Tensor) -> Prediction:
         """Predict ``x`` (B, ...); norm rules move their state, or the one of this object."""
-        return self.network(x, (self.places, self.tensors()))
+        with torch.set_grad_enabled(self.network.session.following):
+            return self.network(x, (self.places, self.tensors()))
 
     @torch.no_grad()
     def average(self, views: Iterable[Tensor]) -> Prediction:
