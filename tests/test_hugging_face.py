@@ -1,4 +1,4 @@
-"""Image classifiers of Hugging Face: tiny ones with random weights, whose outputs are no tensors."""
+"""Image classifiers of Hugging Face, tiny and with random weights: outputs that are no tensor."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ def test_what_an_update_returns_is_checked() -> None:
             return self.network(x).logits
 
     tta.register("own")(Own)
-    with pytest.raises(TypeError, match=r"must give a tta.Prediction from adapt\(\), got Tensor"):
+    with pytest.raises(TypeError, match=r"`own` must give a tta.Prediction, got Tensor"):
         tta.wrap(tiny("bn"), "own")(images(0))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from inspect import signature
@@ -12,15 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
-from tta.core.autocast import forget_casts
-from tta.core.backbone import Backbone, RowsOverflowError
+from tta.core.backbone import Backbone
 from tta.core.component import Context
 from tta.core.config import SLOTS
 from tta.core.loan import Loan
 from tta.core.norm_layers import AdaptiveNorm, remove
 from tta.core.output_rule import Output
-from tta.core.prediction import Prediction, Report
+from tta.core.prediction import Report
 from tta.core.recipe import AdapterConfig
+from tta.core.serving import Serving
 from tta.core.session import Session
 from tta.core.state import AdapterState
 from tta.core.state_dict import check_origin
@@ -28,12 +27,10 @@ from tta.core.update import Update
 
 __all__ = ["Adapter"]
 
-OVERFLOW = "features that overflow"
 PARALLEL = (
     "`module` of {} must not be an adapter, whose copies would each adapt and forget, got one: "
     "call the adapter itself; tta.runtime.split_batches shares its batches among processes."
 )
-LARGE = 1e15  # pixel values above this may make the variance of features overflow
 
 
 class Adapter(nn.Module):
@@ -64,9 +61,8 @@ class Adapter(nn.Module):
         self._state = AdapterState(
             config.label, context.generator, network, wrappers, update, output
         )
+        self._serving = Serving(network, self._state, wrappers, update, output)
         self._learning = True
-        self._rejected = 0
-        self._seen = 0
         trained = None if update is None else context.parameters.values()
         self._loan = Loan(network.model, network.masters.own.values(), trained)
 
@@ -101,18 +97,7 @@ class Adapter(nn.Module):
             follow = not self._learning and images.requires_grad and torch.is_grad_enabled()
             x = images if follow else images.detach()
             x = x.clone() if images.is_inference() else x
-            floating = x.is_floating_point()
-            self._seen, self._rejected = len(x), 0
-            # One cheap reduction shows whether any pixel is bad; only then is every row checked.
-            peak = float(torch.linalg.vector_norm(x.detach(), torch.inf)) if floating else 0.0
-            if not math.isfinite(peak):
-                good = torch.isfinite(x).flatten(1).all(1)
-                return self._forward_some(x, good, "NaN or infinite pixels", follow)
-            if peak > LARGE and self._wrappers:  # kernels for batch statistics hide an overflow
-                rows = network.overflowing(x)
-                if not bool(rows.all()):
-                    return self._forward_some(x, ~rows, OVERFLOW, follow)
-            return self._forward(x, follow)
+            return self._serving.serve(x, follow)
 
     def reset(self) -> None:
         """Put everything back to what it was when ``wrap`` returned, bit for bit."""
@@ -255,7 +240,7 @@ class Adapter(nn.Module):
     @property
     def report(self) -> Report:
         """Figures of the last batch; see :class:`tta.Report`."""
-        figures = {"seen": self._seen, "rejected": self._rejected, "selected": 0}
+        figures = {"seen": self._serving.seen, "rejected": self._serving.rejected, "selected": 0}
         figures |= {"loss": float("nan"), "stepped": False, "resets": 0}
         if self.output is not None:
             figures |= self.output.report.raw()
@@ -373,132 +358,8 @@ class Adapter(nn.Module):
                     "keep='parameters'."
                 )
 
-    def _forward(self, x: Tensor, follow: bool) -> Any:
-        """Predict and learn, without the rows whose features turn out to overflow."""
-        try:
-            return self._answer(self._attempt(x, follow), None)
-        except RowsOverflowError as error:
-            return self._forward_some(x, ~error.rows, OVERFLOW, follow)
-
-    def _attempt(self, x: Tensor, follow: bool) -> Tensor:
-        """Predict and learn.
-
-        When this raises, norm rules, the model's own buffers and the generator are put back.
-        Nothing else has changed, since an update changes its own tensors after its passes only; but
-        one with several steps or passes keeps what the earlier ones changed.
-        """
-        network = self.network
-        rules = [w.rule for w in self._wrappers.values()] if self._learning else []
-        buffers = [b for rule in rules for b in rule.buffers()]
-        before = [b.clone() for b in buffers]
-        own = {name: b.clone() for name, b in network.buffers.tensors().items()}
-        rng = self._context.generator.get_state()
-        try:
-            logits = self._predict(x, follow)
-        except BaseException as error:
-            for buffer, value in zip(buffers, before, strict=True):
-                buffer.copy_(value)
-            self._forget(own)
-            self._context.generator.set_state(rng)
-            refusal = None if str(error).startswith("`") else network.refusal(error, x)
-            if refusal is None:  # also for a sentence of ours, which names an argument
-                raise
-            raise refusal from error
-        if self._learning:
-            self._state.notice_model_buffers()
-        else:
-            self._forget(own)
-        network.masters.write_to_model()
-        return logits
-
-    def _forget(self, before: Mapping[str, Tensor]) -> None:
-        """Put the model's own buffers back, including those that moved for the first time."""
-        found = self._state.notice_model_buffers()
-        starts = {name: self.network.buffers.start_of(name) for name in found}
-        self.network.buffers.put_back({**before, **starts})
-
-    def _predict(self, x: Tensor, follow: bool) -> Tensor:
-        forget_casts(x.device.type)  # the cache may have been filled under no_grad
-        if self.update is not None and self._learning:
-            with torch.enable_grad():
-                prediction = self.update.learn(x)
-        else:
-            if self.update is not None:
-                self.update.report = Report()  # nothing is learned from this batch
-            predict: Any = self._network if self.update is None else self.update.predict
-            with self._weights_at_rest() if follow else torch.no_grad():
-                prediction = predict(x)
-        if not isinstance(prediction, Prediction):
-            raise TypeError(
-                f"`{self.config.label}` must give a tta.Prediction from adapt(), got "
-                f"{type(prediction).__name__}: correct the component."
-            )
-        if self.output is None:
-            return prediction.logits if follow else prediction.logits.detach()
-        with torch.set_grad_enabled(follow):
-            if not follow:
-                features = prediction.features
-                prediction = Prediction(
-                    prediction.logits.detach(), None if features is None else features.detach()
-                )
-            scores = self.output.correct(prediction)
-        expected = tuple(prediction.logits.shape)
-        if not isinstance(scores, Tensor) or tuple(scores.shape) != expected:
-            got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-            raise TypeError(
-                f"`{self.output.name}` must return scores of shape {expected} from correct(), got "
-                f"{got}: correct the component."
-            )
-        return scores.to(prediction.logits.dtype)
-
-    @contextmanager
-    def _weights_at_rest(self) -> Iterator[None]:
-        """Switch off gradients of weights, so that the caller's backward pass leaves none."""
-        parts = (*self.parameters(), *self._context.parameters.values())
-        trained = [p for p in parts if p.requires_grad]
-        for p in trained:
-            p.requires_grad_(False)
-        self.session.following = True
-        try:
-            with torch.enable_grad():
-                yield
-        finally:
-            self.session.following = False
-            for p in trained:
-                p.requires_grad_(True)
-
-    def _answer(self, logits: Tensor, rows: Tensor | None) -> Any:
-        """Return what the model returned in its last pass, with these logits in it."""
-        result = self.network.result
-        return logits if result is None else self.network.reader.replace(result, logits, rows)
-
-    def _forward_some(self, x: Tensor, good: Tensor, problem: str, follow: bool) -> Any:
-        count = int((~good).sum())
-        self.session.warn_once(
-            problem,
-            f"`images` must be finite, got {count} of {len(x)} with {problem}: these rows are "
-            "returned as NaN and nothing is learned from them.",
-        )
-        self._rejected += count
-        if count == len(x):
-            for part in (self.update, self.output):
-                if part is not None:
-                    part.report = Report()
-            like = x if x.is_floating_point() else torch.empty(0, dtype=torch.float32)
-            logits = like.new_full((len(x), self.num_classes), float("nan"), device=x.device)
-            return self._answer(logits, None)
-        try:
-            some = self._attempt(x[good], follow)
-        except RowsOverflowError as error:
-            rest = good.clone()
-            rest[good] = ~error.rows
-            return self._forward_some(x, rest, OVERFLOW, follow)
-        logits = some.new_full((len(x), self.num_classes), float("nan"))
-        logits[good] = some
-        return self._answer(logits, good)
-
     def _set_learning(self, learning: bool) -> None:
-        self._learning = learning
+        self._learning = self._serving.learning = learning
         for wrapper in self._wrappers.values():
             wrapper.rule.learning = learning
         if self.output is not None:

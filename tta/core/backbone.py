@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from tta.core import functional
 from tta.core.batch_split import Split
-from tta.core.classifier import CONVOLUTIONS, first_layer, size_in
+from tta.core.classifier import CONVOLUTIONS, first_layer
 from tta.core.compiled import without_graphs
 from tta.core.head import Head, WithFeatures
+from tta.core.hooks import CallOrderHook, InputHook, pooled
 from tta.core.input_guard import InputGuard
 from tta.core.masters import Masters
 from tta.core.model_buffers import ModelBuffers
@@ -57,27 +58,6 @@ class RowsOverflowError(ArithmeticError):
     def __init__(self, rows: Tensor) -> None:
         super().__init__("features of some images overflow")
         self.rows = rows
-
-
-class _InputHook:
-    """A forward pre-hook that keeps the inputs of its layer; picklable, unlike a closure."""
-
-    def __init__(self) -> None:
-        self.values: list[Tensor] = []  # of a pass, one for every call
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self.values.append(args[0])
-
-
-class _CallOrderHook:
-    """A forward pre-hook that notes the first call of its layer."""
-
-    def __init__(self, name: str, order: list[str]) -> None:
-        self.name, self.order = name, order
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if self.name not in self.order:
-            self.order.append(self.name)
 
 
 class Backbone:
@@ -122,10 +102,10 @@ class Backbone:
         self._handles: list[Any] = []
         self._order_hooks: list[Any] = []
         self._order: list[str] = []
-        self.feature_hook: _InputHook | None = None
+        self.feature_hook: InputHook | None = None
         self._callee, self._prefix = model, ""
         if features and head.module is not None:
-            self.feature_hook = _InputHook()
+            self.feature_hook = InputHook()
             self._handles.append(head.module.register_forward_pre_hook(self.feature_hook))
         elif features:
             self._callee, self._prefix = WithFeatures(model, head.function), "model."
@@ -234,9 +214,9 @@ class Backbone:
                 f"{type(self.head.module).__name__} was not called: name the module that the "
                 "features go into by wrap(..., features=...)."
             )
-        features = _pooled(values[-1], self.head.module)
+        features = pooled(values[-1], self.head.module)
         if len(features) != rows and sum(map(len, values)) == rows:
-            features = torch.cat([_pooled(value, self.head.module) for value in values])
+            features = torch.cat([pooled(value, self.head.module) for value in values])
         return features
 
     def _check_features(self, features: Tensor | None, rows: int) -> None:
@@ -451,7 +431,7 @@ class Backbone:
     def watch_calls(self, names: Iterable[str]) -> None:
         """Record, from now on, the order in which the named layers are first called."""
         for name in names:
-            hook = _CallOrderHook(name, self._order)
+            hook = CallOrderHook(name, self._order)
             self._order_hooks.append(self.model.get_submodule(name).register_forward_pre_hook(hook))
 
     def call_order(self) -> list[str]:
@@ -477,27 +457,3 @@ def _overflow(logits: Tensor, features: Tensor | None) -> Tensor:
     if features is not None:
         rows = rows | ~features.detach().float().square().flatten(1).sum(1).isfinite()
     return rows
-
-
-def _pooled(features: Tensor, classifier: nn.Module | None) -> Tensor:
-    """Average the input of a classifier over all axes but batch and channels, to (B, D).
-
-    Channels come last, (B, ..., D), for a linear layer, and mostly second, (B, D, ...), otherwise.
-    Some models make logits at every place and average these; as their classifier is linear, the
-    average may as well come before it.
-    """
-    if features.ndim == 2:
-        return features
-    is_linear = isinstance(classifier, nn.Linear)
-    channels_first = not is_linear and features.shape[1] == _width(classifier, features)
-    return features.mean(
-        list(range(2, features.ndim) if channels_first else range(1, features.ndim - 1))
-    )
-
-
-def _width(classifier: nn.Module | None, features: Tensor) -> int:
-    """Features that a classifier declares; else the channels of maps or the last axis of tokens."""
-    try:
-        return size_in(classifier) if classifier is not None else -1
-    except ValueError:
-        return features.shape[1] if features.ndim > 3 else -1

@@ -1,0 +1,203 @@
+"""One call of an adapter: predict, learn, and leave out the images that cannot be used."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tta.core.autocast import forget_casts
+from tta.core.backbone import Backbone, RowsOverflowError
+from tta.core.norm_layers import AdaptiveNorm
+from tta.core.output_rule import Output
+from tta.core.prediction import Prediction, Report
+from tta.core.state import AdapterState
+from tta.core.update import Update
+
+__all__ = ["Serving"]
+
+OVERFLOW = "features that overflow"
+LARGE = 1e15  # pixel values above this may make the variance of features overflow
+
+
+class Serving:
+    """Serves batches.
+
+    Args:
+        network: The wrapped model.
+        state: Everything that moves.
+        wrappers: The wrapped norm layers, by their names in the caller's model.
+        update: If there is one.
+        output: If there is one.
+    """
+
+    def __init__(
+        self,
+        network: Backbone,
+        state: AdapterState,
+        wrappers: Mapping[str, AdaptiveNorm],
+        update: Update | None,
+        output: Output | None,
+    ) -> None:
+        self.network = network
+        self.state = state
+        self.wrappers = wrappers
+        self.update = update
+        self.output = output
+        self.learning = True
+        self.seen = 0  # images of the last batch
+        self.rejected = 0  # of these, images that nothing was learned from
+
+    def serve(self, x: Tensor, follow: bool) -> Any:
+        """Answer a batch, and learn from it unless learning is off.
+
+        Args:
+            x: Checked images (B, ...).
+            follow: Whether gradients flow to the images; only where learning is off.
+
+        Returns:
+            What the model returned, with the adapter's logits.
+        """
+        self.seen, self.rejected = len(x), 0
+        # One cheap reduction shows whether any pixel is bad; only then is every row checked.
+        floating = x.is_floating_point()
+        peak = float(torch.linalg.vector_norm(x.detach(), torch.inf)) if floating else 0.0
+        if not math.isfinite(peak):
+            good = torch.isfinite(x).flatten(1).all(1)
+            return self._serve_some(x, good, "NaN or infinite pixels", follow)
+        if peak > LARGE and self.wrappers:  # kernels for batch statistics hide an overflow
+            rows = self.network.overflowing(x)
+            if not bool(rows.all()):
+                return self._serve_some(x, ~rows, OVERFLOW, follow)
+        return self._serve(x, follow)
+
+    def _serve(self, x: Tensor, follow: bool) -> Any:
+        """Predict and learn, without the rows whose features turn out to overflow."""
+        try:
+            return self._answer(self._attempt(x, follow), None)
+        except RowsOverflowError as error:
+            return self._serve_some(x, ~error.rows, OVERFLOW, follow)
+
+    def _attempt(self, x: Tensor, follow: bool) -> Tensor:
+        """Predict and learn.
+
+        When this raises, norm rules, the model's own buffers and the generator are put back.
+        Nothing else has changed, since an update changes its own tensors after its passes only; but
+        one with several steps or passes keeps what the earlier ones changed.
+        """
+        network = self.network
+        rules = [w.rule for w in self.wrappers.values()] if self.learning else []
+        buffers = [b for rule in rules for b in rule.buffers()]
+        before = [b.clone() for b in buffers]
+        own = {name: b.clone() for name, b in network.buffers.tensors().items()}
+        rng = self.state.generator.get_state()
+        try:
+            logits = self._predict(x, follow)
+        except BaseException as error:
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)
+            self._forget(own)
+            self.state.generator.set_state(rng)
+            refusal = None if str(error).startswith("`") else network.refusal(error, x)
+            if refusal is None:  # also for a sentence of ours, which names an argument
+                raise
+            raise refusal from error
+        if self.learning:
+            self.state.notice_model_buffers()
+        else:
+            self._forget(own)
+        network.masters.write_to_model()
+        return logits
+
+    def _forget(self, before: Mapping[str, Tensor]) -> None:
+        """Put the model's own buffers back, including those that moved for the first time."""
+        found = self.state.notice_model_buffers()
+        starts = {name: self.network.buffers.start_of(name) for name in found}
+        self.network.buffers.put_back({**before, **starts})
+
+    def _predict(self, x: Tensor, follow: bool) -> Tensor:
+        forget_casts(x.device.type)  # the cache may have been filled under no_grad
+        if self.update is not None and self.learning:
+            with torch.enable_grad():
+                prediction = self.update.learn(x)
+        else:
+            if self.update is not None:
+                self.update.report = Report()  # nothing is learned from this batch
+            predict: Any = self.network if self.update is None else self.update.predict
+            with self._weights_at_rest() if follow else torch.no_grad():
+                prediction = predict(x)
+        if not isinstance(prediction, Prediction):
+            raise TypeError(
+                f"`{getattr(self.update, 'name', 'model')}` must give a tta.Prediction, got "
+                f"{type(prediction).__name__}: correct the component."
+            )
+        if self.output is None:
+            return prediction.logits if follow else prediction.logits.detach()
+        with torch.set_grad_enabled(follow):
+            if not follow:
+                features = prediction.features
+                prediction = Prediction(
+                    prediction.logits.detach(), None if features is None else features.detach()
+                )
+            scores = self.output.correct(prediction)
+        expected = tuple(prediction.logits.shape)
+        if not isinstance(scores, Tensor) or tuple(scores.shape) != expected:
+            got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+            raise TypeError(
+                f"`{self.output.name}` must return scores of shape {expected} from correct(), got "
+                f"{got}: correct the component."
+            )
+        return scores.to(prediction.logits.dtype)
+
+    @contextmanager
+    def _weights_at_rest(self) -> Iterator[None]:
+        """Switch off gradients of weights, so that the caller's backward pass leaves none."""
+        own = [] if self.update is None else self.update.parameters()
+        parts = (*self.network.model.parameters(), *own, *self.network.masters.trained.values())
+        trained = [p for p in parts if p.requires_grad]
+        for p in trained:
+            p.requires_grad_(False)
+        self.network.session.following = True
+        try:
+            with torch.enable_grad():
+                yield
+        finally:
+            self.network.session.following = False
+            for p in trained:
+                p.requires_grad_(True)
+
+    def _answer(self, logits: Tensor, rows: Tensor | None) -> Any:
+        """Return what the model returned in its last pass, with these logits in it."""
+        result = self.network.result
+        return logits if result is None else self.network.reader.replace(result, logits, rows)
+
+    def _serve_some(self, x: Tensor, good: Tensor, problem: str, follow: bool) -> Any:
+        count = int((~good).sum())
+        self.network.session.warn_once(
+            problem,
+            f"`images` must be finite, got {count} of {len(x)} with {problem}: these rows are "
+            "returned as NaN and nothing is learned from them.",
+        )
+        self.rejected += count
+        if count == len(x):
+            for part in (self.update, self.output):
+                if part is not None:
+                    part.report = Report()
+            like = x if x.is_floating_point() else torch.empty(0, dtype=torch.float32)
+            logits = like.new_full(
+                (len(x), self.network.num_classes), float("nan"), device=x.device
+            )
+            return self._answer(logits, None)
+        try:
+            some = self._attempt(x[good], follow)
+        except RowsOverflowError as error:
+            rest = good.clone()
+            rest[good] = ~error.rows
+            return self._serve_some(x, rest, OVERFLOW, follow)
+        logits = some.new_full((len(x), self.network.num_classes), float("nan"))
+        logits[good] = some
+        return self._answer(logits, good)
