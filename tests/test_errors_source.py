@@ -25,7 +25,11 @@ BATCHES = [
     (TypeError, r"pairs \(images, labels\), but batch 1 is a Tensor", [pair(), images(0)]),
     (TypeError, r"batch 0 is a tuple of 3", [(*pair(), 1)]),
     (TypeError, r"batch 0 is a str", ["ab"]),
-    (TypeError, r"a batch has images.*floating point, got torch.uint8", [pair(images(0).byte())]),
+    (
+        TypeError,
+        r"a batch has images.*floating point for this model, got torch.uint8",
+        [pair(images(0).byte())],
+    ),
     (TypeError, r"batch 0 has images.*must be a tensor, got list", [pair([1.0])]),
     (ValueError, r"a batch has images.*3 channels, got shape", [pair(torch.rand(8, 1, 32, 32))]),
     (ValueError, r"a batch has images.*4 axes", [pair(torch.rand(8, 3, 32))]),
