@@ -383,6 +383,13 @@ def test_what_pages_load_is_there(site: Path) -> None:
             assert (path.parent / url).exists(), url
 
 
+@pytest.mark.slow
+def test_the_reference_has_the_comments_of_fields(site: Path) -> None:
+    text = (site / "api" / "components.html").read_text()
+    for comment in ("Adam only; its eps is 1e-8", "Length of the features", "in forward passes of"):
+        assert comment.lower() in text.lower(), comment
+
+
 @pytest.fixture(scope="module")
 def browser() -> str:
     """The command of a browser."""
@@ -393,7 +400,7 @@ def browser() -> str:
     return browser
 
 
-def _shown(browser: str, page: Path, folder: Path) -> str:
+def _shown(browser: str, page: Path, folder: Path, query: str = "") -> str:
     """The document that a browser makes of a page, 1280 pixels wide and without a network."""
     done = subprocess.run(
         [
@@ -406,7 +413,7 @@ def _shown(browser: str, page: Path, folder: Path) -> str:
             "--host-resolver-rules=MAP * ~NOTFOUND",
             "--virtual-time-budget=6000",
             "--dump-dom",
-            page.as_uri(),
+            page.as_uri() + query,
         ],
         capture_output=True,
         text=True,
@@ -427,9 +434,40 @@ def test_formulas_are_set_without_a_network(
     assert "katex-error" not in shown
 
 
+@pytest.mark.slow
+def test_the_search_works_from_disk(site: Path, browser: str, tmp_path: Path) -> None:
+    for page in ("start.html", "methods/eata.html"):
+        shown = _shown(browser, site / page, tmp_path, "?q=resizable_buffers")
+        assert shown.count('<li class="md-search-result__item">') > 0
+        assert "add_a_method.html" in shown.partition("md-search-result__list")[2]
+
+
+SCROLL = """<script>
+addEventListener("load", () => setTimeout(() => {
+  scrollTo(0, 2000);
+  const table = document.querySelector(".many-columns table");
+  const top = (element) => Math.round(element.getBoundingClientRect().top);
+  document.documentElement.dataset.table = top(table);
+  document.documentElement.dataset.header = top(table.querySelector("th"));
+}, 1500));
+</script></body>"""
+
+
+@pytest.mark.slow
+def test_the_header_of_the_longest_table_stays_in_sight(
+    site: Path, browser: str, tmp_path: Path
+) -> None:
+    page = site / "networks-scrolled.html"
+    page.write_text((site / "networks.html").read_text().replace("</body>", SCROLL))
+    shown = _shown(browser, page, tmp_path)
+    assert int(re.findall(r'data-table="(-?\d+)"', shown)[0]) < -1000
+    assert 0 < int(re.findall(r'data-header="(-?\d+)"', shown)[0]) < 100
+
+
 MEASURE = """<script>
 addEventListener("load", () => setTimeout(() => {
-  const boxes = [...document.querySelectorAll(".md-typeset__scrollwrap, .katex-display")];
+  const kinds = ".md-typeset__scrollwrap, .katex-display, .md-typeset pre > code";
+  const boxes = [...document.querySelectorAll(kinds)];
   const wide = boxes.filter((box) => box.scrollWidth > box.clientWidth + 1);
   document.documentElement.dataset.boxes = boxes.length;
   document.documentElement.dataset.wide = wide.length;
@@ -439,7 +477,18 @@ addEventListener("load", () => setTimeout(() => {
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "page", ["record.html", "networks.html", "which_method.html", "methods/adanpc.html"]
+    "page",
+    [
+        "record.html",
+        "networks.html",
+        "which_method.html",
+        "methods/adanpc.html",
+        "add_a_method.html",
+        "corruptions.html",
+        "experiments.html",
+        "migrate.html",
+        "start.html",
+    ],
 )
 def test_nothing_is_cut_off(site: Path, browser: str, tmp_path: Path, page: str) -> None:
     file = site / page
