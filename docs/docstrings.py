@@ -1,4 +1,7 @@
-"""What mkdocstrings asks of docstrings: doctests as code, no Sphinx roles, no `<name>` as a tag."""
+"""What mkdocstrings asks of docstrings: doctests as code, no Sphinx roles, no `<name>` as a tag.
+
+The comment of a class's field or attribute is taken for its docstring.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,29 @@ __all__ = ["Docstrings"]
 
 
 class Docstrings(griffe.Extension):
-    """Rewrites docstrings before they are parsed."""
+    """Rewrites docstrings before they are parsed, and makes some of comments."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         """Rewrite the docstring of one object."""
+        if obj.docstring is None and obj.is_attribute and (text := comment(obj)):
+            obj.docstring = griffe.Docstring(text, parent=obj)
         if obj.docstring is not None:
             obj.docstring.value = rewrite(obj.docstring.value)
+
+
+def comment(obj: griffe.Object) -> str:
+    """The comment behind an attribute of a class, or else the one above it."""
+    if obj.parent is None or not obj.parent.is_class or not obj.lineno or not obj.endlineno:
+        return ""
+    lines = obj.lines_collection[obj.filepath]
+    behind = lines[obj.endlineno - 1].partition("  # ")[2]
+    above: list[str] = []
+    for line in reversed(lines[: obj.lineno - 1]):
+        if not line.strip().startswith("# "):
+            break
+        above.insert(0, line.strip()[2:])
+    text = behind or " ".join(above)
+    return text[:1].upper() + text[1:]
 
 
 def rewrite(text: str) -> str:

@@ -20,7 +20,7 @@ import json
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 import tta  # noqa: E402
+from experiments.records import markdown  # noqa: E402
 from tta.cli.methods import field_meanings  # noqa: E402
 from tta.core.registry import component  # noqa: E402
 from tta.streams.building_blocks import (  # noqa: E402
@@ -37,7 +38,7 @@ from tta.streams.building_blocks import (  # noqa: E402
     options_of,
 )
 
-__all__ = ["METHOD_NOTES", "PICTURES", "STREAM_NOTES", "messages", "pages"]
+__all__ = ["METHOD_NOTES", "PICTURES", "STREAM_NOTES", "gains", "messages", "pages", "place_of"]
 
 DOCS = ROOT / "docs"
 METHODS = DOCS / "methods"
@@ -78,19 +79,16 @@ def pages() -> dict[Path, str]:
     }
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]], align: str = "") -> str:
-    """A Markdown table; ``align`` has an "r" for each column that goes to the right."""
-    marks = ["---:" if align[i : i + 1] == "r" else "---" for i in range(len(header))]
-    lines = [header, marks, *([cell.replace("|", "\\|") for cell in row] for row in rows)]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
 def _filled(page: str, marker: str, text: str) -> str:
     """A page with new text between its markers."""
-    start, end = f"<!-- {marker} -->", f"<!-- /{marker} -->"
-    before, _, rest = (DOCS / page).read_text().partition(start)
-    _, _, after = rest.partition(end)
-    return f"{before}{start}\n{text}\n{end}{after}"
+    markdown.check_marks(DOCS / page, marker)
+    return markdown.put_between((DOCS / page).read_text(), marker, f"{text}\n")
+
+
+def _table(header: tuple[str, ...], rows: list[tuple[str, ...]], align: str | None = None) -> str:
+    """A table as text; without ``align``, which has a letter a column, all goes to the left."""
+    cells = [[markdown.escape(cell) for cell in row] for row in rows]
+    return "\n".join(markdown.table(header, cells, align or "l" * len(header)))
 
 
 # Methods
@@ -179,6 +177,16 @@ def _record() -> Record:
     return {key: sum(seeds.values()) / len(seeds) for key, seeds in found.items()}
 
 
+def gains() -> Record:
+    """How far each method is above the source model, in points, by model, stream and method."""
+    record = _record()
+    return {
+        (model, stream, method): error - record[model, stream, "source"]
+        for (model, stream, method), error in record.items()
+        if method != "source"
+    }
+
+
 def _figures(name: str, record: Record) -> str:
     """The error of a component alone on each stream and network, and its distance from source."""
     rows = []
@@ -246,20 +254,21 @@ def _catalogue() -> str:
         note = (STREAM_NOTES / f"{name}.md").read_text().strip()
         lines += [f"## `{name}`", "", f"*{spec.text[0].upper()}{spec.text[1:]}.*", "", note, ""]
         lines += [f"![{name}](images/streams/{name}.png)", ""]
-        parts = {
+        blocks = {
             "schedule": SCHEDULES[spec.schedule],
             "select": SELECTIONS[spec.select],
             "arrange": ARRANGEMENTS[spec.arrange],
         }
-        named = ", ".join(f'`{slot}="{getattr(spec, slot)}"`' for slot in parts)
+        named = ", ".join(f'`{slot}="{getattr(spec, slot)}"`' for slot in blocks)
         lines += [
-            f'Parts: {named}. Reset: `"{spec.reset}"`. Last batch: `"{spec.last_batch}"`.',
+            f'Building blocks: {named}. Reset: `"{spec.reset}"`. '
+            f'Last batch: `"{spec.last_batch}"`.',
             "",
         ]
         rows = [
-            (f"`{option}`", f"`{default!r}`", _argument(part.function, option))
-            for part in parts.values()
-            for option, default in options_of(part).items()
+            (f"`{option}`", f"`{default!r}`", _argument(block.function, option))
+            for block in blocks.values()
+            for option, default in options_of(block).items()
         ]
         if rows:
             lines += [_table(("option", "default", "meaning"), rows), ""]
@@ -313,20 +322,47 @@ def _decisions() -> str:
 
 # Troubleshooting
 
-# Where a sentence belongs, by the file that raises it; the first that fits.
+# Where a sentence belongs: the first pattern that fits "FILE: SENTENCE" from its start. Every file
+# is named, so that a new one makes `place_of` ask for its place.
 PLACES = {
-    "Model": r"tta/core/(backbone|build|classifier|norm_layers|update)\.py",
-    "Source data": (
-        r"tta/(collect|core/source\w*|parts/(class_moments|posterior|replay)|methods/\w+)\.py"
+    "State, saving and unwrapping": (
+        r"tta/(saving|core/(state_dict|prediction|files))\.py"
+        r"|tta/core/adapter\.py: (?!`images`)|tta/core/fitting\.py: `folder`"
+        r"|tta/core/build\.py: `\.\.\.` must be given again"
     ),
-    "Pixels, augmentation and views": r"tta/parts/(augment|teachers)\.py",
-    "State, saving and unwrapping": r"tta/(saving|core/(adapter|state_dict|prediction))\.py",
-    "Several processes": r"tta/(runtime/.*|core/batch_split)\.py",
-    "Names, fields and configs": r"tta/(?!streams/).*\.py",
-    "Streams": r"tta/streams/.*\.py",
-    "Corruptions": r"corruptions/.*\.py",
-    "Loading models": r"models/.*\.py",
+    "Pixels, augmentation and views": (
+        r"tta/parts/(augment|teachers)\.py|tta/methods/_mean_teacher\.py: `restore_mask`"
+    ),
+    "Model": (
+        r"tta/core/(adapter|backbone|build|checkpointing|classifier|component|head|input_guard"
+        r"|hooks|loan|masters|model_buffers|model_checks|norm_layers|outputs|parameters|serving"
+        r"|update)\.py"
+    ),
+    "Source data": (
+        r"tta/(collect|core/(fitting|source|source_checks)"
+        r"|parts/(class_moments|posterior|replay)|methods/\w+)\.py"
+    ),
+    "Several processes": r"tta/(runtime/parallel|core/batch_split)\.py",
+    "Names, fields and configs": (
+        r"tta/(__init__|_moved|cli/methods"
+        r"|core/(checks|config|plugins|recipe|registry|resolve))\.py"
+    ),
+    "Streams": r"tta/streams/\w+\.py",
+    "Corruptions": r"corruptions/\w+\.py",
+    "Loading models": r"models/\w+\.py",
 }
+
+
+def place_of(path: str, sentence: str) -> str:
+    """The section of the page on troubleshooting where a sentence stands.
+
+    Raises:
+        ValueError: When no pattern fits the file that says it.
+    """
+    for place, pattern in PLACES.items():
+        if re.match(pattern, f"{path}: {sentence}"):
+            return place
+    raise ValueError(f"`PLACES` must have a place for the sentences of {path}: name the file there")
 
 
 def messages() -> list[tuple[str, str, str]]:
@@ -362,22 +398,17 @@ def _fixed(node: ast.expr) -> str:
 
 
 def _troubleshooting() -> str:
-    page = "troubleshooting.md"
-    text = (DOCS / page).read_text()
+    page = DOCS / "troubleshooting.md"
+    text = page.read_text()
     groups: dict[str, list[str]] = {place: [] for place in PLACES}
     for path, kind, sentence in messages():
-        place = "Streams" if path.startswith("tta/streams/") else None
-        place = place or next(p for p, pattern in PLACES.items() if re.fullmatch(pattern, path))
         label = "warning" if kind == "warn" else kind
-        groups[place].append(f"* `{label}`: {sentence.replace('`...`', '*argument*')}")
+        line = f"`{label}`: {sentence.replace('`...`', '*argument*')}"
+        groups[place_of(path, sentence)].append(line)
     for place, sentences in groups.items():
-        marker = place.lower()
-        start, end = f"<!-- {marker} -->", f"<!-- /{marker} -->"
-        assert start in text and end in text, f"{page} has no place for {place!r}"
-        before, _, rest = text.partition(start)
-        _, _, after = rest.partition(end)
-        listed = "\n".join(dict.fromkeys(sentences))
-        text = f"{before}{start}\n{listed}\n{end}{after}"
+        markdown.check_marks(page, place.lower())
+        listed = "\n".join(markdown.bullets(dict.fromkeys(sentences)))
+        text = markdown.put_between(text, place.lower(), f"{listed}\n")
     return text
 
 

@@ -6,8 +6,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-# Their tables need the width that the two side bars take.
-WIDE = ("record.md", "networks.md")
+# Their tables need the width that the two side bars take; how the rest is made to fit is in
+# assets/site.css.
+WIDE = {"record.md": "wide", "networks.md": "many-columns"}
 # The theme would load these for diagrams and for browsers of before 2020; the site needs neither.
 FOREIGN = re.compile(r"https://unpkg\.com/[\w.@/-]+")
 
@@ -31,10 +32,10 @@ def _pages(docs: Path, target: Any) -> Any:
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Give pages with wide tables the whole width."""
-    if page.file.src_uri in WIDE:
+    if kind := WIDE.get(page.file.src_uri):
         page.meta["hide"] = ["navigation", "toc"]
         title, _, text = markdown.partition("\n")
-        return f'{title}\n\n<div class="many-columns" markdown>\n\n{text}\n\n</div>\n'
+        return f'{title}\n\n<div class="{kind}" markdown>\n\n{text}\n\n</div>\n'
     return markdown
 
 

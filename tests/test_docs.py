@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import itertools
 import re
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,8 @@ import pytest
 
 import tta
 from tests.helpers.documents import NEEDS, ROOT, python_blocks, run_blocks
+from tta.cli.methods import field_meanings
+from tta.core.registry import component
 
 DOCS = ROOT / "docs"
 NOTES = DOCS / "notes"  # parts of generated pages, whose links are those of the pages
@@ -57,15 +62,34 @@ def test_every_component_has_a_note_of_its_own(generate: Any) -> None:
         assert name == "source" or "https://arxiv.org/abs/" in page, f"{name} has no paper"
 
 
+def _prose(page: Path) -> set[str]:
+    """The paragraphs of a method's page that its note or docstring has."""
+    paragraphs = page.read_text().split("\n\n")
+    return {
+        p
+        for p in paragraphs
+        if len(p) > 120
+        and not p.startswith(("|", "#", "<!--", "*", "$$"))
+        and "Mean error over" not in p
+    }
+
+
 def test_pages_of_components_from_one_file_differ() -> None:
-    """Each page says what is its own: no paragraph of prose is on two of them."""
-    seen: dict[str, str] = {}
-    for path in sorted((DOCS / "methods").glob("*.md")):
-        for paragraph in path.read_text().split("\n\n"):
-            prose = not paragraph.startswith(("|", "#", "<!--", "*", "$$"))
-            if prose and len(paragraph) > 120 and "Mean error over" not in paragraph:
-                assert paragraph not in seen, f"{path.name} and {seen[paragraph]}"
-                seen[paragraph] = path.name
+    """Each page says what is its own: two share no more than one paragraph about a common field."""
+    common = re.compile(rf"`({'|'.join(f.name for f in fields(tta.UpdateConfig))})\b")
+    pages = {path.name: _prose(path) for path in sorted((DOCS / "methods").glob("*.md"))}
+    for first, second in itertools.combinations(pages, 2):
+        shared = pages[first] & pages[second]
+        assert len(shared) < 2, f"{first} and {second}: {shared}"
+        assert all(common.search(text) for text in shared), f"{first} and {second}: {shared}"
+    assert sum(map(len, pages.values())) > 80
+
+
+def test_every_field_has_a_meaning() -> None:
+    for name in tta.list_methods():
+        meanings = field_meanings(component(name).Config)
+        missing = [f.name for f in fields(tta.get_config(name)) if not meanings.get(f.name)]
+        assert not missing, f"{name}: write a comment behind {', '.join(missing)}"
 
 
 def test_every_scenario_has_a_note_a_paper_and_a_picture(generate: Any) -> None:
@@ -96,7 +120,99 @@ def test_troubleshooting_has_every_sentence(generate: Any) -> None:
         assert sentence.replace("`...`", "*argument*") in text, f"{path}: {sentence}"
 
 
+def test_every_file_has_its_place_in_troubleshooting(generate: Any) -> None:
+    """No pattern takes what it was not made for; what is about the model stands there."""
+    with pytest.raises(ValueError, match=r"tta/core/new_room\.py: name the file"):
+        generate.place_of("tta/core/new_room.py", "`model` must be old, got a new one.")
+    places = {(p, s): generate.place_of(p, s) for p, _, s in generate.messages()}
+    assert set(places.values()) == set(generate.PLACES)
+    for (path, sentence), place in places.items():
+        about_model = sentence.startswith("`model`") and path.startswith("tta/core/")
+        if about_model and not path.endswith(("batch_split.py", "source_checks.py")):
+            assert place == "Model", f"{path}: {sentence}"
+        if place == "Names, fields and configs":
+            assert not sentence.startswith(("`images`", "`source", "`folder`")), sentence
+
+
+# Figures
+
+
+def test_figures_in_prose_are_those_of_the_record(generate: Any) -> None:
+    gains = generate.gains()
+    lost = sum(gain > 1 for gain in gains.values())
+    better = sum(gain <= -1 for gain in gains.values())
+    bn, gn, ln = generate.MODELS
+    correlated = [(m, s) for m in (gn, ln) for s in ("dirichlet", "imbalance")]
+    shuffled = [
+        (m, s) for m in (gn, ln) for s in ("continual", "gradual", "mixed", "recurring", "walk")
+    ]
+    roid = [gains[m, s, "roid"] for m, s in shuffled]
+    helped = [-gain for gain in roid if round(-gain, 1) >= 1]
+    prior = [gains[m, s, "prior_correction"] for m, s in shuffled]
+    both = [-gains[m, s, n] for m, s in correlated for n in ("roid", "prior_correction")]
+    sar = max(gains[ln, s, "sar"] for s in generate.STREAMS)
+    norms = [-gains[bn, s, n] for s in generate.STREAMS for n in ("alpha_bn", "robust_bn")]
+    rdumb = max(gains[gn, s, "rdumb"] for s in generate.STREAMS)
+    which, sar_note = "which_method.md", "notes/methods/sar.md"
+    for page, sentence in (
+        (which, f"Of the {len(gains)} figures of methods in the record {better} gain a point"),
+        (which, f"{lost} lose more than a point"),
+        (which, f"Both gain {min(both):.1f} to {max(both):.1f} points"),
+        (which, f"`roid` gains {min(helped):.1f} to {max(helped):.1f} on {len(helped)} of"),
+        (which, f"of {len(roid)} and loses at most {max(roid):.1f}"),
+        (which, f"loses {gains[gn, 'single', 'roid']:.1f} on single images with GroupNorm"),
+        (which, f"`prior_correction` loses {min(prior):.1f} to {max(prior):.1f}"),
+        (which, f"gain {min(norms):.0f} to {max(norms):.0f} points"),
+        (which, f"never more than {rdumb:.1f} points above the source model"),
+        (sar_note, f"never more than {sar:.1f} points above the source model"),
+    ):
+        text = " ".join((DOCS / page).read_text().split())
+        assert sentence in text, f"{page} does not say: {sentence}"
+    assert min(norms) > 0 and min(prior) > 0 and min(both) > 0
+
+
 # Links and commands
+
+
+def _references(page: Path) -> list[str]:
+    """The names that a page of the reference describes."""
+    return re.findall(r"^::: (\S+)", page.read_text(), flags=re.M)
+
+
+def test_names_of_the_reference_can_be_imported() -> None:
+    pages = {path: _references(path) for path in sorted((DOCS / "api").glob("*.md"))}
+    assert all(pages.values())
+    for path, names in pages.items():
+        for name in names:
+            assert _found(name), f"{path.name}: there is no {name}"
+    assert not _found("tta.nothing") and not _found("nothing.at.all")
+
+
+def _found(name: str) -> bool:
+    """Whether a dotted name is a module or something in one."""
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        try:
+            found: Any = importlib.import_module(".".join(parts[:end]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[end:]:
+            if not hasattr(found, part):
+                return False
+            found = getattr(found, part)
+        return True
+    return False
+
+
+WIDTH = 84  # characters of code that fit beside the side bars, 1280 pixels wide
+
+
+def test_code_is_not_cut_off() -> None:
+    pages = [p for p in DOCS.rglob("*.md") if p.parent.name != "decisions"]
+    for page in pages:
+        for block in re.findall(r"^ *```.*?^ *```", page.read_text(), flags=re.M | re.S):
+            for line in block.splitlines():
+                assert len(line) <= WIDTH, f"{page.name}: {line}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -267,6 +383,13 @@ def test_what_pages_load_is_there(site: Path) -> None:
             assert (path.parent / url).exists(), url
 
 
+@pytest.mark.slow
+def test_the_reference_has_the_comments_of_fields(site: Path) -> None:
+    text = (site / "api" / "components.html").read_text()
+    for comment in ("Adam only; its eps is 1e-8", "Length of the features", "in forward passes of"):
+        assert comment.lower() in text.lower(), comment
+
+
 @pytest.fixture(scope="module")
 def browser() -> str:
     """The command of a browser."""
@@ -277,7 +400,7 @@ def browser() -> str:
     return browser
 
 
-def _shown(browser: str, page: Path, folder: Path) -> str:
+def _shown(browser: str, page: Path, folder: Path, query: str = "") -> str:
     """The document that a browser makes of a page, 1280 pixels wide and without a network."""
     done = subprocess.run(
         [
@@ -290,7 +413,7 @@ def _shown(browser: str, page: Path, folder: Path) -> str:
             "--host-resolver-rules=MAP * ~NOTFOUND",
             "--virtual-time-budget=6000",
             "--dump-dom",
-            page.as_uri(),
+            page.as_uri() + query,
         ],
         capture_output=True,
         text=True,
@@ -311,9 +434,40 @@ def test_formulas_are_set_without_a_network(
     assert "katex-error" not in shown
 
 
+@pytest.mark.slow
+def test_the_search_works_from_disk(site: Path, browser: str, tmp_path: Path) -> None:
+    for page in ("start.html", "methods/eata.html"):
+        shown = _shown(browser, site / page, tmp_path, "?q=resizable_buffers")
+        assert shown.count('<li class="md-search-result__item">') > 0
+        assert "add_a_method.html" in shown.partition("md-search-result__list")[2]
+
+
+SCROLL = """<script>
+addEventListener("load", () => setTimeout(() => {
+  scrollTo(0, 2000);
+  const table = document.querySelector(".many-columns table");
+  const top = (element) => Math.round(element.getBoundingClientRect().top);
+  document.documentElement.dataset.table = top(table);
+  document.documentElement.dataset.header = top(table.querySelector("th"));
+}, 1500));
+</script></body>"""
+
+
+@pytest.mark.slow
+def test_the_header_of_the_longest_table_stays_in_sight(
+    site: Path, browser: str, tmp_path: Path
+) -> None:
+    page = site / "networks-scrolled.html"
+    page.write_text((site / "networks.html").read_text().replace("</body>", SCROLL))
+    shown = _shown(browser, page, tmp_path)
+    assert int(re.findall(r'data-table="(-?\d+)"', shown)[0]) < -1000
+    assert 0 < int(re.findall(r'data-header="(-?\d+)"', shown)[0]) < 100
+
+
 MEASURE = """<script>
 addEventListener("load", () => setTimeout(() => {
-  const boxes = [...document.querySelectorAll(".md-typeset__scrollwrap, .katex-display")];
+  const kinds = ".md-typeset__scrollwrap, .katex-display, .md-typeset pre > code";
+  const boxes = [...document.querySelectorAll(kinds)];
   const wide = boxes.filter((box) => box.scrollWidth > box.clientWidth + 1);
   document.documentElement.dataset.boxes = boxes.length;
   document.documentElement.dataset.wide = wide.length;
@@ -323,7 +477,18 @@ addEventListener("load", () => setTimeout(() => {
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "page", ["record.html", "networks.html", "which_method.html", "methods/adanpc.html"]
+    "page",
+    [
+        "record.html",
+        "networks.html",
+        "which_method.html",
+        "methods/adanpc.html",
+        "add_a_method.html",
+        "corruptions.html",
+        "experiments.html",
+        "migrate.html",
+        "start.html",
+    ],
 )
 def test_nothing_is_cut_off(site: Path, browser: str, tmp_path: Path, page: str) -> None:
     file = site / page

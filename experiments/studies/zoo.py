@@ -396,10 +396,10 @@ def render_zoo(lines: Sequence[dict[str, Any]], left: Sequence[str] = ()) -> str
     shown = markdown.table(
         ["network", "size", "norm layers", *recipes], rows, "lrl" + "c" * len(recipes)
     )
-    legend = ["", "`+` adapts; refused: " + ", ".join(f"`{v}` {k}" for k, v in letters.items())]
+    legend = ["`+` adapts; refused: " + ", ".join(f"`{v}` {k}" for k, v in letters.items()), ""]
     written = markdown.note("Written by `python -m experiments zoo --page`.")
     head = [markdown.heading("Networks"), "", written, ""]
     about = (__doc__ or "").partition("\n\n")[2].strip()
     waiting = [f"Not measured yet ({len(left)}): {', '.join(left)}.", ""] if left else []
     totals = _totals(lines) + "."
-    return markdown.document([*head, about, "", totals, "", *waiting, *shown, *legend])
+    return markdown.document([*head, about, "", totals, "", *waiting, *legend, *shown])

@@ -25,6 +25,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "models": ("torchvision", "PIL", "timm", "models"),
 }
 OPTIONAL = ("torchvision", "PIL", "corruptions", "matplotlib", "timm", "models", "experiments")
+NEEDS["experiments"] = OPTIONAL
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def python_blocks(page: Path) -> list[Block]:
 def program(needs: str) -> str:
     """A program that runs the blocks of all pages for one environment.
 
-    The blocks of a page share their names. Those that need `tta` alone run in every environment,
+    The blocks of a page share their names. Those that need less than the environment has run too,
     since those after them go on with what they made.
 
     Args:
@@ -66,7 +67,7 @@ def program(needs: str) -> str:
     """
     pages = []
     for page in PAGES:
-        wanted = [block for block in python_blocks(page) if block.needs in ("tta", needs)]
+        wanted = [block for block in python_blocks(page) if _enough(block.needs, needs)]
         if any(block.needs == needs for block in wanted):
             name = page.relative_to(ROOT).as_posix()
             # Lines count as in the page, so that a traceback says where the mistake is.
@@ -77,6 +78,11 @@ for page, blocks in {pages!r}:
     for block in blocks:
         exec(compile(block, page, "exec", dont_inherit=True), names)
 """
+
+
+def _enough(wanted: str | None, needs: str) -> bool:
+    """Whether a block can run in an environment."""
+    return wanted in NEEDS and set(NEEDS[wanted]) <= set(NEEDS[needs])
 
 
 def run_blocks(needs: str, folder: Path) -> subprocess.CompletedProcess[str]:

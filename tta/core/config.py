@@ -86,7 +86,7 @@ class UpdateConfig(ComponentConfig):
     optimizer: str = "sgd"  # "sgd" or "adam"
     momentum: float = 0.9  # SGD only; dampening is 0
     betas: tuple[float, float] = (0.9, 0.999)  # Adam only; its eps is 1e-8
-    weight_decay: float = 0.0
+    weight_decay: float = 0.0  # of the parameters that are trained, added to their gradients
     nesterov: bool = False  # SGD only
     steps: int = 1  # (forward, update) cycles per batch; the last cycle's forward is returned
     params: str = "norm"  # what is trained: "norm", "weight_bias", "head", "all" or a regex

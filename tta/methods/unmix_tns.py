@@ -75,7 +75,7 @@ class UnmixTnsConfig(ComponentConfig):
     components: int = 16  # K; the authors use 128 for mixed domains, as the "mixed" presets
     momentum: float | None = None  # lambda; None = 1 - (1 - m)^(B / batch_size_max), m the layer's
     batch_size: int | None = None  # B of that formula; None = wrap's, else batch_size_max
-    batch_size_max: int = 64
+    batch_size_max: int = 64  # batch size at which lambda is the layer's own momentum
     temperature: float = 0.07  # T
     alpha: float = 0.5  # share of the source variance that the spread of components makes up
     update_lr: float | None = None  # lr of an update that is named without one of its own
