@@ -326,7 +326,7 @@ def _decisions() -> str:
 # is named, so that a new one makes `place_of` ask for its place.
 PLACES = {
     "State, saving and unwrapping": (
-        r"tta/(saving|core/(state_dict|prediction|files))\.py"
+        r"tta/(saving|core/(state|state_dict|prediction|files))\.py"
         r"|tta/core/adapter\.py: (?!`images`)|tta/core/fitting\.py: `folder`"
         r"|tta/core/build\.py: `\.\.\.` must be given again"
     ),
