@@ -52,7 +52,7 @@ def test_patterns_and_slots_choose(out):
     assert [line.split()[0] for line in text.splitlines() if line[0] != " "] == tta.list_methods(
         "eata.*"
     )
-    assert "lr=0.005, redundancy_margin=0.4, fisher_weight=1.0" in text
+    assert "lr=0.005, lr_scaling='linear_below', redundancy_margin=0.4" in text
 
 
 @pytest.mark.parametrize("name", tta.list_methods())

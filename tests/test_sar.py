@@ -155,7 +155,7 @@ def test_recovery_brings_parameters_and_momentum_back_and_forgets_the_average() 
         ("sar.imagenet_vit", 64, 1e-3),
         ("sar.imagenet_vit", 16, 2.5e-4),
         ("sar.imagenet_vit", 1, 3.125e-5),
-        ("sar.cifar10", 1, 1e-3),
+        ("sar.cifar10", 1, 1e-3 / 200),  # no rule of the authors: ours
     ],
 )
 def test_learning_rates_of_the_official_scripts(preset, batch_size, expected) -> None:
