@@ -314,6 +314,7 @@ WRONG = [
     (ValueError, r"one label per image, got 200 images and 199", {"dataset": (IMAGES, LABELS[1:])}),
     (ValueError, r"`dataset` must be a pair of images", {"dataset": (IMAGES[0], LABELS)}),
     (TypeError, r"`dataset` must have __len__", {"dataset": 3}),
+    (TypeError, r"`dataset` must have __len__ .* got 'x'; open the images", {"dataset": "x"}),
     (ValueError, r"`dataset` must be a dataset", {"dataset": None}),
     (ValueError, r"`labels` must hold one label per image", {"labels": LABELS[1:]}),
     (TypeError, r"`domains` must be a list of names, got 'fog'", {"domains": "fog"}),
