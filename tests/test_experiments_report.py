@@ -287,7 +287,7 @@ def test_page_and_terminal_agree_on_what_makes_no_difference(runs):
     single = {name: [replace(moved(gap), method=name)] for name, gap in gaps.items()}
     page = describe(single)
     assert "Better than source: d (-10.0). Worse: c (+10.0)." in page
-    assert "No difference: b (+0.0), a (+0.0)." in page
+    assert "No difference: b (0.0), a (0.0)." in page
     rows = [found[0].summary | {"method": name} for name, found in single.items()]
     terminal = run_table.describe(rows)
     assert "a and b make no difference." in terminal
@@ -302,7 +302,7 @@ def test_a_difference_of_seeds_has_one_verdict():
     ):  # fmt: skip
         assert verdict(estimate(values)) == expected, values
     assert estimate([-0.0001]).text(1, 2) == "0.00"
-    assert estimate([-0.0001]).text(100, 1, sign=True) == "+0.0"
+    assert estimate([-0.0001]).text(100, 1, sign=True) == "0.0"
 
 
 def test_the_words_come_from_the_intervals(runs):

@@ -8,6 +8,8 @@ from itertools import chain
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
 from tta import streams
@@ -429,3 +431,16 @@ def test_a_scenario_says_what_sets_it_apart():
         streams.get_scenario("wlk")
     with pytest.raises(ValueError, match="reset"):
         ramped.with_choices(reset="sometimes")
+
+
+def test_letters_in_the_picture_lie_flat_and_have_one_size(tmp_path, monkeypatch):
+    kept = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: kept.append(figure))
+    for scenario, below in (("gradual", "severity"), ("walk", "sum of severities")):
+        build(scenario).preview(draw=tmp_path / "x.png")
+        figure = kept.pop()
+        figure.draw_without_rendering()
+        texts = [t for t in figure.findobj(Text) if t.get_visible() and t.get_text()]
+        assert {text.get_rotation() for text in texts} == {0}
+        assert {text.get_fontsize() for text in texts} == {9, 11}
+        assert {"domain", "label", below} <= {text.get_text() for text in texts}

@@ -61,8 +61,9 @@ class Estimate:
 
 
 def _rounded(value: float, digits: int, sign: bool = False) -> str:
-    """A figure with so many decimals, and never a minus sign before a zero."""
-    return f"{round(value, digits) + 0.0:{'+' if sign else ''}.{digits}f}"
+    """A figure with so many decimals; one that is rounded to zero has no sign."""
+    value = round(value, digits)
+    return f"{value:{'+' if sign else ''}.{digits}f}" if value else f"{0:.{digits}f}"
 
 
 def estimate(values: Sequence[float | None]) -> Estimate | None:
