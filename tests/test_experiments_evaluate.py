@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from types import SimpleNamespace
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 import experiments
 import models
@@ -15,7 +19,8 @@ from experiments import cli
 from experiments.records.config import RunConfig, StreamConfig
 from experiments.records.file import read_header, read_lines
 from experiments.run.metrics import METRICS, Metric
-from experiments.run.run import load_setup
+from experiments.run.run import Run, load_setup
+from experiments.run.subject import Subject
 from tests.helpers.nets import tiny
 
 TIMES = {"seconds", "images_per_second", "peak_memory"}
@@ -130,8 +135,9 @@ def test_an_adapter_is_evaluated_as_it_is(tmp_path):
     labels = torch.cat([batch.labels for batch in small_stream()])
     wrong = torch.cat(outputs).argmax(1) != labels
     assert one["error"] == pytest.approx(float(wrong.float().mean()))
-    with pytest.raises(ValueError, match="`methods` must be left out"):
-        experiments.evaluate(adapter, small_stream(), ["tent"], **PIXELS)
+    for name, value in (("methods", ["tent"]), ("logits", 0), ("num_classes", 10)):
+        with pytest.raises(ValueError, match=f"`{name}` must be left out"):
+            experiments.evaluate(adapter, small_stream(), **{name: value}, **PIXELS)
 
 
 def test_pixels_may_be_prepared_by_a_function(tmp_path):
@@ -150,6 +156,132 @@ def test_pixels_may_be_prepared_by_a_function(tmp_path):
     ]
     nll = [result.summaries["continual"]["source"]["nll"] for result in found]
     assert nll[0] == nll[1] != nll[2]
+
+
+class Returning(nn.Module):
+    """A tiny network whose logits are a part of what it returns."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.net, self.change = tiny("bn"), change
+
+    def forward(self, x):
+        return self.change(self.net(x))
+
+
+@pytest.mark.parametrize(
+    ("change", "spec"),
+    [
+        (lambda z: {"loss": None, "logits": z}, None),
+        (lambda z: {"aux": z.sum(), "out": z}, "out"),
+        (lambda z: (z.mean(1), z), 1),
+        (lambda z: SimpleNamespace(logits=z), None),
+        (lambda z: {"half": z / 2}, lambda result: 2 * result["half"]),
+    ],
+)
+def test_a_model_may_return_more_than_logits(change, spec, tmp_path):
+    options = {"methods": ["source", "tent", "lame"], "show": "nothing", **PIXELS}
+    images = torch.rand(8, 3, 16, 16), torch.arange(8) % 10
+    pairs = [(images[0][i], int(images[1][i])) for i in range(8)]
+    plain = experiments.evaluate(
+        tiny("bn"), small_stream(), out=tmp_path / "plain", clean=pairs, **options
+    )
+    model = Returning(change)
+    with unchanged(model):
+        found = experiments.evaluate(
+            model, small_stream(), out=tmp_path / "a", logits=spec, clean=pairs, **options
+        )
+    assert lines(found.folder) == [
+        row | ({"config": ANY} if row["kind"] == "method" else {}) for row in lines(plain.folder)
+    ]
+    (rows,) = found.summaries.values()
+    assert (rows["tent"]["forwards"], rows["tent"]["backwards"]) == (1, 1)
+    assert rows["source"]["backwards"] == 0
+    # An adapter that was told is evaluated without being told again.
+    adapter = tta.wrap(Returning(change), "lame", batch_size=8, logits=spec)
+    given = experiments.evaluate(
+        adapter, small_stream(), out=tmp_path / "b", show="nothing", **PIXELS
+    )
+    (row,) = given.summaries["continual"].values()
+    assert row["nll"] == rows["lame"]["nll"]
+
+
+def test_logits_that_are_not_there_are_said(tmp_path):
+    options = {"methods": "source", "show": "nothing", **PIXELS}
+    with pytest.raises(TypeError, match="`logits`='scores' must lead to a tensor"):
+        experiments.evaluate(
+            tiny("bn"), small_stream(), out=tmp_path / "a", logits="scores", **options
+        )
+
+
+def test_a_model_without_a_linear_head_says_what_its_features_are(tmp_path):
+    class Cosine(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU())
+            self.head = nn.Module()
+            self.weight = nn.Parameter(torch.randn(10, 6, generator=torch.Generator()))
+
+        def features(self, x):
+            return self.body(x).mean((2, 3))
+
+        def forward(self, x):
+            return 9 * F.normalize(self.features(x), dim=1) @ F.normalize(self.weight, dim=1).T
+
+    model = Cosine()
+    with unchanged(model):
+        found = experiments.evaluate(
+            model,
+            small_stream(),
+            ["lame", "bn"],
+            tmp_path / "a",
+            num_classes=10,
+            features=lambda net, x: net.features(x),
+            show="nothing",
+            **PIXELS,
+        )
+    assert list(found.summaries["continual"]) == ["lame", "bn"]
+    rule = experiments.evaluate(
+        model, small_stream(), "bn", tmp_path / "b", num_classes=10, activation="sigmoid",
+        show="nothing", **PIXELS,
+    )  # fmt: skip
+    method = next(read_lines(rule.folder / "results.jsonl", "method"))
+    assert method["config"]["activation"] == "sigmoid"
+
+
+def test_warming_up_leaves_the_buffers_of_a_model(tmp_path, monkeypatch):
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = tiny("bn")
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls += 1
+            return self.net(x) + self.calls + torch.rand(())
+
+    warmed = []
+    real = Subject.warm_up
+
+    def warm_up(subject, images):
+        real(subject, images)
+        warmed.append((float(subject.model.calls), len(images)))
+
+    monkeypatch.setattr(Subject, "warm_up", warm_up)
+    drawn = []
+    whole = Run._warm_up
+
+    def seeded(run, method, images):
+        torch.manual_seed(0)
+        whole(run, method, images)
+        drawn.append(torch.rand(()))
+
+    monkeypatch.setattr(Run, "_warm_up", seeded)
+    model = Counting()
+    experiments.evaluate(model, small_stream(), "source", tmp_path / "a", show="nothing", **PIXELS)
+    assert warmed == [(1, 8)] * 3 and model.calls == 0
+    torch.manual_seed(0)
+    assert drawn == [torch.rand(2)[1]]  # as after one pass
 
 
 def test_results_go_to_a_new_folder_under_runs(tmp_path, monkeypatch):
@@ -173,7 +305,16 @@ def test_results_go_to_a_new_folder_under_runs(tmp_path, monkeypatch):
         ({"mean": None}, ValueError, "given together"),
         ({"mean": None, "std": None}, ValueError, "mean=0, std=1"),
         ({"std": 0}, ValueError, "`std`"),
+        ({"mean": (0.5, 0.5), "std": (1, 1)}, ValueError, "`mean` .* 3 channels .* got 2 of them"),
+        ({"mean": 0, "std": (1, 1, 1, 1)}, ValueError, "`std` .* 3 channels .* got 4 of them"),
         ({"preprocess": 1}, TypeError, "`preprocess` must be callable"),
+        ({"preprocess": lambda x: None}, TypeError, "`preprocess` must return .* 8 .* got None"),
+        ({"preprocess": lambda x: x[:3]}, TypeError, "got a tensor of shape .3, 3, 16, 16."),
+        ({"clean": "x"}, TypeError, "`clean` must have __len__ .* got 'x'; open the images"),
+        ({"logits": 1.5}, TypeError, "`logits` must be a key"),
+        ({"num_classes": 0}, ValueError, "`num_classes`"),
+        ({"features": "fx"}, ValueError, "`features` must name a module .* did you mean 'fc'"),
+        ({"activation": "relu"}, ValueError, "`activation`"),
         ({"methods": []}, ValueError, "at least one method"),
         ({"methods": ["tennt"]}, ValueError, "did you mean 'tent'"),
         ({"methods": ["tent", "tent"]}, ValueError, "tent twice"),

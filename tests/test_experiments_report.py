@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,12 +14,14 @@ from matplotlib.text import Text
 from PIL import Image
 from scipy import stats
 
+import tta
 from experiments import cli
-from experiments.report import collect, write_compact
+from experiments.records.config import DEMO_METHODS
+from experiments.report import collect, run_table, write_compact
 from experiments.report.collect import by_setting
-from experiments.report.plots import plot_errors, plot_running
+from experiments.report.plots import draw_domains, plot_errors, plot_running
 from experiments.report.report import Report, describe
-from experiments.report.statistics import difference, estimate
+from experiments.report.statistics import difference, estimate, verdict
 from experiments.report.style import looks_of
 from experiments.report.tables import Table, csv_rows, overview, setting_table
 from experiments.run.run import Cache
@@ -166,8 +169,10 @@ def test_wide_tables_are_split_and_keep_their_names():
 
 
 def test_a_method_looks_the_same_in_all_figures(runs, monkeypatch, tmp_path):
-    looks = looks_of(["bn", "source", *(f"m{i}" for i in range(100))])
+    names = ["bn", "source", *(f"m{i}" for i in range(100))]
+    looks = looks_of(names)
     assert looks["source"] == looks_of([])["source"]
+    assert looks == looks_of(names[::-1])
     pairs = [(look.colour, look.marker) for look in looks.values()]
     assert len(set(pairs)) == len(pairs) == 102
     drawn = []
@@ -196,6 +201,33 @@ def test_a_method_looks_the_same_in_all_figures(runs, monkeypatch, tmp_path):
     assert {name: len(found) for name, found in colours.items()} == {
         "source": 1, "tent": 1, "eata+lame": 1,
     }  # fmt: skip
+
+
+def test_a_method_looks_the_same_in_the_figures_of_any_report():
+    bundled = tta.list_methods()
+    everywhere = looks_of([*bundled, "eata+lame"])
+    assert len({(look.colour, look.marker) for look in everywhere.values()}) == len(everywhere)
+    for name in [*bundled, "eata+lame"]:
+        assert looks_of([name])[name] == looks_of(["lame+rmt", name, "x"])[name]
+        assert looks_of([name])[name] == everywhere[name]
+    # With fields it is the same method, unless both are there.
+    assert looks_of(["tent.cifar10[lr=1]"])["tent.cifar10[lr=1]"] == everywhere["tent"]
+    both = looks_of(["tent[lr=1]", "tent"])
+    assert both["tent"] == everywhere["tent"] != both["tent[lr=1]"]
+    # The eight of the demo have a colour each, as have those of the README's picture.
+    assert len({look.colour for look in looks_of(DEMO_METHODS).values()}) == len(DEMO_METHODS)
+
+
+def test_names_of_two_domains_do_not_cover_each_other(tmp_path, monkeypatch):
+    kept = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: kept.append(figure))
+    errors = {name: ([50.0, 60.0], None) for name in ("source", "tent")}
+    draw_domains(errors, ["fog", "snow"], tmp_path / "x.png", "title", looks_of(errors))
+    kept[0].draw_without_rendering()
+    fog, snow = (label.get_window_extent() for label in kept[0].axes[0].get_yticklabels())
+    assert not fog.overlaps(snow)
+    for axes in kept[0].axes:
+        assert axes.get_window_extent().height > 2.5 * fog.height
 
 
 def test_many_curves_get_small_plots(tmp_path, monkeypatch):
@@ -230,6 +262,47 @@ def test_the_command_writes_one_page_with_everything(runs, tmp_path, capsys):
     assert len(rows) == 12 and 0 <= float(rows[0]["error:fog"]) <= 1
     assert {row["method"] for row in rows} == {"source", "tent", "eata+lame"}
     assert len(list(out.glob("*.tex"))) == len(list(out.glob("*.md"))) == 3
+
+
+def test_a_model_called_like_a_tag_is_text(runs, tmp_path):
+    results = collect([runs])
+    named = [replace(r, setting=replace(r.setting, model="<i>net</i>")) for r in results[:1]]
+    path = Report(named, tmp_path, "<b>").execute()
+    assert "<i>" not in path.read_text() and "<h3>&lt;i&gt;net" in path.read_text()
+
+
+def test_one_is_not_many(runs, tmp_path, capsys):
+    Report(collect([runs])[:1], tmp_path, "all").execute()
+    assert "1 result in 1 setting:" in capsys.readouterr().out
+
+
+def test_page_and_terminal_agree_on_what_makes_no_difference(runs):
+    methods = next(iter(by_setting(collect([runs])).values()))
+    source = methods["source"][0]
+
+    def moved(gap):
+        return replace(source, summary=source.summary | {"mean_error": error(source) + gap})
+
+    gaps = {"source": 0.0, "a": 0.0004, "b": -0.0004, "c": 0.1, "d": -0.1}
+    single = {name: [replace(moved(gap), method=name)] for name, gap in gaps.items()}
+    page = describe(single)
+    assert "Better than source: d (-10.0). Worse: c (+10.0)." in page
+    assert "No difference: b (0.0), a (0.0)." in page
+    rows = [found[0].summary | {"method": name} for name, found in single.items()]
+    terminal = run_table.describe(rows)
+    assert "a and b make no difference." in terminal
+    assert f"c ({100 * error(source) + 10:.1f}%) does worse than doing nothing." in terminal
+
+
+def test_a_difference_of_seeds_has_one_verdict():
+    for values, expected in (
+        ([0.0004], "same"), ([0.0006], "worse"), ([-0.1], "better"), ([0.0, 0.0], "same"),
+        ([0.1, -0.1], "open"), ([0.0004, -0.0004], "same"), ([-0.1, -0.2], "better"),
+        ([0.1, 0.1, 0.12], "worse"), ([0.1, 0.0, -0.1], "open"),
+    ):  # fmt: skip
+        assert verdict(estimate(values)) == expected, values
+    assert estimate([-0.0001]).text(1, 2) == "0.00"
+    assert estimate([-0.0001]).text(100, 1, sign=True) == "0.0"
 
 
 def test_the_words_come_from_the_intervals(runs):

@@ -292,7 +292,8 @@ def test_the_command_goes_on_by_itself_or_when_told(tmp_path, capsys):
     assert cli.main(["run", "--resume", str(first)]) == 0
     assert figures(first) == whole
     assert cli.main(["run", "--resume", str(tmp_path)]) == 2
-    assert "must be the folder of a run" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "must be the folder of a run" in said and "leave --resume out" in said
 
 
 def test_torchs_generator_goes_on(tmp_path, monkeypatch):

@@ -186,6 +186,17 @@ def test_what_cannot_be_run_is_refused_once(tmp_path, monkeypatch, capsys):
     assert sorted(row["status"] for row in log) == ["done", "refused"]
 
 
+def test_a_sweep_of_which_nothing_can_be_run_fails(tmp_path, capsys):
+    arguments = ["sweep", "--output", str(tmp_path), "--models", "nope", "--methods", "source"]
+    assert cli.main([*arguments, "--images", "10", "--corruptions", "fog"]) == 1
+    said = capsys.readouterr()
+    assert "experiments report" not in said.out
+    assert "error: nothing was run, since all 1 runs" in said.err and "nope" in said.err
+    late = Sweep(small(), tmp_path / "late", deadline=0.0)
+    assert {outcome.status for outcome in late.execute()} == {"unfinished"}
+    assert "experiments report" not in capsys.readouterr().out
+
+
 def test_a_sweep_out_of_time_goes_on(tmp_path, monkeypatch, capsys):
     use_tiny_models(monkeypatch)
     whole = tmp_path / "whole"

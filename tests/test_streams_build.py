@@ -8,6 +8,8 @@ from itertools import chain
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
 from tta import streams
@@ -314,6 +316,7 @@ WRONG = [
     (ValueError, r"one label per image, got 200 images and 199", {"dataset": (IMAGES, LABELS[1:])}),
     (ValueError, r"`dataset` must be a pair of images", {"dataset": (IMAGES[0], LABELS)}),
     (TypeError, r"`dataset` must have __len__", {"dataset": 3}),
+    (TypeError, r"`dataset` must have __len__ .* got 'x'; open the images", {"dataset": "x"}),
     (ValueError, r"`dataset` must be a dataset", {"dataset": None}),
     (ValueError, r"`labels` must hold one label per image", {"labels": LABELS[1:]}),
     (TypeError, r"`domains` must be a list of names, got 'fog'", {"domains": "fog"}),
@@ -428,3 +431,16 @@ def test_a_scenario_says_what_sets_it_apart():
         streams.get_scenario("wlk")
     with pytest.raises(ValueError, match="reset"):
         ramped.with_choices(reset="sometimes")
+
+
+def test_letters_in_the_picture_lie_flat_and_have_one_size(tmp_path, monkeypatch):
+    kept = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: kept.append(figure))
+    for scenario, below in (("gradual", "severity"), ("walk", "sum of severities")):
+        build(scenario).preview(draw=tmp_path / "x.png")
+        figure = kept.pop()
+        figure.draw_without_rendering()
+        texts = [t for t in figure.findobj(Text) if t.get_visible() and t.get_text()]
+        assert {text.get_rotation() for text in texts} == {0}
+        assert {text.get_fontsize() for text in texts} == {9, 11}
+        assert {"domain", "label", below} <= {text.get_text() for text in texts}

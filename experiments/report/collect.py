@@ -14,10 +14,19 @@ from experiments.records.config import BASELINE, StreamConfig
 from experiments.records.file import RESULTS, mend, plain, stretches
 from tta.core.files import replacing
 
-__all__ = ["Result", "Setting", "by_setting", "collect", "write_compact"]
+__all__ = ["Result", "Setting", "by_setting", "collect", "file_name", "write_compact"]
 
 POINTS = 120  # of a curve in a compact file
 STRETCHES = 60  # more of them are not drawn
+
+
+def file_name(text: str) -> str:
+    """Text with "_" in place of whatever file names should not have.
+
+    >>> file_name("my/net, batches of 8")
+    'my_net__batches_of_8'
+    """
+    return "".join(c if c.isalnum() or c in "._-" else "_" for c in text)
 
 
 @dataclass(frozen=True, order=True)
@@ -54,7 +63,7 @@ class Setting:
     def slug(self) -> str:
         """For file names."""
         text = f"{self.model}-{self.stream}-s{self.severity:g}-b{self.batch_size}-n{self.images}"
-        return "".join(c if c.isalnum() or c in "._-" else "_" for c in text)
+        return file_name(text)
 
 
 @dataclass(frozen=True)

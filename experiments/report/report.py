@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import html
+from collections.abc import Sequence, Sized
 from pathlib import Path
 from typing import Any
 
 from experiments.records.config import BASELINE
-from experiments.report.collect import Result, Setting, by_setting, collect
+from experiments.report.collect import Result, Setting, by_setting, collect, file_name
 from experiments.report.page import Page, Section
-from experiments.report.statistics import LEVEL, difference
+from experiments.report.statistics import LEVEL, difference, verdict
 from experiments.report.tables import NOTES, Table, csv_rows, overview, setting_table
+from tta.core.files import replacing
 
 __all__ = ["Report", "about_lines", "add_flags", "describe"]
 
@@ -54,12 +56,12 @@ class Report:
     def execute(self) -> Path:
         """Write everything; returns the page."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "results.csv").write_text(csv_rows(self.results))
+        self._write("results.csv", csv_rows(self.results))
         sections = [self._overview(), *(self._setting(s) for s in self.settings), *self._heat()]
         page = Page(self.title, about_lines(self.results), sections, NOTES)
-        path = self.folder / "index.html"
-        path.write_text(page.html())
-        print(f"{len(self.results)} results in {len(self.settings)} settings: {path}", flush=True)
+        path = self._write("index.html", page.html())
+        results, settings = _count(self.results, "result"), _count(self.settings, "setting")
+        print(f"{results} in {settings}: {path}", flush=True)
         return path
 
     def figures(self, setting: Setting) -> list[tuple[Path, str]]:
@@ -99,8 +101,7 @@ class Report:
         drawn = []
         for (model, stream, size, _), methods in groups.items():
             title = f"{model}, {stream}, batches of {size}"
-            name = "".join(c if c.isalnum() else "_" for c in f"{model}-{stream}-b{size}")
-            path = self.folder / f"{name}-heat.png"
+            path = self.folder / f"{file_name(f'{model}-{stream}-b{size}')}-heat.png"
             if plot_heat(methods, path, f"Error by corruption and severity: {title}"):
                 drawn.append((title, path))
         return drawn
@@ -108,16 +109,17 @@ class Report:
     def _overview(self) -> Section:
         tables = []
         for model, table in overview(self.results).items():
-            self._write(f"overview-{_safe(model)}", table)
-            tables.append(f"<h3>{model}</h3>" + table.html())
+            self._write_table(f"overview-{file_name(model)}", table)
+            tables.append(f"<h3>{html.escape(model)}</h3>" + table.html())
         text = "Mean error over the domains in %, lowest of each column in bold."
         return Section("All streams", [text], tables)
 
     def _setting(self, setting: Setting) -> Section:
         methods = self.settings[setting]
         table = setting_table(methods)
-        self._write(setting.slug, table)
-        text = f"{setting.images} images of {setting.domains} domains. {describe(methods)}"
+        self._write_table(setting.slug, table)
+        domains = f"{setting.domains} domain{'s' * (setting.domains != 1)}"
+        text = f"{setting.images} images of {domains}. {describe(methods)}"
         title = f"{setting.model}: {setting.title}"
         return Section(title, [text], [table.html()], self.figures(setting))
 
@@ -127,9 +129,15 @@ class Report:
             for title, path in self.heat_maps()
         ]
 
-    def _write(self, name: str, table: Table) -> None:
-        (self.folder / f"{name}.md").write_text(table.markdown())
-        (self.folder / f"{name}.tex").write_text(table.latex())
+    def _write_table(self, name: str, table: Table) -> None:
+        self._write(f"{name}.md", table.markdown())
+        self._write(f"{name}.tex", table.latex())
+
+    def _write(self, name: str, text: str) -> Path:
+        path = self.folder / name
+        with replacing(path) as part:
+            part.write_text(text)
+        return path
 
 
 def about_lines(results: Sequence[Result]) -> list[str]:
@@ -156,26 +164,24 @@ def describe(methods: dict[str, list[Result]]) -> str:
     """Which methods differ from source, in words made from the paired differences."""
     if BASELINE not in methods or len(methods) == 1:
         return ""
-    better, worse, open_ = [], [], []
+    found: dict[str, list[tuple[float, str]]] = {}
     for method, results in methods.items():
         gap = difference(results, methods[BASELINE], lambda r: r.summary["mean_error"])
-        if method == BASELINE or gap is None:
-            continue
-        text = f"{method} ({gap.text(100, sign=True)})"
-        if gap.count > 1 and not gap.clear:
-            open_.append(text)
-        elif gap.mean < 0:
-            better.append((gap.mean, text))
-        else:
-            worse.append((-gap.mean, text))
+        if method != BASELINE and gap is not None:
+            text = f"{method} ({gap.text(100, sign=True)})"
+            found.setdefault(verdict(gap), []).append((gap.mean, text))
+    two = any(len(results) == 2 for results in methods.values())
+    means = f"{LEVEL:.0%} intervals" + (" or the signs of two seeds" if two else "")
     parts = []
-    for lead, found in (("Better than source", better), ("Worse", worse)):
-        if found:
-            parts.append(f"{lead}: {', '.join(text for _, text in sorted(found))}.")
-    if open_:
-        two = any(len(results) == 2 for results in methods.values())
-        means = f"{LEVEL:.0%} intervals" + (" or the signs of two seeds" if two else "")
-        parts.append(f"Not told apart from it by {means}: {', '.join(open_)}.")
+    for said, lead in (
+        ("better", "Better than source"),
+        ("worse", "Worse"),
+        ("same", "No difference"),
+        ("open", f"Not told apart from it by {means}"),
+    ):
+        if said in found:
+            listed = sorted(found[said], reverse=said == "worse")
+            parts.append(f"{lead}: {', '.join(text for _, text in listed)}.")
     if all(len(results) == 1 for results in methods.values()):
         parts.append("One seed: no interval, and small differences mean nothing.")
     return " ".join(parts)
@@ -187,5 +193,5 @@ def _hardware(found: dict[str, Any]) -> str:
     return ", ".join([found["cpu"], threads, *found["gpus"]])
 
 
-def _safe(name: str) -> str:
-    return "".join(c if c.isalnum() or c in "._-" else "_" for c in name)
+def _count(things: Sized, word: str) -> str:
+    return f"{len(things)} {word}{'s' * (len(things) != 1)}"

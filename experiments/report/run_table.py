@@ -12,6 +12,7 @@ from typing import Any
 
 from experiments.records import markdown
 from experiments.records.config import BASELINE
+from experiments.report.statistics import estimate, verdict
 
 __all__ = ["describe", "render_markdown", "render_text", "short_names"]
 
@@ -23,7 +24,7 @@ LEGEND = {
     "mean": "mean error over the domains",
     "clean": "error on clean images after the stream, adapter frozen",
     "img/s": "images per second of the adapter alone",
-    "used": "samples in the loss of an update",
+    "used": "share of samples in the loss of an update, in %",
     "resets": "times the model went back to its start",
 }
 
@@ -105,24 +106,26 @@ def describe(summaries: Sequence[Summary]) -> str:
     source = errors[BASELINE]
     others = {m: e for m, e in errors.items() if m != BASELINE}
     parts = [f"Without adaptation (source) the model errs on {_percent(source)}% of the images."]
-    lower = sorted((m for m in others if others[m] < source - 0.0005), key=lambda m: others[m])
-    higher = sorted((m for m in others if others[m] > source + 0.0005), key=lambda m: -others[m])
-    same = [m for m in others if m not in lower and m not in higher]
+    said = {m: _verdict(others[m], source) for m in others}
+    lower = sorted((m for m in others if said[m] == "better"), key=lambda m: others[m])
+    higher = sorted((m for m in others if said[m] == "worse"), key=lambda m: -others[m])
+    same = [m for m in others if said[m] == "same"]
     if lower:
         gain = 100 * (source - others[lower[0]])
         first = f"{lower[0]} brings that down most, to {_percent(others[lower[0]])}% "
-        parts.append(first + f"({gain:.1f} points)" + _listed(", then", lower[1:], others) + ".")
+        then = f", then {_with_errors(lower[1:], others)}" if lower[1:] else ""
+        parts.append(f"{first}({gain:.1f} points){then}.")
     if same:
         parts.append(f"{_join(same)} {'makes' if len(same) == 1 else 'make'} no difference.")
     if higher:
         verb = "does" if len(higher) == 1 else "do"
-        parts.append(f"Worse than doing nothing {verb}{_listed('', higher, others)}.")
+        parts.append(f"{_with_errors(higher, others)} {verb} worse than doing nothing.")
     clean = {s["method"]: s["clean_error"] for s in summaries if s["clean_error"] is not None}
     moved = {m: clean[m] - clean[BASELINE] for m in others if m in clean and BASELINE in clean}
     if moved:
         worst = max(moved, key=lambda m: moved[m])
         before = f"On clean images source errs on {_percent(clean[BASELINE])}%"
-        if moved[worst] > 0.0005:
+        if _verdict(clean[worst], clean[BASELINE]) == "worse":
             parts.append(
                 f"{before}; after the stream {worst} is furthest from that with "
                 f"{_percent(clean[worst])}%."
@@ -145,7 +148,7 @@ def _columns(summaries: Sequence[Summary]) -> tuple[_Column, list[_Column]]:
     columns.append(_error_column("clean", [s["clean_error"] for s in summaries]))
     columns += [
         _Column("img/s", [f"{s['images_per_second']:.0f}" for s in summaries]),
-        _Column("used", [str(s["selected"]) for s in summaries]),
+        _Column("used", [_percent(s["used"]) for s in summaries]),
         _Column("resets", [str(s["resets"]) for s in summaries]),
     ]
     shown = [column for column in columns if set(column.cells) != {NOTHING}]
@@ -173,10 +176,14 @@ def _legend(summaries: Sequence[Summary]) -> str:
     return "Errors in %. " + "; ".join(domains + meanings) + "."
 
 
-def _listed(lead: str, methods: Sequence[str], errors: Mapping[str, float]) -> str:
-    if not methods:
-        return ""
-    return f"{lead} " + _join([f"{m} ({_percent(errors[m])}%)" for m in methods])
+def _verdict(error: float, source: float) -> str:
+    gap = estimate([error - source])
+    assert gap is not None
+    return verdict(gap)
+
+
+def _with_errors(methods: Sequence[str], errors: Mapping[str, float]) -> str:
+    return _join([f"{m} ({_percent(errors[m])}%)" for m in methods])
 
 
 def _join(words: Sequence[str]) -> str:

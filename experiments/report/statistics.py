@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
 
 from experiments.report.collect import Result
 
-__all__ = ["LEVEL", "Estimate", "difference", "estimate", "over_seeds"]
+__all__ = ["LEVEL", "SAME", "Estimate", "difference", "estimate", "over_seeds", "verdict"]
 
 LEVEL = 0.95
+SAME = 0.0005  # share of errors, half of the last digit of tables: less than this is no difference
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,16 @@ class Estimate:
 
     def text(self, scale: float = 1.0, digits: int = 1, sign: bool = False) -> str:
         """The mean with its interval, or the values of one or two seeds."""
-        form = f"{'+' if sign else ''}.{digits}f"
         if self.half is None:
-            return ", ".join(f"{scale * value:{form}}" for value in self.values)
-        return f"{scale * self.mean:{form}} ± {scale * self.half:.{digits}f}"
+            return ", ".join(_rounded(scale * value, digits, sign) for value in self.values)
+        half = _rounded(scale * self.half, digits)
+        return f"{_rounded(scale * self.mean, digits, sign)} ± {half}"
+
+
+def _rounded(value: float, digits: int, sign: bool = False) -> str:
+    """A figure with so many decimals; one that is rounded to zero has no sign."""
+    value = round(value, digits)
+    return f"{value:{'+' if sign else ''}.{digits}f}" if value else f"{0:.{digits}f}"
 
 
 def estimate(values: Sequence[float | None]) -> Estimate | None:
@@ -68,6 +74,8 @@ def estimate(values: Sequence[float | None]) -> Estimate | None:
     n = len(numbers)
     half = None
     if n > 2:
+        from scipy import stats  # slow to import
+
         quantile = float(stats.t.ppf((1 + LEVEL) / 2, n - 1))
         half = float(quantile * numbers.std(ddof=1) / np.sqrt(n))
     return Estimate(float(numbers.mean()), half, tuple(numbers.tolist()))
@@ -94,3 +102,20 @@ def difference(
     if not pairs or any(a is None or b is None for a, b in pairs):
         return None
     return estimate([a - b for a, b in pairs if a is not None and b is not None])
+
+
+def verdict(gap: Estimate) -> str:
+    """What a difference of errors to the baseline's says, for words anywhere.
+
+    Args:
+        gap: Shares of errors, less those of the baseline.
+
+    Returns:
+        "better", "worse", "same" (less than tables show), or "open" where several seeds do not
+        agree on the sign.
+    """
+    if gap.count > 1 and not gap.clear and max(abs(gap.low), abs(gap.high)) > SAME:
+        return "open"
+    if abs(gap.mean) <= SAME:
+        return "same"
+    return "better" if gap.mean < 0 else "worse"

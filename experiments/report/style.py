@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -35,6 +36,7 @@ __all__ = [
 WIDTH = 11.0  # inches
 DPI = 130
 MANY = 8  # more curves in one plot would cross too often: each gets a small plot of its own
+LEAST = 1.3  # inches, the height of a small plot with its title and its axis' numbers
 LETTER = 0.066  # inches, the usual width of a letter of size 9
 
 styled = matplotlib.rc_context(
@@ -60,18 +62,28 @@ BLACK = "#000000"
 COLOURS = (
     "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#0072B2", "#D55E00", "#7F7F7F",
     "#882255", "#999933", "#332288", "#44AA99", "#661100", "#AA4499", "#117733", "#88CCEE",
+    "#DDCC77", "#CC6677",
 )  # fmt: skip
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p")
 LINES = ("-", "--", "-.", ":")
+LOOKS = len(COLOURS) * len(MARKERS)  # all are different, as the two numbers have no common divisor
+
+# The place of a method here is its look for good, in figures of any time: add names at the end.
+# Whatever is not here, such as a composition, has its look from the letters of its label.
+ORDER = (
+    "bn", "alpha_bn", "tent", "eata", "unmix_tns", "lame", "sar", "rotta", "cotta", "roid",
+    "rdumb", "deyo", "eta", "rmt", "petal", "robust_bn", "core", "cafa", "adanpc", "adanpc_bn",
+    "prior_correction",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Look:
-    """How one method is drawn, in every figure of a report.
+    """How one method is drawn, in every figure.
 
     Args:
         colour: For points, lines and bars.
-        marker: Of points; with the colour it is the method's alone up to 120 methods.
+        marker: Of points; with the colour it is the method's alone among up to `LOOKS` methods.
         line: Of curves.
     """
 
@@ -81,18 +93,42 @@ class Look:
 
 
 def looks_of(methods: Iterable[str]) -> dict[str, Look]:
-    """A look for each method, which depends on its place among all methods of a report alone.
+    """A look for each method, which depends on its name, whatever other methods there are.
+
+    Two labels that are not in `ORDER` may ask for the same look; then one of them has the next one
+    that is free.
 
     Args:
         methods: All of the report, not only those of one figure. The baseline is always black.
+
+    >>> looks_of(["tent", "bn"])["bn"] == looks_of(["bn"])["bn"]
+    True
     """
     names = [name for name in dict.fromkeys(methods) if name != BASELINE]
-    looks = {BASELINE: Look(BLACK, MARKERS[0], LINES[0])}
-    for number, name in enumerate(names, 1):
-        colour = COLOURS[(number - 1) % len(COLOURS)]
-        line = LINES[(number // 2 + number // 8) % len(LINES)]
-        looks[name] = Look(colour, MARKERS[number % len(MARKERS)], line)
-    return looks
+    places = {name: ORDER.index(name) for name in names if name in ORDER}
+    for name in names:  # a method alone with other fields looks as without them
+        plain = _without_fields(name).partition(".")[0]
+        if plain in ORDER and ORDER.index(plain) not in places.values():
+            places.setdefault(name, ORDER.index(plain))
+    taken = set(places.values())
+    for name in sorted(set(names) - set(places)):
+        wanted = zlib.crc32(name.encode()) % (LOOKS - len(ORDER))
+        for step in range(LOOKS - len(ORDER)):
+            place = len(ORDER) + (wanted + step) % (LOOKS - len(ORDER))
+            if place not in taken:
+                break
+        places[name] = place
+        taken.add(place)
+    looks = {name: _look(places[name]) for name in names}
+    return {BASELINE: Look(BLACK, MARKERS[0], LINES[0])} | looks
+
+
+def _look(place: int) -> Look:
+    return Look(
+        COLOURS[place % len(COLOURS)],
+        MARKERS[(place + 1) % len(MARKERS)],
+        LINES[((place + 1) // 2 + (place + 1) // 8) % len(LINES)],
+    )
 
 
 def short_label(method: str, methods: Iterable[str]) -> str:
@@ -122,10 +158,11 @@ def make_panels(count: int, columns: int, height: float) -> tuple[Figure, list[A
     Args:
         count: Small plots.
         columns: At most so many beside each other.
-        height: Of each, in inches.
+        height: Of each, in inches; no less than `LEAST`.
     """
     columns = min(columns, count)
     rows = math.ceil(count / columns)
+    height = max(height, LEAST)
     figure = Figure(figsize=(WIDTH, height * rows + 0.6), dpi=DPI, layout="constrained")
     panels: list[Axes] = []
     for i in range(count):

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from experiments.records.config import RunConfig, StreamConfig
-from experiments.records.file import read_header
+from experiments.records.file import RESULTS, read_header
 from experiments.run import ranks
 from experiments.run.flags import add_settings, settings_flags
 from experiments.run.run import Run, load_setup
@@ -70,7 +70,11 @@ def _prepare(args: argparse.Namespace) -> Run:
     if args.resume is not None:
         header = read_header(args.resume)
         if header is None:
-            raise ValueError(f"`resume` must be the folder of a run, got {args.resume}")
+            raise ValueError(
+                f"`resume` must be the folder of a run, with the {RESULTS} that it began, got "
+                f"{args.resume}: pass a folder that a run said it wrote to, or leave --resume out "
+                "to go on with an unfinished run of the same configuration"
+            )
         config = RunConfig.from_dict(header["config"])
         ranks.join(config.device)
         setup = load_setup(config, readers=args.readers)

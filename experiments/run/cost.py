@@ -5,13 +5,14 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import register_multi_grad_hook
 
 from tta.core.batch_split import current_split
 
@@ -26,7 +27,7 @@ class Passes:
     split over processes, the images of all processes count.
 
     Args:
-        model: Its output must be one tensor.
+        model: It may return a tensor, or tensors in mappings, sequences or objects.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -46,12 +47,14 @@ class Passes:
         finally:
             self.forward, self.backward = kept
 
-    def _count(self, module: nn.Module, arguments: Any, output: Tensor) -> None:
+    def _count(self, module: nn.Module, arguments: Any, output: Any) -> None:
         split = current_split()
-        images = len(output) if split is None else split.rows
+        images = len(next(_tensors([arguments, output]))) if split is None else split.rows
         self.forward += images
-        if output.requires_grad:
-            output.register_hook(lambda _: self._count_backward(images))
+        # Whatever the loss is made of has its gradient pass through some of these tensors.
+        trained = [tensor for tensor in _tensors(output) if tensor.requires_grad]
+        if trained:
+            register_multi_grad_hook(trained, lambda _: self._count_backward(images), mode="any")
 
     def _count_backward(self, images: int) -> None:
         self.backward += images
@@ -59,6 +62,21 @@ class Passes:
     def close(self) -> None:
         """Take the hook off the model."""
         self._handle.remove()
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in what a model takes or returns, in their order."""
+    if isinstance(value, Tensor):
+        yield value
+        return
+    if isinstance(value, Mapping):
+        held: Iterable[Any] = value.values()
+    elif isinstance(value, (tuple, list)):
+        held = value
+    else:
+        held = getattr(value, "__dict__", {}).values()
+    for item in held:
+        yield from _tensors(item)
 
 
 class PeakMemory:

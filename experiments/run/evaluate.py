@@ -2,39 +2,42 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import tta
-from experiments.data import Collection
 from experiments.records.config import RunConfig, StreamConfig
 from experiments.records.file import RESULTS, read_lines
 from experiments.report.collect import collect
 from experiments.report.report import Report
 from experiments.report.run_table import render_text
-from experiments.run.method_strings import Method, check_labels, parse_method
+from experiments.run.given import (
+    CleanImages,
+    GivenAdapter,
+    Preprocess,
+    Source,
+    check_classes,
+    check_left_out,
+    check_streams,
+    make_subject,
+    read_methods,
+)
+from experiments.run.method_strings import Method
 from experiments.run.run import Run
 from experiments.run.setup import Setup
-from experiments.run.subject import Subject, normalise, pick_device
-from models import ModelInfo
-from tta.core.checks import channels, folder_or_file, whole
-from tta.core.classifier import num_classes
-from tta.core.parameters import is_norm
-from tta.core.registry import component
+from experiments.run.subject import pick_device
+from tta.core.checks import folder_or_file, whole
+from tta.core.head import FeatureSpec
+from tta.core.outputs import LogitsSpec
 from tta.streams import Stream
-from tta.streams.sources import ImageSource
 
 __all__ = ["Evaluation", "evaluate"]
-
-Source = tta.SourceStatistics | Iterable[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -69,21 +72,25 @@ def evaluate(
     source: Source | None = None,
     mean: float | Sequence[float] | None = None,
     std: float | Sequence[float] | None = None,
-    preprocess: Callable[[Tensor], Tensor] | None = None,
+    preprocess: Preprocess | None = None,
     clean: Any | None = None,
     seed: int = 0,
     device: str | torch.device | None = None,
     name: str | None = None,
     data: str = "given in Python",
     show: str = "all",
+    logits: LogitsSpec = None,
+    num_classes: int | None = None,
+    features: FeatureSpec = None,
+    activation: str | None = None,
 ) -> Evaluation:
     """Run methods on streams and compare them, as ``python -m experiments run`` does.
 
     Args:
-        model: A classifier from images (B, 3, H, W) to logits (B, C). It is wrapped for each method
-            and stream and unwrapped afterwards, so it is left as it was. Or an adapter, which is
-            evaluated as it is: every stream begins from the state in which it is given, and it is
-            put back to that state in the end.
+        model: A classifier from images (B, 3, H, W) to logits (B, C), or to something that holds
+            them, see `logits`. It is wrapped for each method and stream and unwrapped afterwards,
+            so it is left as it was. Or an adapter, which is evaluated as it is: every stream begins
+            from the state in which it is given, and it is put back to that state in the end.
         stream: A stream from `tta.streams.build`, or several by name.
         methods: Method strings as on the command line, such as "source", "tent" or
             "unmix_tns+eata[lr=1e-3]", or configs from `tta.get_config`. Default: "source" and
@@ -96,7 +103,8 @@ def evaluate(
             takes pixels. Default: those of timm's ``pretrained_cfg``, or of the adapter.
         std: Channel standard deviations, likewise; 1 for a model that takes pixels.
         preprocess: Replaces the normalisation by `mean` and `std`: pixels (B, 3, H, W) in [0, 1] to
-            what the model takes. Methods that augment still need `mean` and `std`.
+            what the model takes. Methods that augment still need `mean` and `std`. It is also
+            called before the run begins, on the first batch, so that its result can be checked.
         clean: Clean images to predict before and after each stream with the method frozen, as
             `tta.streams.build` takes a dataset.
         seed: Seed of the adapters, 0 or more; the streams have seeds of their own.
@@ -105,6 +113,11 @@ def evaluate(
         name: Name of the model in tables. Default: its class.
         data: Name of the data in reports, which compare results of the same data only.
         show: What is printed: "all", "tables" (no progress) or "nothing" (and no plots are drawn).
+        logits: How to take logits out of what the model returns, as `tta.wrap` takes it. Like the
+            next three, it must be left out for an adapter, which was told when it was made.
+        num_classes: Number of classes, for heads that are no linear layer, likewise.
+        features: What the features of such heads are, likewise.
+        activation: What the logits are for, "softmax" or "sigmoid", likewise. Default: "softmax".
 
     Returns:
         The figures and the folder, which ``python -m experiments report`` reads.
@@ -119,23 +132,37 @@ def evaluate(
             f"`model` must be a torch.nn.Module or a tta.Adapter, got {type(model).__name__}: a "
             "bundled model by its name is models.load(name)[0]"
         )
-    streams = _check_streams(stream)
+    streams = check_streams(stream)
     folder = _check_folder(out)
+    images = None if clean is None else CleanImages(clean)
     inner = model.model if isinstance(model, tta.Adapter) else model
     tensors = [*inner.parameters(), *inner.buffers()]
     home = tensors[0].device if tensors else torch.device("cpu")
     where = home if device is None else pick_device(str(device))
+    reading = {"logits": logits, "num_classes": num_classes, "features": features}
     if isinstance(model, tta.Adapter):
-        _check_left_out(methods=methods, source=source, device=device)
-        mean = model.config.mean if mean is None else mean
-        std = model.config.std if std is None else std
-    subject = _make_subject(inner, name, where, mean, std, preprocess, source)
-    _check_labels(streams, subject.info.num_classes)
+        check_left_out(
+            methods=methods, source=source, device=device, activation=activation, **reading
+        )
+    subject = make_subject(
+        model,
+        streams,
+        name=name,
+        device=where,
+        mean=mean,
+        std=std,
+        preprocess=preprocess,
+        source=source,
+        reading=reading,
+    )
+    classes = subject.info.num_classes
+    check_classes(streams, classes)
     if isinstance(model, tta.Adapter):
-        chosen: list[Method] = [_GivenAdapter.of(model)]
+        chosen: list[Method] = [GivenAdapter.of(model)]
     else:
         given = ("source", "tent") if methods is None else methods
-        chosen = _parse(given, subject.info.num_classes)
+        reading["activation"] = "softmax" if activation is None else activation
+        chosen = read_methods(given, classes, reading)
     config = RunConfig(
         name="evaluation",
         model=subject.name,
@@ -148,102 +175,32 @@ def evaluate(
         seed=whole("seed", seed, 0),
         device=str(where),
     )
-    images = None if clean is None else _CleanImages(clean)
     origin = {"name": data, "origin": data, "domains_on_disk": False}
     setup = Setup(config, subject, chosen, list(streams.values()), images, origin)
-    if where != home:
-        inner.to(where)
-    try:
+    with _moved(inner, home, where):
         folder = Run(setup, folder=folder, fresh=True, show=show).execute()
+    return Evaluation(folder, _summaries(folder, streams))
+
+
+@contextmanager
+def _moved(model: nn.Module, home: torch.device, where: torch.device) -> Iterator[None]:
+    """The model on another device for as long as a ``with`` block runs."""
+    if where == home:
+        yield
+        return
+    model.to(where)
+    try:
+        yield
     finally:
-        if where != home:
-            inner.to(home)
-    summaries: dict[str, dict[str, dict[str, Any]]] = {key: {} for key in streams}
+        model.to(home)
+
+
+def _summaries(folder: Path, streams: Mapping[str, Stream]) -> dict[str, dict[str, dict[str, Any]]]:
+    """The ``summary`` lines of a run, by stream and method."""
+    found: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in streams}
     for row in read_lines(folder / RESULTS, "summary"):
-        summaries[row["stream"]][row["method"]] = row
-    return Evaluation(folder, summaries)
-
-
-class _CleanImages:
-    """A dataset of the caller's as clean images."""
-
-    def __init__(self, dataset: Any) -> None:
-        self._source = ImageSource(dataset, "clean")
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def __getitem__(self, position: int) -> tuple[Tensor, int]:
-        """The image as (3, H, W) float in [0, 1], and its label."""
-        image = self._source.images(np.array([position]))[0]
-        return image, int(self._source.labels[position])
-
-
-@dataclass(frozen=True)
-class _GivenAdapter(Method):
-    """An adapter of the caller's in the place of a method.
-
-    Args:
-        adapter: The adapter.
-        start: The state in which it was given.
-    """
-
-    adapter: tta.Adapter | None = None
-    start: dict[str, Tensor] | None = None
-
-    @classmethod
-    def of(cls, adapter: tta.Adapter) -> _GivenAdapter:
-        """Take the adapter in the state in which it is."""
-        config = adapter.config
-        parts = {"norm": config.norm, "update": config.update, "output": config.output}
-        slots: dict[str, str | tta.ComponentConfig]
-        slots = {slot: part for slot, part in parts.items() if part is not None}
-        return cls(config.label, slots, adapter=adapter, start=adapter.state())
-
-    @contextmanager
-    def applied(self, subject: Subject, batch_size: int, seed: int) -> Iterator[tta.Adapter]:
-        """Give the adapter in the state in which it was given, and put it back to it."""
-        assert self.adapter is not None and self.start is not None
-        self.adapter.load_state(self.start)
-        try:
-            yield self.adapter
-        finally:
-            self.adapter.load_state(self.start)
-
-    def warm_up(self, subject: Subject, images: Tensor) -> None:
-        """Predict once without learning."""
-        with self.applied(subject, len(images), 0) as adapter, adapter.frozen():
-            adapter(subject.preprocess(images.to(subject.device)))
-
-
-def _check_streams(given: Any) -> dict[str, Stream]:
-    """The streams by name; one stream alone is named after its scenario."""
-    if isinstance(given, Stream):
-        given = {given.config["scenario"]: given}
-    if not isinstance(given, Mapping) or not given:
-        kind = "an empty mapping" if isinstance(given, Mapping) else type(given).__name__
-        raise TypeError(
-            f"`stream` must be a tta.streams.Stream or several by name, got {kind}: make one with "
-            "tta.streams.build"
-        )
-    for name, stream in given.items():
-        if not isinstance(name, str) or not name or set(name) & set("/\\"):
-            raise ValueError(
-                f"`stream` must have names that are usable in file names, got {name!r}: choose "
-                "another name"
-            )
-        if not isinstance(stream, Stream):
-            raise TypeError(
-                f"`stream` must hold tta.streams.Stream objects, got {type(stream).__name__} as "
-                f"{name!r}: make it with tta.streams.build"
-            )
-        first = next(stream.rows(), None)
-        if first is None or first[0].step != 0:
-            raise ValueError(
-                f"`stream` must begin at its first batch and hold at least one, got {stream!r} as "
-                f"{name!r}: pass the whole stream"
-            )
-    return dict(given)
+        found[row["stream"]][row["method"]] = row
+    return found
 
 
 def _check_folder(out: str | Path | None) -> Path | None:
@@ -257,111 +214,6 @@ def _check_folder(out: str | Path | None) -> Path | None:
             "another one"
         )
     return folder
-
-
-def _check_left_out(**given: Any) -> None:
-    for name, value in given.items():
-        if value is not None:
-            raise ValueError(
-                f"`{name}` must be left out where `model` is an adapter, which is evaluated as it "
-                f"is, got {value!r}: pass the plain model to compare methods"
-            )
-
-
-def _make_subject(
-    model: nn.Module,
-    name: str | None,
-    device: torch.device,
-    mean: Any,
-    std: Any,
-    preprocess: Callable[[Tensor], Tensor] | None,
-    source: Source | None,
-) -> Subject:
-    """The model as the runner takes it; see `evaluate`."""
-    if (mean is None) != (std is None):
-        raise ValueError(
-            f"`mean` and `std` must be given together, got mean={mean!r} and std={std!r}: pass both"
-        )
-    if preprocess is not None and not callable(preprocess):
-        raise TypeError(
-            f"`preprocess` must be callable on pixels (B, 3, H, W) in [0, 1], got {preprocess!r}"
-        )
-    if mean is None and isinstance(cfg := getattr(model, "pretrained_cfg", None), Mapping):
-        mean, std = cfg.get("mean"), cfg.get("std")
-    if mean is None and preprocess is None:
-        raise ValueError(
-            "`mean` and `std` must say how the model's images are normalised, got neither these "
-            "nor preprocess=: pass mean=0, std=1 for a model that takes pixels in [0, 1]"
-        )
-    if source is not None and not isinstance(source, tta.SourceStatistics):
-        if not isinstance(source, Iterable):
-            raise TypeError(
-                "`source` must be a tta.SourceStatistics or batches (images, labels), got "
-                f"{type(source).__name__}"
-            )
-        if iter(source) is source:
-            raise TypeError(
-                "`source` must be batches that can be read again for each method, got an iterator: "
-                "pass a list or a DataLoader, or what tta.collect_source returns"
-            )
-    means = () if mean is None else channels("mean", mean)
-    stds = () if std is None else channels("std", std, above=0)
-    info = ModelInfo(
-        name=type(model).__name__ if name is None else name,
-        mean=means,
-        std=stds,
-        input_size=(3, 0, 0),  # whatever the streams show
-        num_classes=num_classes(model),
-        class_names=None,
-        norm_types=dict(Counter(type(m).__name__ for m in model.modules() if is_norm(m))),
-    )
-    ready = normalise(means, stds, device) if preprocess is None else preprocess
-    images = Collection("given in Python", None)
-    return Subject(info.name, model, info, source, images, None, ready, device)
-
-
-def _check_labels(streams: Mapping[str, Stream], classes: int) -> None:
-    for name, stream in streams.items():
-        most = max(stream.preview().class_counts)
-        if most >= classes:
-            raise ValueError(
-                f"`stream` must show labels in 0..{classes - 1}, the classes of the model, got the "
-                f"label {most} in {name!r}: pass labels in the order of the model's classes"
-            )
-
-
-def _parse(given: Any, classes: int) -> list[Method]:
-    """Read method strings and configs."""
-    if isinstance(given, (str, tta.ComponentConfig)):
-        given = [given]
-    if not isinstance(given, Iterable):
-        raise TypeError(
-            f"`methods` must be a list of names or configs, got {type(given).__name__}: such as "
-            '["source", "tent"]'
-        )
-    methods = []
-    for item in given:
-        if isinstance(item, tta.ComponentConfig):
-            methods.append(Method(_spell(item), {component(item.name).slot: item}))
-        elif isinstance(item, str):
-            methods.append(parse_method(item, classes))
-        else:
-            raise TypeError(
-                f"`methods` must hold names or what tta.get_config returns, got "
-                f"{type(item).__name__}"
-            )
-    check_labels(methods)
-    return methods
-
-
-def _spell(config: tta.ComponentConfig) -> str:
-    """A config as a method string: its name and the fields that differ from the default's."""
-    default, own = tta.get_config(config.name).to_dict(), config.to_dict()
-    changed = {key: value for key, value in own.items() if value != default[key]}
-    if "lr" in changed:
-        changed.pop("lr_scaling", None)  # a rate that is given is not scaled
-    fields = [f"{key}={value!r}" for key, value in changed.items()]
-    return config.name + (f"[{', '.join(fields)}]" if fields else "")
 
 
 def _stream_config(name: str, stream: Stream) -> StreamConfig:

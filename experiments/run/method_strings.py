@@ -40,11 +40,13 @@ class Method:
         slots: Component of each filled slot, as a name with its preset or as a config; empty for
             the source model.
         overrides: Fields of the components that are set to other values.
+        reading: Arguments of `tta.wrap` that say how the model is read, such as ``logits``.
     """
 
     label: str
     slots: dict[str, str | tta.ComponentConfig] = field(default_factory=dict)
     overrides: dict[str, Any] = field(default_factory=dict)
+    reading: dict[str, Any] = field(default_factory=dict)
 
     @property
     def cost(self) -> float:
@@ -80,6 +82,7 @@ class Method:
             seed=seed,
             mean=subject.info.mean or None,
             std=subject.info.std or None,
+            **self.reading,
         )
 
     @contextmanager
@@ -92,13 +95,19 @@ class Method:
             adapter.unwrap()
 
     def warm_up(self, subject: Subject, images: Tensor) -> None:
-        """Do what torch sets up on a first forward pass, for which no method should pay.
+        """Do what torch sets up on first forward passes, for which no method should pay.
 
         Args:
-            subject: Its model is run without any method.
+            subject: Its model is run without any method, and keeps the values of its buffers.
             images: (B, 3, H, W) in [0, 1].
         """
-        subject.warm_up(images)
+        kept = [(buffer, buffer.clone()) for buffer in subject.model.buffers()]
+        try:
+            subject.warm_up(images)
+        finally:
+            for buffer, value in kept:
+                if not buffer.equal(value):  # of a model that changes them itself
+                    buffer.copy_(value)
 
 
 def parse_method(text: str, classes: int) -> Method:

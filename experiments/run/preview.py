@@ -9,6 +9,7 @@ from pathlib import Path
 from experiments.run.flags import add_settings, settings_flags
 from experiments.run.settings import make_run
 from experiments.run.setup import load_setup
+from tta.core.files import replacing
 from tta.streams import Stream
 
 __all__ = ["Previews", "add_flags"]
@@ -56,5 +57,6 @@ class Previews:
         for name, stream in self.streams.items():
             path = self.folder / f"{self.name}-{name}"
             print(stream.preview(draw=path.with_suffix(".png")), end="\n\n")
-            path.with_suffix(".json").write_text(json.dumps(stream.config, indent=1) + "\n")
+            with replacing(path.with_suffix(".json")) as part:
+                part.write_text(json.dumps(stream.config, indent=1) + "\n")
             print(f"{path.with_suffix('.png')}\n{path.with_suffix('.json')}")

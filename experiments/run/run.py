@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from experiments.records.environment import describe_environment
 from experiments.records.file import RESULTS, Results
@@ -14,6 +15,7 @@ from experiments.records.progress import Progress
 from experiments.run import ranks
 from experiments.run.cache import Cache
 from experiments.run.folder import begin, is_finished, now, open_results
+from experiments.run.method_strings import Method
 from experiments.run.setup import Setup, load_setup
 from experiments.run.show import SHOW, show_stream
 from experiments.run.snapshot import Snapshots
@@ -21,6 +23,8 @@ from experiments.run.trial import Trial
 from tta.core.checks import one_of
 
 __all__ = ["Cache", "Run", "is_finished", "load_setup"]
+
+WARM_UPS = 3  # passes of the first batch before anything is timed: the first two are slower
 
 
 class Run:
@@ -127,7 +131,7 @@ class Run:
             f"{config.severity}, {preview.samples} images in {preview.batches} batches of "
             f"{size} with {preview.distinct_labels:.1f} classes on average\n"
         )
-        methods[0].warm_up(self.setup.subject, next(iter(stream)).images)
+        self._warm_up(methods[0], next(iter(stream)).images)
         trial.results.write(
             "stream",
             stream=config.name,
@@ -146,6 +150,19 @@ class Run:
             labels = [method.label for method in self.setup.methods]
             model, folder = self.config.model, trial.folder
             show_stream(config.name, model, preview, summaries, batches, folder, labels)
+
+    def _warm_up(self, method: Method, images: Tensor) -> None:
+        """Pass the first batch through the model; models that draw numbers draw those of one pass.
+
+        Args:
+            method: It knows how to do so.
+            images: (B, 3, H, W) in [0, 1].
+        """
+        subject = self.setup.subject
+        method.warm_up(subject, images)
+        with torch.random.fork_rng([subject.device] if subject.device.type == "cuda" else []):
+            for _ in range(WARM_UPS - 1):
+                method.warm_up(subject, images)
 
     def _check_methods(self) -> None:
         """Wrap once with every method, so that what cannot work fails before the first batch."""

@@ -163,16 +163,22 @@ def _predict(
     def adaptive() -> tuple[Tensor, Timer]:
         timer = Timer(images.device)
         with nullcontext() if batch.adapt else adapter.frozen():
-            output = adapter(images)
+            output = _logits(adapter, images)
         return output, timer.stop()
 
-    def plain() -> Tensor:
+    def plain() -> Any:
         with adapter.frozen(), torch.no_grad(), passes.uncounted():
             return adapter.model(images)
 
     if stream.stopwatch is None or not batch.adapt:
         return adaptive()
     return stream.stopwatch.run(adaptive, plain)
+
+
+def _logits(adapter: Adapter, images: Tensor) -> Tensor:
+    """The adapter's logits (B, C), which may be a part of what it returns."""
+    result = adapter(images)
+    return result if isinstance(result, Tensor) else adapter.network.reader.read(result)
 
 
 def _score(adapter: Adapter, block: Sequence[_Predicted], totals: Totals) -> list[Step]:
@@ -241,6 +247,6 @@ def clean_error(
         for _, (pixels, labels) in read_ahead(order, read, readers):
             pixels = pixels.to(device)
             pixels = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
-            output = adapter(preprocess(pixels)).cpu()
+            output = _logits(adapter, preprocess(pixels)).cpu()
             wrong += int(((output.argmax(1) != labels) | output.isnan().any(1)).sum())
     return wrong / len(images)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.report.run_table import describe, render_markdown, render_text
+from tta.core.files import replacing
 from tta.streams import Preview
 
 __all__ = ["SHOW", "show_stream"]
@@ -47,4 +48,5 @@ def show_stream(
     path = folder / f"{name}-running.png"
     plot_running(dict(batches), path, f"Running error: {title}", window, methods)
     text = f"{render_markdown(summaries)}\n{describe(summaries)}\n"
-    (folder / f"{name}.md").write_text(text)
+    with replacing(folder / f"{name}.md") as part:
+        part.write_text(text)

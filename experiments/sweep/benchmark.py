@@ -259,7 +259,7 @@ class BenchmarkRun:
         """Run what there is time for, then write results and page."""
         left: list[Outcome] = []
         if self.sweep is not None:
-            left = self.sweep.execute()
+            left = self.sweep.run()
             known = [self.results] if self.results.is_file() else []
             # What the results hold is later than a folder's run of the same thing, if there is one.
             write_compact(collect([self.sweep.folder, *known]), self.results)

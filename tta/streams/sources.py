@@ -107,10 +107,16 @@ class ImageSource:
                 f"with the keys {', '.join(map(str, list(dataset)[:5])) or '(none)'}: choose one "
                 'of its datasets, or pass the pair (data["images"], data["labels"])'
             )
-        elif not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        elif (
+            isinstance(dataset, (str, bytes))
+            or not hasattr(dataset, "__len__")
+            or not hasattr(dataset, "__getitem__")
+        ):
+            came = repr(dataset) if isinstance(dataset, str) else type(dataset).__name__
             raise TypeError(
                 f"`{name}` must have __len__ and __getitem__ giving (image, label), or be a pair "
-                f"of arrays (N, H, W, 3) and (N,), got {type(dataset).__name__}"
+                f"of arrays (N, H, W, 3) and (N,), got {came}; open the images first, such as by "
+                "torchvision.datasets.ImageFolder"
             )
         self._size = len(dataset if self._arrays is None else self._arrays)
         if self._size == 0:

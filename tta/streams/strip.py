@@ -13,6 +13,7 @@ from tta.streams.pool import Ints
 
 __all__ = ["draw_strip"]
 
+LETTERS = 9  # points, of all but the title
 # Okabe and Ito's colours, told apart with any colour vision.
 BLUE, VERMILION, GREEN = "#0072B2", "#D55E00", "#009E73"
 
@@ -89,22 +90,23 @@ def _plot(
     grid[0].plot(where, rows, color=BLUE, markersize=4, **dots)
     many = len(names) > 40  # pairs of a walk
     shown = [] if many else [name.replace("$", r"\$") for name in names]
-    grid[0].set_yticks(range(len(shown)), shown, fontsize=8)
+    grid[0].set_yticks(range(len(shown)), shown)
     grid[0].set_ylim(len(names) - 0.5, -0.5)
-    grid[0].set_ylabel(f"domain ({len(names)})" if many else "domain")
+    shows = [f"domain ({len(names)})" if many else "domain", "label"]
     height = max(1.0, min(6.0, 160 / (int(labels.max()) + 1)))
     grid[1].plot(where, labels, color=VERMILION, markersize=height, **dots)
-    grid[1].set_ylabel("label")
     if graded:
         grid[2].plot(where, severities, color=GREEN, linewidth=1)
         pairs = any("+" in name for name in names)
-        grid[2].set_ylabel("severities' sum" if pairs else "severity")
+        shows.append("sum of severities" if pairs else "severity")
         grid[2].set_ylim(0, max(5.2, 1.04 * np.nanmax(severities)))
-    for axes in grid:
+    for axes, text in zip(grid, shows, strict=True):
+        axes.set_title(text, loc="left", fontsize=LETTERS)
+        axes.tick_params(labelsize=LETTERS)
         axes.grid(axis="y", color="#dddddd", linewidth=0.6)
         axes.set_axisbelow(True)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
-    grid[-1].set_xlabel("images seen")
+    grid[-1].set_xlabel("images seen", fontsize=LETTERS)
     grid[-1].set_xlim(0, len(rows))
     figure.suptitle(title, fontsize=11, x=0.01, ha="left")
