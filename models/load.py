@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import tta
 from models.bundled import BUNDLED, CIFAR10_CLASSES, FOLDER
 from models.checkpoint import Weights, fit, read_checkpoint, rows_of
-from tta.core.checks import flag, folder_or_file, nearest, text
+from tta.core.checks import boolean, nearest, path_like, string
 from tta.core.classifier import find_classifier, num_classes
 from tta.core.parameters import is_norm
 
@@ -64,7 +64,7 @@ def list_models(pattern: str = "*") -> list[str]:
         >>> list_models("*_bn")
         ['cifar10_resnet20_bn']
     """
-    library, colon, rest = text("pattern", pattern).partition(":")
+    library, colon, rest = string("pattern", pattern).partition(":")
     if not colon:
         return sorted(n for n in BUNDLED if fnmatch(n, pattern))
     _check_library(library)
@@ -108,8 +108,8 @@ def load(
         FileNotFoundError: When the checkpoint is not there.
         RuntimeError: When weights cannot be fetched.
     """
-    name, at, path = text("name", name).partition("@")
-    flag("pretrained", pretrained)
+    name, at, path = string("name", name).partition("@")
+    boolean("pretrained", pretrained)
     if match not in get_args(Match):
         raise ValueError(
             f'`match` must be one of {", ".join(get_args(Match))}, got {match!r}: "order" is for '
@@ -122,9 +122,7 @@ def load(
             '`match="order"` must come with a checkpoint, got none: pass checkpoint= or the name '
             "as NAME@PATH."
         )
-    found = (
-        None if checkpoint is None else read_checkpoint(folder_or_file("checkpoint", checkpoint))
-    )
+    found = None if checkpoint is None else read_checkpoint(path_like("checkpoint", checkpoint))
     library, colon, rest = name.partition(":")
     if colon:
         _check_library(library)

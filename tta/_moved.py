@@ -48,6 +48,12 @@ SLOTS = {
     "Report": "tta.core.prediction",
     "Update": "tta.core.update",
 }
+RENAMED = {  # functions of `tta.checks`
+    "whole": "whole_number",
+    "text": "string",
+    "flag": "boolean",
+    "folder_or_file": "path_like",
+}
 FORMER = {"tta.config": {"AdapterConfig": "tta.core.recipe"}, "tta.slots": SLOTS}
 
 
@@ -60,7 +66,7 @@ class _OldName(ModuleType):
         place = FORMER.get(self.__name__, {}).get(key, MOVED.get(self.__name__))
         if place is None:
             raise AttributeError(f"module {self.__name__!r} has no attribute {key!r}")
-        return getattr(import_module(place), key)
+        return getattr(import_module(place), RENAMED.get(key, key))
 
 
 class _Finder(MetaPathFinder, Loader):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from tta.core.adapter import Adapter
 from tta.core.build import Injected, build
-from tta.core.checks import folder_or_file
+from tta.core.checks import path_like
 from tta.core.files import leftovers_of, replacing_together
 from tta.core.head import FeatureSpec
 from tta.core.outputs import LogitsSpec
@@ -159,7 +159,7 @@ def _signature(model: nn.Module, adapter: Adapter) -> dict[str, Any]:
 
 
 def _folder(folder: Any) -> Path:
-    folder = folder_or_file("folder", folder)
+    folder = path_like("folder", folder)
     try:
         is_file = folder.is_file()
     except OSError as error:

@@ -32,7 +32,7 @@ from experiments.run.method_strings import Method
 from experiments.run.run import Run
 from experiments.run.setup import Setup
 from experiments.run.subject import pick_device
-from tta.core.checks import folder_or_file, whole
+from tta.core.checks import path_like, whole_number
 from tta.core.head import FeatureSpec
 from tta.core.outputs import LogitsSpec
 from tta.streams import Stream
@@ -172,7 +172,7 @@ def evaluate(
         methods=tuple(method.label for method in chosen),
         streams=tuple(_stream_config(key, built) for key, built in streams.items()),
         batch_size=next(iter(streams.values())).config["batch_size"],
-        seed=whole("seed", seed, 0),
+        seed=whole_number("seed", seed, 0),
         device=str(where),
     )
     origin = {"name": data, "origin": data, "domains_on_disk": False}
@@ -206,7 +206,7 @@ def _summaries(folder: Path, streams: Mapping[str, Stream]) -> dict[str, dict[st
 def _check_folder(out: str | Path | None) -> Path | None:
     if out is None:
         return None
-    folder = folder_or_file("out", out)
+    folder = path_like("out", out)
     if folder.is_file() or (folder / RESULTS).exists():
         kind = "a file" if folder.is_file() else "a folder that holds results"
         raise ValueError(

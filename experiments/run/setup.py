@@ -18,7 +18,7 @@ from experiments.run.domains import Shifts, resolve_domains
 from experiments.run.method_strings import Method, parse_methods
 from experiments.run.scoring import Images
 from experiments.run.subject import Subject, load_subject, subject_arguments
-from tta.core.checks import whole
+from tta.core.checks import whole_number
 from tta.core.plugins import import_modules
 from tta.streams import Stream
 
@@ -74,7 +74,7 @@ def load_setup(
         FileNotFoundError: For missing data.
     """
     if readers is not None:
-        whole("readers", readers, 0)
+        whole_number("readers", readers, 0)
     import_modules(config.imports)  # also in a worker, or where the run is resumed
     cache = Cache() if cache is None else cache
     device = torch.device(config.device)

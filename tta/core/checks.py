@@ -12,17 +12,17 @@ from pathlib import Path
 from typing import Any
 
 __all__ = [
+    "boolean",
     "channels",
-    "flag",
-    "folder_or_file",
     "fraction",
     "mapping",
     "nearest",
     "number",
     "one_of",
+    "path_like",
     "seed",
-    "text",
-    "whole",
+    "string",
+    "whole_number",
 ]
 
 
@@ -48,7 +48,7 @@ def nearest(name: str, known: Iterable[str], limit: int = 40) -> str:
     return f"{hint}Known: {', '.join(shown)} and {len(known) - len(shown)} more."
 
 
-def whole(name: str, value: Any, low: int) -> int:
+def whole_number(name: str, value: Any, low: int) -> int:
     """Return `value` as an int of at least `low`."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(
@@ -92,14 +92,14 @@ def fraction(name: str, value: Any) -> float:
     return number(name, value, 0.0, 1.0)
 
 
-def flag(name: str, value: Any) -> bool:
+def boolean(name: str, value: Any) -> bool:
     """Return `value`, which must be True or False."""
     if not isinstance(value, bool):
         raise TypeError(f"`{name}` must be True or False, got {value!r}")
     return value
 
 
-def text(name: str, value: Any) -> str:
+def string(name: str, value: Any) -> str:
     """Return `value`, which must be a string."""
     if not isinstance(value, str):
         raise TypeError(f"`{name}` must be a string, got {value!r}; put it in quotes")
@@ -155,7 +155,7 @@ def channels(name: str, value: Any, *, above: float = -math.inf) -> tuple[float,
     return given
 
 
-def folder_or_file(name: str, value: Any) -> Path:
+def path_like(name: str, value: Any) -> Path:
     """Return `value` as a path."""
     if not isinstance(value, (str, os.PathLike)):
         raise TypeError(f"`{name}` must be a path, got {value!r}; pass a string or a pathlib.Path")

@@ -11,7 +11,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
-from tta.core.checks import flag, nearest, number, one_of, text, whole
+from tta.core.checks import boolean, nearest, number, one_of, string, whole_number
 
 __all__ = ["CIFAR_ADAM", "LR_SCALINGS", "SLOTS", "ComponentConfig", "UpdateConfig"]
 
@@ -40,9 +40,9 @@ class ComponentConfig:
         """Check the types of booleans and strings; a subclass adds the checks of its numbers."""
         for field in dataclasses.fields(self):
             if field.type in ("bool", bool):
-                flag(field.name, getattr(self, field.name))
+                boolean(field.name, getattr(self, field.name))
             elif field.type in ("str", str):
-                text(field.name, getattr(self, field.name))
+                string(field.name, getattr(self, field.name))
 
     def to_dict(self) -> dict[str, Any]:
         """The component's name and every field, as JSON types."""
@@ -96,7 +96,7 @@ class UpdateConfig(ComponentConfig):
         super().__post_init__()
         number("lr", self.lr, 0)
         one_of("lr_scaling", self.lr_scaling, LR_SCALINGS)
-        whole("lr_batch_size", self.lr_batch_size, 1)
+        whole_number("lr_batch_size", self.lr_batch_size, 1)
         one_of("optimizer", self.optimizer, ("sgd", "adam"))
         below_one = "use a value below 1"
         number("momentum", self.momentum, 0, 1, below=True, advice=below_one)
@@ -112,7 +112,7 @@ class UpdateConfig(ComponentConfig):
         for beta in self.betas:
             number("betas", beta, 0, 1, below=True, advice=below_one)
         number("weight_decay", self.weight_decay, 0)
-        whole("steps", self.steps, 1)
+        whole_number("steps", self.steps, 1)
         if self.nesterov and self.momentum == 0:
             raise ValueError(
                 "`momentum` must be above 0 with nesterov=True, got 0: set one of them"

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tta.core.checks import nearest, whole
+from tta.core.checks import nearest, whole_number
 from tta.core.classifier import dry_run, find_classifier, size_in, size_out
 from tta.core.outputs import LogitsReader
 
@@ -77,7 +77,7 @@ def find_head(
             or when there are fewer than two classes.
     """
     if classes is not None:
-        classes = whole("num_classes", classes, 1)
+        classes = whole_number("num_classes", classes, 1)
     module = _module(model, features)
     function: Any = None
     if features is not None and module is None:

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from importlib import import_module
 from importlib.metadata import entry_points
 
-from tta.core.checks import text
+from tta.core.checks import string
 from tta.core.warn import warn
 
 __all__ = ["GROUP", "import_modules", "load_entry_points"]
@@ -39,7 +39,7 @@ def import_modules(names: Iterable[str]) -> None:
             be imported.
     """
     for name in names:
-        if not all(part.isidentifier() for part in text("import", name).split(".")):
+        if not all(part.isidentifier() for part in string("import", name).split(".")):
             raise ValueError(
                 f"`import` must be the name of a module, such as my_rules, got {name!r}: leave out "
                 "the folder and .py, and put the folder on PYTHONPATH"

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tta.core.checks import channels, mapping, nearest, one_of, seed, text, whole
+from tta.core.checks import channels, mapping, nearest, one_of, seed, string, whole_number
 from tta.core.config import SLOTS, ComponentConfig
 from tta.core.registry import component, config_from_dict
 
@@ -40,14 +40,14 @@ class AdapterConfig:
         for slot in SLOTS:
             _check_slot(slot, getattr(self, slot))
         if self.batch_size is not None:
-            object.__setattr__(self, "batch_size", whole("batch_size", self.batch_size, 1))
+            object.__setattr__(self, "batch_size", whole_number("batch_size", self.batch_size, 1))
         object.__setattr__(self, "seed", seed("seed", self.seed))
         for name in ("source", "features"):
             if getattr(self, name) is not None:
-                text(name, getattr(self, name))
+                string(name, getattr(self, name))
         one_of("activation", self.activation, ("softmax", "sigmoid"))
         if self.num_classes is not None:
-            whole("num_classes", self.num_classes, 1)
+            whole_number("num_classes", self.num_classes, 1)
         self._check_activation()
         if (self.mean is None) != (self.std is None):
             raise ValueError(

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from fnmatch import fnmatch
 from typing import Any, TypeVar
 
-from tta.core.checks import mapping, nearest, one_of, text
+from tta.core.checks import mapping, nearest, one_of, string
 from tta.core.component import Component
 from tta.core.config import SLOTS, ComponentConfig
 from tta.core.plugins import load_entry_points
@@ -39,7 +39,7 @@ def register(name: str) -> Callable[[C], C]:
         >>> @register("my_method")  # doctest: +SKIP
         ... class MyMethod(Update): ...
     """
-    if not text("name", name).isidentifier():
+    if not string("name", name).isidentifier():
         raise ValueError(f"`name` must be an identifier, got {name!r}: rename the component.")
 
     def add(cls: C) -> C:
@@ -115,7 +115,7 @@ def component(name: str) -> type[Component]:
         TypeError: When ``name`` is no string.
         ValueError: For an unknown name, naming the nearest one.
     """
-    text("name", name)
+    string("name", name)
     load_entry_points()
     if name not in _COMPONENTS:
         raise ValueError(f"unknown method {name!r}: " + nearest(name, sorted(_COMPONENTS)))
@@ -137,7 +137,7 @@ def list_methods(pattern: str = "*", slot: str | None = None) -> list[str]:
         >>> list_methods("*bn", slot="norm")
         ['alpha_bn', 'bn', 'robust_bn']
     """
-    text("pattern", pattern)
+    string("pattern", pattern)
     if slot is not None:
         one_of("slot", slot, SLOTS)
     load_entry_points()
@@ -159,7 +159,7 @@ def get_config(name: str, **overrides: Any) -> ComponentConfig:
         >>> get_config("alpha_bn", source_weight=0.7).source_weight
         0.7
     """
-    base, _, tag = text("name", name).partition(".")
+    base, _, tag = string("name", name).partition(".")
     cls = component(base)
     if tag and tag not in cls.PRESETS:
         known = nearest(tag, cls.PRESETS) if cls.PRESETS else "it has none."

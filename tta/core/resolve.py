@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from tta.core.checks import nearest, whole
+from tta.core.checks import nearest, whole_number
 from tta.core.config import SLOTS, ComponentConfig
 from tta.core.head import find_head
 from tta.core.norm_rule import NormRule
@@ -95,7 +95,7 @@ def resolve(model: nn.Module, request: Request) -> AdapterConfig:
         return _given_config(request)
     batch_size = request.batch_size
     if batch_size is not None:
-        batch_size = whole("batch_size", batch_size, 1)
+        batch_size = whole_number("batch_size", batch_size, 1)
     chosen = _override(_choose(request), request.overrides)
     chosen = {
         slot: None if config is None else config.for_batch_size(batch_size)

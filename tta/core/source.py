@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tta.core.checks import folder_or_file, nearest
+from tta.core.checks import nearest, path_like
 from tta.core.source_checks import BY_PARAMETER, check_iterable, check_named, check_tensor
 from tta.core.warn import warn
 
@@ -115,7 +115,7 @@ class SourceStatistics:
             FileNotFoundError: When its folder is not there.
             IsADirectoryError: When it is a folder itself.
         """
-        path = folder_or_file("path", path)
+        path = path_like("path", path)
         if not path.parent.is_dir():
             raise FileNotFoundError(
                 f"`path` must lie in a folder that is there, but {path.parent} is not: make it "
@@ -148,7 +148,7 @@ class SourceStatistics:
             FileNotFoundError: When there is no such file.
             ValueError: When the file holds something that is no source artefact.
         """
-        path = folder_or_file("path", path)
+        path = path_like("path", path)
         if not path.is_file():
             raise FileNotFoundError(
                 f"`path` must be a file of source artefacts, but {path} is not there: make it with "

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tta.core.backbone import Backbone
-from tta.core.checks import flag, fraction, number, whole
+from tta.core.checks import boolean, fraction, number, whole_number
 from tta.core.component import Context
 from tta.core.config import CIFAR_ADAM, UpdateConfig
 from tta.core.prediction import Prediction, Report
@@ -44,8 +44,8 @@ class ConsistencyConfig(UpdateConfig):
         fraction("teacher_momentum", self.teacher_momentum)
         fraction("restore_probability", self.restore_probability)
         number("confidence_threshold", self.confidence_threshold, 0)
-        whole("views", self.views, 1)
-        flag("symmetric_loss", self.symmetric_loss)
+        whole_number("views", self.views, 1)
+        boolean("symmetric_loss", self.symmetric_loss)
 
 
 def presets(**cifar: Any) -> dict[str, dict[str, Any]]:

@@ -46,7 +46,7 @@ from torch import Tensor
 from torch.optim.adam import adam
 
 from tta.core.backbone import Backbone
-from tta.core.checks import flag, number, whole
+from tta.core.checks import boolean, number, whole_number
 from tta.core.component import Context
 from tta.core.config import ComponentConfig
 from tta.core.output_rule import Output
@@ -77,13 +77,13 @@ class AdanpcConfig(ComponentConfig):
     official: bool = False  # random first row, memory without limit, second softmax
 
     def __post_init__(self) -> None:
-        whole("neighbours", self.neighbours, 1)
+        whole_number("neighbours", self.neighbours, 1)
         number("temperature", self.temperature, 0, above=True)
         number("confidence_threshold", self.confidence_threshold, 0)
         number("ball_radius", self.ball_radius, -1)
-        whole("capacity", self.capacity, 1)
-        whole("source_samples", self.source_samples, 1)
-        flag("official", self.official)
+        whole_number("capacity", self.capacity, 1)
+        whole_number("source_samples", self.source_samples, 1)
+        boolean("official", self.official)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +97,7 @@ class AdanpcBnConfig(AdanpcConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        whole("rounds", self.rounds, 1)
+        whole_number("rounds", self.rounds, 1)
         number("lr", self.lr, 0)
         number("weight_decay", self.weight_decay, 0)
 

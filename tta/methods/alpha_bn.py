@@ -23,7 +23,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tta.core.checks import flag, fraction
+from tta.core.checks import boolean, fraction
 from tta.core.config import ComponentConfig
 from tta.core.norm_layers import batch_stats, normalize, one_value
 from tta.core.norm_rule import NormRule
@@ -42,8 +42,8 @@ class AlphaBnConfig(ComponentConfig):
 
     def __post_init__(self) -> None:
         fraction("source_weight", self.source_weight)
-        flag("unbiased", self.unbiased)
-        flag("official", self.official)
+        boolean("unbiased", self.unbiased)
+        boolean("official", self.official)
 
 
 @register("alpha_bn")

@@ -39,7 +39,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tta.core.checks import number, one_of, whole
+from tta.core.checks import number, one_of, whole_number
 from tta.core.config import CIFAR_ADAM
 from tta.core.norm_layers import frozen_statistics
 from tta.core.prediction import Prediction, Report
@@ -69,7 +69,7 @@ class DeyoConfig(LowerLayersConfig):
         number("weight_margin", self.weight_margin, 0)
         number("plpd_threshold", self.plpd_threshold, -1, 1)
         one_of("destroy", self.destroy, ("patch", "pixel", "occlusion"))
-        whole("patches", self.patches, 1)
+        whole_number("patches", self.patches, 1)
         number("occlusion", self.occlusion, 0, 1, above=True)
 
 

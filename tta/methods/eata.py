@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tta.core.backbone import Backbone
-from tta.core.checks import number, whole
+from tta.core.checks import number, whole_number
 from tta.core.component import Context
 from tta.core.config import CIFAR_ADAM
 from tta.core.registry import register
@@ -53,7 +53,7 @@ class EataConfig(SelectiveConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         number("fisher_weight", self.fisher_weight, 0)
-        whole("fisher_samples", self.fisher_samples, 1)
+        whole_number("fisher_samples", self.fisher_samples, 1)
 
 
 @dataclass(frozen=True, kw_only=True)

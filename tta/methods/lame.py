@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tta.core.checks import flag, one_of, whole
+from tta.core.checks import boolean, one_of, whole_number
 from tta.core.config import ComponentConfig
 from tta.core.output_rule import Output
 from tta.core.prediction import Prediction
@@ -48,9 +48,9 @@ class LameConfig(ComponentConfig):
 
     def __post_init__(self) -> None:
         one_of("affinity", self.affinity, ("rbf", "knn", "linear"))
-        whole("neighbours", self.neighbours, 1)
-        flag("symmetric", self.symmetric)
-        flag("official", self.official)
+        whole_number("neighbours", self.neighbours, 1)
+        boolean("symmetric", self.symmetric)
+        boolean("official", self.official)
 
 
 def affinity(features: Tensor, kind: str, neighbours: int, symmetric: bool) -> Tensor:

@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 from tta.core.backbone import Backbone
-from tta.core.checks import fraction, number, one_of, whole
+from tta.core.checks import fraction, number, one_of, whole_number
 from tta.core.component import Context
 from tta.core.prediction import Prediction
 from tta.core.registry import register
@@ -68,7 +68,7 @@ class PetalConfig(ConsistencyConfig):
         number("damping", self.damping, 0, above=True)
         one_of("restore", self.restore, ("fisher", "random"))
         fraction("restore_quantile", self.restore_quantile)
-        whole("posterior_epochs", self.posterior_epochs, 2)
+        whole_number("posterior_epochs", self.posterior_epochs, 2)
 
 
 @register("petal")

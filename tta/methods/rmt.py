@@ -44,7 +44,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tta.core.backbone import Backbone
-from tta.core.checks import fraction, number, one_of, whole
+from tta.core.checks import fraction, number, one_of, whole_number
 from tta.core.component import Context
 from tta.core.config import CIFAR_ADAM, UpdateConfig
 from tta.core.norm_layers import frozen_statistics
@@ -85,8 +85,8 @@ class RmtConfig(UpdateConfig):
         number("weight_target", self.weight_target, 0)
         number("weight_contrastive", self.weight_contrastive, 0)
         number("temperature", self.temperature, 0, above=True)
-        whole("projection_dim", self.projection_dim, 0)
-        whole("warmup_samples", self.warmup_samples, 0)
+        whole_number("projection_dim", self.projection_dim, 0)
+        whole_number("warmup_samples", self.warmup_samples, 0)
         one_of("combine", self.combine, ("sum", "mean"))
 
 

@@ -67,7 +67,7 @@ from torch import Tensor
 
 from tta.core.backbone import Backbone
 from tta.core.batch_split import current_split
-from tta.core.checks import fraction, number, whole
+from tta.core.checks import fraction, number, whole_number
 from tta.core.component import Context
 from tta.core.config import ComponentConfig, UpdateConfig
 from tta.core.norm_layers import (
@@ -177,8 +177,8 @@ class RottaConfig(UpdateConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         fraction("teacher_momentum", self.teacher_momentum)
-        whole("memory_size", self.memory_size, 1)
-        whole("update_every", self.update_every, 1)
+        whole_number("memory_size", self.memory_size, 1)
+        whole_number("update_every", self.update_every, 1)
         number("timeliness", self.timeliness, 0)
         number("uncertainty", self.uncertainty, 0)
 

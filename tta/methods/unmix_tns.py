@@ -53,7 +53,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tta.core.batch_split import current_split
-from tta.core.checks import fraction, number, whole
+from tta.core.checks import fraction, number, whole_number
 from tta.core.component import Context
 from tta.core.config import ComponentConfig
 from tta.core.norm_layers import (
@@ -83,12 +83,12 @@ class UnmixTnsConfig(ComponentConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        whole("components", self.components, 1)
+        whole_number("components", self.components, 1)
         if self.momentum is not None:
             fraction("momentum", self.momentum)
         if self.batch_size is not None:
-            whole("batch_size", self.batch_size, 1)
-        whole("batch_size_max", self.batch_size_max, 1)
+            whole_number("batch_size", self.batch_size, 1)
+        whole_number("batch_size_max", self.batch_size_max, 1)
         number("temperature", self.temperature, 0, above=True)
         fraction("alpha", self.alpha)
         if self.update_lr is not None:

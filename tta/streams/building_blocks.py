@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tta.core.checks import flag, fraction, number, one_of, whole
+from tta.core.checks import boolean, fraction, number, one_of, whole_number
 from tta.streams import arrangements, markov, schedules, selections, walk
 from tta.streams.sources import Domains
 
@@ -145,7 +145,7 @@ def _one_of(*allowed: str) -> Callable[[str, Any], str]:
 
 
 def _count(name: str, value: Any) -> int:
-    return whole(name, value, 1)
+    return whole_number(name, value, 1)
 
 
 # An option name means the same in every building block that has it, so one table serves all.
@@ -156,7 +156,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "class_order": _one_of("fixed", "shuffled"),
     "clean_ratio": fraction,
     "concentration": lambda name, value: number(name, value, 0.0, above=True),
-    "constant_size": flag,
+    "constant_size": boolean,
     "delta": lambda name, value: number(name, value, 0.0, above=True, advice=_SPREAD),
     "difficulty": _one_of(*walk.TARGETS),
     "domain_correlation": _maybe(fraction),
@@ -165,7 +165,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "group_by": _one_of("auto", "given", "domain", "class"),
     "groups": _maybe(_groups),
     "imbalance_factor": _at_least(1.0),
-    "interleave": flag,
+    "interleave": boolean,
     "ir": _at_least(1.0),
     "max_state_samples": _maybe(_count),
     "min_chunk": _count,

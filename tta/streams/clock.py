@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from tta.core.checks import flag, fraction, nearest, number
+from tta.core.checks import boolean, fraction, nearest, number
 
 __all__ = ["Clock", "Stopwatch", "as_clock"]
 
@@ -43,7 +43,7 @@ class Clock:
 
     def __post_init__(self) -> None:
         """Check the fields against each other."""
-        flag("measured", self.measured)
+        boolean("measured", self.measured)
         fraction("eta", self.eta)
         if self.measured == (self.ratio is not None):
             raise ValueError(

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tta.core.checks import flag, number, whole
+from tta.core.checks import boolean, number, whole_number
 from tta.streams.arguments import fit_options, list_domains, merge_options, named_datasets
 from tta.streams.building_blocks import options_of
 from tta.streams.clock import Clock, as_clock
@@ -113,15 +113,15 @@ def build(
         "scenario": spec.name,
         "domains": listed,
         "severity": number("severity", severity, 0.0, 5.0),
-        "batch_size": spec.batch_size or whole("batch_size", batch_size, 1),
-        "seed": whole("seed", seed, 0),
-        "shared_order": flag("shared_order", shared_order),
-        "shuffle_domains": flag("shuffle_domains", shuffle_domains),
-        "num_samples": None if num_samples is None else whole("num_samples", num_samples, 1),
+        "batch_size": spec.batch_size or whole_number("batch_size", batch_size, 1),
+        "seed": whole_number("seed", seed, 0),
+        "shared_order": boolean("shared_order", shared_order),
+        "shuffle_domains": boolean("shuffle_domains", shuffle_domains),
+        "num_samples": None if num_samples is None else whole_number("num_samples", num_samples, 1),
         "reset": spec.reset,
         "last_batch": spec.last_batch,
         "clock": None if timing is None else asdict(timing),
-        "window": None if window is None else whole("window", window, 1),
+        "window": None if window is None else whole_number("window", window, 1),
         "schedule": spec.schedule,
         "select": spec.select,
         "arrange": spec.arrange,

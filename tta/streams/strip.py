@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tta.core.checks import folder_or_file
+from tta.core.checks import path_like
 from tta.streams.plan import Rows
 from tta.streams.pool import Ints
 
@@ -38,7 +38,7 @@ def draw_strip(batches: Iterable[tuple[Rows, Ints]], config: Mapping[str, Any], 
         raise ImportError(
             "`draw` must be left out where matplotlib is not installed: pip install matplotlib"
         ) from error
-    path = folder_or_file("draw", path)
+    path = path_like("draw", path)
     if path.is_dir() or path.suffix.lower() not in ("", ".png"):
         raise ValueError(f"`draw` must be the name of a PNG file, got {str(path)!r}")
     if not path.parent.is_dir():
