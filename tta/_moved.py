@@ -6,12 +6,14 @@ end of ``sys.meta_path`` answers for these names alone, so that no file of an ol
 
 from __future__ import annotations
 
+import importlib
 import sys
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -80,7 +82,7 @@ class _Finder(MetaPathFinder, Loader):
         warnings.warn(
             f"{spec.name} has moved to {now} and goes after version 0.2: import it from there.",
             DeprecationWarning,
-            stacklevel=_lines_above_import(),
+            stacklevel=_level_of_caller(),
         )
         return _OldName(spec.name)
 
@@ -88,13 +90,18 @@ class _Finder(MetaPathFinder, Loader):
         """Nothing to run: `_OldName` looks everything up."""
 
 
-def _lines_above_import() -> int:
-    """The stack level of the line that imports, past the machinery of imports."""
+def _level_of_caller() -> int:
+    """The stack level of the line that imports; `warnings` itself skips the import machinery."""
+    inside = (f"{Path(__file__).parent}/", importlib.__file__)
     frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and (
-        "importlib" in frame.f_code.co_filename or frame.f_code.co_filename == __file__
-    ):
-        frame, level = frame.f_back, level + 1
+    while frame.f_back is not None:
+        frame = frame.f_back
+        file = frame.f_code.co_filename
+        if "_bootstrap" in file and "importlib" in file:
+            continue
+        level += 1
+        if not file.startswith(inside):
+            return level
     return level
 
 

@@ -61,9 +61,10 @@ def save(adapter: Adapter, folder: str | Path) -> None:
     folder = _folder(folder)
     if "model" not in adapter._modules:
         raise RuntimeError("this adapter was unwrapped and has no state: wrap the model again.")
-    tensors = {f"state:{k}": v for k, v in adapter.state().items()}
-    tensors |= {f"constant:{k}": v.detach().clone() for k, v in adapter.constants().items()}
-    tensors |= {f"initial:{k}": v for k, v in adapter.reset_point().items()}
+    with adapter.turns:  # no call of another thread comes between
+        tensors = {f"state:{k}": v for k, v in adapter.state().items()}
+        tensors |= {f"constant:{k}": v.detach().clone() for k, v in adapter.constants().items()}
+        tensors |= {f"initial:{k}": v for k, v in adapter.reset_point().items()}
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     about: dict[str, Any] = {
         "format": FORMAT,

@@ -23,6 +23,7 @@ from tta.core.serving import Serving
 from tta.core.session import Session
 from tta.core.state import AdapterState
 from tta.core.state_dict import check_origin
+from tta.core.turns import Turns, in_turn
 from tta.core.update import Update
 
 __all__ = ["Adapter"]
@@ -38,7 +39,8 @@ class Adapter(nn.Module):
 
     Call it like the model: images in, logits of the same shape out. The model inside stays in
     eval mode whatever ``train()`` or ``eval()`` is called; learning is paused with
-    :meth:`freeze` or :meth:`frozen`. It works under ``torch.no_grad`` and ``inference_mode``.
+    :meth:`freeze` or :meth:`frozen`. It works under ``torch.no_grad`` and ``inference_mode``, and
+    from several threads, whose calls wait for each other.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Adapter(nn.Module):
         output: Output | None,
     ) -> None:
         super().__init__()
+        self.turns = Turns()
         self.model = network.model
         self.config = config
         self.update = update
@@ -68,6 +71,7 @@ class Adapter(nn.Module):
 
     # What users do with it -----------------------------------------------------------------
 
+    @in_turn
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Predict a batch, and learn from it unless frozen.
 
@@ -99,6 +103,7 @@ class Adapter(nn.Module):
             x = x.clone() if images.is_inference() else x
             return self._serving.serve(x, follow)
 
+    @in_turn
     def reset(self) -> None:
         """Put everything back to what it was when ``wrap`` returned, bit for bit."""
         self._held("has no state")
@@ -122,11 +127,13 @@ class Adapter(nn.Module):
         finally:
             self._set_learning(before)
 
+    @in_turn
     def state(self) -> dict[str, Tensor]:
         """Clones of everything that moves, by name; see ``docs/streaming.md``."""
         self._held("has no state")
         return self._state.clones()
 
+    @in_turn
     def load_state(
         self,
         state: Mapping[str, Tensor],
@@ -156,14 +163,17 @@ class Adapter(nn.Module):
             )
         self._state.load(state, as_source, allow_nonfinite)
 
+    @in_turn
     def reset_point(self) -> dict[str, Tensor]:
         """Clones of the state that :meth:`reset` restores."""
         return {key: value.clone() for key, value in self.session.reset_point.items()}
 
+    @in_turn
     def constants(self) -> dict[str, Tensor]:
         """What was fixed at wrap (Fisher information, anchors, ...), by name."""
         return self._state.constants()
 
+    @in_turn
     def unwrap(self, keep: bool | str = False) -> nn.Module:
         """Return the caller's model, as it was or with what was learned.
 
@@ -211,6 +221,7 @@ class Adapter(nn.Module):
         """Return what ``state_dict`` holds besides the modules' tensors: state and fingerprint."""
         return {"fingerprint": self.fingerprint, "state": dict(self.state())}
 
+    @in_turn
     def set_extra_state(self, state: Any) -> None:
         """Restore what :meth:`get_extra_state` returned."""
         check_origin(state["fingerprint"], self._state.fingerprint)
@@ -238,6 +249,7 @@ class Adapter(nn.Module):
         return _IncompatibleKeys([], [])
 
     @property
+    @in_turn
     def report(self) -> Report:
         """Figures of the last batch; see :class:`tta.Report`."""
         figures = {"seen": self._serving.seen, "rejected": self._serving.rejected, "selected": 0}
@@ -358,6 +370,7 @@ class Adapter(nn.Module):
                     "keep='parameters'."
                 )
 
+    @in_turn
     def _set_learning(self, learning: bool) -> None:
         self._learning = self._serving.learning = learning
         for wrapper in self._wrappers.values():

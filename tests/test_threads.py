@@ -1,0 +1,97 @@
+"""One adapter in several threads: calls take turns, and every thread gets its own rows."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+import threading
+
+import pytest
+import torch
+
+import tta
+from tests.helpers.batches import images
+from tests.helpers.compositions import make
+from tests.helpers.nets import tiny
+
+RECIPES = [name for name in tta.list_methods() if not name.startswith("source")]
+THREADS, CALLS = 4, 4
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.filterwarnings("ignore:.*preset, made for:UserWarning")
+def test_calls_of_several_threads_are_served_one_after_the_other(name: str) -> None:
+    """In whatever order they come: a queue that is served alone in that order gives the same."""
+    _, adapter = make("bn", {"recipe": name})
+    served: list[tuple[int, torch.Tensor]] = []
+    failures: list[BaseException] = []
+    barrier = threading.Barrier(THREADS)
+
+    def serve(thread: int) -> None:
+        barrier.wait()
+        try:
+            for call in range(CALLS):
+                number = thread * CALLS + call
+                with adapter.turns:  # the order is that of the turns
+                    served.append((number, adapter(images(number))))
+                adapter.report, adapter.state()
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=serve, args=(n,)) for n in range(THREADS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures and len(served) == THREADS * CALLS
+    _, alone = make("bn", {"recipe": name})
+    for number, logits in served:
+        assert torch.equal(alone(images(number)), logits)
+
+
+def test_a_call_waits_for_the_one_that_is_going_on() -> None:
+    adapter = tta.wrap(tiny("bn"), "tent.cifar10")
+    order: list[str] = []
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow(*_: object) -> None:
+        begun.set()
+        go_on.wait(30)
+        order.append("call")
+
+    handle = adapter.model.register_forward_pre_hook(slow)
+    caller = threading.Thread(target=lambda: adapter(images(0)))
+    caller.start()
+    begun.wait(30)
+    handle.remove()
+    reader = threading.Thread(target=lambda: (adapter.reset(), order.append("reset")))
+    reader.start()
+    reader.join(0.2)
+    assert order == [] and reader.is_alive()
+    go_on.set()
+    caller.join(30), reader.join(30)
+    assert order == ["call", "reset"]
+
+
+def test_copies_and_children_have_turns_of_their_own() -> None:
+    adapter = tta.wrap(tiny("bn"), "tent.cifar10")
+    held, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with adapter.turns:
+            held.set()
+            done.wait(30)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    held.wait(30)
+    for twin in (copy.deepcopy(adapter), pickle.loads(pickle.dumps(adapter))):
+        assert twin.turns is not adapter.turns and twin(images(0)).shape == (8, 10)
+    child = os.fork()
+    if child == 0:  # nobody holds anything here
+        with adapter.turns:
+            os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    done.set()
+    holder.join(30)

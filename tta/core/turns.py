@@ -1,0 +1,59 @@
+"""Turns: calls of one object that wait for each other, from whatever thread."""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+__all__ = ["Turns", "in_turn"]
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+_all: weakref.WeakSet[Turns] = weakref.WeakSet()
+
+
+class Turns:
+    """A lock that a thread may take several times; ``with turns: ...``.
+
+    Copies of an object, and what is unpickled, have one of their own. A process that was forked
+    while another thread had its turn begins with a free one.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        _all.add(self)
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def __deepcopy__(self, memo: Any) -> Turns:
+        return Turns()
+
+    def __reduce__(self) -> Any:
+        return Turns, ()
+
+
+def in_turn(method: Method) -> Method:
+    """Make a method of an object that has ``turns`` wait for the other methods like it."""
+
+    @functools.wraps(method)
+    def wait(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with self.turns:
+            return method(self, *args, **kwargs)
+
+    return wait  # type: ignore[return-value]
+
+
+def _free_all() -> None:
+    for turns in _all:
+        turns._lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_free_all)
