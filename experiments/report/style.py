@@ -111,14 +111,12 @@ def looks_of(methods: Iterable[str]) -> dict[str, Look]:
         if plain in ORDER and ORDER.index(plain) not in places.values():
             places.setdefault(name, ORDER.index(plain))
     taken = set(places.values())
+    free = LOOKS - len(ORDER)
     for name in sorted(set(names) - set(places)):
-        wanted = zlib.crc32(name.encode()) % (LOOKS - len(ORDER))
-        for step in range(LOOKS - len(ORDER)):
-            place = len(ORDER) + (wanted + step) % (LOOKS - len(ORDER))
-            if place not in taken:
-                break
-        places[name] = place
-        taken.add(place)
+        wanted = zlib.crc32(name.encode())
+        asked = [len(ORDER) + (wanted + step) % free for step in range(free)]
+        places[name] = next((place for place in asked if place not in taken), asked[0])
+        taken.add(places[name])
     looks = {name: _look(places[name]) for name in names}
     return {BASELINE: Look(BLACK, MARKERS[0], LINES[0])} | looks
 
