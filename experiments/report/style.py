@@ -69,9 +69,10 @@ LINES = ("-", "--", "-.", ":")
 LOOKS = len(COLOURS) * len(MARKERS)  # all are different, as the two numbers have no common divisor
 
 # The place of a method here is its look for good, in figures of any time: add names at the end.
-# Whatever is not here, such as a composition, has its look from the letters of its label.
+# Whatever is not here, such as another composition, has its look from the letters of its label.
 ORDER = (
-    "bn", "alpha_bn", "tent", "eata", "unmix_tns", "lame", "sar", "rotta", "cotta", "roid",
+    "bn", "alpha_bn", "tent", "eata", "unmix_tns", "lame", "unmix_tns+eata",  # those of the demo
+    "sar", "rotta", "cotta", "roid",
     "rdumb", "deyo", "eta", "rmt", "petal", "robust_bn", "core", "cafa", "adanpc", "adanpc_bn",
     "prior_correction",
 )  # fmt: skip
