@@ -69,9 +69,10 @@ LINES = ("-", "--", "-.", ":")
 LOOKS = len(COLOURS) * len(MARKERS)  # all are different, as the two numbers have no common divisor
 
 # The place of a method here is its look for good, in figures of any time: add names at the end.
-# Whatever is not here, such as a composition, has its look from the letters of its label.
+# Whatever is not here, such as another composition, has its look from the letters of its label.
 ORDER = (
-    "bn", "alpha_bn", "tent", "eata", "unmix_tns", "lame", "sar", "rotta", "cotta", "roid",
+    "bn", "alpha_bn", "tent", "eata", "unmix_tns", "lame", "unmix_tns+eata",  # those of the demo
+    "sar", "rotta", "cotta", "roid",
     "rdumb", "deyo", "eta", "rmt", "petal", "robust_bn", "core", "cafa", "adanpc", "adanpc_bn",
     "prior_correction",
 )  # fmt: skip
@@ -111,14 +112,12 @@ def looks_of(methods: Iterable[str]) -> dict[str, Look]:
         if plain in ORDER and ORDER.index(plain) not in places.values():
             places.setdefault(name, ORDER.index(plain))
     taken = set(places.values())
+    free = LOOKS - len(ORDER)
     for name in sorted(set(names) - set(places)):
-        wanted = zlib.crc32(name.encode()) % (LOOKS - len(ORDER))
-        for step in range(LOOKS - len(ORDER)):
-            place = len(ORDER) + (wanted + step) % (LOOKS - len(ORDER))
-            if place not in taken:
-                break
-        places[name] = place
-        taken.add(place)
+        wanted = zlib.crc32(name.encode())
+        asked = [len(ORDER) + (wanted + step) % free for step in range(free)]
+        places[name] = next((place for place in asked if place not in taken), asked[0])
+        taken.add(places[name])
     looks = {name: _look(places[name]) for name in names}
     return {BASELINE: Look(BLACK, MARKERS[0], LINES[0])} | looks
 
