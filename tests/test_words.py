@@ -36,7 +36,7 @@ def test_names_that_are_known_come_in_one_order() -> None:
 
 
 def test_the_small_batch_warning_recommends_something_else() -> None:
-    for norm, others in (("bn", ["alpha_bn", "unmix_tns"]), ("alpha_bn", ["unmix_tns"])):
+    for norm, others in (("bn", ["robust_bn", "unmix_tns"]), ("robust_bn", ["unmix_tns"])):
         net = nn.Sequential(
             nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(4), nn.Flatten(),
             nn.Linear(4, 10),
@@ -44,7 +44,7 @@ def test_the_small_batch_warning_recommends_something_else() -> None:
         with pytest.warns(UserWarning, match="use larger batches or ") as caught:
             tta.wrap(net, norm)(images(0, 1))
         text = str(caught[0].message)
-        assert [n for n in ("alpha_bn", "unmix_tns") if f"norm='{n}'" in text] == others
+        assert [n for n in ("robust_bn", "unmix_tns") if f"norm='{n}'" in text] == others
 
 
 def _line_of(call: Any) -> tuple[str, str]:

@@ -76,6 +76,7 @@ ORDER = (
     "rdumb", "deyo", "eta", "rmt", "petal", "robust_bn", "core", "cafa", "adanpc", "adanpc_bn",
     "prior_correction",
 )  # fmt: skip
+FIXED = {name: place for place, name in enumerate(ORDER)}
 
 
 @dataclass(frozen=True)
@@ -106,11 +107,11 @@ def looks_of(methods: Iterable[str]) -> dict[str, Look]:
     True
     """
     names = [name for name in dict.fromkeys(methods) if name != BASELINE]
-    places = {name: ORDER.index(name) for name in names if name in ORDER}
+    places = {name: FIXED[name] for name in names if name in FIXED}
     for name in names:  # a method alone with other fields looks as without them
-        plain = _without_fields(name).partition(".")[0]
-        if plain in ORDER and ORDER.index(plain) not in places.values():
-            places.setdefault(name, ORDER.index(plain))
+        place = FIXED.get(_without_fields(name).partition(".")[0])
+        if place is not None and place not in places.values():
+            places.setdefault(name, place)
     taken = set(places.values())
     free = LOOKS - len(ORDER)
     for name in sorted(set(names) - set(places)):
