@@ -81,6 +81,7 @@ def _page_with(part: str) -> str:
     return f"{before}{START}\n{part}{END}{rest.split(END)[1]}"
 
 
+@pytest.mark.slow
 def test_the_table_of_compositions_is_what_happens() -> None:
     assert PAGE.read_text() == _page_with(table(_tried())), (
         "run `python -m tests.test_compositions` and look at what changed"

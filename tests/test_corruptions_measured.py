@@ -65,6 +65,7 @@ def test_rates_are_carried_over_by_the_unit(monkeypatch):
     assert row["ratio"] == pytest.approx(100.0 / row["baseline"])
 
 
+@pytest.mark.slow
 def test_speed_table_goes_on_the_page(tmp_path, capsys):
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- speed -->\nold\n<!-- /speed -->\nafter\n")

@@ -53,6 +53,7 @@ def content(folder):
     return {name: path.read_bytes() for name, path in files.items()}, sums
 
 
+@pytest.mark.slow
 def test_cifar10_layout(npz, tmp_path, capsys):
     out = tmp_path / "out"
     command = ["write", "cifar10", str(npz), str(out), "--corruptions", "fog", "contrast"]
