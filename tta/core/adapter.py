@@ -23,6 +23,7 @@ from tta.core.serving import Serving
 from tta.core.session import Session
 from tta.core.state import AdapterState
 from tta.core.state_dict import check_origin
+from tta.core.transaction import Transaction
 from tta.core.turns import Turns, in_turn
 from tta.core.update import Update
 
@@ -64,8 +65,9 @@ class Adapter(nn.Module):
         self._state = AdapterState(
             config.label, context.generator, network, wrappers, update, output
         )
-        self._serving = Serving(network, self._state, wrappers, update, output)
-        self._learning = True
+        parts = [part for part in (update, output) if part is not None]
+        self._transaction = Transaction(self._state, network, parts, context.journal)
+        self._serving = Serving(network, self._state, wrappers, update, output, self._transaction)
         trained = None if update is None else context.parameters.values()
         self._loan = Loan(network.model, network.masters.own.values(), trained)
 
@@ -97,17 +99,23 @@ class Adapter(nn.Module):
         network.check(images)
         if self.model.training:
             self.model.eval()
-        with torch.inference_mode(False), network.call(*args, **kwargs):
-            follow = not self._learning and images.requires_grad and torch.is_grad_enabled()
-            x = images if follow else images.detach()
-            x = x.clone() if images.is_inference() else x
-            return self._serving.serve(x, follow)
+        learning = network.session.learning
+
+        def serve() -> Any:
+            with network.call(*args, **kwargs):
+                follow = not learning and images.requires_grad and torch.is_grad_enabled()
+                x = images if follow else images.detach()
+                x = x.clone() if images.is_inference() else x
+                return self._serving.serve(x, follow)
+
+        with torch.inference_mode(False):
+            return self._transaction.run(serve, learning)
 
     @in_turn
     def reset(self) -> None:
         """Put everything back to what it was when ``wrap`` returned, bit for bit."""
         self._held("has no state")
-        self._state.reset()
+        self._transaction.run(self._state.reset)
 
     def freeze(self) -> None:
         """Stop all learning: parameters, moving statistics, memory. Predictions go on."""
@@ -120,7 +128,7 @@ class Adapter(nn.Module):
     @contextmanager
     def frozen(self) -> Iterator[Adapter]:
         """Freeze within a ``with`` block, and restore what was before at its end."""
-        before = self._learning
+        before = self.session.learning
         self._set_learning(False)
         try:
             yield self
@@ -161,7 +169,7 @@ class Adapter(nn.Module):
                 f"`state` must be a dict of tensors, got {type(state).__name__}: pass what "
                 "state() gave."
             )
-        self._state.load(state, as_source, allow_nonfinite)
+        self._transaction.run(lambda: self._state.load(state, as_source, allow_nonfinite))
 
     @in_turn
     def reset_point(self) -> dict[str, Tensor]:
@@ -312,10 +320,11 @@ class Adapter(nn.Module):
         total = sum(p.numel() for p in self.parameters())
         size = sum(v.numel() * v.element_size() for v in moving) / 1e6
         model = "unwrapped" if self._network is None else type(self.model).__name__
+        frozen = ", frozen" if self._network is not None and not self.session.learning else ""
         return (
             f"Adapter({model}, {', '.join(filled) or 'source'}, "
             f"{len(self._wrappers)} norm layers wrapped, {trained:,} of {total:,} parameters "
-            f"trained, state {size:.2f} MB{'' if self._learning else ', frozen'})"
+            f"trained, state {size:.2f} MB{frozen})"
         )
 
     # How it works ---------------------------------------------------------------------------
@@ -330,6 +339,7 @@ class Adapter(nn.Module):
         """Return the network, or raise ``RuntimeError`` if the model was given back."""
         if self._network is None:
             raise RuntimeError(f"this adapter was unwrapped and {problem}: wrap the model again.")
+        self._transaction.settle()
         return self._network
 
     def _refuse_copies(self) -> None:
@@ -372,7 +382,9 @@ class Adapter(nn.Module):
 
     @in_turn
     def _set_learning(self, learning: bool) -> None:
-        self._learning = self._serving.learning = learning
+        if self._network is None:
+            return
+        self.session.learning = learning
         for wrapper in self._wrappers.values():
             wrapper.rule.learning = learning
         if self.output is not None:
@@ -382,6 +394,7 @@ class Adapter(nn.Module):
         super()._apply(fn, recurse)
         if self._network is not None:
             self._network.convert(fn)
+            self._transaction.forget()
         return self
 
     def __getattr__(self, name: str) -> Any:

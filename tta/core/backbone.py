@@ -31,6 +31,7 @@ from tta.core.norm_layers import (
 from tta.core.outputs import LogitsReader
 from tta.core.prediction import Prediction
 from tta.core.session import Session
+from tta.core.structure import OtherTensors
 
 __all__ = ["Backbone", "ImagesRefusedError", "KindRefusedError", "RowsOverflowError"]
 
@@ -109,11 +110,14 @@ class Backbone:
             self._handles.append(head.module.register_forward_pre_hook(self.feature_hook))
         elif features:
             self._callee, self._prefix = WithFeatures(model, head.function), "model."
+        self._other = OtherTensors(self._callee, LogitsReader(0) if self._prefix else reader)
         places = functional.names(model, [p for _, p in masters.pairs])
         self._master_places = [
             (names, master, p.dtype)
             for names, (master, p) in zip(places, masters.pairs, strict=True)
         ]
+        if masters.pairs:
+            self._prepare()
 
     @property
     def classifier(self) -> Any:
@@ -131,7 +135,15 @@ class Backbone:
 
     def names(self, tensors: Iterable[Tensor]) -> list[list[str]]:
         """All names of each tensor in the model as it is now, with norm layers inside wrappers."""
+        self._prepare()
         return functional.names(self.model, self.masters.in_model(tensors))
+
+    def _prepare(self) -> None:
+        """Find out how to run the model with other weights; a dry run leaves nothing in hooks."""
+        self._other.prepare()
+        self._order.clear()
+        if self.feature_hook is not None:
+            self.feature_hook.values = []
 
     def __call__(self, x: Tensor, weights: Weights | None = None) -> Prediction:
         """One forward pass.
@@ -176,9 +188,7 @@ class Backbone:
         args, kwargs = self._arguments
         try:
             with without_graphs(hooked):
-                result = functional.call(
-                    self._callee, self._tensors(weights), lent[0], *args, **kwargs
-                )
+                result = self._other(self._tensors(weights), lent[0], *args, **kwargs)
             features = None
             if self._prefix:
                 result, features = result
@@ -308,7 +318,7 @@ class Backbone:
 
         args, kwargs = self._arguments
         with with_statistics(self.wrappers, note_overflow):
-            result = functional.call(self._callee, self._tensors(None), x.clone(), *args, **kwargs)
+            result = self._other(self._tensors(None), x.clone(), *args, **kwargs)
         features = None
         if self._prefix:
             result, features = result
@@ -328,6 +338,18 @@ class Backbone:
             self._arguments, self._first_pass, self.result = ((), {}), False, None
             for wrapper in self.wrappers:
                 wrapper.passes.clear()
+
+    def settle(self) -> None:
+        """Leave a call that an exception has ended, at whatever line."""
+        self.session.recording = self.session.following = False
+        self._arguments, self._first_pass, self.result = ((), {}), False, None
+        if self.feature_hook is not None:
+            self.feature_hook.values = []
+        for wrapper in self.wrappers:
+            wrapper.rule.override = None
+            wrapper.rule.learning = self.session.learning
+            wrapper.passes.clear()
+        self._other.put_back()
 
     def check(self, x: Any) -> None:
         """Refuse what is no batch of images, before anything changes.
@@ -425,6 +447,7 @@ class Backbone:
     def convert(self, fn: Any) -> None:
         """Apply ``fn``, which moved the model to another device or dtype, to what goes with it."""
         self.buffers.convert(fn)
+        self._other.forget()
         for master, _ in self.masters.pairs:
             master.data = fn(master.data).float()
 
@@ -435,18 +458,18 @@ class Backbone:
             self._order_hooks.append(self.model.get_submodule(name).register_forward_pre_hook(hook))
 
     def call_order(self) -> list[str]:
-        """Return the watched layers that were called, in the order of their first call.
+        """Return the watched layers that were called, in the order of their first call."""
+        return list(self._order)
 
-        Watching ends here.
-        """
+    def end_watching(self) -> None:
+        """Take the hooks of :meth:`watch_calls` off the model."""
         for handle in self._order_hooks:
             handle.remove()
-        order, self._order_hooks, self._order = self._order, [], []
-        return order
+        self._order_hooks, self._order = [], []
 
     def close(self) -> None:
         """Take all hooks off the model."""
-        self.call_order()
+        self.end_watching()
         for handle in self._handles:
             handle.remove()
 

@@ -24,8 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tta.core.config import ComponentConfig
+from tta.core.journal import Journal
 
-__all__ = ["Component", "Context"]
+__all__ = ["Component", "Context", "Remembers"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Context:
     std: tuple[float, ...] | None = None
     augment: Callable[[Tensor, int], Tensor] | None = None  # replaces random views
     restore_mask: Callable[[str, torch.Size], Tensor] | None = None  # replaces random masks
+    journal: Journal = field(default_factory=Journal)  # keeps rows that a call overwrites
 
     @property
     def log_classes(self) -> float:
@@ -63,6 +65,10 @@ class Context:
                 "layer."
             )
         return self.width
+
+
+class Remembers:
+    """An object that a component holds, whose attributes go back with it when a call fails."""
 
 
 class Component(nn.Module):
@@ -137,6 +143,10 @@ class Component(nn.Module):
 
     def resizable_buffers(self) -> tuple[str, ...]:
         """Buffers whose first axis may have any length; only ``official=True`` may name some."""
+        return ()
+
+    def kept_by_rows(self) -> tuple[str, ...]:
+        """Large buffers whose rows the component keeps in the journal before it writes to them."""
         return ()
 
     def lazy_buffers(self) -> tuple[str, ...]:

@@ -7,13 +7,26 @@ here, one at every module that holds the tensor, each module once.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["call", "named", "names"]
+__all__ = ["call", "copy_structure", "named", "names"]
+
+# What a module and its copy have in common, besides their tensors.
+SHARED = (
+    "_buffers",  # what the model puts there itself is the model's
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+)
 
 
 def names(model: nn.Module, tensors: Iterable[Tensor]) -> list[list[str]]:
@@ -43,3 +56,19 @@ def call(model: nn.Module, tensors: dict[str, Tensor], *args: Any, **kwargs: Any
     if not tensors:
         return model(*args, **kwargs)
     return torch.func.functional_call(model, tensors, args, kwargs, tie_weights=False)
+
+
+def copy_structure(model: nn.Module, shared: Iterable[Any] = ()) -> nn.Module:
+    """Copy the modules of a model, with the same tensors and hooks in them.
+
+    Args:
+        model: Any module.
+        shared: Further objects inside it that its copy is to have too.
+    """
+    same = list(shared)
+    for module in model.modules():
+        held = module.__dict__
+        same += [held[name] for name in SHARED if name in held]
+        same += [p for p in module._parameters.values() if p is not None]
+        same += [value for value in held.values() if isinstance(value, Tensor)]
+    return copy.deepcopy(model, {id(value): value for value in same})

@@ -101,6 +101,24 @@ class ModelBuffers:
             self._now(name).copy_(value)
         self._seen = self._signs()
 
+    def now(self) -> tuple[list[str], dict[str, Tensor]]:
+        """What :meth:`put_back_to` takes: which buffers move, and which tensors all of them are."""
+        return list(self.moving), {name: self._now(name) for name in self.places}
+
+    @torch.no_grad()
+    def put_back_to(self, before: tuple[list[str], dict[str, Tensor]]) -> None:
+        """Put back which buffers move, and the tensors and values of those that did not."""
+        moving, tensors = before
+        for name, tensor in tensors.items():
+            module, key = self.places[name]
+            if module._buffers[key] is not tensor:
+                module._buffers[key] = tensor
+            copy = self._copies.get(name)
+            if copy is not None and name not in moving and not torch.equal(copy, tensor):
+                tensor.copy_(copy)
+        self.moving[:] = moving
+        self._seen = self._signs()
+
     def put_back_all(self) -> None:
         """Give all buffers of which there are copies the values that they had at wrap."""
         self.notice(by_value=True)
@@ -125,6 +143,11 @@ class ModelBuffers:
             if name in self._copies and name in self.moving:
                 original.copy_(self._copies[name])
             module._buffers[key] = original
+
+    def place(self, name: str) -> tuple[dict[str, Any], str]:
+        """Where a buffer is held: the dict of its module, and its key there."""
+        module, key = self.places[name]
+        return module._buffers, key
 
     def _now(self, name: str) -> Tensor:
         module, key = self.places[name]

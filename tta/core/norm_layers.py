@@ -22,6 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tta.core.batch_split import current_split
 from tta.core.checkpointing import is_recomputation, may_be_recomputed
 from tta.core.classifier import evaluating
+from tta.core.functional import copy_structure
 from tta.core.norm_rule import NormRule
 from tta.core.session import Session
 
@@ -88,7 +89,7 @@ class AdaptiveNorm(nn.Module):
         self.rule = rule
         self.session = session
         self.passes: list[_Pass] = []  # of this call, which a backward pass may repeat
-        self.override: Callable[[Tensor, Any], Tensor] | None = None  # set by `with_statistics`
+        self._finisher: tuple[nn.Module, ...] = ()  # a copy of the base; not among the modules
         # A subclass with a forward of its own does something after normalising.
         self.finish = type(base).forward is not _BatchNorm.forward and not isinstance(
             base, nn.SyncBatchNorm
@@ -104,7 +105,7 @@ class AdaptiveNorm(nn.Module):
             if self.session.recording and may_be_recomputed():
                 self.passes.append(self._now(_sign(x)))
             y = self._normalised(x)
-        return _finish(y, self.base) if self.finish else y
+        return self._finished(y) if self.finish else y
 
     def _again(self, x: Tensor) -> Tensor:
         """Normalise ``x`` as in the forward pass, with the state that the rule had then.
@@ -122,17 +123,47 @@ class AdaptiveNorm(nn.Module):
             self._go_to(now)
 
     def _normalised(self, x: Tensor) -> Tensor:
-        return (self.rule if self.override is None else self.override)(x, self.base)
+        return (self.rule if self.rule.override is None else self.rule.override)(x, self.base)
 
     def _now(self, sign: float) -> _Pass:
         remembered = [b.clone() for b in self.rule.buffers()]
-        return _Pass(sign, self.rule.learning, self.override, remembered)
+        return _Pass(sign, self.rule.learning, self.rule.override, remembered)
 
     @torch.no_grad()
     def _go_to(self, noted: _Pass) -> None:
-        self.rule.learning, self.override = noted.learning, noted.override
+        self.rule.learning, self.rule.override = noted.learning, noted.override
         for buffer, value in zip(self.rule.buffers(), noted.remembered, strict=True):
             buffer.copy_(value)
+
+    def _finished(self, y: Tensor) -> Tensor:
+        """What a BatchNorm subclass does after normalising.
+
+        timm's protocol is a ``drop`` and an ``act`` module. Anything else is run through the
+        layer's own forward with statistics and affine parameters that make the normalisation the
+        identity; in a copy of the layer, since its own parameters stay in it.
+        """
+        base: Any = self.base
+        if _has_activation(base):
+            drop = getattr(base, "drop", None)
+            return base.act(drop(y) if isinstance(drop, nn.Module) else y)
+        channels, like = y.shape[1], {"device": y.device, "dtype": torch.float32}
+        neutral = {
+            "running_mean": torch.zeros(channels, **like),
+            "running_var": torch.full((channels,), 1.0 - base.eps, **like),
+        }
+        if base.affine:
+            neutral |= {
+                "weight": torch.ones(channels, **like),
+                "bias": torch.zeros(channels, **like),
+            }
+        if not self._finisher:
+            finisher = copy_structure(base)
+            finisher.__dict__["_buffers"] = dict(base._buffers)
+            self._finisher = (finisher,)
+        return torch.func.functional_call(self._finisher[0], neutral, (y,))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_finisher": ()}
 
     def __getattr__(self, name: str) -> Any:
         # Models that read `self.bn1.weight` or `self.bn1.eps` in their forward keep working.
@@ -149,28 +180,6 @@ def _sign(x: Tensor) -> float:
 
 def _has_activation(base: Any) -> bool:
     return isinstance(getattr(base, "act", None), nn.Module)
-
-
-def _finish(y: Tensor, base: Any) -> Tensor:
-    """What a BatchNorm subclass does after normalising.
-
-    timm's protocol is a ``drop`` and an ``act`` module. Anything else is run through the layer's
-    own forward with statistics and affine parameters that make the normalisation the identity.
-    """
-    if _has_activation(base):
-        drop = getattr(base, "drop", None)
-        return base.act(drop(y) if isinstance(drop, nn.Module) else y)
-    channels, like = y.shape[1], {"device": y.device, "dtype": torch.float32}
-    neutral = {
-        "running_mean": torch.zeros(channels, **like),
-        "running_var": torch.full((channels,), 1.0 - base.eps, **like),
-    }
-    if base.affine:
-        neutral |= {
-            "weight": torch.ones(channels, **like),
-            "bias": torch.zeros(channels, **like),
-        }
-    return torch.func.functional_call(base, neutral, (y,))
 
 
 def batch_norm_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -218,12 +227,12 @@ def with_statistics(
     """Within the block, normalise with other statistics, as :func:`normalize_by_batch` does."""
     wrappers = list(wrappers)
     for wrapper in wrappers:
-        wrapper.override = normalise
+        wrapper.rule.override = normalise
     try:
         yield
     finally:
         for wrapper in wrappers:
-            wrapper.override = None
+            wrapper.rule.override = None
 
 
 def normalize_by_batch(x: Tensor, base: Any) -> Tensor:

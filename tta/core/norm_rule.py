@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -33,6 +34,8 @@ class NormRule(Component):
         super().__init__(config)
         self.learning = True
         self.fell_back = False
+        # Set by `with_statistics`: normalises in place of this rule.
+        self.override: Callable[[Tensor, Any], Tensor] | None = None
 
     takes_softmax: ClassVar[bool] = False
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from tta.core.backbone import Backbone
+from tta.core.component import Remembers
 from tta.core.prediction import Prediction
 
 __all__ = ["RowSelector", "SelectionPass"]
@@ -32,7 +33,7 @@ FEW = 0.55  # share of kept rows below which these go through the model again
 DIFFERENT_WITHOUT_GRAPH = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
-class RowSelector:
+class RowSelector(Remembers):
     """Makes the selection passes of one update.
 
     Args:

@@ -16,6 +16,7 @@ from tta.core.norm_layers import AdaptiveNorm
 from tta.core.output_rule import Output
 from tta.core.prediction import Prediction, Report
 from tta.core.state import AdapterState
+from tta.core.transaction import Transaction
 from tta.core.update import Update
 
 __all__ = ["Serving"]
@@ -33,6 +34,7 @@ class Serving:
         wrappers: The wrapped norm layers, by their names in the caller's model.
         update: If there is one.
         output: If there is one.
+        transaction: In which every call runs.
     """
 
     def __init__(
@@ -42,15 +44,17 @@ class Serving:
         wrappers: Mapping[str, AdaptiveNorm],
         update: Update | None,
         output: Output | None,
+        transaction: Transaction,
     ) -> None:
         self.network = network
+        self.transaction = transaction
         self.state = state
         self.wrappers = wrappers
         self.update = update
         self.output = output
-        self.learning = True
-        self.seen = 0  # images of the last batch
+        self.seen = 0  # images of the last batch that was answered
         self.rejected = 0  # of these, images that nothing was learned from
+        self._bad = 0  # images of the present batch that nothing is learned from
 
     def serve(self, x: Tensor, follow: bool) -> Any:
         """Answer a batch, and learn from it unless learning is off.
@@ -62,7 +66,18 @@ class Serving:
         Returns:
             What the model returned, with the adapter's logits.
         """
-        self.seen, self.rejected = len(x), 0
+        self._bad = 0
+        answer = self._checked(x, follow)
+        self.seen, self.rejected = len(x), self._bad
+        return answer
+
+    @property
+    def learning(self) -> bool:
+        """Whether the adapter is not frozen."""
+        return self.network.session.learning
+
+    def _checked(self, x: Tensor, follow: bool) -> Any:
+        """Predict and learn, without the rows whose pixels cannot be used."""
         # One cheap reduction shows whether any pixel is bad; only then is every row checked.
         floating = x.is_floating_point()
         peak = float(torch.linalg.vector_norm(x.detach(), torch.inf)) if floating else 0.0
@@ -83,25 +98,16 @@ class Serving:
             return self._serve_some(x, ~error.rows, OVERFLOW, follow)
 
     def _attempt(self, x: Tensor, follow: bool) -> Tensor:
-        """Predict and learn.
-
-        When this raises, norm rules, the model's own buffers and the generator are put back.
-        Nothing else has changed, since an update changes its own tensors after its passes only; but
-        one with several steps or passes keeps what the earlier ones changed.
-        """
+        """Predict and learn; nothing has changed when it raises that the features overflow."""
         network = self.network
-        rules = [w.rule for w in self.wrappers.values()] if self.learning else []
-        buffers = [b for rule in rules for b in rule.buffers()]
-        before = [b.clone() for b in buffers]
-        own = {name: b.clone() for name, b in network.buffers.tensors().items()}
-        rng = self.state.generator.get_state()
+        own = {} if self.learning else network.buffers.tensors()
+        own = {name: b.clone() for name, b in own.items()}
         try:
             logits = self._predict(x, follow)
-        except BaseException as error:
-            for buffer, value in zip(buffers, before, strict=True):
-                buffer.copy_(value)
-            self._forget(own)
-            self.state.generator.set_state(rng)
+        except RowsOverflowError:
+            self.transaction.take_back()
+            raise
+        except Exception as error:
             # A sentence of ours names an argument, and stays; but for what an update finds wrong
             # with the figures of the channels, where the number of channels may be why.
             ours = str(error).startswith("`") and not str(error).startswith("`mean`")
@@ -185,7 +191,7 @@ class Serving:
             f"`images` must be finite, got {count} of {len(x)} with {problem}: these rows are "
             "returned as NaN and nothing is learned from them.",
         )
-        self.rejected += count
+        self._bad += count
         if count == len(x):
             for part in (self.update, self.output):
                 if part is not None:

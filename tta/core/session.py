@@ -20,6 +20,7 @@ class Session:
         ranks: Processes that share the rows of every pass; None for this one alone.
         recording: Whether a pass that records a graph is going on.
         following: Whether gradients to the images are asked for, which flow through teachers too.
+        learning: Whether the adapter is not frozen.
         serving: Whether ``wrap`` has returned. Passes over source batches come before that, and
             give no warnings.
         reset_point: What ``reset`` restores, by the names of a state; nobody writes to these
@@ -31,6 +32,7 @@ class Session:
     recording: bool = False
     following: bool = False
     serving: bool = False
+    learning: bool = True
     reset_point: dict[str, Tensor] = field(default_factory=dict)
     warned: set[str] = field(default_factory=set)
 

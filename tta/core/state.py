@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tta.core.backbone import Backbone
 from tta.core.component import Component
@@ -28,7 +28,9 @@ from tta.core.state_dict import (
 )
 from tta.core.update import Update
 
-__all__ = ["AdapterState"]
+__all__ = ["AdapterState", "Place"]
+
+Place = tuple[dict[str, Any], str]  # where a tensor is held: a dict, and the key in it
 
 CHECKED = 1024  # elements of each parameter that a fingerprint covers: training moves all
 
@@ -80,6 +82,49 @@ class AdapterState:
         own = self.network.buffers.tensors()
         found |= {f"model/{name}": buffer for name, buffer in own.items()}
         return found | {"rng": self.generator.get_state()}
+
+    def places(self) -> tuple[list[Place], list[Place]]:
+        """Where all that moves is held: what a call may write to, and what it writes rows of.
+
+        The latter are buffers that their components name in ``kept_by_rows``.
+        """
+        found, by_rows = self.own_places(), []
+        for part in self._components().values():
+            for prefix, module in part.named_modules():
+                for key, value in module._buffers.items():
+                    name = f"{prefix}.{key}" if prefix else key
+                    if value is not None and key not in module._non_persistent_buffers_set:
+                        places = by_rows if name in part.kept_by_rows() else found
+                        places.append((module._buffers, key))
+                found += [
+                    (module._parameters, k) for k, p in module._parameters.items() if p is not None
+                ]
+        if self.update is not None:
+            trained: dict[str, Any] = dict(self.update.context.parameters)
+            found += [(trained, name) for name in trained]
+            found += [
+                (slots, key)
+                for p in self.update.optimized().values()
+                for slots in [self.update.optimizer.state.get(p, {})]
+                for key, value in slots.items()
+                if isinstance(value, Tensor)
+            ]
+        return found, by_rows
+
+    def own_places(self) -> list[Place]:
+        """Where the model's own buffers are held that move."""
+        return [self.network.buffers.place(name) for name in self.network.buffers.moving]
+
+    def layout(self) -> tuple[Any, ...]:
+        """What :meth:`places` depends on."""
+        optimizer = None if self.update is None else self.update.optimizer
+        return (optimizer, *self.network.buffers.moving)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All parameters: the model's, float32 copies of them, and those of the update."""
+        own = [] if self.update is None else self.update.parameters()
+        masters = [master for master, _ in self.network.masters.pairs]
+        return [*self.network.model.parameters(), *masters, *own]
 
     def clones(self) -> dict[str, Tensor]:
         """Copies, in a dict that carries the fingerprint as torch's state dicts carry versions."""

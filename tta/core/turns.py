@@ -23,14 +23,14 @@ class Turns:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
         _all.add(self)
 
     def __enter__(self) -> None:
-        self._lock.acquire()
+        self.lock.acquire()
 
     def __exit__(self, *_: object) -> None:
-        self._lock.release()
+        self.lock.release()
 
     def __deepcopy__(self, memo: Any) -> Turns:
         return Turns()
@@ -44,7 +44,9 @@ def in_turn(method: Method) -> Method:
 
     @functools.wraps(method)
     def wait(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with self.turns:
+        # The lock itself, since a signal that raises comes between two lines of Python, such as
+        # those of __enter__, and would leave it held.
+        with self.turns.lock:
             return method(self, *args, **kwargs)
 
     return wait  # type: ignore[return-value]
@@ -52,7 +54,7 @@ def in_turn(method: Method) -> Method:
 
 def _free_all() -> None:
     for turns in _all:
-        turns._lock = threading.RLock()
+        turns.lock = threading.RLock()
 
 
 if hasattr(os, "register_at_fork"):

@@ -51,6 +51,7 @@ class Update(Component):
         self.context = context
         self.parameters_adapted = context.parameters
         self.report = Report()
+        self.left_out: list[nn.Parameter] = []  # whose gradients of this batch are dropped
         self.selection_pass = RowSelector(network, context.rows_independent)
         self.register_buffer("resets", torch.zeros((), dtype=torch.int64))
         self.optimizer = self._make_optimizer()
@@ -137,6 +138,8 @@ class Update(Component):
         self.optimizer.zero_grad()  # gradients that somebody else has left there
         if gradients is None:
             loss.backward()
+            for p in self.left_out:
+                p.grad = None
         else:
             for p, g in zip(self.parameters_adapted.values(), gradients, strict=True):
                 p.grad = g

@@ -53,7 +53,6 @@ class LowerLayersUpdate(Update):
     def __init__(self, config: LowerLayersConfig, network: Backbone, context: Context) -> None:
         super().__init__(config, network, context)
         self.order_unknown = config.params == "norm" and not config.official
-        self._left_out: list[tuple[Tensor, Any]] = []  # in this batch, with hooks that drop grads
         if self.order_unknown:
             network.watch_calls({_layer(name) for name in context.parameters})
 
@@ -63,13 +62,13 @@ class LowerLayersUpdate(Update):
         Not before, since a checkpointed part of the model runs again in the backward pass and must
         find the parameters as they were.
         """
-        try:
-            return super().learn(x)
-        finally:
-            for p, handle in self._left_out:
-                handle.remove()
-                p.requires_grad_(False)
-            self._left_out = []
+        if not self.order_unknown:
+            self.network.end_watching()
+        prediction = super().learn(x)
+        for p in self.left_out:
+            p.requires_grad_(False)
+        self.left_out = []
+        return prediction
 
     @classmethod
     def leaves_out(cls, config: Any, names: Iterable[str]) -> set[str]:
@@ -92,16 +91,12 @@ class LowerLayersUpdate(Update):
         # Rounded before rounding up: 0.1 * 30 must not make 4.
         skipped = max(1, math.ceil(round(self.config.skip_blocks * len(order), 6)))
         trained = set(order[: max(1, len(order) - skipped)])
-        for name, p in self.parameters_adapted.items():
-            if _layer(name) not in trained:
-                self._left_out.append((p, p.register_post_accumulate_grad_hook(_drop)))
+        self.left_out = [
+            p for name, p in self.parameters_adapted.items() if _layer(name) not in trained
+        ]
         self.parameters_adapted = {
             n: p for n, p in self.parameters_adapted.items() if _layer(n) in trained
         }
-
-
-def _drop(p: Tensor) -> None:
-    p.grad = None
 
 
 def _layer(parameter: str) -> str:

@@ -203,6 +203,10 @@ class Adanpc(Output):
         """Return the memory's buffers under ``official=True``, where it has no limit."""
         return ("memory", "memory_labels") if self.config.official else ()
 
+    def kept_by_rows(self) -> tuple[str, ...]:
+        """Return ``memory``: it is large, and a batch replaces some of it."""
+        return ("memory",)
+
     def _measure(self, source: SourceStatistics, network: Backbone) -> tuple[Tensor, Tensor]:
         device, features, labels = self.remembered.device, [], []
         with torch.no_grad():
@@ -300,8 +304,10 @@ class Adanpc(Output):
             capacity = len(self.memory)
             places = (self.remembered + torch.arange(count, device=rows.device)) % capacity
             # Of more rows than there is room for, the last ones stay, each with its own place.
-            self.memory[places[-capacity:]] = rows[-capacity:].to(self.memory.dtype)
-            self.memory_labels[places[-capacity:]] = labels[-capacity:]
+            places, rows, labels = places[-capacity:], rows[-capacity:], labels[-capacity:]
+            self.context.journal.keep(self.memory, places)
+            self.memory[places] = rows.to(self.memory.dtype)
+            self.memory_labels[places] = labels
         self.remembered += count
         return count
 

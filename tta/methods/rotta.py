@@ -227,6 +227,7 @@ class Rotta(Update):
             end = min(start + wait, len(x))
             placed = self.bank.offer(labels[start:end], entropies[start:end])
             if placed:
+                self.context.journal.keep(self.memory, list(placed))
                 self.memory[list(placed)] = pixels[[start + p for p in placed.values()]]
             self.offered += end - start
             if end - start == wait:
@@ -242,6 +243,10 @@ class Rotta(Update):
     def integer_ranges(self) -> dict[str, tuple[int, int]]:
         """Range of the bank's labels, which are -1 in empty slots."""
         return {"bank.labels": (-1, self.context.num_classes - 1)}
+
+    def kept_by_rows(self) -> tuple[str, ...]:
+        """Return ``memory``: it is large, and a batch replaces some of it."""
+        return ("memory",)
 
     def lazy_buffers(self) -> tuple[str, ...]:
         """Return ``memory``: the first batch shows how large images are."""

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tta.core.component import Context
+from tta.core.component import Context, Remembers
 from tta.core.random import CountedDraws
 
 __all__ = [
@@ -284,7 +284,7 @@ def _checked(view: Any, pixels: Tensor) -> Tensor:
     return view.to(pixels)
 
 
-class Augmenter:
+class Augmenter(Remembers):
     """Makes views of what a model takes.
 
     Args:

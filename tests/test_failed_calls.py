@@ -1,0 +1,179 @@
+"""A call that fails, at whatever operation or instant, has not happened."""
+
+from __future__ import annotations
+
+import time
+import zlib
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import tta
+from tests.helpers.batches import images
+from tests.helpers.compositions import ALONE, PAIRS, TRIPLES, Case, label, make
+from tests.helpers.faults import Counting, Fault, Subject, interrupted, same, shots
+from tests.helpers.nets import tiny
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+BATCHES = 2  # served before the call that fails
+SAMPLED = (PAIRS + TRIPLES)[::29]
+
+
+def fail_at_operations(case: Case, every: int, served: int) -> int:
+    """Let a call fail before every n-th operation, and return how many failed."""
+    subject = Subject(case, served)
+    assert subject.counting.foreign == 0, "other weights were put into the caller's model"
+    first = 1 + zlib.crc32(label(case).encode()) % every
+    failed = 0
+    for at in range(first, subject.counting.count + 1, every):
+        try:
+            with Counting(at):
+                subject.adapter(subject.batch)
+        except Fault:
+            failed += 1
+        assert subject.harm() is None, (at, subject.harm())
+    assert subject.ends_as_it_should() is None, subject.ends_as_it_should()
+    return failed
+
+
+@pytest.mark.parametrize("case", ALONE[::3], ids=label)
+def test_a_call_that_fails_at_some_operations_has_not_happened(case: Case) -> None:
+    assert fail_at_operations(case, every=61, served=BATCHES) > 0 or case[1]["recipe"] == "source"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("served", [0, BATCHES])
+@pytest.mark.parametrize("case", ALONE, ids=label)
+def test_a_call_that_fails_at_every_20th_operation_has_not_happened(
+    case: Case, served: int
+) -> None:
+    fail_at_operations(case, every=20, served=served)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", SAMPLED, ids=label)
+def test_a_call_of_a_composition_that_fails_has_not_happened(case: Case) -> None:
+    fail_at_operations(case, every=41, served=BATCHES)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("served", [0, BATCHES])
+@pytest.mark.parametrize("case", ALONE, ids=label)
+def test_a_call_that_fails_at_any_operation_has_not_happened(
+    case: Case, served: int, record_property: Any
+) -> None:
+    record_property("operations", fail_at_operations(case, every=1, served=served))
+
+
+def fail_by_signals(case: Case, count: int, seed: int) -> int:
+    """Interrupt calls at random instants, and return how many were."""
+    subject = Subject(case, BATCHES)
+    start = time.perf_counter()
+    for _ in range(3):
+        subject.adapter(subject.batch)
+    duration = (time.perf_counter() - start) / 3
+    subject.adapter.load_state(subject.before)
+    failed = 0
+    for seconds in shots(seed, duration, count):
+        try:
+            with interrupted(seconds):
+                subject.adapter(subject.batch)
+        except Fault:
+            failed += 1
+        problem = subject.harm()
+        assert problem is None, problem
+    problem = subject.ends_as_it_should()
+    assert problem is None, problem
+    return failed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [c for c in ALONE if c[0] == "bn"], ids=label)
+def test_a_call_that_a_signal_ends_has_not_happened(case: Case) -> None:
+    fail_by_signals(case, count=20, seed=0)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("case", ALONE, ids=label)
+def test_calls_that_signals_end_have_not_happened(
+    case: Case, soak_seed: int, record_property: Any
+) -> None:
+    record_property("signals", fail_by_signals(case, count=500, seed=soak_seed))
+
+
+def test_gradients_of_a_failed_backward_pass_are_no_part_of_the_next_step() -> None:
+    """As when memory runs out there, which no later step may notice."""
+    subject = Subject(("bn", {"recipe": "tent"}), BATCHES)
+    weight = next(iter(subject.adapter.parameters_adapted.values()))
+
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    handle = weight.register_hook(fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        subject.adapter(subject.batch)
+    handle.remove()
+    assert all(p.grad is None for p in subject.net.parameters())
+    assert same(subject.adapter.state(), subject.before)
+    assert subject.ends_as_it_should() is None
+
+
+def test_what_fails_while_a_call_is_taken_back_is_taken_back_later() -> None:
+    """Where the undoing is interrupted too, the next use of the adapter goes on with it."""
+    subject = Subject(("bn", {"recipe": "cotta"}), BATCHES)
+
+    class Failing(Counting):
+        def __torch_dispatch__(self, *args: Any, **kwargs: Any) -> Any:
+            if self.count >= self.at:  # from then on every operation fails
+                raise Fault
+            return super().__torch_dispatch__(*args, **kwargs)
+
+    with pytest.raises(Fault), Failing(subject.counting.count - 30):
+        subject.adapter(subject.batch)
+    assert subject.harm() is None
+    assert subject.ends_as_it_should() is None
+
+
+def test_a_state_or_a_reset_that_fails_half_way_changes_nothing() -> None:
+    subject = Subject(("bn", {"recipe": "rmt"}), BATCHES)
+    adapter = subject.adapter
+    for action in (adapter.reset, lambda: adapter.load_state(subject.after)):
+        counting = Counting()
+        with counting:
+            action()
+        adapter.load_state(subject.before)
+        for at in range(1, counting.count, 7):
+            with pytest.raises(Fault), Counting(at):
+                action()
+            assert same(adapter.state(), subject.before)
+
+
+def test_a_hook_may_ask_the_adapter_for_its_state_during_a_call() -> None:
+    net, adapter = make("bn", {"recipe": "tent"})
+    seen: list[dict[str, torch.Tensor]] = []
+    net.fc.register_forward_hook(lambda *_: seen.append(adapter.state()))  # type: ignore[union-attr]
+    adapter(images(0))
+    _, other = make("bn", {"recipe": "tent"})
+    other(images(0))
+    assert len(seen) == 1 and same(adapter.state(), other.state())
+
+
+def test_a_model_whose_function_refers_to_it_from_outside_is_adapted_too() -> None:
+    """Its copy would use the student's weights in place of the teacher's."""
+
+    class Closed(nn.Module):
+        def __init__(self, net: nn.Module) -> None:
+            super().__init__()
+            self.net = net
+            self.call = lambda x: net(x)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.call(x)
+
+    pixels: dict[str, Any] = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+    plain = tta.wrap(tiny("bn"), "rotta", lr=0.1, update_every=8, **pixels)
+    closed = tta.wrap(Closed(tiny("bn")), "rotta", lr=0.1, update_every=8, **pixels)
+    for number in range(4):
+        assert torch.equal(plain(images(number)), closed(images(number)))

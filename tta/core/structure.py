@@ -1,0 +1,112 @@
+"""A copy of a model's structure, which shares its tensors, for passes with other weights.
+
+A teacher's weights are never put into the caller's model, where an exception could leave them and
+another thread would see them. They go into a copy of its modules. Parameters, buffers, hooks and
+norm rules are the same objects in both, so that the copy takes next to no memory.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tta.core import functional
+from tta.core.classifier import dry_run
+from tta.core.norm_layers import AdaptiveNorm, with_statistics
+from tta.core.outputs import LogitsReader
+
+__all__ = ["OtherTensors"]
+
+
+class OtherTensors:
+    """Runs a model with other tensors in place of its own, in a copy of its structure.
+
+    Some models have no copy that can be relied on: those that are compiled or scripted, whose
+    attributes cannot be copied, or whose functions refer to modules from outside. They are run
+    themselves with the other tensors, and :meth:`put_back` heals them after an exception.
+
+    Args:
+        model: The model, with its norm layers wrapped.
+        reader: Takes logits out of what it returns.
+    """
+
+    def __init__(self, model: nn.Module, reader: LogitsReader) -> None:
+        self.model = model
+        self.reader = reader
+        self._copy: nn.Module | None = None
+        self._in_place: bool | None = None  # None until it is known
+        self._own = [
+            (module._parameters, key, p)
+            for module in model.modules()
+            for key, p in module._parameters.items()
+        ]
+
+    def prepare(self) -> None:
+        """Find out how to run the model, which calls it on the ``meta`` device."""
+        if self._in_place is None:
+            self._copy = _trusted_copy(self.model, self.reader)
+            self._in_place = self._copy is None
+
+    def __call__(self, tensors: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        """Return what the model returns with ``tensors`` in place of its own, by name."""
+        if not tensors:
+            return self.model(*args, **kwargs)
+        self.prepare()
+        if self._copy is None and not self._in_place:
+            self._copy = copy_wrapped(self.model)
+        target = self.model if self._copy is None else self._copy
+        return functional.call(target, tensors, *args, **kwargs)
+
+    def put_back(self) -> None:
+        """After an exception: give the model its own parameters, and begin a new copy."""
+        self._copy = None
+        for held, key, p in self._own:
+            if held[key] is not p:
+                held[key] = p
+
+    def forget(self) -> None:
+        """Begin a new copy, since the model was moved to another device or dtype."""
+        self._copy = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_copy": None}
+
+
+def copy_wrapped(model: nn.Module) -> nn.Module:
+    """Copy the modules of a model, with the same tensors, hooks and norm rules in them."""
+    wrappers = [m for m in model.modules() if isinstance(m, AdaptiveNorm)]
+    rules = [part for w in wrappers for part in (w.rule, w.session, w.passes)]
+    return functional.copy_structure(model, rules)
+
+
+def _trusted_copy(model: nn.Module, reader: LogitsReader) -> nn.Module | None:
+    """A copy that is known to use its own tensors alone; None where there is none.
+
+    In the dry run every tensor of the copy is replaced by one without values. A function that
+    refers to the model itself from outside its modules would mix these with real ones, and fail.
+    """
+    if any(_has_graphs(module) for module in model.modules()):
+        return None
+    try:
+        found = copy_wrapped(model)
+    except Exception:  # whatever an attribute of the caller's raises
+        return None
+    ours = dict(model.named_parameters(remove_duplicate=False))
+    theirs = dict(found.named_parameters(remove_duplicate=False))
+    if ours.keys() != theirs.keys() or any(theirs[name] is not p for name, p in ours.items()):
+        return None
+    wrappers = [m for m in found.modules() if isinstance(m, AdaptiveNorm)]
+    with with_statistics(wrappers, _unchanged):
+        return None if dry_run(found, reader) is None else found
+
+
+def _unchanged(x: Tensor, base: Any) -> Tensor:
+    return x
+
+
+def _has_graphs(module: nn.Module) -> bool:
+    """Whether a module is compiled or scripted, so that its copy would not be."""
+    compiled = getattr(module, "_compiled_call_impl", None) is not None
+    return compiled or hasattr(module, "_orig_mod") or isinstance(module, torch.jit.ScriptModule)

@@ -1,0 +1,196 @@
+"""A call is a transaction: what moves is afterwards as before it, or wholly as after it.
+
+A copy is taken of everything that moves when a call begins, into tensors that are kept for this
+purpose. When an exception leaves the call, from whatever line (out of memory in the backward pass,
+a signal's timeout, Ctrl-C), the copy goes back. Where this is interrupted too, the next use of the
+adapter begins with it. Buffers that hold many images are not copied: their components keep the rows
+that they overwrite in a :class:`~tta.core.journal.Journal`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from tta.core import autocast
+from tta.core.backbone import Backbone
+from tta.core.component import Component, Remembers
+from tta.core.journal import Journal
+from tta.core.state import AdapterState, Place
+
+__all__ = ["Transaction"]
+
+Result = TypeVar("Result")
+foreach: Any = torch  # the foreach operations are not in its type stubs
+
+
+class Transaction:
+    """Runs what changes an adapter, and takes it back when it fails.
+
+    Args:
+        state: Everything that moves.
+        network: The wrapped model.
+        parts: The components whose attributes change in a call.
+        journal: Where components keep rows.
+    """
+
+    def __init__(
+        self,
+        state: AdapterState,
+        network: Backbone,
+        parts: Sequence[Component],
+        journal: Journal,
+    ) -> None:
+        self.state = state
+        self.network = network
+        self.parts = parts
+        self.journal = journal
+        self._open = False  # whether something may have to be taken back
+        self._copies = _Copies([], [])
+        self._layout: Any = None  # what the copies were made for
+        self._undo: Any = None  # what was noted when the call began, besides the copies
+
+    def run(self, action: Callable[[], Result], learning: bool = True) -> Result:
+        """Return ``action()``, after which all is as before where it raises.
+
+        Args:
+            action: What changes the adapter.
+            learning: Whether more than the model's own buffers moves.
+        """
+        if self._open and self._in_progress():  # a hook of the caller's calls the adapter
+            return action()
+        self.settle()
+        modes, grad = autocast.modes(), torch.is_grad_enabled()
+        self._begin(learning)
+        self._open = True
+        try:
+            result = action()
+        except BaseException:
+            try:
+                self._take_all_back()
+            finally:
+                torch.set_grad_enabled(grad)
+                autocast.restore(modes)
+            raise
+        self._open = False
+        return result
+
+    def settle(self) -> None:
+        """Take back what a call has left whose end was interrupted."""
+        if self._open and not self._in_progress():
+            self._take_all_back()
+
+    def take_back(self) -> None:
+        """Put everything back to what it was when the call began, which may go on."""
+        rng, reset_point, buffers, parameters, attributes = self._undo
+        for held, values in attributes:
+            for key in held.keys() - values.keys():
+                del held[key]
+            held.update(values)
+        for wrapper in self.network.wrappers:
+            wrapper.passes.clear()
+        with torch.no_grad():
+            self._copies.put_back()
+            self.journal.take_back()
+        self.state.generator.set_state(rng)
+        self.state.session.reset_point.update(reset_point)
+        for key in self.state.session.reset_point.keys() - reset_point.keys():
+            del self.state.session.reset_point[key]
+        self.network.buffers.put_back_to(buffers)
+        for p, asks, gradient in parameters:
+            p.requires_grad_(asks)
+            p.grad = gradient
+        self.network.masters.write_to_model()
+
+    def _begin(self, learning: bool) -> None:
+        state, network = self.state, self.network
+        self.journal.clear()
+        layout = state.layout() if learning else tuple(network.buffers.moving)
+        if layout != self._layout:
+            self._copies = _Copies(*(state.places() if learning else (state.own_places(), [])))
+            self._layout = layout
+        with torch.no_grad():
+            self._copies.take()
+        things = [v for part in self.parts for v in (part, *vars(part).values())]
+        self._undo = (
+            state.generator.get_state(),
+            dict(state.session.reset_point),
+            network.buffers.now(),
+            [(p, p.requires_grad, p.grad) for p in state.parameters()],
+            [(vars(t), dict(vars(t))) for t in things if isinstance(t, (Component, Remembers))],
+        )
+
+    def _take_all_back(self) -> None:
+        self.network.settle()
+        self.take_back()
+        self._open = False
+
+    def _in_progress(self) -> bool:
+        """Whether :meth:`run` is still running, in this thread, as calls take turns.
+
+        No variable could tell: an exception may come before any line that changes it.
+        """
+        frame = sys._getframe()
+        while frame is not None:
+            local = frame.f_locals if frame.f_code is Transaction.run.__code__ else {}
+            if local.get("self") is self and "grad" in local:  # has come further than settling
+                return True
+            frame = frame.f_back
+        return False
+
+    def forget(self) -> None:
+        """Make the copies anew, since everything was moved to another device or dtype."""
+        self._layout = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        empty = {"_open": False, "_copies": _Copies([], []), "_layout": None, "_undo": None}
+        return self.__dict__ | empty
+
+
+class _Copies:
+    """Copies of tensors, and which tensors these were.
+
+    Args:
+        places: Where the tensors are held.
+        kept: Places of tensors that are not copied.
+    """
+
+    def __init__(self, places: list[Place], kept: list[Place]) -> None:
+        self._places, self._kept = places, kept
+        self._tensors: list[Tensor] = []
+        self._copies: list[Tensor] = []
+        self._shapes: list[torch.Size] = []
+        self._identities: list[tuple[Place, Tensor]] = []
+
+    def take(self) -> None:
+        tensors = [held[key] for held, key in self._places]
+        shapes = [t.shape for t in tensors]
+        if shapes != self._shapes:
+            self._copies = [torch.empty_like(t) for t in tensors]
+            self._shapes = shapes
+        self._tensors = tensors
+        self._identities = [(place, place[0][place[1]]) for place in self._kept]
+        _copy(self._copies, tensors)
+
+    def put_back(self) -> None:
+        for (held, key), tensor in (
+            *zip(self._places, self._tensors, strict=True),
+            *self._identities,
+        ):
+            if held[key] is not tensor:
+                held[key] = tensor
+        _copy(self._tensors, self._copies)
+
+
+def _copy(to: list[Tensor], of: list[Tensor]) -> None:
+    """Copy tensors, those of one device in one call."""
+    devices = {t.device for t in to}
+    for device in devices:
+        some = [i for i, t in enumerate(to) if t.device == device] if len(devices) > 1 else None
+        pairs = (to, of) if some is None else ([to[i] for i in some], [of[i] for i in some])
+        if pairs[0]:
+            foreach._foreach_copy_(*pairs)
