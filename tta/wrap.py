@@ -29,6 +29,7 @@ def wrap(
     norm: Choice = None,
     update: Choice = None,
     output: Choice = None,
+    guard: Choice | bool = None,
     source: Any = None,
     batch_size: int | None = None,
     seed: int = 0,
@@ -40,6 +41,9 @@ def wrap(
     num_classes: int | None = None,
     features: FeatureSpec = None,
     activation: str = "softmax",
+    health: bool = False,
+    shadow: bool = False,
+    on_event: Callable[[dict[str, Any]], Any] | None = None,
     **overrides: Any,
 ) -> Adapter:
     """Make a classifier adapt while it predicts, in place.
@@ -53,6 +57,8 @@ def wrap(
         norm: Replaces the norm slot: a name, a config, or "source" for running statistics.
         update: Replaces the update slot: a name, a config, or "source" for no update.
         output: Replaces the output slot: a name, a config, or "source" for the plain logits.
+        guard: Fills the guard slot: a name, a config, True for the update's own choice, or False
+            for none.
         source: Source batches ``(images, labels)`` or a :class:`tta.SourceStatistics`, for methods
             that need something from the training data.
         batch_size: Batch size of the stream; learning rates are scaled for it once, unless given
@@ -77,6 +83,11 @@ def wrap(
             into, that module, or a function ``model, images -> (B, D)``.
         activation: What the logits are for: "softmax", or "sigmoid" for models whose classes do not
             exclude each other, which norm rules alone can adapt.
+        health: Fill ``adapter.health`` without a guard.
+        shadow: Answer with the source model and learn beside it; ``adapter.health`` shows how far
+            the two agree, and estimates of both. Costs a forward pass.
+        on_event: Called with each of ``adapter.events`` at the end of the call that it belongs to.
+            Not part of the config, nor saved.
         **overrides: Fields of the chosen components.
 
     Returns:
@@ -96,7 +107,7 @@ def wrap(
         torch.Size([8, 10])
     """
     check_model(model)
-    slots = {"norm": norm, "update": update, "output": output}
+    slots = {"norm": norm, "update": update, "output": output, "guard": guard}
     request = Request(
         recipe=recipe,
         slots=slots,
@@ -109,9 +120,15 @@ def wrap(
         num_classes=num_classes,
         features=features,
         activation=activation,
+        health=health,
+        shadow=shadow,
     )
     config = resolve(model, request)
     injected = Injected(
-        augment=augment, restore_mask=restore_mask, logits=logits, features=features
+        augment=augment,
+        restore_mask=restore_mask,
+        logits=logits,
+        features=features,
+        on_event=on_event,
     )
     return build(model, config, source, injected)

@@ -18,6 +18,7 @@ from tta.core.backbone import Backbone
 from tta.core.component import Context
 from tta.core.config import ComponentConfig, UpdateConfig
 from tta.core.fitting import fit, load_constants
+from tta.core.guard import Guard
 from tta.core.head import Head, find_head
 from tta.core.masters import Masters
 from tta.core.model_buffers import ModelBuffers
@@ -53,12 +54,14 @@ class Injected:
         restore_mask: Makes masks, in place of an update's own random ones.
         logits: Takes logits out of what the model returns.
         features: The module that features go into, or a function of model and images.
+        on_event: Called with every event of the guard.
     """
 
     augment: Callable[[Tensor, int], Tensor] | None = None
     restore_mask: Callable[[str, torch.Size], Tensor] | None = None
     logits: Any = None
     features: Any = None
+    on_event: Callable[[dict[str, Any]], Any] | None = None
 
     def check(self, config: AdapterConfig) -> None:
         """Refuse what is no function, what the update does not take, and what is missing."""
@@ -70,6 +73,9 @@ class Injected:
                     f"`{name}` must be given again, since no file holds what it was, got none: "
                     f"pass {name}= what wrap was given."
                 )
+        if self.on_event is not None and not callable(self.on_event):
+            kind = type(self.on_event).__name__
+            raise TypeError(f"`on_event` must be callable, got {kind}: pass a function.")
         for name, value in (("augment", self.augment), ("restore_mask", self.restore_mask)):
             if value is None:
                 continue
@@ -147,11 +153,15 @@ def _assemble(model: nn.Module, config: AdapterConfig, injected: Injected) -> Ad
         update = None
         if config.update is not None:
             update = _component(Update, config.update, network, context)
+        guard = None
+        if config.guard is not None:
+            guard = _component(Guard, config.guard, network, context)
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        for part in (update, output, *(wrapper.rule for wrapper in wrappers.values())):
+        for part in (update, output, guard, *(wrapper.rule for wrapper in wrappers.values())):
             if part is not None:
                 part.to(device)
-        return Adapter(config, context, network, wrappers, update, output)
+        slots = (wrappers, update, output, guard)
+        return Adapter(config, context, network, *slots, on_event=injected.on_event)
     except BaseException:
         if network is not None:
             network.close()
@@ -166,15 +176,16 @@ def _replaced_layers(model: nn.Module, config: AdapterConfig) -> set[int]:
 
 
 def _needs_features(config: AdapterConfig, head: Head) -> bool:
-    used = [c for c in (config.update, config.output) if c is not None]
-    needing = [c.name for c in used if component(c.name).needs_features]
+    used = [component(c.name) for c in (config.update, config.output, config.guard) if c]
+    needing = [cls.name for cls in used if cls.needs_features]
     if needing and not head.has_features:
         raise ValueError(
             f"`features` must say what the features of this model are, since {needing[0]} reads "
             "them, got nothing: name the module that they go into, or pass a function of model and "
             "images."
         )
-    return bool(needing)
+    wanting = any(issubclass(cls, Guard) and cls.wants_features for cls in used)
+    return bool(needing) or (wanting and head.has_features)
 
 
 def _context(

@@ -10,6 +10,7 @@ from tta.methods import (
     deyo,
     eata,
     lame,
+    periodic,
     petal,
     rdumb,
     rmt,
@@ -19,6 +20,7 @@ from tta.methods import (
     source,
     tent,
     unmix_tns,
+    watch,
 )
 
 __all__ = [
@@ -31,6 +33,7 @@ __all__ = [
     "deyo",
     "eata",
     "lame",
+    "periodic",
     "petal",
     "rdumb",
     "rmt",
@@ -40,4 +43,5 @@ __all__ = [
     "source",
     "tent",
     "unmix_tns",
+    "watch",
 ]
