@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tta.core.adapter import Adapter
 from tta.core.build import Injected, build
 from tta.core.config import ComponentConfig
+from tta.core.draws import GivenDraws
 from tta.core.head import FeatureSpec
 from tta.core.model_checks import check_model
 from tta.core.outputs import LogitsSpec
@@ -37,6 +38,7 @@ def wrap(
     std: Sequence[float] | None = None,
     augment: Callable[[Tensor, int], Tensor] | None = None,
     restore_mask: Callable[[str, torch.Size], Tensor] | None = None,
+    draws: GivenDraws | None = None,
     logits: LogitsSpec = None,
     num_classes: int | None = None,
     features: FeatureSpec = None,
@@ -74,6 +76,9 @@ def wrap(
         restore_mask: For CoTTA and PETAL, instead of their own draws:
             ``parameter name, shape -> bool tensor``, True = back to source. Not part of the config,
             nor saved.
+        draws: For components that draw at random, instead of their own draws:
+            ``name, shape, call -> tensor``, or None to draw as usual; ``call`` counts batches since
+            wrap. Not part of the config, nor saved.
         logits: How to take logits (B, C) out of what the model returns: a key or the name of an
             attribute, an index, or a function. Not needed for a tensor, or for something with
             ``logits`` as a key or an attribute. The adapter returns what the model returns, with
@@ -127,6 +132,7 @@ def wrap(
     injected = Injected(
         augment=augment,
         restore_mask=restore_mask,
+        draws=draws,
         logits=logits,
         features=features,
         on_event=on_event,

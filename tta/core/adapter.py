@@ -107,6 +107,7 @@ class Adapter(nn.Module):
             x = images if follow else images.detach()
             x = x.clone() if images.is_inference() else x
             answer = self._serving.serve(x, follow)
+        self._context.draws.call += 1
         self._publish_events()
         return answer
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from tta.core.adapter import Adapter
 from tta.core.backbone import Backbone
 from tta.core.component import Context
-from tta.core.config import ComponentConfig, UpdateConfig
+from tta.core.config import SLOTS, ComponentConfig, UpdateConfig
+from tta.core.draws import Draws, GivenDraws
 from tta.core.fitting import fit, load_constants
 from tta.core.guard import Guard
 from tta.core.head import Head, find_head
@@ -52,6 +53,7 @@ class Injected:
     Args:
         augment: Makes views, in place of an update's own random ones.
         restore_mask: Makes masks, in place of an update's own random ones.
+        draws: Makes other random draws, in place of a component's own.
         logits: Takes logits out of what the model returns.
         features: The module that features go into, or a function of model and images.
         on_event: Called with every event of the guard.
@@ -59,6 +61,7 @@ class Injected:
 
     augment: Callable[[Tensor, int], Tensor] | None = None
     restore_mask: Callable[[str, torch.Size], Tensor] | None = None
+    draws: GivenDraws | None = None
     logits: Any = None
     features: Any = None
     on_event: Callable[[dict[str, Any]], Any] | None = None
@@ -73,16 +76,21 @@ class Injected:
                     f"`{name}` must be given again, since no file holds what it was, got none: "
                     f"pass {name}= what wrap was given."
                 )
-        if self.on_event is not None and not callable(self.on_event):
-            kind = type(self.on_event).__name__
-            raise TypeError(f"`on_event` must be callable, got {kind}: pass a function.")
-        for name, value in (("augment", self.augment), ("restore_mask", self.restore_mask)):
-            if value is None:
-                continue
-            if not callable(value):
+        for name in ("augment", "restore_mask", "draws", "on_event"):
+            value = getattr(self, name)
+            if value is not None and not callable(value):
                 raise TypeError(
                     f"`{name}` must be callable, got {type(value).__name__}: pass a function."
                 )
+        names = [part.name for slot in SLOTS if (part := getattr(config, slot)) is not None]
+        if self.draws is not None and not any(component(name).takes_draws for name in names):
+            raise ValueError(
+                "`draws` must belong to a component that takes them, got "
+                f"{', '.join(names) or 'no component'}: leave it out."
+            )
+        for name, value in (("augment", self.augment), ("restore_mask", self.restore_mask)):
+            if value is None:
+                continue
             if cls is None or name not in cls.injects:
                 chosen = "no update" if cls is None else repr(cls.name)
                 raise ValueError(
@@ -209,6 +217,7 @@ def _context(
         std=config.std,
         augment=injected.augment,
         restore_mask=injected.restore_mask,
+        draws=Draws(injected.draws),
     )
 
 

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from tta.core.backbone import Backbone
 from tta.core.component import Component, Context
-from tta.core.config import ComponentConfig
 from tta.core.health import Monitor
 from tta.core.prediction import Prediction, Report
 from tta.core.source import SourceStatistics
@@ -141,7 +140,8 @@ class Guard(Component):
 
     slot = "guard"
     must_define = ("judge",)
-    host: ClassVar[str | None] = None  # update that a recipe of the guard's name has
+    host: ClassVar[str | None] = None  # update of the recipe that has the guard's name
+    host_fields: ClassVar[dict[str, Any]] = {}  # fields of that update
     undoes: ClassVar[bool] = False  # may undo what was learned; costs a copy of what moves
     keeps_healthy: ClassVar[bool] = False  # has a snapshot, see ``remember``
     wants_features: ClassVar[bool] = True  # reads features where the model has any
@@ -162,11 +162,6 @@ class Guard(Component):
         self.register_buffer("resets", torch.zeros((), dtype=torch.int64))
         self.monitor = Monitor(context.num_classes)
         self._kept: Any = None  # what a snapshot is of
-
-    @classmethod
-    def host_config(cls, config: Any, preset: str) -> ComponentConfig | None:
-        """The update of the recipe that has the guard's name; None for none."""
-        return None
 
     def fit(self, source: SourceStatistics, network: Backbone) -> None:
         """Take what the guard needs from ``source``, or raise ``ValueError`` if it is not there."""

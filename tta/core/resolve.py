@@ -30,6 +30,7 @@ ARGUMENTS = (
     "std",
     "augment",
     "restore_mask",
+    "draws",
     "logits",
     "num_classes",
     "features",
@@ -152,12 +153,10 @@ def _choose(request: Request) -> Chosen:
         chosen["norm"] = None
     elif recipe is not None:
         config = _as_config("recipe", recipe)
-        cls = component(config.name)
-        chosen[cls.slot] = config
-        if issubclass(cls, Guard):
-            _, _, preset = recipe.partition(".") if isinstance(recipe, str) else ("", "", "")
-            host = cls.host_config(config, preset or DEFAULT_PRESET)
-            chosen |= {} if host is None else {"update": host}
+        chosen[component(config.name).slot] = config
+        if host := _host(recipe):
+            fields = vars(component(config.name))["host_fields"]
+            chosen["update"] = get_config(host).replace(**fields)
     for slot, value in slots.items():
         if value is None or (slot == "guard" and value is True):  # see `_with_guard`
             continue
@@ -173,6 +172,16 @@ def _choose(request: Request) -> Chosen:
             )
         chosen[slot] = config
     return chosen
+
+
+def _host(recipe: Any) -> str | None:
+    """Name of the update that a guard's recipe has, with the preset of the guard's name."""
+    name = recipe.name if isinstance(recipe, ComponentConfig) else recipe
+    base, _, preset = name.partition(".") if isinstance(name, str) else ("", "", "")
+    cls = component(base) if base else None
+    if cls is None or not issubclass(cls, Guard) or cls.host is None:
+        return None
+    return f"{cls.host}.{preset}" if preset in component(cls.host).PRESETS else cls.host
 
 
 def _with_guard(chosen: Chosen, request: Request) -> Chosen:
@@ -259,7 +268,7 @@ def _label(chosen: Chosen) -> str:
 
 def _warn_of_preset(request: Request, classes: int) -> None:
     """Warn when a preset made for another number of classes is about to be used."""
-    for name in (request.recipe, *request.slots.values()):
+    for name in (request.recipe, _host(request.recipe), *request.slots.values()):
         if not isinstance(name, str):
             continue
         base, _, tag = name.partition(".")

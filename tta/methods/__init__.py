@@ -2,7 +2,9 @@
 
 from tta.methods import (
     adanpc,
+    aetta,
     alpha_bn,
+    asr,
     bn,
     cafa,
     core,
@@ -25,7 +27,9 @@ from tta.methods import (
 
 __all__ = [
     "adanpc",
+    "aetta",
     "alpha_bn",
+    "asr",
     "bn",
     "cafa",
     "core",
