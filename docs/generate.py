@@ -62,12 +62,18 @@ STREAMS = (
     "single",
     "walk",
 )
-SLOTS = {"norm": "norm rule", "update": "update", "output": "output rule", "": "no slot"}
+SLOTS = {
+    "norm": "norm rule",
+    "update": "update",
+    "output": "output rule",
+    "guard": "guard",
+    "": "no slot",
+}
 
 
 def pages() -> dict[Path, str]:
     """The text of every generated page, by its place."""
-    names = ["source"] + [n for s in ("norm", "update", "output") for n in tta.list_methods(slot=s)]
+    names = ["source"] + [n for s in SLOTS if s for n in tta.list_methods(slot=s)]
     record = _record()
     return {
         METHODS / "index.md": _methods_index(names),
@@ -335,7 +341,7 @@ PLACES = {
     ),
     "Model": (
         r"tta/core/(adapter|backbone|build|checkpointing|classifier|component|head|input_guard"
-        r"|hooks|loan|masters|model_buffers|model_checks|norm_layers|outputs|parameters|serving"
+        r"|draws|guard|hooks|loan|masters|model_buffers|model_checks|norm_layers|outputs|oversight|parameters|serving"
         r"|update)\.py"
     ),
     "Source data": (

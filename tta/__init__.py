@@ -8,6 +8,7 @@ from tta._moved import FORMER, MOVED, install_old_names
 from tta.collect import collect_source
 from tta.core.adapter import Adapter
 from tta.core.config import ComponentConfig, UpdateConfig
+from tta.core.guard import Batch, Guard, Verdict
 from tta.core.norm_rule import NormRule
 from tta.core.output_rule import Output
 from tta.core.prediction import Prediction, Report
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
 __all__ = [
     "Adapter",
     "AdapterConfig",
+    "Batch",
     "ComponentConfig",
+    "Guard",
     "NormRule",
     "Output",
     "Prediction",
@@ -33,6 +36,7 @@ __all__ = [
     "SourceStatistics",
     "Update",
     "UpdateConfig",
+    "Verdict",
     "__version__",
     "collect_source",
     "get_config",

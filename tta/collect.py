@@ -66,7 +66,7 @@ def collect_source(
                 collected.batches = loader
             adapter = wrap(model, recipe, source=loader, **wrap_arguments)
         try:
-            for part in (adapter.update, adapter.output):
+            for part in (adapter.update, adapter.output, adapter.guard):
                 found = {} if part is None else part.source_artefacts()
                 for key, value in found.items():
                     setattr(collected, key, _cloned(value))

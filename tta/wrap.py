@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tta.core.adapter import Adapter
 from tta.core.build import Injected, build
 from tta.core.config import ComponentConfig
+from tta.core.draws import GivenDraws
 from tta.core.head import FeatureSpec
 from tta.core.model_checks import check_model
 from tta.core.outputs import LogitsSpec
@@ -29,6 +30,7 @@ def wrap(
     norm: Choice = None,
     update: Choice = None,
     output: Choice = None,
+    guard: Choice | bool = None,
     source: Any = None,
     batch_size: int | None = None,
     seed: int = 0,
@@ -36,10 +38,14 @@ def wrap(
     std: Sequence[float] | None = None,
     augment: Callable[[Tensor, int], Tensor] | None = None,
     restore_mask: Callable[[str, torch.Size], Tensor] | None = None,
+    draws: GivenDraws | None = None,
     logits: LogitsSpec = None,
     num_classes: int | None = None,
     features: FeatureSpec = None,
     activation: str = "softmax",
+    health: bool = False,
+    shadow: bool = False,
+    on_event: Callable[[dict[str, Any]], Any] | None = None,
     **overrides: Any,
 ) -> Adapter:
     """Make a classifier adapt while it predicts, in place.
@@ -53,6 +59,8 @@ def wrap(
         norm: Replaces the norm slot: a name, a config, or "source" for running statistics.
         update: Replaces the update slot: a name, a config, or "source" for no update.
         output: Replaces the output slot: a name, a config, or "source" for the plain logits.
+        guard: Fills the guard slot: a name, a config, True for the update's own choice, or False
+            for none.
         source: Source batches ``(images, labels)`` or a :class:`tta.SourceStatistics`, for methods
             that need something from the training data.
         batch_size: Batch size of the stream; learning rates are scaled for it once, unless given
@@ -68,6 +76,9 @@ def wrap(
         restore_mask: For CoTTA and PETAL, instead of their own draws:
             ``parameter name, shape -> bool tensor``, True = back to source. Not part of the config,
             nor saved.
+        draws: For components that draw at random, instead of their own draws:
+            ``name, shape, call -> tensor``, or None to draw as usual; ``call`` counts batches since
+            wrap. Not part of the config, nor saved.
         logits: How to take logits (B, C) out of what the model returns: a key or the name of an
             attribute, an index, or a function. Not needed for a tensor, or for something with
             ``logits`` as a key or an attribute. The adapter returns what the model returns, with
@@ -77,6 +88,11 @@ def wrap(
             into, that module, or a function ``model, images -> (B, D)``.
         activation: What the logits are for: "softmax", or "sigmoid" for models whose classes do not
             exclude each other, which norm rules alone can adapt.
+        health: Fill ``adapter.health`` without a guard.
+        shadow: Answer with the source model and learn beside it; ``adapter.health`` shows how far
+            the two agree, and estimates of both. Costs a forward pass.
+        on_event: Called with each of ``adapter.events`` at the end of the call that it belongs to.
+            Not part of the config, nor saved.
         **overrides: Fields of the chosen components.
 
     Returns:
@@ -96,7 +112,7 @@ def wrap(
         torch.Size([8, 10])
     """
     check_model(model)
-    slots = {"norm": norm, "update": update, "output": output}
+    slots = {"norm": norm, "update": update, "output": output, "guard": guard}
     request = Request(
         recipe=recipe,
         slots=slots,
@@ -109,9 +125,16 @@ def wrap(
         num_classes=num_classes,
         features=features,
         activation=activation,
+        health=health,
+        shadow=shadow,
     )
     config = resolve(model, request)
     injected = Injected(
-        augment=augment, restore_mask=restore_mask, logits=logits, features=features
+        augment=augment,
+        restore_mask=restore_mask,
+        draws=draws,
+        logits=logits,
+        features=features,
+        on_event=on_event,
     )
     return build(model, config, source, injected)

@@ -16,6 +16,7 @@ from tests.helpers.batches import BATCH, images, surroundings
 from tests.helpers.compositions import (
     ALONE,
     CASES,
+    GUARDED,
     PAIRS,
     TRIPLES,
     Case,
@@ -55,8 +56,10 @@ on_components = on(ALONE)
 # Checks of state and isolation run on compositions too: there the state of one component could
 # be left out, shared with another or put back in the wrong order.
 on_compositions = on(ALONE, PAIRS, TRIPLES)
+# A guard puts back what the others remember, and its own memory must go along with theirs.
+on_guarded = on(ALONE, PAIRS, TRIPLES, GUARDED)
 # A call that is undone or held back is so by the adapter for all slots: one case has all three.
-on_whole_compositions = on(ALONE, TRIPLES)
+on_whole_compositions = on(ALONE, TRIPLES, GUARDED)
 
 
 def _same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -112,7 +115,7 @@ def test_logits_have_the_models_shape_and_learning_moves_what_was_chosen(case) -
     assert adapter.report.seen == BATCH and adapter.report.rejected == 0
 
 
-@on_compositions
+@on_guarded
 def test_reset_replays_bitwise(case) -> None:
     _, adapter = make(*case)
     start = adapter.state()
@@ -122,7 +125,7 @@ def test_reset_replays_bitwise(case) -> None:
     assert all(torch.equal(a, adapter(images(t))) for t, a in enumerate(first))
 
 
-@on_compositions
+@on_guarded
 def test_state_resumes_bitwise(case, tmp_path) -> None:
     _, adapter = make(*case)
     adapter(images(0))
@@ -140,7 +143,7 @@ def test_state_resumes_bitwise(case, tmp_path) -> None:
     assert _same(adapter.state(), from_disk.state())
 
 
-@on_compositions
+@on_guarded
 def test_two_streams_interleaved_are_two_streams(case) -> None:
     _, one = make(*case)
     expected = [[one(images(10 * s + t)) for t in range(3)] for s in (0, 1) if not one.reset()]

@@ -13,6 +13,7 @@ from torch import nn
 import tta
 from tests.helpers.batches import BATCH, surroundings
 from tests.helpers.nets import FAMILIES, tiny
+from tta.core.guard import Guard
 from tta.core.norm_layers import batch_norm_layers
 from tta.core.norm_rule import NormRule
 from tta.core.registry import component
@@ -21,6 +22,7 @@ from tta.core.update import Update
 __all__ = [
     "ALONE",
     "CASES",
+    "GUARDED",
     "LOOSE",
     "PAIRS",
     "TRIPLES",
@@ -52,7 +54,9 @@ def components(case: Case) -> list[type[Any]]:
     return [component(name) for name in case[1].values()]
 
 
-_NORMS, _UPDATES, _OUTPUTS = (tta.list_methods(slot=s) for s in ("norm", "update", "output"))
+_NORMS, _UPDATES, _OUTPUTS, _GUARDS = (
+    tta.list_methods(slot=slot) for slot in ("norm", "update", "output", "guard")
+)
 
 ALONE = _on_every_family([{"recipe": name} for name in tta.list_methods()])
 """Single components: each recipe on each family."""
@@ -75,7 +79,17 @@ TRIPLES = _on_every_family(
 )
 """A component in all three slots: every pair of components is in one of them."""
 
-CASES = ALONE + PAIRS + TRIPLES
+GUARDED = _on_every_family(
+    [
+        {"norm": _NORMS[(i + j) % len(_NORMS)], "update": u, "guard": g}
+        for i, u in enumerate(_UPDATES)
+        for j, g in enumerate(_GUARDS)
+    ],
+    ["bn"],
+)
+"""Every guard over every update, and over every norm rule with some update."""
+
+CASES = ALONE + PAIRS + TRIPLES + GUARDED
 
 
 def label(case: Case) -> str:
@@ -83,7 +97,8 @@ def label(case: Case) -> str:
     return f"{case[0]}-{'+'.join(case[1].values())}"
 
 
-# Thresholds wide enough that an untrained network's samples pass them, and short source passes.
+# Thresholds wide enough that an untrained network's samples pass them and that guards act; short
+# source passes.
 LOOSE = {
     "entropy_margin": 10.0,
     "redundancy_margin": 10.0,
@@ -93,6 +108,9 @@ LOOSE = {
     "posterior_epochs": 2,
     "plpd_threshold": -1.0,
     "update_every": BATCH,
+    "every": 2,
+    "threshold": 1.0,
+    "passes": 2,
 }
 
 
@@ -107,6 +125,8 @@ def arguments(parts: dict[str, str]) -> dict[str, Any]:
     for slot, name in parts.items():
         if issubclass(component(name), Update):
             chosen[slot] = tta.get_config(name, lr=0.05, **_loose(name))
+        elif issubclass(component(name), Guard):
+            chosen[slot] = tta.get_config(name, **_loose(name))
     return chosen | surroundings()
 
 

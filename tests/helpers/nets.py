@@ -37,6 +37,26 @@ class Cnn(nn.Module):
         return self.fc(x.mean(dim=(2, 3)))
 
 
+class BnCnn(nn.Module):
+    """The model ``bn_cnn`` of set-b, ``bn_cnn_b`` of later sets: layers side by side."""
+
+    def __init__(self, widths: Sequence[int], classes: int) -> None:
+        super().__init__()
+        inputs = 3
+        for i, width in enumerate(widths, 1):
+            stride = 1 if i == 1 else 2
+            setattr(self, f"conv{i}", nn.Conv2d(inputs, width, 3, stride, 1, bias=False))
+            setattr(self, f"bn{i}", nn.BatchNorm2d(width))
+            inputs = width
+        self.stages = len(widths)
+        self.fc = nn.Linear(inputs, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i in range(1, self.stages + 1):
+            x = getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(x)).relu()
+        return self.fc(x.mean(dim=(2, 3)))
+
+
 def cnn(widths: Sequence[int], norm: Callable[[int], nn.Module], classes: int = 10) -> nn.Module:
     """A :class:`Cnn`."""
     return Cnn(widths, norm, classes)
@@ -47,6 +67,8 @@ def trace_model(model: dict) -> nn.Module:
     kind, classes = model["kind"], model["num_classes"]
     if kind == "bn_cnn":
         net = cnn(model["widths"], nn.BatchNorm2d, classes)
+    elif kind == "bn_cnn_b":
+        net = BnCnn(model["widths"], classes)
     elif kind == "gn_cnn":
         net = cnn(model["widths"], lambda c: nn.GroupNorm(model["groups"], c), classes)
     elif kind == "ln_vit":

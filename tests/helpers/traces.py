@@ -14,9 +14,10 @@ from torch import Tensor, nn
 import tta
 from tests.helpers.nets import trace_model
 
-__all__ = ["FOLDER", "TRACES", "Trace"]
+__all__ = ["FOLDER", "GOLDEN", "TRACES", "Trace"]
 
-FOLDER = Path(__file__).parents[1] / "golden" / "set-a"
+GOLDEN = Path(__file__).parents[1] / "golden"
+FOLDER = GOLDEN / "set-a"
 TRACES = sorted(FOLDER.glob("*.npz"))
 
 
@@ -35,8 +36,10 @@ class Trace:
         self.params: dict[str, Any] = self.hparams.get("params", {})
 
     def tensor(self, key: str) -> Tensor:
-        """An array as float32 or int64."""
+        """An array as float32 or int64; images of bytes are divided by 255."""
         array = self.arrays[key]
+        if array.dtype == np.uint8 and key.endswith("inputs"):
+            return torch.from_numpy(array.astype(np.float32) / np.float32(255))
         return torch.from_numpy(array.astype(np.float32 if array.dtype.kind == "f" else np.int64))
 
     def group(self, prefix: str) -> dict[str, Tensor]:

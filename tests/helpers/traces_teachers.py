@@ -15,31 +15,12 @@ import torch
 from torch import Tensor, nn
 
 import tta
+from tests.helpers.nets import BnCnn
 
 __all__ = ["FOLDER", "TeacherTrace"]
 
 FOLDER = Path(__file__).parents[1] / "golden" / "set-b"
 RAW = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
-
-
-class BnCnn(nn.Module):
-    """The model ``bn_cnn`` of the README."""
-
-    def __init__(self, widths: list[int], classes: int) -> None:
-        super().__init__()
-        inputs = 3
-        for i, width in enumerate(widths, 1):
-            stride = 1 if i == 1 else 2
-            setattr(self, f"conv{i}", nn.Conv2d(inputs, width, 3, stride, 1, bias=False))
-            setattr(self, f"bn{i}", nn.BatchNorm2d(width))
-            inputs = width
-        self.stages = len(widths)
-        self.fc = nn.Linear(inputs, classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for i in range(1, self.stages + 1):
-            x = getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(x)).relu()
-        return self.fc(x.mean(dim=(2, 3)))
 
 
 class TeacherTrace:

@@ -24,6 +24,7 @@ TITLES = {
     "norm": "norm rules: where a BatchNorm layer takes its statistics from",
     "update": "updates: how parameters move",
     "output": "output rules: what is returned in the end",
+    "guard": "guards: what is kept of what was learned, and who answers",
     "": "without a slot",
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from inspect import signature
 from typing import Any
@@ -14,6 +14,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from tta.core.backbone import Backbone
 from tta.core.component import Context
 from tta.core.config import SLOTS
+from tta.core.guard import Guard
 from tta.core.loan import Loan
 from tta.core.norm_layers import AdaptiveNorm, remove
 from tta.core.output_rule import Output
@@ -52,6 +53,8 @@ class Adapter(nn.Module):
         wrappers: dict[str, AdaptiveNorm],
         update: Update | None,
         output: Output | None,
+        guard: Guard | None = None,
+        on_event: Callable[[dict[str, Any]], Any] | None = None,
     ) -> None:
         super().__init__()
         self.turns = Turns()
@@ -59,15 +62,19 @@ class Adapter(nn.Module):
         self.config = config
         self.update = update
         self.output = output
+        self.guard = guard
+        self._on_event = on_event
         self._network: Backbone | None = network
         self._context = context
         self._wrappers = wrappers
-        self._state = AdapterState(
-            config.label, context.generator, network, wrappers, update, output
-        )
-        parts = [part for part in (update, output) if part is not None]
+        network.session.guard = guard
+        slots = (wrappers, update, output, guard)
+        self._state = AdapterState(config.label, context.generator, network, *slots)
+        parts = [part for part in (update, output, guard) if part is not None]
         self._transaction = Transaction(self._state, network, parts, context.journal)
-        self._serving = Serving(network, self._state, wrappers, update, output, self._transaction)
+        self._serving = Serving(
+            network, self._state, wrappers, update, output, self._transaction, guard, config.shadow
+        )
         trained = None if update is None else context.parameters.values()
         self._loan = Loan(network.model, network.masters.own.values(), trained)
 
@@ -106,16 +113,22 @@ class Adapter(nn.Module):
                 follow = not learning and images.requires_grad and torch.is_grad_enabled()
                 x = images if follow else images.detach()
                 x = x.clone() if images.is_inference() else x
-                return self._serving.serve(x, follow)
+                answer = self._serving.serve(x, follow)
+            self._context.draws.call += 1
+            return answer
 
         with torch.inference_mode(False):
-            return self._transaction.run(serve, learning)
+            answer = self._transaction.run(serve, learning)
+        self._publish_events()
+        return answer
 
     @in_turn
     def reset(self) -> None:
         """Put everything back to what it was when ``wrap`` returned, bit for bit."""
         self._held("has no state")
         self._transaction.run(self._state.reset)
+        if self.guard is not None:
+            self.guard.events.clear()
 
     def freeze(self) -> None:
         """Stop all learning: parameters, moving statistics, memory. Predictions go on."""
@@ -266,7 +279,40 @@ class Adapter(nn.Module):
             figures |= self.output.report.raw()
         if self.update is not None:
             figures |= self.update.report.raw() | {"resets": self.update.resets.clone()}
+        if self.guard is not None:
+            resets = self.guard.resets + figures["resets"]
+            figures |= self.guard.report.raw() | {"resets": resets}
         return Report(figures)
+
+    @property
+    @in_turn
+    def health(self) -> Report:
+        """What is seen of the last batch without labels, and moving averages of it.
+
+        A guard fills it, or ``wrap(..., health=True)``; else it is empty. Keys: ``entropy`` (mean,
+        in nats), ``concentration`` (of the mean prediction: its negative entropy in nats),
+        ``agreement`` (share of predictions that are the source's; NaN where the source was not
+        asked), ``estimated_accuracy`` (0 to 1) and ``estimator``, ``effective_rank`` (of features;
+        NaN without any), ``run_length`` (images in a row for which one label is predicted),
+        ``distance`` (of the trained parameters from the source, as a share of their length),
+        ``passes`` (forward passes that the guard asked for), ``action`` and ``reason``, and
+        ``<figure>_average``.
+        """
+        if self.guard is None:
+            return Report()
+        averages = {f"{k}_average": v for k, v in self.guard.monitor.averaged().items()}
+        return Report(self.guard.figures | averages)
+
+    @property
+    @in_turn
+    def events(self) -> list[dict[str, Any]]:
+        """The last 1,000 actions of the guard other than "learn", the oldest first.
+
+        Each is a dict of ``step`` (batches before it since wrap or reset), ``action``, ``reason``
+        and ``figures`` (those of ``health``). They are no part of a state, and ``reset`` empties
+        them.
+        """
+        return [] if self.guard is None else list(self.guard.events)
 
     @property
     def num_classes(self) -> int:
@@ -353,6 +399,15 @@ class Adapter(nn.Module):
         """Called by torch where every device is to get a copy for one batch."""
         raise RuntimeError(PARALLEL.format("DataParallel"))
 
+    def _publish_events(self) -> None:
+        """Keep what the guard did in this call, and tell the caller."""
+        if self.guard is None:
+            return
+        for event in self._serving.take_events():
+            self.guard.events.append(event)
+            if self._on_event is not None:
+                self._on_event(event)
+
     def _images(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
@@ -387,8 +442,9 @@ class Adapter(nn.Module):
         self.session.learning = learning
         for wrapper in self._wrappers.values():
             wrapper.rule.learning = learning
-        if self.output is not None:
-            self.output.learning = learning
+        for part in (self.output, self.guard):
+            if part is not None:
+                part.learning = learning
 
     def _apply(self, fn: Any, recurse: bool = True) -> Adapter:
         super()._apply(fn, recurse)

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from tta.core.adapter import Adapter
 from tta.core.backbone import Backbone
 from tta.core.component import Context
-from tta.core.config import ComponentConfig, UpdateConfig
+from tta.core.config import SLOTS, ComponentConfig, UpdateConfig
+from tta.core.draws import Draws, GivenDraws
 from tta.core.fitting import fit, load_constants
+from tta.core.guard import Guard
 from tta.core.head import Head, find_head
 from tta.core.masters import Masters
 from tta.core.model_buffers import ModelBuffers
@@ -51,14 +53,18 @@ class Injected:
     Args:
         augment: Makes views, in place of an update's own random ones.
         restore_mask: Makes masks, in place of an update's own random ones.
+        draws: Makes other random draws, in place of a component's own.
         logits: Takes logits out of what the model returns.
         features: The module that features go into, or a function of model and images.
+        on_event: Called with every event of the guard.
     """
 
     augment: Callable[[Tensor, int], Tensor] | None = None
     restore_mask: Callable[[str, torch.Size], Tensor] | None = None
+    draws: GivenDraws | None = None
     logits: Any = None
     features: Any = None
+    on_event: Callable[[dict[str, Any]], Any] | None = None
 
     def check(self, config: AdapterConfig) -> None:
         """Refuse what is no function, what the update does not take, and what is missing."""
@@ -70,13 +76,21 @@ class Injected:
                     f"`{name}` must be given again, since no file holds what it was, got none: "
                     f"pass {name}= what wrap was given."
                 )
-        for name, value in (("augment", self.augment), ("restore_mask", self.restore_mask)):
-            if value is None:
-                continue
-            if not callable(value):
+        for name in ("augment", "restore_mask", "draws", "on_event"):
+            value = getattr(self, name)
+            if value is not None and not callable(value):
                 raise TypeError(
                     f"`{name}` must be callable, got {type(value).__name__}: pass a function."
                 )
+        names = [part.name for slot in SLOTS if (part := getattr(config, slot)) is not None]
+        if self.draws is not None and not any(component(name).takes_draws for name in names):
+            raise ValueError(
+                "`draws` must belong to a component that takes them, got "
+                f"{', '.join(names) or 'no component'}: leave it out."
+            )
+        for name, value in (("augment", self.augment), ("restore_mask", self.restore_mask)):
+            if value is None:
+                continue
             if cls is None or name not in cls.injects:
                 chosen = "no update" if cls is None else repr(cls.name)
                 raise ValueError(
@@ -147,11 +161,15 @@ def _assemble(model: nn.Module, config: AdapterConfig, injected: Injected) -> Ad
         update = None
         if config.update is not None:
             update = _component(Update, config.update, network, context)
+        guard = None
+        if config.guard is not None:
+            guard = _component(Guard, config.guard, network, context)
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        for part in (update, output, *(wrapper.rule for wrapper in wrappers.values())):
+        for part in (update, output, guard, *(wrapper.rule for wrapper in wrappers.values())):
             if part is not None:
                 part.to(device)
-        return Adapter(config, context, network, wrappers, update, output)
+        slots = (wrappers, update, output, guard)
+        return Adapter(config, context, network, *slots, on_event=injected.on_event)
     except BaseException:
         if network is not None:
             network.close()
@@ -166,15 +184,16 @@ def _replaced_layers(model: nn.Module, config: AdapterConfig) -> set[int]:
 
 
 def _needs_features(config: AdapterConfig, head: Head) -> bool:
-    used = [c for c in (config.update, config.output) if c is not None]
-    needing = [c.name for c in used if component(c.name).needs_features]
+    used = [component(c.name) for c in (config.update, config.output, config.guard) if c]
+    needing = [cls.name for cls in used if cls.needs_features]
     if needing and not head.has_features:
         raise ValueError(
             f"`features` must say what the features of this model are, since {needing[0]} reads "
             "them, got nothing: name the module that they go into, or pass a function of model and "
             "images."
         )
-    return bool(needing)
+    wanting = any(issubclass(cls, Guard) and cls.wants_features for cls in used)
+    return bool(needing) or (wanting and head.has_features)
 
 
 def _context(
@@ -198,6 +217,7 @@ def _context(
         std=config.std,
         augment=injected.augment,
         restore_mask=injected.restore_mask,
+        draws=Draws(injected.draws),
     )
 
 

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tta.core.config import ComponentConfig
+from tta.core.draws import Draws
 from tta.core.journal import Journal
 
 __all__ = ["Component", "Context", "Remembers"]
@@ -45,6 +46,7 @@ class Context:
     augment: Callable[[Tensor, int], Tensor] | None = None  # replaces random views
     restore_mask: Callable[[str, torch.Size], Tensor] | None = None  # replaces random masks
     journal: Journal = field(default_factory=Journal)  # keeps rows that a call overwrites
+    draws: Draws = field(default_factory=Draws)  # replaces other random draws
 
     @property
     def log_classes(self) -> float:
@@ -84,6 +86,7 @@ class Component(nn.Module):
     uses_labels: ClassVar[bool] = True  # reads the labels of source batches
     replays_source: ClassVar[bool] = False  # goes on reading source batches while it adapts
     takes_softmax: ClassVar[bool] = True  # works on a softmax of the logits
+    takes_draws: ClassVar[bool] = False  # asks ``context.draws`` before it draws itself
     writable: ClassVar[bool] = False  # a plain model can hold what it has learned
     # Fields under which `collect_source` wraps the method, so that only artefacts are computed.
     artefact_fields: ClassVar[dict[str, Any]] = {}

@@ -31,9 +31,10 @@ def fit(adapter: Adapter, source: SourceStatistics) -> None:
     source = _checked(adapter, network, source)
     before = {key: v for key, v in adapter.state().items() if key.startswith("norm/")}
     try:
-        if adapter.output is not None:
-            with with_statistics(wrappers, normalize_by_source):
-                adapter.output.fit(source, network)
+        for part in (adapter.output, adapter.guard):
+            if part is not None:
+                with with_statistics(wrappers, normalize_by_source):
+                    part.fit(source, network)
         if adapter.update is not None:
             adapter.update.fit(source)
     except (ImagesRefusedError, KindRefusedError) as error:
@@ -85,7 +86,7 @@ def load_constants(
 
 def _parts(adapter: Adapter) -> dict[str, Component]:
     """The components that may take something from the source, by slot."""
-    parts = {"update": adapter.update, "output": adapter.output}
+    parts = {"update": adapter.update, "output": adapter.output, "guard": adapter.guard}
     return {slot: part for slot, part in parts.items() if part is not None}
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tta.core.checks import channels, mapping, nearest, one_of, seed, string, whole_number
+from tta.core.checks import boolean, channels, mapping, nearest, one_of, seed, string, whole_number
 from tta.core.config import SLOTS, ComponentConfig
 from tta.core.registry import component, config_from_dict
 
@@ -26,6 +26,7 @@ class AdapterConfig:
     norm: ComponentConfig | None = None
     update: ComponentConfig | None = None
     output: ComponentConfig | None = None
+    guard: ComponentConfig | None = None
     batch_size: int | None = None
     seed: int = 0
     mean: tuple[float, ...] | None = None
@@ -35,6 +36,7 @@ class AdapterConfig:
     num_classes: int | None = None  # if the caller gave it
     features: str | None = None  # module that they go into; "given": a module or a function
     activation: str = "softmax"  # what the logits are for: "softmax" or "sigmoid"
+    shadow: bool = False  # the source answers, while the rest learns beside it
 
     def __post_init__(self) -> None:
         for slot in SLOTS:
@@ -49,6 +51,12 @@ class AdapterConfig:
         if self.num_classes is not None:
             whole_number("num_classes", self.num_classes, 1)
         self._check_activation()
+        boolean("shadow", self.shadow)
+        if self.shadow and self.guard is None:
+            raise ValueError(
+                "`shadow` must come with a guard, which sees both predictions, got none: pass "
+                "guard=tta.get_config('watch')."
+            )
         if (self.mean is None) != (self.std is None):
             raise ValueError(
                 f"`mean` and `std` must be given together, got mean={self.mean!r} and "
@@ -80,7 +88,7 @@ class AdapterConfig:
     @property
     def label(self) -> str:
         """The components in one word, such as "bn+eata"; "source" for none."""
-        chosen = (self.norm, self.update, self.output)
+        chosen = (getattr(self, slot) for slot in SLOTS)
         return "+".join(c.name for c in chosen if c is not None) or "source"
 
     def to_dict(self) -> dict[str, Any]:

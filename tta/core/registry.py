@@ -46,7 +46,7 @@ def register(name: str) -> Callable[[C], C]:
         if not isinstance(cls, type) or not issubclass(cls, Component):
             raise TypeError(
                 f"`{name}` must be a class with a slot, got {cls!r}: subclass tta.NormRule, "
-                "tta.Update or tta.Output."
+                "tta.Update, tta.Output or tta.Guard."
             )
         other = _COMPONENTS.get(name, cls)
         if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
@@ -56,8 +56,8 @@ def register(name: str) -> Callable[[C], C]:
             )
         if cls.slot not in SLOTS and not cls.empties_slots:
             raise TypeError(
-                f"`slot` must be 'norm', 'update' or 'output', got {cls.slot!r}: subclass "
-                "NormRule, Update or Output."
+                f"`slot` must be 'norm', 'update', 'output' or 'guard', got {cls.slot!r}: subclass "
+                "NormRule, Update, Output or Guard."
             )
         _check_config(name, cls)
         _check_methods(name, cls)
@@ -127,7 +127,7 @@ def list_methods(pattern: str = "*", slot: str | None = None) -> list[str]:
 
     Args:
         pattern: Shell-style pattern; one with a dot (``"eata.*"``) lists presets.
-        slot: Only components of this slot: "norm", "update" or "output".
+        slot: Only components of this slot: "norm", "update", "output" or "guard".
 
     Raises:
         TypeError: When ``pattern`` is no string.

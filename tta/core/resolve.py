@@ -8,13 +8,15 @@ from typing import Any
 
 from torch import nn
 
-from tta.core.checks import nearest, whole_number
+from tta.core.checks import boolean, nearest, whole_number
 from tta.core.config import SLOTS, ComponentConfig
+from tta.core.guard import DEFAULT_GUARD, PLAIN_GUARD, Guard
 from tta.core.head import find_head
 from tta.core.norm_rule import NormRule
 from tta.core.outputs import GIVEN, LogitsReader
 from tta.core.recipe import AdapterConfig
 from tta.core.registry import DEFAULT_PRESET, PRESET_CLASSES, component, get_config
+from tta.core.update import Update
 from tta.core.warn import warn
 
 __all__ = ["Request", "resolve"]
@@ -28,10 +30,14 @@ ARGUMENTS = (
     "std",
     "augment",
     "restore_mask",
+    "draws",
     "logits",
     "num_classes",
     "features",
     "activation",
+    "health",
+    "shadow",
+    "on_event",
 )
 
 
@@ -41,7 +47,8 @@ class Request:
 
     Args:
         recipe: A name, a component's config, an ``AdapterConfig``, or None.
-        slots: What was given for each slot: a name, a config, or None.
+        slots: What was given for each slot: a name, a config, or None; for the guard also True or
+            False.
         overrides: Fields of the chosen components.
         batch_size: Batch size of the stream.
         seed: Seed of the adapter's generator.
@@ -51,6 +58,8 @@ class Request:
         num_classes: Number of classes, where no linear layer of the model shows it.
         features: The module that features go into, or a function that gives them.
         activation: What the logits are for, "softmax" or "sigmoid".
+        health: Whether to fill ``health`` without a guard.
+        shadow: Whether the source answers.
     """
 
     recipe: Any = None
@@ -64,6 +73,8 @@ class Request:
     num_classes: Any = None
     features: Any = None
     activation: Any = "softmax"
+    health: Any = False
+    shadow: Any = False
 
     @property
     def fixed(self) -> dict[str, Any]:
@@ -77,6 +88,7 @@ class Request:
             "num_classes": self.num_classes,
             "features": self.features if module else GIVEN,
             "activation": self.activation,
+            "shadow": boolean("shadow", self.shadow),
         }
 
 
@@ -96,7 +108,7 @@ def resolve(model: nn.Module, request: Request) -> AdapterConfig:
     batch_size = request.batch_size
     if batch_size is not None:
         batch_size = whole_number("batch_size", batch_size, 1)
-    chosen = _override(_choose(request), request.overrides)
+    chosen = _override(_with_guard(_choose(request), request), request.overrides)
     chosen = {
         slot: None if config is None else config.for_batch_size(batch_size)
         for slot, config in _adjust(_complete(chosen, model), request).items()
@@ -117,9 +129,10 @@ Chosen = dict[str, ComponentConfig | None]
 
 
 def _given_config(request: Request) -> AdapterConfig:
-    said = request.fixed | {"logits": None, "features": None, "activation": None}
-    others = (*request.slots.values(), request.batch_size, *said.values())
-    if request.overrides or request.seed != 0 or any(value is not None for value in others):
+    said = request.fixed | dict.fromkeys(("logits", "features", "activation"))
+    others = (*request.slots.values(), request.batch_size, request.health, *said.values())
+    given = any(value is not None and value is not False for value in others)
+    if request.overrides or request.seed != 0 or given:
         raise TypeError(
             "`recipe` as an AdapterConfig takes no other slots or fields: use dataclasses.replace "
             "on it."
@@ -131,20 +144,23 @@ def _choose(request: Request) -> Chosen:
     """Configs of the slots that the caller named; a slot named "source" is there as None."""
     chosen: Chosen = {}
     recipe, slots = request.recipe, request.slots
-    if recipe is None and all(value is None for value in slots.values()):
+    if recipe is None and all(value in (None, True, False) for value in slots.values()):
         raise ValueError(
-            "`recipe` must name a method, or norm=, update= or output= must, got none: pass one, "
-            "such as wrap(model, 'tent')."
+            "`recipe` must name a method, or norm=, update=, output= or guard= must, got none: "
+            "pass one, such as wrap(model, 'tent')."
         )
     if _is_source(recipe):
         chosen["norm"] = None
     elif recipe is not None:
         config = _as_config("recipe", recipe)
         chosen[component(config.name).slot] = config
+        if host := _host(recipe):
+            fields = vars(component(config.name))["host_fields"]
+            chosen["update"] = get_config(host).replace(**fields)
     for slot, value in slots.items():
-        if value is None:
+        if value is None or (slot == "guard" and value is True):  # see `_with_guard`
             continue
-        if _is_source(value):
+        if _is_source(value) or (slot == "guard" and value is False):
             chosen[slot] = None
             continue
         config = _as_config(slot, value)
@@ -156,6 +172,29 @@ def _choose(request: Request) -> Chosen:
             )
         chosen[slot] = config
     return chosen
+
+
+def _host(recipe: Any) -> str | None:
+    """Name of the update that a guard's recipe has, with the preset of the guard's name."""
+    name = recipe.name if isinstance(recipe, ComponentConfig) else recipe
+    base, _, preset = name.partition(".") if isinstance(name, str) else ("", "", "")
+    cls = component(base) if base else None
+    if cls is None or not issubclass(cls, Guard) or cls.host is None:
+        return None
+    return f"{cls.host}.{preset}" if preset in component(cls.host).PRESETS else cls.host
+
+
+def _with_guard(chosen: Chosen, request: Request) -> Chosen:
+    """Add the guard that the caller asked for without naming it."""
+    asked = request.slots.get("guard") is True
+    watched = boolean("health", request.health) or boolean("shadow", request.shadow)
+    if chosen.get("guard") is not None or not (asked or watched):
+        return chosen
+    if not asked:
+        return chosen | {"guard": get_config(PLAIN_GUARD)}
+    update = chosen.get("update")
+    cls = Update if update is None else component(update.name)
+    return chosen | {"guard": get_config(getattr(cls, "default_guard", DEFAULT_GUARD))}
 
 
 def _is_source(value: Any) -> bool:
@@ -229,7 +268,7 @@ def _label(chosen: Chosen) -> str:
 
 def _warn_of_preset(request: Request, classes: int) -> None:
     """Warn when a preset made for another number of classes is about to be used."""
-    for name in (request.recipe, *request.slots.values()):
+    for name in (request.recipe, _host(request.recipe), *request.slots.values()):
         if not isinstance(name, str):
             continue
         base, _, tag = name.partition(".")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -12,8 +12,10 @@ from torch import Tensor
 
 from tta.core.autocast import forget_casts
 from tta.core.backbone import Backbone, RowsOverflowError
+from tta.core.guard import Guard
 from tta.core.norm_layers import AdaptiveNorm
 from tta.core.output_rule import Output
+from tta.core.oversight import Oversight
 from tta.core.prediction import Prediction, Report
 from tta.core.state import AdapterState
 from tta.core.transaction import Transaction
@@ -35,6 +37,8 @@ class Serving:
         update: If there is one.
         output: If there is one.
         transaction: In which every call runs.
+        guard: If there is one.
+        shadow: Whether the source answers; only with a guard.
     """
 
     def __init__(
@@ -45,6 +49,8 @@ class Serving:
         update: Update | None,
         output: Output | None,
         transaction: Transaction,
+        guard: Guard | None = None,
+        shadow: bool = False,
     ) -> None:
         self.network = network
         self.transaction = transaction
@@ -52,6 +58,10 @@ class Serving:
         self.wrappers = wrappers
         self.update = update
         self.output = output
+        self.guard = guard
+        self.oversight = guard and Oversight(
+            network, state, transaction, wrappers, update, output, guard, shadow
+        )
         self.seen = 0  # images of the last batch that was answered
         self.rejected = 0  # of these, images that nothing was learned from
         self._bad = 0  # images of the present batch that nothing is learned from
@@ -90,6 +100,13 @@ class Serving:
                 return self._serve_some(x, ~rows, OVERFLOW, follow)
         return self._serve(x, follow)
 
+    def take_events(self) -> list[dict[str, Any]]:
+        """Return what the guard did in the last call, once."""
+        if self.oversight is None:
+            return []
+        events, self.oversight.new_events = self.oversight.new_events, []
+        return events
+
     def _serve(self, x: Tensor, follow: bool) -> Any:
         """Predict and learn, without the rows whose features turn out to overflow."""
         try:
@@ -103,7 +120,11 @@ class Serving:
         own = {} if self.learning else network.buffers.tensors()
         own = {name: b.clone() for name, b in own.items()}
         try:
-            logits = self._predict(x, follow)
+            if self.oversight is None:
+                _, logits = self._predict(x, follow, self.learning)
+            else:
+                with self._weights_at_rest() if follow else nullcontext():
+                    logits = self.oversight.serve(x, self.learning, follow, self._predict)
         except RowsOverflowError:
             self.transaction.take_back()
             raise
@@ -128,9 +149,10 @@ class Serving:
         starts = {name: self.network.buffers.start_of(name) for name in found}
         self.network.buffers.put_back({**before, **starts})
 
-    def _predict(self, x: Tensor, follow: bool) -> Tensor:
+    def _predict(self, x: Tensor, follow: bool, learning: bool) -> tuple[Prediction, Tensor]:
+        """Predict a batch, and learn from it or not: the prediction, and what is returned of it."""
         forget_casts(x.device.type)  # the cache may have been filled under no_grad
-        if self.update is not None and self.learning:
+        if self.update is not None and learning:
             with torch.enable_grad():
                 prediction = self.update.learn(x)
         else:
@@ -145,7 +167,7 @@ class Serving:
                 f"{type(prediction).__name__}: correct the component."
             )
         if self.output is None:
-            return prediction.logits if follow else prediction.logits.detach()
+            return prediction, prediction.logits if follow else prediction.logits.detach()
         with torch.set_grad_enabled(follow):
             if not follow:
                 features = prediction.features
@@ -160,7 +182,7 @@ class Serving:
                 f"`{self.output.name}` must return scores of shape {expected} from correct(), got "
                 f"{got}: correct the component."
             )
-        return scores.to(prediction.logits.dtype)
+        return prediction, scores.to(prediction.logits.dtype)
 
     @contextmanager
     def _weights_at_rest(self) -> Iterator[None]:
@@ -170,12 +192,12 @@ class Serving:
         trained = [p for p in parts if p.requires_grad]
         for p in trained:
             p.requires_grad_(False)
-        self.network.session.following = True
+        before, self.network.session.following = self.network.session.following, True
         try:
             with torch.enable_grad():
                 yield
         finally:
-            self.network.session.following = False
+            self.network.session.following = before
             for p in trained:
                 p.requires_grad_(True)
 
@@ -193,7 +215,7 @@ class Serving:
         )
         self._bad += count
         if count == len(x):
-            for part in (self.update, self.output):
+            for part in (self.update, self.output, self.guard):
                 if part is not None:
                     part.report = Report()
             like = x if x.is_floating_point() else torch.empty(0, dtype=torch.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -26,6 +27,7 @@ class Session:
         reset_point: What ``reset`` restores, by the names of a state; nobody writes to these
             tensors.
         warned: The kinds of warning that were given already.
+        guard: The guard, which sees every step of the update.
     """
 
     ranks: Ranks | None = None
@@ -35,6 +37,7 @@ class Session:
     learning: bool = True
     reset_point: dict[str, Tensor] = field(default_factory=dict)
     warned: set[str] = field(default_factory=set)
+    guard: Any = None
 
     def warn_once(self, kind: str, text: str) -> None:
         """Warn the caller, unless this kind of warning was given before."""

@@ -1,8 +1,8 @@
 """The state of an adapter: all that moves as one flat dict of tensors, copied and put back.
 
 Names are those of the caller's model: ``param/<name>``, ``norm/<layer>.<buffer>``,
-``update/<buffer>``, ``optim/<parameter>.<slot>``, ``output/<buffer>``, ``model/<name>`` (buffers
-that the model itself changes) and ``rng``.
+``update/<buffer>``, ``optim/<parameter>.<slot>``, ``output/<buffer>``, ``guard/<buffer>``,
+``model/<name>`` (buffers that the model itself changes) and ``rng``.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tta.core.backbone import Backbone
 from tta.core.component import Component
+from tta.core.guard import Guard
 from tta.core.norm_layers import AdaptiveNorm
 from tta.core.output_rule import Output
 from tta.core.state_dict import (
@@ -32,6 +33,7 @@ __all__ = ["AdapterState", "Place"]
 
 Place = tuple[dict[str, Any], str]  # where a tensor is held: a dict, and the key in it
 
+GUARD = "guard/"
 CHECKED = 1024  # elements of each parameter that a fingerprint covers: training moves all
 
 
@@ -45,6 +47,7 @@ class AdapterState:
         wrappers: The wrapped norm layers, by their names in the caller's model.
         update: The update, or None.
         output: The output rule, or None.
+        guard: The guard, or None.
     """
 
     def __init__(
@@ -55,6 +58,7 @@ class AdapterState:
         wrappers: dict[str, AdaptiveNorm],
         update: Update | None,
         output: Output | None,
+        guard: Guard | None = None,
     ) -> None:
         self.generator = generator
         self.network = network
@@ -62,7 +66,7 @@ class AdapterState:
         self.update = update
         self.norm_rules = {f"norm/{name}.": wrapper.rule for name, wrapper in wrappers.items()}
         self.parts: dict[str, Component] = {}
-        for prefix, part in (("update/", update), ("output/", output)):
+        for prefix, part in (("update/", update), ("output/", output), (GUARD, guard)):
             if part is not None:
                 self.parts[prefix] = part
         trained = {} if update is None else update.trained()
@@ -71,6 +75,8 @@ class AdapterState:
             "method": label,
             "weights": checksum(network.model.parameters(), CHECKED),
         }
+        if guard is not None and guard.keeps_healthy:
+            guard.hold_snapshot(self)
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors themselves, and the state of the generator as a copy."""
@@ -125,6 +131,28 @@ class AdapterState:
         own = [] if self.update is None else self.update.parameters()
         masters = [master for master, _ in self.network.masters.pairs]
         return [*self.network.model.parameters(), *masters, *own]
+
+    def moving(self) -> dict[str, Tensor]:
+        """The tensors that a guard may put back: all but its own, and the generator's."""
+        return {k: v for k, v in self.tensors().items() if not k.startswith(GUARD) and k != "rng"}
+
+    def keys_of(self, trait: str) -> list[str]:
+        """Keys of buffers that their component names in ``trait``, except the guard's."""
+        return [
+            f"{prefix}{name}"
+            for prefix, part in self._components().items()
+            if prefix != GUARD
+            for name in getattr(part, trait)()
+        ]
+
+    def ranges(self) -> dict[str, tuple[int, int]]:
+        """Smallest and largest whole numbers by key, except the guard's."""
+        return {
+            f"{prefix}{name}": bounds
+            for prefix, part in self._components().items()
+            if prefix != GUARD
+            for name, bounds in part.integer_ranges().items()
+        }
 
     def clones(self) -> dict[str, Tensor]:
         """Copies, in a dict that carries the fingerprint as torch's state dicts carry versions."""
@@ -181,7 +209,7 @@ class AdapterState:
         for key, (part, name) in self._resizable().items():
             held = getattr(part, name)
             if key in values and values[key].shape != held.shape:
-                setattr(part, name, held.new_empty(values[key].shape))
+                part._buffers[name] = held.new_empty(values[key].shape)  # names may have dots
         copy_tensors(self.tensors(), {k: v for k, v in values.items() if k != "rng"})
         if "rng" in values:
             self.generator.set_state(values["rng"].cpu())
@@ -214,18 +242,25 @@ class AdapterState:
 
     def mark_reset_point(self) -> None:
         """Make the present state the one that :meth:`reset` restores."""
+        guard: Any = self.parts.get(GUARD)
+        if guard is not None and guard.keeps_healthy:
+            guard.remember()
         self.session.reset_point.update(compact_copies(self.tensors(), self.original))
 
     def reset(self) -> None:
         """Put everything back, except what a component declares to survive a reset."""
         self.notice_model_buffers(by_value=True)
         self._check_layout(self.tensors())
-        kept = {
+        kept = self.surviving()
+        self.copy_in({k: v for k, v in self.session.reset_point.items() if k not in kept})
+
+    def surviving(self) -> set[str]:
+        """Keys that a component declares to survive a reset."""
+        return {
             f"{prefix}{name}"
             for prefix, part in self.parts.items()
             for name in part.survives_reset()
         }
-        self.copy_in({k: v for k, v in self.session.reset_point.items() if k not in kept})
 
     def _check_layout(self, tensors: Mapping[str, Tensor]) -> None:
         """Refuse buffers that are other ones than at wrap, which a component may only declare."""

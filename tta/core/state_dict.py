@@ -77,7 +77,8 @@ def check_state(
                 _check_range(key, value, low, high)
         elif undefined is not None:
             _check_finite(key, value.to(moving[key].dtype), nan=key in undefined)
-    for slot in ("update/", "output/"):
+    slots = ("update/", "output/")
+    for slot in (*slots, *(f"guard/healthy.{slot}" for slot in slots)):
         keys = [k for k in resizable if k.startswith(slot)]
         lengths = {k: len(state[k]) if k in state else None for k in keys}
         given = {k: v for k, v in lengths.items() if v is not None}

@@ -10,7 +10,7 @@ that they overwrite in a :class:`~tta.core.journal.Journal`.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -97,14 +97,32 @@ class Transaction:
             self._copies.put_back()
             self.journal.take_back()
         self.state.generator.set_state(rng)
-        self.state.session.reset_point.update(reset_point)
-        for key in self.state.session.reset_point.keys() - reset_point.keys():
-            del self.state.session.reset_point[key]
+        self._put_back_reset_point(reset_point)
         self.network.buffers.put_back_to(buffers)
         for p, asks, gradient in parameters:
             p.requires_grad_(asks)
             p.grad = gradient
         self.network.masters.write_to_model()
+
+    def undo(self, guard: Component) -> None:
+        """Take back what was learned in this call: all that has moved but the generator.
+
+        Args:
+            guard: The component that asks for it, whose own buffers stay.
+        """
+        _, reset_point, buffers, _, _ = self._undo
+        with torch.no_grad():
+            self._copies.put_back(but={id(module._buffers) for module in guard.modules()})
+            self.journal.take_back()
+        self._put_back_reset_point(reset_point)
+        self.network.buffers.put_back_to(buffers)
+        self.network.masters.write_to_model()
+
+    def _put_back_reset_point(self, before: dict[str, Tensor]) -> None:
+        now = self.state.session.reset_point
+        now.update(before)
+        for key in now.keys() - before.keys():
+            del now[key]
 
     def _begin(self, learning: bool) -> None:
         state, network = self.state, self.network
@@ -176,14 +194,18 @@ class _Copies:
         self._identities = [(place, place[0][place[1]]) for place in self._kept]
         _copy(self._copies, tensors)
 
-    def put_back(self) -> None:
-        for (held, key), tensor in (
-            *zip(self._places, self._tensors, strict=True),
-            *self._identities,
-        ):
-            if held[key] is not tensor:
+    def put_back(self, but: Collection[int] = ()) -> None:
+        """Put the tensors and their values back.
+
+        Args:
+            but: Ids of dicts that are left as they are.
+        """
+        places = (*zip(self._places, self._tensors, strict=True), *self._identities)
+        for (held, key), tensor in places:
+            if held[key] is not tensor and id(held) not in but:
                 held[key] = tensor
-        _copy(self._tensors, self._copies)
+        mine = [i for i, (held, _) in enumerate(self._places) if id(held) not in but]
+        _copy([self._tensors[i] for i in mine], [self._copies[i] for i in mine])
 
 
 def _copy(to: list[Tensor], of: list[Tensor]) -> None:

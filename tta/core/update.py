@@ -12,6 +12,7 @@ from tta.core.autocast import forget_casts
 from tta.core.backbone import Backbone
 from tta.core.component import Component, Context
 from tta.core.config import ComponentConfig, UpdateConfig
+from tta.core.guard import DEFAULT_GUARD
 from tta.core.optimizer import make_optimizer
 from tta.core.prediction import Prediction, Report
 from tta.core.selection_pass import RowSelector
@@ -38,6 +39,7 @@ class Update(Component):
     Config: ClassVar[type[ComponentConfig]] = UpdateConfig
     default_norm: ClassVar[str | None] = "bn"  # norm rule when the caller names none
     default_output: ClassVar[str | None] = None  # output rule when the caller names none
+    default_guard: ClassVar[str] = DEFAULT_GUARD  # guard when the caller says guard=True
     cost: ClassVar[float] = 3.0
     injects: ClassVar[tuple[str, ...]] = ()  # of wrap's "augment" and "restore_mask"
     # Whether it learns from every sample of a batch, given margins wide enough.
@@ -148,6 +150,8 @@ class Update(Component):
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             with torch.no_grad():
                 see([p.grad for p in params if p.grad is not None])
+        if self.network.session.guard is not None:
+            self._ask_guard()
         grads = [p.grad for p in params if p.grad is not None]
         total = torch.nn.utils.get_total_norm(grads) if grads else loss.detach()
         moved = bool(torch.isfinite(loss.detach() + total))
@@ -161,6 +165,18 @@ class Update(Component):
         self.optimizer.zero_grad()
         forget_casts(loss.device.type)
         return moved
+
+    def _ask_guard(self) -> None:
+        """Show the guard the gradients of the method's own loss, and add those of its penalty."""
+        session, parameters = self.network.session, self.context.parameters
+        if not session.serving:  # a method may take steps at wrap
+            return
+        held = {n: p.grad for n, p in parameters.items() if p.grad is not None}
+        with torch.no_grad():
+            session.guard.see_gradients(held)
+        penalty = session.guard.penalty()
+        if penalty is not None:
+            penalty.backward()
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         """Make the optimiser; a method calls this again after making parameters of its own."""

@@ -2,7 +2,9 @@
 
 from tta.methods import (
     adanpc,
+    aetta,
     alpha_bn,
+    asr,
     bn,
     cafa,
     core,
@@ -10,6 +12,7 @@ from tta.methods import (
     deyo,
     eata,
     lame,
+    periodic,
     petal,
     rdumb,
     rmt,
@@ -19,11 +22,14 @@ from tta.methods import (
     source,
     tent,
     unmix_tns,
+    watch,
 )
 
 __all__ = [
     "adanpc",
+    "aetta",
     "alpha_bn",
+    "asr",
     "bn",
     "cafa",
     "core",
@@ -31,6 +37,7 @@ __all__ = [
     "deyo",
     "eata",
     "lame",
+    "periodic",
     "petal",
     "rdumb",
     "rmt",
@@ -40,4 +47,5 @@ __all__ = [
     "source",
     "tent",
     "unmix_tns",
+    "watch",
 ]

@@ -1,0 +1,481 @@
+"""The guard slot: what a verdict does, what a guard is shown, health and events."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import tta
+from tests.helpers.batches import BATCH, images
+from tests.helpers.compositions import arguments
+from tests.helpers.nets import tiny
+from tta.core import registry
+from tta.core.guard import LEARN
+from tta.core.health import EVERY, effective_rank
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*preset, made for:UserWarning")
+
+UPDATES = tta.list_methods(slot="update")
+Script = Callable[[tta.Batch], tta.Verdict]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScriptedConfig(tta.ComponentConfig):
+    """No fields."""
+
+
+class Scripted(tta.Guard):
+    """Does what a test tells it to."""
+
+    Config = ScriptedConfig
+    keeps_healthy = True
+    before: Script = staticmethod(lambda batch: LEARN)
+    after: Script = staticmethod(lambda batch: LEARN)
+
+    def admit(self, batch: tta.Batch) -> tta.Verdict:
+        return self.before(batch)
+
+    def judge(self, batch: tta.Batch) -> tta.Verdict:
+        return self.after(batch)
+
+
+@pytest.fixture(autouse=True)
+def _scripted(monkeypatch):
+    """The guard is known for the length of a test."""
+    monkeypatch.setattr(registry, "_COMPONENTS", dict(registry._COMPONENTS))
+    know(Scripted)
+
+
+def know(cls: type[tta.Guard]) -> None:
+    """Register a guard in place of the scripted one."""
+    registry._COMPONENTS.pop("scripted", None)
+    registry.register("scripted")(cls)
+
+
+def wrap(recipe: str = "tent", family: str = "bn", **more: Any) -> tuple[tta.Adapter, Any]:
+    """An adapter with the scripted guard, and the guard."""
+    adapter = tta.wrap(tiny(family), **arguments({"recipe": recipe}), guard="scripted", **more)
+    return adapter, adapter.guard
+
+
+def moving(adapter: tta.Adapter) -> dict[str, Tensor]:
+    """The state without the guard's own part and the generator's."""
+    return {k: v for k, v in adapter.state().items() if not k.startswith(("guard/", "rng"))}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    """Whether two states are equal, NaN included."""
+    return a.keys() == b.keys() and all(
+        torch.equal(a[k].nan_to_num(7), b[k].nan_to_num(7)) for k in a
+    )
+
+
+def say(action: str, **more: Any) -> Script:
+    """A script that returns one verdict."""
+    return lambda batch: tta.Verdict(action=action, reason="as told", **more)
+
+
+@pytest.mark.parametrize("recipe", [*UPDATES, *tta.list_methods(slot="norm"), "adanpc"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_skip_holds_back_whatever_moves(recipe: str, when: str) -> None:
+    open_to_all = {"confidence_threshold": 0.0} if recipe == "adanpc" else {}
+    adapter, _ = wrap(recipe, **open_to_all)
+    adapter(images(0))
+    before = moving(adapter)
+    setattr(adapter.guard, when, say("skip"))
+    answer = adapter(images(1))
+    assert torch.isfinite(answer).all()
+    assert same(moving(adapter), before)
+    assert adapter.health["action"] == "skip" and adapter.health["reason"] == "as told"
+    setattr(adapter.guard, when, say("learn"))
+    for t in range(8):
+        adapter(images(t))
+    assert not before or not same(moving(adapter), before)
+
+
+def test_a_skipped_batch_is_answered_by_the_model_as_it_was() -> None:
+    adapter, guard = wrap()
+    adapter(images(0))
+    with adapter.frozen():
+        expected = adapter(images(1))
+    guard.before = say("skip")
+    assert torch.equal(adapter(images(1)), expected)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_source_answers_bit_for_bit(when: str) -> None:
+    net = tiny("bn")
+    adapter, guard = wrap()
+    adapter(images(0))
+    setattr(guard, when, say("source"))
+    assert torch.equal(adapter(images(1)), net(images(1)))
+    assert adapter.health["passes"] == 1 and adapter.health["agreement"] >= 0
+    guard.before = guard.after = say("learn")
+    assert not torch.equal(adapter(images(1)), net(images(1)))
+
+
+def test_source_before_the_model_saves_its_pass_and_learns_nothing() -> None:
+    adapter, guard = wrap()
+    adapter(images(0))
+    before = moving(adapter)
+    guard.before = say("source")
+    calls = []
+    handle = adapter.model.register_forward_hook(lambda *_: calls.append(1))
+    adapter(images(1))
+    handle.remove()
+    assert len(calls) == 1 and same(moving(adapter), before)
+    assert not adapter.report.stepped
+
+
+def test_an_answer_of_the_guards_own() -> None:
+    adapter, guard = wrap()
+    mine = torch.randn(BATCH, 10)
+    guard.after = say("skip", answer=mine)
+    assert torch.equal(adapter(images(0)), mine)
+    guard.after = say("skip", answer=mine[:2])
+    with pytest.raises(TypeError, match="`scripted` must answer with scores of shape"):
+        adapter(images(0))
+
+
+@pytest.mark.parametrize("recipe", UPDATES)
+def test_reset_goes_to_the_reset_point(recipe: str) -> None:
+    adapter, guard = wrap(recipe, output="adanpc")
+    start = moving(adapter)
+    adapter(images(0))
+    guard.after = say("reset")
+    adapter(images(1))
+    after = moving(adapter)
+    assert same(after | {"update/resets": start["update/resets"]}, start)
+    assert adapter.report.resets == 1
+    adapter.reset()
+    assert adapter.report.resets == 0 and adapter.events == []
+
+
+@pytest.mark.parametrize("recipe", UPDATES)
+def test_restore_goes_to_the_healthy_snapshot(recipe: str) -> None:
+    adapter, guard = wrap(recipe, output="adanpc")
+
+    def remember(batch: tta.Batch) -> tta.Verdict:
+        guard.remember()
+        return LEARN
+
+    guard.after = remember
+    adapter(images(0))
+    healthy = moving(adapter)
+    guard.after = say("learn")
+    for t in (1, 2):
+        adapter(images(t))
+    assert not same(moving(adapter), healthy)
+    saved = adapter.state()
+    guard.after = say("restore")
+    adapter(images(3))
+    assert same(moving(adapter), healthy)
+    twin, other = wrap(recipe, output="adanpc")
+    twin.load_state(saved)
+    other.after = say("restore")
+    twin(images(3))
+    assert same(moving(twin), healthy)
+
+
+def test_restore_partly_towards_the_source() -> None:
+    adapter, guard = wrap("tent", norm="robust_bn")
+    start = moving(adapter)
+    for t in range(3):
+        adapter(images(t))
+    guard.before = say("skip")
+    before = moving(adapter)
+    guard.after = say("restore", towards="source", share=0.25)
+    adapter(images(3))
+    after = moving(adapter)
+    for key, value in before.items():
+        if key.startswith(("param/", "norm/")) and value.is_floating_point():
+            torch.testing.assert_close(after[key], value + 0.25 * (start[key] - value))
+        else:
+            assert torch.equal(after[key], value)
+
+
+def test_restore_of_some_keys_alone() -> None:
+    adapter, guard = wrap("tent")
+    start = moving(adapter)
+    adapter(images(0))
+    chosen = "param/layer1.1.weight"
+    guard.before = say("skip")
+    before = moving(adapter)
+    guard.after = say("reset", only=lambda key: key == chosen)
+    adapter(images(1))
+    after = moving(adapter)
+    assert torch.equal(after[chosen], start[chosen]) and not torch.equal(
+        before[chosen], start[chosen]
+    )
+    assert all(torch.equal(after[k], before[k]) for k in before if k != chosen)
+
+
+def test_freeze_lasts_until_reset() -> None:
+    adapter, guard = wrap()
+    guard.after = say("freeze")
+    adapter(images(0))
+    guard.after = say("learn")
+    before = moving(adapter)
+    for t in (1, 2):
+        adapter(images(t))
+        assert adapter.health["action"] == "freeze"
+    assert same(moving(adapter), before)
+    assert [event["action"] for event in adapter.events] == ["freeze"]
+    adapter.reset()
+    adapter(images(1))
+    assert not same(moving(adapter), before) and adapter.health["action"] == "learn"
+
+
+def test_a_frozen_adapter_moves_nothing_of_the_guard() -> None:
+    adapter, guard = wrap()
+    adapter(images(0))
+    before = adapter.state()
+    guard.before, guard.after = say("reset"), say("source")
+    net = tiny("bn")
+    with adapter.frozen():
+        assert torch.equal(adapter(images(1)), net(images(1)))
+        x = images(1).requires_grad_()
+        adapter(x).sum().backward()
+    assert x.grad is not None and bool(x.grad.any())
+    assert same(adapter.state(), before) and adapter.events == []
+
+
+def test_gradients_and_penalty() -> None:
+    seen: list[dict[str, Tensor]] = []
+
+    class Pulling(Scripted):
+        def see_gradients(self, gradients):
+            seen.append({k: g.clone() for k, g in gradients.items()})
+
+        def penalty(self):
+            return 3.0 * sum(p.square().sum() for p in self.context.parameters.values())
+
+    know(Pulling)
+    adapter, _ = wrap("tent", momentum=0.0)
+    plain = tta.wrap(tiny("bn"), "tent", lr=0.05, momentum=0.0)
+    start = plain.state()
+    adapter(images(0))
+    plain(images(0))
+    after, moved = adapter.state(), plain.state()
+    for name, gradient in seen[0].items():
+        key = f"param/{name}"
+        torch.testing.assert_close(moved[key], start[key] - 0.05 * gradient)
+        pulled = start[key] - 0.05 * (gradient + 6 * start[key])
+        torch.testing.assert_close(after[key], pulled)
+
+
+def test_a_guard_predicts_with_other_models_and_leaves_no_trace() -> None:
+    found: dict[str, Tensor] = {}
+
+    def look(batch: tta.Batch) -> tta.Verdict:
+        found.update(
+            source=batch.source().logits, anchor=batch.anchor().logits, now=batch.predict().logits
+        )
+        assert batch.passes == 3 and batch.source() is batch.source()
+        return LEARN
+
+    adapter, guard = wrap("tent", norm="robust_bn")
+    other, _ = wrap("tent", norm="robust_bn")
+    guard.before = look
+    for t in range(2):
+        assert torch.equal(adapter(images(t)), other(images(t)))
+    assert same(moving(adapter), moving(other))
+    assert torch.equal(found["source"], tiny("bn")(images(1)))
+    assert not torch.equal(found["anchor"], found["source"])
+    assert not torch.equal(found["now"], found["anchor"])
+
+
+@pytest.mark.parametrize(("trait", "verdict"), [("keeps_healthy", "restore"), ("", "dance")])
+def test_what_a_guard_must_declare(trait: str, verdict: str) -> None:
+    know(type("Own", (Scripted,), {trait: False} if trait else {}))
+    adapter, guard = wrap()
+    guard.after = say(verdict)
+    with pytest.raises(TypeError, match="correct the component"):
+        adapter(images(0))
+
+
+def test_health_keys_and_averages() -> None:
+    adapter = tta.wrap(tiny("bn"), "tent", health=True)
+    plain = tta.wrap(tiny("bn"), "tent")
+    entropies = []
+    for t in range(3):
+        answer = adapter(images(t))
+        assert torch.equal(answer, plain(images(t)))
+        probs = answer.softmax(1)
+        entropies.append(float(-(probs * probs.log()).sum(1).mean()))
+    health = adapter.health
+    assert health["entropy"] == pytest.approx(entropies[-1], rel=1e-5)
+    mean = probs.mean(0)
+    assert health["concentration"] == pytest.approx(float((mean * mean.log()).sum()), rel=1e-5)
+    assert health["entropy_average"] == pytest.approx(sum(entropies) / 3, rel=1e-2)
+    assert health["action"] == "learn" and health["reason"] == ""
+    assert health["agreement"] != health["agreement"] and health["distance"] > 0
+    assert plain.health == {} and plain.events == []
+
+
+def test_the_source_is_asked_on_one_batch_in_twenty() -> None:
+    adapter = tta.wrap(tiny("bn"), "tent", health=True)
+    asked = []
+    for t in range(2 * EVERY):
+        adapter(images(t))
+        asked.append(adapter.health["passes"])
+    assert [t for t, passes in enumerate(asked) if passes] == [EVERY - 1, 2 * EVERY - 1]
+
+
+def test_runs_of_predicted_labels_go_on_over_batches() -> None:
+    monitor = tta.wrap(tiny("bn"), "tent", health=True).guard.monitor
+    lengths = []
+    for labels in ([1, 1, 2, 2], [2, 2], [2], [3, 4], [4]):
+        scores = torch.nn.functional.one_hot(torch.tensor(labels), 10).float()
+        lengths.append(float(monitor.measure(scores, None, scores, True)["run_length"]))
+    assert lengths == [2, 4, 5, 1, 2]
+
+
+def test_effective_rank_counts_directions() -> None:
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(12, 12, generator=generator))[0][:3]
+    features = torch.randn(5000, 3, generator=generator) @ basis
+    assert float(effective_rank(features)) == pytest.approx(3, abs=0.05)
+    assert float(effective_rank(features[:2])) == pytest.approx(1)
+    assert torch.isnan(effective_rank(features[:1]))
+
+
+def test_shadow_answers_with_the_source_and_learns() -> None:
+    net = tiny("bn")
+    adapter = tta.wrap(tiny("bn"), "tent", lr=0.05, shadow=True)
+    plain = tta.wrap(tiny("bn"), "tent", lr=0.05)
+    for t in range(3):
+        assert torch.equal(adapter(images(t)), net(images(t)))
+        said = plain(images(t))
+        agreement = (said.argmax(1) == net(images(t)).argmax(1)).float().mean()
+        assert adapter.health["agreement"] == pytest.approx(float(agreement))
+    assert same(moving(adapter), moving(plain))
+    again = tta.AdapterConfig.from_json(adapter.config.to_json())
+    assert again.shadow and torch.equal(tta.wrap(tiny("bn"), again)(images(0)), net(images(0)))
+
+
+def test_events_are_kept_and_told() -> None:
+    told: list[dict[str, Any]] = []
+    periodic = tta.get_config("periodic", every=2)
+    adapter = tta.wrap(tiny("bn"), "tent", guard=periodic, on_event=told.append)
+    for t in range(5):
+        adapter(images(t))
+    assert [event["step"] for event in adapter.events] == [1, 3]
+    assert adapter.events == told
+    assert set(told[0]) == {"step", "action", "reason", "figures"}
+    assert isinstance(told[0]["figures"]["entropy"], float)
+    adapter.reset()
+    assert adapter.events == []
+
+
+def test_periodic_is_rdumb() -> None:
+    wide = {"entropy_margin": 10.0, "redundancy_margin": 10.0, "lr": 0.05}
+    periodic = tta.get_config("periodic", every=3)
+    adapter = tta.wrap(tiny("gn"), "eta", guard=periodic, **wide)
+    rdumb = tta.wrap(tiny("gn"), "rdumb", reset_every=3, **wide)
+    for t in range(8):
+        assert torch.equal(adapter(images(t)), rdumb(images(t)))
+    assert adapter.report.resets == 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "match", "given"),
+    [
+        (ValueError, "`guard` must be a component of that slot, got 'tent'", {"guard": "tent"}),
+        (TypeError, "`on_event` must be callable", {"guard": "watch", "on_event": 3}),
+        (TypeError, "`shadow` must be", {"shadow": "yes"}),
+        (TypeError, "`health` must be", {"health": 1}),
+        (ValueError, "`activation` must be 'softmax'", {"health": True, "activation": "sigmoid"}),
+    ],
+)
+def test_what_is_refused(kind, match, given) -> None:
+    with pytest.raises(kind, match=match):
+        tta.wrap(tiny("bn"), "bn" if "activation" in given else "tent", **given)
+
+
+def test_guards_by_every_form_of_a_name() -> None:
+    chosen = [
+        tta.wrap(tiny("bn"), "source", guard="watch"),
+        tta.wrap(tiny("bn"), guard=tta.get_config("watch")),
+        tta.wrap(tiny("bn"), "watch"),
+        tta.wrap(tiny("bn"), "source", health=True),
+    ]
+    assert [adapter.config.label for adapter in chosen] == ["watch"] * 4
+    net = tiny("bn")
+    assert all(torch.equal(adapter(images(0)), net(images(0))) for adapter in chosen)
+    for none in (None, False, "source"):
+        assert tta.wrap(tiny("bn"), "tent", guard=none).config.guard is None
+    assert {"watch", "periodic"} <= set(tta.list_methods(slot="guard"))
+
+
+def test_the_recipe_asr_is_eta_with_a_guard() -> None:
+    adapter = tta.wrap(tiny("bn"), "asr.cifar10", lr=0.01, flip_weight=0.5)
+    config = adapter.config
+    assert config.label == "bn+eta+asr" and config.guard.flip_weight == 0.5
+    assert config.update == tta.get_config("eta.cifar10", lr=0.01).replace(nesterov=True)
+    assert tta.wrap(tiny("bn"), "tent.cifar10", guard="asr").config.label == "bn+tent+asr"
+    assert tta.wrap(tiny("bn"), guard="asr").config.label == "asr"
+    with pytest.warns(UserWarning, match="'eta' uses the imagenet preset"):
+        tta.wrap(tiny("bn"), "asr")
+
+
+def test_asr_over_an_update_with_a_teacher_resets_the_same_tensors_of_both() -> None:
+    adapter = tta.wrap(
+        tiny("bn"),
+        **arguments({"recipe": "rotta"}),
+        guard=tta.get_config("asr", threshold=1.0, keep_share=0.5, keep_slope=0.0),
+    )
+    start = adapter.state()
+    for t in range(3):
+        adapter(images(t))
+    assert adapter.health["action"] == "reset" and adapter.report.scope == 0.5
+    after, names = adapter.state(), list(adapter.parameters_adapted)
+    assert len(names) == 4
+    for i, name in enumerate(names):
+        for key in (f"param/{name}", f"update/teacher.{name}"):
+            assert torch.equal(after[key], start[key]) == (i >= 2), key
+
+
+def test_aetta_on_features_needs_one_pass() -> None:
+    adapter = tta.wrap(tiny("bn"), "tent", guard="aetta", seed=1)
+    plain = tta.wrap(tiny("bn"), "tent", seed=1)
+    for t in range(2):
+        assert torch.equal(adapter(images(t)), plain(images(t)))
+    assert adapter.health["passes"] == 1
+    assert 0 <= adapter.health["estimated_accuracy"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("match", "fields"),
+    [
+        ("`places` must name modules of the model, got 'layer9'", {"places": ("layer9",)}),
+        ("`dropout` must be", {"dropout": 1.0}),
+        ("`passes` must be", {"passes": 0}),
+    ],
+)
+def test_what_aetta_refuses(match: str, fields: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=match):
+        tta.wrap(tiny("bn"), "tent", guard=tta.get_config("aetta", **fields))
+
+
+def test_injected_draws_are_checked() -> None:
+    with pytest.raises(ValueError, match="`draws` must belong to a component that takes them"):
+        tta.wrap(tiny("bn"), "tent", draws=lambda name, shape, call: None)
+    calls = []
+
+    def draws(name: str, shape: torch.Size, call: int) -> Tensor | None:
+        calls.append((name, tuple(shape), call))
+        return torch.ones(2, 2) if call else None
+
+    guard = tta.get_config("aetta", passes=1)
+    adapter = tta.wrap(tiny("bn"), "tent", guard=guard, draws=draws)
+    adapter(images(0))
+    adapter.reset()
+    with pytest.raises(ValueError, match=r"`draws` must return shape \(8, 8\)"):
+        adapter(images(1))
+    assert calls == [("dropout_masks/0/features", (8, 8), call) for call in (0, 1)]

@@ -1,0 +1,154 @@
+"""Health: what can be seen of an adapter without labels, batch by batch and on average.
+
+All figures come from tensors that a batch has made anyway, but for the agreement with the source,
+which needs a pass of the source model and is asked for on every ``EVERY``-th batch alone. Nothing
+here waits for a GPU: figures are tensors without axes, read when somebody looks at them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tta.core.component import Component
+
+__all__ = ["AVERAGED", "EVERY", "Monitor", "effective_rank"]
+
+EVERY = 20  # batches; on one of these the source predicts too, so 5 % more forward passes
+HORIZON = 512  # images over which averages reach back
+FIGURES = (
+    "entropy",
+    "concentration",
+    "agreement",
+    "estimated_accuracy",
+    "effective_rank",
+    "run_length",
+    "distance",
+    "passes",
+)
+AVERAGED = (*FIGURES, "source_estimated_accuracy")
+
+foreach: Any = torch  # the foreach operations are not in its type stubs
+
+
+class Monitor(Component):
+    """Measures batches, and remembers averages.
+
+    Args:
+        classes: Number of classes C.
+    """
+
+    batches: Tensor  # 0-dimensional, seen since wrap or reset
+    averages: Tensor  # (figures,), moving averages in the order of ``AVERAGED``
+    weights: Tensor  # (figures,), share of the horizon that each average has seen
+    label: Tensor  # 0-dimensional, predicted for the last image; -1 before the first
+    run: Tensor  # 0-dimensional, images in a row for which it was predicted
+
+    def __init__(self, classes: int) -> None:
+        super().__init__(None)
+        self.classes = classes
+        whole = torch.int64
+        self.register_buffer("batches", torch.zeros((), dtype=whole))
+        self.register_buffer("averages", torch.zeros(len(AVERAGED)))
+        self.register_buffer("weights", torch.zeros(len(AVERAGED)))
+        self.register_buffer("label", torch.full((), -1, dtype=whole))
+        self.register_buffer("run", torch.zeros((), dtype=whole))
+
+    def integer_ranges(self) -> dict[str, tuple[int, int]]:
+        """A label, or -1."""
+        return {"label": (-1, self.classes - 1)}
+
+    @torch.no_grad()
+    def measure(
+        self, logits: Tensor, features: Tensor | None, scores: Tensor, learning: bool
+    ) -> dict[str, Any]:
+        """Figures of a batch.
+
+        Args:
+            logits: (B, C), before the output slot.
+            features: (B, D), if they were read.
+            scores: (B, C), what is to be returned.
+            learning: Whether the run of labels goes on, which it does not while frozen.
+        """
+        probs = logits.float().softmax(1)
+        nan = probs.new_full((), float("nan"))
+        return {
+            "entropy": torch.special.entr(probs).sum(1).mean(),
+            "concentration": -torch.special.entr(probs.mean(0)).sum(),
+            "effective_rank": nan if features is None else effective_rank(features),
+            "run_length": self._run_length(scores.argmax(1), learning),
+        }
+
+    @torch.no_grad()
+    def distance(self, parameters: Sequence[Tensor], source: Sequence[Tensor]) -> Tensor:
+        """Length of the way from the source's parameters to these, as a share of the source's."""
+        if not parameters:
+            return self.averages.new_zeros(())
+        offsets = foreach._foreach_sub([p.detach() for p in parameters], list(source))
+        lengths = torch.stack([torch.stack(foreach._foreach_norm(t)) for t in (offsets, source)])
+        gone, whole = torch.linalg.vector_norm(lengths, dim=1)
+        return gone / whole.clamp_min(torch.finfo(whole.dtype).tiny)
+
+    @torch.no_grad()
+    def move_averages(self, figures: Mapping[str, Any], images: int) -> None:
+        """Move the averages of the figures that are there and are no NaN.
+
+        An average is that of all images so far until these are ``HORIZON``; it then reaches back
+        about as far, whatever the batch size.
+        """
+        nan, like = float("nan"), self.averages
+        found = [figures.get(name, nan) for name in AVERAGED]
+        values = torch.stack([torch.as_tensor(v, dtype=like.dtype).to(like.device) for v in found])
+        share = 1 - (1 - 1 / HORIZON) ** images
+        seen = ~values.isnan()
+        self.weights.copy_(
+            torch.where(seen, self.weights.lerp(like.new_ones(()), share), self.weights)
+        )
+        moved = like + (values - like) * (share / self.weights.clamp_min(share))
+        self.averages.copy_(torch.where(seen, moved, like))
+
+    def averaged(self) -> dict[str, Tensor]:
+        """The averages by the names of the figures; NaN before the first value."""
+        values = torch.where(self.weights > 0, self.averages, float("nan"))
+        return dict(zip(AVERAGED, values.unbind(), strict=True))
+
+    def _run_length(self, labels: Tensor, learning: bool) -> Tensor:
+        """Mean length of the runs of equal labels that the batch touches.
+
+        The first one counts from where it began, which may be batches ago.
+        """
+        count = len(labels)
+        changes = labels[1:] != labels[:-1]
+        goes_on = labels[0] == self.label
+        total = count + torch.where(goes_on, self.run, 0)
+        places = torch.arange(1, count, device=labels.device)
+        last = torch.where(changes, places, 0).max() if count > 1 else torch.zeros_like(self.run)
+        if learning:
+            self.run.copy_(torch.where(last > 0, count - last, total))
+            self.label.copy_(labels[-1])
+        return total / (1 + changes.sum())
+
+
+def effective_rank(features: Tensor) -> Tensor:
+    """How many directions the features of a batch spread over.
+
+    It is the participation ratio of the eigenvalues of their covariance, ``(sum l)^2 / sum l^2``:
+    n where n directions have equal variance and the others none.
+
+    Args:
+        features: (B, D).
+
+    Returns:
+        From 1 to min(B - 1, D); NaN where no two rows differ.
+
+    Example:
+        >>> float(effective_rank(torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])))
+        2.0
+    """
+    centred = features.float() - features.float().mean(0)
+    few = len(centred) <= centred.shape[1]
+    gram = centred @ centred.T if few else centred.T @ centred
+    return gram.diagonal().sum().square() / gram.square().sum()
