@@ -18,6 +18,7 @@ import tta
 from tests.helpers.batches import images, source_batches
 from tests.helpers.nets import tiny
 from tests.helpers.wild import Counting, Normalised, Rnn, in_place, out_of_place, wrapped
+from tta.core.registry import component
 
 close = torch.testing.assert_close
 
@@ -585,6 +586,9 @@ KINDS: dict[str, Any] = {
 }
 
 
+MEAN_OF_HEADS = ("two heads", "ensemble")  # no single linear layer makes their logits
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("method", RECIPES)
 def test_a_model_of_every_kind_goes_through_every_recipe_and_back(method: str, kind: str) -> None:
@@ -594,6 +598,13 @@ def test_a_model_of_every_kind_goes_through_every_recipe_and_back(method: str, k
     before = copy.deepcopy(net.state_dict())
     adapter = wrapped(net, method)
     start, outputs, stepped = adapter.state(), [], False
+    if kind in MEAN_OF_HEADS and component(method).needs_linear_head:
+        with pytest.raises(ValueError, match="other logits than those of its Linear"):
+            adapter(images(0))
+        now = {key: value.nan_to_num(9.0) for key, value in adapter.state().items()}
+        assert same(now, {key: value.nan_to_num(9.0) for key, value in start.items()})
+        assert adapter.unwrap() is net and same(net.state_dict(), before)
+        return
     for t in range(2):
         outputs.append(adapter(images(t)))
         stepped |= bool(adapter.report.get("stepped"))

@@ -150,6 +150,10 @@ ARRAYS: dict[str, dict[str, str]] = {
         "params_after_first_reset": "state: param/<name>",
         "fisher_after_first_reset": "state: guard/fisher.<name>",
         "mean_after_first_reset": "state: guard/mean.<name>",
+        "source_inputs": "source: batches",
+        "source_mean": "source: feature_mean, the last D of all blocks'",
+        "source_std": "none: of the search for prompts",
+        "hist_after": "state: output/shift is source_mean less this",
     },
     "set-e": {
         "weights": "model: state_dict",
@@ -168,6 +172,15 @@ ARRAYS: dict[str, dict[str, str]] = {
         "estimated_accuracy": "output: health['estimated_accuracy'], in percent",
         "reset_after": "output: health['action']",
         "true_accuracy": "none: no guard sees it",
+        "aug": "none: no method here makes views",
+        "outputs": "output: adapter(images)",
+        "outputs_own_source_mean": "output: adapter(images) with use_source_mean=True",
+        "features": "output: what the classifier is fed",
+        "center_after": "state: output/centre",
+        "count_after": "state: output/count",
+        "source_inputs": "source: batches",
+        "source_mean": "source: feature_mean",
+        "bn_final": "state: norm/<layer>.mean and .var",
     },
 }
 
@@ -255,6 +268,19 @@ HPARAMS: dict[str, dict[str, str]] = {
         "params.classes": "model: its classes",
         "params.ema": "field: momentum",
         "params.masks": "none: how dropout_masks is packed",
+        "method": "wrap: recipe",
+        "params.reset_before": "call: reset() before these batches",
+    },
+    "set-e": {
+        "method": "wrap: recipe",
+        r"repo|commit|weights_of": "none: provenance",
+        r"model\..*": "model: see tests.helpers.nets.trace_model",
+        "params.reset_before": "call: reset() before these batches",
+        "params.last_rows": "stream: length of the last batch, 0 = all",
+        "params.frozen_from": "call: freeze() before this batch",
+        "params.rule": "field: momentum, None for mean",
+        "params.alpha": "field: momentum",
+        "params.momentum": "field: momentum",
     },
 }
 

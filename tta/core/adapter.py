@@ -202,8 +202,9 @@ class Adapter(nn.Module):
 
         Args:
             keep: False gives weights, modules, flags and key order as they were, bit for bit. True
-                writes what was learned into it: parameters, buffers of its own, and statistics of
-                norm rules that a plain BatchNorm can hold. "parameters" writes the parameters
+                writes what was learned into it: parameters, buffers of its own, statistics of norm
+                rules that a plain BatchNorm can hold, and output rules that the bias of the linear
+                layer can hold (one without a bias gets one). "parameters" writes the parameters
                 whatever the other slots are, and warns that the source statistics go with them.
 
         Raises:
@@ -230,6 +231,8 @@ class Adapter(nn.Module):
         if keep is True:
             for wrapper in self._wrappers.values():
                 wrapper.rule.write_to(wrapper.base)
+            if self.output is not None:
+                self.output.write_to(network.classifier)
         if not keep:
             network.masters.give_back(self._state.original)
             network.buffers.give_back()

@@ -20,11 +20,13 @@ from tta.core.compiled import without_graphs
 from tta.core.head import Head, WithFeatures
 from tta.core.hooks import CallOrderHook, InputHook, pooled
 from tta.core.input_guard import InputGuard
+from tta.core.logit_checks import LogitChecks
 from tta.core.masters import Masters
 from tta.core.model_buffers import ModelBuffers
 from tta.core.norm_layers import (
     AdaptiveNorm,
     few_images_advice,
+    frozen_statistics,
     normalize_by_source,
     with_statistics,
 )
@@ -34,8 +36,6 @@ from tta.core.session import Session
 from tta.core.structure import OtherTensors
 
 __all__ = ["Backbone", "ImagesRefusedError", "KindRefusedError", "RowsOverflowError"]
-
-ENOUGH_VALUES = 8  # logits that must lie in [0, 1] before they are taken for probabilities
 
 # All names of each tensor in the model, and the tensors to use under these names.
 Weights = tuple[Sequence[list[str]], Sequence[Tensor]]
@@ -73,6 +73,7 @@ class Backbone:
         masters: The trained parameters.
         buffers: The buffers that the model itself changes.
         softmax: Whether the logits are meant for a softmax, rather than a sigmoid.
+        linear: Whether a component takes the logits to be those of the head's linear layer.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class Backbone:
         masters: Masters,
         buffers: ModelBuffers,
         softmax: bool = True,
+        linear: bool = False,
     ) -> None:
         self.model = model
         self.head = head
@@ -99,7 +101,7 @@ class Backbone:
         self.entry = first_layer(model)
         self._arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         self._first_pass = False  # whether the next pass is the first of a call
-        self._scale_unknown = softmax  # True until logits are seen that are no probabilities
+        self._logit_checks = LogitChecks(session, softmax, self.classifier if linear else None)
         self._handles: list[Any] = []
         self._order_hooks: list[Any] = []
         self._order: list[str] = []
@@ -182,6 +184,10 @@ class Backbone:
         return places, split.share([*values, *(p for _, p in more)])
 
     def _pass(self, x: Tensor, weights: Weights | None) -> Prediction:
+        if any(w.rule.learns_first and w.rule.learning for w in self.wrappers):
+            self._learn_first(x, weights)
+            with frozen_statistics(self.wrappers):
+                return self._pass(x, weights)
         hooked = self.feature_hook is not None or bool(self._order_hooks)
         self.session.recording = torch.is_grad_enabled()
         lent = self.guard.lend(x)
@@ -212,7 +218,27 @@ class Backbone:
             if self._first_pass:
                 self._first_pass = False
                 self._check_values(x, logits.detach(), features)
+                self._logit_checks.check(logits.detach(), features, own=weights is None)
         return Prediction(logits, features)
+
+    @torch.no_grad()
+    def _learn_first(self, x: Tensor, weights: Weights | None) -> None:
+        """Run the pass in which norm rules move that do so before the one that answers."""
+        args, kwargs = self._arguments
+        before = [w.override for w in self.wrappers]
+        for wrapper in self.wrappers:
+            wrapper.override = wrapper.override or wrapper.rule.learn
+        try:
+            functional.call(self._callee, self._tensors(weights), x.clone(), *args, **kwargs)
+        except Exception as error:
+            if (refusal := self.refusal(error, x)) is None:
+                raise
+            raise refusal from error
+        finally:
+            for wrapper, override in zip(self.wrappers, before, strict=True):
+                wrapper.override = override
+            if self.feature_hook is not None:
+                self.feature_hook.values = []
 
     def _hooked_features(self, rows: int) -> Tensor:
         """What the classifier was fed; a model may show it the images one by one, or in parts."""
@@ -267,7 +293,7 @@ class Backbone:
             )
 
     def _check_values(self, x: Tensor, logits: Tensor, features: Tensor | None) -> None:
-        """Find rows with NaN or infinite logits, and probabilities in place of logits.
+        """Find rows with NaN or infinite logits.
 
         Features count as well, squared, because components that read them square them.
         """
@@ -281,28 +307,6 @@ class Backbone:
                 rows = self.overflowing(x)
                 rows = rows if bool(rows.any()) else ~rows
             raise RowsOverflowError(rows)
-        if self._scale_unknown:
-            low, high = (float(v) for v in logits.aminmax())
-            if low < 0 or high > 1:
-                self._scale_unknown = False
-            elif logits.numel() >= ENOUGH_VALUES:
-                self._scale_unknown = False
-                self._judge_probabilities(logits)
-
-    def _judge_probabilities(self, logits: Tensor) -> None:
-        if bool(((logits.float().sum(1) - 1).abs() < 1e-2).all()):
-            self.session.warn_once(
-                "softmax",
-                "`model` must return logits, but what it returns lies in [0, 1] and sums to 1, as "
-                "after a softmax: take the softmax out, since methods would apply another.",
-            )
-            return
-        raise ValueError(
-            "`model` must return logits, but all that it returns lies in [0, 1], as after a "
-            "sigmoid: take the sigmoid out, scale similarities as in training, or say "
-            "wrap(..., activation='sigmoid') for a model whose classes do not exclude each other, "
-            "which goes with norm rules alone."
-        )
 
     @torch.no_grad()
     def overflowing(self, x: Tensor) -> Tensor:

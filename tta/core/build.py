@@ -144,6 +144,7 @@ def _assemble(model: nn.Module, config: AdapterConfig, injected: Injected) -> Ad
     reader = LogitsReader(injected.logits if config.logits == GIVEN else config.logits)
     features = injected.features if config.features == GIVEN else config.features
     head = find_head(model, reader, config.num_classes, features)
+    linear = _needs_linear_head(config, head)
     masters = Masters(_trained(model, config.update))
     buffers = ModelBuffers(model, reader, _replaced_layers(model, config))
     context = _context(model, config, head, masters, buffers, injected)
@@ -155,8 +156,9 @@ def _assemble(model: nn.Module, config: AdapterConfig, injected: Injected) -> Ad
         if config.norm is not None:
             wrappers = _insert_norm(model, config.norm, context, session)
         softmax = config.activation == "softmax"
+        features = _needs_features(config, head)
         network = Backbone(
-            model, head, _needs_features(config, head), session, reader, masters, buffers, softmax
+            model, head, features, session, reader, masters, buffers, softmax, linear
         )
         update = None
         if config.update is not None:
@@ -196,6 +198,20 @@ def _needs_features(config: AdapterConfig, head: Head) -> bool:
     return bool(needing) or (wanting and head.has_features)
 
 
+def _needs_linear_head(config: AdapterConfig, head: Head) -> bool:
+    """Whether a component reads the head's linear layer, which must be there then."""
+    used = [c.name for c in (config.update, config.output) if c is not None]
+    needing = [name for name in used if component(name).needs_linear_head]
+    if needing and head.linear is None:
+        found = "a function" if head.function is not None else type(head.module).__name__
+        found = "a head that is unknown" if not head.has_features else found
+        raise ValueError(
+            f"`model` must make its logits by a linear layer for {needing[0]}, which reads its "
+            f"weights, got {found}: use another component, or name the layer by features=."
+        )
+    return bool(needing)
+
+
 def _context(
     model: nn.Module,
     config: AdapterConfig,
@@ -208,6 +224,7 @@ def _context(
     return Context(
         num_classes=head.num_classes,
         width=head.width,
+        classifier=head.linear,
         parameters=masters.trained,
         generator=torch.Generator().manual_seed(config.seed),
         batch_size=config.batch_size,

@@ -36,6 +36,7 @@ class Context:
 
     num_classes: int  # C
     width: int | None = None  # D, length of the features; None where the classifier does not say
+    classifier: nn.Module | None = None  # the linear layer that makes the logits, if one does
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)  # to be trained, by name
     generator: torch.Generator = field(default_factory=torch.Generator)  # makes all random draws
     batch_size: int | None = None  # of the stream, if the caller said so
@@ -83,6 +84,7 @@ class Component(nn.Module):
     must_define: ClassVar[tuple[str, ...]] = ()  # methods that a component of the slot writes
     empties_slots: ClassVar[bool] = False  # stands for the source model; is never instantiated
     needs_features: ClassVar[bool] = False  # predictions must carry features
+    needs_linear_head: ClassVar[bool] = False  # reads the layer that makes logits of features
     uses_labels: ClassVar[bool] = True  # reads the labels of source batches
     replays_source: ClassVar[bool] = False  # goes on reading source batches while it adapts
     takes_softmax: ClassVar[bool] = True  # works on a softmax of the logits

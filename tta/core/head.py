@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tta.core.checks import nearest, whole_number
-from tta.core.classifier import dry_run, find_classifier, size_in, size_out
+from tta.core.classifier import CONVOLUTIONS, dry_run, find_classifier, size_in, size_out
 from tta.core.outputs import LogitsReader
 
 __all__ = ["FeatureSpec", "Head", "WithFeatures", "find_head"]
@@ -33,6 +33,20 @@ class Head:
     module: nn.Module | None = None
     function: Callable[[nn.Module, Tensor], Tensor] | None = None
     width: int | None = None
+
+    @property
+    def linear(self) -> Any:
+        """The module, where it is a linear layer from the features to the logits; else None.
+
+        A convolution is one where it sees a single pixel.
+        """
+        weight = getattr(self.module, "weight", None)
+        if not isinstance(self.module, (nn.Linear, *CONVOLUTIONS)) or not isinstance(
+            weight, Tensor
+        ):
+            return None
+        fits = weight.is_floating_point() and weight.numel() == self.num_classes * weight.shape[1]
+        return self.module if fits and len(weight) == self.num_classes else None
 
     @property
     def has_features(self) -> bool:

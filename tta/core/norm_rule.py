@@ -49,6 +49,21 @@ class NormRule(Component):
         """Fields for an update on top of this rule that is named without a learning rate."""
         return {}
 
+    @property
+    def learns_first(self) -> bool:
+        """Whether a pass in which the rule may move is led by one that calls :meth:`learn`.
+
+        The rule moves in the first of the two alone, and the first one's result is dropped.
+        """
+        return False
+
+    def learn(self, x: Tensor, base: Any) -> Tensor:
+        """Move, and normalise ``x`` (B, C, ...) for the layers that follow, without a graph.
+
+        Called only if the rule ``learns_first``.
+        """
+        raise NotImplementedError  # pragma: no cover
+
     def write_to(self, base: Any) -> None:
         """Write the present statistics of this rule into a BatchNorm layer.
 

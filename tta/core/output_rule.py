@@ -41,6 +41,13 @@ class Output(Component):
             network: The source model under its running statistics.
         """
 
+    def write_to(self, base: Any) -> None:
+        """Write what the rule does into the layer that makes the logits.
+
+        Called only if the class is ``writable``.
+        """
+        raise NotImplementedError  # pragma: no cover
+
     def correct(self, prediction: Prediction) -> Tensor:
         """Return scores (B, C) that replace the logits."""
         raise NotImplementedError  # pragma: no cover

@@ -36,6 +36,7 @@ class SourceStatistics:
         features: Features as the classifier sees them (N, D), not normalised (AdaNPC).
         feature_labels: Labels of ``features`` (N,), whole numbers (AdaNPC).
         memory_init: First row of AdaNPC's memory in the official code (D,).
+        feature_mean: Mean of the features under running statistics (D,) (NEO, FOA's shift).
         covariance: Covariance of features within classes (D, D), or (C, D, D) of each (CAFA).
         batches: Source batches ``(images, labels)``, kept for methods that run the model on them,
             in the order given.
@@ -54,6 +55,7 @@ class SourceStatistics:
     features: Tensor | None = None
     feature_labels: Tensor | None = None
     memory_init: Tensor | None = None
+    feature_mean: Tensor | None = None
     covariance: Tensor | None = None
     batches: Iterable[tuple[Tensor, Tensor]] | None = None
 

@@ -25,6 +25,7 @@ SHAPES = {  # of the tensors, as errors name them, by number of axes
     "features": {2: "(N, D)"},
     "feature_labels": {1: "(N,)"},
     "memory_init": {1: "(D,)"},
+    "feature_mean": {1: "(D,)"},
     "covariance": {2: "(D, D)", 3: "(C, D, D)"},
 }
 

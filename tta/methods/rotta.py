@@ -66,24 +66,14 @@ import torch
 from torch import Tensor
 
 from tta.core.backbone import Backbone
-from tta.core.batch_split import current_split
 from tta.core.checks import fraction, number, whole_number
 from tta.core.component import Context
 from tta.core.config import ComponentConfig, UpdateConfig
-from tta.core.norm_layers import (
-    batch_stats,
-    far_outside,
-    instance_stats,
-    is_narrow,
-    normalize,
-    one_value,
-    pooled_stats,
-)
-from tta.core.norm_rule import NormRule
 from tta.core.prediction import Prediction, Report
 from tta.core.random import fork
 from tta.core.registry import register
 from tta.core.update import Update
+from tta.methods._moving_statistics import MovingStatistics
 from tta.parts.augment import Augmenter
 from tta.parts.losses import entropy, soft_cross_entropy
 from tta.parts.memory import Cstu
@@ -105,61 +95,15 @@ class RobustBnConfig(ComponentConfig):
 
 
 @register("robust_bn")
-class RobustBn(NormRule):
+class RobustBn(MovingStatistics):
     """Moving averages of the statistics of batches, starting from the source's."""
 
     Config = RobustBnConfig
-    needs_source_stats = True
-    writable = True
 
-    mean: Tensor  # (C,)
-    var: Tensor  # (C,), biased
-
-    def __init__(self, config: RobustBnConfig, base: Any, context: Context) -> None:
-        super().__init__(config, base, context)
-        # At least float32, since half precision would round small moves of an average away.
-        wide = torch.promote_types(base.running_mean.dtype, torch.float32)
-        self.register_buffer("mean", base.running_mean.detach().to(wide, copy=True))
-        self.register_buffer("var", base.running_var.detach().to(wide, copy=True))
-        self.fixed = not config.official and is_narrow(base)
-
-    @torch.no_grad()
-    def write_to(self, base: Any) -> None:
-        """Write the averages into the layer's running statistics."""
-        base.running_mean.copy_(self.mean)
-        base.running_var.copy_(self.var)
-
-    def forward(self, x: Tensor, base: Any) -> Tensor:
-        """Move the averages towards (B, C, ...), unless frozen, and normalise it with them."""
-        alone = one_value(x)
-        self.fell_back = self.fell_back or alone
-        if alone or self.fixed or not self.learning:
-            return normalize(x, self.mean, self.var, base)
-        a = self.config.batch_weight
-        if self.config.official:
-            mean, var, enough = *batch_stats(x), None
-        else:
-            mean, var, enough = self._ordinary_stats(x, base)
-        mean, var = (1 - a) * self.mean + a * mean, (1 - a) * self.var + a * var
-        if enough is not None:
-            mean, var = torch.where(enough, mean, self.mean), torch.where(enough, var, self.var)
-        with torch.no_grad():
-            # Finite pixels may overflow; such a batch would spoil the averages for good.
-            fine = mean.isfinite() & var.isfinite()
-            self.mean.copy_(torch.where(fine, mean, self.mean))
-            self.var.copy_(torch.where(fine, var, self.var))
-        return normalize(x, mean, var, base)
-
-    def _ordinary_stats(self, x: Tensor, base: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Batch statistics without bad images, and whether more than one value is left for each."""
-        means, variances = instance_stats(x)
-        if (split := current_split()) is not None:  # the other ranks' images too
-            means, variances = split.gather(means), split.gather(variances)
-        with torch.no_grad():
-            reference = torch.maximum(self.var, base.running_var) + base.eps
-            kept = ~far_outside(means, variances, self.mean, reference)
-            enough = kept.sum() * (x.numel() // (len(x) * x.shape[1])) > 1
-        return *pooled_stats(means, variances, kept), enough
+    @property
+    def rate(self) -> float:
+        """Share a of the batch."""
+        return self.config.batch_weight
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,83 @@
+"""What the first logits show of a model: probabilities, or logits that its head has not made."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tta.core.session import Session
+
+__all__ = ["LogitChecks"]
+
+ENOUGH_VALUES = 8  # logits that must lie in [0, 1] before they are taken for probabilities
+HEAD_LIMIT = 0.05  # largest difference between logits and the head's, by the largest logit
+
+
+class LogitChecks:
+    """Judges the first logits that tell.
+
+    Args:
+        session: Warns the caller.
+        softmax: Whether the logits are meant for a softmax, rather than a sigmoid.
+        classifier: The linear layer that a component takes the logits to be made by, if one does.
+    """
+
+    def __init__(self, session: Session, softmax: bool, classifier: Any) -> None:
+        self.session = session
+        self.classifier = classifier
+        self._scale_unknown = softmax  # True until logits are seen that are no probabilities
+        self._linear_unknown = classifier is not None  # True until logits are seen that it has made
+
+    def check(self, logits: Tensor, features: Tensor | None, own: bool) -> None:
+        """Judge logits (B, C) of the features (B, D).
+
+        Args:
+            logits: Without a graph.
+            features: If there are any.
+            own: Whether the model's own weights made them, and not those of a teacher.
+
+        Raises:
+            ValueError: For probabilities that do not sum to 1, and for logits that the classifier
+                has not made.
+        """
+        if self._scale_unknown:
+            low, high = (float(v) for v in logits.aminmax())
+            if low < 0 or high > 1:
+                self._scale_unknown = False
+            elif logits.numel() >= ENOUGH_VALUES:
+                self._scale_unknown = False
+                self._judge_probabilities(logits)
+        if self._linear_unknown and own and features is not None:
+            self._judge_head(logits, features.detach())
+
+    @torch.no_grad()
+    def _judge_head(self, logits: Tensor, features: Tensor) -> None:
+        layer = self.classifier
+        if {logits.dtype, features.dtype, layer.weight.dtype} != {torch.float32}:
+            return  # rounding could hide or feign a difference
+        made = F.linear(features, layer.weight.flatten(1), layer.bias)
+        if bool(((made - logits).abs() > HEAD_LIMIT * logits.abs().max()).any()):
+            raise ValueError(
+                "`model` must make its logits by a linear layer for a method that reads it, got "
+                f"other logits than those of its {type(layer).__name__}, as after a scale or a "
+                "normalisation: use another method."
+            )
+        self._linear_unknown = False
+
+    def _judge_probabilities(self, logits: Tensor) -> None:
+        if bool(((logits.float().sum(1) - 1).abs() < 1e-2).all()):
+            self.session.warn_once(
+                "softmax",
+                "`model` must return logits, but what it returns lies in [0, 1] and sums to 1, as "
+                "after a softmax: take the softmax out, since methods would apply another.",
+            )
+            return
+        raise ValueError(
+            "`model` must return logits, but all that it returns lies in [0, 1], as after a "
+            "sigmoid: take the sigmoid out, scale similarities as in training, or say "
+            "wrap(..., activation='sigmoid') for a model whose classes do not exclude each other, "
+            "which goes with norm rules alone."
+        )
