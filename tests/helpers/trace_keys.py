@@ -154,6 +154,11 @@ ARRAYS: dict[str, dict[str, str]] = {
         "source_mean": "source: feature_mean, the last D of all blocks'",
         "source_std": "none: of the search for prompts",
         "hist_after": "state: output/shift is source_mean less this",
+        "features": "output: what the classifier is fed",
+        "entropy": "output: of the plain logits",
+        r"warmup_(supports|labels|entropy)": "state: output/support*, after wrap",
+        "support_count": "state: output/support_labels, counted",
+        r"support(s|_labels|_entropy)_final": "state: output/support*",
     },
     "set-e": {
         "weights": "model: state_dict",
@@ -270,6 +275,8 @@ HPARAMS: dict[str, dict[str, str]] = {
         "params.masks": "none: how dropout_masks is packed",
         "method": "wrap: recipe",
         "params.reset_before": "call: reset() before these batches",
+        "params.filter_K": "field: filter_size, None for -1",
+        "params.bn": "wrap: norm",
     },
     "set-e": {
         "method": "wrap: recipe",
