@@ -22,6 +22,7 @@ ADAM_200 = ADAM | {"lr_batch_size": 200}
 RESNET = SGD | {"lr": 2.5e-4, "lr_batch_size": 64, "lr_scaling": "small_batch"}
 VIT = SGD | {"lr": 1e-3, "lr_batch_size": 64, "lr_scaling": "linear"}
 EATA = {"entropy_margin": 0.4}
+COME = {"loss": "opinion", "opinion_classes": 1000}
 SAR = {"entropy_margin": 0.4, "rho": 0.05, "reset_threshold": 0.2}
 COTTA = {"teacher_momentum": 0.999, "views": 32}
 COTTA_CIFAR = ADAM_200 | COTTA | {"restore_probability": 0.01, "symmetric_loss": False}
@@ -52,14 +53,26 @@ ROID = {"probs_momentum": 0.9, "source_momentum": 0.99, "temperature": 1 / 3}
 SHEETS: dict[str, dict[str, Any]] = {
     "tent.imagenet": RESNET,
     "tent.imagenet_vit": VIT,
+    "tent.come_imagenet": RESNET | COME,
+    "tent.come_imagenet_vit": VIT | COME,
     "tent.cifar10": ADAM_200,
     "tent.cifar100": ADAM_200,
     "eata.imagenet": RESNET | EATA | {"redundancy_margin": 0.05, "fisher_weight": 2000.0},
     "eata.imagenet_vit": VIT | EATA | {"redundancy_margin": 0.05, "fisher_weight": 2000.0},
+    "eata.come_imagenet": RESNET
+    | EATA
+    | COME
+    | {"redundancy_margin": 0.05, "fisher_weight": 2000.0},
+    "eata.come_imagenet_vit": VIT
+    | EATA
+    | COME
+    | {"redundancy_margin": 0.05, "fisher_weight": 2000.0},
     "eata.cifar10": SGD | EATA | {"lr": 0.005, "redundancy_margin": 0.4, "fisher_weight": 1.0},
     "eata.cifar100": ADAM_200 | EATA | {"redundancy_margin": 0.1, "fisher_weight": 1.0},
     "eta.imagenet": RESNET | EATA | {"redundancy_margin": 0.05, "fisher_weight": 0.0},
     "eta.imagenet_vit": VIT | EATA | {"redundancy_margin": 0.05, "fisher_weight": 0.0},
+    "eta.come_imagenet": RESNET | EATA | COME | {"redundancy_margin": 0.05, "fisher_weight": 0.0},
+    "eta.come_imagenet_vit": VIT | EATA | COME | {"redundancy_margin": 0.05, "fisher_weight": 0.0},
     "eta.cifar10": SGD | EATA | {"lr": 0.005, "redundancy_margin": 0.4, "fisher_weight": 0.0},
     "eta.cifar100": ADAM_200 | EATA | {"redundancy_margin": 0.1, "fisher_weight": 0.0},
     "rdumb.imagenet": RESNET | EATA | {"redundancy_margin": 0.05, "reset_every": 1000},
@@ -67,6 +80,8 @@ SHEETS: dict[str, dict[str, Any]] = {
     "rdumb.cifar100": ADAM_200 | EATA | {"redundancy_margin": 0.4, "reset_every": 1000},
     "sar.imagenet": RESNET | SAR,
     "sar.imagenet_vit": VIT | SAR,
+    "sar.come_imagenet": RESNET | SAR | COME,
+    "sar.come_imagenet_vit": VIT | SAR | COME,
     "sar.cifar10": SGD | SAR | {"lr": 1e-3, "lr_batch_size": 200},
     "sar.cifar100": SGD | SAR | {"lr": 1e-3, "lr_batch_size": 200},
     "cotta.imagenet": COTTA_IMAGENET,
@@ -123,6 +138,7 @@ SCALED_FROM_200 = ["tent", "rdumb", "sar", "cotta", "petal", "rmt", "roid", "dey
 DIVIDED_BY: dict[float, list[str]] = {
     16: [  # twice the rule of the scripts, for single images
         "sar.imagenet",
+        "sar.come_imagenet",
         "deyo.imagenet",
         "deyo.imagenet_wild",
         "deyo.waterbirds",
@@ -132,14 +148,21 @@ DIVIDED_BY: dict[float, list[str]] = {
         "tent.imagenet",
         "eata.imagenet",
         "eta.imagenet",
+        "tent.come_imagenet",
+        "eata.come_imagenet",
+        "eta.come_imagenet",
         "rdumb.imagenet",
         "sar.imagenet_vit",
+        "sar.come_imagenet_vit",
         "deyo.imagenet_vit",
     ],
     64: [
         "tent.imagenet_vit",
         "eata.imagenet_vit",
         "eta.imagenet_vit",
+        "tent.come_imagenet_vit",
+        "eata.come_imagenet_vit",
+        "eta.come_imagenet_vit",
         "eata.cifar10",
         "eta.cifar10",
         "cotta.imagenet",

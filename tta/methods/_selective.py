@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,6 +19,9 @@ from tta.parts.losses import entropy
 from tta.parts.selection import move_average, non_redundant
 
 __all__ = ["Selection", "SelectiveConfig", "SelectiveUpdate", "select", "weighted_entropy"]
+
+
+Measure: TypeAlias = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +51,13 @@ class Selection:
         return self.probs[self.chosen].mean(0)
 
 
-def select(logits: Tensor, average: Tensor, margin: float, redundancy_margin: float) -> Selection:
+def select(
+    logits: Tensor,
+    average: Tensor,
+    margin: float,
+    redundancy_margin: float,
+    measure: Measure = entropy,
+) -> Selection:
     """Reliable samples that differ enough from the average of earlier ones (EATA, eq. 3 and 5).
 
     Args:
@@ -54,22 +65,24 @@ def select(logits: Tensor, average: Tensor, margin: float, redundancy_margin: fl
         average: (C,), q; all NaN while there is none.
         margin: Largest entropy in nats, strict.
         redundancy_margin: Largest cosine similarity with the average, strict.
+        measure: The entropy (B,) of logits in nats.
     """
     logits = logits.detach()
     probs = logits.float().softmax(1)
-    reliable = entropy(logits) < margin
+    reliable = measure(logits) < margin
     chosen = reliable & non_redundant(probs, average, redundancy_margin)
     return Selection(reliable.sum(), chosen, probs)
 
 
-def weighted_entropy(logits: Tensor, margin: float) -> Tensor:
+def weighted_entropy(logits: Tensor, margin: float, measure: Measure = entropy) -> Tensor:
     """Mean of exp(margin - H) H, with weights that carry no gradient (EATA, eq. 4 and 6).
 
     Args:
         logits: (N, C) of the selected samples; the mean is over these, not over the batch.
         margin: E0 in nats.
+        measure: The entropy (N,) of logits in nats.
     """
-    entropies = entropy(logits)
+    entropies = measure(logits)
     return (entropies * torch.exp(margin - entropies.detach())).mean()
 
 
@@ -88,6 +101,11 @@ class SelectiveUpdate(Update):
         """There is no average before the first selected sample."""
         return ("ema_probs",)
 
+    @property
+    def measure(self) -> Measure:
+        """The entropy of logits in filter, weight and loss."""
+        return entropy
+
     def penalty(self) -> Tensor | None:
         """Return a scalar that is added to the loss, or None for nothing."""
         return None
@@ -96,7 +114,8 @@ class SelectiveUpdate(Update):
         """Predict, select, weigh, step; nothing moves when no sample is selected."""
         config, margin = self.config, self.config.entropy_margin * self.context.log_classes
         selection = self.selection_pass(x)
-        found = select(selection.logits, self.ema_probs, margin, config.redundancy_margin)
+        limit = config.redundancy_margin
+        found = select(selection.logits, self.ema_probs, margin, limit, self.measure)
         count = selection.keep(found.chosen)
         self.report = Report(
             reliable=found.reliable, selected=count, loss=float("nan"), stepped=False
@@ -104,7 +123,7 @@ class SelectiveUpdate(Update):
         if count == 0:
             return selection.prediction
         move_average(self.ema_probs, found.mean_probs)
-        loss = weighted_entropy(selection.kept_logits(), margin)
+        loss = weighted_entropy(selection.kept_logits(), margin, self.measure)
         penalty = self.penalty()
         if penalty is not None:
             loss = loss + penalty

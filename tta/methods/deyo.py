@@ -29,6 +29,9 @@ value of its own); the CIFAR presets are the mariodoebler repository's. Differen
 code runs the model in train mode, this code in eval mode; their ``reset`` refers to attributes that
 are never made and cannot run. Equation numbers and a golden trace are missing: this follows a
 description of the authors' code.
+
+With ``loss="opinion"`` (ours) the entropy is COME's opinion entropy (see ``tent``) in the filter, the
+weight and the loss; PLPD keeps the softmax.
 """
 
 from __future__ import annotations
@@ -46,14 +49,14 @@ from tta.core.prediction import Prediction, Report
 from tta.core.random import CountedDraws, fork
 from tta.core.registry import register
 from tta.methods._lower_layers import LowerLayersConfig, LowerLayersUpdate
-from tta.parts.losses import entropy
+from tta.methods._uncertainty import UncertaintyConfig, uncertainty
 from tta.parts.occlusion import occlude, shuffle_patches, shuffle_pixels
 
 __all__ = ["Deyo", "DeyoConfig"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeyoConfig(LowerLayersConfig):
+class DeyoConfig(UncertaintyConfig, LowerLayersConfig):
     """Fields of ``deyo``."""
 
     entropy_margin: float = 0.5  # t_ent, largest entropy as a share of ln C
@@ -101,7 +104,8 @@ class Deyo(LowerLayersUpdate):
         selection = self.selection_pass(x)
         self.leave_out_last()
         draws = fork(self.context.generator, x.device)
-        entropies = entropy(selection.logits)
+        measure = uncertainty(config, self.context.num_classes)
+        entropies = measure(selection.logits)
         reliable = entropies < config.entropy_margin * log_classes
         self.report["reliable"] = count = selection.keep(reliable)
         if count == 0:
@@ -115,7 +119,7 @@ class Deyo(LowerLayersUpdate):
             return selection.prediction
         weight = torch.exp(config.weight_margin * log_classes - entropies[chosen])
         weight = weight + torch.exp(drop[kept])
-        loss = (weight * entropy(selection.kept_logits())).mean()
+        loss = (weight * measure(selection.kept_logits())).mean()
         self.report |= {"loss": loss.detach(), "stepped": self.step(loss)}
         return selection.prediction
 

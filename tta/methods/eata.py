@@ -21,6 +21,9 @@ Differences: ``reset`` also clears q; ``official=True`` keeps it, as the officia
 CIFAR-10 preset follows the paper's settings as recalled by a secondary source (SGD 0.005), which
 the authors' repository does not contain; the CIFAR-100 preset is the mariodoebler repository's
 (Adam, batches of 200, d = 0.1).
+
+With ``loss="opinion"`` H is COME's opinion entropy (see ``tent``) in the filter, the weight and the
+loss; the redundancy filter and q keep the softmax. E0 stays a share of ln C.
 """
 
 from __future__ import annotations
@@ -38,13 +41,14 @@ from tta.core.component import Context
 from tta.core.config import CIFAR_ADAM
 from tta.core.registry import register
 from tta.core.source import SourceStatistics
-from tta.methods._selective import SelectiveConfig, SelectiveUpdate
+from tta.methods._selective import Measure, SelectiveConfig, SelectiveUpdate
+from tta.methods._uncertainty import COME, UncertaintyConfig, uncertainty
 
 __all__ = ["Eata", "EataConfig", "Eta", "EtaConfig"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class EataConfig(SelectiveConfig):
+class EataConfig(UncertaintyConfig, SelectiveConfig):
     """Fields of ``eata``."""
 
     fisher_weight: float = 2000.0  # beta, eq. 8; 0 = no penalty and no source data
@@ -64,9 +68,13 @@ class EtaConfig(EataConfig):
 
 
 def _presets(beta: float, beta_cifar: float) -> dict[str, dict[str, Any]]:
+    resnet = {"lr": 2.5e-4, "lr_scaling": "small_batch", "fisher_weight": beta}
+    vit = {"lr": 1e-3, "lr_scaling": "linear", "fisher_weight": beta}
     return {
-        "imagenet": {"lr": 2.5e-4, "lr_scaling": "small_batch", "fisher_weight": beta},
-        "imagenet_vit": {"lr": 1e-3, "lr_scaling": "linear", "fisher_weight": beta},
+        "imagenet": resnet,
+        "imagenet_vit": vit,
+        "come_imagenet": resnet | COME,
+        "come_imagenet_vit": vit | COME,
         "cifar10": {
             "lr": 0.005,
             "lr_scaling": "linear_below",
@@ -93,6 +101,11 @@ class Eata(SelectiveUpdate):
         anchor = self._flat()
         self.register_buffer("anchor", anchor, persistent=False)
         self.register_buffer("fisher", torch.zeros_like(anchor), persistent=False)
+
+    @property
+    def measure(self) -> Measure:
+        """The entropy, or that of the opinion with ``loss="opinion"``."""
+        return uncertainty(self.config, self.context.num_classes)
 
     def penalty(self) -> Tensor | None:
         """Beta times the Fisher-weighted squared distance from the source; None where beta is 0."""

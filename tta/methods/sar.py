@@ -27,6 +27,9 @@ recovery keeps the average that triggered it, so that the next batches recover a
 momentum; and, when nothing is selected, still steps on momentum. ``official=True`` does all that.
 Otherwise the average and the momentum are cleared and an empty selection is no step. The official
 repository has no CIFAR settings; those presets are the mariodoebler repository's.
+
+With ``loss="opinion"`` H is COME's opinion entropy (see ``tent``) in both filters, both losses and
+the average e, to which the same threshold applies. E0 stays a share of ln C.
 """
 
 from __future__ import annotations
@@ -44,7 +47,7 @@ from tta.core.prediction import Prediction, Report
 from tta.core.registry import register
 from tta.core.selection_pass import SelectionPass
 from tta.methods._lower_layers import LowerLayersConfig, LowerLayersUpdate
-from tta.parts.losses import entropy
+from tta.methods._uncertainty import COME, UncertaintyConfig, uncertainty
 from tta.parts.sam import perturbed
 from tta.parts.selection import move_average
 
@@ -54,7 +57,7 @@ OFFICIAL_THRESHOLD = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
-class SarConfig(LowerLayersConfig):
+class SarConfig(UncertaintyConfig, LowerLayersConfig):
     """Fields of ``sar``."""
 
     entropy_margin: float = 0.4  # E0 as a share of ln C
@@ -68,14 +71,20 @@ class SarConfig(LowerLayersConfig):
         number("reset_threshold", self.reset_threshold, 0)
 
 
+_RESNET = {"lr": 2.5e-4, "lr_scaling": "small_batch"}
+_VIT = {"lr": 1e-3, "lr_scaling": "linear"}
+
+
 @register("sar")
 class Sar(LowerLayersUpdate):
     """Sharpness-aware and reliable entropy minimisation."""
 
     Config = SarConfig
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
-        "imagenet": {"lr": 2.5e-4, "lr_scaling": "small_batch"},
-        "imagenet_vit": {"lr": 1e-3, "lr_scaling": "linear"},
+        "imagenet": _RESNET,
+        "imagenet_vit": _VIT,
+        "come_imagenet": _RESNET | COME,
+        "come_imagenet_vit": _VIT | COME,
         "cifar10": {"lr": 1e-3, "lr_scaling": "linear_below", "lr_batch_size": 200},
         "cifar100": {"lr": 1e-3, "lr_scaling": "linear_below", "lr_batch_size": 200},
     }
@@ -85,6 +94,10 @@ class Sar(LowerLayersUpdate):
     def __init__(self, config: SarConfig, network: Backbone, context: Context) -> None:
         super().__init__(config, network, context)
         self.register_buffer("ema", torch.tensor(float("nan"), dtype=torch.float32))
+
+    def measure(self, logits: Tensor) -> Tensor:
+        """The entropy (B,) of logits (B, C) in filters and loss."""
+        return uncertainty(self.config, self.context.num_classes)(logits)
 
     def undefined_as_nan(self) -> tuple[str, ...]:
         """There is no average before the first loss, and after a recovery."""
@@ -96,7 +109,7 @@ class Sar(LowerLayersUpdate):
         selection = self.selection_pass(x)
         self.leave_out_last()
         margin = config.entropy_margin * self.context.log_classes
-        count = selection.keep(entropy(selection.logits) < margin)
+        count = selection.keep(self.measure(selection.logits) < margin)
         self.report = Report(
             selected=count, selected_second=0, loss=float("nan"), gradient_norm=0.0, stepped=False
         )
@@ -114,10 +127,10 @@ class Sar(LowerLayersUpdate):
 
     def _sharp_step(self, selection: SelectionPass, margin: float) -> None:
         parameters = list(self.parameters_adapted.values())
-        first = entropy(selection.kept_logits()).mean()
+        first = self.measure(selection.kept_logits()).mean()
         climb = _gradients(first, parameters)
         with perturbed(parameters, climb, self.config.rho) as norm:
-            entropies = entropy(selection.again())
+            entropies = self.measure(selection.again())
             kept = entropies.detach() < margin
             count = int(kept.sum())
             self.report |= {"selected_second": count, "gradient_norm": norm}

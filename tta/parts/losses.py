@@ -6,6 +6,8 @@ coarse to compare with a threshold.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,6 +17,7 @@ __all__ = [
     "consistency",
     "contrastive",
     "entropy",
+    "opinion_entropy",
     "soft_cross_entropy",
     "soft_likelihood_ratio",
     "symmetric_cross_entropy",
@@ -37,6 +40,34 @@ def entropy(logits: Tensor) -> Tensor:
     """
     logits = logits.float()
     return -(logits.softmax(1) * logits.log_softmax(1)).sum(1)
+
+
+def opinion_entropy(logits: Tensor, classes: int) -> Tensor:
+    """Entropy in nats of the subjective-logic opinion behind the logits (COME).
+
+    The opinion has a mass for each class, ``exp(z_k) / S``, and one for "I do not know",
+    ``K / S``, with ``S = sum_k exp(z_k) + K``. The gradient has no part along the logits, so that
+    a step does not make them longer.
+
+    Args:
+        logits: (B, C).
+        classes: K, above 0; usually C.
+
+    Returns:
+        (B,), each in [0, ln(C + 1)] but for 1e-7 that is added to every mass.
+
+    Example:
+        >>> import torch
+        >>> round(float(opinion_entropy(torch.zeros(1, 3), 1)), 4)  # four equal masses
+        1.3863
+    """
+    logits = logits.float()
+    length = torch.linalg.vector_norm(logits, dim=1, keepdim=True)
+    length = length.clamp_min(torch.finfo(logits.dtype).tiny)
+    logits = logits * (length.detach() / length)
+    unknown = torch.full_like(logits[:, :1], math.log(classes))
+    mass = torch.cat([logits, unknown], 1).softmax(1) + 1e-7
+    return -(mass * mass.log()).sum(1)
 
 
 def soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
