@@ -30,8 +30,8 @@ code runs the model in train mode, this code in eval mode; their ``reset`` refer
 are never made and cannot run. Equation numbers and a golden trace are missing: this follows a
 description of the authors' code.
 
-With ``loss="opinion"`` (ours) the entropy is COME's opinion entropy (see ``tent``) in the filter, the
-weight and the loss; PLPD keeps the softmax.
+With ``loss="opinion"`` (ours) it is COME's opinion entropy (see ``tent``) in filter, weight
+and loss; PLPD keeps the softmax.
 """
 
 from __future__ import annotations
