@@ -71,8 +71,8 @@ class Trial:
         from experiments.run.tensorboard import Events  # slow to import
 
         names = {"stream": config.name, "method": method.label}
-        done = self.results.find("summary", **names)
-        if done is not None and len(self.results.of("batch", **names)) == len(stream):
+        done = self._finished(names, len(stream))
+        if done is not None:
             clean = 0 if self.clean is None else len(self.clean)
             self.progress.skip(method.cost * (done["images"] + 2 * clean))
         else:
@@ -106,6 +106,16 @@ class Trial:
             done = self.results.find("summary", **names)
             assert done is not None
         return done, self.results.of("batch", **names)
+
+    def _finished(self, names: dict[str, str], batches: int) -> dict[str, Any] | None:
+        """The summary of a method all of whose lines are there; damaged ones may have been lost."""
+        find = self.results.find
+        summary = find("summary", **names)
+        if summary is None or find("method", **names) is None:
+            return None
+        domains = [find("domain", **names, domain=name) for name in summary["domain_errors"]]
+        whole = len(self.results.of("batch", **names)) == batches and None not in domains
+        return summary if whole else None
 
     def _take_up(
         self, adapter: tta.Adapter, config: StreamConfig, method: Method, batch_size: int
