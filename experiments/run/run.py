@@ -118,9 +118,9 @@ class Run:
             )
             for number in range(len(setup.streams)):
                 self._run_stream(number, trial)
+            trial.snapshots.remove()
             if not results.ended:
                 results.add(END, finished=now())
-            trial.snapshots.remove()
 
     def _run_stream(self, number: int, trial: Trial) -> None:
         config, stream = self.config.streams[number], self.setup.streams[number]
