@@ -143,3 +143,11 @@ def test_a_reader_that_stops_early_is_no_error():
         text=True,
     )
     assert done.stdout.startswith("eata (slot update)") and done.stderr == ""
+
+
+@pytest.mark.parametrize("arguments", [["methods", "eata"], ["methods", "nope"], []])
+def test_the_package_runs_like_the_console_script(arguments):
+    ways = ["-m", "tta"], ["-c", "import sys; from tta.cli import main; sys.exit(main())"]
+    done = [subprocess.run([sys.executable, *way, *arguments], capture_output=True) for way in ways]
+    assert len({(d.returncode, d.stdout, d.stderr) for d in done}) == 1
+    assert done[0].stdout if "eata" in arguments else done[0].stderr.startswith(b"error: ")
