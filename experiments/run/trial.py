@@ -10,6 +10,7 @@ from typing import Any
 
 import tta
 from experiments.records.config import StreamConfig
+from experiments.records.environment import threads_matter
 from experiments.records.file import Results
 from experiments.records.progress import Progress
 from experiments.run import ranks
@@ -79,8 +80,9 @@ class Trial:
             with method.applied(self.subject, batch_size, self.seed) as adapter:
                 ranks.share(adapter)
                 totals = self._take_up(adapter, config, method, batch_size)
-                self.results.write("method", **names, config=adapter.config.to_dict())
                 about = adapter.config.to_dict()
+                threads = threads_matter(adapter.config, self.subject.device)
+                self.results.write("method", **names, config=about, threads_matter=threads)
                 events = Events(
                     self.folder, config.name, method.label, about, totals.batches, samples
                 )
