@@ -69,6 +69,10 @@ COMMANDS = {
     "compositions": Command(
         "experiments.studies.compositions", "the errors of compositions in docs/composition.md"
     ),
+    "threads": Command(
+        "experiments.studies.thread_counts",
+        "which recipes give other numbers with another number of threads",
+    ),
     "corruption-errors": Command(
         "experiments.studies.corruption_errors",
         "compare our corruptions with outputs of the published code",

@@ -14,6 +14,10 @@ from tests.helpers.soak import Soak
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--soak-seed", type=int, default=0, help="of the draws of `make soak`")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Soak(config), "soak")
 
@@ -24,3 +28,9 @@ def same_draws_in_any_order():
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def soak_seed(request: pytest.FixtureRequest) -> int:
+    """Seed of a test that draws its cases, from ``--soak-seed``."""
+    return request.config.getoption("soak_seed")

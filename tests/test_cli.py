@@ -114,6 +114,40 @@ def test_help_and_version(out):
     assert status == 0 and "--import MODULE" in text and "--slot" in text
 
 
+@pytest.mark.parametrize("arguments", ["--help", "--version", "nope"])
+def test_help_and_mistakes_come_without_torch(arguments):
+    code = f"import sys\nfrom tta.cli import main\ntry:\n    main(['{arguments}'])\nfinally:\n"
+    code += "    print('torch' in sys.modules, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr.endswith("False\n"), done.stderr
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "from tta.core.registry import list_methods",
+        "import tta.wrapping\nfrom tta import list_methods",
+        "import tta.methods.tent\nfrom tta.core.registry import list_methods",
+        "from tta import *",
+        "from tta.streams import build\nfrom tta import list_methods",
+        "from tta.core.update import Update\nfrom tta.core.registry import list_methods",
+    ],
+)
+def test_whatever_is_imported_first_all_components_are_known(first):
+    code = f"{first}\nimport tta\nprint(*list_methods())\nassert callable(tta.wrap)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == tta.list_methods(), done.stderr
+
+
+def test_every_public_name_is_there_and_said():
+    assert {*tta.__all__, "core", "parts"} <= set(dir(tta))
+    assert all(getattr(tta, name) is not None for name in tta.__all__)
+    named = [name for names in tta.PLACES.values() for name in names]
+    assert sorted([*named, "__version__", "methods", "runtime", "streams"]) == tta.__all__
+    root = os.path.dirname(tta.__file__)  # a module of that name would take its place
+    assert not any(os.path.exists(os.path.join(root, f"{name}.py")) for name in named)
+
+
 def test_an_own_component_is_shown(tmp_path):
     """In a fresh process, from the folder that holds the module."""
     (tmp_path / "own_rules.py").write_text(
@@ -143,3 +177,11 @@ def test_a_reader_that_stops_early_is_no_error():
         text=True,
     )
     assert done.stdout.startswith("eata (slot update)") and done.stderr == ""
+
+
+@pytest.mark.parametrize("arguments", [["methods", "eata"], ["methods", "nope"], []])
+def test_the_package_runs_like_the_console_script(arguments):
+    ways = ["-m", "tta"], ["-c", "import sys; from tta.cli import main; sys.exit(main())"]
+    done = [subprocess.run([sys.executable, *way, *arguments], capture_output=True) for way in ways]
+    assert len({(d.returncode, d.stdout, d.stderr) for d in done}) == 1
+    assert done[0].stdout if "eata" in arguments else done[0].stderr.startswith(b"error: ")

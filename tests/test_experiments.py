@@ -230,7 +230,7 @@ def test_lines_are_appended_whole_and_plain(tmp_path):
     assert rows[0] == {"kind": "batch", "loss": 1.5, "shape": [1, 2], "path": str(path)}
     with path.open("a") as file:
         file.write('{"kind": "ba')
-    with pytest.raises(ValueError, match="line 3 is not one"):
+    with pytest.raises(ValueError, match="line 3 is cut off"):
         list(read_lines(path))
 
 

@@ -87,10 +87,14 @@ def test_a_compact_file_holds_the_same(runs, tmp_path):
 def test_a_run_that_was_cut_off_gives_what_it_finished(runs, tmp_path):
     source = next(iter(runs.rglob("source/seed0/results.jsonl")))
     text = source.read_bytes()
-    (tmp_path / "results.jsonl").write_bytes(text[: text.index(b'{"kind": "end"') + 5])
+    results = tmp_path / "results.jsonl"
+    results.write_bytes(text[: text.index(b'"kind": "end"') + 5])
     assert len(collect([tmp_path])) == 1
-    (tmp_path / "results.jsonl").write_bytes(text[: text.index(b'{"kind": "summary"') + 5])
+    results.write_bytes(text[: text.index(b'"kind": "summary"') + 5])
     with pytest.raises(ValueError, match="found none"):
+        collect([tmp_path])
+    results.write_bytes(text.replace(b'"mean_error": 0.', b'"mean_error": 1.'))
+    with pytest.warns(UserWarning, match="1 are changed or copies"), pytest.raises(ValueError):
         collect([tmp_path])
 
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import tta
+from tests.helpers.recorded import GOLDEN
 from tests.helpers.trace_keys import figures
-from tests.helpers.traces import GOLDEN, Trace
+from tests.helpers.traces import Trace
 from tta.parts.estimates import dropout_error
 
 close = torch.testing.assert_close

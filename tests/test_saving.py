@@ -152,6 +152,67 @@ def test_a_process_that_dies_while_saving_leaves_a_whole_pair(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter.safetensors", "config.json"]
 
 
+class Dead(BaseException):
+    """The process is no more."""
+
+
+def _die_at(monkeypatch: pytest.MonkeyPatch, step: int, adapter: tta.Adapter, folder: Path) -> bool:
+    """Save as a process does that is killed before its n-th step on the disk; say if it was."""
+    steps = 0
+
+    def counted(real: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal steps
+            if steps >= step:
+                raise Dead
+            steps += 1
+            return real(*args, **kwargs)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for name in ("open", "fsync", "replace", "unlink"):
+            patch.setattr(f"os.{name}", counted(getattr(os, name)))
+        patch.setattr(Path, "unlink", counted(Path.unlink))
+        patch.setattr(Path, "write_bytes", counted(Path.write_bytes))
+        patch.setattr(Path, "write_text", counted(Path.write_text))
+        try:
+            tta.save(adapter, folder)
+        except Dead:
+            return True
+    return False
+
+
+@pytest.mark.slow
+def test_a_save_that_dies_after_another_one_has(tmp_path: Path, monkeypatch) -> None:
+    """At any two steps: what the first left for :func:`tta.load`, the second must not remove."""
+    adapter = tta.wrap(tiny("bn"), "source")
+
+    def save(seed: int, step: int, folder: Path) -> bool:
+        """Save another config, and so two other files; see `_die_at`."""
+        adapter.config = tta.AdapterConfig.from_dict(adapter.config.to_dict() | {"seed": seed})
+        return _die_at(monkeypatch, step, adapter, folder)
+
+    first = 0
+    while True:
+        second, died = 0, True
+        while died:
+            folder = tmp_path / f"{first}-{second}"
+            tta.save(adapter, folder)
+            first_died = save(2 * first, first, folder)
+            tta.load(tiny("bn"), folder)
+            died = save(2 * second + 1, second, folder)
+            tta.load(tiny("bn"), folder)
+            tta.save(adapter, folder)
+            names = sorted(path.name for path in folder.iterdir())
+            assert names == ["adapter.safetensors", "config.json"]
+            second += 1
+        if not first_died:
+            break
+        first += 1
+    assert first > 8
+
+
 def test_a_save_that_fails_leaves_no_parts(tmp_path: Path, monkeypatch) -> None:
     adapter = tta.wrap(tiny("bn"), "source")
     tta.save(adapter, tmp_path)

@@ -1,23 +1,21 @@
-"""A soak runs when it is asked for, and goes on where it was cut off."""
+"""A soak runs when it is asked for, goes on where it was cut off, and writes what it found."""
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from tests.helpers.soak import Soak
+from tests.helpers.soak import RESULT, Share, Soak, shares
 
-NAMES = ["quick", "long-1", "long-2"]
-
-
-def _config(folder, expression, deselected, **more):
-    return SimpleNamespace(
-        option=SimpleNamespace(markexpr=expression),
-        cache=SimpleNamespace(mkdir=lambda name: folder),
-        hook=SimpleNamespace(pytest_deselected=lambda items: deselected.extend(items)),
-        **more,
-    )
+ROOT = RESULT.parents[2]
+NAMES = ["quick", "long[1]", "long[2]"]
+WHOLE, PART = pytest.Config.ArgsSource.TESTPATHS, pytest.Config.ArgsSource.ARGS
 
 
 class _Item:
@@ -28,42 +26,142 @@ class _Item:
         return mark == "soak" and self.nodeid.startswith("long")
 
 
-def _kept(folder, expression, **more) -> tuple[list[str], Soak]:
-    deselected: list[_Item] = []
-    config = _config(folder, expression, deselected, **more)
-    soak, items = Soak(config), [_Item(name) for name in NAMES]
-    soak.pytest_collection_modifyitems(config, items)
-    kept = [item.nodeid for item in items]
-    assert sorted(kept + [item.nodeid for item in deselected]) == sorted(NAMES)
-    return kept, soak
+class _Started:
+    """A run of pytest with the plugin: which tests are left to it."""
 
+    def __init__(self, folder, expression="soak", source=WHOLE, seed=0, **more) -> None:
+        deselected: list[_Item] = []
+        config = SimpleNamespace(
+            option=SimpleNamespace(markexpr=expression),
+            cache=SimpleNamespace(mkdir=lambda name: folder),
+            hook=SimpleNamespace(pytest_deselected=lambda items: deselected.extend(items)),
+            getoption=lambda name: {"soak_seed": seed}[name],
+            args_source=source,
+            **more,
+        )
+        self.soak = Soak(config, folder / "soak.json")
+        items = [_Item(name) for name in NAMES]
+        self.soak.pytest_collection_modifyitems(config, items)
+        self.left = [item.nodeid for item in items]
+        assert sorted(self.left + [item.nodeid for item in deselected]) == sorted(NAMES)
 
-def _passed(name: str) -> SimpleNamespace:
-    return SimpleNamespace(nodeid=name, when="call", passed=True)
+    def report(self, name: str, outcome: str = "passed", **counts: int) -> None:
+        self.soak.pytest_runtest_logreport(
+            SimpleNamespace(
+                nodeid=name,
+                when="call",
+                passed=outcome == "passed",
+                skipped=outcome == "skipped",
+                duration=1.5,
+                user_properties=list(counts.items()),
+            )
+        )
+
+    def finish(self, status=pytest.ExitCode.OK) -> int:
+        session = SimpleNamespace(exitstatus=status)
+        self.soak.pytest_sessionfinish(session, status)
+        return session.exitstatus
 
 
 @pytest.mark.parametrize("expression", ["", "not slow"])
 def test_it_does_not_run_unless_asked_for(tmp_path, expression) -> None:
-    kept, soak = _kept(tmp_path, expression)
-    soak.pytest_runtest_logreport(_passed("quick"))
-    assert kept == ["quick"] and not list(tmp_path.iterdir())
+    run = _Started(tmp_path, expression)
+    run.report("quick")
+    run.finish()
+    assert run.left == ["quick"] and not list(tmp_path.iterdir())
 
 
 def test_what_has_passed_is_left_out_until_all_has(tmp_path) -> None:
-    kept, soak = _kept(tmp_path, "soak")
-    assert kept == NAMES  # pytest itself leaves the quick one out, by the same expression
-    soak.pytest_runtest_logreport(_passed("long-1"))
-    soak.pytest_runtest_logreport(SimpleNamespace(nodeid="long-2", when="call", passed=False))
-    soak.pytest_sessionfinish(pytest.ExitCode.TESTS_FAILED)
-    kept, soak = _kept(tmp_path, "soak")
-    assert kept == ["quick", "long-2"]
-    soak.pytest_runtest_logreport(_passed("long-2"))
-    soak.pytest_sessionfinish(pytest.ExitCode.OK)
-    assert _kept(tmp_path, "soak")[0] == NAMES
+    run = _Started(tmp_path)
+    assert run.left == NAMES  # pytest itself leaves the quick one out, by the same expression
+    run.report("long[1]", kills=20)
+    run.report("long[2]", "failed")
+    run.finish(pytest.ExitCode.TESTS_FAILED)
+    run = _Started(tmp_path)
+    assert run.left == ["quick", "long[2]"] and not (tmp_path / "soak.json").exists()
+    run.report("long[2]", kills=22)
+    run.finish()
+    found = json.loads((tmp_path / "soak.json").read_text())
+    assert found["checks"] == {"long": {"tests": 2, "seconds": 3.0, "kills": 42}}
+    assert found["seed"] == 0 and found["versions"]["torch"] and "commit" in (found["git"] or found)
+    assert _Started(tmp_path).left == NAMES
 
 
-def test_only_the_first_of_several_processes_takes_notes(tmp_path) -> None:
-    _, soak = _kept(tmp_path, "soak", workerinput={})
-    soak.pytest_runtest_logreport(_passed("long-1"))
-    soak.pytest_sessionfinish(pytest.ExitCode.OK)
-    assert not list(tmp_path.iterdir())
+def test_a_run_of_some_tests_writes_no_result(tmp_path) -> None:
+    """Chosen by -k, one is left; of one folder, all that is there may pass."""
+    run = _Started(tmp_path)
+    run.report("long[1]")
+    run.finish()
+    assert _Started(tmp_path).left == ["quick", "long[2]"]
+    run = _Started(tmp_path, source=PART)
+    run.report("long[2]")
+    run.finish()
+    assert not (tmp_path / "soak.json").exists()
+
+
+def test_a_run_that_finds_all_passed_ends_well(tmp_path) -> None:
+    run = _Started(tmp_path)
+    run.report("long[1]"), run.report("long[2]", "skipped")
+    assert _Started(tmp_path).finish(pytest.ExitCode.NO_TESTS_COLLECTED) == pytest.ExitCode.OK
+    found = json.loads((tmp_path / "soak.json").read_text())
+    assert found["checks"]["long"]["skipped"] == 1
+
+
+def test_another_seed_begins_anew(tmp_path) -> None:
+    _Started(tmp_path).report("long[1]")
+    assert _Started(tmp_path, seed=1).left == NAMES
+    assert _Started(tmp_path).left == ["quick", "long[2]"]
+
+
+def test_shares_have_all_cases() -> None:
+    values = shares(3, 50, 4).args[1]
+    assert [value.values[0] for value in values] == [
+        Share(0, 3),
+        *(Share(n, count) for n, count in enumerate((13, 13, 13, 11), 1)),
+    ]
+    assert [value.marks[0].name for value in values] == ["slow"] + ["soak"] * 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [[], ["-n", "2"]], ids=["one", "two"])
+def test_in_pytest_itself(tmp_path, processes) -> None:
+    (tmp_path / "conftest.py").write_text(
+        "from pathlib import Path\n"
+        "from tests.conftest import pytest_addoption, soak_seed\n"
+        "from tests.helpers.soak import Soak\n"
+        "def pytest_configure(config):\n"
+        "    config.pluginmanager.register(Soak(config, Path('soak.json')), 'soak')\n"
+    )
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n  slow\n  soak\ntestpaths = .\n")
+    (tmp_path / "test_it.py").write_text(
+        "from pathlib import Path\n"
+        "from tests.helpers.soak import shares\n"
+        "@shares(1, 4, 2)\n"
+        "def test_long(share, soak_seed, record_property):\n"
+        "    record_property('cases', share.count)\n"
+        "    assert soak_seed == 5 and (share.number == 1 or Path('mended').exists())\n"
+    )
+
+    def run(expression: str) -> str:
+        command = [sys.executable, "-m", "pytest", "-q", "-m", expression, "--soak-seed", "5"]
+        done = subprocess.run(
+            [*command, *processes],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+        )
+        return done.stdout
+
+    assert "1 failed, 1 passed" in run("soak")
+    assert not Path(tmp_path / "soak.json").exists()
+    (tmp_path / "mended").touch()
+    assert "1 passed" in (said := run("soak")) and "failed" not in said
+    found = json.loads((tmp_path / "soak.json").read_text())
+    assert found["seed"] == 5
+    assert found["checks"]["test_it.py::test_long"] | {"seconds": 0} == {
+        "tests": 2,
+        "seconds": 0,
+        "cases": 4,
+    }
+    assert "1 passed" in run("slow")

@@ -16,38 +16,50 @@ from tests.helpers.compositions import make
 from tests.helpers.nets import tiny
 
 RECIPES = [name for name in tta.list_methods() if not name.startswith("source")]
-THREADS, CALLS = 4, 4
 
 
+@pytest.mark.parametrize(
+    ("threads", "calls"),
+    [
+        (4, 4),
+        pytest.param(8, 20, marks=pytest.mark.slow),
+        pytest.param(8, 1000, marks=[pytest.mark.soak, pytest.mark.timeout(7200)]),
+    ],
+)
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.filterwarnings("ignore:.*preset, made for:UserWarning")
-def test_calls_of_several_threads_are_served_one_after_the_other(name: str) -> None:
+def test_calls_of_several_threads_are_served_one_after_the_other(
+    name: str, threads: int, calls: int, soak_seed: int, record_property
+) -> None:
     """In whatever order they come: a queue that is served alone in that order gives the same."""
     _, adapter = make("bn", {"recipe": name})
     served: list[tuple[int, torch.Tensor]] = []
     failures: list[BaseException] = []
-    barrier = threading.Barrier(THREADS)
+    barrier = threading.Barrier(threads)
 
     def serve(thread: int) -> None:
         barrier.wait()
         try:
-            for call in range(CALLS):
-                number = thread * CALLS + call
+            for call in range(calls):
+                number = (soak_seed * threads + thread) * calls + call
                 with adapter.turns:  # the order is that of the turns
                     served.append((number, adapter(images(number))))
                 adapter.report, adapter.state()
         except BaseException as error:
             failures.append(error)
 
-    threads = [threading.Thread(target=serve, args=(n,)) for n in range(THREADS)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures and len(served) == THREADS * CALLS
+    callers = [threading.Thread(target=serve, args=(n,)) for n in range(threads)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert not failures and len(served) == threads * calls
     _, alone = make("bn", {"recipe": name})
+    exact = {"rtol": 0, "atol": 0, "equal_nan": True}
     for number, logits in served:
-        assert torch.equal(alone(images(number)), logits)
+        torch.testing.assert_close(alone(images(number)), logits, **exact)
+    torch.testing.assert_close(adapter.state(), alone.state(), **exact)
+    record_property("calls", threads * calls)
 
 
 def test_a_call_waits_for_the_one_that_is_going_on() -> None:

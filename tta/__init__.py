@@ -1,27 +1,30 @@
-"""Test-time adaptation of image classifiers: wrap a model in one line, adapt while predicting."""
+"""Test-time adaptation of image classifiers: wrap a model in one line, adapt while predicting.
+
+What is listed here is imported when it is first asked for, and torch with it: the help of the
+command line is there at once.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from tta import methods, streams
 from tta._moved import FORMER, MOVED, install_old_names
-from tta.collect import collect_source
-from tta.core.adapter import Adapter
-from tta.core.config import ComponentConfig, UpdateConfig
-from tta.core.guard import Batch, Guard, Verdict
-from tta.core.norm_rule import NormRule
-from tta.core.output_rule import Output
-from tta.core.prediction import Prediction, Report
-from tta.core.recipe import AdapterConfig
-from tta.core.registry import get_config, list_methods, register
-from tta.core.source import SourceStatistics
-from tta.core.update import Update
-from tta.saving import load, save
 from tta.version import __version__
-from tta.wrap import wrap
 
 if TYPE_CHECKING:
-    from tta import runtime
+    from tta import methods, runtime, streams
+    from tta.collect import collect_source
+    from tta.core.adapter import Adapter
+    from tta.core.config import ComponentConfig, UpdateConfig
+    from tta.core.guard import Batch, Guard, Verdict
+    from tta.core.norm_rule import NormRule
+    from tta.core.output_rule import Output
+    from tta.core.prediction import Prediction, Report
+    from tta.core.recipe import AdapterConfig
+    from tta.core.registry import get_config, list_methods, register
+    from tta.core.source import SourceStatistics
+    from tta.core.update import Update
+    from tta.saving import load, save
+    from tta.wrapping import wrap
 
 __all__ = [
     "Adapter",
@@ -50,13 +53,36 @@ __all__ = [
     "wrap",
 ]
 
-LAZY = ("cli", "core", "parts", "runtime")  # imported when first asked for
+SUBPACKAGES = ("cli", "core", "methods", "parts", "runtime", "streams")
+PLACES = {  # of the public names; no module at the top has the name of one of them
+    "tta.collect": ("collect_source",),
+    "tta.core.adapter": ("Adapter",),
+    "tta.core.config": ("ComponentConfig", "UpdateConfig"),
+    "tta.core.guard": ("Batch", "Guard", "Verdict"),
+    "tta.core.norm_rule": ("NormRule",),
+    "tta.core.output_rule": ("Output",),
+    "tta.core.prediction": ("Prediction", "Report"),
+    "tta.core.recipe": ("AdapterConfig",),
+    "tta.core.registry": ("get_config", "list_methods", "register"),
+    "tta.core.source": ("SourceStatistics",),
+    "tta.core.update": ("Update",),
+    "tta.saving": ("load", "save"),
+    "tta.wrapping": ("wrap",),
+}
 
 install_old_names()
 
 
 def __getattr__(name: str) -> Any:
-    """Import subpackages on first use, and modules under their old names."""
-    if name in LAZY or f"tta.{name}" in {*MOVED, *FORMER}:
+    """Import public names, subpackages, and modules under their old names, on first use."""
+    if name in SUBPACKAGES or f"tta.{name}" in {*MOVED, *FORMER}:
         return import_module(f"tta.{name}")
+    for place, names in PLACES.items():
+        if name in names:
+            value = globals()[name] = getattr(import_module(place), name)
+            return value
     raise AttributeError(f"module 'tta' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *SUBPACKAGES})

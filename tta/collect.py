@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tta.core.registry import component, get_config
 from tta.core.source import SourceStatistics
 from tta.core.source_checks import check_iterable
-from tta.wrap import wrap
+from tta.wrapping import wrap
 
 __all__ = ["collect_source"]
 

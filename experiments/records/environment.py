@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
@@ -14,15 +15,43 @@ import torch
 
 import tta
 from corruptions.chunks import usable_cores
+from experiments.records.config import BASELINE
+from tta.core.config import SLOTS
 
-__all__ = ["describe_environment"]
+__all__ = ["THREADS", "describe_environment", "threads_matter"]
 
+THREADS = Path(__file__).parents[1] / "results" / "threads.json"  # of `experiments threads`
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "scipy", "pillow")
 
 
 def describe_environment() -> dict[str, Any]:
     """Versions, hardware and git commit, as JSON types."""
     return {"versions": dict(_versions()), "hardware": _hardware(), "git": _commit()}
+
+
+def threads_matter(config: tta.AdapterConfig, device: torch.device) -> bool | None:
+    """Whether numbers of an adapter on a CPU depend on how many threads torch has.
+
+    Returns:
+        Whether a component's did in the study that `THREADS` holds. None where that does not say:
+        on a GPU, and for a component that was not measured unless another one's did.
+    """
+    if device.type != "cpu":
+        return None
+    parts = config.to_dict()
+    names = [parts[slot]["name"] for slot in SLOTS if parts.get(slot)] or [BASELINE]
+    found = [_depending().get(name) for name in names]
+    return True if True in found else None if None in found else False
+
+
+@lru_cache(maxsize=1)
+def _depending() -> dict[str, bool]:
+    """Whether each recipe's numbers depended on the threads, on any network."""
+    recipes = json.loads(THREADS.read_text())["recipes"] if THREADS.is_file() else {}
+    return {
+        name: not all(row["same"] for row in found.values() if row)
+        for name, found in recipes.items()
+    }
 
 
 @lru_cache(maxsize=1)

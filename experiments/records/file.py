@@ -3,14 +3,14 @@
 ``results.jsonl`` is append-only. Every line is a JSON object with a ``kind``: one ``run`` line
 (what was run, on what); for each stream a ``stream`` line (the arguments that make it again); for
 each method ``method`` (the adapter's configuration), ``batch``, ``domain`` and ``summary`` lines;
-``continued`` where a killed run went on, and ``end``. Errors are shares in [0, 1]; a figure that
-does not exist is null.
+``continued`` where a killed run went on, and ``end``, which is the last line of a whole run. Errors
+are shares in [0, 1]; a figure that does not exist is null. Each line has a check, see
+`experiments.records.lines`.
 """
 
 from __future__ import annotations
 
 import fcntl
-import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,16 +19,17 @@ from pathlib import Path
 from typing import Any
 
 from experiments.records.errors import CannotGoOn
+from experiments.records.lines import encode, mend, next_number, split
 from tta.core.files import replacing
 
 __all__ = [
+    "END",
     "RESULTS",
     "Busy",
     "Conflict",
     "JsonLines",
     "Results",
     "make_run_folder",
-    "mend",
     "plain",
     "read_header",
     "read_lines",
@@ -36,6 +37,7 @@ __all__ = [
 ]
 
 RESULTS = "results.jsonl"
+END = "end"  # kind of the last line of a whole run
 KEYS = ("kind", "stream", "method", "step", "domain")  # what makes a line the same line
 
 
@@ -64,8 +66,8 @@ class Conflict(CannotGoOn):
 class JsonLines:
     """Appends objects to a file, each as one line; one process at a time.
 
-    What a killed process left is repaired first, see `mend`; ``repaired`` says how many
-    lines that concerned.
+    What a killed process left, or has been damaged since, is repaired first, see `mend`;
+    ``repaired`` says how many lines that concerned.
 
     Args:
         path: Made if it is not there.
@@ -79,6 +81,7 @@ class JsonLines:
         self.repaired = 0
         self._file = _open_locked(self.path)
         mended, count = mend(self.path.read_bytes())
+        self._number = next_number(mended)  # of the next line
         if count:
             with replacing(self.path) as part:  # in one step: a kill here loses nothing either
                 part.write_bytes(mended)
@@ -91,8 +94,10 @@ class JsonLines:
         self._append([plain({"kind": kind, **fields})])
 
     def _append(self, rows: Sequence[dict[str, Any]]) -> None:
-        text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
-        os.write(self._file, text.encode())
+        data = encode(rows, self._number)
+        self._number += len(rows)
+        while data:  # a disk that is nearly full takes a part
+            data = data[os.write(self._file, data) :]
 
     def close(self) -> None:
         """Close the file; nothing is written afterwards."""
@@ -114,7 +119,15 @@ class Results(JsonLines):
 
     def __init__(self, path: str | Path) -> None:
         super().__init__(path)
-        self._rows = {_key(row): row for row in read_lines(self.path)}
+        self._rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+        self._last = ""
+        for row in read_lines(self.path):
+            self._rows[_key(row)], self._last = row, row["kind"]
+
+    @property
+    def ended(self) -> bool:
+        """Whether the last line says that the run is whole."""
+        return self._last == END
 
     def find(self, kind: str, **key: Any) -> dict[str, Any] | None:
         """The line of that kind and key, if it is there."""
@@ -128,6 +141,10 @@ class Results(JsonLines):
     def add(self, kind: str, **fields: Any) -> None:
         """Append a line whether there is one like it or not."""
         super().write(kind, **fields)
+
+    def _append(self, rows: Sequence[dict[str, Any]]) -> None:
+        super()._append(rows)
+        self._last = rows[-1]["kind"]
 
     def write(self, kind: str, **fields: Any) -> None:
         """Append a line unless it is there.
@@ -163,19 +180,20 @@ class Results(JsonLines):
 
 
 def read_lines(path: str | Path, kind: str | None = None) -> Iterator[dict[str, Any]]:
-    """The objects of a results file, or those of one kind."""
-    with Path(path).open() as file:
-        for number, line in enumerate(file, 1):
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"`{path}` must hold one JSON object per line, but line {number} is not one: "
-                    "the run was cut off while writing; continue it with --resume, which repairs "
-                    "the file"
-                ) from error
-            if kind is None or row["kind"] == kind:
-                yield row
+    """The objects of a results file, or those of one kind.
+
+    Raises:
+        ValueError: At a line that is not whole.
+    """
+    for number, (_, row) in enumerate(split(Path(path).read_bytes()), 1):
+        if row is None:
+            raise ValueError(
+                f"`{path}` must hold whole lines, each once, but line {number} is cut off, changed "
+                "or a copy: continue the run with --resume, which repairs the file and runs again "
+                "what is lost"
+            )
+        if kind is None or row["kind"] == kind:
+            yield row
 
 
 def read_header(folder: str | Path) -> dict[str, Any] | None:
@@ -183,32 +201,8 @@ def read_header(folder: str | Path) -> dict[str, Any] | None:
     path = Path(folder) / RESULTS
     if not path.is_file():
         return None
-    for line in path.read_bytes().splitlines():
-        row = _parse(line)
-        if row is not None and row["kind"] == "run":
-            return row
-    return None
-
-
-def mend(data: bytes) -> tuple[bytes, int]:
-    """Turn what is no whole line of a results file into ``repaired`` lines that quote it.
-
-    Returns:
-        The mended file, and how many lines were not whole.
-    """
-    lines = data.split(b"\n")
-    cut = lines.pop()  # empty, unless the last line was cut off
-    mended: list[bytes] = []
-    count = 0
-    whole = len(lines)
-    if cut:
-        lines.append(cut)
-    for number, line in enumerate(lines):
-        if number == whole or _parse(line) is None:
-            quoted = {"kind": "repaired", "step": number, "text": line.decode(errors="replace")}
-            line, count = json.dumps(quoted).encode(), count + 1
-        mended.append(line + b"\n")
-    return b"".join(mended), count
+    rows = (row for _, row in split(path.read_bytes()) if row is not None)
+    return next((row for row in rows if row["kind"] == "run"), None)
 
 
 def stretches(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, int, str]]:
@@ -251,11 +245,3 @@ def _open_locked(path: Path) -> int:
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(row.get(name) for name in KEYS)
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) and "kind" in row else None

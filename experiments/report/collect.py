@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from experiments.records.config import BASELINE, StreamConfig
-from experiments.records.file import RESULTS, mend, plain, stretches
+from experiments.records.file import RESULTS, plain, stretches
+from experiments.records.lines import encode, split
 from tta.core.files import replacing
 
 __all__ = ["Result", "Setting", "by_setting", "collect", "file_name", "write_compact"]
@@ -159,9 +160,9 @@ def write_compact(results: Sequence[Result], path: str | Path) -> None:
         row["summary"]["reliability"] = _rounded(row["summary"]["reliability"])
         if len(result.stretches) > STRETCHES:
             row["stretches"] = []
-        lines.append(json.dumps(plain({"kind": "result", **row}), allow_nan=False) + "\n")
+        lines.append(plain({"kind": "result", **row}))
     with replacing(path) as part:
-        part.write_text("".join(lines))
+        part.write_bytes(encode(lines, 0))
 
 
 def _rounded(value: Any) -> Any:
@@ -175,8 +176,17 @@ def _rounded(value: Any) -> Any:
 
 def _read(path: Path) -> Iterator[Result]:
     # Runs that were cut off are read as they are, and mended by whoever goes on with them.
-    text, _ = mend(path.read_bytes())
-    rows = [json.loads(line) for line in text.splitlines()]
+    data = path.read_bytes()
+    found = [row for _, row in split(data)]
+    rows = [row for row in found if row is not None]
+    damaged = found.count(None) - (not data.endswith(b"\n"))
+    if damaged > 0:
+        advice = "go on with the run by --resume" if path.name == RESULTS else "restore the file"
+        warnings.warn(
+            f"`{path}` must hold whole lines, each once, but {damaged} are changed or copies, and "
+            f"are left out: {advice}",
+            stacklevel=3,
+        )
     for row in rows:
         if row["kind"] == "result":
             yield Result(

@@ -8,7 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from experiments.records.config import RunConfig
-from experiments.records.file import RESULTS, Busy, Conflict, Results, make_run_folder, read_header
+from experiments.records.file import (
+    END,
+    RESULTS,
+    Busy,
+    Conflict,
+    Results,
+    make_run_folder,
+    read_header,
+)
+from experiments.records.lines import split
 
 __all__ = ["begin", "is_finished", "now", "open_results"]
 
@@ -60,14 +69,14 @@ def begin(results: Results, config: RunConfig, header: dict[str, Any]) -> list[s
     folder, begun = results.path.parent, results.find("run")
     if results.repaired:
         notes.append(
-            f"repaired {results.repaired} lines of {results.path} that were cut off; what is "
-            "missing is run again"
+            f"repaired {results.repaired} lines of {results.path} that were cut off, changed or "
+            "there twice; what is lost is run again"
         )
     if begun is None:
         results.write("run", **header)
     elif not config.is_that_of(begun):
         raise Conflict(f"`{folder}` holds a run of another configuration: choose another folder")
-    elif results.find("end") is None:
+    elif not results.ended:
         before = {name: begun.get(name) for name in ("git", "versions")}
         current = {name: header[name] for name in before}
         results.add("continued", at=now(), **current)
@@ -78,9 +87,11 @@ def begin(results: Results, config: RunConfig, header: dict[str, Any]) -> list[s
 
 
 def is_finished(folder: str | Path) -> bool:
-    """Tell whether a run's folder holds a whole run."""
+    """Tell whether a folder holds a whole run: no line is damaged, and the last one is its end."""
     path = Path(folder) / RESULTS
-    return path.is_file() and b'{"kind": "end"' in path.read_bytes()[-300:]
+    rows = [row for _, row in split(path.read_bytes())] if path.is_file() else []
+    last = rows[-1] if rows else None
+    return last is not None and None not in rows and last["kind"] == END
 
 
 def now() -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from experiments.records.environment import describe_environment
-from experiments.records.file import RESULTS, Results
+from experiments.records.file import END, RESULTS, Results
 from experiments.records.progress import Progress
 from experiments.run import ranks
 from experiments.run.cache import Cache
@@ -118,9 +118,9 @@ class Run:
             )
             for number in range(len(setup.streams)):
                 self._run_stream(number, trial)
-            if results.find("end") is None:
-                results.write("end", finished=now())
             trial.snapshots.remove()
+            if not results.ended:
+                results.add(END, finished=now())
 
     def _run_stream(self, number: int, trial: Trial) -> None:
         config, stream = self.config.streams[number], self.setup.streams[number]

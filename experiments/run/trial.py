@@ -10,6 +10,7 @@ from typing import Any
 
 import tta
 from experiments.records.config import StreamConfig
+from experiments.records.environment import threads_matter
 from experiments.records.file import Results
 from experiments.records.progress import Progress
 from experiments.run import ranks
@@ -71,16 +72,17 @@ class Trial:
         from experiments.run.tensorboard import Events  # slow to import
 
         names = {"stream": config.name, "method": method.label}
-        done = self.results.find("summary", **names)
-        if done is not None and len(self.results.of("batch", **names)) == len(stream):
+        done = self._finished(names, len(stream))
+        if done is not None:
             clean = 0 if self.clean is None else len(self.clean)
             self.progress.skip(method.cost * (done["images"] + 2 * clean))
         else:
             with method.applied(self.subject, batch_size, self.seed) as adapter:
                 ranks.share(adapter)
                 totals = self._take_up(adapter, config, method, batch_size)
-                self.results.write("method", **names, config=adapter.config.to_dict())
                 about = adapter.config.to_dict()
+                threads = threads_matter(adapter.config, self.subject.device)
+                self.results.write("method", **names, config=about, threads_matter=threads)
                 events = Events(
                     self.folder, config.name, method.label, about, totals.batches, samples
                 )
@@ -106,6 +108,16 @@ class Trial:
             done = self.results.find("summary", **names)
             assert done is not None
         return done, self.results.of("batch", **names)
+
+    def _finished(self, names: dict[str, str], batches: int) -> dict[str, Any] | None:
+        """The summary of a method all of whose lines are there; damaged ones may have been lost."""
+        find = self.results.find
+        summary = find("summary", **names)
+        if summary is None or find("method", **names) is None:
+            return None
+        domains = [find("domain", **names, domain=name) for name in summary["domain_errors"]]
+        whole = len(self.results.of("batch", **names)) == batches and None not in domains
+        return summary if whole else None
 
     def _take_up(
         self, adapter: tta.Adapter, config: StreamConfig, method: Method, batch_size: int

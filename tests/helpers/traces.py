@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import tta
 from tests.helpers.nets import trace_model
+from tests.helpers.recorded import GOLDEN, Recorded
 
-__all__ = ["FOLDER", "GOLDEN", "TRACES", "Trace"]
+__all__ = ["FOLDER", "TRACES", "Trace"]
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 FOLDER = GOLDEN / "set-a"
 TRACES = sorted(FOLDER.glob("*.npz"))
 
 
-class Trace:
+class Trace(Recorded):
     """One recorded run of an official implementation.
 
     Args:
@@ -29,24 +27,8 @@ class Trace:
     """
 
     def __init__(self, path: Path) -> None:
-        self.name = path.stem
-        with np.load(path) as file:
-            self.arrays = {key: file[key] for key in file.files}
-        self.hparams: dict[str, Any] = json.loads(str(self.arrays["hparams"]))
+        super().__init__(path)
         self.params: dict[str, Any] = self.hparams.get("params", {})
-
-    def tensor(self, key: str) -> Tensor:
-        """An array as float32 or int64; images of bytes are divided by 255."""
-        array = self.arrays[key]
-        if array.dtype == np.uint8 and key.endswith("inputs"):
-            return torch.from_numpy(array.astype(np.float32) / np.float32(255))
-        return torch.from_numpy(array.astype(np.float32 if array.dtype.kind == "f" else np.int64))
-
-    def group(self, prefix: str) -> dict[str, Tensor]:
-        """All arrays ``prefix/name``, by name."""
-        return {
-            k[len(prefix) + 1 :]: self.tensor(k) for k in self.arrays if k.startswith(prefix + "/")
-        }
 
     def model(self) -> nn.Module:
         """The source model with its weights."""

@@ -2,65 +2,32 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 import tta
+from tests.helpers.nets import BnCnn
+from tests.helpers.recorded import GOLDEN, Recorded
 
 __all__ = ["FOLDER", "AdanpcTrace"]
 
-FOLDER = Path(__file__).parents[1] / "golden" / "set-b"
+FOLDER = GOLDEN / "set-b"
 
 
-class _Net(nn.Module):
-    """The README's ``bn_cnn`` of set b."""
-
-    def __init__(self, widths: list[int], classes: int) -> None:
-        super().__init__()
-        inputs = 3
-        for i, width in enumerate(widths, start=1):
-            stride = 1 if i == 1 else 2
-            self.add_module(f"conv{i}", nn.Conv2d(inputs, width, 3, stride, 1, bias=False))
-            self.add_module(f"bn{i}", nn.BatchNorm2d(width))
-            inputs = width
-        self.fc = nn.Linear(inputs, classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for i in (1, 2, 3):
-            x = getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(x)).relu()
-        return self.fc(x.mean(dim=(2, 3)))
-
-
-class AdanpcTrace:
+class AdanpcTrace(Recorded):
     """One recorded run of the official AdaNPC, or its pieces."""
 
     def __init__(self, path: Path) -> None:
-        with np.load(path) as file:
-            self.arrays = {key: file[key] for key in file.files}
-        self.hparams: dict[str, Any] = json.loads(str(self.arrays["hparams_json"]))
+        super().__init__(path)
         self.resets: list[int] = self.hparams.get("reset_before", [])
-
-    def tensor(self, key: str) -> Tensor:
-        """An array as float32 or int64; images as pixels in [0, 1]."""
-        array = self.arrays[key]
-        if array.dtype == np.uint8:
-            return torch.from_numpy(array.astype(np.float32) / np.float32(255))
-        return torch.from_numpy(array.astype(np.float32 if array.dtype.kind == "f" else np.int64))
 
     def model(self) -> nn.Module:
         """The source model with its weights."""
-        weights = {
-            k.removeprefix("weights/"): self.tensor(k)
-            for k in self.arrays
-            if k.startswith("weights/")
-        }
+        weights = self.group("weights")
         widths = [len(weights[f"conv{i}.weight"]) for i in (1, 2, 3)]
-        net = _Net(widths, len(weights["fc.weight"]))
+        net = BnCnn(widths, len(weights["fc.weight"]))
         net.load_state_dict(weights)
         return net.eval()
 

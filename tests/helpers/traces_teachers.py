@@ -5,25 +5,24 @@ What each of their keys is here says ``tests/helpers/trace_keys.py``.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 import tta
 from tests.helpers.nets import BnCnn
+from tests.helpers.recorded import GOLDEN, Recorded
 
 __all__ = ["FOLDER", "TeacherTrace"]
 
-FOLDER = Path(__file__).parents[1] / "golden" / "set-b"
+FOLDER = GOLDEN / "set-b"
 RAW = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 
 
-class TeacherTrace:
+class TeacherTrace(Recorded):
     """One recorded run of an official implementation.
 
     Args:
@@ -31,27 +30,9 @@ class TeacherTrace:
     """
 
     def __init__(self, path: Path) -> None:
-        self.name = path.stem
-        with np.load(path) as file:
-            self.arrays = {key: file[key] for key in file.files}
-        self.hparams: dict[str, Any] = json.loads(str(self.arrays["hparams_json"]))
+        super().__init__(path)
         self.method: str = self.hparams.get("method", self.hparams.get("kind"))
         self.updates = 0
-
-    def __contains__(self, key: str) -> bool:
-        return key in self.arrays
-
-    def tensor(self, key: str) -> Tensor:
-        """An array; uint8 images as floats in [0, 1]."""
-        array = self.arrays[key]
-        if array.dtype == np.uint8 and key.endswith("inputs"):
-            return torch.from_numpy(array.astype(np.float32) / np.float32(255))
-        return torch.from_numpy(np.asarray(array))
-
-    def group(self, prefix: str) -> dict[str, Tensor]:
-        """All arrays ``prefix/name``, by name."""
-        start = prefix + "/"
-        return {k[len(start) :]: self.tensor(k) for k in self.arrays if k.startswith(start)}
 
     def model(self) -> nn.Module:
         """The source model with its weights."""

@@ -2,7 +2,7 @@
 
 Each command is a module of this package with the command's name. It has
 ``add_arguments(parser)``, which adds its flags, and ``run(args) -> int``, which does the work and
-returns the exit status. Only the module of the chosen command is imported.
+returns the exit status. Only the module of the chosen command is imported, and with it torch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, NoReturn
 
-from tta.core.plugins import import_modules
 from tta.version import __version__
 
 __all__ = ["COMMANDS", "main"]
@@ -38,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(arguments)
     if os.getcwd() not in sys.path:  # as it is for `python -m tta`
         sys.path.insert(0, os.getcwd())
+    from tta.core.plugins import import_modules  # and torch, which help does without
+
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning

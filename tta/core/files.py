@@ -2,7 +2,7 @@
 
 A file is written under another name beside its place, flushed to disk with its folder, and renamed.
 While it is written, its writer holds a lock on it, which ends with the writer, however that dies.
-So what a dead writer has left is distinguished from what a living one is writing, and is removed at
+So what a dead writer has left is distinguished from what a living one is writing, and is removed by
 the next write.
 """
 
@@ -71,8 +71,10 @@ def replacing_together(*paths: str | Path) -> Iterator[list[Path]]:
     folder = places[0].parent
     parts: list[tuple[Path, int]] = []
     try:
+        # A dead writer may have moved its first file and left the others, which belong to it: these
+        # are needed until the first one is replaced.
+        remove_leftovers(places[0])
         for place in places:
-            remove_leftovers(place)
             parts.append(_new_part(place))
         yield [part for part, _ in parts]
         for part, _ in parts:
@@ -80,6 +82,8 @@ def replacing_together(*paths: str | Path) -> Iterator[list[Path]]:
         with _alone_in(folder):
             for (part, _), place in zip(parts, places, strict=True):
                 os.replace(part, place)
+            for place in places[1:]:
+                remove_leftovers(place)
         with suppress(OSError):  # not every system opens folders
             _flush(folder)
     except BaseException:

@@ -1,4 +1,4 @@
-"""Components of other packages: modules that a user names, and entry points of installed packages.
+"""Where components come from: our own package, modules that a user names, and entry points.
 
 A component registers itself when its module is imported, so all there is to do is to import the
 module. A package that is installed can name its module in its own ``pyproject.toml``::
@@ -6,7 +6,8 @@ module. A package that is installed can name its module in its own ``pyproject.t
     [project.entry-points."tta.components"]
     my_rules = "my_package.my_rules"
 
-It is imported when a component is looked up for the first time, not by ``import tta``.
+It is imported when a component is looked up for the first time, not by ``import tta``; so are the
+components of our own, which are there before any other is registered.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from importlib.metadata import entry_points
 from tta.core.checks import string
 from tta.core.warn import warn
 
-__all__ = ["GROUP", "import_modules", "load_entry_points"]
+__all__ = ["GROUP", "import_modules", "load_components", "load_own"]
 
+OWN = "tta.methods"  # by its name alone: the core knows no paper
 GROUP = "tta.components"  # of entry points
 
 _LOCK = threading.RLock()  # reentrant: a module that is being imported may look up a component
@@ -59,9 +61,15 @@ def import_modules(names: Iterable[str]) -> None:
             ) from error
 
 
-def load_entry_points() -> None:
-    """Import, once, the modules that installed packages name; warn of one that fails."""
+def load_own() -> None:
+    """Import our own components; other threads wait for the one that does."""
+    import_module(OWN)
+
+
+def load_components() -> None:
+    """Import, once, our own and those that installed packages name; warn of one that fails."""
     global _loaded
+    load_own()
     if _loaded:
         return
     with _LOCK:

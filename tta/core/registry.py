@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from tta.core.checks import mapping, nearest, one_of, string
 from tta.core.component import Component
 from tta.core.config import SLOTS, ComponentConfig
-from tta.core.plugins import load_entry_points
+from tta.core.plugins import load_components, load_own
 
 __all__ = ["component", "config_from_dict", "get_config", "list_methods", "register"]
 
@@ -39,6 +39,7 @@ def register(name: str) -> Callable[[C], C]:
         >>> @register("my_method")  # doctest: +SKIP
         ... class MyMethod(Update): ...
     """
+    load_own()  # so that none of their names is taken by another
     if not string("name", name).isidentifier():
         raise ValueError(f"`name` must be an identifier, got {name!r}: rename the component.")
 
@@ -116,7 +117,7 @@ def component(name: str) -> type[Component]:
         ValueError: For an unknown name, naming the nearest one.
     """
     string("name", name)
-    load_entry_points()
+    load_components()
     if name not in _COMPONENTS:
         raise ValueError(f"unknown method {name!r}: " + nearest(name, sorted(_COMPONENTS)))
     return _COMPONENTS[name]
@@ -140,7 +141,7 @@ def list_methods(pattern: str = "*", slot: str | None = None) -> list[str]:
     string("pattern", pattern)
     if slot is not None:
         one_of("slot", slot, SLOTS)
-    load_entry_points()
+    load_components()
     chosen = {n: c for n, c in _COMPONENTS.items() if slot is None or c.slot == slot}
     names = [f"{n}.{tag}" for n, c in chosen.items() for tag in c.PRESETS]
     return sorted(n for n in (names if "." in pattern else chosen) if fnmatch(n, pattern))
