@@ -225,9 +225,10 @@ class Backbone:
     def _learn_first(self, x: Tensor, weights: Weights | None) -> None:
         """Run the pass in which norm rules move that do so before the one that answers."""
         args, kwargs = self._arguments
-        before = [w.override for w in self.wrappers]
-        for wrapper in self.wrappers:
-            wrapper.override = wrapper.override or wrapper.rule.learn
+        rules = [w.rule for w in self.wrappers]
+        before = [rule.override for rule in rules]
+        for rule in rules:
+            rule.override = rule.override or rule.learn
         try:
             functional.call(self._callee, self._tensors(weights), x.clone(), *args, **kwargs)
         except Exception as error:
@@ -235,8 +236,8 @@ class Backbone:
                 raise
             raise refusal from error
         finally:
-            for wrapper, override in zip(self.wrappers, before, strict=True):
-                wrapper.override = override
+            for rule, override in zip(rules, before, strict=True):
+                rule.override = override
             if self.feature_hook is not None:
                 self.feature_hook.values = []
 
