@@ -240,7 +240,7 @@ def test_lines_lost_before_the_snapshot_are_run_again(tmp_path, capsys):
     config = configuration("eata")
     folder = tmp_path / "run"
     whole = figures(execute(config, tmp_path / "whole"))
-    assert killed(config, folder, 14, 1.0) and (folder / FILE).exists()
+    assert killed(config, folder, 13, 1.0) and (folder / FILE).exists()
     lines = (folder / "results.jsonl").read_bytes().splitlines(keepends=True)
     lines[4] = b"garbage\n"
     (folder / "results.jsonl").write_bytes(b"".join(lines))
