@@ -30,6 +30,23 @@ from tta.core.journal import Journal
 __all__ = ["Component", "Context", "Remembers"]
 
 
+@dataclass
+class Signs:
+    """What one component sees of a stream, for others that go by it.
+
+    Args:
+        runs: Says how persistent labels are, ``runs.persistence()`` in [0, 1); None where no
+            component watches labels.
+    """
+
+    runs: Any = None
+
+    @property
+    def persistence(self) -> float:
+        """How persistent labels are; 0 where nobody watches them."""
+        return 0.0 if self.runs is None else self.runs.persistence()
+
+
 @dataclass(frozen=True)
 class Context:
     """What a component may know of its surroundings when it is built."""
@@ -46,6 +63,7 @@ class Context:
     std: tuple[float, ...] | None = None
     augment: Callable[[Tensor, int], Tensor] | None = None  # replaces random views
     restore_mask: Callable[[str, torch.Size], Tensor] | None = None  # replaces random masks
+    signs: Signs = field(default_factory=Signs)  # what one component sees that others go by
     journal: Journal = field(default_factory=Journal)  # keeps rows that a call overwrites
     draws: Draws = field(default_factory=Draws)  # replaces other random draws
 

@@ -2,6 +2,7 @@
 
 from tta.methods import (
     adanpc,
+    adaptive_bn,
     aetta,
     alpha_bn,
     asr,
@@ -16,6 +17,7 @@ from tta.methods import (
     lame,
     neo,
     periodic,
+    persistence,
     petal,
     rdumb,
     rmt,
@@ -23,6 +25,7 @@ from tta.methods import (
     rotta,
     sar,
     source,
+    steady,
     t3a,
     tent,
     unmix_tns,
@@ -31,6 +34,7 @@ from tta.methods import (
 
 __all__ = [
     "adanpc",
+    "adaptive_bn",
     "aetta",
     "alpha_bn",
     "asr",
@@ -45,6 +49,7 @@ __all__ = [
     "lame",
     "neo",
     "periodic",
+    "persistence",
     "petal",
     "rdumb",
     "rmt",
@@ -52,6 +57,7 @@ __all__ = [
     "rotta",
     "sar",
     "source",
+    "steady",
     "t3a",
     "tent",
     "unmix_tns",

@@ -1,0 +1,130 @@
+"""Adaptive batch normalisation: how much of the batch goes into the statistics, by what it shows.
+
+Ours, from known parts: statistics that move (RoTTA's RobustBN, arXiv 2303.13899), and shrinkage
+towards a known value (James and Stein, 1961).
+
+Batch statistics are right for large batches in random order, moving averages for small ones and for
+streams whose classes come in runs, and the source's for images like the source's. Nobody says which
+stream it is, so each is found out:
+
+    a = 1 - (1 - 1/N)^B,   mu <- (1 - a) mu + a mu_batch,   and the same for the variance
+    d = mean_c (mu - mu_S)_c^2 / var_S,c,   e = mean_c v_c / var_S,c / n
+    used: mu_S + k (mu - mu_S),   k = max(0, 1 - t e / d)
+
+N is ``horizon`` images, or ``horizon_runs`` where an output rule that watches labels
+(``persistence``) sees them come in runs. d is how far the averages are from the source's, e how far
+they would be by chance: v is the variance of the images' means, n how many images the averages are
+of (1/n <- (1 - a)^2 / n + a^2 / B, from 0 on), and t ``tolerance``. Variances are drawn in by the same k. Images that lie far
+outside are left out as in ``robust_bn``, and a network with layers of next to no variance keeps the
+source's statistics in all of them, since moving them breaks such networks (decision 20).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tta.core.batch_split import current_split
+from tta.core.checks import boolean, number, whole_number
+from tta.core.component import Context
+from tta.core.config import ComponentConfig
+from tta.core.norm_layers import (
+    far_outside,
+    instance_stats,
+    normalize,
+    one_value,
+    pooled_stats,
+)
+from tta.core.registry import register
+from tta.methods._moving_statistics import MovingStatistics
+
+__all__ = ["AdaptiveBn", "AdaptiveBnConfig"]
+
+RUNS = 0.02  # persistence of labels from which they count as coming in runs
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptiveBnConfig(ComponentConfig):
+    """Fields of ``adaptive_bn``."""
+
+    horizon: int = 24  # N, images that the averages reach back
+    horizon_runs: int = 1280  # N where labels come in runs
+    tolerance: float = 2.0  # t, how often chance must be exceeded
+    official: bool = False  # without the rules for bad images and narrow layers
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        whole_number("horizon", self.horizon, 1)
+        whole_number("horizon_runs", self.horizon_runs, 1)
+        number("tolerance", self.tolerance, 0)
+        boolean("official", self.official)
+
+
+@register("adaptive_bn")
+class AdaptiveBn(MovingStatistics):
+    """Statistics of the batch, of a moving average or of the source, by what the stream shows."""
+
+    Config = AdaptiveBnConfig
+    writable = False
+
+    spread: Tensor  # (C,), v
+    chance: Tensor  # 0-dimensional, 1 / n; 0 before the first batch
+    source_mean: Tensor  # (C,)
+    source_var: Tensor  # (C,)
+
+    def __init__(self, config: AdaptiveBnConfig, base: Any, context: Context) -> None:
+        super().__init__(config, base, context)
+        self.signs = context.signs
+        self.register_buffer("spread", torch.zeros_like(self.mean))
+        self.register_buffer("chance", torch.zeros((), dtype=self.mean.dtype))
+        self.register_buffer("source_mean", self.mean.clone(), persistent=False)
+        self.register_buffer("source_var", self.var.clone(), persistent=False)
+        self.fixed = not config.official and context.narrow
+
+    def forward(self, x: Tensor, base: Any) -> Tensor:
+        """Move the averages towards (B, C, ...), unless frozen, and normalise it with a share."""
+        mean, var = self.mean, self.var
+        self.fell_back = self.fell_back or one_value(x)
+        if self.learning and not self.fixed and not one_value(x):
+            mean, var = self._moved(x, base)
+        share = self.share(base.eps)
+        mean = self.source_mean + share * (mean - self.source_mean)
+        return normalize(x, mean, self.source_var + share * (var - self.source_var), base)
+
+    @torch.no_grad()
+    def share(self, eps: float) -> Tensor:
+        """k, the share of the way from the source's statistics to the averages, 0 to 1."""
+        scale = self.source_var + eps
+        far = ((self.mean - self.source_mean).square() / scale).mean()
+        chance = self.config.tolerance * self.chance * (self.spread / scale).mean()
+        return (1 - chance / far.clamp_min(torch.finfo(far.dtype).tiny)).clamp_min(0)
+
+    def _moved(self, x: Tensor, base: Any) -> tuple[Tensor, Tensor]:
+        """Averages (C,) after (B, C, ...), with a graph; the buffers take their values over."""
+        runs = self.signs.persistence > RUNS
+        horizon = self.config.horizon_runs if runs else self.config.horizon
+        means, variances = instance_stats(x)
+        if (split := current_split()) is not None:  # the other ranks' images too
+            means, variances = split.gather(means), split.gather(variances)
+        kept = torch.ones(len(means), dtype=torch.bool, device=x.device)
+        if not self.config.official:
+            with torch.no_grad():
+                reference = torch.maximum(self.var, self.source_var) + base.eps
+                kept = ~far_outside(means, variances, self.mean, reference)
+        mean, var = pooled_stats(means, variances, kept)
+        count = kept.sum()
+        a = 1 - (1 - 1 / horizon) ** count
+        mean, var = self.mean + a * (mean - self.mean), self.var + a * (var - self.var)
+        with torch.no_grad():
+            # Finite pixels may overflow; such a batch would spoil the averages for good.
+            fine = mean.isfinite() & var.isfinite()
+            self.mean.copy_(torch.where(fine, mean, self.mean))
+            self.var.copy_(torch.where(fine, var, self.var))
+            away = torch.where(kept[:, None], (means - self.mean).square(), 0.0).sum(0)
+            moved = a * (away / count.clamp_min(1) - self.spread)
+            self.spread += torch.where(fine, moved, 0.0)
+            self.chance.copy_((1 - a) ** 2 * self.chance + a**2 / count.clamp_min(1))
+        return mean, var

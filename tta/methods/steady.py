@@ -1,0 +1,202 @@
+"""Steady: a guard that compares an update with the source while both see the same images.
+
+Ours. What it looks at is what resets by concentration look at (ASR, Lim, Hwang, Lee, ICLR 2026),
+but as a difference between two predictions of one batch instead of a threshold.
+
+An update that begins to fail predicts fewer classes, on whatever stream. How many classes a batch
+shows depends on the stream, so the entropy of the mean prediction says little by itself; the
+difference to what the source's parameters say of the same images does. In the benchmark of record an
+update was behind the source where this difference was below zero, and ahead where it was above, on
+networks of all norm layers.
+
+    g = H(mean_b p_b) - H(mean_b p_b'),   p' by the source's parameters under the same norm rule
+    averaged g < -margin ln C: back to the reset point, and no learning for ``pause`` batches
+
+The pause doubles with every such failure, and halves when learning has gone well for four pauses.
+The source's parameters are asked on the batches 1, 2, 4, 8 and 16 after learning began and on every
+``every``-th from then on, so that a guard that has nothing to do costs next to nothing.
+
+Batch statistics fail in another way, where classes come in runs: they make every batch look mixed.
+There the source model itself is asked from time to time, and its predictions show the runs (see
+``persistence``). As long as they last the source answers and nothing is learned.
+
+A step that was made of fewer than ``few`` images is taken back, and no other is made in the pause
+that follows: a gradient of one image is what breaks most updates.
+
+It cannot see an update that turns one class into another as often as the reverse, nor one that
+was worse from the first batch on with as many classes. Where the source is useless it still is what
+everything is compared with.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tta.core.backbone import Backbone
+from tta.core.checks import number, whole_number
+from tta.core.component import Context
+from tta.core.config import ComponentConfig
+from tta.core.guard import LEARN, Batch, Guard, Verdict
+from tta.core.prediction import Prediction
+from tta.core.registry import register
+from tta.parts.label_runs import LabelRuns
+
+__all__ = ["Steady", "SteadyConfig"]
+
+EARLY = (1, 2, 4, 8, 16)  # batches after learning began on which the update is compared
+LONGEST = 4096  # batches of a pause
+RUNS, NO_RUNS = 0.05, 0.01  # persistence of labels at which the source begins and ends to answer
+SPAN = 192  # compared images over which the difference is averaged
+ENOUGH = 24  # compared images from which it counts
+
+
+@dataclass(frozen=True, kw_only=True)
+class SteadyConfig(ComponentConfig):
+    """Fields of ``steady``."""
+
+    margin: float = 0.02  # of ln C, by which the mean prediction may fall behind
+    source_margin: float = 0.1  # of ln C, the same for the source model with its own statistics
+    every: int = 20  # batches between comparisons
+    pause: int = 32  # batches without learning after the first failure
+    few: int = 8  # images that a step must at least be made of
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        number("margin", self.margin, 0)
+        number("source_margin", self.source_margin, 0)
+        whole_number("every", self.every, 1)
+        whole_number("pause", self.pause, 1)
+        whole_number("few", self.few, 1)
+
+
+@register("steady")
+class Steady(Guard):
+    """Goes back to the source when an update predicts fewer classes than the source does."""
+
+    Config = SteadyConfig
+    wants_features = False
+    cost = 0.1
+
+    age: Tensor  # 0-dimensional, batches learned from since learning began
+    hold: Tensor  # 0-dimensional, batches left of the pause
+    pause: Tensor  # 0-dimensional, length of the next pause
+    images: Tensor  # 0-dimensional, since the last step
+    runs_seen: Tensor  # 0-dimensional bool: the source answers, as labels come in runs
+    gaps: Tensor  # (2,) averaged differences, to the source's parameters and to the source
+    weights: Tensor  # (2,) compared images that they are of, at most ``SPAN``
+
+    def __init__(self, config: SteadyConfig, network: Backbone, context: Context) -> None:
+        super().__init__(config, network, context)
+        whole = torch.int64
+        self.register_buffer("age", torch.zeros((), dtype=whole))
+        self.register_buffer("hold", torch.zeros((), dtype=whole))
+        self.register_buffer("pause", torch.tensor(config.pause))
+        self.register_buffer("images", torch.zeros((), dtype=whole))
+        self.register_buffer("runs_seen", torch.zeros((), dtype=torch.bool))
+        self.register_buffer("gaps", torch.zeros(2))
+        self.register_buffer("weights", torch.zeros(2))
+        self.runs = LabelRuns(context.num_classes, horizon=256, recent=96, doubt=3.0)
+        self.trains = bool(context.parameters)
+        self.mixes = bool(network.wrappers)  # images are normalised by what was seen of others
+
+    def integer_ranges(self) -> dict[str, tuple[int, int]]:
+        """Range of the last label that the source predicted."""
+        mine = {f"runs.{name}": r for name, r in self.runs.integer_ranges().items()}
+        return super().integer_ranges() | mine
+
+    def admit(self, batch: Batch) -> Verdict:
+        """Let the source answer while labels come in runs, and hold learning back in a pause."""
+        if bool(self.runs_seen):
+            return Verdict(action="source", reason="labels come in runs")
+        if int(self.hold) > 0:
+            return Verdict(action="skip", reason="a pause after a failure")
+        return LEARN
+
+    def judge(self, batch: Batch) -> Verdict:
+        """Compare the batch's predictions with the source's, if it is time."""
+        if not batch.learning:
+            return LEARN
+        if bool(self.runs_seen):
+            return self._wait_for_the_end_of_runs(batch)
+        if int(self.hold) > 0:
+            self.hold -= 1
+            return LEARN
+        age = int(self.age)
+        self.age += 1
+        if (verdict := self._few(batch)) is not None:
+            return verdict
+        if self.mixes and (age == 0 or self._due(age, 2)):
+            self._compare(1, batch, batch.source())
+            self.runs.watch(batch.source().logits.argmax(1))
+            if self.runs.persistence() > RUNS:
+                self.runs_seen.fill_(True)
+                return Verdict(action="source", reason="labels come in runs", undo=True)
+        if self.trains and self._due(age, 1):
+            anchor = batch.anchor() if self.mixes else batch.source()
+            self._compare(0, batch, anchor)
+        return self._verdict(batch)
+
+    def _due(self, age: int, slower: int) -> bool:
+        return age in EARLY or (age > 0 and age % (slower * self.config.every) == 0)
+
+    def _few(self, batch: Batch) -> Verdict | None:
+        """Take back a step that was made of few images."""
+        self.images += len(batch.images)
+        if not batch.report.raw().get("stepped", False):
+            return None
+        count = int(self.images)
+        self.images.zero_()
+        if count >= self.config.few:
+            return None
+        self._begin_pause(LONGEST)
+        return Verdict(action="skip", reason=f"a step was made of {count} images")
+
+    def _compare(self, which: int, batch: Batch, other: Prediction) -> None:
+        """Average how many classes the batch shows, less how many the other prediction does."""
+        assert batch.prediction is not None
+        gap = _spread(batch.prediction.logits) - _spread(other.logits)
+        count = len(batch.images)
+        weight = self.weights[which] = (self.weights[which] + count).clamp_max(SPAN)
+        self.gaps[which] += count / weight.clamp_min(count) * (gap - self.gaps[which])
+
+    def _verdict(self, batch: Batch) -> Verdict:
+        margins = (self.config.margin, self.config.source_margin)
+        largest = math.log(self.context.num_classes)
+        for gap, weight, margin in zip(
+            self.gaps.tolist(), self.weights.tolist(), margins, strict=True
+        ):
+            if weight >= ENOUGH and gap < -margin * largest:
+                self._begin_pause(int(self.pause))
+                self.pause.mul_(2).clamp_(max=LONGEST)
+                reason = f"{-gap:.2f} nats fewer classes than the source"
+                return Verdict(action="reset", reason=reason)
+        if int(self.age) > 4 * int(self.pause) and int(self.pause) > self.config.pause:
+            self.pause.copy_(torch.div(self.pause, 2, rounding_mode="floor"))
+            self.age.fill_(EARLY[-1] + 1)
+        return LEARN
+
+    def _begin_pause(self, batches: int) -> None:
+        self.hold.fill_(batches)
+        self.age.zero_()
+        self.gaps.zero_()
+        self.weights.zero_()
+
+    def _wait_for_the_end_of_runs(self, batch: Batch) -> Verdict:
+        """Watch the source's predictions, and begin anew when they come in no runs any more."""
+        self.runs.watch(batch.source().logits.argmax(1))
+        if self.runs.persistence() > NO_RUNS:
+            return LEARN  # the verdict before the batch holds: the source answers
+        self.runs_seen.fill_(False)
+        self._begin_pause(0)
+        return Verdict(action="reset", reason="labels come in no runs any more")
+
+
+def _spread(logits: Any) -> Tensor:
+    """Entropy of the mean prediction of (B, C), in nats."""
+    mean = logits.detach().float().softmax(1).mean(0)
+    return torch.special.entr(mean).sum()

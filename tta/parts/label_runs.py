@@ -1,0 +1,93 @@
+"""How long labels stay: what tells a stream in random order from one whose classes come in runs."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["LabelRuns", "persistence"]
+
+NOBODY = -1  # the label before the first image
+ONE_CLASS = 0.999  # chance of a repeat from which a stream of one class cannot be told apart
+
+
+def persistence(repeats: float, shares: Tensor, images: float, doubt: float) -> float:
+    """How much more often labels repeat than their shares explain.
+
+    A label stays with this probability and is else drawn from the shares, if the stream is made so:
+
+        lambda = max(0, (q - s - k sqrt(s (1 - s) / n)) / (1 - s)),   s = sum_c m_c^2
+
+    Args:
+        repeats: q, share of images with the label of the one before.
+        shares: m (C,), of each label.
+        images: n, over how many both were averaged.
+        doubt: k, standard errors that are taken off, so that chance is not taken for persistence.
+
+    Returns:
+        lambda, in [0, 1).
+
+    Example:
+        >>> round(persistence(0.55, torch.full((10,), 0.1), 1e9, 0.0), 3)
+        0.5
+    """
+    chance = float(shares.square().sum())
+    if chance > ONE_CLASS:
+        return 0.0
+    error = (chance * (1 - chance) / max(images, 1.0)) ** 0.5
+    return max(0.0, (repeats - chance - doubt * error) / (1 - chance))
+
+
+class LabelRuns(nn.Module):
+    """Averages of predicted labels and of their repeats, from which their persistence follows.
+
+    Repeats are averaged over two spans, and the smaller average counts: where a stream has changed,
+    the long one is too large for a while.
+
+    Args:
+        classes: C.
+        horizon: Images over which shares and repeats are averaged.
+        recent: Images over which repeats are averaged a second time.
+        doubt: Standard errors by which repeats must exceed chance.
+    """
+
+    shares: Tensor  # (C,) of predicted labels
+    repeats: Tensor  # (2,), over the horizon and over recent images
+    seen: Tensor  # (2,), share of each span that has been seen
+    last: Tensor  # 0-dimensional, label predicted for the last image; -1 before the first
+
+    def __init__(self, classes: int, horizon: int, recent: int, doubt: float) -> None:
+        super().__init__()
+        self.classes, self.spans, self.doubt = classes, (horizon, recent), doubt
+        wide = torch.float64
+        self.register_buffer("shares", torch.full((classes,), 1 / classes, dtype=wide))
+        self.register_buffer("repeats", torch.zeros(2, dtype=wide))
+        self.register_buffer("seen", torch.zeros(2, dtype=wide))
+        self.register_buffer("last", torch.tensor(NOBODY))
+
+    def integer_ranges(self) -> dict[str, tuple[int, int]]:
+        """Range of the last label."""
+        return {"last": (NOBODY, self.classes - 1)}
+
+    @torch.no_grad()
+    def watch(self, labels: Tensor) -> None:
+        """Take in the labels (B,) that were predicted for a batch, in the order of the stream."""
+        count, device = len(labels), self.shares.device
+        spans = torch.tensor(self.spans, dtype=torch.float64, device=device)
+        share = 1 - (1 - 1 / spans) ** count
+        self.seen += share * (1 - self.seen)
+        share = share / self.seen  # an average of few images gives each of them more weight
+        found = F.one_hot(labels, self.classes).double().mean(0).to(device)
+        self.shares += share[0] * (found - self.shares)
+        before = torch.cat([self.last.to(labels.device)[None], labels[:-1]])
+        known = before != NOBODY
+        if bool(known.any()):
+            equal = (before == labels)[known].double().mean().to(device)
+            self.repeats += share * (equal - self.repeats)
+        self.last.copy_(labels[-1])
+
+    def persistence(self) -> float:
+        """Lambda in [0, 1), see :func:`persistence`."""
+        images = float(self.seen[0]) * self.spans[0]
+        return persistence(float(self.repeats.min()), self.shares, images, self.doubt)
