@@ -14,6 +14,7 @@ from tta.core.backbone import Backbone
 from tta.core.component import Component, Context
 from tta.core.health import Monitor
 from tta.core.prediction import Prediction, Report
+from tta.core.random import CountedDraws
 from tta.core.source import SourceStatistics
 
 __all__ = ["ACTIONS", "DEFAULT_GUARD", "LEARN", "Batch", "Estimator", "Guard", "Verdict"]
@@ -109,6 +110,11 @@ class Batch:
     def averages(self) -> dict[str, Tensor]:
         """Moving averages of the figures, with those of this batch in ``judge``; NaN for none."""
         return self.monitor.averaged()
+
+    def draws(self, context: Context) -> CountedDraws:
+        """Return random numbers of this batch, which leave those of the update as they are."""
+        seed = context.generator.initial_seed()
+        return CountedDraws(seed + (self.step << 32), self.images.device)
 
     def _counted(self, predict: Callable[[Tensor], Prediction]) -> Prediction:
         self.passes += 1

@@ -18,6 +18,7 @@ from tta.core.component import Component
 __all__ = ["AVERAGED", "EVERY", "Monitor", "effective_rank"]
 
 EVERY = 20  # batches; on one of these the source predicts too, so 5 % more forward passes
+JOINED = 1 << 18  # parameters up to which they are put into one tensor to be measured
 HORIZON = 512  # images over which averages reach back
 FIGURES = (
     "entropy",
@@ -87,9 +88,13 @@ class Monitor(Component):
         """Length of the way from the source's parameters to these, as a share of the source's."""
         if not parameters:
             return self.averages.new_zeros(())
-        offsets = foreach._foreach_sub([p.detach() for p in parameters], list(source))
-        lengths = torch.stack([torch.stack(foreach._foreach_norm(t)) for t in (offsets, source)])
-        gone, whole = torch.linalg.vector_norm(lengths, dim=1)
+        if sum(p.numel() for p in parameters) <= JOINED:  # one operation is faster than many
+            now, start = (torch.cat([t.flatten() for t in ts]) for ts in (parameters, source))
+            gone, whole = torch.linalg.vector_norm(now - start), torch.linalg.vector_norm(start)
+        else:
+            offsets = foreach._foreach_sub(list(parameters), list(source))
+            lengths = [torch.stack(foreach._foreach_norm(t)) for t in (offsets, list(source))]
+            gone, whole = (torch.linalg.vector_norm(length) for length in lengths)
         return gone / whole.clamp_min(torch.finfo(whole.dtype).tiny)
 
     @torch.no_grad()
@@ -99,16 +104,15 @@ class Monitor(Component):
         An average is that of all images so far until these are ``HORIZON``; it then reaches back
         about as far, whatever the batch size.
         """
-        nan, like = float("nan"), self.averages
+        like = self.averages
+        nan = like.new_full((), float("nan"))
         found = [figures.get(name, nan) for name in AVERAGED]
-        values = torch.stack([torch.as_tensor(v, dtype=like.dtype).to(like.device) for v in found])
+        found = [v if isinstance(v, Tensor) else like.new_full((), v) for v in found]
+        values = torch.stack([v.to(like.dtype) for v in found])
         share = 1 - (1 - 1 / HORIZON) ** images
-        seen = ~values.isnan()
-        self.weights.copy_(
-            torch.where(seen, self.weights.lerp(like.new_ones(()), share), self.weights)
-        )
-        moved = like + (values - like) * (share / self.weights.clamp_min(share))
-        self.averages.copy_(torch.where(seen, moved, like))
+        rates = torch.where(values.isnan(), 0.0, share)  # nothing moves where there is no value
+        self.weights += rates * (1 - self.weights)
+        like += (values.nan_to_num(0.0) - like) * (rates / self.weights.clamp_min(share))
 
     def averaged(self) -> dict[str, Tensor]:
         """The averages by the names of the figures; NaN before the first value."""
@@ -148,6 +152,8 @@ def effective_rank(features: Tensor) -> Tensor:
         >>> float(effective_rank(torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])))
         2.0
     """
+    if len(features) < 2:
+        return features.new_full((), float("nan"), dtype=torch.float32)
     centred = features.float() - features.float().mean(0)
     few = len(centred) <= centred.shape[1]
     gram = centred @ centred.T if few else centred.T @ centred

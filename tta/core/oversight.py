@@ -182,7 +182,8 @@ class Oversight:
             if batch.learned and (second.undo or second.action == "skip"):
                 self.transaction.undo(guard)
             self._put_back(second)
-            guard.resets += (first.action == "reset") + (second.action == "reset")
+            if resets := (first.action, second.action).count("reset"):
+                guard.resets += resets
             if "freeze" in (first.action, second.action):
                 guard.frozen.fill_(True)
         verdict = first if second.action == "learn" else second

@@ -34,7 +34,7 @@ from tta.core.checks import fraction, nearest, number, whole_number
 from tta.core.component import Context
 from tta.core.config import ComponentConfig
 from tta.core.guard import LEARN, Batch, Guard, Verdict
-from tta.core.random import CountedDraws, fork
+from tta.core.random import CountedDraws
 from tta.core.registry import register
 from tta.parts.dropout import dropped, dropping, keep_mask
 from tta.parts.estimates import dropout_error
@@ -139,7 +139,7 @@ class Aetta(Guard):
     @torch.no_grad()
     def _estimate(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Agreement, entropy of the mean, and the error that follows from both."""
-        draws = fork(self.context.generator, batch.images.device)
+        draws = batch.draws(self.context)
         plain = batch.predict()
         logits = plain.logits.detach()
         if self.config.places is None:
