@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tta.core.backbone import Backbone
 from tta.core.component import Component, Context
@@ -121,13 +121,22 @@ class Batch:
         return predict(self.images)
 
 
-class Estimator:
-    """Estimates the accuracy of predictions without labels."""
+class Estimator(nn.Module):
+    """Estimates the accuracy of predictions without labels; what it takes at wrap is constant."""
 
     name: ClassVar[str] = ""
 
+    def fit(self, source: SourceStatistics, network: Backbone) -> str | None:
+        """Take what there is in ``source``; return in words what it was."""
+        return None
+
     def estimate(self, batch: Batch, prediction: Prediction) -> Tensor:
-        """Return the estimated share of correct predictions, 0 to 1, without axes."""
+        """Return the estimated share of correct predictions, 0 to 1, without axes.
+
+        Args:
+            batch: The batch, with the averages up to the one before.
+            prediction: The adapter's, or the source's while it answers beside.
+        """
         raise NotImplementedError  # pragma: no cover
 
 
@@ -162,7 +171,7 @@ class Guard(Component):
         self.report = Report()
         self.figures: dict[str, Any] = {}  # of the last batch
         self.events: deque[dict[str, Any]] = deque(maxlen=EVENTS)
-        self.estimator: Estimator | None = None
+        self.estimator: Estimator | None = None  # fills ``estimated_accuracy``
         self.register_buffer("frozen", torch.zeros((), dtype=torch.bool))
         self.register_buffer("resets", torch.zeros((), dtype=torch.int64))
         self.monitor = Monitor(context.num_classes)
@@ -170,6 +179,8 @@ class Guard(Component):
 
     def fit(self, source: SourceStatistics, network: Backbone) -> None:
         """Take what the guard needs from ``source``, or raise ``ValueError`` if it is not there."""
+        if self.estimator is not None:
+            self.source_used = self.estimator.fit(source, network)
 
     def admit(self, batch: Batch) -> Verdict:
         """Decide before the model runs.

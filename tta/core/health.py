@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tta.core.component import Component
 
-__all__ = ["AVERAGED", "EVERY", "Monitor", "effective_rank"]
+__all__ = ["AVERAGED", "EVERY", "Monitor", "concentration", "effective_rank"]
 
 EVERY = 20  # batches; on one of these the source predicts too, so 5 % more forward passes
 JOINED = 1 << 18  # parameters up to which they are put into one tensor to be measured
@@ -30,7 +30,7 @@ FIGURES = (
     "distance",
     "passes",
 )
-AVERAGED = (*FIGURES, "source_estimated_accuracy")
+AVERAGED = (*FIGURES, "source_concentration", "source_estimated_accuracy")
 
 foreach: Any = torch  # the foreach operations are not in its type stubs
 
@@ -78,7 +78,7 @@ class Monitor(Component):
         nan = probs.new_full((), float("nan"))
         return {
             "entropy": torch.special.entr(probs).sum(1).mean(),
-            "concentration": -torch.special.entr(probs.mean(0)).sum(),
+            "concentration": concentration(probs=probs),
             "effective_rank": nan if features is None else effective_rank(features),
             "run_length": self._run_length(scores.argmax(1), learning),
         }
@@ -134,6 +134,19 @@ class Monitor(Component):
             self.run.copy_(torch.where(last > 0, count - last, total))
             self.label.copy_(labels[-1])
         return total / (1 + changes.sum())
+
+
+def concentration(logits: Tensor | None = None, *, probs: Tensor | None = None) -> Tensor:
+    """Negative entropy of the mean prediction, in nats: 0 where all is one class, else below.
+
+    Args:
+        logits: (B, C), or
+        probs: (B, C), their softmax.
+    """
+    if probs is None:
+        assert logits is not None
+        probs = logits.float().softmax(1)
+    return -torch.special.entr(probs.mean(0)).sum()
 
 
 def effective_rank(features: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tta.core.backbone import Backbone
 from tta.core.guard import ACTIONS, LEARN, Batch, Guard, Verdict
-from tta.core.health import EVERY
+from tta.core.health import EVERY, concentration
 from tta.core.norm_layers import (
     AdaptiveNorm,
     frozen_statistics,
@@ -205,14 +205,15 @@ class Oversight:
         found["distance"] = guard.monitor.distance(*self.passes.distance_parts())
         if self.shadow or (batch.learning and batch.step % EVERY == EVERY - 1):
             batch.source()
+        batch.figures = found | figures
+        self._complete(batch)
         if guard.estimator is not None and "estimated_accuracy" not in figures:
+            found = {"estimator": guard.estimator.name}
             found["estimated_accuracy"] = guard.estimator.estimate(batch, prediction)
-            found["estimator"] = guard.estimator.name
             if self.shadow:
                 estimate = guard.estimator.estimate(batch, batch.source())
                 found["source_estimated_accuracy"] = estimate
-        batch.figures = found | figures
-        self._complete(batch)
+            batch.figures |= found
         if batch.learning:
             guard.monitor.move_averages(batch.figures, len(batch.images))
 
@@ -222,8 +223,9 @@ class Oversight:
         batch.figures["passes"] = batch.passes
         agreement: Any = float("nan")
         if batch.has_source:
-            same = batch.scores.argmax(1) == batch.source().logits.argmax(1)
-            agreement = same.float().mean()
+            logits = batch.source().logits.detach()
+            agreement = (batch.scores.argmax(1) == logits.argmax(1)).float().mean()
+            batch.figures["source_concentration"] = concentration(logits)
         batch.figures["agreement"] = agreement
 
     def _note(self, batch: Batch, verdict: Verdict, held: bool) -> None:

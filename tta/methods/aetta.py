@@ -121,7 +121,8 @@ class Aetta(Guard):
 
     def judge(self, batch: Batch) -> Verdict:
         """Reset if the estimates are low, or fall."""
-        if not batch.learning:
+        if not batch.learning:  # the last estimate, since none is made while frozen
+            batch.figures |= {"estimated_accuracy": 1 - self.error, "estimator": self.name}
             return LEARN
         self.estimates.copy_(torch.cat([self.estimates[1:], 1 - self.error[None]]))
         last = float(self.estimates[-1])

@@ -38,6 +38,7 @@ from tta.core.config import ComponentConfig
 from tta.core.guard import LEARN, Batch, Guard, Verdict
 from tta.core.prediction import Report
 from tta.core.registry import register
+from tta.parts.estimates import ConfidenceEstimate
 from tta.parts.losses import entropy
 from tta.parts.teachers import NamedTensors
 
@@ -89,6 +90,7 @@ class Asr(Guard):
 
     def __init__(self, config: AsrConfig, network: Backbone, context: Context) -> None:
         super().__init__(config, network, context)
+        self.estimator = ConfidenceEstimate()
         first = math.log(context.num_classes * config.threshold)
         self.register_buffer("threshold", torch.tensor(first))
         self.register_buffer("penalty_weight", torch.zeros(()))
