@@ -107,7 +107,7 @@ class Batch:
         return self._counted(self.predictor.present)
 
     @property
-    def averages(self) -> dict[str, Tensor]:
+    def averages(self) -> dict[str, float]:
         """Moving averages of the figures, with those of this batch in ``judge``; NaN for none."""
         return self.monitor.averaged()
 
@@ -158,7 +158,7 @@ class Guard(Component):
     host: ClassVar[str | None] = None  # update of the recipe that has the guard's name
     host_fields: ClassVar[dict[str, Any]] = {}  # fields of that update
     keeps_healthy: ClassVar[bool] = False  # has a snapshot, see ``remember``
-    wants_features: ClassVar[bool] = True  # reads features where the model has any
+    wants_features: ClassVar[bool] = False  # reads features where the model has any
 
     frozen: Tensor  # 0-dimensional bool: nothing is learned
     resets: Tensor  # 0-dimensional: by the guard, since wrap or the user's last reset

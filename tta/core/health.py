@@ -1,13 +1,15 @@
 """Health: what can be seen of an adapter without labels, batch by batch and on average.
 
 All figures come from tensors that a batch has made anyway, but for the agreement with the source,
-which needs a pass of the source model and is asked for on every ``EVERY``-th batch alone. Nothing
-here waits for a GPU: figures are tensors without axes, read when somebody looks at them.
+which needs a pass of the source model and is asked for on every ``EVERY``-th batch alone. They are
+read off the device in one go, once a batch.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from tta.core.component import Component
 
-__all__ = ["AVERAGED", "EVERY", "Monitor", "concentration", "effective_rank"]
+__all__ = ["AVERAGED", "EVERY", "Monitor", "as_numbers", "concentration", "effective_rank"]
 
 EVERY = 20  # batches; on one of these the source predicts too, so 5 % more forward passes
 JOINED = 1 << 18  # parameters up to which they are put into one tensor to be measured
@@ -75,19 +77,18 @@ class Monitor(Component):
             learning: Whether the run of labels goes on, which it does not while frozen.
         """
         probs = logits.float().softmax(1)
-        nan = probs.new_full((), float("nan"))
         return {
             "entropy": torch.special.entr(probs).sum(1).mean(),
             "concentration": concentration(probs=probs),
-            "effective_rank": nan if features is None else effective_rank(features),
-            "run_length": self._run_length(scores.argmax(1), learning),
+            "effective_rank": math.nan if features is None else effective_rank(features),
+            "run_length": self._run_length(scores.argmax(1).tolist(), learning),
         }
 
     @torch.no_grad()
-    def distance(self, parameters: Sequence[Tensor], source: Sequence[Tensor]) -> Tensor:
+    def distance(self, parameters: Sequence[Tensor], source: Sequence[Tensor]) -> Tensor | float:
         """Length of the way from the source's parameters to these, as a share of the source's."""
         if not parameters:
-            return self.averages.new_zeros(())
+            return 0.0
         if sum(p.numel() for p in parameters) <= JOINED:  # one operation is faster than many
             now, start = (torch.cat([t.flatten() for t in ts]) for ts in (parameters, source))
             gone, whole = torch.linalg.vector_norm(now - start), torch.linalg.vector_norm(start)
@@ -104,36 +105,45 @@ class Monitor(Component):
         An average is that of all images so far until these are ``HORIZON``; it then reaches back
         about as far, whatever the batch size.
         """
-        like = self.averages
-        nan = like.new_full((), float("nan"))
-        found = [figures.get(name, nan) for name in AVERAGED]
-        found = [v if isinstance(v, Tensor) else like.new_full((), v) for v in found]
-        values = torch.stack([v.to(like.dtype) for v in found])
         share = 1 - (1 - 1 / HORIZON) ** images
-        rates = torch.where(values.isnan(), 0.0, share)  # nothing moves where there is no value
-        self.weights += rates * (1 - self.weights)
-        like += (values.nan_to_num(0.0) - like) * (rates / self.weights.clamp_min(share))
+        averages, weights = self.averages.tolist(), self.weights.tolist()
+        for i, name in enumerate(AVERAGED):
+            value = figures.get(name, math.nan)
+            if not math.isnan(value):
+                weights[i] += share * (1 - weights[i])
+                averages[i] += (value - averages[i]) * share / weights[i]
+        self.averages.copy_(torch.tensor(averages))
+        self.weights.copy_(torch.tensor(weights))
 
-    def averaged(self) -> dict[str, Tensor]:
+    def averaged(self) -> dict[str, float]:
         """The averages by the names of the figures; NaN before the first value."""
-        values = torch.where(self.weights > 0, self.averages, float("nan"))
-        return dict(zip(AVERAGED, values.unbind(), strict=True))
+        values, weights = self.averages.tolist(), self.weights.tolist()
+        return {
+            name: value if weight > 0 else math.nan
+            for name, value, weight in zip(AVERAGED, values, weights, strict=True)
+        }
 
-    def _run_length(self, labels: Tensor, learning: bool) -> Tensor:
+    def _run_length(self, labels: list[int], learning: bool) -> float:
         """Mean length of the runs of equal labels that the batch touches.
 
         The first one counts from where it began, which may be batches ago.
         """
-        count = len(labels)
-        changes = labels[1:] != labels[:-1]
-        goes_on = labels[0] == self.label
-        total = count + torch.where(goes_on, self.run, 0)
-        places = torch.arange(1, count, device=labels.device)
-        last = torch.where(changes, places, 0).max() if count > 1 else torch.zeros_like(self.run)
+        runs = [len(list(run)) for _, run in groupby(labels)]
+        if labels[0] == int(self.label):
+            runs[0] += int(self.run)
         if learning:
-            self.run.copy_(torch.where(last > 0, count - last, total))
-            self.label.copy_(labels[-1])
-        return total / (1 + changes.sum())
+            self.label.fill_(labels[-1])
+            self.run.fill_(runs[-1])
+        return sum(runs) / len(runs)
+
+
+def as_numbers(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """Figures with numbers in place of tensors without axes, which are read all at once."""
+    names = [n for n, v in figures.items() if isinstance(v, Tensor) and v.ndim == 0]
+    if not names:
+        return dict(figures)
+    values = torch.stack([figures[name].float() for name in names]).tolist()
+    return {**figures, **dict(zip(names, values, strict=True))}
 
 
 def concentration(logits: Tensor | None = None, *, probs: Tensor | None = None) -> Tensor:

@@ -82,6 +82,7 @@ class Aetta(Guard):
         "imagenet_r": {"dropout": 0.3},
     }
     takes_draws = True
+    wants_features = True
     cost = 11.0
 
     error: Tensor  # 0-dimensional, E; NaN before the first batch

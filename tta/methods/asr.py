@@ -80,7 +80,6 @@ class Asr(Guard):
     }
     host = "eta"
     host_fields: ClassVar[dict[str, Any]] = {"nesterov": True}
-    wants_features = False
     cost = 1.1
 
     threshold: Tensor  # 0-dimensional, c in nats

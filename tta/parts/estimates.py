@@ -8,6 +8,8 @@ stream shows few classes.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -27,8 +29,9 @@ __all__ = [
     "relative_spread",
 ]
 
-GAIN = 3.5  # points of accuracy that go with a point of mean confidence, see `confidence_accuracy`
-POWER = 3.0  # of the relative entropy of the mean prediction, as in AETTA
+GAIN = 3.0  # points of accuracy that go with a point of mean confidence, see `confidence_accuracy`
+COLLAPSE = 5.0  # power of the spread of predictions relative to the source's
+POWER = 3.0  # of that relative to the largest possible, as in AETTA
 IMAGES = 1000  # of the source that are read at most
 
 
@@ -59,13 +62,15 @@ def dropout_error(
 
 
 def confidence_accuracy(
-    logits: Tensor, accuracy: Tensor | float, confidence: Tensor | float, spread: Tensor | float
+    logits: Tensor, accuracy: Tensor | float, confidence: Tensor | float, spread: float
 ) -> Tensor:
     """Accuracy of predictions, from how far their mean confidence is below that on source images.
 
     Confidence falls under a shift, and accuracy falls faster: by about ``GAIN`` points for each
-    point, as measured on three networks and eight corruptions (differences of confidences without
-    that factor: Guillory et al., ICCV 2021, arXiv 2107.03315).
+    point. That factor and the power of the spread fit three small networks on eight corruptions,
+    with and without an update, shuffled and sorted, collapses included: the mean absolute error was
+    7.5 points over 176 sets of 256 images. With batch statistics alone a factor of 2.5 fits better.
+    (Differences of confidences without a factor: Guillory et al., ICCV 2021, arXiv 2107.03315.)
 
     Args:
         logits: (B, C).
@@ -79,18 +84,19 @@ def confidence_accuracy(
     classes = logits.shape[1]
     lost = confidence - logits.float().softmax(1).amax(1).mean()
     kept = (accuracy - GAIN * lost).clamp(1 / classes, 1)
-    return (kept * spread**POWER).clamp_min(1 / classes)
+    return (kept * spread**COLLAPSE).clamp_min(1 / classes)
 
 
-def relative_spread(batch: Batch) -> Tensor:
+def relative_spread(batch: Batch) -> float:
     """Entropy of the mean prediction as a share of the source's, at most 1, on average.
 
     Before the source has predicted any batch it is 1.
     """
     averages = batch.averages
-    own, source = -averages["concentration"], -averages["source_concentration"]
-    ratio = (own / source.clamp_min(1e-6)).clamp(0, 1)
-    return torch.where(ratio.isnan(), 1.0, ratio)
+    own, source = averages["concentration"], averages["source_concentration"]
+    if math.isnan(own) or math.isnan(source):
+        return 1.0
+    return min(own / min(source, -1e-6), 1.0)
 
 
 class ConfidenceEstimate(Estimator):
