@@ -51,9 +51,7 @@ KEPT = 0.9  # share of the former segments in the averages over segments
 class AsrConfig(ComponentConfig):
     """Fields of ``asr``."""
 
-    flip_weight: float = (
-        0.15  # m0, how much agreement with the source moves the threshold's average
-    )
+    flip_weight: float = 0.15  # m0, how far agreement with the source moves the threshold
     penalty: float = 5.0  # p0
     threshold: float = 0.5  # a0, share of C whose logarithm is the first threshold
     keep_share: float = 0.5  # r0, largest share of the tensors that a reset leaves
