@@ -12,12 +12,22 @@ from torch import Tensor, nn
 
 from tta.core.backbone import Backbone
 from tta.core.component import Component, Context
-from tta.core.health import Monitor
+from tta.core.health import FIGURES, Monitor
 from tta.core.prediction import Prediction, Report
 from tta.core.random import CountedDraws
 from tta.core.source import SourceStatistics
 
-__all__ = ["ACTIONS", "DEFAULT_GUARD", "LEARN", "Batch", "Estimator", "Guard", "Verdict"]
+__all__ = [
+    "ACTIONS",
+    "DEFAULT_GUARD",
+    "LEARN",
+    "PLAIN_GUARD",
+    "Batch",
+    "Estimator",
+    "Guard",
+    "Verdict",
+    "no_figures",
+]
 
 ACTIONS = ("learn", "skip", "restore", "reset", "source", "freeze")
 DEFAULT_GUARD = "steady"  # where neither the caller nor the update names one
@@ -55,6 +65,12 @@ class Verdict:
 
 
 LEARN = Verdict()
+
+
+def no_figures(action: str, reason: str) -> dict[str, Any]:
+    """Figures of no batch: NaN, with an action and a reason."""
+    blank = dict.fromkeys(FIGURES, float("nan"))
+    return blank | {"estimator": "none", "action": action, "reason": reason}
 
 
 @dataclass
@@ -169,7 +185,7 @@ class Guard(Component):
         self.context = context
         self.learning = True
         self.report = Report()
-        self.figures: dict[str, Any] = {}  # of the last batch
+        self.figures = no_figures("learn", "")  # of the last batch
         self.events: deque[dict[str, Any]] = deque(maxlen=EVENTS)
         self.estimator: Estimator | None = None  # fills ``estimated_accuracy``
         self.register_buffer("frozen", torch.zeros((), dtype=torch.bool))

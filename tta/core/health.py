@@ -17,7 +17,15 @@ from torch import Tensor
 
 from tta.core.component import Component
 
-__all__ = ["AVERAGED", "EVERY", "Monitor", "as_numbers", "concentration", "effective_rank"]
+__all__ = [
+    "AVERAGED",
+    "EVERY",
+    "FIGURES",
+    "Monitor",
+    "as_numbers",
+    "concentration",
+    "effective_rank",
+]
 
 EVERY = 20  # batches; on one of these the source predicts too, so 5 % more forward passes
 JOINED = 1 << 18  # parameters up to which they are put into one tensor to be measured
