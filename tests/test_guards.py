@@ -318,6 +318,20 @@ def test_health_keys_and_averages() -> None:
     assert plain.health == {} and plain.events == []
 
 
+def test_health_has_its_keys_before_the_first_batch_and_when_none_can_be_used() -> None:
+    adapter = tta.wrap(tiny("bn"), "tent", health=True)
+    blank = adapter.health
+    adapter(images(0))
+    assert blank.keys() <= adapter.health.keys() and blank["action"] == "learn"
+    before = adapter.state()
+    with pytest.warns(UserWarning, match="NaN or infinite"):
+        adapter(torch.full((2, 3, 32, 32), float("nan")))
+    health = adapter.health
+    assert blank.keys() == health.keys() and health["action"] == "skip"
+    assert health["entropy"] != health["entropy"] and "NaN" in health["reason"]
+    assert same(adapter.state(), before)
+
+
 def test_the_source_is_asked_on_one_batch_in_twenty() -> None:
     adapter = tta.wrap(tiny("bn"), "tent", health=True)
     asked = []

@@ -23,6 +23,7 @@ from tta.core.checks import nearest
 from tta.core.component import Component
 from tta.core.config import SLOTS
 from tta.core.registry import PRESET_CLASSES, component
+from tta.core.resolve import host_update
 
 __all__ = ["Method", "check_labels", "parse_method", "parse_methods"]
 
@@ -152,6 +153,9 @@ def parse_method(text: str, classes: int) -> Method:
             name = f"{base}.{default}"
         tta.get_config(name, **fields)  # raises for an unknown preset or field
         slots[slot] = name
+    host = host_update(slots.get("guard"))
+    if host is not None and "update" not in slots:
+        slots["update"] = host  # of the recipe that has the guard's name
     return Method(label, slots, overrides)
 
 

@@ -296,10 +296,10 @@ class Adapter(nn.Module):
         in nats), ``concentration`` (of the mean prediction: its negative entropy in nats),
         ``agreement`` (share of predictions that are the source's; NaN where the source was not
         asked), ``estimated_accuracy`` (0 to 1) and ``estimator``, ``effective_rank`` (of features;
-        NaN without any), ``run_length`` (images in a row for which one label is predicted),
-        ``distance`` (of the trained parameters from the source, as a share of their length),
-        ``passes`` (forward passes that the guard asked for), ``action`` and ``reason``, and
-        ``<figure>_average``.
+        NaN where no component reads them), ``run_length`` (images in a row for which one label is
+        predicted), ``distance`` (of the trained parameters from the source, as a share of their
+        length), ``passes`` (forward passes that the guard asked for), ``action`` and ``reason``,
+        and ``<figure>_average``.
         """
         if self.guard is None:
             return Report()

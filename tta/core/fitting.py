@@ -13,6 +13,7 @@ from tta.core.component import Component
 from tta.core.norm_layers import normalize_by_source, with_statistics
 from tta.core.source import SourceStatistics
 from tta.core.source_checks import checked
+from tta.core.update import Update
 
 __all__ = ["fit", "load_constants"]
 
@@ -31,12 +32,12 @@ def fit(adapter: Adapter, source: SourceStatistics) -> None:
     source = _checked(adapter, network, source)
     before = {key: v for key, v in adapter.state().items() if key.startswith("norm/")}
     try:
-        for part in (adapter.output, adapter.guard):
-            if part is not None:
+        for part in (adapter.output, adapter.update, adapter.guard):
+            if isinstance(part, Update):
+                part.fit(source)
+            elif part is not None:
                 with with_statistics(wrappers, normalize_by_source):
                     part.fit(source, network)
-        if adapter.update is not None:
-            adapter.update.fit(source)
     except (ImagesRefusedError, KindRefusedError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(

@@ -8,15 +8,26 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tta.core.backbone import Backbone
 from tta.core.component import Component, Context
-from tta.core.health import Monitor
+from tta.core.health import FIGURES, Monitor
 from tta.core.prediction import Prediction, Report
+from tta.core.random import CountedDraws
 from tta.core.source import SourceStatistics
 
-__all__ = ["ACTIONS", "DEFAULT_GUARD", "LEARN", "Batch", "Estimator", "Guard", "Verdict"]
+__all__ = [
+    "ACTIONS",
+    "DEFAULT_GUARD",
+    "LEARN",
+    "PLAIN_GUARD",
+    "Batch",
+    "Estimator",
+    "Guard",
+    "Verdict",
+    "no_figures",
+]
 
 ACTIONS = ("learn", "skip", "restore", "reset", "source", "freeze")
 DEFAULT_GUARD = "steady"  # where neither the caller nor the update names one
@@ -54,6 +65,12 @@ class Verdict:
 
 
 LEARN = Verdict()
+
+
+def no_figures(action: str, reason: str) -> dict[str, Any]:
+    """Figures of no batch: NaN, with an action and a reason."""
+    blank = dict.fromkeys(FIGURES, float("nan"))
+    return blank | {"estimator": "none", "action": action, "reason": reason}
 
 
 @dataclass
@@ -106,22 +123,36 @@ class Batch:
         return self._counted(self.predictor.present)
 
     @property
-    def averages(self) -> dict[str, Tensor]:
+    def averages(self) -> dict[str, float]:
         """Moving averages of the figures, with those of this batch in ``judge``; NaN for none."""
         return self.monitor.averaged()
+
+    def draws(self, context: Context) -> CountedDraws:
+        """Return random numbers of this batch, which leave those of the update as they are."""
+        seed = context.generator.initial_seed()
+        return CountedDraws(seed + (self.step << 32), self.images.device)
 
     def _counted(self, predict: Callable[[Tensor], Prediction]) -> Prediction:
         self.passes += 1
         return predict(self.images)
 
 
-class Estimator:
-    """Estimates the accuracy of predictions without labels."""
+class Estimator(nn.Module):
+    """Estimates the accuracy of predictions without labels; what it takes at wrap is constant."""
 
     name: ClassVar[str] = ""
 
+    def fit(self, source: SourceStatistics, network: Backbone) -> str | None:
+        """Take what there is in ``source``; return in words what it was."""
+        return None
+
     def estimate(self, batch: Batch, prediction: Prediction) -> Tensor:
-        """Return the estimated share of correct predictions, 0 to 1, without axes."""
+        """Return the estimated share of correct predictions, 0 to 1, without axes.
+
+        Args:
+            batch: The batch, with the averages up to the one before.
+            prediction: The adapter's, or the source's while it answers beside.
+        """
         raise NotImplementedError  # pragma: no cover
 
 
@@ -143,7 +174,7 @@ class Guard(Component):
     host: ClassVar[str | None] = None  # update of the recipe that has the guard's name
     host_fields: ClassVar[dict[str, Any]] = {}  # fields of that update
     keeps_healthy: ClassVar[bool] = False  # has a snapshot, see ``remember``
-    wants_features: ClassVar[bool] = True  # reads features where the model has any
+    wants_features: ClassVar[bool] = False  # reads features where the model has any
 
     frozen: Tensor  # 0-dimensional bool: nothing is learned
     resets: Tensor  # 0-dimensional: by the guard, since wrap or the user's last reset
@@ -154,9 +185,9 @@ class Guard(Component):
         self.context = context
         self.learning = True
         self.report = Report()
-        self.figures: dict[str, Any] = {}  # of the last batch
+        self.figures = no_figures("learn", "")  # of the last batch
         self.events: deque[dict[str, Any]] = deque(maxlen=EVENTS)
-        self.estimator: Estimator | None = None
+        self.estimator: Estimator | None = None  # fills ``estimated_accuracy``
         self.register_buffer("frozen", torch.zeros((), dtype=torch.bool))
         self.register_buffer("resets", torch.zeros((), dtype=torch.int64))
         self.monitor = Monitor(context.num_classes)
@@ -164,6 +195,8 @@ class Guard(Component):
 
     def fit(self, source: SourceStatistics, network: Backbone) -> None:
         """Take what the guard needs from ``source``, or raise ``ValueError`` if it is not there."""
+        if self.estimator is not None:
+            self.source_used = self.estimator.fit(source, network)
 
     def admit(self, batch: Batch) -> Verdict:
         """Decide before the model runs.

@@ -1,13 +1,15 @@
 """Health: what can be seen of an adapter without labels, batch by batch and on average.
 
 All figures come from tensors that a batch has made anyway, but for the agreement with the source,
-which needs a pass of the source model and is asked for on every ``EVERY``-th batch alone. Nothing
-here waits for a GPU: figures are tensors without axes, read when somebody looks at them.
+which needs a pass of the source model and is asked for on every ``EVERY``-th batch alone. They are
+read off the device in one go, once a batch.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -15,9 +17,18 @@ from torch import Tensor
 
 from tta.core.component import Component
 
-__all__ = ["AVERAGED", "EVERY", "Monitor", "effective_rank"]
+__all__ = [
+    "AVERAGED",
+    "EVERY",
+    "FIGURES",
+    "Monitor",
+    "as_numbers",
+    "concentration",
+    "effective_rank",
+]
 
 EVERY = 20  # batches; on one of these the source predicts too, so 5 % more forward passes
+JOINED = 1 << 18  # parameters up to which they are put into one tensor to be measured
 HORIZON = 512  # images over which averages reach back
 FIGURES = (
     "entropy",
@@ -29,7 +40,7 @@ FIGURES = (
     "distance",
     "passes",
 )
-AVERAGED = (*FIGURES, "source_estimated_accuracy")
+AVERAGED = (*FIGURES, "source_concentration", "source_estimated_accuracy")
 
 foreach: Any = torch  # the foreach operations are not in its type stubs
 
@@ -74,22 +85,25 @@ class Monitor(Component):
             learning: Whether the run of labels goes on, which it does not while frozen.
         """
         probs = logits.float().softmax(1)
-        nan = probs.new_full((), float("nan"))
         return {
             "entropy": torch.special.entr(probs).sum(1).mean(),
-            "concentration": -torch.special.entr(probs.mean(0)).sum(),
-            "effective_rank": nan if features is None else effective_rank(features),
-            "run_length": self._run_length(scores.argmax(1), learning),
+            "concentration": concentration(probs=probs),
+            "effective_rank": math.nan if features is None else effective_rank(features),
+            "run_length": self._run_length(scores.argmax(1).tolist(), learning),
         }
 
     @torch.no_grad()
-    def distance(self, parameters: Sequence[Tensor], source: Sequence[Tensor]) -> Tensor:
+    def distance(self, parameters: Sequence[Tensor], source: Sequence[Tensor]) -> Tensor | float:
         """Length of the way from the source's parameters to these, as a share of the source's."""
         if not parameters:
-            return self.averages.new_zeros(())
-        offsets = foreach._foreach_sub([p.detach() for p in parameters], list(source))
-        lengths = torch.stack([torch.stack(foreach._foreach_norm(t)) for t in (offsets, source)])
-        gone, whole = torch.linalg.vector_norm(lengths, dim=1)
+            return 0.0
+        if sum(p.numel() for p in parameters) <= JOINED:  # one operation is faster than many
+            now, start = (torch.cat([t.flatten() for t in ts]) for ts in (parameters, source))
+            gone, whole = torch.linalg.vector_norm(now - start), torch.linalg.vector_norm(start)
+        else:
+            offsets = foreach._foreach_sub(list(parameters), list(source))
+            lengths = [torch.stack(foreach._foreach_norm(t)) for t in (offsets, list(source))]
+            gone, whole = (torch.linalg.vector_norm(length) for length in lengths)
         return gone / whole.clamp_min(torch.finfo(whole.dtype).tiny)
 
     @torch.no_grad()
@@ -99,37 +113,58 @@ class Monitor(Component):
         An average is that of all images so far until these are ``HORIZON``; it then reaches back
         about as far, whatever the batch size.
         """
-        nan, like = float("nan"), self.averages
-        found = [figures.get(name, nan) for name in AVERAGED]
-        values = torch.stack([torch.as_tensor(v, dtype=like.dtype).to(like.device) for v in found])
         share = 1 - (1 - 1 / HORIZON) ** images
-        seen = ~values.isnan()
-        self.weights.copy_(
-            torch.where(seen, self.weights.lerp(like.new_ones(()), share), self.weights)
-        )
-        moved = like + (values - like) * (share / self.weights.clamp_min(share))
-        self.averages.copy_(torch.where(seen, moved, like))
+        averages, weights = self.averages.tolist(), self.weights.tolist()
+        for i, name in enumerate(AVERAGED):
+            value = figures.get(name, math.nan)
+            if not math.isnan(value):
+                weights[i] += share * (1 - weights[i])
+                averages[i] += (value - averages[i]) * share / weights[i]
+        self.averages.copy_(torch.tensor(averages))
+        self.weights.copy_(torch.tensor(weights))
 
-    def averaged(self) -> dict[str, Tensor]:
+    def averaged(self) -> dict[str, float]:
         """The averages by the names of the figures; NaN before the first value."""
-        values = torch.where(self.weights > 0, self.averages, float("nan"))
-        return dict(zip(AVERAGED, values.unbind(), strict=True))
+        values, weights = self.averages.tolist(), self.weights.tolist()
+        return {
+            name: value if weight > 0 else math.nan
+            for name, value, weight in zip(AVERAGED, values, weights, strict=True)
+        }
 
-    def _run_length(self, labels: Tensor, learning: bool) -> Tensor:
+    def _run_length(self, labels: list[int], learning: bool) -> float:
         """Mean length of the runs of equal labels that the batch touches.
 
         The first one counts from where it began, which may be batches ago.
         """
-        count = len(labels)
-        changes = labels[1:] != labels[:-1]
-        goes_on = labels[0] == self.label
-        total = count + torch.where(goes_on, self.run, 0)
-        places = torch.arange(1, count, device=labels.device)
-        last = torch.where(changes, places, 0).max() if count > 1 else torch.zeros_like(self.run)
+        runs = [len(list(run)) for _, run in groupby(labels)]
+        if labels[0] == int(self.label):
+            runs[0] += int(self.run)
         if learning:
-            self.run.copy_(torch.where(last > 0, count - last, total))
-            self.label.copy_(labels[-1])
-        return total / (1 + changes.sum())
+            self.label.fill_(labels[-1])
+            self.run.fill_(runs[-1])
+        return sum(runs) / len(runs)
+
+
+def as_numbers(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """Figures with numbers in place of tensors without axes, which are read all at once."""
+    names = [n for n, v in figures.items() if isinstance(v, Tensor) and v.ndim == 0]
+    if not names:
+        return dict(figures)
+    values = torch.stack([figures[name].float() for name in names]).tolist()
+    return {**figures, **dict(zip(names, values, strict=True))}
+
+
+def concentration(logits: Tensor | None = None, *, probs: Tensor | None = None) -> Tensor:
+    """Negative entropy of the mean prediction, in nats: 0 where all is one class, else below.
+
+    Args:
+        logits: (B, C), or
+        probs: (B, C), their softmax.
+    """
+    if probs is None:
+        assert logits is not None
+        probs = logits.float().softmax(1)
+    return -torch.special.entr(probs.mean(0)).sum()
 
 
 def effective_rank(features: Tensor) -> Tensor:
@@ -148,6 +183,8 @@ def effective_rank(features: Tensor) -> Tensor:
         >>> float(effective_rank(torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])))
         2.0
     """
+    if len(features) < 2:
+        return features.new_full((), float("nan"), dtype=torch.float32)
     centred = features.float() - features.float().mean(0)
     few = len(centred) <= centred.shape[1]
     gram = centred @ centred.T if few else centred.T @ centred

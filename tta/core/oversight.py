@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tta.core.backbone import Backbone
 from tta.core.guard import ACTIONS, LEARN, Batch, Guard, Verdict
-from tta.core.health import EVERY
+from tta.core.health import EVERY, as_numbers, concentration
 from tta.core.norm_layers import (
     AdaptiveNorm,
     frozen_statistics,
@@ -26,10 +26,10 @@ from tta.core.update import Update
 
 __all__ = ["Oversight", "Passes"]
 
+LATE = ("passes", "agreement", "source_concentration")  # figures that `judge` may still change
 COUNTS = ("update/resets",)  # what the methods report since wrap, whatever a guard resets
 PARTLY = ("param/", "norm/", "update/teacher.")  # what moves on a part of the way back
 
-foreach: Any = torch  # the foreach operations are not in its type stubs
 Predict = Callable[[Tensor, bool, bool], tuple[Prediction, Tensor]]
 
 
@@ -182,7 +182,8 @@ class Oversight:
             if batch.learned and (second.undo or second.action == "skip"):
                 self.transaction.undo(guard)
             self._put_back(second)
-            guard.resets += (first.action == "reset") + (second.action == "reset")
+            if resets := (first.action, second.action).count("reset"):
+                guard.resets += resets
             if "freeze" in (first.action, second.action):
                 guard.frozen.fill_(True)
         verdict = first if second.action == "learn" else second
@@ -204,31 +205,42 @@ class Oversight:
         found["distance"] = guard.monitor.distance(*self.passes.distance_parts())
         if self.shadow or (batch.learning and batch.step % EVERY == EVERY - 1):
             batch.source()
+        batch.figures = found | figures
+        self._complete(batch)
         if guard.estimator is not None and "estimated_accuracy" not in figures:
+            found = {"estimator": guard.estimator.name}
             found["estimated_accuracy"] = guard.estimator.estimate(batch, prediction)
-            found["estimator"] = guard.estimator.name
             if self.shadow:
                 estimate = guard.estimator.estimate(batch, batch.source())
                 found["source_estimated_accuracy"] = estimate
-        batch.figures = found | figures
-        self._complete(batch)
+            batch.figures |= found
+        batch.figures = as_numbers(batch.figures)
         if batch.learning:
-            guard.monitor.move_averages(batch.figures, len(batch.images))
+            early = {key: v for key, v in batch.figures.items() if key not in LATE}
+            guard.monitor.move_averages(early, len(batch.images))
 
     def _complete(self, batch: Batch) -> None:
         """Add what depends on passes of the source, if there was one."""
         assert batch.scores is not None
         batch.figures["passes"] = batch.passes
-        agreement: Any = float("nan")
-        if batch.has_source:
-            same = batch.scores.argmax(1) == batch.source().logits.argmax(1)
-            agreement = same.float().mean()
-        batch.figures["agreement"] = agreement
+        if not batch.has_source:
+            batch.figures["agreement"] = float("nan")
+        elif "source_concentration" not in batch.figures:
+            logits = batch.source().logits.detach()
+            same = batch.scores.argmax(1) == logits.argmax(1)
+            batch.figures |= {
+                "agreement": same.float().mean(),
+                "source_concentration": concentration(logits),
+            }
 
     def _note(self, batch: Batch, verdict: Verdict, held: bool) -> None:
         """Make the figures public, and an event of what the guard did."""
         self._complete(batch)  # there may have been passes since
-        figures = {"estimated_accuracy": float("nan"), "estimator": "none"} | batch.figures
+        figures = as_numbers(batch.figures)
+        if batch.learning:
+            late = {key: figures[key] for key in LATE if key in figures}
+            self.guard.monitor.move_averages(late, len(batch.images))
+        figures = {"estimated_accuracy": float("nan"), "estimator": "none"} | figures
         if verdict.action == "learn" and not batch.learned:
             reason = "nothing is learned while the guard holds" if held else "the adapter is frozen"
             self.guard.figures = figures | {"action": "freeze", "reason": reason}
@@ -236,7 +248,7 @@ class Oversight:
         self.guard.figures = figures | {"action": verdict.action, "reason": verdict.reason}
         if verdict.action != "learn" and batch.learning:
             event = {"step": batch.step, "action": verdict.action, "reason": verdict.reason}
-            self.new_events.append(event | {"figures": dict(Report(figures))})
+            self.new_events.append(event | {"figures": figures})
 
     def _answer(self, batch: Batch, verdict: Verdict) -> Tensor:
         own = batch.scores

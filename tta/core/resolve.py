@@ -19,7 +19,7 @@ from tta.core.registry import DEFAULT_PRESET, PRESET_CLASSES, component, get_con
 from tta.core.update import Update
 from tta.core.warn import warn
 
-__all__ = ["Request", "resolve"]
+__all__ = ["Request", "host_update", "resolve"]
 
 # Arguments of wrap besides the recipe and the slots.
 ARGUMENTS = (
@@ -154,9 +154,8 @@ def _choose(request: Request) -> Chosen:
     elif recipe is not None:
         config = _as_config("recipe", recipe)
         chosen[component(config.name).slot] = config
-        if host := _host(recipe):
-            fields = vars(component(config.name))["host_fields"]
-            chosen["update"] = get_config(host).replace(**fields)
+        if (host := host_update(recipe)) is not None:
+            chosen["update"] = host
     for slot, value in slots.items():
         if value is None or (slot == "guard" and value is True):  # see `_with_guard`
             continue
@@ -182,6 +181,15 @@ def _host(recipe: Any) -> str | None:
     if cls is None or not issubclass(cls, Guard) or cls.host is None:
         return None
     return f"{cls.host}.{preset}" if preset in component(cls.host).PRESETS else cls.host
+
+
+def host_update(recipe: Any) -> ComponentConfig | None:
+    """Return the update of a recipe that has a guard's name; None where there is none."""
+    host = _host(recipe)
+    if host is None:
+        return None
+    cls: Any = component((recipe if isinstance(recipe, str) else recipe.name).partition(".")[0])
+    return get_config(host).replace(**cls.host_fields)
 
 
 def _with_guard(chosen: Chosen, request: Request) -> Chosen:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tta.core.autocast import forget_casts
 from tta.core.backbone import Backbone, RowsOverflowError
-from tta.core.guard import Guard
+from tta.core.guard import Guard, no_figures
 from tta.core.norm_layers import AdaptiveNorm
 from tta.core.output_rule import Output
 from tta.core.oversight import Oversight
@@ -218,6 +218,8 @@ class Serving:
             for part in (self.update, self.output, self.guard):
                 if part is not None:
                     part.report = Report()
+            if self.guard is not None:
+                self.guard.figures = no_figures("skip", f"all images have {problem}")
             like = x if x.is_floating_point() else torch.empty(0, dtype=torch.float32)
             logits = like.new_full(
                 (len(x), self.network.num_classes), float("nan"), device=x.device

@@ -34,7 +34,7 @@ from tta.core.checks import fraction, nearest, number, whole_number
 from tta.core.component import Context
 from tta.core.config import ComponentConfig
 from tta.core.guard import LEARN, Batch, Guard, Verdict
-from tta.core.random import CountedDraws, fork
+from tta.core.random import CountedDraws
 from tta.core.registry import register
 from tta.parts.dropout import dropped, dropping, keep_mask
 from tta.parts.estimates import dropout_error
@@ -82,6 +82,7 @@ class Aetta(Guard):
         "imagenet_r": {"dropout": 0.3},
     }
     takes_draws = True
+    wants_features = True
     cost = 11.0
 
     error: Tensor  # 0-dimensional, E; NaN before the first batch
@@ -121,7 +122,8 @@ class Aetta(Guard):
 
     def judge(self, batch: Batch) -> Verdict:
         """Reset if the estimates are low, or fall."""
-        if not batch.learning:
+        if not batch.learning:  # the last estimate, since none is made while frozen
+            batch.figures |= {"estimated_accuracy": 1 - self.error, "estimator": self.name}
             return LEARN
         self.estimates.copy_(torch.cat([self.estimates[1:], 1 - self.error[None]]))
         last = float(self.estimates[-1])
@@ -139,7 +141,7 @@ class Aetta(Guard):
     @torch.no_grad()
     def _estimate(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Agreement, entropy of the mean, and the error that follows from both."""
-        draws = fork(self.context.generator, batch.images.device)
+        draws = batch.draws(self.context)
         plain = batch.predict()
         logits = plain.logits.detach()
         if self.config.places is None:

@@ -38,6 +38,7 @@ from tta.core.config import ComponentConfig
 from tta.core.guard import LEARN, Batch, Guard, Verdict
 from tta.core.prediction import Report
 from tta.core.registry import register
+from tta.parts.estimates import ConfidenceEstimate
 from tta.parts.losses import entropy
 from tta.parts.teachers import NamedTensors
 
@@ -50,9 +51,7 @@ KEPT = 0.9  # share of the former segments in the averages over segments
 class AsrConfig(ComponentConfig):
     """Fields of ``asr``."""
 
-    flip_weight: float = (
-        0.15  # m0, how much agreement with the source moves the threshold's average
-    )
+    flip_weight: float = 0.15  # m0, how far agreement with the source moves the threshold
     penalty: float = 5.0  # p0
     threshold: float = 0.5  # a0, share of C whose logarithm is the first threshold
     keep_share: float = 0.5  # r0, largest share of the tensors that a reset leaves
@@ -79,7 +78,6 @@ class Asr(Guard):
     }
     host = "eta"
     host_fields: ClassVar[dict[str, Any]] = {"nesterov": True}
-    wants_features = False
     cost = 1.1
 
     threshold: Tensor  # 0-dimensional, c in nats
@@ -89,6 +87,7 @@ class Asr(Guard):
 
     def __init__(self, config: AsrConfig, network: Backbone, context: Context) -> None:
         super().__init__(config, network, context)
+        self.estimator = ConfidenceEstimate()
         first = math.log(context.num_classes * config.threshold)
         self.register_buffer("threshold", torch.tensor(first))
         self.register_buffer("penalty_weight", torch.zeros(()))

@@ -15,10 +15,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tta.core.backbone import Backbone
 from tta.core.checks import whole_number
+from tta.core.component import Context
 from tta.core.config import ComponentConfig
 from tta.core.guard import LEARN, Batch, Guard, Verdict
 from tta.core.registry import register
+from tta.parts.estimates import ConfidenceEstimate
 
 __all__ = ["Periodic", "PeriodicConfig"]
 
@@ -40,6 +43,10 @@ class Periodic(Guard):
 
     Config = PeriodicConfig
     cost = 0.1
+
+    def __init__(self, config: PeriodicConfig, network: Backbone, context: Context) -> None:
+        super().__init__(config, network, context)
+        self.estimator = ConfidenceEstimate()
 
     def judge(self, batch: Batch) -> Verdict:
         """Reset after every N-th batch."""

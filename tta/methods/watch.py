@@ -13,9 +13,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tta.core.backbone import Backbone
+from tta.core.component import Context
 from tta.core.config import ComponentConfig
 from tta.core.guard import LEARN, Batch, Guard, Verdict
 from tta.core.registry import register
+from tta.parts.estimates import ConfidenceEstimate
 
 __all__ = ["Watch", "WatchConfig"]
 
@@ -31,6 +34,10 @@ class Watch(Guard):
 
     Config = WatchConfig
     cost = 0.1
+
+    def __init__(self, config: WatchConfig, network: Backbone, context: Context) -> None:
+        super().__init__(config, network, context)
+        self.estimator = ConfidenceEstimate()
 
     def judge(self, batch: Batch) -> Verdict:
         """Let everything pass."""
