@@ -64,7 +64,7 @@ def composed(rng: Random) -> tuple[str, dict[str, Any]]:
     """A recipe, or one in a composition, with what it needs."""
     name = rng.choice(recipes())
     arguments = needed(name, rng)
-    for slot in ("norm", "output"):
+    for slot in ("norm", "output", "guard"):
         if rng.random() < 0.15:
             arguments[slot] = rng.choice([*tta.list_methods(slot=slot), "source"])
     return name, arguments
@@ -128,6 +128,11 @@ ARGUMENTS: dict[str, Callable[[Random], Any]] = {
     "seed": lambda rng: bent(rng, 3),
     "mean": lambda rng: bent(rng, rng.choice([0.5, (0.5, 0.5, 0.5)])),
     "std": lambda rng: bent(rng, rng.choice([0.5, (0.5, 0.5, 0.5)])),
+    "guard": lambda rng: rng.choice([True, False, rng.choice(recipes()), words(rng), junk(rng)]),
+    "health": lambda rng: bent(rng, True),
+    "shadow": lambda rng: bent(rng, True),
+    "on_event": junk,
+    "draws": junk,
     "augment": junk,
     "restore_mask": junk,
     "logits": lambda rng: bent(rng, rng.choice(["logits", 0, "out"])),

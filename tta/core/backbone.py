@@ -284,7 +284,7 @@ class Backbone:
         if logits.layout != torch.strided or logits.is_meta or logits.is_complex():
             raise TypeError(
                 "`model` must return logits that are real numbers in a dense tensor, got "
-                f"{logits.dtype} in {logits.layout} on {logits.device}: convert them in the model."
+                f"{logits.dtype} in {logits.layout}: convert them in the model."
             )
         if logits.ndim != 2 or logits.shape[1] != self.num_classes:
             raise ValueError(
@@ -380,10 +380,9 @@ class Backbone:
                 f"`images` must be floating point, got {x.dtype}: pass what the model takes, "
                 "such as images.float() / 255."
             )
-        if x.dtype == torch.float64 and self._casts_all_but_double(x):
+        if x.dtype == torch.float64 and self._cast_apart(x):
             raise TypeError(
-                "`images` must be float32 under torch.autocast, which leaves float64 as it is, got "
-                "torch.float64: convert them with images.float()."
+                "`images` must be float32 under autocast, got float64: convert with images.float()."
             )
         if x.ndim < 2:
             raise ValueError(
@@ -421,8 +420,7 @@ class Backbone:
             return None
         return ImagesRefusedError(reason)
 
-    def _casts_all_but_double(self, x: Tensor) -> bool:
-        """Whether autocast gives the weights another dtype than images in float64 keep."""
+    def _cast_apart(self, x: Tensor) -> bool:  # autocast leaves what is float64 as it is
         own = None if self.entry is None else self.entry.weight.dtype
         return torch.is_autocast_enabled(x.device.type) and own != torch.float64
 
