@@ -5,7 +5,7 @@ from __future__ import annotations
 import reprlib
 from typing import Any
 
-__all__ = ["LONGEST", "shown", "told"]
+__all__ = ["LONGEST", "sentence", "shown", "told"]
 
 LONGEST = 300  # characters of a message
 SHOWN = 90  # of a value in it
@@ -27,6 +27,12 @@ def shown(value: Any, most: int = SHOWN) -> str:
         return told(_REPR.repr(value), most)
     except Exception:  # an object may raise whatever it likes
         return f"a {type(value).__name__}"
+
+
+def sentence(error: BaseException) -> str:
+    """The message of an error in one line, for people at a command line."""
+    line = " ".join(str(error).split())
+    return line if len(line) <= LONGEST else told(line, LONGEST)
 
 
 def told(text: Any, most: int = SHOWN) -> str:

@@ -27,6 +27,8 @@ def main() -> int:
         if problem is not None:
             found += 1
             print(problem, end="\n\n", flush=True)
+        if len(slow) % 1000 == 0:
+            print(f"{len(slow)} cases, {found} found", file=sys.stderr, flush=True)
     print(f"{found} of {len(slow)} cases in {time.monotonic() - start:.1f} s")
     print("longest:", *(f"{number}: {seconds:.2f} s" for seconds, number in sorted(slow)[-5:]))
     return int(found > 0)

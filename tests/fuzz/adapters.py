@@ -252,7 +252,7 @@ def calls(rng: Random) -> Case:
         with context():
             adapter(*args, **kwargs)
 
-    watched: dict[str, Callable[[], Any]] = {"the model": lambda: model_of(model)}
+    watched: dict[str, Callable[[], Any]] = {"the model": lambda: model_of(model, wrapped=True)}
     if not gone:
         watched["the state"] = lambda: unchanged(adapter.state())
     return Case(told, call, watched=watched, unwrapped=gone)
@@ -327,7 +327,7 @@ def states(rng: Random) -> Case:
         return unchanged(adapter.reset_point())
 
     watched = {"the state": lambda: unchanged(adapter.state()), "the reset point": point,
-               "the model": lambda: model_of(adapter.model)}  # fmt: skip
+               "the model": lambda: model_of(adapter.model, wrapped=True)}  # fmt: skip
     way = {0: "load_state_dict", 1: "set_extra_state"}.get(how, f"load_state {shown(more)}")
     return Case(f"{made}.{way}: {'; '.join(told)}", call, watched=watched)
 

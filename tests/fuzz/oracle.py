@@ -122,15 +122,21 @@ def unchanged(value: Any, levels: int = 20) -> Any:
     return value
 
 
-def model_of(model: Any) -> Any:
-    """A comparable snapshot of a model: values, gradients, objects, modes and hooks."""
+def model_of(model: Any, wrapped: bool = False) -> Any:
+    """A comparable snapshot of a model: values, gradients, objects, modes and hooks.
+
+    Hooks in a ``wrapped`` model are the adapter's own affair.
+    """
     if not isinstance(model, nn.Module):
         return None
     modules = list(model.named_modules())
     parameters = list(model.named_parameters())
+
+    def hooks(module: nn.Module) -> int:
+        return 0 if wrapped else len(module._forward_hooks) + len(module._forward_pre_hooks)
+
     return (
-        [(n, type(m).__name__, m.training, len(m._forward_hooks), len(m._forward_pre_hooks))
-         for n, m in modules],
+        [(n, type(m).__name__, m.training, hooks(m)) for n, m in modules],
         [(n, id(p), p.requires_grad, unchanged(p), unchanged(p.grad)) for n, p in parameters],
         [(n, unchanged(b)) for n, b in model.named_buffers()],
     )  # fmt: skip

@@ -421,8 +421,8 @@ class Backbone:
         return ImagesRefusedError(reason)
 
     def _cast_apart(self, x: Tensor) -> bool:  # autocast leaves what is float64 as it is
-        own = None if self.entry is None else self.entry.weight.dtype
-        return torch.is_autocast_enabled(x.device.type) and own != torch.float64
+        wide = self.entry is not None and self.entry.weight.dtype == torch.float64
+        return torch.is_autocast_enabled(x.device.type) and not wide
 
     def _other_dtype(self, x: Tensor) -> bool:
         if self.entry is None or torch.is_autocast_enabled(x.device.type):

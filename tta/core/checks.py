@@ -35,6 +35,7 @@ __all__ = [
     "path_like",
     "real",
     "seed",
+    "sentence",
     "shown",
     "string",
     "told",
@@ -95,6 +96,12 @@ def shown(value: Any, most: int = SHOWN) -> str:
         return f"a {type(value).__name__}"
 
 
+def sentence(error: BaseException) -> str:
+    """The message of an error in one line, for people at a command line."""
+    line = " ".join(str(error).split())
+    return line if len(line) <= LONGEST else told(line, LONGEST)
+
+
 def told(text: Any, most: int = SHOWN) -> str:
     r"""A text, such as that of an exception, in one line of at most `most` characters.
 
@@ -119,7 +126,7 @@ def nearest(name: str, known: Iterable[str], limit: int = 40, room: int = ROOM) 
     >>> nearest("dirichlett", ["dirichlet", "mixed"])
     "did you mean 'dirichlet'? Known: dirichlet, mixed."
     >>> nearest("vgg", ["vgg11", "vgg13", "alexnet"], limit=2)
-    "did you mean 'vgg13'? Known: vgg13, vgg11 and 1 more."
+    "did you mean 'vgg13'? Known: vgg11, vgg13 and 1 more."
     """
     name = str(name)[:100]
     known = sorted(known) if isinstance(known, AbstractSet) else list(known)
@@ -130,7 +137,8 @@ def nearest(name: str, known: Iterable[str], limit: int = 40, room: int = ROOM) 
         return f"{hint}Known: {', '.join(known)}."
     ranked = difflib.get_close_matches(name, known, n=limit, cutoff=0.0)
     ranked = ranked[: max(1, _how_many_fit(ranked, room))]
-    return f"{hint}Known: {told(', '.join(ranked), room)} and {len(known) - len(ranked)} more."
+    listed = ", ".join(name for name in known if name in ranked)
+    return f"{hint}Known: {told(listed, room)} and {len(known) - len(ranked)} more."
 
 
 def _how_many_fit(names: list[str], room: int) -> int:
