@@ -33,10 +33,14 @@ from corruptions import (
     weather,
 )
 from corruptions.chunks import in_parts, part_size
+from corruptions.messages import shown, told
 from corruptions.setting import Params, Setting
 from corruptions.severity import BENCHMARK, EXTRA, ParameterSet
 
 __all__ = ["apply", "corrupt", "list_corruptions", "sample"]
+
+
+_TRACE = 1e-9  # a severity below which nothing is to be seen, and quotients of constants overflow
 
 
 class _Operation(NamedTuple):
@@ -129,7 +133,7 @@ def sample(
     batch, _, height, width = check.shape(shape)
     size = batch, 3, height, width
     seeds = check.seeds(seeds, size[0]).to(_capable(torch.device(device)))
-    if severity == 0:
+    if severity < _TRACE:
         return {"clean": torch.tensor(True)}
     with torch.no_grad():
         setting = Setting(name, size, float(severity), seeds, parameters, folder)
@@ -158,15 +162,15 @@ def apply(images: Tensor, name: str, params: Params) -> Tensor:
         return _apply(images, name, params)
     except KeyError as error:
         raise ValueError(
-            f"`params` must come from sample({name!r}, ...), got fields {', '.join(params)}: it "
-            f"lacks {error}"
+            f"`params` must come from sample({shown(name)}, ...), got fields "
+            f"{told(', '.join(map(str, params)))}: it lacks {told(error)}"
         ) from None
     except torch.OutOfMemoryError:
         raise
-    except (ValueError, IndexError, RuntimeError) as error:
+    except (ValueError, IndexError, RuntimeError, ArithmeticError, AttributeError) as error:
         raise ValueError(
-            f"`params` must come from sample({name!r}, ...) for images of shape "
-            f"{tuple(images.shape)}, got tensors that do not fit ({str(error).splitlines()[0]}): "
+            f"`params` must come from sample({shown(name)}, ...) for images of shape "
+            f"{tuple(images.shape)}, got tensors that do not fit ({told(error)}): "
             "call sample again"
         ) from error
 

@@ -32,6 +32,7 @@ __all__ = [
 
 # Up to this many pixels one dense matrix is the fastest zoom blur.
 _DENSE_PIXELS = 1600
+_MOST_TERMS = 1024  # of an average of enlargements
 
 
 def sample_gaussian_blur(setting: Setting) -> Params:
@@ -198,6 +199,8 @@ def _float32_average(weights: tuple[float, ...]) -> Tensor:
     Returns:
         (256,) float32, 1 for levels that come out one lower, else 0.
     """
+    if min(weights) < 1 / _MOST_TERMS:  # at no published severity, and the sum would be long
+        return torch.zeros(256)
     terms = round(1 / min(weights))
     if any(abs(weight * terms - round(weight * terms)) > 1e-6 for weight in weights):
         return torch.zeros(256)

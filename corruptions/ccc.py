@@ -16,6 +16,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from corruptions.digital import apply_jpeg_compression
+from corruptions.messages import shown
 
 __all__ = ["CropAndFlip", "Jpeg"]
 
@@ -42,7 +43,7 @@ class CropAndFlip:
         ratio: tuple[float, float] = (3 / 4, 4 / 3),
     ) -> None:
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(f"`size` must be a number of pixels, got {size!r}: such as 224")
+            raise ValueError(f"`size` must be a number of pixels, got {shown(size)}: such as 224")
         for name, pair, most in (("scale", scale, 1.0), ("ratio", ratio, math.inf)):
             if not 0 < pair[0] <= pair[1] <= most:
                 raise ValueError(
@@ -96,7 +97,7 @@ class Jpeg:
 
     def __init__(self, quality: int = 85) -> None:
         if isinstance(quality, bool) or not isinstance(quality, int) or not 1 <= quality <= 100:
-            raise ValueError(f"`quality` must be 1 to 100, got {quality!r}: CCC has 85")
+            raise ValueError(f"`quality` must be 1 to 100, got {shown(quality)}: CCC has 85")
         self.quality = quality
 
     def __call__(self, images: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from corruptions.messages import shown, told
 from corruptions.pictures import OnError
 from corruptions.severity import ParameterSet
 
@@ -32,16 +33,16 @@ _SMALLEST = 8
 def name(value: object, known: Iterable[str]) -> None:
     """Raise unless `value` is a known corruption, naming the nearest one."""
     known = list(known)
-    if value in known:
+    if isinstance(value, str) and value in known:
         return
     if not isinstance(value, str):
         raise TypeError(
             f"`name` must be the name of a corruption, got {type(value).__name__}: "
             "see corruptions.list_corruptions(extra=True)"
         )
-    near = difflib.get_close_matches(value.lower().replace(" ", "_"), known, 1)
-    advice = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(known)}"
-    raise ValueError(f"`name` must be a known corruption, got {value!r}: {advice}")
+    near = difflib.get_close_matches(value[:100].lower().replace(" ", "_"), known, 1)
+    advice = f"did you mean {near[0]!r}?" if near else f"choose from {told(', '.join(known), 150)}"
+    raise ValueError(f"`name` must be a known corruption, got {shown(value)}: {advice}")
 
 
 def severity(value: object) -> None:
@@ -51,9 +52,10 @@ def severity(value: object) -> None:
             f"`severity` must be a number from 0 (clean) to 5, got {type(value).__name__}: "
             "pass one int or float for the whole batch"
         )
-    if not 0 <= float(value) <= 5:
+    if not 0 <= value <= 5:  # type: ignore[operator]
         raise ValueError(
-            f"`severity` must lie in 0..5, got {value}: 1 to 5 are the published levels, 0 is the "
+            f"`severity` must lie in 0..5, got {shown(value)}: 1 to 5 are the published levels, 0 "
+            "is the "
             "clean image"
         )
 
@@ -61,9 +63,9 @@ def severity(value: object) -> None:
 def parameters(value: object) -> None:
     """Raise unless `value` names a parameter set."""
     choices = get_args(ParameterSet)
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(
-            f"`parameters` must be one of {', '.join(choices)}, got {value!r}: use 'auto' to "
+            f"`parameters` must be one of {', '.join(choices)}, got {shown(value)}: use 'auto' to "
             "choose by image size"
         )
 
@@ -71,9 +73,10 @@ def parameters(value: object) -> None:
 def on_error(value: object) -> None:
     """Raise unless `value` says what to do about pictures that cannot be read."""
     choices = get_args(OnError)
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(
-            f"`on_error` must be one of {', '.join(choices)}, got {value!r}: 'skip' leaves out and "
+            f"`on_error` must be one of {', '.join(choices)}, got {shown(value)}: 'skip' leaves "
+            "out and "
             "counts pictures that cannot be read"
         )
 
@@ -85,10 +88,10 @@ def folder(value: str | Path | None) -> Path | None:
             f"`frost_pictures` must be a path, got {type(value).__name__}: leave it out for "
             "synthetic frost"
         )
-    if value is None or Path(value).is_dir():
+    if value is None or os.path.isdir(value):  # which raises for no path at all
         return None if value is None else Path(value)
     raise ValueError(
-        f"`frost_pictures` must be an existing folder, got {str(value)!r}: check the path, or "
+        f"`frost_pictures` must be an existing folder, got {shown(str(value))}: check the path, or "
         "leave it out for synthetic frost"
     )
 
@@ -98,11 +101,13 @@ def shape(value: Sequence[int]) -> tuple[int, int, int, int]:
     integers = isinstance(value, Sequence) and all(isinstance(n, numbers.Integral) for n in value)
     if not integers:
         raise TypeError(
-            f"`shape` must be the whole numbers (B, 3, H, W), got {value!r}: pass images.shape"
+            f"`shape` must be the whole numbers (B, 3, H, W), got {shown(value)}: pass images.shape"
         )
     size = tuple(int(n) for n in value)
     if len(size) != 4:
-        raise ValueError(f"images must have shape (B, 3, H, W), got {size}: {_batched(size)}")
+        raise ValueError(
+            f"images must have shape (B, 3, H, W), got {shown(size)}: {_batched(size)}"
+        )
     batch, channels, height, width = size
     if channels not in CHANNELS:
         if width in (1, 3, 4):
@@ -112,7 +117,7 @@ def shape(value: Sequence[int]) -> tuple[int, int, int, int]:
         else:
             hint = "pass RGB images, or grey ones of one channel"
         raise ValueError(
-            f"images must have 3 channels in shape (B, 3, H, W), or 1, got {size}: {hint}"
+            f"images must have 3 channels in shape (B, 3, H, W), or 1, got {shown(size)}: {hint}"
         )
     if batch < 1:
         raise ValueError(
@@ -142,6 +147,7 @@ def images(value: Tensor) -> None:
             f"images must be a torch.Tensor of shape (B, 3, H, W), got {type(value).__name__}: "
             "convert arrays by torch.from_numpy"
         )
+    dense("images", value)
     shape(value.shape)
     if value.dtype == torch.uint8:
         return
@@ -173,11 +179,12 @@ def seeds(value: Tensor | Sequence[int], batch: int) -> Tensor:
     """Return `value` as CPU int64; raise unless it is one integer for each of `batch` images."""
     try:
         tensor = torch.as_tensor(value)
-    except (TypeError, ValueError, RuntimeError, OverflowError):
+    except (TypeError, ValueError, RuntimeError, OverflowError, IndexError):
         raise TypeError(
-            f"`seeds` must be int64, one for each image, got {value!r}: make them by "
+            f"`seeds` must be int64, one for each image, got {shown(value)}: make them by "
             "torch.arange(len(images))"
         ) from None
+    dense("`seeds`", tensor)
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
         raise TypeError(
             f"`seeds` must be int64, one for each image, got {tensor.dtype}: convert them by "
@@ -191,6 +198,21 @@ def seeds(value: Tensor | Sequence[int], batch: int) -> Tensor:
     return tensor.to("cpu", torch.int64)
 
 
+# Smallest and largest value of constants in `params`: ten times what is published, or more.
+_RANGES = {
+    "radius": (0.0, 256.0),
+    "reach": (0.0, 64.0),
+    "sigma": (0.0, 1024.0),
+    "mud_sigma": (0.0, 1024.0),
+    "alias_sigma": (0.0, 64.0),
+    "factors": (1.0, 16.0),
+    "weights": (0.0, 1.0),
+    "photons": (1e-3, 1e6),
+    "quality": (1.0, 100.0),
+    "zoom": (1.0, 64.0),
+    "decay": (0.1, 1e3),
+}
+_MOST = 1e6  # of any other field, and of draws
 # Fields of `params` that describe the filter and not the images.
 _SHARED = ("radius", "alias_sigma", "factors", "weights")
 # Fields with a draw for each pixel, in the last two axes.
@@ -208,21 +230,63 @@ def drawn(params: Mapping[str, Tensor], images: Tensor) -> None:
     for key, value in params.items():
         if not isinstance(value, Tensor):
             raise TypeError(
-                f"`params` must be a dict of tensors, got {type(value).__name__} for {key!r}: "
+                f"`params` must be a dict of tensors, got {type(value).__name__} for {shown(key)}: "
                 "pass what sample(name, images.shape, ...) returns"
             )
+        dense(f"`params` at {shown(key)}", value)
+        _in_range(key, value)
         if value.ndim and key not in _SHARED and len(value) != batch:
             raise ValueError(
-                f"`params` must be drawn for the images, but {key!r} was drawn for {len(value)} "
+                f"`params` must be drawn for the images, but {shown(key)} was drawn for "
+                f"{len(value)} "
                 f"images, got {batch}: call sample with the shape of the images"
             )
         made = _size(key, value, params, size)
         if made != size:
             raise ValueError(
-                f"`params` must be drawn for the images, but {key!r} was drawn for "
+                f"`params` must be drawn for the images, but {shown(key)} was drawn for "
                 f"{made[0]} x {made[1]} pixels, got {size[0]} x {size[1]}: call sample with the "
                 "shape of the images"
             )
+
+
+def dense(name: str, value: Tensor) -> None:
+    """Raise if a tensor is sparse, quantised, nested or on the meta device."""
+    if value.is_nested or value.layout != torch.strided or value.is_quantized or value.is_meta:
+        kind = "nested" if value.is_nested else "meta" if value.is_meta else str(value.layout)
+        kind = "quantised" if value.is_quantized else kind
+        raise ValueError(
+            f"{name} must be a dense tensor with values, got a {kind} one: convert it, such as by "
+            ".to_dense()"
+        )
+
+
+def _held(value: Tensor) -> int:
+    """How many values the memory behind a tensor holds."""
+    return value.untyped_storage().nbytes() // value.element_size()
+
+
+def _in_range(key: str, value: Tensor) -> None:
+    """Raise for a field with values that no corruption can have."""
+    if not value.numel() or value.dtype == torch.bool:
+        return
+    if value.is_complex():
+        raise TypeError(
+            f"`params` must hold real numbers, got {value.dtype} for {shown(key)}: call sample "
+            "again"
+        )
+    if value.numel() > max(_held(value), 2**31):
+        raise ValueError(
+            f"`params` must be drawn for the images, got one value that was expanded to "
+            f"{value.numel():.0e} for {shown(key)}: call sample again"
+        )
+    low, high = _RANGES.get(key, (-_MOST, _MOST))
+    least, most = (float(bound) for bound in value.detach().aminmax())
+    if not (low <= least and most <= high):
+        raise ValueError(
+            f"`params` must have {shown(key)} from {low:g} to {high:g}, got values from "
+            f"{least:.4g} to {most:.4g}: call sample again"
+        )
 
 
 def _size(
@@ -244,6 +308,6 @@ def _size(
 def seed(value: object) -> None:
     """Raise unless `value` is an integer of 64 bits."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"`seed` must be a whole number, got {value!r}: pass an int")
+        raise TypeError(f"`seed` must be a whole number, got {shown(value)}: pass an int")
     if not -(2**63) <= value < 2**63:
         raise ValueError(f"`seed` must fit 64 bits, got {value}: pass a smaller one")

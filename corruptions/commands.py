@@ -16,6 +16,7 @@ from corruptions.api import list_corruptions
 from corruptions.chunks import usable_cores
 from corruptions.layouts import Cifar, Folder, Layout, Options, load_picture
 from corruptions.manifest import SUMS, verify
+from corruptions.messages import sentence
 from corruptions.pictures import OnError
 from corruptions.severity import ParameterSet
 from corruptions.sheet import corrupted_sheet
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return args.execute(args)
     except (ValueError, TypeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {sentence(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from here", file=sys.stderr)

@@ -22,6 +22,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from corruptions.draws import normals
 from corruptions.filters import levels
+from corruptions.messages import shown
 from corruptions.pictures import is_picture, read_picture
 from corruptions.setting import Params, Setting, scalar
 
@@ -278,7 +279,7 @@ def _pictures(folder: Path) -> list[Tensor]:
     if not files:
         raise ValueError(
             f"`frost_pictures` must be a folder with pictures ({', '.join(IMG_EXTENSIONS)}), got "
-            f"{str(folder)!r}, which holds none: check the path, or leave it out"
+            f"{shown(str(folder))}, which holds none: check the path, or leave it out"
         )
     if {path.stem for path in files} == {f"frost{i}" for i in range(1, 7)}:
         files = [path for path in files if path.stem != "frost6"]  # the script never chooses it

@@ -16,6 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from corruptions.messages import shown
+
 __all__ = ["SETTINGS", "SUMS", "finished", "open_folder", "put", "put_bytes", "sha256", "verify"]
 
 SUMS = "SHA256SUMS"
@@ -41,7 +43,7 @@ def open_folder(folder: Path, settings: dict[str, Any]) -> None:
         if others:
             raise ValueError(
                 f"`output` must be an empty folder or one begun by this command, got {folder} "
-                f"with {others[0]!r} and no {SETTINGS}: choose another folder"
+                f"with {shown(others[0])} and no {SETTINGS}: choose another folder"
             )
         put_bytes(folder, SETTINGS, (json.dumps(settings, indent=2) + "\n").encode(), listed=False)
     before = json.loads(path.read_text())

@@ -17,6 +17,7 @@ from torchvision.transforms.v2 import functional
 
 from corruptions import api, check
 from corruptions.draws import image_seeds
+from corruptions.messages import shown
 from corruptions.pictures import to_rgb
 from corruptions.severity import ParameterSet
 
@@ -28,6 +29,7 @@ def _through(change: Callable[[Tensor], Tensor], image: Any) -> Any:
     if isinstance(image, PIL.Image.Image):
         pixels = functional.pil_to_tensor(to_rgb(image))
         return functional.to_pil_image(change(pixels[None])[0])
+    check.dense("images", image)
     plain = image.as_subclass(Tensor)
     if plain.ndim == 3 and plain.shape[0] not in check.CHANNELS:
         check.shape(plain.shape)  # says how to make it a batch
@@ -155,7 +157,9 @@ class CorruptedDataset(Dataset):
     def __getitem__(self, index: int) -> Any:
         """The item at a position with its image corrupted; the rest as it is."""
         if isinstance(index, bool) or not hasattr(index, "__index__"):
-            raise TypeError(f"`index` must be a position, got {index!r}: take one item at a time")
+            raise TypeError(
+                f"`index` must be a position, got {shown(index)}: take one item at a time"
+            )
         position = range(len(self.dataset))[index]
         item = self.dataset[position]
         image = item[0] if isinstance(item, (tuple, list)) else item

@@ -7,6 +7,8 @@ methods on a model and streams that are objects there.
 
 from typing import TYPE_CHECKING, Any
 
+from tta.core.checks import shown
+
 if TYPE_CHECKING:
     from experiments.run.evaluate import Evaluation, evaluate
 
@@ -19,4 +21,4 @@ def __getattr__(name: str) -> Any:
         from experiments.run import evaluate as module
 
         return getattr(module, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    raise AttributeError(f"module {shown(__name__)} has no attribute {shown(name)}")

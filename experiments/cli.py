@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from importlib import import_module
 
 from experiments.records.errors import CannotGoOn
+from tta.core.checks import sentence
 
 __all__ = ["COMMANDS", "Command", "main"]
 
@@ -108,12 +109,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         work = args.prepare(args)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         # The user's mistake, found before anything ran; everything of ours says it in a sentence.
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {sentence(error)}", file=sys.stderr)
         return 2
     try:
         left = work.execute()
     except (CannotGoOn, FileExistsError, UnreadablePictureError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {sentence(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from here", file=sys.stderr)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import tta
 from models.bundled import BUNDLED, CIFAR10_CLASSES, FOLDER
 from models.checkpoint import Weights, fit, read_checkpoint, rows_of
-from tta.core.checks import boolean, nearest, path_like, string
+from tta.core.checks import boolean, nearest, path_like, shown, string
 from tta.core.classifier import find_classifier, num_classes
 from tta.core.parameters import is_norm
 
@@ -112,7 +112,8 @@ def load(
     boolean("pretrained", pretrained)
     if match not in get_args(Match):
         raise ValueError(
-            f'`match` must be one of {", ".join(get_args(Match))}, got {match!r}: "order" is for '
+            f'`match` must be one of {", ".join(get_args(Match))}, got {shown(match)}: "order" is '
+            "for "
             "ports whose names differ."
         )
     by_order = match == "order"
@@ -142,13 +143,13 @@ def load(
 
 def _check_library(library: str) -> None:
     if library not in LIBRARIES:
-        raise ValueError(f"unknown library {library!r}: " + nearest(library, LIBRARIES))
+        raise ValueError(f"unknown library {shown(library)}: " + nearest(library, LIBRARIES))
 
 
 def _bundled(name: str, pretrained: bool) -> tuple[nn.Module, dict[str, Any]]:
     if name not in BUNDLED:
         options = [*BUNDLED, "timm:<name>", "torchvision:<name>"]
-        raise ValueError(f"unknown model {name!r}: " + nearest(name, options))
+        raise ValueError(f"unknown model {shown(name)}: " + nearest(name, options))
     model, folder = BUNDLED[name](), FOLDER / name
     source = None
     if pretrained:
@@ -171,7 +172,7 @@ def _weights(folder: Path) -> list[tuple[str, Tensor]]:
 def _timm(name: str, pretrained: bool, classes: int | None) -> tuple[nn.Module, dict[str, Any]]:
     known = timm.list_models()
     if name.partition(".")[0] not in known:
-        raise ValueError(f"unknown timm model {name!r}: " + nearest(name, known, SHOWN))
+        raise ValueError(f"unknown timm model {shown(name)}: " + nearest(name, known, SHOWN))
     extra: dict[str, Any] = {} if classes is None else {"num_classes": classes}
     host = _HUB.ENDPOINT
     model = _fetched(
@@ -191,7 +192,7 @@ def _torchvision(
 ) -> tuple[nn.Module, dict[str, Any]]:
     known = torchvision.models.list_models(module=torchvision.models)
     if name not in known:
-        raise ValueError(f"unknown torchvision model {name!r}: " + nearest(name, known, SHOWN))
+        raise ValueError(f"unknown torchvision model {shown(name)}: " + nearest(name, known, SHOWN))
     weights = torchvision.models.get_model_weights(name)["DEFAULT"]
     extra = {} if classes is None else {"num_classes": classes}
     model = _fetched(
@@ -221,7 +222,7 @@ def _fetched(name: str, pretrained: bool, host: str, create: Callable[[], nn.Mod
             return create()
     except Exception as error:
         raise RuntimeError(
-            f"`name`={name!r} must have weights on this machine or that can be fetched from "
+            f"`name`={shown(name)} must have weights on this machine or that can be fetched from "
             f"{host}, but fetching failed ({type(error).__name__}): check the network, or name a "
             f"file of weights as in {name}@PATH."
         ) from error

@@ -85,7 +85,7 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(file):
         ("[[streams]]\nscenario='mixd'", "got 'mixd'; did you mean 'mixed'"),
         ("[sweep]\nseed = [1]", "`sweep.seed`: did you mean 'seeds'"),
         ("name = ", "must be a TOML file"),
-        ("batch_size = 0", "`batch-size` must be at least 1"),
+        ("batch_size = 0", "`batch_size` must be a whole number of at least 1"),
         ("[[streams]]\nscenario='mixed'\n[[streams]]\nscenario='mixed'", "names of their own"),
     ],
 )

@@ -303,7 +303,7 @@ WRONG = [
     ),
     (
         ValueError,
-        r"`delta` must be a number greater than 0, got -1",
+        r"`delta` must be a number greater than 0.*got -1",
         {"scenario": "dirichlet", "delta": -1},
     ),
     (TypeError, r"`delta` must be a number", {"scenario": "dirichlet", "delta": "0.1"}),

@@ -31,8 +31,9 @@ def test_names_that_are_known_come_in_one_order() -> None:
     }
     (text,) = texts
     fields = text[text.index("Known: ") + 7 :].split(", ")
-    own = [key for key in tta.get_config("tent").to_dict() if key != "name"]
-    assert fields[: len(own)] == sorted(own)
+    own = sorted(key for key in tta.get_config("tent").to_dict() if key != "name")
+    listed = [field for field in fields if field in own]
+    assert len(listed) > 3 and listed == [key for key in own if key in fields]
 
 
 def test_the_small_batch_warning_recommends_something_else() -> None:

@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from tta._moved import FORMER, MOVED, install_old_names
+from tta.core.checks import shown
 from tta.version import __version__
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def __getattr__(name: str) -> Any:
         if name in names:
             value = globals()[name] = getattr(import_module(place), name)
             return value
-    raise AttributeError(f"module 'tta' has no attribute {name!r}")
+    raise AttributeError(f"module 'tta' has no attribute {shown(name)}")
 
 
 def __dir__() -> list[str]:

@@ -17,6 +17,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from tta.core.checks import shown
+
 __all__ = ["MOVED", "install_old_names"]
 
 MOVED = {
@@ -67,7 +69,7 @@ class _OldName(ModuleType):
             raise AttributeError(key)
         place = FORMER.get(self.__name__, {}).get(key, MOVED.get(self.__name__))
         if place is None:
-            raise AttributeError(f"module {self.__name__!r} has no attribute {key!r}")
+            raise AttributeError(f"module {shown(self.__name__)} has no attribute {shown(key)}")
         return getattr(import_module(place), RENAMED.get(key, key))
 
 

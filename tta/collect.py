@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tta.core.checks import shown
 from tta.core.registry import component, get_config
 from tta.core.source import SourceStatistics
 from tta.core.source_checks import check_iterable
@@ -43,11 +45,12 @@ def collect_source(
     if wrap_arguments.get("mean") is None and wrap_arguments.get("std") is None:
         wrap_arguments |= {"mean": (0.0,), "std": (1.0,)}  # no artefact depends on augmentation
     check_iterable("loader", loader)
-    listed = isinstance(for_methods, Iterable) and not isinstance(for_methods, str)
-    names: list[Any] = list(for_methods) if listed else [for_methods]
+    listed = isinstance(for_methods, Iterable) and not isinstance(for_methods, (str, Tensor))
+    names: list[Any] = list(islice(for_methods, 1000)) if listed else [for_methods]
     if not all(isinstance(name, str) for name in names):
         raise TypeError(
-            f"`for_methods` must be a list of names, got {for_methods!r}: pass such as ['eata']."
+            f"`for_methods` must be a list of names, got {shown(for_methods)}: pass such as "
+            "['eata']."
         )
     if not names:
         raise ValueError(

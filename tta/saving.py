@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from tta.core.adapter import Adapter
 from tta.core.build import Injected, build
-from tta.core.checks import path_like
+from tta.core.checks import parsed_json, path_like, shown, told
 from tta.core.files import leftovers_of, replacing_together
 from tta.core.head import FeatureSpec
 from tta.core.outputs import LogitsSpec
@@ -83,7 +83,7 @@ def save(adapter: Adapter, folder: str | Path) -> None:
             config_part.write_text(json.dumps(about, indent=2))
     except OSError as error:
         raise type(error)(
-            f"`folder` must be one that can be written to, but {folder} is not "
+            f"`folder` must be one that can be written to, but {told(folder)} is not "
             f"({error.strerror or error}): choose another, or make room."
         ) from error
 
@@ -121,8 +121,9 @@ def load(
         config = AdapterConfig.from_dict(about["config"])
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"`folder` must hold a config of this version, but that in {folder / CONFIG} is not "
-            f"one: {error}"
+            f"`folder` must hold a config of this version, but that in {told(folder / CONFIG)} is "
+            "not "
+            f"one: {told(error)}"
         ) from None
     injected = Injected(logits=logits, features=features)
     adapter = build(model, config, source, injected, parts["constant"])
@@ -130,16 +131,19 @@ def load(
         saved, expected = about["model"], _signature(adapter.model, adapter)
         if expected != saved:
             raise ValueError(
-                f"`model` must be the one that was saved ({saved.get('type')}, "
-                f"{saved.get('classes')} classes, {saved.get('parameters')} parameters, "
-                f"source weights {saved.get('weights')}), got {expected['type']}, "
+                f"`model` must be the one that was saved ({told(saved.get('type'), 30)}, "
+                f"{told(saved.get('classes'), 20)} classes, {told(saved.get('parameters'), 20)} "
+                f"parameters, source weights {told(saved.get('weights'), 20)}), got "
+                f"{expected['type']}, "
                 f"{expected['classes']} classes, {expected['parameters']} parameters, weights "
-                f"{expected['weights']}: pass the model that {folder} was made for."
+                f"{expected['weights']}: pass the model that {told(folder)} was made for."
             )
         missing = set(adapter.state()) - set(parts["state"]) - set(parts["initial"])
         if missing:
             raise ValueError(
-                f"`folder` must hold a whole state, but {folder} lacks {min(missing)!r}: save the "
+                f"`folder` must hold a whole state, but {told(folder)} lacks "
+                f"{shown(min(missing))}: "
+                "save the "
                 "adapter again."
             )
         adapter.load_state(parts["initial"], as_source=True, allow_nonfinite=True)
@@ -161,21 +165,17 @@ def _signature(model: nn.Module, adapter: Adapter) -> dict[str, Any]:
 
 def _folder(folder: Any) -> Path:
     folder = path_like("folder", folder)
-    try:
-        is_file = folder.is_file()
-    except OSError as error:
-        raise type(error)(
-            f"`folder` must be a folder, got what is none ({error.strerror}): choose another."
-        ) from None
-    if is_file:
-        raise NotADirectoryError(f"`folder` must be a folder, got the file {folder}: pass another.")
+    if folder.is_file():
+        raise NotADirectoryError(
+            f"`folder` must be a folder, got the file {told(folder)}: pass another."
+        )
     return folder
 
 
 def _metadata(data: bytes) -> dict[str, str]:
     """What a safetensors file says beside its tensors; its header is JSON after its length."""
     length = int.from_bytes(data[:8], "little")
-    return json.loads(data[8 : 8 + length]).get("__metadata__", {})
+    return parsed_json(data[8 : 8 + length]).get("__metadata__", {})
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> str:
@@ -208,7 +208,8 @@ def _read_once(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor
     if not places or not (folder / TENSORS).is_file():
         missing = folder / (TENSORS if places else CONFIG)
         raise FileNotFoundError(
-            f"`folder` must hold a saved adapter, but {missing} is missing: pass the folder that "
+            f"`folder` must hold a saved adapter, but {told(missing)} is missing: pass the folder "
+            "that "
             "tta.save wrote."
         )
     parts: dict[str, dict[str, Tensor]] = {"state": {}, "constant": {}, "initial": {}}
@@ -220,18 +221,23 @@ def _read_once(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor
         for key, tensor in tensors.items():
             kind, _, name = key.partition(":")
             parts[kind][name] = tensor
+    except OSError as error:
+        raise _unreadable(folder / TENSORS, error) from error
     except (SafetensorError, KeyError, ValueError) as error:
         raise ValueError(
-            f"`folder` must hold a saved adapter, but {folder / TENSORS} is cut off or something "
-            f"else ({error}): save it again."
+            f"`folder` must hold a saved adapter, but {told(folder / TENSORS)} is cut off or "
+            "something "
+            f"else ({told(error)}): save it again."
         ) from None
     if metadata.get("checksum", _checksum(tensors)) != _checksum(tensors):  # 0.1.0 wrote none
         raise ValueError(
-            f"`folder` must hold a saved adapter, but values in {folder / TENSORS} are not those "
+            f"`folder` must hold a saved adapter, but values in {told(folder / TENSORS)} are not "
+            "those "
             "that were saved: save it again."
         )
     failure: ValueError = _NotTogetherError(
-        f"`folder` must hold two files that were saved together, but those in {folder} were not: "
+        f"`folder` must hold two files that were saved together, but those in {told(folder)} were "
+        "not: "
         "save the adapter again."
     )
     for place in places:
@@ -248,24 +254,37 @@ def _read_once(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor
     raise failure
 
 
+def _unreadable(path: Path, error: OSError) -> OSError:
+    reason = error.strerror or type(error).__name__
+    return type(error)(
+        f"`folder` must hold files that can be read, but {told(path)} cannot ({reason}): choose "
+        "another, or change its permissions."
+    )
+
+
 def _about(path: Path) -> dict[str, Any]:
     """What a config file holds."""
     try:
-        about = json.loads(path.read_text())
+        about = parsed_json(path.read_bytes())
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise _unreadable(path, error) from error
     except ValueError as error:
         about, reason = None, str(error)
     else:
         reason = "it is no config of an adapter"
     if isinstance(about, dict) and about.get("format", FORMAT) != FORMAT:
         raise ValueError(
-            f"`folder` must be of format {FORMAT}, got {about['format']!r} in {path}: save it "
+            f"`folder` must be of format {FORMAT}, got {shown(about['format'])} in {told(path)}: "
+            "save it "
             "again with this version."
         )
     if not isinstance(about, dict) or any(
         not isinstance(about.get(key), dict) for key in ("config", "model")
     ):
         raise ValueError(
-            f"`folder` must hold a saved adapter, but {path} is cut off or something else "
+            f"`folder` must hold a saved adapter, but {told(path)} is cut off or something else "
             f"({reason}): save it again."
         )
     return about

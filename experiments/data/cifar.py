@@ -26,6 +26,7 @@ from torchvision import datasets
 
 from corruptions.manifest import SETTINGS
 from experiments.data.image_set import ImageSet, check_images
+from tta.core.checks import shown
 
 __all__ = [
     "CIFAR10_CLASSES",
@@ -54,9 +55,9 @@ def read_cifar(root: str | Path, name: str = "cifar10", split: str = "test") -> 
         split: "train" (50,000 images) or "test" (10,000).
     """
     if name not in _FOLDERS:
-        raise ValueError(f"`name` must be one of {', '.join(_FOLDERS)}, got {name!r}")
+        raise ValueError(f"`name` must be one of {', '.join(_FOLDERS)}, got {shown(name)}")
     if split not in ("train", "test"):
-        raise ValueError(f"`split` must be 'train' or 'test', got {split!r}")
+        raise ValueError(f"`split` must be 'train' or 'test', got {shown(split)}")
     kind, root = _FOLDERS[name], Path(root)
     if root.name == kind.base_folder:
         root = root.parent
@@ -66,7 +67,7 @@ def read_cifar(root: str | Path, name: str = "cifar10", split: str = "test") -> 
         if not path.is_file():
             raise FileNotFoundError(
                 f"`{path}` is missing: unpack {kind.filename} into {root} (torchvision downloads "
-                f"it with datasets.{kind.__name__}({str(root)!r}, download=True))"
+                f"it with datasets.{kind.__name__}({shown(str(root))}, download=True))"
             )
     try:
         data = kind(str(root), train=split == "train", download=False)

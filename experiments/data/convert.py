@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from corruptions.pictures import UnreadablePictureError, read_picture
+from tta.core.checks import told
 from tta.core.files import replacing
 
 __all__ = ["Conversion", "add_flags", "convert_strips", "read_strip"]
@@ -33,7 +34,7 @@ def read_strip(path: str | Path, rows: int = 10_000) -> np.ndarray:
     try:
         pixels = np.asarray(read_picture(path))
     except UnreadablePictureError as error:
-        raise ValueError(f"`{path}` is not a whole PNG ({error}): unpack it again") from error
+        raise ValueError(f"`{path}` is not a whole PNG ({told(error)}): unpack it again") from error
     if pixels.shape != (rows, 1024, 3):
         raise ValueError(
             f"`{path}` must be {rows} rows of 1024 pixels, got {pixels.shape[0]} rows of "

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from corruptions.pictures import is_picture
+from tta.core.checks import shown
 
 __all__ = ["read_labels"]
 
@@ -51,7 +52,8 @@ def read_labels(
         if number is None:
             raise ValueError(
                 f"`labels` must hold numbers{' or class names' if label_of else ''}, but {path} "
-                f"has the line {' '.join(words)[:60]!r}: write a label, or a picture's name and "
+                f"has the line {shown(' '.join(words), 60)}: write a label, or a picture's name "
+                "and "
                 "its label, on each line"
             )
         numbers.append(number)

@@ -14,6 +14,8 @@ import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from tta.core.checks import parsed_json
+
 __all__ = ["decode", "encode", "mend", "next_number", "split"]
 
 CHECK = re.compile(rb'\{"check": "(\d+)-([0-9a-f]{8})", ')
@@ -39,7 +41,7 @@ def decode(line: bytes) -> dict[str, Any] | None:
     elif not line.startswith(UNCHECKED):
         return None
     try:
-        row = json.loads(line)
+        row = parsed_json(line)
     except ValueError:
         return None
     return row if isinstance(row, dict) and "kind" in row else None

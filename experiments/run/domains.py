@@ -16,7 +16,7 @@ from torch import Tensor
 
 import corruptions
 from experiments.data import Collection, ImageSet, LabelledSet
-from tta.core.checks import nearest
+from tta.core.checks import nearest, shown
 from tta.streams.sources import CLEAN
 
 __all__ = ["Shifts", "corrupt_set", "image_seeds", "resolve_domains"]
@@ -44,7 +44,7 @@ def resolve_domains(names: Sequence[str], data: Collection) -> tuple[str, ...]:
     for name in names:
         if name not in known:
             raise ValueError(
-                f"`corruptions` must be among the domains of {data.name}, got {name!r}: "
+                f"`corruptions` must be among the domains of {data.name}, got {shown(name)}: "
                 + nearest(name, known)
             )
     if len(set(names)) != len(names):

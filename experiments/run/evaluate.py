@@ -172,7 +172,7 @@ def evaluate(
         methods=tuple(method.label for method in chosen),
         streams=tuple(_stream_config(key, built) for key, built in streams.items()),
         batch_size=next(iter(streams.values())).config["batch_size"],
-        seed=whole_number("seed", seed, 0),
+        seed=whole_number("seed", seed, 0, 2**63 - 1),
         device=str(where),
     )
     origin = {"name": data, "origin": data, "domains_on_disk": False}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -12,6 +11,7 @@ from typing import Any, get_args
 from corruptions.pictures import OnError
 from experiments.records.config import DEMO_METHODS
 from experiments.run.settings import MATCHES, read_settings
+from tta.core.checks import parsed_json, shown, told
 
 __all__ = ["add_imports", "add_settings", "number_of_images", "parse_value", "settings_flags"]
 
@@ -150,9 +150,11 @@ def settings_flags(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, 
 def read_tuned(path: Path) -> dict[str, Any]:
     """Read a file that `experiments.sweep.tune` wrote."""
     try:
-        found = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"`tuned` must be a tuned.json, but {path} is no JSON: {error}") from error
+        found = parsed_json(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(
+            f"`tuned` must be a tuned.json, but {path} is no JSON: {told(error)}"
+        ) from error
     if not isinstance(found, dict) or "chosen" not in found:
         raise ValueError(f"`tuned` must be a tuned.json, got {path}, which holds no choice")
     return found
@@ -165,7 +167,7 @@ def number_of_images(text: str | None, default: int | None) -> int | None:
     if text == "all":
         return None
     if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"`images` must be a number of 1 up or 'all', got {text!r}")
+        raise ValueError(f"`images` must be a number of 1 up or 'all', got {shown(text)}")
     return int(text)
 
 
@@ -175,10 +177,10 @@ def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not key or not equals:
-            raise ValueError(f"`option` must be KEY=VALUE, got {pair!r}: such as delta=0.1")
+            raise ValueError(f"`option` must be KEY=VALUE, got {shown(pair)}: such as delta=0.1")
         if key in OWN_FLAGS:
             raise ValueError(
-                f"`option` must be none of the run's own arguments, got {pair!r}: use "
+                f"`option` must be none of the run's own arguments, got {shown(pair)}: use "
                 f"{OWN_FLAGS[key]}"
             )
         options[key] = parse_value(text)

@@ -17,7 +17,7 @@ from experiments.data import Collection
 from experiments.run.method_strings import Method, check_labels, parse_method
 from experiments.run.subject import Subject, normalise
 from models import ModelInfo
-from tta.core.checks import channels
+from tta.core.checks import channels, shown
 from tta.core.config import SLOTS
 from tta.core.head import find_head
 from tta.core.outputs import LogitsReader
@@ -107,19 +107,21 @@ def check_streams(given: Any) -> dict[str, Stream]:
     for name, stream in given.items():
         if not isinstance(name, str) or not name or set(name) & set("/\\"):
             raise ValueError(
-                f"`stream` must have names that are usable in file names, got {name!r}: choose "
+                f"`stream` must have names that are usable in file names, got {shown(name)}: "
+                "choose "
                 "another name"
             )
         if not isinstance(stream, Stream):
             raise TypeError(
                 f"`stream` must hold tta.streams.Stream objects, got {type(stream).__name__} as "
-                f"{name!r}: make it with tta.streams.build"
+                f"{shown(name)}: make it with tta.streams.build"
             )
         first = next(stream.rows(), None)
         if first is None or first[0].step != 0:
             raise ValueError(
-                f"`stream` must begin at its first batch and hold at least one, got {stream!r} as "
-                f"{name!r}: pass the whole stream"
+                "`stream` must begin at its first batch and hold at least one, got "
+                f"{shown(stream)} as "
+                f"{shown(name)}: pass the whole stream"
             )
     return dict(given)
 
@@ -130,7 +132,7 @@ def check_left_out(**given: Any) -> None:
         if value is not None:
             raise ValueError(
                 f"`{name}` must be left out where `model` is an adapter, which is evaluated as it "
-                f"is, got {value!r}: pass the plain model to compare methods"
+                f"is, got {shown(value)}: pass the plain model to compare methods"
             )
 
 
@@ -193,7 +195,8 @@ def _scale(
     """Means and standard deviations of the three channels; empty where nobody knows them."""
     if (mean is None) != (std is None):
         raise ValueError(
-            f"`mean` and `std` must be given together, got mean={mean!r} and std={std!r}: pass both"
+            f"`mean` and `std` must be given together, got mean={shown(mean)} and "
+            f"std={shown(std)}: pass both"
         )
     if mean is None and isinstance(cfg := getattr(model, "pretrained_cfg", None), Mapping):
         mean, std = cfg.get("mean"), cfg.get("std")
@@ -204,7 +207,7 @@ def _scale(
         )
     if mean is None:
         return (), ()
-    means, stds = channels("mean", mean), channels("std", std, above=0)
+    means, stds = channels("mean", mean), channels("std", std, low=0, above=True)
     for name, values in (("mean", means), ("std", stds)):
         if len(values) not in (1, 3):
             raise ValueError(
@@ -217,7 +220,8 @@ def _scale(
 def _check_preprocess(preprocess: Any, images: Tensor) -> None:
     if not callable(preprocess):
         raise TypeError(
-            f"`preprocess` must be callable on pixels (B, 3, H, W) in [0, 1], got {preprocess!r}: "
+            "`preprocess` must be callable on pixels (B, 3, H, W) in [0, 1], got "
+            f"{shown(preprocess)}: "
             "pass a function"
         )
     ready = preprocess(images)
@@ -251,7 +255,7 @@ def check_classes(streams: Mapping[str, Stream], classes: int) -> None:
         if most >= classes:
             raise ValueError(
                 f"`stream` must show labels in 0..{classes - 1}, the classes of the model, got the "
-                f"label {most} in {name!r}: pass labels in the order of the model's classes"
+                f"label {most} in {shown(name)}: pass labels in the order of the model's classes"
             )
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import tta
 from experiments.run.subject import Subject
-from tta.core.checks import nearest
+from tta.core.checks import nearest, shown
 from tta.core.component import Component
 from tta.core.config import SLOTS
 from tta.core.registry import PRESET_CLASSES, component
@@ -134,18 +134,18 @@ def parse_method(text: str, classes: int) -> Method:
         base, _, preset = name.partition(".")
         if base == SOURCE:
             raise ValueError(
-                f"`methods` has {label!r}, but source means no adaptation and is joined to "
+                f"`methods` has {shown(label)}, but source means no adaptation and is joined to "
                 "nothing: leave it out"
             )
         if base not in slot_of:
             raise ValueError(
-                f"`methods` must be names of components, got {base!r}: "
+                f"`methods` must be names of components, got {shown(base)}: "
                 + nearest(base, [*slot_of, SOURCE])
             )
         slot = slot_of[base]
         if slot in slots:
             raise ValueError(
-                f"`methods` has {label!r}, where {slots[slot]} and {name} are both {slot} "
+                f"`methods` has {shown(label)}, where {slots[slot]} and {name} are both {slot} "
                 "components: keep one for each of norm, update and output"
             )
         default = PRESET_OF_CLASSES.get(classes)
@@ -172,7 +172,7 @@ def _fields(part: str) -> tuple[str, dict[str, Any]]:
         return name.strip(), fields
     except (SyntaxError, ValueError, AssertionError) as error:
         raise ValueError(
-            f"`methods` must set fields as in tent[lr=1e-3, steps=2], got {part!r}"
+            f"`methods` must set fields as in tent[lr=1e-3, steps=2], got {shown(part)}"
         ) from error
 
 

@@ -23,6 +23,7 @@ import torch.distributed as dist
 import tta
 from experiments.records.file import RESULTS
 from experiments.run.snapshot import FILE
+from tta.core.checks import shown
 from tta.runtime.parallel import split_batches
 
 __all__ = ["first", "following", "join", "lead", "leave", "many", "share"]
@@ -49,7 +50,8 @@ def join(device: str) -> None:
         return
     if device not in ("cpu", "cuda"):
         raise ValueError(
-            f"`device` must be cpu or cuda under torchrun, got {device!r}: each process takes the "
+            f"`device` must be cpu or cuda under torchrun, got {shown(device)}: each process "
+            "takes the "
             "GPU of its local rank"
         )
     gpu, place = device == "cuda", int(os.environ.get("LOCAL_RANK", "0"))

@@ -26,7 +26,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args
@@ -36,7 +36,7 @@ from corruptions.pictures import OnError
 from experiments.data import default_severity
 from experiments.records.config import DEMO_METHODS, RunConfig, StreamConfig, SweepConfig
 from experiments.run.subject import pick_device
-from tta.core.checks import nearest, one_of
+from tta.core.checks import LARGEST, nearest, one_of, path_like, shown, string, told, whole_number
 from tta.core.plugins import import_modules
 
 if sys.version_info >= (3, 11):
@@ -54,6 +54,7 @@ PLACES = {
     "below a line [[streams]]": STREAM_KEYS,
     "below a line [sweep]": SWEEP_KEYS,
 }
+MOST_SEED = 2**63 - 1
 MATCHES = ("name", "order")
 DEFAULTS: dict[str, Any] = {
     "name": "demo",
@@ -74,18 +75,77 @@ DEFAULTS: dict[str, Any] = {
 BUNDLED_IMAGES = 1000  # of 2000, so that a laptop does it in minutes
 
 
+def _strings(name: str, value: Any) -> None:
+    if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
+        what = "modules" if name == "imports" else "names"
+        raise TypeError(
+            f"`{name}` must be a list of {what}, got {shown(value)}; put it in brackets"
+        )
+
+
+def _numbers(low: int, high: int) -> Callable[[str, Any], None]:
+    def check(name: str, value: Any) -> None:
+        if not isinstance(value, list):
+            raise TypeError(
+                f"`{name}` must be a list of whole numbers, got {shown(value)}; put it in brackets"
+            )
+        for item in value:
+            whole_number(name, item, low, high)
+
+    return check
+
+
+def _images(name: str, value: Any) -> None:
+    if value != "all":
+        whole_number(name, value, 1, LARGEST)
+
+
+def _options(name: str, value: Any) -> None:
+    if not isinstance(value, dict):
+        raise TypeError(
+            f"`{name}` must be a table, got {shown(value)}; write such as options = "
+            "{ delta = 0.1 }"
+        )
+
+
+# The kind of each setting of a file; those that are not here are strings.
+KINDS: dict[str, Callable[[str, Any], Any]] = {
+    "methods": _strings,
+    "imports": _strings,
+    "domains": _strings,
+    "models": _strings,
+    "batch_size": lambda name, value: whole_number(name, value, 1, LARGEST),
+    "seed": lambda name, value: whole_number(name, value, 0, MOST_SEED),
+    "severity": lambda name, value: whole_number(name, value, 1, 5),
+    "severities": _numbers(1, 5),
+    "batch_sizes": _numbers(1, LARGEST),
+    "seeds": _numbers(0, MOST_SEED),
+    "images": _images,
+    "options": _options,
+    "streams": lambda name, value: None,  # tables, checked one by one
+    "sweep": lambda name, value: None,
+    "tuned": lambda name, value: None,
+}
+
+
 def read_settings(path: str | Path) -> dict[str, Any]:
-    """Read a TOML file and check its keys.
+    """Read a TOML file and check its keys and the kind of each value.
 
     Raises:
-        ValueError: For a file that is no TOML, or an unknown key.
+        FileNotFoundError: When there is no such file.
+        ValueError: For a file that is no TOML, an unknown key, or a number out of range.
+        TypeError: For a value of the wrong kind.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"`config` must be a TOML file, but {path} is not there")
+    if not path_like("config", path).is_file():
+        raise FileNotFoundError(
+            f"`config` must be a TOML file, but {told(path)} is not there: check the path"
+        )
     try:
-        settings = tomllib.loads(Path(path).read_text())
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"`config` must be a TOML file, but {path} is not: {error}") from error
+        settings = tomllib.loads(Path(path).read_bytes().decode())
+    except (ValueError, RecursionError) as error:  # a TOMLDecodeError is a ValueError
+        raise ValueError(
+            f"`config` must be a TOML file, but {path} is not: {told(error)}"
+        ) from error
     _check(path, "", settings, RUN_KEYS | {"sweep"})
     streams = settings.get("streams", [])
     if not isinstance(streams, list) or not all(isinstance(stream, dict) for stream in streams):
@@ -129,7 +189,8 @@ def make_run(settings: Mapping[str, Any], flags: Mapping[str, Any]) -> RunConfig
     values |= {name: value for name, value in given.items() if name in DEFAULTS}
     if isinstance(values["imports"], str):
         raise TypeError(
-            f"`imports` must be a list of modules, got {values['imports']!r}; put it in brackets"
+            f"`imports` must be a list of modules, got {shown(values['imports'])}; put it in "
+            "brackets"
         )
     import_modules(values["imports"])
     streams = [dict(stream) for stream in settings.get("streams", [])]
@@ -189,15 +250,13 @@ def _stream(values: dict[str, Any], defaults: Mapping[str, Any]) -> StreamConfig
 def _check_run(config: RunConfig) -> None:
     one_of("on-error", config.on_error, get_args(OnError))
     one_of("match", config.match, MATCHES)
-    if config.batch_size < 1:
-        raise ValueError(f"`batch-size` must be at least 1, got {config.batch_size}")
-    if config.seed < 0:
-        raise ValueError(f"`seed` must be 0 or more, got {config.seed}")
+    whole_number("batch-size", config.batch_size, 1, LARGEST)
+    whole_number("seed", config.seed, 0, MOST_SEED)
     if not config.name or set(config.name) & set("/\\"):
-        raise ValueError(f"`name` must be usable in a folder's name, got {config.name!r}")
+        raise ValueError(f"`name` must be usable in a folder's name, got {shown(config.name)}")
     names = [stream.name for stream in config.streams]
     if len(set(names)) != len(names):
-        raise ValueError(f"`streams` must have names of their own, got {' '.join(names)}")
+        raise ValueError(f"`streams` must have names of their own, got {told(' '.join(names))}")
 
 
 def _check(path: str | Path, where: str, values: Mapping[str, Any], known: set[str]) -> None:
@@ -211,4 +270,6 @@ def _check(path: str | Path, where: str, values: Mapping[str, Any], known: set[s
             advice = "it is called `domains` there, in each [[streams]]"
         elif belongs and f"{key}s" not in known:
             advice = f"it belongs {' or '.join(belongs)}"
-        raise ValueError(f"`{path}` has no setting `{where}{key}`: {advice}")
+        raise ValueError(f"`{told(path)}` has no setting `{where}{told(key)}`: {advice}")
+    for key, value in values.items():
+        KINDS.get(key, string)(key, value)

@@ -74,7 +74,7 @@ def load_setup(
         FileNotFoundError: For missing data.
     """
     if readers is not None:
-        whole_number("readers", readers, 0)
+        whole_number("readers", readers, 0, 1024)
     import_modules(config.imports)  # also in a worker, or where the run is resumed
     cache = Cache() if cache is None else cache
     device = torch.device(config.device)

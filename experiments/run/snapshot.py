@@ -20,6 +20,7 @@ from torch import Tensor
 from experiments.records.file import plain
 from experiments.run.totals import Totals
 from tta import Adapter
+from tta.core.checks import told
 from tta.core.files import leftovers_of, replacing
 from tta.core.state_dict import checksum
 
@@ -92,7 +93,8 @@ class Snapshots:
                 raise ValueError("its checksum is another")
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"`{self.path}` must be a snapshot, but it cannot be read ({error}): it is left "
+                f"`{self.path}` must be a snapshot, but it cannot be read ({told(error)}): it is "
+                "left "
                 "out and the method starts again"
             ) from error
         if about["key"] != plain(key):
@@ -105,7 +107,8 @@ class Snapshots:
             totals = Totals.from_state(about["totals"], parts["totals"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"`{self.path}` must be a snapshot of this version, but it does not fit ({error}): "
+                f"`{self.path}` must be a snapshot of this version, but it does not fit "
+                f"({told(error)}): "
                 "it is left out and the method starts again"
             ) from error
         adapter.load_state(parts["state"])

@@ -15,6 +15,7 @@ import tta
 from corruptions.pictures import OnError
 from experiments.data import Collection, LabelledSet, open_data
 from experiments.records.config import RunConfig
+from tta.core.checks import shown, told
 
 __all__ = ["Subject", "load_subject", "normalise", "pick_device", "subject_arguments"]
 
@@ -83,10 +84,9 @@ def pick_device(name: str | None) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
         raise ValueError(
-            f"`device` must be one that torch can use here, got {name!r} ({reason}): leave it out "
-            "to have it chosen"
+            f"`device` must be one that torch can use here, got {shown(name)} ({told(error)}): "
+            "leave it out to have it chosen"
         ) from error
     return device
 
@@ -135,13 +135,13 @@ def load_subject(
             where, size, classes, info.num_classes, labels=labels_path, on_error=on_error
         )
 
-    data = shown = read(data_name)
+    data = shifted = read(data_name)
     clean = data.clean
     if clean_name is not None:
         clean = read(clean_name).clean
         if clean is None:
-            raise ValueError(f"`clean` must be a path of clean images, got {clean_name!r}")
-        shown = data.as_shifted()
+            raise ValueError(f"`clean` must be a path of clean images, got {shown(clean_name)}")
+        shifted = data.as_shifted()
     for images in (data.clean, clean):
         if images is not None and len(images.classes) > info.num_classes:
             raise ValueError(
@@ -157,7 +157,7 @@ def load_subject(
         source = tta.SourceStatistics.load(source_path)
     preprocess = normalise(info.mean, info.std, device)
     model = model.to(device).eval()
-    return Subject(model_name, model, info, source, shown, clean, preprocess, device)
+    return Subject(model_name, model, info, source, shifted, clean, preprocess, device)
 
 
 def _lines(path: str) -> list[str]:
@@ -166,7 +166,9 @@ def _lines(path: str) -> list[str]:
     lines = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
     if len(set(lines)) < len(lines):
         twice = next(line for line in lines if lines.count(line) > 1)
-        raise ValueError(f"`classes` must name each class once, but {path} has {twice!r} again")
+        raise ValueError(
+            f"`classes` must name each class once, but {path} has {shown(twice)} again"
+        )
     return lines
 
 

@@ -26,7 +26,7 @@ from experiments.run.domains import corrupt_set
 from experiments.run.flags import number_of_images
 from experiments.run.subject import load_subject, pick_device
 from models.bundled import BUNDLED, FOLDER
-from tta.core.checks import nearest
+from tta.core.checks import nearest, shown
 from tta.core.files import replacing
 
 __all__ = ["Card", "add_flags", "render_card"]
@@ -83,13 +83,14 @@ class Card:
     ) -> None:
         if name not in BUNDLED:
             known = nearest(name, BUNDLED)
-            raise ValueError(f"`name` must be a bundled model, got {name!r}: {known}")
+            raise ValueError(f"`name` must be a bundled model, got {shown(name)}: {known}")
         self.folder = FOLDER / name if folder is None else Path(folder)
         self.subject = load_subject(name, data, device)
         clean = self.subject.clean
         if not isinstance(clean, ImageSet):
             raise ValueError(
-                f"`data` must be the CIFAR-10 test set, got {data!r}: pass the .npz or the folder "
+                f"`data` must be the CIFAR-10 test set, got {shown(data)}: pass the .npz or the "
+                "folder "
                 "with cifar-10-batches-py"
             )
         self.clean = clean

@@ -30,7 +30,7 @@ from experiments.records.progress import Progress
 from experiments.run.subject import pick_device
 from experiments.studies.method_cost_networks import BARE, SETTINGS, TWIN, make_batch, make_subject
 from tta.core.backbone import Backbone
-from tta.core.checks import nearest
+from tta.core.checks import nearest, shown
 
 __all__ = ["Bench", "add_flags", "render_bench"]
 
@@ -103,7 +103,7 @@ class Bench:
             )
         if setting not in SETTINGS:
             raise ValueError(
-                f"`setting` must be one of the bench's, got {setting!r}: "
+                f"`setting` must be one of the bench's, got {shown(setting)}: "
                 + nearest(setting, SETTINGS)
             )
         if rounds < 1:
@@ -112,7 +112,7 @@ class Bench:
         for recipe in recipes:
             if recipe not in known:
                 raise ValueError(
-                    f"`recipes` must be measured in {setting}, got {recipe!r}: "
+                    f"`recipes` must be measured in {setting}, got {shown(recipe)}: "
                     + nearest(recipe, known)
                 )
         self.name, self.setting, self.device = setting, SETTINGS[setting], device

@@ -26,7 +26,7 @@ from experiments.records.progress import Progress
 from experiments.run.domains import corrupt_set, image_seeds
 from experiments.run.flags import number_of_images
 from experiments.run.subject import load_subject, pick_device
-from tta.core.checks import nearest
+from tta.core.checks import nearest, shown
 from tta.core.files import replacing
 from tta.streams.walk import LEVELS, walk_domains
 
@@ -102,14 +102,14 @@ class Surface:
         for name in names:
             if name not in known:
                 raise ValueError(
-                    f"`corruptions` must be known, got {name!r}: {nearest(name, known)}"
+                    f"`corruptions` must be known, got {shown(name)}: {nearest(name, known)}"
                 )
         if len(set(names)) < 2:
             raise ValueError(f"`corruptions` must be at least two, got {' '.join(names)}")
         self.subject = load_subject(model, data, device)
         clean = self.subject.clean
         if not isinstance(clean, ImageSet):
-            raise ValueError(f"`data` must be clean images in memory, got {data!r}")
+            raise ValueError(f"`data` must be clean images in memory, got {shown(data)}")
         self.clean = clean if images is None else clean.balanced(images)
         self.labels = torch.from_numpy(self.clean.labels)
         self.about = {"model": model, "data": data, "images": len(self.clean), "seed": seed}

@@ -77,9 +77,9 @@ class ThreadCounts:
         batches: int,
         batch_size: int,
     ) -> None:
-        self.threads = whole_number("threads", threads, 2)
-        self.batch_size = whole_number("batch-size", batch_size, 2)
-        self.batches = whole_number("batches", batches, 1)
+        self.threads = whole_number("threads", threads, 2, 1024)
+        self.batch_size = whole_number("batch-size", batch_size, 2, 10**6)
+        self.batches = whole_number("batches", batches, 1, 10**6)
         self.subjects = [load_subject(name, "bundled", CPU) for name in names]
         others = [name for name in tta.list_methods() if name != BASELINE]
         self.methods = [BASELINE, *others] if methods is None else methods

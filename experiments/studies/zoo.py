@@ -27,6 +27,7 @@ from torch import Tensor, nn
 import tta
 from experiments.records import markdown
 from experiments.records.progress import Progress
+from tta.core.checks import told
 from tta.core.classifier import find_classifier
 from tta.core.files import replacing
 from tta.core.parameters import is_norm
@@ -240,7 +241,7 @@ def _smallest(name: str) -> tuple[nn.Module, int]:
             return net, size
         except Exception as problem:  # whatever a library raises on a size that it cannot make
             error, net = problem, _make(name, None)
-    raise RuntimeError(f"{name} takes no square image up to {SIZES[-1]}: {error}")
+    raise RuntimeError(f"{name} takes no square image up to {SIZES[-1]}: {told(error)}")
 
 
 def _takes(net: nn.Module, size: int) -> bool:

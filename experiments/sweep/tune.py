@@ -28,6 +28,7 @@ from experiments.run.settings import make_sweep
 from experiments.run.subject import load_subject, pick_device, subject_arguments
 from experiments.sweep.sweep import Sweep, add_workers, pick_executor
 from experiments.sweep.workers import Outcome
+from tta.core.checks import shown
 from tta.core.config import UpdateConfig
 from tta.core.files import replacing
 
@@ -209,7 +210,7 @@ def _subject(config: SweepConfig) -> Any:
 def _axis(text: str) -> tuple[str, list[Any]]:
     name, equals, values = text.partition("=")
     if not equals or not values:
-        raise ValueError(f"`grid` must be FIELD=V1,V2,..., got {text!r}: such as lr=1e-3,1e-4")
+        raise ValueError(f"`grid` must be FIELD=V1,V2,..., got {shown(text)}: such as lr=1e-3,1e-4")
     return name.strip(), [parse_value(value.strip()) for value in values.split(",")]
 
 

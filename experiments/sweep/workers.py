@@ -26,6 +26,7 @@ from experiments.records.errors import CannotGoOn
 from experiments.records.file import RESULTS, Busy, Conflict, read_lines
 from experiments.run.run import Cache, Run, load_setup
 from experiments.run.trial import OutOfTime
+from tta.core.checks import shown
 from tta.core.files import replacing
 
 __all__ = ["Cell", "NoClusterError", "Outcome", "in_pool", "on_ray", "one_by_one", "run_cell"]
@@ -204,7 +205,8 @@ def on_ray(
             if address is None:
                 raise
             raise NoClusterError(
-                f"`ray-address` must be that of a running Ray cluster, got {address!r}: start one "
+                f"`ray-address` must be that of a running Ray cluster, got {shown(address)}: "
+                "start one "
                 "by ray start --head, or use --ray for this machine alone"
             ) from error
     try:

@@ -13,7 +13,7 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from tta.core.checks import nearest
+from tta.core.checks import nearest, shown
 from tta.core.component import Component
 from tta.core.config import SLOTS, ComponentConfig
 from tta.core.registry import component, get_config, list_methods
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         where = "" if args.slot is None else f" in the slot {args.slot}"
         known = list_methods("*.*" if "." in args.pattern else "*", args.slot)
         raise ValueError(
-            f"`NAME` must be that of a component{where}, got {args.pattern!r}: "
+            f"`NAME` must be that of a component{where}, got {shown(args.pattern)}: "
             + nearest(args.pattern, known)
         )
     if found == [args.pattern] and "." not in args.pattern:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from tta.core.backbone import Backbone
+from tta.core.checks import boolean, shown
 from tta.core.component import Context
 from tta.core.config import SLOTS
 from tta.core.guard import Guard
@@ -23,7 +24,7 @@ from tta.core.recipe import AdapterConfig
 from tta.core.serving import Serving
 from tta.core.session import Session
 from tta.core.state import AdapterState
-from tta.core.state_dict import check_origin
+from tta.core.state_dict import check_origin, extra_state
 from tta.core.transaction import Transaction
 from tta.core.turns import Turns, in_turn
 from tta.core.update import Update
@@ -182,6 +183,8 @@ class Adapter(nn.Module):
                 f"`state` must be a dict of tensors, got {type(state).__name__}: pass what "
                 "state() gave."
             )
+        boolean("as_source", as_source)
+        boolean("allow_nonfinite", allow_nonfinite)
         self._transaction.run(lambda: self._state.load(state, as_source, allow_nonfinite))
 
     @in_turn
@@ -215,7 +218,7 @@ class Adapter(nn.Module):
         network = self._held("gave its model back before")
         if keep not in (False, True, "parameters"):
             raise ValueError(
-                f'`keep` must be False, True or "parameters", got {keep!r}: pass one of these.'
+                f'`keep` must be False, True or "parameters", got {shown(keep)}: pass one of these.'
             )
         if keep is True:
             self._check_writable()
@@ -248,8 +251,9 @@ class Adapter(nn.Module):
     @in_turn
     def set_extra_state(self, state: Any) -> None:
         """Restore what :meth:`get_extra_state` returned."""
-        check_origin(state["fingerprint"], self._state.fingerprint)
-        self.load_state(state["state"])
+        fingerprint, values = extra_state(state)
+        check_origin(fingerprint, self._state.fingerprint)
+        self.load_state(values)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
@@ -260,7 +264,7 @@ class Adapter(nn.Module):
             ValueError: For the state dict of a plain model or of another adapter, or for
                 ``assign=True``.
         """
-        if "_extra_state" not in state_dict:
+        if not isinstance(state_dict, Mapping) or "_extra_state" not in state_dict:
             raise ValueError(
                 "`state_dict` must be that of an adapter, got one without its state, such as that "
                 "of a plain model: unwrap() the adapter, load it into the model, and wrap again."

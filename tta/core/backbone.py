@@ -281,6 +281,11 @@ class Backbone:
                 "trained, got logits without a graph: take no_grad, detach or "
                 "requires_grad_(False) out of it."
             )
+        if logits.layout != torch.strided or logits.is_meta or logits.is_complex():
+            raise TypeError(
+                "`model` must return logits that are real numbers in a dense tensor, got "
+                f"{logits.dtype} in {logits.layout}: convert them in the model."
+            )
         if logits.ndim != 2 or logits.shape[1] != self.num_classes:
             raise ValueError(
                 f"`model` must return logits of shape (B, {self.num_classes}), the size of its "
@@ -365,7 +370,7 @@ class Backbone:
         """
         if not isinstance(x, Tensor):
             raise TypeError(f"`images` must be a tensor, got {type(x).__name__}: pass a batch.")
-        if x.layout != torch.strided or x.is_meta:
+        if x.is_nested or x.layout != torch.strided or x.is_meta:
             raise TypeError(
                 f"`images` must be a dense tensor with values, got {x.layout} on {x.device}: "
                 "convert it with to_dense()."
@@ -374,6 +379,10 @@ class Backbone:
             raise TypeError(
                 f"`images` must be floating point, got {x.dtype}: pass what the model takes, "
                 "such as images.float() / 255."
+            )
+        if x.dtype == torch.float64 and self._cast_apart(x):
+            raise TypeError(
+                "`images` must be float32 under autocast, got float64: convert with images.float()."
             )
         if x.ndim < 2:
             raise ValueError(
@@ -410,6 +419,10 @@ class Backbone:
         if reason is None or not isinstance(error, Exception) or isinstance(error, final):
             return None
         return ImagesRefusedError(reason)
+
+    def _cast_apart(self, x: Tensor) -> bool:  # autocast leaves what is float64 as it is
+        wide = self.entry is not None and self.entry.weight.dtype == torch.float64
+        return torch.is_autocast_enabled(x.device.type) and not wide
 
     def _other_dtype(self, x: Tensor) -> bool:
         if self.entry is None or torch.is_autocast_enabled(x.device.type):

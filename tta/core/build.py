@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tta.core.adapter import Adapter
 from tta.core.backbone import Backbone
+from tta.core.checks import shown
 from tta.core.component import Context
 from tta.core.config import SLOTS, ComponentConfig, UpdateConfig
 from tta.core.draws import Draws, GivenDraws
@@ -254,7 +255,7 @@ def _trained(model: nn.Module, config: ComponentConfig | None) -> dict[str, nn.P
     left_out = cls.leaves_out(config, found)
     if len(left_out) == len(found):
         raise ValueError(
-            f"`params`={config.params!r} must leave {config.name} something to train, but it "
+            f"`params`={shown(config.params)} must leave {config.name} something to train, but it "
             f"leaves out all {len(found)} parameters of this {type(model).__name__}: choose other "
             "params=."
         )
@@ -269,7 +270,7 @@ def _insert_norm(
     layers = batch_norm_layers(model)
     if not layers or "" in layers:
         raise ValueError(
-            f"`norm`={config.name!r} must find BatchNorm layers in the model, but this "
+            f"`norm`={shown(config.name)} must find BatchNorm layers in the model, but this "
             f"{type(model).__name__} has {norm_layers_in_words(model)}: leave norm= out, or use a "
             "model with BatchNorm."
         )
@@ -277,7 +278,7 @@ def _insert_norm(
         for name, layer in layers.items():
             if layer.running_mean is None:
                 raise ValueError(
-                    f"`norm`={config.name!r} must find running statistics in every BatchNorm "
-                    f"layer, but {name!r} has none: use norm='bn'."
+                    f"`norm`={shown(config.name)} must find running statistics in every BatchNorm "
+                    f"layer, but {shown(name)} has none: use norm='bn'."
                 )
     return insert(model, lambda base: cls(config, base, context), session)

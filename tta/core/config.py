@@ -8,10 +8,22 @@ slots together with the arguments of ``wrap`` that change results.
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
-from tta.core.checks import boolean, nearest, number, one_of, string, whole_number
+from tta.core.checks import (
+    LARGE,
+    LARGEST,
+    boolean,
+    nearest,
+    number,
+    one_of,
+    shown,
+    string,
+    told,
+    whole_number,
+)
 
 __all__ = ["CIFAR_ADAM", "LR_SCALINGS", "SLOTS", "ComponentConfig", "UpdateConfig"]
 
@@ -37,8 +49,12 @@ class ComponentConfig:
     name: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
-        """Check the types of booleans and strings; a subclass adds the checks of its numbers."""
+        """Check the types of booleans and strings; a subclass adds the checks of its numbers.
+
+        Numbers of numpy become those of Python, which JSON knows.
+        """
         for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, _plain(getattr(self, field.name)))
             if field.type in ("bool", bool):
                 boolean(field.name, getattr(self, field.name))
             elif field.type in ("str", str):
@@ -69,11 +85,19 @@ class ComponentConfig:
         for key in changes:
             if key not in known:
                 raise ValueError(
-                    f"`{key}` is not a field of {self.name or type(self).__name__}: "
+                    f"`{told(key)}` is not a field of {self.name or type(self).__name__}: "
                     + nearest(key, known)
                 )
         changes = {k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()}
         return dataclasses.replace(self, **changes)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_plain(item) for item in value)
+    if type(value) in (bool, int, float) or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,25 +118,25 @@ class UpdateConfig(ComponentConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        number("lr", self.lr, 0)
+        number("lr", self.lr, 0, LARGE)
         one_of("lr_scaling", self.lr_scaling, LR_SCALINGS)
-        whole_number("lr_batch_size", self.lr_batch_size, 1)
+        whole_number("lr_batch_size", self.lr_batch_size, 1, LARGEST)
         one_of("optimizer", self.optimizer, ("sgd", "adam"))
         below_one = "use a value below 1"
         number("momentum", self.momentum, 0, 1, below=True, advice=below_one)
         if not isinstance(self.betas, tuple):
             raise TypeError(
-                f"`betas` must be a pair of numbers, got {self.betas!r}; pass a tuple such as "
+                f"`betas` must be a pair of numbers, got {shown(self.betas)}; pass a tuple such as "
                 "(0.9, 0.999)"
             )
         if len(self.betas) != 2:
             raise ValueError(
-                f"`betas` must be a pair of numbers, got {self.betas!r}; pass two of them"
+                f"`betas` must be a pair of numbers, got {shown(self.betas)}; pass two of them"
             )
-        for beta in self.betas:
-            number("betas", beta, 0, 1, below=True, advice=below_one)
-        number("weight_decay", self.weight_decay, 0)
-        whole_number("steps", self.steps, 1)
+        betas = tuple(number("betas", b, 0, 1, below=True, advice=below_one) for b in self.betas)
+        object.__setattr__(self, "betas", betas)  # torch takes no pair of an int and a float
+        number("weight_decay", self.weight_decay, 0, LARGE)
+        whole_number("steps", self.steps, 1, 10**6)
         if self.nesterov and self.momentum == 0:
             raise ValueError(
                 "`momentum` must be above 0 with nesterov=True, got 0: set one of them"

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tta.core.checks import shown
+
 __all__ = ["Draws", "GivenDraws"]
 
 GivenDraws = Callable[[str, torch.Size, int], Any]
@@ -38,12 +40,14 @@ class Draws:
             return None
         if not isinstance(found, Tensor):
             raise TypeError(
-                f"`draws` must return a tensor or None for {name!r}, got {type(found).__name__}: "
+                f"`draws` must return a tensor or None for {shown(name)}, got "
+                f"{type(found).__name__}: "
                 "correct the function."
             )
         if found.shape != shape:
             raise ValueError(
-                f"`draws` must return shape {tuple(shape)} for {name!r}, got {tuple(found.shape)}: "
+                f"`draws` must return shape {tuple(shape)} for {shown(name)}, got "
+                f"{tuple(found.shape)}: "
                 "correct the function."
             )
         return found.to(device=device, dtype=dtype)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tta.core.adapter import Adapter
 from tta.core.backbone import Backbone, ImagesRefusedError, KindRefusedError
+from tta.core.checks import told
 from tta.core.component import Component
 from tta.core.norm_layers import normalize_by_source, with_statistics
 from tta.core.source import SourceStatistics
@@ -42,7 +43,7 @@ def fit(adapter: Adapter, source: SourceStatistics) -> None:
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(
             "`source` must give pairs (images, labels), but a batch has images that this model "
-            f"cannot take: {error}"
+            f"cannot take: {told(error)}"
         ) from error
     # Source passes go through the norm rule and the model's own buffers, and must leave no trace.
     adapter.load_state(before, allow_nonfinite=True)

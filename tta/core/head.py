@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tta.core.checks import nearest, whole_number
+from tta.core.checks import LARGEST, nearest, shown, whole_number
 from tta.core.classifier import CONVOLUTIONS, dry_run, find_classifier, size_in, size_out
 from tta.core.outputs import LogitsReader
 
@@ -91,7 +91,7 @@ def find_head(
             or when there are fewer than two classes.
     """
     if classes is not None:
-        classes = whole_number("num_classes", classes, 1)
+        classes = whole_number("num_classes", classes, 1, LARGEST)
     module = _module(model, features)
     function: Any = None
     if features is not None and module is None:
@@ -125,7 +125,8 @@ def _module(model: nn.Module, features: Any) -> nn.Module | None:
     if isinstance(features, str):
         if features not in modules or features == "":
             raise ValueError(
-                f"`features` must name a module of this {type(model).__name__}, got {features!r}: "
+                f"`features` must name a module of this {type(model).__name__}, got "
+                f"{shown(features)}: "
                 + nearest(features, [name for name in modules if name], limit=10)
             )
         return modules[features]

@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from tta.core.adapter import Adapter
+from tta.core.checks import shown
 from tta.core.classifier import evaluating
 from tta.core.loan import WRAPPED
 from tta.core.norm_layers import AdaptiveNorm
@@ -31,6 +32,19 @@ def check_model(model: Any) -> None:
         raise TypeError(
             f"`model` must be a torch.nn.Module, got {type(model).__name__}: pass a classifier."
         )
+    forward = getattr(model, "forward", None)
+    if not callable(forward) or getattr(forward, "__func__", None) is nn.Module.forward:
+        raise TypeError(
+            f"`model` must be a module that can be called, got a {type(model).__name__}, which has "
+            "no forward(): pass the classifier itself."
+        )
+    try:
+        list(model.named_modules(remove_duplicate=False))
+    except RecursionError:
+        raise ValueError(
+            f"`model` must not hold itself, got a {type(model).__name__} that is one of its own "
+            "modules: take it out."
+        ) from None
     for module in model.modules():
         if isinstance(module, PARALLEL):
             raise ValueError(
@@ -51,12 +65,14 @@ def check_model(model: Any) -> None:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if is_lazy(tensor):
             raise ValueError(
-                f"`model` must know the shape of every parameter, but {name!r} is not initialised "
+                f"`model` must know the shape of every parameter, but {shown(name)} is not "
+                "initialised "
                 "yet: call the model with one batch first."
             )
         if tensor.is_meta:
             raise ValueError(
-                f"`model` must have weights with values, but {name!r} is on the meta device: load "
+                f"`model` must have weights with values, but {shown(name)} is on the meta device: "
+                "load "
                 "the weights first, such as by load_state_dict(..., assign=True)."
             )
     try:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tta.core.checks import shown, told
+
 __all__ = ["GIVEN", "LogitsReader", "LogitsSpec"]
 
 LogitsSpec = str | int | Callable[[Any], Tensor] | None
@@ -29,7 +31,8 @@ class LogitsReader:
         ok = spec is None or isinstance(spec, (str, int)) or callable(spec)
         if not ok or isinstance(spec, bool):
             raise TypeError(
-                f"`logits` must be a key, an index or a function, got {spec!r}: say how to take "
+                f"`logits` must be a key, an index or a function, got {shown(spec)}: say how to "
+                "take "
                 "the logits out of what the model returns."
             )
         self.spec = spec
@@ -53,10 +56,10 @@ class LogitsReader:
             raise TypeError(
                 "`model` must return a tensor of logits, or something with `logits` in it, got "
                 f"{type(result).__name__}{_contents(result)}: say where its logits are, such as "
-                f"wrap(..., logits={example!r})."
+                f"wrap(..., logits={shown(example)})."
             )
         raise TypeError(
-            f"`logits`={self.spec!r} must lead to a tensor in what the model returns, got "
+            f"`logits`={shown(self.spec)} must lead to a tensor in what the model returns, got "
             f"{type(found).__name__} in {type(result).__name__}{_contents(result)}: correct it."
         )
 
@@ -147,8 +150,8 @@ def _without_gradient(value: Any, rows: Tensor | None) -> Any:
 
 
 def _contents(result: Any) -> str:
-    keys = [repr(key) for key in _keys(result)][:8]
-    return f" with {', '.join(keys)}" if keys else ""
+    keys = [shown(key, 20) for key in _keys(result)[:8]]
+    return f" with {told(', '.join(keys))}" if keys else ""
 
 
 def _first_tensor(result: Any) -> Any:

@@ -7,6 +7,7 @@ import re
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from tta.core.checks import shown, told
 from tta.core.classifier import find_classifier
 
 __all__ = ["is_norm", "norm_layers_in_words", "select"]
@@ -65,14 +66,14 @@ def select(model: nn.Module, spec: str) -> dict[str, nn.Parameter]:
         except re.error as error:
             raise ValueError(
                 "`params` must be 'norm', 'weight_bias', 'head', 'all' or a regular expression, "
-                f"got {spec!r} ({error}): correct it."
+                f"got {shown(spec)} ({told(error)}): correct it."
             ) from None
         found = {n: p for n, p in everything.items() if pattern.search(n)}
     once = {id(p): n for n, p in reversed(found.items())}  # a tied parameter has several names
     found = {n: p for n, p in found.items() if once[id(p)] == n and p.dtype.is_floating_point}
     if not found:
         raise ValueError(
-            f"`params`={spec!r} must match at least one parameter, but this "
+            f"`params`={shown(spec)} must match at least one parameter, but this "
             f"{type(model).__name__} has none of that kind (it has {norm_layers_in_words(model)}): "
             "choose other params=, or a method that trains nothing, such as 'lame'."
         )

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from importlib import import_module
 from importlib.metadata import entry_points
 
-from tta.core.checks import string
+from tta.core.checks import shown, string, told
 from tta.core.warn import warn
 
 __all__ = ["GROUP", "import_modules", "load_components", "load_own"]
@@ -43,7 +43,8 @@ def import_modules(names: Iterable[str]) -> None:
     for name in names:
         if not all(part.isidentifier() for part in string("import", name).split(".")):
             raise ValueError(
-                f"`import` must be the name of a module, such as my_rules, got {name!r}: leave out "
+                f"`import` must be the name of a module, such as my_rules, got {shown(name)}: "
+                "leave out "
                 "the folder and .py, and put the folder on PYTHONPATH"
             )
         try:
@@ -52,12 +53,13 @@ def import_modules(names: Iterable[str]) -> None:
             missing = error.name if isinstance(error, ModuleNotFoundError) else None
             if missing is not None and f"{name}.".startswith(f"{missing}."):
                 raise ValueError(
-                    f"`import` must be a module that Python finds, got {name!r}: put the folder "
+                    f"`import` must be a module that Python finds, got {shown(name)}: put the "
+                    "folder "
                     "that holds it on PYTHONPATH, or install it"
                 ) from None
             raise ValueError(
-                f"`import` must be a module that can be imported, got {name!r}, which raised "
-                f"{type(error).__name__}: {error}"
+                f"`import` must be a module that can be imported, got {shown(name)}, which raised "
+                f"{type(error).__name__}: {told(error)}"
             ) from error
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from tta.core.checks import shown
+
 __all__ = ["Prediction", "Report"]
 
 
@@ -44,7 +46,9 @@ class Report(dict[str, Any]):
         try:
             return self[key]
         except KeyError:
-            raise AttributeError(f"no figure {key!r} in this report: {', '.join(self)}") from None
+            raise AttributeError(
+                f"no figure {shown(key)} in this report: {', '.join(self)}"
+            ) from None
 
     def get(self, key: str, default: Any = None) -> Any:
         """As ``dict.get``, with tensors read as numbers."""

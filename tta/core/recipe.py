@@ -8,7 +8,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tta.core.checks import boolean, channels, mapping, nearest, one_of, seed, string, whole_number
+from tta.core.checks import (
+    LARGEST,
+    boolean,
+    channels,
+    mapping,
+    nearest,
+    one_of,
+    parsed_json,
+    seed,
+    shown,
+    string,
+    told,
+    whole_number,
+)
 from tta.core.config import SLOTS, ComponentConfig
 from tta.core.registry import component, config_from_dict
 
@@ -42,14 +55,16 @@ class AdapterConfig:
         for slot in SLOTS:
             _check_slot(slot, getattr(self, slot))
         if self.batch_size is not None:
-            object.__setattr__(self, "batch_size", whole_number("batch_size", self.batch_size, 1))
+            object.__setattr__(
+                self, "batch_size", whole_number("batch_size", self.batch_size, 1, LARGEST)
+            )
         object.__setattr__(self, "seed", seed("seed", self.seed))
         for name in ("source", "features"):
             if getattr(self, name) is not None:
                 string(name, getattr(self, name))
         one_of("activation", self.activation, ("softmax", "sigmoid"))
         if self.num_classes is not None:
-            whole_number("num_classes", self.num_classes, 1)
+            whole_number("num_classes", self.num_classes, 1, LARGEST)
         self._check_activation()
         boolean("shadow", self.shadow)
         if self.shadow and self.guard is None:
@@ -59,12 +74,12 @@ class AdapterConfig:
             )
         if (self.mean is None) != (self.std is None):
             raise ValueError(
-                f"`mean` and `std` must be given together, got mean={self.mean!r} and "
-                f"std={self.std!r}: pass both."
+                f"`mean` and `std` must be given together, got mean={shown(self.mean)} and "
+                f"std={shown(self.std)}: pass both."
             )
         if self.mean is None:
             return
-        mean, std = channels("mean", self.mean), channels("std", self.std, above=0)
+        mean, std = channels("mean", self.mean), channels("std", self.std, low=0, above=True)
         if len(mean) != len(std) and 1 not in (len(mean), len(std)):
             raise ValueError(
                 f"`mean` and `std` must have one value, or one for each channel, got {len(mean)} "
@@ -81,7 +96,7 @@ class AdapterConfig:
             if component(config.name).takes_softmax:
                 raise ValueError(
                     f"`activation` must be 'softmax' for {config.name}, which takes a softmax of "
-                    f"the logits, got {self.activation!r}: for a model whose classes do not "
+                    f"the logits, got {shown(self.activation)}: for a model whose classes do not "
                     "exclude each other, norm rules alone remain."
                 )
 
@@ -114,7 +129,7 @@ class AdapterConfig:
         for key, value in mapping("data", "an adapter's config", data).items():
             if key not in known:
                 raise ValueError(
-                    f"`{key}` is not a key of an adapter config: " + nearest(key, known)
+                    f"`{told(key)}` is not a key of an adapter config: " + nearest(key, known)
                 )
             if isinstance(value, Mapping):
                 value = config_from_dict(value)
@@ -134,7 +149,7 @@ class AdapterConfig:
             ValueError: When it is not JSON, or as for :meth:`from_dict`.
         """
         try:
-            data = json.loads(text)
+            data = parsed_json(text)
         except TypeError:
             raise TypeError(
                 f"`text` must be a string of JSON, got {type(text).__name__}: pass what to_json() "
@@ -142,7 +157,8 @@ class AdapterConfig:
             ) from None
         except ValueError as error:
             raise ValueError(
-                f"`text` must be JSON, got something else ({error}): pass what to_json() gave."
+                f"`text` must be JSON, got something else ({told(error)}): pass what to_json() "
+                "gave."
             ) from None
         return cls.from_dict(data)
 
@@ -152,13 +168,13 @@ def _check_slot(slot: str, value: Any) -> None:
         return
     if not isinstance(value, ComponentConfig):
         raise TypeError(
-            f"`{slot}` must be a component's config or None, got {value!r}: pass what "
+            f"`{slot}` must be a component's config or None, got {shown(value)}: pass what "
             "tta.get_config returns."
         )
     actual = component(value.name).slot
     if actual != slot:
         where = f"{actual}={value.name!r}" if actual else f"{slot}=None"
         raise ValueError(
-            f"`{slot}` must be a component of that slot, got {value.name!r}, which belongs to "
+            f"`{slot}` must be a component of that slot, got {shown(value.name)}, which belongs to "
             f"{actual or 'none'}: pass {where}."
         )

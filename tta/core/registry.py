@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from fnmatch import fnmatch
 from typing import Any, TypeVar
 
-from tta.core.checks import mapping, nearest, one_of, string
+from tta.core.checks import mapping, nearest, one_of, shown, string, told
 from tta.core.component import Component
 from tta.core.config import SLOTS, ComponentConfig
 from tta.core.plugins import load_components, load_own
@@ -41,23 +41,24 @@ def register(name: str) -> Callable[[C], C]:
     """
     load_own()  # so that none of their names is taken by another
     if not string("name", name).isidentifier():
-        raise ValueError(f"`name` must be an identifier, got {name!r}: rename the component.")
+        raise ValueError(f"`name` must be an identifier, got {shown(name)}: rename the component.")
 
     def add(cls: C) -> C:
         if not isinstance(cls, type) or not issubclass(cls, Component):
             raise TypeError(
-                f"`{name}` must be a class with a slot, got {cls!r}: subclass tta.NormRule, "
+                f"`{name}` must be a class with a slot, got {shown(cls)}: subclass tta.NormRule, "
                 "tta.Update, tta.Output or tta.Guard."
             )
         other = _COMPONENTS.get(name, cls)
         if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
             raise ValueError(
-                f"`name` must be new, got {name!r}, which {other.__module__} has: "
+                f"`name` must be new, got {shown(name)}, which {other.__module__} has: "
                 "choose another name."
             )
         if cls.slot not in SLOTS and not cls.empties_slots:
             raise TypeError(
-                f"`slot` must be 'norm', 'update', 'output' or 'guard', got {cls.slot!r}: subclass "
+                f"`slot` must be 'norm', 'update', 'output' or 'guard', got {shown(cls.slot)}: "
+                "subclass "
                 "NormRule, Update, Output or Guard."
             )
         _check_config(name, cls)
@@ -76,27 +77,31 @@ def _check_config(name: str, cls: type[Component]) -> None:
     config = cls.Config
     if not (isinstance(config, type) and issubclass(config, kind)) or config is kind:
         raise TypeError(
-            f"`Config` of {name!r} must be a dataclass of its own that is made from "
-            f"{kind.__name__}, got {getattr(config, '__name__', config)!r}: write one with the "
+            f"`Config` of {shown(name)} must be a dataclass of its own that is made from "
+            f"{kind.__name__}, got {shown(getattr(config, '__name__', config))}: write one with "
+            "the "
             "fields of the component."
         )
     if "name" in vars(config) and config.name != name:
         raise TypeError(
-            f"`Config` of {name!r} must be its own, got that of {config.name!r}: subclass it."
+            f"`Config` of {shown(name)} must be its own, got that of {shown(config.name)}: "
+            "subclass it."
         )
     try:
         json.dumps(config().to_dict())
     except TypeError as error:
         raise TypeError(
-            f"`Config` of {name!r} must have a default for every field, of a kind that JSON knows, "
-            f"got one that has not ({error}): correct it."
+            f"`Config` of {shown(name)} must have a default for every field, of a kind that JSON "
+            "knows, "
+            f"got one that has not ({told(error)}): correct it."
         ) from None
     for tag, fields in cls.PRESETS.items():
         try:
             config().replace(**fields)
         except (TypeError, ValueError) as error:
             raise type(error)(
-                f"`PRESETS` of {name!r} must hold fields of its config, got preset {tag!r}: {error}"
+                f"`PRESETS` of {shown(name)} must hold fields of its config, got preset "
+                f"{shown(tag)}: {told(error)}"
             ) from None
 
 
@@ -119,7 +124,7 @@ def component(name: str) -> type[Component]:
     string("name", name)
     load_components()
     if name not in _COMPONENTS:
-        raise ValueError(f"unknown method {name!r}: " + nearest(name, sorted(_COMPONENTS)))
+        raise ValueError(f"unknown method {shown(name)}: " + nearest(name, sorted(_COMPONENTS)))
     return _COMPONENTS[name]
 
 
@@ -164,7 +169,7 @@ def get_config(name: str, **overrides: Any) -> ComponentConfig:
     cls = component(base)
     if tag and tag not in cls.PRESETS:
         known = nearest(tag, cls.PRESETS) if cls.PRESETS else "it has none."
-        raise ValueError(f"unknown preset {tag!r} of {base!r}: {known}")
+        raise ValueError(f"unknown preset {shown(tag)} of {shown(base)}: {known}")
     return cls.Config().replace(**cls.PRESETS.get(tag or DEFAULT_PRESET, {})).override(**overrides)
 
 
@@ -179,6 +184,6 @@ def config_from_dict(data: Mapping[str, Any]) -> ComponentConfig:
     if name is None:
         raise ValueError(
             "`name` must be a key of a component's config and name the component, got the keys "
-            f"{', '.join(map(str, data)) or 'none'}: pass what to_dict() gave."
+            f"{told(', '.join(map(str, data))) or 'none'}: pass what to_dict() gave."
         )
     return get_config(name).replace(**{str(k): v for k, v in data.items() if k != "name"})

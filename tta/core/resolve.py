@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from tta.core.checks import boolean, nearest, whole_number
+from tta.core.checks import LARGEST, boolean, nearest, shown, told, whole_number
 from tta.core.config import SLOTS, ComponentConfig
 from tta.core.guard import DEFAULT_GUARD, PLAIN_GUARD, Guard
 from tta.core.head import find_head
@@ -107,7 +107,7 @@ def resolve(model: nn.Module, request: Request) -> AdapterConfig:
         return _given_config(request)
     batch_size = request.batch_size
     if batch_size is not None:
-        batch_size = whole_number("batch_size", batch_size, 1)
+        batch_size = whole_number("batch_size", batch_size, 1, LARGEST)
     chosen = _override(_with_guard(_choose(request), request), request.overrides)
     chosen = {
         slot: None if config is None else config.for_batch_size(batch_size)
@@ -166,8 +166,9 @@ def _choose(request: Request) -> Chosen:
         actual = component(config.name).slot
         if actual != slot:
             raise ValueError(
-                f"`{slot}` must be a component of that slot, got {config.name!r}, which belongs "
-                f"to {actual}: pass {actual}={config.name!r}."
+                f"`{slot}` must be a component of that slot, got {shown(config.name)}, which "
+                "belongs "
+                f"to {actual}: pass {actual}={shown(config.name)}."
             )
         chosen[slot] = config
     return chosen
@@ -230,15 +231,16 @@ def _override(chosen: Chosen, overrides: Mapping[str, Any]) -> Chosen:
         if not owners:
             known = sorted(set().union(*fields.values()))
             raise ValueError(
-                f"`{key}` is not a field of {_label(chosen)} and not an argument of wrap: "
-                + nearest(key, [*known, *ARGUMENTS])
+                f"`{told(key, 40)}` is not a field of {_label(chosen)} and not an argument of "
+                "wrap: " + nearest(key, [*known, *ARGUMENTS], room=120)
             )
         config = chosen[owners[0]]
         assert config is not None
         if len(owners) > 1:
             raise ValueError(
                 f"`{key}` must belong to one component, but {_label(chosen)} share it: set it in a "
-                f"config object, such as {owners[0]}=tta.get_config({config.name!r}, {key}=...)."
+                f"config object, such as {owners[0]}=tta.get_config({shown(config.name)}, "
+                f"{key}=...)."
             )
         chosen = chosen | {owners[0]: config.override(**{key: value})}
     return chosen

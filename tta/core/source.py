@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tta.core.checks import nearest, path_like
+from tta.core.checks import nearest, path_like, shown, told
 from tta.core.source_checks import BY_PARAMETER, check_iterable, check_named, check_tensor
 from tta.core.warn import warn
 
@@ -161,7 +161,7 @@ class SourceStatistics:
         except SafetensorError as error:
             raise ValueError(
                 f"`path` must be a file of source artefacts, but {path} is no whole safetensors "
-                f"file ({error}): make it with tta.collect_source(...).save(path)."
+                f"file ({told(error)}): make it with tta.collect_source(...).save(path)."
             ) from None
         known = [f.name for f in dataclasses.fields(cls) if f.name != "batches"]
         values: dict[str, Any] = {}
@@ -169,7 +169,7 @@ class SourceStatistics:
             name, _, parameter = key.partition("/")
             if name not in known or bool(parameter) != (name in BY_PARAMETER):
                 raise ValueError(
-                    f"`path` must be a file of source artefacts, but {path} holds {key!r}: "
+                    f"`path` must be a file of source artefacts, but {path} holds {shown(key)}: "
                     + nearest(name, known)
                 )
             tensor = tensor.float() if tensor.is_floating_point() else tensor

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tta.core.checks import nearest
+from tta.core.checks import dense, nearest, real, shown, told
 
 __all__ = [
     "BY_PARAMETER",
@@ -43,11 +43,12 @@ def check_parameters(source: Any, model: nn.Module) -> None:
             if name not in mine:
                 raise ValueError(
                     f"`source.{kind}` must go by the names of this {type(model).__name__}'s "
-                    f"parameters, got {name!r}: {nearest(name, names, limit=10)}"
+                    f"parameters, got {shown(name)}: {nearest(name, names, limit=10)}"
                 )
             if value.shape != mine[name].shape:
                 raise ValueError(
-                    f"`source.{kind}` must hold {name!r} of shape {tuple(mine[name].shape)}, got "
+                    f"`source.{kind}` must hold {shown(name)} of shape {tuple(mine[name].shape)}, "
+                    "got "
                     f"{tuple(value.shape)}: make it for this model with tta.collect_source."
                 )
 
@@ -107,9 +108,13 @@ def _check_batch(place: int, batch: Any, check: Callable[[Any], None], classes: 
     try:
         check(images)
     except (TypeError, ValueError) as error:
-        raise type(error)(f"{where} has images that this model cannot take: {error}") from None
+        raise type(error)(
+            f"{where} has images that this model cannot take: {told(error)}"
+        ) from None
     if classes is None:
         return
+    if isinstance(labels, Tensor):
+        dense(f"source[{place}][1]", labels)
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
         got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
         raise TypeError(f"{where} has labels of {got}: pass class numbers as an int64 tensor.")
@@ -148,14 +153,17 @@ def check_named(name: str, value: Any) -> None:
         if not isinstance(key, str) or not isinstance(tensor, Tensor):
             raise TypeError(
                 f"`{name}` must be a dict of tensors by parameter name, got "
-                f"{type(tensor).__name__} under {key!r}: pass what tta.collect_source returns."
+                f"{type(tensor).__name__} under {shown(key)}: pass what tta.collect_source returns."
             )
+        dense(f"{name}[{told(key)}]", tensor)
+        real(f"{name}[{told(key)}]", tensor)
         # Rounding may leave a variance just below 0, but never the square of a gradient.
         negative = name == "fisher" and bool((tensor < 0).any())
         if negative or not bool(torch.isfinite(tensor).all()):
             raise ValueError(
                 f"`{name}` must be finite{' and not below 0' if name == 'fisher' else ''}, got "
-                f"{'negative' if negative else 'NaN or infinite'} values under {key!r}: make it "
+                f"{'negative' if negative else 'NaN or infinite'} values under {shown(key)}: make "
+                "it "
                 "again with tta.collect_source."
             )
 
@@ -166,6 +174,7 @@ def check_tensor(name: str, value: Any) -> None:
     expected = f"a tensor of shape {' or '.join(shapes.values())}"
     if not isinstance(value, Tensor):
         raise TypeError(f"`{name}` must be {expected}, got {type(value).__name__}: convert it.")
+    dense(name, value)
     if value.ndim not in shapes:
         raise ValueError(
             f"`{name}` must be {expected}, got shape {tuple(value.shape)}: reshape it."
@@ -174,6 +183,7 @@ def check_tensor(name: str, value: Any) -> None:
         if value.is_floating_point() or value.is_complex():
             raise TypeError(f"`{name}` must be whole numbers, got {value.dtype}: use .long().")
         return
+    real(name, value)
     wrong = value.isinf() if name == "prototypes" else ~value.isfinite()
     if bool(wrong.any()):  # a class without images has prototypes of NaN
         raise ValueError(

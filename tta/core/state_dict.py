@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tta.core.checks import nearest
+from tta.core.checks import dense, nearest, shown, told
 
 __all__ = [
     "check_origin",
@@ -18,6 +18,7 @@ __all__ = [
     "compact_copies",
     "copy_tensors",
     "current_name",
+    "extra_state",
 ]
 
 SMALL = 1024  # elements; a copy of fewer is not worth a comparison
@@ -26,16 +27,38 @@ OF_THE_MODEL = "model/"
 DROPPED = ("update/kept_share",)  # keys of version 0.1.0 that nothing depends on
 
 
-def check_origin(theirs: dict[str, Any], mine: dict[str, Any]) -> None:
+def check_origin(theirs: Any, mine: dict[str, Any]) -> None:
     """Refuse a state that another method, or a model with other weights, made."""
+    if not isinstance(theirs, dict) or not all(
+        isinstance(theirs.get(key), type(value)) for key, value in mine.items()
+    ):
+        raise ValueError(
+            "`state` must carry the fingerprint of an adapter, a method and a checksum of source "
+            f"weights, got {shown(theirs)}: load what state() gave."
+        )
     if theirs != mine:
         mine_shown, theirs_shown = (
-            f"{one['method']} on source weights {one['weights']:08x}" for one in (mine, theirs)
+            f"{told(one['method'])} on source weights {one['weights']:08x}"
+            for one in (mine, theirs)
         )
         raise ValueError(
             f"`state` must come from an adapter like this one ({mine_shown}), got one of "
             f"{theirs_shown}: load it there, or pass dict(state) to copy it all the same."
         )
+
+
+def extra_state(given: Any) -> tuple[Any, Any]:
+    """The fingerprint and the state in what ``get_extra_state`` returned.
+
+    Raises:
+        TypeError: When it is something else.
+    """
+    if not isinstance(given, Mapping) or not given.keys() >= {"fingerprint", "state"}:
+        raise TypeError(
+            f"`state` must be what get_extra_state() gave, got {shown(given)}: load what "
+            "state_dict() of an adapter gave."
+        )
+    return given["fingerprint"], given["state"]
 
 
 def check_state(
@@ -61,8 +84,8 @@ def check_state(
     for key, value in state.items():
         if key not in moving:
             raise ValueError(
-                f"`state` must come from an adapter like this one, got the key {key!r}: "
-                + nearest(key, _neighbours(moving, key))
+                f"`state` must come from an adapter like this one, got the key {shown(key, 60)}: "
+                + nearest(key, _neighbours(moving, key), room=60)
             )
         fixed = slice(1, None) if key in resizable else slice(None)
         if key in lazy and isinstance(value, Tensor):
@@ -95,23 +118,21 @@ def _check_tensor(key: str, value: Any, mine: Tensor, fixed: slice) -> None:
     """Compare the ``fixed`` axes of a tensor with mine, and the kind of numbers."""
     if not isinstance(value, Tensor):
         raise ValueError(
-            f"`state`[{key!r}] must be a tensor of shape {tuple(mine.shape)}, got "
+            f"`state`[{shown(key)}] must be a tensor of shape {tuple(mine.shape)}, got "
             f"{type(value).__name__}: load what state() gave."
         )
-    if value.layout != torch.strided or value.is_meta or value.is_quantized:
-        raise ValueError(
-            f"`state`[{key!r}] must be a dense tensor with values, got {value.layout} of "
-            f"{value.dtype} on {value.device}: load what state() gave."
-        )
+    dense(f"state[{told(key)}]", value)
     expected, got = tuple(mine.shape), tuple(value.shape)
     if got[fixed] != expected[fixed]:
         raise ValueError(
-            f"`state`[{key!r}] must have shape {expected}, got {got}: load a state made with the "
+            f"`state`[{shown(key)}] must have shape {expected}, got {got}: load a state made with "
+            "the "
             "same model and method."
         )
     if _kind(value) != _kind(mine):
         raise ValueError(
-            f"`state`[{key!r}] must be {mine.dtype} or convert to it, got {value.dtype}: load a "
+            f"`state`[{shown(key)}] must be {mine.dtype} or convert to it, got {value.dtype}: "
+            "load a "
             "state made with the same model and method."
         )
 
@@ -123,7 +144,8 @@ def _check_range(key: str, value: Tensor, low: int, high: int) -> None:
     if least < low or most > high:
         upto = f" and at most {high}" if high < LARGEST else ""
         raise ValueError(
-            f"`state`[{key!r}] must be at least {low}{upto}, got values from {least} to {most}: "
+            f"`state`[{shown(key)}] must be at least {low}{upto}, got values from {least} to "
+            f"{most}: "
             "load what state() gave."
         )
 
@@ -132,7 +154,8 @@ def _check_finite(key: str, value: Tensor, nan: bool) -> None:
     wrong = value.isinf() if nan else ~value.isfinite()
     if bool(wrong.any()):
         raise ValueError(
-            f"`state`[{key!r}] must be finite, got NaN or infinite values: load what state() gave, "
+            f"`state`[{shown(key)}] must be finite, got NaN or infinite values: load what state() "
+            "gave, "
             "or pass allow_nonfinite=True."
         )
 

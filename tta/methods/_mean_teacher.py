@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tta.core.backbone import Backbone
-from tta.core.checks import boolean, fraction, number, whole_number
+from tta.core.checks import LARGE, boolean, fraction, number, shown, whole_number
 from tta.core.component import Context
 from tta.core.config import CIFAR_ADAM, UpdateConfig
 from tta.core.prediction import Prediction, Report
@@ -43,8 +43,8 @@ class ConsistencyConfig(UpdateConfig):
         super().__post_init__()
         fraction("teacher_momentum", self.teacher_momentum)
         fraction("restore_probability", self.restore_probability)
-        number("confidence_threshold", self.confidence_threshold, 0)
-        whole_number("views", self.views, 1)
+        number("confidence_threshold", self.confidence_threshold, 0, LARGE)
+        whole_number("views", self.views, 1, 10_000)
         boolean("symmetric_loss", self.symmetric_loss)
 
 
@@ -143,6 +143,7 @@ def _checked(name: str, mask: Any, parameter: Tensor) -> Tensor:
         return mask.to(parameter.device)
     got = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
     raise ValueError(
-        f"`restore_mask` must return a bool tensor of shape {tuple(parameter.shape)} for {name!r}, "
+        f"`restore_mask` must return a bool tensor of shape {tuple(parameter.shape)} for "
+        f"{shown(name)}, "
         f"got {got}: correct it."
     )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tta.core.backbone import Backbone
-from tta.core.checks import number
+from tta.core.checks import LARGE, number
 from tta.core.component import Context
 from tta.core.config import UpdateConfig
 from tta.core.prediction import Prediction, Report
@@ -33,8 +33,8 @@ class SelectiveConfig(UpdateConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        number("entropy_margin", self.entropy_margin, 0, above=True)
-        number("redundancy_margin", self.redundancy_margin, 0, above=True)
+        number("entropy_margin", self.entropy_margin, 0, LARGE, above=True)
+        number("redundancy_margin", self.redundancy_margin, 0, LARGE, above=True)
 
 
 @dataclass

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tta.core.checks import one_of, whole_number
+from tta.core.checks import LARGEST, one_of, whole_number
 from tta.core.config import UpdateConfig
 from tta.parts.losses import entropy, opinion_entropy
 
@@ -34,7 +34,7 @@ class UncertaintyConfig(UpdateConfig):
         super().__post_init__()
         one_of("loss", self.loss, ("entropy", "opinion"))
         if self.opinion_classes is not None:
-            whole_number("opinion_classes", self.opinion_classes, 1)
+            whole_number("opinion_classes", self.opinion_classes, 1, LARGEST)
 
 
 def uncertainty(config: UncertaintyConfig, classes: int) -> Callable[[Tensor], Tensor]:

@@ -46,7 +46,7 @@ from torch import Tensor
 from torch.optim.adam import adam
 
 from tta.core.backbone import Backbone
-from tta.core.checks import boolean, number, whole_number
+from tta.core.checks import LARGE, LARGEST, boolean, number, whole_number
 from tta.core.component import Context
 from tta.core.config import ComponentConfig
 from tta.core.output_rule import Output
@@ -77,12 +77,12 @@ class AdanpcConfig(ComponentConfig):
     official: bool = False  # random first row, memory without limit, second softmax
 
     def __post_init__(self) -> None:
-        whole_number("neighbours", self.neighbours, 1)
-        number("temperature", self.temperature, 0, above=True)
-        number("confidence_threshold", self.confidence_threshold, 0)
-        number("ball_radius", self.ball_radius, -1)
-        whole_number("capacity", self.capacity, 1)
-        whole_number("source_samples", self.source_samples, 1)
+        whole_number("neighbours", self.neighbours, 1, LARGEST)
+        number("temperature", self.temperature, 0, LARGE, above=True)
+        number("confidence_threshold", self.confidence_threshold, 0, LARGE)
+        number("ball_radius", self.ball_radius, -1, LARGE)
+        whole_number("capacity", self.capacity, 1, LARGEST)
+        whole_number("source_samples", self.source_samples, 1, LARGEST)
         boolean("official", self.official)
 
 
@@ -97,9 +97,9 @@ class AdanpcBnConfig(AdanpcConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        whole_number("rounds", self.rounds, 1)
-        number("lr", self.lr, 0)
-        number("weight_decay", self.weight_decay, 0)
+        whole_number("rounds", self.rounds, 1, 10**6)
+        number("lr", self.lr, 0, LARGE)
+        number("weight_decay", self.weight_decay, 0, LARGE)
 
 
 _OWN_CHOICE = {"neighbours": 10, "confidence_threshold": 0.9}

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from tta.core.batch_split import current_split
-from tta.core.checks import boolean, number, whole_number
+from tta.core.checks import LARGE, LARGEST, boolean, number, whole_number
 from tta.core.component import Context
 from tta.core.config import ComponentConfig
 from tta.core.norm_layers import (
@@ -57,9 +57,9 @@ class AdaptiveBnConfig(ComponentConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        whole_number("horizon", self.horizon, 1)
-        whole_number("horizon_runs", self.horizon_runs, 1)
-        number("tolerance", self.tolerance, 0)
+        whole_number("horizon", self.horizon, 1, LARGEST)
+        whole_number("horizon_runs", self.horizon_runs, 1, LARGEST)
+        number("tolerance", self.tolerance, 0, LARGE)
         boolean("official", self.official)
 
 

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from tta.core.backbone import Backbone
-from tta.core.checks import fraction, nearest, number, whole_number
+from tta.core.checks import LARGEST, fraction, nearest, number, shown, whole_number
 from tta.core.component import Context
 from tta.core.config import ComponentConfig
 from tta.core.guard import LEARN, Batch, Guard, Verdict
@@ -59,13 +59,13 @@ class AettaConfig(ComponentConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        whole_number("passes", self.passes, 1)
+        whole_number("passes", self.passes, 1, LARGEST)
         number("dropout", self.dropout, 0, 1, below=True, advice="use a value below 1")
         fraction("momentum", self.momentum)
         names = () if self.places is None else self.places
         if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
             raise TypeError(
-                f"`places` must be names of modules, got {self.places!r}: pass such as "
+                f"`places` must be names of modules, got {shown(self.places)}: pass such as "
                 "('layer1', 'layer2')."
             )
 
@@ -98,7 +98,7 @@ class Aetta(Guard):
         for place in config.places or ():
             if place not in modules:
                 raise ValueError(
-                    f"`places` must name modules of the model, got {place!r}: "
+                    f"`places` must name modules of the model, got {shown(place)}: "
                     + nearest(place, [name for name in modules if name], limit=10)
                 )
 

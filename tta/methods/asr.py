@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from tta.core.backbone import Backbone
-from tta.core.checks import fraction, number
+from tta.core.checks import LARGE, fraction, number
 from tta.core.component import Context
 from tta.core.config import ComponentConfig
 from tta.core.guard import LEARN, Batch, Guard, Verdict
@@ -60,10 +60,10 @@ class AsrConfig(ComponentConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         fraction("flip_weight", self.flip_weight)
-        number("penalty", self.penalty, 0)
-        number("threshold", self.threshold, 0, above=True)
+        number("penalty", self.penalty, 0, LARGE)
+        number("threshold", self.threshold, 0, LARGE, above=True)
         fraction("keep_share", self.keep_share)
-        number("keep_slope", self.keep_slope, 0)
+        number("keep_slope", self.keep_slope, 0, LARGE)
 
 
 @register("asr")

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from tta.core.backbone import Backbone
-from tta.core.checks import number, one_of
+from tta.core.checks import LARGE, number, one_of, shown
 from tta.core.component import Context
 from tta.core.config import CIFAR_ADAM, UpdateConfig
 from tta.core.prediction import Prediction, Report
@@ -55,7 +55,7 @@ class CafaConfig(UpdateConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of("covariance", self.covariance, ("tied", "class"))
-        number("shrinkage", self.shrinkage, 0)
+        number("shrinkage", self.shrinkage, 0, LARGE)
 
 
 def alignment(distances: Tensor, labels: Tensor, known: Tensor) -> Tensor:
@@ -170,7 +170,8 @@ class Cafa(Update):
         if given.shape != mine.shape:
             raise ValueError(
                 f"`source.{name}` must be of shape {tuple(mine.shape)} for this model and "
-                f"covariance={self.config.covariance!r}, got {tuple(given.shape)}: make it with "
+                f"covariance={shown(self.config.covariance)}, got {tuple(given.shape)}: make it "
+                "with "
                 "tta.collect_source(model, loader, for_methods=['cafa'])."
             )
         mine.copy_(given)

@@ -42,7 +42,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tta.core.checks import number, one_of, whole_number
+from tta.core.checks import LARGE, number, one_of, whole_number
 from tta.core.config import CIFAR_ADAM
 from tta.core.norm_layers import frozen_statistics
 from tta.core.prediction import Prediction, Report
@@ -68,11 +68,11 @@ class DeyoConfig(UncertaintyConfig, LowerLayersConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        number("entropy_margin", self.entropy_margin, 0, above=True)
-        number("weight_margin", self.weight_margin, 0)
+        number("entropy_margin", self.entropy_margin, 0, LARGE, above=True)
+        number("weight_margin", self.weight_margin, 0, LARGE)
         number("plpd_threshold", self.plpd_threshold, -1, 1)
         one_of("destroy", self.destroy, ("patch", "pixel", "occlusion"))
-        whole_number("patches", self.patches, 1)
+        whole_number("patches", self.patches, 1, 10_000)
         number("occlusion", self.occlusion, 0, 1, above=True)
 
 

@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tta.core.backbone import Backbone
-from tta.core.checks import number, whole_number
+from tta.core.checks import LARGE, LARGEST, number, shown, whole_number
 from tta.core.component import Context
 from tta.core.config import CIFAR_ADAM
 from tta.core.registry import register
@@ -56,8 +56,8 @@ class EataConfig(UncertaintyConfig, SelectiveConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        number("fisher_weight", self.fisher_weight, 0)
-        whole_number("fisher_samples", self.fisher_samples, 1)
+        number("fisher_weight", self.fisher_weight, 0, LARGE)
+        whole_number("fisher_samples", self.fisher_samples, 1, LARGEST)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +129,8 @@ class Eata(SelectiveUpdate):
             missing = [n for n in self.parameters_adapted if n not in source.fisher]
             if missing:
                 raise ValueError(
-                    f"`source.fisher` must cover every trained parameter, but {missing[0]!r} is "
+                    f"`source.fisher` must cover every trained parameter, but {shown(missing[0])} "
+                    "is "
                     f"missing ({len(missing)} in all): make it for this model with "
                     "tta.collect_source(model, loader, for_methods=['eata'])."
                 )

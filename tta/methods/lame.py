@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tta.core.checks import boolean, one_of, whole_number
+from tta.core.checks import LARGEST, boolean, one_of, whole_number
 from tta.core.config import ComponentConfig
 from tta.core.output_rule import Output
 from tta.core.prediction import Prediction
@@ -48,7 +48,7 @@ class LameConfig(ComponentConfig):
 
     def __post_init__(self) -> None:
         one_of("affinity", self.affinity, ("rbf", "knn", "linear"))
-        whole_number("neighbours", self.neighbours, 1)
+        whole_number("neighbours", self.neighbours, 1, LARGEST)
         boolean("symmetric", self.symmetric)
         boolean("official", self.official)
 

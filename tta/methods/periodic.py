@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tta.core.backbone import Backbone
-from tta.core.checks import whole_number
+from tta.core.checks import LARGEST, whole_number
 from tta.core.component import Context
 from tta.core.config import ComponentConfig
 from tta.core.guard import LEARN, Batch, Guard, Verdict
@@ -34,7 +34,7 @@ class PeriodicConfig(ComponentConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        whole_number("every", self.every, 1)
+        whole_number("every", self.every, 1, LARGEST)
 
 
 @register("periodic")

@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tta.core.checks import number, whole_number
+from tta.core.checks import LARGE, LARGEST, number, whole_number
 from tta.core.component import Context
 from tta.core.config import ComponentConfig
 from tta.core.output_rule import Output
@@ -56,10 +56,10 @@ class PersistenceConfig(ComponentConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        number("temperature", self.temperature, 0, above=True)
-        whole_number("horizon", self.horizon, 1)
-        whole_number("recent", self.recent, 1)
-        number("doubt", self.doubt, 0)
+        number("temperature", self.temperature, 0, LARGE, above=True)
+        whole_number("horizon", self.horizon, 1, LARGEST)
+        whole_number("recent", self.recent, 1, LARGEST)
+        number("doubt", self.doubt, 0, LARGE)
 
 
 def filtered(probs: Any, before: Any, stay: float) -> tuple[Any, Any]:

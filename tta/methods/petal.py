@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 from tta.core.backbone import Backbone
-from tta.core.checks import fraction, number, one_of, whole_number
+from tta.core.checks import LARGE, fraction, number, one_of, shown, whole_number
 from tta.core.component import Context
 from tta.core.prediction import Prediction
 from tta.core.registry import register
@@ -64,11 +64,11 @@ class PetalConfig(ConsistencyConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        number("prior_weight", self.prior_weight, 0)
-        number("damping", self.damping, 0, above=True)
+        number("prior_weight", self.prior_weight, 0, LARGE)
+        number("damping", self.damping, 0, LARGE, above=True)
         one_of("restore", self.restore, ("fisher", "random"))
         fraction("restore_quantile", self.restore_quantile)
-        whole_number("posterior_epochs", self.posterior_epochs, 2)
+        whole_number("posterior_epochs", self.posterior_epochs, 2, 10**6)
 
 
 @register("petal")
@@ -157,7 +157,8 @@ class Petal(ConsistencyUpdate):
             if name not in given or given[name].shape != value.shape:
                 got = tuple(given[name].shape) if name in given else "nothing"
                 raise ValueError(
-                    f"`source.{kind}` must hold {name!r} of shape {tuple(value.shape)}, got {got}: "
+                    f"`source.{kind}` must hold {shown(name)} of shape {tuple(value.shape)}, got "
+                    f"{got}: "
                     "make it for this model with "
                     "tta.collect_source(model, loader, for_methods=['petal'])."
                 )

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from tta.core.backbone import Backbone
-from tta.core.checks import whole_number
+from tta.core.checks import LARGEST, whole_number
 from tta.core.component import Context
 from tta.core.config import CIFAR_ADAM
 from tta.core.prediction import Prediction
@@ -48,7 +48,7 @@ class RdumbConfig(SelectiveConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        whole_number("reset_every", self.reset_every, 1)
+        whole_number("reset_every", self.reset_every, 1, LARGEST)
 
 
 _CIFAR = CIFAR_ADAM | {"redundancy_margin": 0.4}

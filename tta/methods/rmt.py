@@ -44,7 +44,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tta.core.backbone import Backbone
-from tta.core.checks import fraction, number, one_of, whole_number
+from tta.core.checks import LARGE, LARGEST, fraction, number, one_of, whole_number
 from tta.core.component import Context
 from tta.core.config import CIFAR_ADAM, UpdateConfig
 from tta.core.norm_layers import frozen_statistics
@@ -81,12 +81,12 @@ class RmtConfig(UpdateConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         fraction("teacher_momentum", self.teacher_momentum)
-        number("weight_source", self.weight_source, 0)
-        number("weight_target", self.weight_target, 0)
-        number("weight_contrastive", self.weight_contrastive, 0)
-        number("temperature", self.temperature, 0, above=True)
-        whole_number("projection_dim", self.projection_dim, 0)
-        whole_number("warmup_samples", self.warmup_samples, 0)
+        number("weight_source", self.weight_source, 0, LARGE)
+        number("weight_target", self.weight_target, 0, LARGE)
+        number("weight_contrastive", self.weight_contrastive, 0, LARGE)
+        number("temperature", self.temperature, 0, LARGE, above=True)
+        whole_number("projection_dim", self.projection_dim, 0, 2**16)
+        whole_number("warmup_samples", self.warmup_samples, 0, LARGEST)
         one_of("combine", self.combine, ("sum", "mean"))
 
 

@@ -44,7 +44,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tta.core.backbone import Backbone
-from tta.core.checks import fraction, number
+from tta.core.checks import LARGE, fraction, number
 from tta.core.component import Context
 from tta.core.config import CIFAR_ADAM, ComponentConfig, UpdateConfig
 from tta.core.norm_layers import frozen_statistics
@@ -73,7 +73,7 @@ class RoidConfig(UpdateConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        number("temperature", self.temperature, 0, above=True)
+        number("temperature", self.temperature, 0, LARGE, above=True)
         fraction("probs_momentum", self.probs_momentum)
         fraction("source_momentum", self.source_momentum)
 

@@ -66,7 +66,7 @@ import torch
 from torch import Tensor
 
 from tta.core.backbone import Backbone
-from tta.core.checks import fraction, number, whole_number
+from tta.core.checks import LARGE, LARGEST, fraction, number, whole_number
 from tta.core.component import Context
 from tta.core.config import ComponentConfig, UpdateConfig
 from tta.core.prediction import Prediction, Report
@@ -121,10 +121,10 @@ class RottaConfig(UpdateConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         fraction("teacher_momentum", self.teacher_momentum)
-        whole_number("memory_size", self.memory_size, 1)
-        whole_number("update_every", self.update_every, 1)
-        number("timeliness", self.timeliness, 0)
-        number("uncertainty", self.uncertainty, 0)
+        whole_number("memory_size", self.memory_size, 1, LARGEST)
+        whole_number("update_every", self.update_every, 1, LARGEST)
+        number("timeliness", self.timeliness, 0, LARGE)
+        number("uncertainty", self.uncertainty, 0, LARGE)
 
 
 @register("rotta")

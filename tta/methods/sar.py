@@ -41,7 +41,7 @@ import torch
 from torch import Tensor
 
 from tta.core.backbone import Backbone
-from tta.core.checks import number
+from tta.core.checks import LARGE, number
 from tta.core.component import Context
 from tta.core.prediction import Prediction, Report
 from tta.core.registry import register
@@ -66,9 +66,9 @@ class SarConfig(UncertaintyConfig, LowerLayersConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        number("entropy_margin", self.entropy_margin, 0, above=True)
-        number("rho", self.rho, 0)
-        number("reset_threshold", self.reset_threshold, 0)
+        number("entropy_margin", self.entropy_margin, 0, LARGE, above=True)
+        number("rho", self.rho, 0, LARGE)
+        number("reset_threshold", self.reset_threshold, 0, LARGE)
 
 
 _RESNET = {"lr": 2.5e-4, "lr_scaling": "small_batch"}

@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 from tta.core.backbone import Backbone
-from tta.core.checks import number, whole_number
+from tta.core.checks import LARGE, LARGEST, number, whole_number
 from tta.core.component import Context
 from tta.core.config import ComponentConfig
 from tta.core.guard import LEARN, Batch, Guard, Verdict
@@ -67,11 +67,11 @@ class SteadyConfig(ComponentConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        number("margin", self.margin, 0)
-        number("source_margin", self.source_margin, 0)
-        whole_number("every", self.every, 1)
-        whole_number("pause", self.pause, 1)
-        whole_number("few", self.few, 1)
+        number("margin", self.margin, 0, LARGE)
+        number("source_margin", self.source_margin, 0, LARGE)
+        whole_number("every", self.every, 1, LARGEST)
+        whole_number("pause", self.pause, 1, LARGEST)
+        whole_number("few", self.few, 1, LARGEST)
 
 
 @register("steady")

@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tta.core.checks import boolean, whole_number
+from tta.core.checks import LARGEST, boolean, whole_number
 from tta.core.component import Context
 from tta.core.config import ComponentConfig
 from tta.core.output_rule import Output
@@ -51,7 +51,7 @@ class T3aConfig(ComponentConfig):
 
     def __post_init__(self) -> None:
         if self.filter_size is not None:
-            whole_number("filter_size", self.filter_size, 1)
+            whole_number("filter_size", self.filter_size, 1, LARGEST)
         boolean("official", self.official)
 
 

@@ -53,7 +53,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tta.core.batch_split import current_split
-from tta.core.checks import fraction, number, whole_number
+from tta.core.checks import LARGE, LARGEST, fraction, number, whole_number
 from tta.core.component import Context
 from tta.core.config import ComponentConfig
 from tta.core.norm_layers import (
@@ -83,16 +83,16 @@ class UnmixTnsConfig(ComponentConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        whole_number("components", self.components, 1)
+        whole_number("components", self.components, 1, 10_000)
         if self.momentum is not None:
             fraction("momentum", self.momentum)
         if self.batch_size is not None:
-            whole_number("batch_size", self.batch_size, 1)
-        whole_number("batch_size_max", self.batch_size_max, 1)
-        number("temperature", self.temperature, 0, above=True)
+            whole_number("batch_size", self.batch_size, 1, LARGEST)
+        whole_number("batch_size_max", self.batch_size_max, 1, LARGEST)
+        number("temperature", self.temperature, 0, LARGE, above=True)
         fraction("alpha", self.alpha)
         if self.update_lr is not None:
-            number("update_lr", self.update_lr, 0)
+            number("update_lr", self.update_lr, 0, LARGE)
 
     def for_batch_size(self, batch_size: int | None) -> UnmixTnsConfig:
         """Take ``batch_size`` as the B of lambda, unless the config has one."""

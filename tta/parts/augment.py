@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tta.core.checks import shown
 from tta.core.component import Context, Remembers
 from tta.core.random import CountedDraws
 
@@ -327,7 +328,9 @@ class Augmenter(Remembers):
         if {len(self.mean), len(self.std)} - {1, x.shape[1]}:
             raise ValueError(
                 f"`mean` and `std` must have one value, or one for each of {x.shape[1]} channels, "
-                f"got {self.mean} and {self.std}: wrap the model with those it was trained with."
+                f"got {shown(self.mean, 40)} and {shown(self.std, 40)}: wrap the model with those "
+                "it was "
+                "trained with."
             )
 
     @torch.no_grad()

@@ -13,6 +13,7 @@ changes the pixels is an argument.
 import warnings
 from typing import Any
 
+from tta.core.checks import shown
 from tta.streams.batch import Batch
 from tta.streams.building_blocks import ARRANGEMENTS, SCHEDULES, SELECTIONS
 from tta.streams.clock import Clock, Stopwatch
@@ -54,4 +55,4 @@ def __getattr__(name: str) -> Any:
             stacklevel=2,
         )
         return Visit
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    raise AttributeError(f"module {shown(__name__)} has no attribute {shown(name)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tta.core.checks import nearest
+from tta.core.checks import nearest, shown, told
 from tta.streams.building_blocks import check_option, options_of
 from tta.streams.scenarios import Scenario
 from tta.streams.sources import CLEAN, Domains, Transform
@@ -28,13 +28,17 @@ def merge_options(scenario: Scenario, given: Mapping[str, Any]) -> dict[str, Any
     for name, value in given.items():
         target = _ALIASES.get(name, name)
         if target not in known:
-            hint = nearest(name, known) if known else "it has no options of its own"
+            hint = nearest(name, known, room=100) if known else "it has no options of its own"
             raise ValueError(
-                f'`{name}` must be an option of the scenario "{scenario.name}", which has none of '
+                f'`{told(name, 60)}` must be an option of the scenario "{scenario.name}", which '
+                "has "
+                "none of "
                 f"that name; {hint}"
             )
         if target != name and target in given:
-            raise ValueError(f"`{name}` must be left out where `{target}` is given: they are one")
+            raise ValueError(
+                f"`{told(name)}` must be left out where `{target}` is given: they are one"
+            )
         known[target] = check_option(target, value)
     return known
 
@@ -67,7 +71,9 @@ def list_domains(
     """Check the domains, fill in the default, and list the names."""
     domains = named_datasets(domains)
     if isinstance(domains, str):
-        raise TypeError(f"`domains` must be a list of names, got {domains!r}; pass [{domains!r}]")
+        raise TypeError(
+            f"`domains` must be a list of names, got {shown(domains)}; pass [{shown(domains)}]"
+        )
     if domains is None:
         domains = [CLEAN] if transform is None else scenario.default_domains(options)
     if not isinstance(domains, (Sequence, Mapping)):
@@ -84,7 +90,7 @@ def list_domains(
         )
     if len(set(listed)) < len(listed):
         raise ValueError(
-            f"`domains` must be different names, got {listed}; use the scenario "
+            f"`domains` must be different names, got {told(listed)}; use the scenario "
             '"recurring" to come back to a domain'
         )
     return domains, listed

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tta.core.checks import boolean, fraction, number, one_of, whole_number
+from tta.core.checks import LARGE, LARGEST, boolean, fraction, number, one_of, shown, whole_number
 from tta.streams import arrangements, markov, schedules, selections, walk
 from tta.streams.sources import Domains
 
@@ -110,7 +110,9 @@ _SPREAD = "smaller values (0.1, 0.01) gather each class in fewer places"
 
 def _severities(name: str, value: Any) -> list[float]:
     if isinstance(value, str) or not isinstance(value, Sequence) or not value:
-        raise TypeError(f"`{name}` must be a list of severities such as [1, 3, 5], got {value!r}")
+        raise TypeError(
+            f"`{name}` must be a list of severities such as [1, 3, 5], got {shown(value)}"
+        )
     return [number(name, item, 0.0, 5.0) for item in value]
 
 
@@ -119,7 +121,7 @@ def _orders(name: str, value: Any) -> list[list[str]]:
         return isinstance(item, Sequence) and not isinstance(item, str) and len(item) > 0
 
     if not is_list(value) or not all(is_list(item) for item in value):
-        raise TypeError(f"`{name}` must be a list of lists of domain names, got {value!r}")
+        raise TypeError(f"`{name}` must be a list of lists of domain names, got {shown(value)}")
     return [[str(name) for name in item] for item in value]
 
 
@@ -137,7 +139,7 @@ def _maybe(check: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
 
 
 def _at_least(low: float) -> Callable[[str, Any], float]:
-    return lambda name, value: number(name, value, low)
+    return lambda name, value: number(name, value, low, LARGE)
 
 
 def _one_of(*allowed: str) -> Callable[[str, Any], str]:
@@ -145,7 +147,7 @@ def _one_of(*allowed: str) -> Callable[[str, Any], str]:
 
 
 def _count(name: str, value: Any) -> int:
-    return whole_number(name, value, 1)
+    return whole_number(name, value, 1, LARGEST)
 
 
 # An option name means the same in every building block that has it, so one table serves all.
@@ -155,9 +157,9 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "class_imbalance": _at_least(1.0),
     "class_order": _one_of("fixed", "shuffled"),
     "clean_ratio": fraction,
-    "concentration": lambda name, value: number(name, value, 0.0, above=True),
+    "concentration": lambda name, value: number(name, value, 0.0, LARGE, above=True),
     "constant_size": boolean,
-    "delta": lambda name, value: number(name, value, 0.0, above=True, advice=_SPREAD),
+    "delta": lambda name, value: number(name, value, 0.0, LARGE, above=True, advice=_SPREAD),
     "difficulty": _one_of(*walk.TARGETS),
     "domain_correlation": _maybe(fraction),
     "domain_imbalance": _at_least(1.0),
@@ -178,7 +180,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "target": _maybe(lambda name, value: number(name, value, 0.0, 100.0)),
     "total": _maybe(_count),
     "visits": _count,
-    "zipf_exponent": lambda name, value: number(name, value, 1.0, above=True),
+    "zipf_exponent": lambda name, value: number(name, value, 1.0, 100.0, above=True),
 }
 
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from tta.core.checks import boolean, fraction, nearest, number
+from tta.core.checks import LARGE, boolean, fraction, nearest, number, shown
 
 __all__ = ["Clock", "Stopwatch", "as_clock"]
 
@@ -52,7 +52,7 @@ class Clock:
                 "example ratio=3.0, or ask for measured=True"
             )
         if self.ratio is not None:
-            number("ratio", self.ratio, 0.0, above=True)
+            number("ratio", self.ratio, 0.0, LARGE, above=True)
 
     def delay(self, ratio: float) -> int:
         """Return how many batches go by while an adaptation of that relative cost runs."""
@@ -70,7 +70,7 @@ def as_clock(value: Clock | Mapping[str, Any] | None) -> Clock | None:
         return value
     if not isinstance(value, Mapping):
         raise TypeError(
-            f"`clock` must be a Clock, a mapping of its fields or None, got {value!r}; "
+            f"`clock` must be a Clock, a mapping of its fields or None, got {shown(value)}; "
             'pass for example {"ratio": 3.0, "eta": 1.0}'
         )
     known = list(asdict(Clock(ratio=1.0)))
@@ -112,8 +112,8 @@ class Stopwatch:
 
     def report(self, *, adaptive: float, plain: float) -> None:
         """Set the delay from two times in seconds."""
-        number("adaptive", adaptive, 0.0)
-        number("plain", plain, 0.0, above=True)
+        number("adaptive", adaptive, 0.0, 1e9)
+        number("plain", plain, 0.0, 1e9, above=True)
         self.ratio = adaptive / plain
         self.delay = self.clock.delay(self.ratio)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tta.core.checks import boolean, number, whole_number
+from tta.core.checks import LARGEST, boolean, mapping, number, told, whole_number
 from tta.streams.arguments import fit_options, list_domains, merge_options, named_datasets
 from tta.streams.building_blocks import options_of
 from tta.streams.clock import Clock, as_clock
@@ -113,15 +113,17 @@ def build(
         "scenario": spec.name,
         "domains": listed,
         "severity": number("severity", severity, 0.0, 5.0),
-        "batch_size": spec.batch_size or whole_number("batch_size", batch_size, 1),
-        "seed": whole_number("seed", seed, 0),
+        "batch_size": spec.batch_size or whole_number("batch_size", batch_size, 1, LARGEST),
+        "seed": whole_number("seed", seed, 0, 2**64 - 1),
         "shared_order": boolean("shared_order", shared_order),
         "shuffle_domains": boolean("shuffle_domains", shuffle_domains),
-        "num_samples": None if num_samples is None else whole_number("num_samples", num_samples, 1),
+        "num_samples": None
+        if num_samples is None
+        else whole_number("num_samples", num_samples, 1, LARGEST),
         "reset": spec.reset,
         "last_batch": spec.last_batch,
         "clock": None if timing is None else asdict(timing),
-        "window": None if window is None else whole_number("window", window, 1),
+        "window": None if window is None else whole_number("window", window, 1, LARGEST),
         "schedule": spec.schedule,
         "select": spec.select,
         "arrange": spec.arrange,
@@ -165,14 +167,26 @@ def from_config(
     >>> from_config(stream.config, data).config == stream.config
     True
     """
-    arguments = dict(config)
+    arguments = dict(mapping("config", "a stream", config))
+    if "scenario" not in arguments:
+        raise ValueError(
+            "`config` must name the scenario of a stream, got the keys "
+            f"{told(', '.join(map(str, arguments))) or 'none'}: pass what Stream.config gave"
+        )
+    unknown = {str(name) for name in arguments} & {"dataset", "transform", "labels", "before"}
+    if unknown or not all(isinstance(name, str) for name in arguments):
+        raise ValueError(
+            "`config` must hold the figures of a stream by name, got "
+            f"{told(', '.join(map(str, arguments)))}: pass what Stream.config gave"
+        )
     if domains is not None:
         given = named_datasets(domains)
-        wanted = list(arguments["domains"])
+        wanted = list(arguments.get("domains") or ())
         if not isinstance(given, Mapping) or not given.keys() >= set(wanted):
             got = list(given) if isinstance(given, Mapping) else type(given).__name__
             raise ValueError(
-                f"`domains` must hold a dataset for each of {wanted}, got {got}; pass what `build` "
+                f"`domains` must hold a dataset for each of {told(wanted)}, got {told(got)}; pass "
+                "what `build` "
                 "was given"
             )
         arguments["domains"] = {name: given[name] for name in wanted}

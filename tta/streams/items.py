@@ -12,16 +12,61 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["as_pixels", "concatenate", "image_of", "join", "label_of", "scale"]
+from tta.core.checks import LARGEST, dense, told
+
+__all__ = [
+    "as_array", "as_pixels", "concatenate", "image_of", "join", "label_of", "length_of", "scale",
+]  # fmt: skip
 
 # Keys of items that are dictionaries, as datasets and image processors of transformers name them.
 IMAGE_KEYS = ("image", "img", "pixel_values", "images", "pixels", "x")
 LABEL_KEYS = ("label", "labels", "fine_label", "target", "targets", "y")
-OVERSHOOT = (
-    0.5  # beyond [0, 1], how far sharp resizing of pixels may go; normalised ones go further
-)
+OVERSHOOT = 0.5  # beyond [0, 1], by sharp resizing of pixels; normalised ones go further
 LEVELS = 16.0  # pixels above are levels up to 255, since normalised ones stay below
 _WHITE_IS_ZERO, _BITS_PER_SAMPLE, _PHOTOMETRIC = 0, 258, 262  # tags of TIFF
+
+
+def length_of(values: Any, name: str) -> int:
+    """How many items there are.
+
+    Raises:
+        TypeError: When it has no length, as a class, a number or an array without axes.
+        ValueError: When there are more than can be numbered here.
+    """
+    try:
+        length = len(values)
+    except (TypeError, RuntimeError) as error:
+        raise TypeError(
+            f"`{name}` must have a length, got a {type(values).__name__} ({told(error)}): pass a "
+            "dataset or an array"
+        ) from None
+    except OverflowError:
+        length = LARGEST + 1
+    if length > LARGEST:
+        raise ValueError(
+            f"`{name}` must hold at most {LARGEST} items, got more: pass a part of them"
+        )
+    return length
+
+
+def as_array(values: Any, name: str) -> np.ndarray:
+    """Values as an array.
+
+    Raises:
+        TypeError: When they are no array, such as rows that differ in length.
+    """
+    if isinstance(values, Tensor):
+        dense(name, values)
+        values = values.detach().cpu()
+    if isinstance(values, Sequence):
+        length_of(values, name)  # not more than memory can hold
+    try:
+        return np.asarray(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"`{name}` must be an array of numbers, got a {type(values).__name__} that is none "
+            f"({told(error)}): convert it"
+        ) from None
 
 
 def image_of(item: Any, name: str, number: int) -> Any:
@@ -53,7 +98,8 @@ def _part(item: Any, place: int, keys: tuple[str, ...], name: str, number: int) 
         if found is None:
             raise TypeError(
                 f"`{name}` must give dictionaries with one of the keys {', '.join(keys)}, got item "
-                f"{number} with {', '.join(map(str, item)) or 'no key'}: rename the key, or wrap "
+                f"{number} with {told(', '.join(map(str, item)), 40) or 'no key'}: rename the "
+                "key, or wrap "
                 "the dataset so that it gives pairs (image, label)"
             )
         return item[found]
@@ -88,14 +134,16 @@ def as_pixels(image: Any, name: str = "dataset") -> Tensor:
     if _is_picture(image):
         image = _decode(image, name)
     is_tensor = isinstance(image, Tensor)
-    pixels = image if is_tensor else _tensor(np.asarray(image), name)
+    if is_tensor:
+        dense(name, image)
+    pixels = image if is_tensor else _tensor(as_array(image, name), name)
     last = pixels.ndim == 3 and pixels.shape[-1] == 3
     if last and not (is_tensor and pixels.shape[0] == 3):  # such a tensor has channels first
         pixels = pixels.permute(2, 0, 1)
     if pixels.ndim != 3 or pixels.shape[0] != 3:
         raise ValueError(
             f"`{name}` must give colour images, a (3, H, W) tensor or an (H, W, 3) array, "
-            f"got shape {tuple(pixels.shape)}; convert it to RGB"
+            f"got shape {told(tuple(pixels.shape))}; convert it to RGB"
         )
     return scale(pixels, name)
 

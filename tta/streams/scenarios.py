@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from tta.core.checks import nearest, one_of
+from tta.core.checks import nearest, one_of, shown
 from tta.streams.building_blocks import (
     ARRANGEMENTS,
     SCHEDULES,
@@ -164,8 +164,8 @@ def get_scenario(name: str) -> Scenario:
     """
     if not isinstance(name, str) or name not in SCENARIOS:
         raise ValueError(
-            f"`scenario` must be one of the names in list_scenarios(), got {name!r}; "
-            f"{nearest(name, SCENARIOS)}"
+            f"`scenario` must be one of the names in list_scenarios(), got {shown(name, 60)}; "
+            f"{nearest(name, SCENARIOS, room=100)}"
         )
     return SCENARIOS[name]
 

@@ -12,7 +12,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tta.streams.items import as_pixels, image_of, join, label_of, scale
+from tta.core.checks import dense, told
+from tta.streams.items import (
+    as_array,
+    as_pixels,
+    image_of,
+    join,
+    label_of,
+    length_of,
+    scale,
+)
 
 __all__ = ["CLEAN", "Condition", "Domains", "ImageSource", "Images", "Transform"]
 
@@ -88,13 +97,15 @@ class ImageSource:
             and hasattr(dataset[0], "shape")
         ):
             images, own = dataset
+            if isinstance(images, Tensor):
+                dense(name, images)
             shape = tuple(images.shape)
             if len(shape) != 4 or (shape[3] != 3 and shape[1] != 3):
                 raise ValueError(
                     f"`{name}` must be a pair of images (N, H, W, 3) and labels (N,), "
                     f"got images of shape {shape}"
                 )
-            if len(own) != shape[0]:
+            if length_of(own, name) != shape[0]:
                 raise ValueError(
                     f"`{name}` must hold one label per image, got {shape[0]} images "
                     f"and {len(own)} labels; pass arrays of the same length"
@@ -104,7 +115,8 @@ class ImageSource:
         elif isinstance(dataset, Mapping):
             raise TypeError(
                 f"`{name}` must be one dataset or a pair of arrays, got a {type(dataset).__name__} "
-                f"with the keys {', '.join(map(str, list(dataset)[:5])) or '(none)'}: choose one "
+                f"with the keys {told(', '.join(map(str, list(dataset)[:5])), 60) or '(none)'}: "
+                "choose one "
                 'of its datasets, or pass the pair (data["images"], data["labels"])'
             )
         elif (
@@ -118,10 +130,10 @@ class ImageSource:
                 f"of arrays (N, H, W, 3) and (N,), got {came}; open the images first, such as by "
                 "torchvision.datasets.ImageFolder"
             )
-        self._size = len(dataset if self._arrays is None else self._arrays)
+        self._size = length_of(dataset if self._arrays is None else self._arrays, name)
         if self._size == 0:
             raise ValueError(f"`{name}` must hold at least one image, got an empty dataset")
-        if labels is not None and len(labels) != self._size:
+        if labels is not None and length_of(labels, "labels") != self._size:
             raise ValueError(
                 f"`labels` must hold one label per image of `{name}`, got {len(labels)} labels "
                 f"for {self._size} images"
@@ -143,7 +155,7 @@ class ImageSource:
         found = self._given if self._given is not None else _found_labels(self._dataset)
         if found is None:
             found = [self._label(i) for i in range(self._size)]
-        labels = np.asarray(found)
+        labels = as_array(found, f"labels of {self.name}")
         if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
             raise TypeError(
                 f"the labels of `{self.name}` must be whole numbers of shape (N,), got "
@@ -163,7 +175,7 @@ class ImageSource:
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(
                 f"`{self.name}` must give pairs (image, label), got items whose label cannot "
-                f"be read ({error}); pass labels= or such a data set"
+                f"be read ({told(error)}); pass labels= or such a data set"
             ) from error
 
     def each(self, index: NDArray[np.int64]) -> Images:
@@ -348,6 +360,10 @@ def _own_sources(domains: Mapping[str, Any]) -> dict[str, dict[float | None, Ima
 
 def _batch(argument: str, images: Any, count: int, where: str = "") -> Tensor:
     """Check the images that a function of the user returned for `count` images."""
+    if isinstance(images, Tensor):
+        dense(argument, images)
+        if images.is_complex():
+            raise TypeError(f"`{argument}` must return real numbers, got {images.dtype}{where}")
     if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[:2] != (count, 3):
         kind = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
         raise TypeError(

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tta.core.checks import whole_number
+from tta.core.checks import LARGEST, whole_number
 from tta.streams.batch import MIXED, Batch
 from tta.streams.clock import Clock, Stopwatch
 from tta.streams.draws import Draws
@@ -93,7 +93,7 @@ class Stream:
         Args:
             n: Batch number, as in `Batch.step`; the whole stream's length gives an empty one.
         """
-        n = whole_number("n", n, 0)
+        n = whole_number("n", n, 0, LARGEST)
         if n > len(self._plan):
             raise ValueError(
                 f"`n` must be at most the stream's length, {len(self._plan)} batches, got {n}"
@@ -118,7 +118,7 @@ class Stream:
                 with the batch they are at when the loop is left.
         """
         view = self.from_step(self._start)
-        view._threads = whole_number("threads", threads, 0)
+        view._threads = whole_number("threads", threads, 0, 1024)
         return view
 
     def rows(self) -> Iterator[tuple[Rows, Ints]]:

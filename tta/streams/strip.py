@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tta.core.checks import path_like
+from tta.core.checks import path_like, shown
 from tta.streams.plan import Rows
 from tta.streams.pool import Ints
 
@@ -40,7 +40,7 @@ def draw_strip(batches: Iterable[tuple[Rows, Ints]], config: Mapping[str, Any], 
         ) from error
     path = path_like("draw", path)
     if path.is_dir() or path.suffix.lower() not in ("", ".png"):
-        raise ValueError(f"`draw` must be the name of a PNG file, got {str(path)!r}")
+        raise ValueError(f"`draw` must be the name of a PNG file, got {shown(str(path))}")
     if not path.parent.is_dir():
         raise FileNotFoundError(
             f"`draw` must lie in a folder that is there, but {path.parent} is not: make it first"
@@ -49,10 +49,10 @@ def draw_strip(batches: Iterable[tuple[Rows, Ints]], config: Mapping[str, Any], 
     severities: list[float] = []
     labels = []
     for rows, batch_labels in batches:
-        shown = [rows.conditions[i] for i in rows.which]
-        domains += [condition.domain for condition in shown]
+        visible = [rows.conditions[i] for i in rows.which]
+        domains += [condition.domain for condition in visible]
         severities += [
-            sum(s) if isinstance(s := condition.severity, tuple) else s for condition in shown
+            sum(s) if isinstance(s := condition.severity, tuple) else s for condition in visible
         ]
         labels.append(batch_labels)
     title = (
