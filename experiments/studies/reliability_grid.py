@@ -54,6 +54,7 @@ COSTED = ("tent", "eata")
 NETWORK = "tf_efficientnet_lite0"  # of part 5
 SMALL_BATCHES = {1: 100, 4: 200}  # images of each domain where batches are that small
 SEVERITIES = (3, 5)
+FEW = 200  # images of a domain, of ten classes; of fewer, shorter chunks of a class are made
 PHOTO_DOMAINS = ("gaussian_noise", "defocus_blur", "fog", "contrast", "jpeg_compression")
 
 
@@ -144,7 +145,7 @@ class Grid:
 
 GRIDS = {
     "quick": Grid(
-        visits=4, images=10, few=10, share=0.02, few_images=10, seeds=1, photos=16, rounds=10,
+        visits=4, images=10, few=10, share=0.1, few_images=10, seeds=1, photos=16, rounds=10,
         photo_domains=PHOTO_DOMAINS[:2],
     ),
     "page": Grid(),
@@ -234,6 +235,10 @@ def stream_of(cell: Cell) -> StreamConfig:
         options["visits"] = cell.visits
     if "total" in options and entry.images:
         options["total"] = max(1, round(options["total"] * cell.images / entry.images))
+    if "delta" in options and cell.images < FEW:  # NOTE's smallest chunk is made for more images
+        options["min_chunk"] = max(1, cell.images // 20)
+    if "speed" in options:  # of a walk: a point shows each image once at most
+        options["speed"] = min(options["speed"], cell.images)
     return dataclasses.replace(
         entry,
         domains=cell.domains or entry.domains,

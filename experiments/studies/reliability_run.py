@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 import tta
 from experiments.records.config import BASELINE, RunConfig, StreamConfig
 from experiments.records.environment import describe_environment
-from experiments.records.file import Busy, JsonLines, read_lines
+from experiments.records.file import Busy, JsonLines, mend
 from experiments.run.build_streams import build_stream
 from experiments.run.cache import Cache
 from experiments.run.domains import Shifts, resolve_domains
@@ -45,7 +46,9 @@ def read_results(path: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
     """The lines of results by the keys of their cells; of several for one cell the last."""
     if not path.is_file():
         return {}
-    return {Cell.from_dict(row).key: row for row in read_lines(path, "cell")}
+    lines, _ = mend(path.read_bytes())  # one that was cut off counts for nothing
+    rows = [row for row in map(json.loads, lines.splitlines()) if row["kind"] == "cell"]
+    return {Cell.from_dict(row).key: row for row in rows}
 
 
 @dataclass
@@ -80,7 +83,9 @@ class Runner:
         """
         start = time.perf_counter()
         try:
-            found = self._find(cell)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of settings that the grid has on purpose
+                found = self._find(cell)
         except ValueError as refusal:
             if "must find BatchNorm" not in str(refusal):
                 raise
@@ -151,7 +156,8 @@ class Runner:
 
     def _find_cost(self, cell: Cell) -> dict[str, Any]:
         assert cell.partner is not None
-        subject, stream = self._built(replace(cell, images=100), stream_of(cell))
+        of_batches = replace(cell, images=cell.batch_size * 10)  # as many of each class
+        subject, stream = self._built(of_batches, stream_of(of_batches))
         batches = [b for b in itertools.islice(stream, 8) if len(b) == cell.batch_size]
         return measure(subject, cell.method, cell.partner, batches, cell.images, cell.seed)
 
