@@ -67,6 +67,10 @@ COMMANDS = {
         "experiments.studies.zoo",
         "every recipe on one network of every kind of timm and torchvision",
     ),
+    "reliability": Command(
+        "experiments.studies.reliability",
+        "whether adapting is ever worse than not adapting, with guards and without",
+    ),
     "compositions": Command(
         "experiments.studies.compositions", "the errors of compositions in docs/composition.md"
     ),
