@@ -275,7 +275,9 @@ def _insert_norm(
             "model with BatchNorm."
         )
     for name, layer in layers.items():
-        if not layer.eps > 0:  # torch divides by no batch statistics without it
+        if (
+            not float(getattr(layer, "eps", 1)) > 0
+        ):  # torch divides by no batch statistics without it
             raise ValueError(
                 f"`norm`={shown(config.name)} must find an eps above 0 in every BatchNorm layer, "
                 f"but {shown(name)} has {layer.eps}: set it to 1e-5, torch's own."
