@@ -212,6 +212,13 @@ def test_a_model_that_holds_itself() -> None:
     short(ValueError, "`model` must not hold itself", lambda: tta.wrap(net, "bn"))
 
 
+def test_layers_without_an_eps() -> None:
+    net: Any = tiny("bn")
+    net.layer1[1].eps = 0.0
+    short(ValueError, "`norm`='bn' must find an eps above 0", lambda: tta.wrap(net, "bn"))
+    assert tta.wrap(net, "source")(images(0)).isfinite().all()
+
+
 def test_float64_images_under_autocast() -> None:
     adapter = tta.wrap(tiny("bn"), "tent.cifar10")
     before = adapter.state()

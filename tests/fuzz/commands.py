@@ -110,7 +110,7 @@ def commands(rng: Random) -> Case:
             argv += [flag, given] if flag != "--processes" else [flag, rng.choice(["0", "x", "-1"])]
         main = corruptions.commands.main
     else:
-        argv = [rng.choice(["run", "run", "sweep", "preview", "report", "tune", _text(rng)])]
+        argv = [rng.choice(["run", "run", "preview", "report", _text(rng)])]
         flags = [
             "--config",
             "--model",

@@ -223,7 +223,7 @@ def files(rng: Random) -> Case:
         elif path.suffix == ".json" and change < 6:
             try:
                 about = json.loads(path.read_bytes())
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             path.write_bytes(json_of(rng, about).encode("utf-8", "replace"))
         elif change == 6 and path.suffix != ".json":

@@ -113,6 +113,8 @@ def unchanged(value: Any, levels: int = 20) -> Any:
         plain = value.detach().resolve_conj().resolve_neg()
         flat = plain.clone(memory_format=torch.contiguous_format).reshape(-1)
         return (*about, flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
+    if isinstance(value, (float, complex, np.generic)):
+        return repr(value)  # in which NaN equals itself
     if isinstance(value, np.ndarray):
         return str(value.dtype), value.shape, None if value.dtype == object else value.tobytes()
     if isinstance(value, Mapping):
@@ -196,6 +198,8 @@ def _of_callee(failure: BaseException) -> bool:
     found = re.search(
         r"\(\) (got (an unexpected|multiple|some positional)|missing|takes)", str(failure)
     )
+    if type(failure) is NotImplementedError:  # an nn.ModuleList, which says it can be called
+        return 'the required "forward"' in str(failure)
     return type(failure) is TypeError and found is not None
 
 

@@ -274,6 +274,14 @@ def _insert_norm(
             f"{type(model).__name__} has {norm_layers_in_words(model)}: leave norm= out, or use a "
             "model with BatchNorm."
         )
+    for name, layer in layers.items():
+        if (
+            not float(getattr(layer, "eps", 1)) > 0
+        ):  # torch divides by no batch statistics without it
+            raise ValueError(
+                f"`norm`={shown(config.name)} must find an eps above 0 in every BatchNorm layer, "
+                f"but {shown(name)} has {layer.eps}: set it to 1e-5, torch's own."
+            )
     if cls.needs_source_stats:
         for name, layer in layers.items():
             if layer.running_mean is None:

@@ -128,7 +128,7 @@ def nearest(name: str, known: Iterable[str], limit: int = 40, room: int = ROOM) 
     >>> nearest("vgg", ["vgg11", "vgg13", "alexnet"], limit=2)
     "did you mean 'vgg13'? Known: vgg11, vgg13 and 1 more."
     """
-    name = str(name)[:100]
+    name = name[:100] if isinstance(name, str) else shown(name)
     known = sorted(known) if isinstance(known, AbstractSet) else list(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean {shown(close[0], room)}? " if close else ""

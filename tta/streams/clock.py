@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from tta.core.checks import LARGE, boolean, fraction, nearest, number, shown
+from tta.core.checks import LARGE, boolean, fraction, nearest, number, shown, told
 
 __all__ = ["Clock", "Stopwatch", "as_clock"]
 
@@ -76,7 +76,7 @@ def as_clock(value: Clock | Mapping[str, Any] | None) -> Clock | None:
     known = list(asdict(Clock(ratio=1.0)))
     for name in value:
         if name not in known:
-            raise ValueError(f"`clock` has no field `{name}`; {nearest(name, known)}")
+            raise ValueError(f"`clock` has no field `{told(name)}`; {nearest(name, known)}")
     return Clock(**value)
 
 

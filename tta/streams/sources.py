@@ -94,7 +94,7 @@ class ImageSource:
         if (
             isinstance(dataset, (tuple, list))
             and len(dataset) == 2
-            and hasattr(dataset[0], "shape")
+            and (isinstance(dataset[0], Tensor) or hasattr(dataset[0], "shape"))
         ):
             images, own = dataset
             if isinstance(images, Tensor):
