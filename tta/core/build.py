@@ -195,7 +195,7 @@ def _needs_features(config: AdapterConfig, head: Head) -> bool:
             "them, got nothing: name the module that they go into, or pass a function of model and "
             "images."
         )
-    wanting = any(issubclass(cls, Guard) and cls.wants_features for cls in used)
+    wanting = any(cls.wants_features for cls in used)
     return bool(needing) or (wanting and head.has_features)
 
 

@@ -102,6 +102,7 @@ class Component(nn.Module):
     must_define: ClassVar[tuple[str, ...]] = ()  # methods that a component of the slot writes
     empties_slots: ClassVar[bool] = False  # stands for the source model; is never instantiated
     needs_features: ClassVar[bool] = False  # predictions must carry features
+    wants_features: ClassVar[bool] = False  # reads features where the model has any
     needs_linear_head: ClassVar[bool] = False  # reads the layer that makes logits of features
     uses_labels: ClassVar[bool] = True  # reads the labels of source batches
     replays_source: ClassVar[bool] = False  # goes on reading source batches while it adapts

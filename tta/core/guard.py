@@ -173,6 +173,8 @@ class Guard(Component):
     must_define = ("judge",)
     host: ClassVar[str | None] = None  # update of the recipe that has the guard's name
     host_fields: ClassVar[dict[str, Any]] = {}  # fields of that update
+    # Components in other slots of that recipe, where they suit the model.
+    companions: ClassVar[dict[str, str]] = {}
     keeps_healthy: ClassVar[bool] = False  # has a snapshot, see ``remember``
     wants_features: ClassVar[bool] = False  # reads features where the model has any
 

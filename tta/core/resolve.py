@@ -108,7 +108,8 @@ def resolve(model: nn.Module, request: Request) -> AdapterConfig:
     batch_size = request.batch_size
     if batch_size is not None:
         batch_size = whole_number("batch_size", batch_size, 1, LARGEST)
-    chosen = _override(_with_guard(_choose(request), request), request.overrides)
+    chosen = _with_companions(_with_guard(_choose(request), request), request, model)
+    chosen = _override(chosen, request.overrides)
     chosen = {
         slot: None if config is None else config.for_batch_size(batch_size)
         for slot, config in _adjust(_complete(chosen, model), request).items()
@@ -191,6 +192,17 @@ def host_update(recipe: Any) -> ComponentConfig | None:
         return None
     cls: Any = component((recipe if isinstance(recipe, str) else recipe.name).partition(".")[0])
     return get_config(host).replace(**cls.host_fields)
+
+
+def _with_companions(chosen: Chosen, request: Request, model: nn.Module) -> Chosen:
+    """Add what the recipe of a guard has in slots that the caller left open."""
+    recipe = request.recipe
+    if recipe is None or _is_source(recipe):
+        return chosen
+    cls = component(_as_config("recipe", recipe).name)
+    named = cls.companions if issubclass(cls, Guard) else {}
+    more = {slot: get_config(name) for slot, name in named.items() if component(name).suits(model)}
+    return more | chosen
 
 
 def _with_guard(chosen: Chosen, request: Request) -> Chosen:

@@ -15,7 +15,7 @@ from tta.core.prediction import Prediction
 from tta.core.source import SourceStatistics
 from tta.parts.displacement import ClassDisplacements
 
-__all__ = ["ShiftRule"]
+__all__ = ["ShiftRule", "take_mean"]
 
 MOST_IMAGES = 100_000  # of source batches
 
@@ -80,39 +80,59 @@ class ShiftRule(Output):
         Raises:
             ValueError: When ``source`` has nothing to take it from, or that of another model.
         """
-        if source.feature_mean is not None:
-            found, self.source_used = source.feature_mean, "feature mean as given"
-        elif source.features is not None:
-            found, self.source_used = source.features.float().mean(0), "feature mean from features"
-        elif source.batches is not None:
-            found = self._measure(source, network)
-        else:
+        self.source_used = take_mean(self.feature_mean, source, network, self.name)
+        if self.source_used is None:
             raise ValueError(
                 f"`source` must give {self.name} the mean of the features, got "
                 f"{source.contents or 'nothing'}: pass source batches, or what "
                 f"tta.collect_source(model, loader, for_methods=['{self.name}']) returns."
             )
-        if found.shape != self.feature_mean.shape:
-            raise ValueError(
-                f"`source.feature_mean` must be of shape {tuple(self.feature_mean.shape)}, as this "
-                f"model's features, got {tuple(found.shape)}: make it with "
-                f"tta.collect_source(model, loader, for_methods=['{self.name}'])."
-            )
-        self.feature_mean.copy_(found)
 
-    @torch.no_grad()
-    def _measure(self, source: SourceStatistics, network: Backbone) -> Tensor:
-        total = torch.zeros_like(self.feature_mean, dtype=torch.float64)
-        seen = 0
-        for images, _ in source.iter_batches(MOST_IMAGES):
-            found = network(images.to(total.device)).features
-            assert found is not None
-            total += found.double().sum(0)
-            seen += len(images)
-        if seen == 0:
-            raise ValueError(
-                "`source` must hold at least one batch, got none: pass an iterable of "
-                "(images, labels) that was not read to its end."
-            )
-        self.source_used = f"feature mean from {seen} images"
-        return (total / seen).float()
+
+def take_mean(mean: Tensor, source: SourceStatistics, network: Backbone, name: str) -> str | None:
+    """Fill in the mean of the source's features: as given, or measured on source batches.
+
+    Args:
+        mean: (D,), which is written to.
+        source: Where to take it from.
+        network: The source model, with features.
+        name: Of the component, for what is said.
+
+    Returns:
+        What it was taken from, in words; None where the source has nothing to take it from.
+
+    Raises:
+        ValueError: When it is that of another model, or a source without batches.
+    """
+    if source.feature_mean is not None:
+        found, words = source.feature_mean, "feature mean as given"
+    elif source.features is not None:
+        found, words = source.features.float().mean(0), "feature mean from features"
+    elif source.batches is not None:
+        found, words = _measured(mean, source, network)
+    else:
+        return None
+    if found.shape != mean.shape:
+        raise ValueError(
+            f"`source.feature_mean` must be of shape {tuple(mean.shape)}, as this model's "
+            f"features, got {tuple(found.shape)}: make it with "
+            f"tta.collect_source(model, loader, for_methods=['{name}'])."
+        )
+    mean.copy_(found)
+    return words
+
+
+@torch.no_grad()
+def _measured(like: Tensor, source: SourceStatistics, network: Backbone) -> tuple[Tensor, str]:
+    total, seen = torch.zeros_like(like, dtype=torch.float64), 0
+    for images, _ in source.iter_batches(MOST_IMAGES):
+        found = network(images.to(total.device)).features
+        assert found is not None
+        total += found.double().sum(0)
+        seen += len(images)
+    if seen == 0:
+        raise ValueError(
+            "`source` must hold at least one batch, got none: pass an iterable of "
+            "(images, labels) that was not read to its end."
+        )
+    return (total / seen).float(), f"feature mean from {seen} images"

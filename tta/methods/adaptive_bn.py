@@ -14,9 +14,10 @@ stream it is, so each is found out:
 N is ``horizon`` images, or ``horizon_runs`` where an output rule that watches labels
 (``persistence``) sees them come in runs. d is how far the averages are from the source's, e how far
 they would be by chance: v is the variance of the images' means, n how many images the averages are
-of (1/n <- (1 - a)^2 / n + a^2 / B, from 0 on), and t ``tolerance``. Variances are drawn in by the same k. Images that lie far
-outside are left out as in ``robust_bn``, and a network with layers of next to no variance keeps the
-source's statistics in all of them, since moving them breaks such networks (decision 20).
+of (1/n <- (1 - a)^2 / n + a^2 / B, from 0 on), and t ``tolerance``. Variances are drawn in by the
+same k. Images that lie far outside are left out as in ``robust_bn``, and a network with layers of
+next to no variance keeps the source's statistics in all of them, since moving them breaks such
+networks (decision 20).
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class AdaptiveBnConfig(ComponentConfig):
 
     horizon: int = 24  # N, images that the averages reach back
     horizon_runs: int = 1280  # N where labels come in runs
-    tolerance: float = 2.0  # t, how often chance must be exceeded
+    tolerance: float = 1.0  # t, how often chance must be exceeded
     official: bool = False  # without the rules for bad images and narrow layers
 
     def __post_init__(self) -> None:

@@ -5,9 +5,9 @@ but as a difference between two predictions of one batch instead of a threshold.
 
 An update that begins to fail predicts fewer classes, on whatever stream. How many classes a batch
 shows depends on the stream, so the entropy of the mean prediction says little by itself; the
-difference to what the source's parameters say of the same images does. In the benchmark of record an
-update was behind the source where this difference was below zero, and ahead where it was above, on
-networks of all norm layers.
+difference to what the source's parameters say of the same images does. In the benchmark of record
+an update was behind the source where this difference was below zero, and ahead where it was above,
+on networks of all norm layers.
 
     g = H(mean_b p_b) - H(mean_b p_b'),   p' by the source's parameters under the same norm rule
     averaged g < -margin ln C: back to the reset point, and no learning for ``pause`` batches
@@ -32,7 +32,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,17 +41,15 @@ from tta.core.checks import LARGE, LARGEST, number, whole_number
 from tta.core.component import Context
 from tta.core.config import ComponentConfig
 from tta.core.guard import LEARN, Batch, Guard, Verdict
-from tta.core.prediction import Prediction
 from tta.core.registry import register
 from tta.parts.label_runs import LabelRuns
+from tta.parts.spread import SpreadGap
 
 __all__ = ["Steady", "SteadyConfig"]
 
 EARLY = (1, 2, 4, 8, 16)  # batches after learning began on which the update is compared
 LONGEST = 4096  # batches of a pause
 RUNS, NO_RUNS = 0.05, 0.01  # persistence of labels at which the source begins and ends to answer
-SPAN = 192  # compared images over which the difference is averaged
-ENOUGH = 24  # compared images from which it counts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,8 +84,6 @@ class Steady(Guard):
     pause: Tensor  # 0-dimensional, length of the next pause
     images: Tensor  # 0-dimensional, since the last step
     runs_seen: Tensor  # 0-dimensional bool: the source answers, as labels come in runs
-    gaps: Tensor  # (2,) averaged differences, to the source's parameters and to the source
-    weights: Tensor  # (2,) compared images that they are of, at most ``SPAN``
 
     def __init__(self, config: SteadyConfig, network: Backbone, context: Context) -> None:
         super().__init__(config, network, context)
@@ -98,8 +93,8 @@ class Steady(Guard):
         self.register_buffer("pause", torch.tensor(config.pause))
         self.register_buffer("images", torch.zeros((), dtype=whole))
         self.register_buffer("runs_seen", torch.zeros((), dtype=torch.bool))
-        self.register_buffer("gaps", torch.zeros(2))
-        self.register_buffer("weights", torch.zeros(2))
+        self.gap = SpreadGap()  # to the source's parameters
+        self.source_gap = SpreadGap()  # to the source model, with its own statistics
         self.runs = LabelRuns(context.num_classes, horizon=256, recent=96, doubt=3.0)
         self.trains = bool(context.parameters)
         self.mixes = bool(network.wrappers)  # images are normalised by what was seen of others
@@ -126,20 +121,21 @@ class Steady(Guard):
         if int(self.hold) > 0:
             self.hold -= 1
             return LEARN
+        assert batch.prediction is not None
         age = int(self.age)
         self.age += 1
         if (verdict := self._few(batch)) is not None:
             return verdict
         if self.mixes and (age == 0 or self._due(age, 2)):
-            self._compare(1, batch, batch.source())
+            self.source_gap.see(batch.prediction.logits, batch.source().logits)
             self.runs.watch(batch.source().logits.argmax(1))
             if self.runs.persistence() > RUNS:
                 self.runs_seen.fill_(True)
                 return Verdict(action="source", reason="labels come in runs", undo=True)
         if self.trains and self._due(age, 1):
             anchor = batch.anchor() if self.mixes else batch.source()
-            self._compare(0, batch, anchor)
-        return self._verdict(batch)
+            self.gap.see(batch.prediction.logits, anchor.logits)
+        return self._verdict()
 
     def _due(self, age: int, slower: int) -> bool:
         return age in EARLY or (age > 0 and age % (slower * self.config.every) == 0)
@@ -156,24 +152,15 @@ class Steady(Guard):
         self._begin_pause(LONGEST)
         return Verdict(action="skip", reason=f"a step was made of {count} images")
 
-    def _compare(self, which: int, batch: Batch, other: Prediction) -> None:
-        """Average how many classes the batch shows, less how many the other prediction does."""
-        assert batch.prediction is not None
-        gap = _spread(batch.prediction.logits) - _spread(other.logits)
-        count = len(batch.images)
-        weight = self.weights[which] = (self.weights[which] + count).clamp_max(SPAN)
-        self.gaps[which] += count / weight.clamp_min(count) * (gap - self.gaps[which])
-
-    def _verdict(self, batch: Batch) -> Verdict:
-        margins = (self.config.margin, self.config.source_margin)
-        largest = math.log(self.context.num_classes)
-        for gap, weight, margin in zip(
-            self.gaps.tolist(), self.weights.tolist(), margins, strict=True
-        ):
-            if weight >= ENOUGH and gap < -margin * largest:
+    def _verdict(self) -> Verdict:
+        config, largest = self.config, math.log(self.context.num_classes)
+        gaps = ((self.gap, config.margin), (self.source_gap, config.source_margin))
+        for gap, margin in gaps:
+            behind = -gap.mean()
+            if behind > margin * largest:
                 self._begin_pause(int(self.pause))
                 self.pause.mul_(2).clamp_(max=LONGEST)
-                reason = f"{-gap:.2f} nats fewer classes than the source"
+                reason = f"{behind:.2f} nats fewer classes than the source"
                 return Verdict(action="reset", reason=reason)
         if int(self.age) > 4 * int(self.pause) and int(self.pause) > self.config.pause:
             self.pause.copy_(torch.div(self.pause, 2, rounding_mode="floor"))
@@ -183,8 +170,8 @@ class Steady(Guard):
     def _begin_pause(self, batches: int) -> None:
         self.hold.fill_(batches)
         self.age.zero_()
-        self.gaps.zero_()
-        self.weights.zero_()
+        self.gap.forget()
+        self.source_gap.forget()
 
     def _wait_for_the_end_of_runs(self, batch: Batch) -> Verdict:
         """Watch the source's predictions, and begin anew when they come in no runs any more."""
@@ -194,9 +181,3 @@ class Steady(Guard):
         self.runs_seen.fill_(False)
         self._begin_pause(0)
         return Verdict(action="reset", reason="labels come in no runs any more")
-
-
-def _spread(logits: Any) -> Tensor:
-    """Entropy of the mean prediction of (B, C), in nats."""
-    mean = logits.detach().float().softmax(1).mean(0)
-    return torch.special.entr(mean).sum()

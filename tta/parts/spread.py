@@ -1,0 +1,51 @@
+"""How many classes a batch shows by one prediction, less how many by another of the same images."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["SpreadGap", "spread"]
+
+SPAN = 192  # images over which the difference is averaged
+ENOUGH = 24  # images from which it counts
+
+
+def spread(logits: Tensor) -> Tensor:
+    """Entropy of the mean prediction of (B, C), in nats.
+
+    Example:
+        >>> float(spread(torch.tensor([[100.0, 0.0], [0.0, 100.0]])).__round__(3))
+        0.693
+    """
+    mean = logits.detach().float().softmax(1).mean(0)
+    return torch.special.entr(mean).sum()
+
+
+class SpreadGap(nn.Module):
+    """The difference between the spreads of two predictions, averaged over batches."""
+
+    gap: Tensor  # 0-dimensional, in nats
+    images: Tensor  # 0-dimensional, that it is the average of, at most ``SPAN``
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("gap", torch.zeros(()))
+        self.register_buffer("images", torch.zeros(()))
+
+    @torch.no_grad()
+    def see(self, logits: Tensor, other: Tensor) -> None:
+        """Take in a batch by its two predictions, both (B, C)."""
+        count = len(logits)
+        self.images.copy_((self.images + count).clamp_max(SPAN))
+        share = count / self.images.clamp_min(count)
+        self.gap += share * (spread(logits) - spread(other) - self.gap)
+
+    def mean(self) -> float:
+        """The average; 0 as long as it is one of few images."""
+        return float(self.gap) if float(self.images) >= ENOUGH else 0.0
+
+    def forget(self) -> None:
+        """Begin anew."""
+        self.gap.zero_()
+        self.images.zero_()
