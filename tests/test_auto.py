@@ -1,0 +1,310 @@
+"""`auto` and its parts, `steady`: what they do on streams that are made to need it."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tta
+from tests.helpers.batches import images, source_batches, surroundings
+from tests.helpers.nets import tiny
+from tta.core.component import Context
+from tta.core.prediction import Prediction
+from tta.methods._label_filter import filtered
+from tta.parts.label_runs import LabelRuns
+from tta.parts.spread import SpreadGap, spread
+
+CLASSES = 10
+
+
+def labels_of(stay: float, count: int = 4000, seed: int = 0) -> Tensor:
+    """Labels that stay with a probability and are else drawn anew."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(0, CLASSES, (count,), generator=generator)
+    stays = torch.rand(count, generator=generator) < stay
+    for t in range(1, count):
+        drawn[t] = drawn[t - 1] if stays[t] else drawn[t]
+    return drawn
+
+
+def noisy_logits(labels: Tensor) -> Tensor:
+    """Logits of a classifier that is right on half of the images, and surer where it is right."""
+    noise = torch.randn(len(labels), CLASSES, generator=torch.Generator().manual_seed(1))
+    return 3 * (noise + 1.5 * nn.functional.one_hot(labels, CLASSES))
+
+
+def runs() -> LabelRuns:
+    return LabelRuns(CLASSES, horizon=256, recent=96, doubt=3.0)
+
+
+@pytest.mark.parametrize("size", [1, 10, 64])
+def test_persistence_is_found_whatever_the_batch_size(size: int) -> None:
+    found = runs()
+    for part in labels_of(0.8).split(size):
+        found.watch(part)
+    assert 0.5 < found.persistence() < 0.85
+
+
+@pytest.mark.parametrize("size", [1, 64])
+def test_no_persistence_is_found_in_random_order_however_few_classes_are_predicted(
+    size: int,
+) -> None:
+    found = runs()
+    generator = torch.Generator().manual_seed(0)
+    shares = torch.tensor([0.7, 0.2, 0.1, *[0.0] * 7])  # of a model that predicts few classes
+    labels = torch.multinomial(shares, 4000, replacement=True, generator=generator)
+    largest = 0.0
+    for part in labels.split(size):
+        found.watch(part)
+        largest = max(largest, found.persistence())
+    assert largest < 0.12 and found.persistence() < 0.02
+
+
+def test_runs_end_soon_after_the_stream_has_changed() -> None:
+    """Of the averages the short one counts, so that a stream of one class leaves nothing behind."""
+    found = runs()
+    found.watch(torch.zeros(2000, dtype=torch.int64))
+    assert found.persistence() == 0  # one class alone says nothing
+    worst = 0.0
+    for part in labels_of(0.0, 1000).split(10):
+        found.watch(part)
+        worst = max(worst, found.persistence())
+    assert found.persistence() < 0.02 and worst < 0.5
+
+
+def test_the_filter_is_the_forward_backward_algorithm() -> None:
+    """Against the sum over all sequences of labels."""
+    generator = torch.Generator().manual_seed(0)
+    probs = torch.rand(4, 3, generator=generator, dtype=torch.float64).softmax(1)
+    before, stay = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64), 0.6
+    total = torch.zeros(4, 3, dtype=torch.float64)
+    for path in itertools.product(range(3), repeat=5):  # from the image before on
+        weight = before[path[0]]
+        for t, (old, new) in enumerate(itertools.pairwise(path)):
+            weight = weight * (stay * (old == new) + (1 - stay) / 3) * probs[t, new]
+        for t, label in enumerate(path[1:]):
+            total[t, label] += weight
+    messages, belief = filtered(probs.numpy(), before.numpy(), stay)
+    posterior = probs * torch.from_numpy(messages)
+    posterior = posterior / posterior.sum(1, keepdim=True)
+    assert torch.allclose(posterior, total / total.sum(1, keepdim=True), atol=1e-12)
+    assert torch.allclose(torch.from_numpy(belief), posterior[-1], atol=1e-12)
+
+
+def rule(name: str = "persistence") -> Any:
+    context = Context(num_classes=CLASSES)
+    return tta.core.registry.component(name)(tta.get_config(name), context)  # type: ignore[attr-defined]
+
+
+def test_predictions_lean_on_their_neighbours_where_labels_stay() -> None:
+    output, labels = rule(), labels_of(0.9, 2000)
+    plain, better = 0, 0
+    for part, logits in zip(labels.split(50), noisy_logits(labels).split(50), strict=True):
+        scores = output.correct(Prediction(logits))
+        plain += int((logits.argmax(1) == part).sum())
+        better += int((scores.argmax(1) == part).sum())
+    assert better > plain + 150
+
+
+def test_logits_stay_as_they_are_in_random_order() -> None:
+    output, labels = rule(), labels_of(0.0, 2000)
+    changed = 0
+    for logits in noisy_logits(labels).split(50):
+        changed += not torch.equal(output.correct(Prediction(logits)), logits)
+    assert changed <= 2  # of 40, where chance looked like a run
+
+
+class _Scaled(nn.Module):
+    """A stream's domain: scale and offset of the pixels."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return 3 * x + 1
+
+
+def test_statistics_stay_at_the_source_for_images_like_the_sources() -> None:
+    net = tiny("bn")
+    with torch.no_grad():  # statistics of these images, so that they are the source's
+        net.train()
+        for seed in range(60):
+            net(images(1000 + seed, 64))
+        net.eval()
+    adapter = tta.wrap(net, norm="adaptive_bn", tolerance=3.0)
+    shares = {"same": [], "other": []}
+    for kind, change in (("same", lambda x: x), ("other", _Scaled())):
+        for seed in range(6):
+            adapter(change(images(seed, 64)))
+            found = [float(w.rule.share(1e-5)) for w in adapter.norm_layers.values()]  # type: ignore[operator]
+            shares[kind].append(sum(found) / len(found))
+    assert max(shares["same"][1:]) < 0.5
+    assert min(shares["other"][1:]) > 0.95
+
+
+def test_adaptive_statistics_do_not_depend_on_how_images_are_batched() -> None:
+    """Horizons are counted in images; single images and batches end near the same averages."""
+    ends = []
+    for size in (1, 32):
+        adapter = tta.wrap(tiny("bn"), norm="adaptive_bn")
+        for part in (2 * images(0, 256) + 1).split(size):
+            adapter(part)
+        ends.append(adapter.state())
+    for key in ends[0]:
+        if key.endswith(".mean"):
+            assert torch.allclose(ends[0][key], ends[1][key], rtol=0.1, atol=0.1)
+
+
+def test_auto_brings_what_suits_the_network() -> None:
+    source = source_batches()
+    names = {
+        family: [
+            getattr(tta.wrap(tiny(family), "auto", source=source).config, slot)
+            for slot in ("norm", "update", "output", "guard")
+        ]
+        for family in ("bn", "gn")
+    }
+    assert [c and c.name for c in names["bn"]] == ["adaptive_bn", None, "drift", "auto"]
+    assert [c and c.name for c in names["gn"]] == [None, None, "drift", "auto"]
+    assert "auto" in tta.list_methods() and "auto" in tta.list_methods(slot="guard")
+    other = tta.wrap(tiny("bn"), "auto", norm="bn", budget=1.0)
+    assert other.config.norm.name == "bn" and other.config.guard.budget == 1.0
+    with pytest.raises(ValueError, match="`budget` must be"):
+        tta.wrap(tiny("bn"), "auto", budget=5)
+
+
+@pytest.mark.parametrize("family", ["bn", "gn", "ln"])
+def test_auto_without_source_data_runs_and_does_not_shift(family: str) -> None:
+    adapter = tta.wrap(tiny(family), "auto")
+    plain = tiny(family)
+    for seed in range(3):
+        answer = adapter(images(seed))
+        assert answer.shape == (8, CLASSES)
+    assert not bool(adapter.constants()["output/shifts"])
+    if family != "bn":  # nothing moves, and no runs are seen
+        assert torch.equal(answer, plain(images(2)))
+
+
+def test_drift_gives_back_the_source_where_features_have_moved() -> None:
+    """A constant that is added to all features is found and taken off."""
+    net = tiny("gn")
+    source = [(images(seed, 64), torch.zeros(64, dtype=torch.int64)) for seed in range(4)]
+    adapter = tta.wrap(net, output="drift", source=source)
+    plain = tiny("gn")
+    features: list[Tensor] = []
+    plain.fc.register_forward_pre_hook(lambda _, args: features.append(args[0]))  # type: ignore[union-attr]
+    moved = torch.linspace(-1, 1, plain.fc.in_features)  # type: ignore[union-attr,arg-type]
+    net.fc.register_forward_pre_hook(lambda _, args: (args[0] + moved,), prepend=True)  # type: ignore[union-attr]
+    for seed in range(60):
+        answer = adapter(images(100 + seed, 64))
+    right = plain(images(159, 64))
+    off = plain.fc(features[-1] + moved)  # type: ignore[operator]
+    assert float((answer - right).abs().mean()) < 0.1 * float((off - right).abs().mean())
+
+
+def test_the_spread_gap_is_averaged_over_images() -> None:
+    gap = SpreadGap()
+    even, one = torch.eye(4) * 50, torch.zeros(4, 4) + torch.tensor([50.0, 0, 0, 0])
+    assert spread(even) > 1.38 and spread(one) < 0.01
+    gap.see(one, even)
+    assert gap.mean() == 0  # four images are few
+    for _ in range(10):
+        gap.see(one, even)
+    assert gap.mean() == pytest.approx(-1.386, abs=0.01)
+
+
+class _Named(nn.Module):
+    """Shows the class that the first pixel names, under whatever statistics."""
+
+    def __init__(self, norm: nn.Module, sure: float) -> None:
+        super().__init__()
+        self.norm = norm
+        self.fc = nn.Linear(CLASSES + 3, CLASSES)
+        with torch.no_grad():
+            self.fc.weight.copy_(
+                torch.linspace(-1, 1, self.fc.weight.numel()).sin().view(CLASSES, -1)
+            )
+            self.fc.weight[:, :CLASSES] = sure * torch.eye(CLASSES)
+            self.fc.weight[:, CLASSES:] *= 3 - torch.arange(CLASSES)[:, None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        label = (x[:, 0, 0, 0] * CLASSES).long().clamp(0, CLASSES - 1)
+        shown = nn.functional.one_hot(label, CLASSES).to(x.dtype)
+        return self.fc(torch.cat([shown, self.norm(x).mean((2, 3))], 1))
+
+
+def named(labels: Tensor) -> Tensor:
+    x = torch.rand(len(labels), 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    x[:, 0, 0, 0] = (labels + 0.5) / CLASSES
+    return x
+
+
+def steady_on(net: nn.Module, **fields: Any) -> tta.Adapter:
+    return tta.wrap(net, "tent", lr=0.05, guard=tta.get_config("steady", **fields), batch_size=64)
+
+
+def test_steady_goes_back_where_an_update_loses_classes() -> None:
+    """With a learning rate that ruins the network: without a guard it ends with few classes."""
+    plain = tta.wrap(_Named(nn.GroupNorm(1, 3), 2.0).eval(), "tent", lr=0.05, batch_size=64)
+    guarded = steady_on(_Named(nn.GroupNorm(1, 3), 2.0).eval())
+    right = {"plain": 0, "guarded": 0}
+    labels = labels_of(0.0, 64 * 60).split(64)
+    for part in labels:
+        for name, adapter in (("plain", plain), ("guarded", guarded)):
+            right[name] += int((adapter(named(part)).argmax(1) == part).sum())
+    source = sum(
+        int((_Named(nn.GroupNorm(1, 3), 2.0)(named(p)).argmax(1) == p).sum()) for p in labels
+    )
+    resets = [e["step"] for e in guarded.events if e["action"] == "reset"]
+    assert resets and any(e["action"] == "skip" for e in guarded.events)
+    assert right["guarded"] > source - 0.08 * 64 * 60
+    assert right["plain"] < source - 0.2 * 64 * 60
+
+
+def test_steady_takes_back_a_step_that_was_made_of_few_images() -> None:
+    adapter = steady_on(tiny("gn"))
+    before = adapter.state()
+    adapter(images(0, 2))
+    after = adapter.state()
+    moved = {k for k in before if not torch.equal(before[k], after[k])}
+    assert not any(key.startswith(("param/", "optim/")) for key in moved)
+    assert adapter.health["action"] == "skip" and "2 images" in adapter.health["reason"]
+
+
+def test_the_source_answers_while_labels_come_in_runs_under_batch_statistics() -> None:
+    adapter = tta.wrap(
+        _Named(nn.BatchNorm2d(3), 20.0).eval(), "tent", guard="steady", batch_size=64
+    )
+    for part in labels_of(0.9, 64 * 8).split(64):
+        adapter(named(part))
+    assert adapter.health["action"] == "source" and "runs" in adapter.health["reason"]
+    for part in labels_of(0.0, 64 * 20).split(64):
+        adapter(named(part))
+    assert adapter.health["action"] == "learn"
+    assert any("no runs" in event["reason"] for event in adapter.events)
+
+
+def test_a_guard_that_does_nothing_leaves_every_bit_as_it_was() -> None:
+    plain = tta.wrap(tiny("bn"), "tent", batch_size=64)
+    guarded = tta.wrap(tiny("bn"), "tent", guard=True, batch_size=64)
+    assert guarded.config.guard.name == "steady"
+    for seed in range(6):
+        assert torch.equal(plain(images(seed, 64)), guarded(images(seed, 64)))
+    assert guarded.events == []
+
+
+@pytest.mark.parametrize("recipe", ["auto", "steady"])
+def test_nothing_depends_on_interruptions_of_a_stream(recipe: str) -> None:
+    """Saved half-way and resumed, the rest of a stream gives the same, bit for bit."""
+    build: Any = {
+        "auto": lambda: tta.wrap(tiny("bn"), "auto", **surroundings()),
+        "steady": lambda: tta.wrap(tiny("bn"), "tent", lr=0.5, guard="steady"),
+    }[recipe]
+    whole, first, second = build(), build(), build()
+    answers = [whole(images(seed, 32)) for seed in range(24)]
+    for seed in range(12):
+        first(images(seed, 32))
+    second.load_state(first.state())
+    for seed in range(12, 24):
+        assert torch.equal(second(images(seed, 32)), answers[seed])
