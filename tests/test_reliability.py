@@ -235,6 +235,17 @@ def test_a_cut_line_is_repaired():
     assert len(read_results(path)) == 4
 
 
+def test_shares_of_the_cells_are_all_of_them():
+    found, _ = cells(GRIDS["page"], Choice(models=(BN, GN), guard="periodic"))
+    shares = [reliability._share(found, f"{number}/3") for number in (1, 2, 3)]
+    keys = [{cell.stream_key for cell in share} for share in shares]
+    assert not keys[0] & keys[1] and not keys[0] & keys[2] and not keys[1] & keys[2]
+    assert {cell.key for share in shares for cell in share} == {cell.key for cell in found}
+    for wrong in ("0/2", "3/2", "1", "a/b"):
+        with pytest.raises(ValueError, match="`shard` must be I/N"):
+            reliability._share(found, wrong)
+
+
 def test_mistakes_are_said_before_anything_runs(capsys):
     assert cli.main(["reliability", "--methods", "tents"]) == 2
     assert "`methods` must be names of updates or auto, got 'tents'" in capsys.readouterr().err
@@ -383,7 +394,7 @@ def test_the_page_says_what_is_reached_and_what_is_not():
 
 def test_the_record_stands_beside_guarded_methods(monkeypatch):
     record = {(GN, "walk", 64): {"tent": {0: 40.0}, "source": {0: 30.0}, "eata": {0: 28.0}}}
-    monkeypatch.setattr(reliability_page, "_record", lambda: record)
+    monkeypatch.setattr("experiments.studies.reliability_record.record", lambda: record)
     rows = [
         _row("tent+periodic", [305], "periodic", part=2, stream="walk", images=500, visits=1,
              partner=None),
