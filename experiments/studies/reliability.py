@@ -32,7 +32,7 @@ from experiments.studies.reliability_run import Runner, read_results
 from experiments.sweep.benchmark import bundled_models
 from tta.core.checks import nearest
 
-__all__ = ["Left", "Reliability", "add_flags"]
+__all__ = ["Left", "Reliability", "add_flags", "committed_results"]
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "experiments" / "results" / "reliability.jsonl"
@@ -174,6 +174,11 @@ class Left:
     cell: Cell
     status: str
     text: str
+
+
+def committed_results() -> list[dict[str, Any]]:
+    """The lines of results that the page of documentation is made from."""
+    return list(read_results(RESULTS).values())
 
 
 class Reliability:

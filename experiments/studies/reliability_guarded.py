@@ -56,6 +56,9 @@ def _lost(plain: Sequence[Row], guarded: Sequence[Row]) -> Gap | None:
 
 def recurring(rows: Sequence[Row]) -> Lines:
     yield (
+        "A batch ends where the domain changes, so one of 64 holds the 50 images of a domain in "
+        "whatever order; what batches of 64 of a class-correlated stream do is seen on the longer "
+        "visits of the record's stream, at the end of each table. "
         "Points above source: of all visits together, of the worst visit, and in brackets how many "
         f"visits are above source + {LIMIT:g}. Lost: above the method without its guard, where "
         "that is below source. Later: the last visit less the first. Done: what the guard did "
@@ -71,7 +74,7 @@ def recurring(rows: Sequence[Row]) -> Lines:
                     f"{method}{guard}",
                     stream.replace("_", ", "),
                     str(size),
-                    *_three(plain),
+                    *_three(plain, _alone([], guarded)),
                     *_three(guarded),
                     "" if lost is None else lost.text(LOST),
                     actions(guarded),
@@ -79,15 +82,16 @@ def recurring(rows: Sequence[Row]) -> Lines:
             )
         header = ["update", "stream", "batch", "alone: all", "worst visit", "later"]
         header += ["guarded: all", "worst visit", "later", "lost", "done"]
-        table.sort(key=lambda cells: cells[0])
+        table.sort(key=lambda cells: (cells[1].count(",") == 0, cells[0]))
         yield from (
             "", markdown.strong(model), "", *markdown.table(header, table, "llrrrrrrrrl"),
         )  # fmt: skip
 
 
-def _three(rows: Sequence[Row]) -> list[str]:
+def _three(rows: Sequence[Row], recorded: Gap | None = None) -> list[str]:
+    """All visits, the worst, and the last less the first; at least the record's figure of all."""
     if not rows:
-        return ["", "", ""]
+        return ["" if recorded is None else recorded.text(), "", ""]
     gaps = _visit_gaps(rows)
     worst = max(gaps, key=lambda gap: gap.points)
     above = sum(gap.above(LIMIT) for gap in gaps)

@@ -50,7 +50,7 @@ def render(rows: Sequence[Row]) -> str:
     aims: list[Aim] = []
     sections: list[str] = []
     for part, (write, reached) in _SECTIONS.items():
-        own = [row for row in kept if row["part"] == part]
+        own = [row for row in kept if part in _parts_of(row)]
         if own:
             aims += reached(own)
             title = f"{part}. {PARTS[part][0].upper()}{PARTS[part][1:]}"
@@ -70,6 +70,12 @@ def render(rows: Sequence[Row]) -> str:
         *_estimators([row for row in kept if row.get("estimates")]),
     ]
     return markdown.document(lines)
+
+
+def _parts_of(row: Row) -> set[int]:
+    """Where a line is shown: one of part 2 on domains that come back in part 1 too."""
+    comes_back = row["part"] == 2 and row["visits"] > 1
+    return {row["part"], 1} if comes_back else {row["part"]}
 
 
 def _reached(aims: Sequence[Aim]) -> Lines:
