@@ -408,6 +408,16 @@ def test_the_record_stands_beside_guarded_methods(monkeypatch):
     assert "at most 7 points, at worst 11.0 |  | **0 of 1** |" in page
 
 
+def test_long_visits_of_part_2_are_shown_visit_by_visit(monkeypatch):
+    record = {(GN, "recurring", 64): {"tent": {0: 89.2}, "source": {0: 37.9}}}
+    monkeypatch.setattr("experiments.studies.reliability_record.record", lambda: record)
+    long = {"part": 2, "stream": "recurring", "images": 200, "visits": 20, "partner": None}
+    page = reliability_page.render([_row("tent+periodic", [300, 400], "periodic", **long)])
+    assert "| tent + periodic | recurring | 64 | +51.3 |  |  | +5.0 | **+10.0 (1)** |" in page
+    assert "domains that come back: no visit above source + 1 |  | **0 of 1** |" in page
+    assert "| tent + periodic | **+51.3** → **+5.0** |" in page  # and in its own part
+
+
 def test_several_seeds_are_one_cell():
     rows = [
         _row("tent", [300, 300]),
