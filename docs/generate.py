@@ -29,6 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 import tta  # noqa: E402
 from experiments.records import markdown  # noqa: E402
+from experiments.studies import reliability, reliability_page  # noqa: E402
 from tta.cli.methods import field_meanings  # noqa: E402
 from tta.core.registry import component  # noqa: E402
 from tta.streams.building_blocks import (  # noqa: E402
@@ -82,6 +83,7 @@ def pages() -> dict[Path, str]:
         DOCS / "decisions" / "index.md": _decisions(),
         DOCS / "which_method.md": _filled("which_method.md", "record", _best(record)),
         DOCS / "troubleshooting.md": _troubleshooting(),
+        DOCS / "reliability.md": reliability_page.render(reliability.committed_results()),
     }
 
 

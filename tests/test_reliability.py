@@ -57,7 +57,8 @@ def test_the_grid_of_the_page_is_the_issue_s():
     first = [cell for cell in found if cell.part == 1]
     assert len({cell.key for cell in found}) == len(found)
     assert {cell.visits for cell in first} == {20}
-    assert {cell.batch_size for cell in first} == {64, 10}
+    sizes = {(cell.stream, cell.batch_size) for cell in first}
+    assert sizes == {("recurring_iid", 64), ("recurring_iid", 10), ("recurring_correlated", 10)}
     assert {cell.stream for cell in first} == {"recurring_iid", "recurring_correlated"}
     names = {cell.method.partition("[")[0].partition("+")[0] for cell in first}
     assert names == set(tta.list_methods(slot="update"))
@@ -235,6 +236,17 @@ def test_a_cut_line_is_repaired():
     assert len(read_results(path)) == 4
 
 
+def test_shares_of_the_cells_are_all_of_them():
+    found, _ = cells(GRIDS["page"], Choice(models=(BN, GN), guard="periodic"))
+    shares = [reliability._share(found, f"{number}/3") for number in (1, 2, 3)]
+    keys = [{cell.stream_key for cell in share} for share in shares]
+    assert not keys[0] & keys[1] and not keys[0] & keys[2] and not keys[1] & keys[2]
+    assert {cell.key for share in shares for cell in share} == {cell.key for cell in found}
+    for wrong in ("0/2", "3/2", "1", "a/b"):
+        with pytest.raises(ValueError, match="`shard` must be I/N"):
+            reliability._share(found, wrong)
+
+
 def test_mistakes_are_said_before_anything_runs(capsys):
     assert cli.main(["reliability", "--methods", "tents"]) == 2
     assert "`methods` must be names of updates or auto, got 'tents'" in capsys.readouterr().err
@@ -383,7 +395,7 @@ def test_the_page_says_what_is_reached_and_what_is_not():
 
 def test_the_record_stands_beside_guarded_methods(monkeypatch):
     record = {(GN, "walk", 64): {"tent": {0: 40.0}, "source": {0: 30.0}, "eata": {0: 28.0}}}
-    monkeypatch.setattr(reliability_page, "_record", lambda: record)
+    monkeypatch.setattr("experiments.studies.reliability_record.record", lambda: record)
     rows = [
         _row("tent+periodic", [305], "periodic", part=2, stream="walk", images=500, visits=1,
              partner=None),
@@ -394,6 +406,16 @@ def test_the_record_stands_beside_guarded_methods(monkeypatch):
     assert "streams of the record: no cell above source + 1 | **0 of 1** | 1 of 1 |" in page
     assert "| walk | 64 | 500 | 39.0 | **+9.0** | 28.0 eata | **+11.0** | skip 10.0% |" in page
     assert "at most 7 points, at worst 11.0 |  | **0 of 1** |" in page
+
+
+def test_long_visits_of_part_2_are_shown_visit_by_visit(monkeypatch):
+    record = {(GN, "recurring", 64): {"tent": {0: 89.2}, "source": {0: 37.9}}}
+    monkeypatch.setattr("experiments.studies.reliability_record.record", lambda: record)
+    long = {"part": 2, "stream": "recurring", "images": 200, "visits": 20, "partner": None}
+    page = reliability_page.render([_row("tent+periodic", [300, 400], "periodic", **long)])
+    assert "| tent + periodic | recurring | 64 | +51.3 |  |  | +5.0 | **+10.0 (1)** |" in page
+    assert "domains that come back: no visit above source + 1 |  | **0 of 1** |" in page
+    assert "| tent + periodic | **+51.3** → **+5.0** |" in page  # and in its own part
 
 
 def test_several_seeds_are_one_cell():

@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,7 +32,7 @@ from experiments.studies.reliability_run import Runner, read_results
 from experiments.sweep.benchmark import bundled_models
 from tta.core.checks import nearest
 
-__all__ = ["Left", "Reliability", "add_flags"]
+__all__ = ["Left", "Reliability", "add_flags", "committed_results"]
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "experiments" / "results" / "reliability.jsonl"
@@ -79,6 +80,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="run guarded methods and recipes anew, though there are results of them",
     )
     add("--list", action="store_true", help="say what would be run")
+    add(
+        "--shard",
+        default="1/1",
+        metavar="I/N",
+        help="the I-th of N shares of the cells, for processes at the same time",
+    )
     add("--budget-minutes", type=float, metavar="M", help="stop then; the same command goes on")
     add("--threads", type=int, default=1, help="of torch (default: %(default)s)")
     add("--device", help="cpu, cuda, cuda:1 (default: CUDA if there is one)")
@@ -122,6 +129,7 @@ def _prepare(args: argparse.Namespace) -> Reliability:
         if (not args.streams or cell.stream in args.streams)
         and (not args.seeds or cell.seed in args.seeds)
     ]
+    found = _share(found, args.shard)
     quick = args.grid == QUICK
     runner = Runner(
         args.results or (RUNS / "quick.jsonl" if quick else RESULTS),
@@ -142,6 +150,17 @@ def _prepare(args: argparse.Namespace) -> Reliability:
     )
 
 
+def _share(found: Sequence[Cell], shard: str) -> list[Cell]:
+    """One share of the cells; those on one stream stay together, as they share its images."""
+    first, _, last = shard.partition("/")
+    if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+        raise ValueError(f"`shard` must be I/N with I from 1 to N, got {shard!r}: such as 1/2")
+    groups: dict[tuple[Any, ...], list[Cell]] = {}
+    for cell in found:
+        groups.setdefault(cell.stream_key, []).append(cell)
+    return [cell for group in list(groups.values())[int(first) - 1 :: int(last)] for cell in group]
+
+
 @dataclass(frozen=True)
 class Left:
     """A cell that was not run to its end.
@@ -155,6 +174,11 @@ class Left:
     cell: Cell
     status: str
     text: str
+
+
+def committed_results() -> list[dict[str, Any]]:
+    """The lines of results that the page of documentation is made from."""
+    return list(read_results(RESULTS).values())
 
 
 class Reliability:

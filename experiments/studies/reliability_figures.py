@@ -3,18 +3,36 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from experiments.records import markdown
 
-__all__ = ["Gap", "by", "estimator_errors", "gap_of", "mean_gap", "plain_method", "points"]
+__all__ = [
+    "LIMIT",
+    "Aim",
+    "Gap",
+    "Lines",
+    "Row",
+    "actions",
+    "by",
+    "cell_of",
+    "count",
+    "estimator_errors",
+    "gap",
+    "gap_of",
+    "mean_gap",
+    "plain_method",
+    "points",
+]
 
 SURE = 2.0  # standard errors by which something must be above a limit to be called above it
 COLLAPSED = 10.0  # points above source
+LIMIT = 1.0  # points above source
 Row = Mapping[str, Any]
+Lines = Iterator[str]
 Key = TypeVar("Key", bound=Hashable)
 
 
@@ -112,3 +130,54 @@ def estimator_errors(rows: Iterable[Row]) -> list[list[str]]:
         counts = [str(len(found)), f"{windows:,}"]
         lines.append([name, case, *counts, f"{absolute:.1f}", points(signed)])
     return lines
+
+
+@dataclass
+class Aim:
+    """An aim, and how many cells reach it.
+
+    Args:
+        text: What is aimed at.
+        without: (reached, cells) without guards; None where there is nothing without them.
+        guarded: The same with guards.
+    """
+
+    text: str
+    without: tuple[int, int] | None
+    guarded: tuple[int, int]
+
+    def cells(self) -> list[str]:
+        """A row of the table."""
+        return [self.text, *map(self._share, (self.without, self.guarded))]
+
+    @staticmethod
+    def _share(found: tuple[int, int] | None) -> str:
+        if found is None or not found[1]:
+            return ""
+        text = f"{found[0]} of {found[1]}"
+        return text if found[0] == found[1] else markdown.strong(text)
+
+
+def gap(rows: Sequence[Row], visits: Sequence[int] | None = None, against: str = "source") -> Gap:
+    """The mean over lines of one cell, see `gap_of`."""
+    return mean_gap(gap_of(row, visits, against) for row in rows)
+
+
+def actions(rows: Sequence[Row]) -> str:
+    """What a guard did, in shares of the batches."""
+    counts: Counter[str] = Counter()
+    for row in rows:
+        counts.update(row.get("actions", {}))
+    total = sum(counts.values())
+    shown = [f"{name} {n / total:.1%}" for name, n in counts.most_common() if name != "learn"]
+    return ", ".join(shown)
+
+
+def count(found: Sequence[bool]) -> tuple[int, int]:
+    """How many are true, and of how many."""
+    return sum(found), len(found)
+
+
+def cell_of(row: Row) -> tuple[Any, ...]:
+    """What lines share that differ in the seed alone."""
+    return row["model"], row["stream"], row["batch_size"], row["images"], row["method"]

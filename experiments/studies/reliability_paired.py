@@ -29,7 +29,6 @@ class Played:
 
     Args:
         wrong: Of each batch, (B,) whether each image's prediction is wrong.
-        visits: Of each batch, the number of its visit.
         domains: Of each image, its domain.
         actions: How often a guard did what; empty without health figures.
         estimated: Of each batch with an estimate of accuracy: the estimator, the estimate, images
@@ -37,7 +36,6 @@ class Played:
     """
 
     wrong: list[Wrong] = field(default_factory=list)
-    visits: list[int] = field(default_factory=list)
     domains: list[str] = field(default_factory=list)
     actions: Counter[str] = field(default_factory=Counter)
     estimated: list[tuple[str, float, int, int]] = field(default_factory=list)
@@ -74,7 +72,6 @@ def play(adapter: Adapter, batches: Iterable[Batch], subject: Subject) -> Played
         scored = labels >= 0
         wrong = wrong[scored].numpy()
         played.wrong.append(wrong)
-        played.visits.append(batch.visit)
         played.domains += [d for d, s in zip(batch.domains, scored.tolist(), strict=True) if s]
         health = adapter.health
         if health:

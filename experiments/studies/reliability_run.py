@@ -120,9 +120,8 @@ class Runner:
         self._keep(cell, played)
         source = self._wrong(cell.of(BASELINE))
         partner = None if cell.partner is None else self._wrong(cell.of(cell.partner))
-        visits = np.repeat(played.visits, [len(w) for w in played.wrong])
-        cycles = cell.visits if cell.visits > 1 else 1
-        places = visits * cycles // (visits.max() + 1)
+        total = len(played.all_wrong)
+        places = np.arange(total) * cell.visits // total  # all visits have as many images
         return {
             "mean_error": played.mean_error(),
             "visits_found": paired(played.all_wrong, source, partner, places),
