@@ -41,13 +41,17 @@ def test_all_components_are_listed_by_slot(out):
     order = [component(name).slot for name in names]
     assert order == sorted(order, key=[*SLOTS, ""].index)
     (tent,) = [line for line in lines if line.startswith("  tent ")]
-    assert "Entropy minimisation. [imagenet, imagenet_vit, cifar10, cifar100]" in tent
+    assert "Entropy minimisation. [imagenet, imagenet_vit, come_imagenet" in tent
 
 
 def test_patterns_and_slots_choose(out):
     _, text, _ = out("methods", "*bn", "--slot", "norm")
     listed = {line.split()[0] for line in text.splitlines() if line.startswith("  ")}
-    assert listed == {"alpha_bn", "bn", "robust_bn"} == set(tta.list_methods("*bn", slot="norm"))
+    assert (
+        listed
+        == {"adaptive_bn", "alpha_bn", "bn", "robust_bn"}
+        == set(tta.list_methods("*bn", slot="norm"))
+    )
     _, text, _ = out("methods", "eata.*")
     assert [line.split()[0] for line in text.splitlines() if line[0] != " "] == tta.list_methods(
         "eata.*"

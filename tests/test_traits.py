@@ -24,6 +24,9 @@ BASELINE = "source"
 # Names of other things, which happen to be called like a method or a scenario.
 OTHER_THINGS = {
     "tta/__init__.py": {"core"},  # a room of the package, and a method
+    # Values of other arguments that leave a choice to the library.
+    "tta/streams/arrangements.py": {"auto"},
+    "corruptions/severity.py": {"auto"},
     # Streams in the benchmark's own table, each of which is called after its scenario.
     "experiments/sweep/benchmark.py": {"continual", "dirichlet", "mixed", "recurring"},
 }

@@ -30,7 +30,7 @@ from experiments.studies.reliability_page import write_page
 from experiments.studies.reliability_photos import find_weights, why_not
 from experiments.studies.reliability_run import Runner, read_results
 from experiments.sweep.benchmark import bundled_models
-from tta.core.checks import nearest
+from tta.core.checks import nearest, shown
 
 __all__ = ["Left", "Reliability", "add_flags", "committed_results"]
 
@@ -154,7 +154,7 @@ def _share(found: Sequence[Cell], shard: str) -> list[Cell]:
     """One share of the cells; those on one stream stay together, as they share its images."""
     first, _, last = shard.partition("/")
     if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
-        raise ValueError(f"`shard` must be I/N with I from 1 to N, got {shard!r}: such as 1/2")
+        raise ValueError(f"`shard` must be I/N with I from 1 to N, got {shown(shard)}: such as 1/2")
     groups: dict[tuple[Any, ...], list[Cell]] = {}
     for cell in found:
         groups.setdefault(cell.stream_key, []).append(cell)

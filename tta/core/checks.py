@@ -147,7 +147,7 @@ def _how_many_fit(names: list[str], room: int) -> int:
     return sum(end - 2 <= room for end in ends)
 
 
-def whole_number(name: str, value: Any, low: int, high: int) -> int:
+def whole_number(name: str, value: Any, low: int, high: int = LARGEST) -> int:
     """Return `value` as an int in [low, high]."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(
@@ -166,7 +166,7 @@ def number(
     name: str,
     value: Any,
     low: float,
-    high: float,
+    high: float = LARGE,
     *,
     above: bool = False,
     below: bool = False,

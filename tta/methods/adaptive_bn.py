@@ -66,7 +66,7 @@ class AdaptiveBnConfig(ComponentConfig):
 
 @register("adaptive_bn")
 class AdaptiveBn(MovingStatistics):
-    """Statistics of the batch, of a moving average or of the source, by what the stream shows."""
+    """Statistics of the batch, of an average or of the source, as the stream asks."""
 
     Config = AdaptiveBnConfig
     writable = False

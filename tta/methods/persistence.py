@@ -1,7 +1,8 @@
 """Persistence: labels that stay for a while, as a camera shows them, sharpen each other.
 
-Ours, from textbook parts: the forward-backward algorithm (Rabiner, 1989) for a hidden Markov model
-whose label stays with probability lambda and else is drawn anew.
+Ours, as the order of a stream is prior knowledge (RoTTA's correlated streams, arXiv 2303.13899),
+from textbook parts: the forward-backward algorithm (Rabiner, 1989) for a hidden Markov model whose
+label stays with probability lambda and else is drawn anew.
 
 Many deployed streams show one class for a while, which breaks methods that take a batch for a fair
 sample. Here it helps: how often the same label is predicted twice in a row, beyond what its share

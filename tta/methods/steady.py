@@ -1,7 +1,8 @@
 """Steady: a guard that compares an update with the source while both see the same images.
 
-Ours. What it looks at is what resets by concentration look at (ASR, Lim, Hwang, Lee, ICLR 2026),
-but as a difference between two predictions of one batch instead of a threshold.
+Ours. What it looks at is what resets by concentration look at (ASR, Lim, Hwang, Lee, ICLR 2026, the
+successor of RDumb, arXiv 2306.05401), but as a difference between two predictions of one batch
+instead of a threshold.
 
 An update that begins to fail predicts fewer classes, on whatever stream. How many classes a batch
 shows depends on the stream, so the entropy of the mean prediction says little by itself; the
@@ -23,8 +24,8 @@ There the source model itself is asked from time to time, and its predictions sh
 A step that was made of fewer than ``few`` images is taken back, and no other is made in the pause
 that follows: a gradient of one image is what breaks most updates.
 
-It cannot see an update that turns one class into another as often as the reverse, nor one that
-was worse from the first batch on with as many classes. Where the source is useless it still is what
+It cannot see an update that turns one class into another as often as the reverse, nor one that was
+worse from the first batch on with as many classes. Where the source is useless it still is what
 everything is compared with.
 """
 
