@@ -35,8 +35,9 @@ from tta.core.checks import LARGE, LARGEST, number, whole_number
 from tta.core.component import Context
 from tta.core.config import ComponentConfig
 from tta.core.guard import LEARN, Batch, Guard, Verdict
+from tta.core.prediction import Prediction
 from tta.core.registry import register
-from tta.parts.estimates import ConfidenceEstimate
+from tta.parts.estimates import ConfidenceEstimate, confidence_accuracy
 from tta.parts.spread import SpreadGap
 
 __all__ = ["Auto", "AutoConfig"]
@@ -62,6 +63,17 @@ class AutoConfig(ComponentConfig):
         whole_number("pause", self.pause, 1, LARGEST)
 
 
+class AnswerConfidence(ConfidenceEstimate):
+    """From the confidence of what is answered, after drift and persistence; they cannot collapse."""
+
+    def estimate(self, batch: Batch, prediction: Prediction) -> Tensor:
+        """Compare the confidence of the answer, or of another prediction, with that on the source."""
+        own = prediction is batch.prediction and batch.scores is not None
+        logits = batch.scores if own else prediction.logits
+        assert logits is not None
+        return confidence_accuracy(logits.detach(), self.accuracy, self.confidence, 1.0)
+
+
 @register("auto")
 class Auto(Guard):
     """Hands over to the source where statistics that moved have made predictions poorer."""
@@ -79,7 +91,7 @@ class Auto(Guard):
         for name, value in (("age", 0), ("hold", 0), ("pause", config.pause)):
             self.register_buffer(name, torch.tensor(value))
         self.gap = SpreadGap()
-        self.estimator = ConfidenceEstimate()
+        self.estimator = AnswerConfidence()
         self.compares = bool(network.wrappers) and config.budget >= 1 + 1 / config.every
 
     def admit(self, batch: Batch) -> Verdict:

@@ -14,8 +14,8 @@ on networks of all norm layers.
     averaged g < -margin ln C: back to the reset point, and no learning for ``pause`` batches
 
 The pause doubles with every such failure, and halves when learning has gone well for four pauses.
-The source's parameters are asked on the batches 1, 2, 4, 8 and 16 after learning began and on every
-``every``-th from then on, so that a guard that has nothing to do costs next to nothing.
+The source's parameters are asked on eight of the first 16 batches after learning began and on every
+``every``-th from then on: 4 % of the cost of an update that makes a forward and a backward pass.
 
 Batch statistics fail in another way, where classes come in runs: they make every batch look mixed.
 There the source model itself is asked from time to time, and its predictions show the runs (see
@@ -48,7 +48,8 @@ from tta.parts.spread import SpreadGap
 
 __all__ = ["Steady", "SteadyConfig"]
 
-EARLY = (1, 2, 4, 8, 16)  # batches after learning began on which the update is compared
+EARLY = (1, 2, 3, 4, 6, 8, 12, 16)  # batches after learning began on which the update is compared
+ALONE = 2.5  # margins by which a single batch must fall behind
 LONGEST = 4096  # batches of a pause
 RUNS, NO_RUNS = 0.05, 0.01  # persistence of labels at which the source begins and ends to answer
 
@@ -59,7 +60,7 @@ class SteadyConfig(ComponentConfig):
 
     margin: float = 0.02  # of ln C, by which the mean prediction may fall behind
     source_margin: float = 0.1  # of ln C, the same for the source model with its own statistics
-    every: int = 20  # batches between comparisons
+    every: int = 8  # batches between comparisons
     pause: int = 32  # batches without learning after the first failure
     few: int = 8  # images that a step must at least be made of
 
@@ -127,7 +128,7 @@ class Steady(Guard):
         self.age += 1
         if (verdict := self._few(batch)) is not None:
             return verdict
-        if self.mixes and (age == 0 or self._due(age, 2)):
+        if self.mixes and (age == 0 or self._due(age, 3)):
             self.source_gap.see(batch.prediction.logits, batch.source().logits)
             self.runs.watch(batch.source().logits.argmax(1))
             if self.runs.persistence() > RUNS:
@@ -157,7 +158,7 @@ class Steady(Guard):
         config, largest = self.config, math.log(self.context.num_classes)
         gaps = ((self.gap, config.margin), (self.source_gap, config.source_margin))
         for gap, margin in gaps:
-            behind = -gap.mean()
+            behind = max(-gap.mean(), -gap.last() / ALONE)
             if behind > margin * largest:
                 self._begin_pause(int(self.pause))
                 self.pause.mul_(2).clamp_(max=LONGEST)

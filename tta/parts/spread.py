@@ -26,18 +26,21 @@ class SpreadGap(nn.Module):
     """The difference between the spreads of two predictions, averaged over batches."""
 
     gap: Tensor  # 0-dimensional, in nats
+    latest: Tensor  # 0-dimensional, of the last batch
     images: Tensor  # 0-dimensional, that it is the average of, at most ``SPAN``
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("gap", torch.zeros(()))
         self.register_buffer("images", torch.zeros(()))
+        self.register_buffer("latest", torch.zeros(()))
 
     @torch.no_grad()
     def see(self, logits: Tensor, other: Tensor) -> None:
         """Take in a batch by its two predictions, both (B, C)."""
         count = len(logits)
         self.images.copy_((self.images + count).clamp_max(SPAN))
+        self.latest.copy_(spread(logits) - spread(other) if count >= ENOUGH else 0.0)
         share = count / self.images.clamp_min(count)
         self.gap += share * (spread(logits) - spread(other) - self.gap)
 
@@ -45,7 +48,12 @@ class SpreadGap(nn.Module):
         """The average; 0 as long as it is one of few images."""
         return float(self.gap) if float(self.images) >= ENOUGH else 0.0
 
+    def last(self) -> float:
+        """The difference in the last batch; 0 if that was one of few images."""
+        return float(self.latest)
+
     def forget(self) -> None:
         """Begin anew."""
         self.gap.zero_()
         self.images.zero_()
+        self.latest.zero_()
