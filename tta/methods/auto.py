@@ -64,10 +64,10 @@ class AutoConfig(ComponentConfig):
 
 
 class AnswerConfidence(ConfidenceEstimate):
-    """From the confidence of what is answered, after drift and persistence; they cannot collapse."""
+    """From the confidence of the answers, which cannot collapse as nothing is trained."""
 
     def estimate(self, batch: Batch, prediction: Prediction) -> Tensor:
-        """Compare the confidence of the answer, or of another prediction, with that on the source."""
+        """Compare the confidence of the answer, or of another prediction, with the source's."""
         own = prediction is batch.prediction and batch.scores is not None
         logits = batch.scores if own else prediction.logits
         assert logits is not None

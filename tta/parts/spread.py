@@ -40,9 +40,9 @@ class SpreadGap(nn.Module):
         """Take in a batch by its two predictions, both (B, C)."""
         count = len(logits)
         self.images.copy_((self.images + count).clamp_max(SPAN))
-        self.latest.copy_(spread(logits) - spread(other) if count >= ENOUGH else 0.0)
-        share = count / self.images.clamp_min(count)
-        self.gap += share * (spread(logits) - spread(other) - self.gap)
+        gap = spread(logits) - spread(other)
+        self.latest.copy_(gap if count >= ENOUGH else torch.zeros_like(gap))
+        self.gap += count / self.images.clamp_min(count) * (gap - self.gap)
 
     def mean(self) -> float:
         """The average; 0 as long as it is one of few images."""
