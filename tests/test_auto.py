@@ -156,6 +156,19 @@ def test_adaptive_statistics_do_not_depend_on_how_images_are_batched() -> None:
             assert torch.allclose(ends[0][key], ends[1][key], rtol=0.1, atol=0.1)
 
 
+def test_a_camera_that_hangs_moves_no_statistics() -> None:
+    adapter = tta.wrap(tiny("bn"), norm="adaptive_bn")
+    adapter(images(0, 64))
+    adapter(images(1, 1))
+    before = adapter.state()
+    for _ in range(5):
+        adapter(images(1, 1).expand(32, -1, -1, -1))
+    after = adapter.state()
+    for key in before:
+        if key.endswith((".mean", ".var")):
+            assert torch.allclose(before[key], after[key], atol=1e-4), key
+
+
 def test_auto_brings_what_suits_the_network() -> None:
     source = source_batches()
     names = {

@@ -15,9 +15,10 @@ N is ``horizon`` images, or ``horizon_runs`` where an output rule that watches l
 (``persistence``) sees them come in runs. d is how far the averages are from the source's, e how far
 they would be by chance: v is the variance of the images' means, n how many images the averages are
 of (1/n <- (1 - a)^2 / n + a^2 / B, from 0 on), and t ``tolerance``. Variances are drawn in by the
-same k. Images that lie far outside are left out as in ``robust_bn``, and a network with layers of
-next to no variance keeps the source's statistics in all of them, since moving them breaks such
-networks (decision 20).
+same k. An image that equals the one before, as from a camera that hangs, counts for nothing. Images
+that lie far outside are left out as in ``robust_bn``, and a network with layers of next to no
+variance keeps the source's statistics in all of them, since moving them breaks such networks
+(decision 20).
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ from tta.methods._moving_statistics import MovingStatistics
 
 __all__ = ["AdaptiveBn", "AdaptiveBnConfig"]
 
+STILL = 1e-9  # squared move of the means, in variances, of an image that is the one before
 RUNS = 0.02  # persistence of labels from which they count as coming in runs
 
 
@@ -73,6 +75,7 @@ class AdaptiveBn(MovingStatistics):
 
     spread: Tensor  # (C,), v
     chance: Tensor  # 0-dimensional, 1 / n; 0 before the first batch
+    last: Tensor  # (C,), means of the last image; NaN before the first
     source_mean: Tensor  # (C,)
     source_var: Tensor  # (C,)
 
@@ -81,9 +84,14 @@ class AdaptiveBn(MovingStatistics):
         self.signs = context.signs
         self.register_buffer("spread", torch.zeros_like(self.mean))
         self.register_buffer("chance", torch.zeros((), dtype=self.mean.dtype))
+        self.register_buffer("last", torch.full_like(self.mean, torch.nan))
         self.register_buffer("source_mean", self.mean.clone(), persistent=False)
         self.register_buffer("source_var", self.var.clone(), persistent=False)
         self.fixed = not config.official and context.narrow
+
+    def undefined_as_nan(self) -> tuple[str, ...]:
+        """There is no last image before the first."""
+        return ("last",)
 
     def forward(self, x: Tensor, base: Any) -> Tensor:
         """Move the averages towards (B, C, ...), unless frozen, and normalise it with a share."""
@@ -110,11 +118,14 @@ class AdaptiveBn(MovingStatistics):
         means, variances = instance_stats(x)
         if (split := current_split()) is not None:  # the other ranks' images too
             means, variances = split.gather(means), split.gather(variances)
-        kept = torch.ones(len(means), dtype=torch.bool, device=x.device)
+        with torch.no_grad():
+            before = torch.cat([self.last[None], means[:-1].to(self.last)])
+            moves = (means - before).square() / (self.source_var + base.eps)
+            kept = ~(moves.mean(1) <= STILL)
         if not self.config.official:
             with torch.no_grad():
                 reference = torch.maximum(self.var, self.source_var) + base.eps
-                kept = ~far_outside(means, variances, self.mean, reference)
+                kept = kept & ~far_outside(means, variances, self.mean, reference)
         mean, var = pooled_stats(means, variances, kept)
         count = kept.sum()
         a = 1 - (1 - 1 / horizon) ** count
@@ -127,5 +138,6 @@ class AdaptiveBn(MovingStatistics):
             away = torch.where(kept[:, None], (means - self.mean).square(), 0.0).sum(0)
             moved = a * (away / count.clamp_min(1) - self.spread)
             self.spread += torch.where(fine, moved, 0.0)
+            self.last.copy_(torch.where(fine, means[-1], self.last))
             self.chance.copy_((1 - a) ** 2 * self.chance + a**2 / count.clamp_min(1))
         return mean, var
