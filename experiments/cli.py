@@ -71,6 +71,10 @@ COMMANDS = {
         "experiments.studies.reliability",
         "whether adapting is ever worse than not adapting, with guards and without",
     ),
+    "estimators": Command(
+        "experiments.studies.estimators",
+        "how far estimates of accuracy without labels are from the truth",
+    ),
     "compositions": Command(
         "experiments.studies.compositions", "the errors of compositions in docs/composition.md"
     ),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 import tta
 from tests.helpers.batches import images
 from tests.helpers.nets import tiny
+from tta.core.health import EVERY
 from tta.core.random import CountedDraws
 from tta.parts.dropout import dropped, dropping, keep_mask
 from tta.parts.estimates import (
@@ -102,6 +105,21 @@ def test_a_stream_of_one_class_is_no_collapse_where_the_source_says_the_same() -
         adapter(_certain(torch.tensor([3] * 15 + [4])))
     assert adapter.health["estimated_accuracy"] == pytest.approx(1.0)
     assert adapter.health["concentration"] > -0.3
+
+
+def test_what_is_compared_with_the_source_is_of_the_same_batches() -> None:
+    """Batches that the source does not see may show fewer classes than those that it sees."""
+    net = nn.Sequential(nn.Identity(), nn.Linear(10, 10, bias=False))
+    with torch.no_grad():
+        net[1].weight.copy_(torch.eye(10))
+    adapter = tta.wrap(net, "source", health=True)
+    asked = 0
+    for step in range(45):
+        few = step % EVERY != EVERY - 1
+        adapter(_certain(torch.zeros(16).long() if few else torch.arange(16) % 10))
+        asked += not math.isnan(adapter.health["agreement"])
+        assert adapter.health["estimated_accuracy"] == pytest.approx(1.0)
+    assert asked == 2
 
 
 def test_dropout_on_features_tells_sure_from_unsure() -> None:

@@ -82,6 +82,7 @@ class RunConfig:
         on_error: What to do about pictures that cannot be read: "raise", or "skip" to leave them
             out.
         match: How a checkpoint's tensors are paired with the model's, see `models.load`.
+        health: Whether methods without a guard have health figures too, see `tta.wrap`.
     """
 
     name: str
@@ -100,6 +101,7 @@ class RunConfig:
     labels: str | None = None
     on_error: str = "raise"
     match: str = "name"
+    health: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Nested JSON types."""

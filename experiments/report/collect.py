@@ -12,6 +12,7 @@ import numpy as np
 
 from experiments.records.config import BASELINE, StreamConfig
 from experiments.records.file import RESULTS, plain, stretches
+from experiments.records.health import errors_expected
 from experiments.records.lines import encode, split
 from tta.core.files import replacing
 
@@ -80,6 +81,8 @@ class Result:
         curve: Images seen and errors so far, after each batch or fewer.
         stretches: (first image, one past the last, domain) of each stretch of one domain.
         about: Versions, hardware, commit and date of the run.
+        expected: Errors so far at the points of `curve`, if estimates of accuracy were true; None
+            without estimates.
     """
 
     setting: Setting
@@ -90,6 +93,13 @@ class Result:
     curve: tuple[list[int], list[int]]
     stretches: list[tuple[int, int, str]]
     about: dict[str, Any]
+    expected: list[float] | None = None
+
+    @property
+    def estimate_error(self) -> float | None:
+        """Mean absolute error of the estimates of accuracy, a share; None without estimates."""
+        found = self.summary.get("health", {}).get("estimates", {})
+        return next((entry["mae"] for entry in found.values()), None)
 
     @property
     def machine(self) -> str:
@@ -151,6 +161,10 @@ def write_compact(results: Sequence[Result], path: str | Path) -> None:
         row: dict[str, Any] = asdict(result) | {
             "curve": [[seen[i] for i in keep], [wrong[i] for i in keep]]
         }
+        if result.expected is None:
+            del row["expected"]
+        else:
+            row["expected"] = _rounded([result.expected[i] for i in keep])
         for part in [row["summary"], *row["domains"]]:
             for name in ("kind", "stream", "method"):
                 part.pop(name, None)  # absent where it comes from such a file
@@ -196,6 +210,7 @@ def _read(path: Path) -> Iterator[Result]:
                     for key in ("method", "seed", "summary", "domains", "stretches", "about")
                 },
                 curve=(row["curve"][0], row["curve"][1]),
+                expected=row.get("expected"),
             )
     if path.name == RESULTS:
         yield from _read_run(rows)
@@ -242,4 +257,5 @@ def _read_run(rows: Sequence[Mapping[str, Any]]) -> Iterator[Result]:
             (seen, wrong),
             stretches(batches),
             about,
+            errors_expected(batches),
         )

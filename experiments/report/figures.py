@@ -15,12 +15,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from experiments.report.collect import Result
-from experiments.report.plots import draw_curves, draw_domains, running
+from experiments.report.plots import draw_curves, draw_domains, running, window_of
 from experiments.report.statistics import over_seeds
 from experiments.report.style import (
     DPI,
     LETTER,
     Look,
+    label_domains,
     make_figure,
     make_panels,
     short_label,
@@ -29,7 +30,14 @@ from experiments.report.style import (
     with_title,
 )
 
-__all__ = ["plot_cost", "plot_domains", "plot_heat", "plot_reliability", "plot_stream"]
+__all__ = [
+    "plot_cost",
+    "plot_domains",
+    "plot_estimates",
+    "plot_heat",
+    "plot_reliability",
+    "plot_stream",
+]
 
 Methods = Mapping[str, Sequence[Result]]
 Looks = Mapping[str, Look]
@@ -40,7 +48,7 @@ def plot_stream(methods: Methods, path: Path, title: str, looks: Looks) -> None:
     """Error over the last images along the stream, means over seeds."""
     first = next(iter(methods.values()))[0]
     total = first.curve[0][-1]
-    window = min(max(total // 24, 50), 2000)
+    window = window_of(total)
     curves = {}
     for method, results in methods.items():
         errors = [running(np.array(r.curve[0]), np.array(r.curve[1]), window) for r in results]
@@ -172,6 +180,57 @@ def plot_reliability(methods: Methods, path: Path, title: str, looks: Looks) -> 
         tidy(axes)
     with_title(figure, title, "accuracy")
     figure.savefig(path)
+
+
+@styled
+def plot_estimates(methods: Methods, path: Path, title: str, looks: Looks) -> bool:
+    """Accuracy over the stream, as it was and as it was estimated without labels; means over seeds.
+
+    Args:
+        methods: Results by method; those without estimates are left out.
+        path: Where the PNG goes.
+        title: What the picture shows.
+        looks: Of all methods.
+
+    Returns:
+        False, and nothing drawn, where no method has estimates.
+    """
+    shown = {m: [r for r in rs if r.expected is not None] for m, rs in methods.items()}
+    shown = {method: results for method, results in shown.items() if results}
+    if not shown:
+        return False
+    figure, grid = make_panels(len(shown), PANELS, 1.7)
+    first = next(iter(shown.values()))[0]
+    total = first.curve[0][-1]
+    window = window_of(total)
+    for axes, (method, results) in zip(grid, shown.items(), strict=True):
+        truth = _accuracy([(r.curve[0], r.curve[1]) for r in results], window)
+        expected = [(r.curve[0], r.expected) for r in results if r.expected is not None]
+        seen = results[0].curve[0]
+        axes.plot(seen, truth, color=looks[method].colour, linewidth=1.8)
+        axes.plot(seen, _accuracy(expected, window), color="#333333", linewidth=1.1, linestyle="--")
+        label_domains(axes, first.stretches, total, names=False)
+        off = over_seeds(results, lambda r: r.estimate_error)
+        label = "" if off is None else f": off by {off.text(100)}"
+        axes.set_title(f"{short_label(method, methods)}{label}")
+        tidy(axes)
+    grid[0].set_xlim(0, total)
+    grid[0].set_ylim(0, 100)
+    grid[0].locator_params(axis="x", nbins=4)
+    below = (
+        f"images seen (accuracy over the last {window}); the dashed dark curve is the estimate\n"
+        "above each plot: mean absolute error of the estimate in points, over windows of 500 images"
+    )
+    figure.supxlabel(below, fontsize=9)
+    with_title(figure, title, "accuracy (%)")
+    figure.savefig(path)
+    return True
+
+
+def _accuracy(counts: Sequence[tuple[Sequence[float], Sequence[float]]], window: int) -> np.ndarray:
+    """Running accuracy in %, the mean of several curves of (images seen, errors so far)."""
+    errors = [running(np.array(seen), np.array(wrong), window) for seen, wrong in counts]
+    return 100 * (1 - np.mean(errors, axis=0))
 
 
 def _name_points(figure: Figure, axes: Axes, places: Sequence[tuple[float, float, str]]) -> None:

@@ -25,7 +25,7 @@ from experiments.report.style import (
     with_title,
 )
 
-__all__ = ["draw_curves", "draw_domains", "plot_errors", "plot_running", "running"]
+__all__ = ["draw_curves", "draw_domains", "plot_errors", "plot_running", "running", "window_of"]
 
 Values = Sequence[float]  # one for each domain, in %
 PANELS = 4  # small plots beside each other
@@ -237,6 +237,11 @@ def draw_curves(
     grid[0].locator_params(axis="x", nbins=4 if len(grid) > 1 else 10)
     with_title(figure, title, "error (%)")
     figure.savefig(path)
+
+
+def window_of(total: int) -> int:
+    """Images that a running figure of a stream of so many looks back on."""
+    return min(max(total // 24, 50), 2000)
 
 
 def running(seen: np.ndarray, wrong: np.ndarray, window: int) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import html
-from collections.abc import Sequence, Sized
+from collections.abc import Callable, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from experiments.records.config import BASELINE
 from experiments.report.collect import Result, Setting, by_setting, collect, file_name
 from experiments.report.page import Page, Section
 from experiments.report.statistics import LEVEL, difference, verdict
-from experiments.report.tables import NOTES, Table, csv_rows, overview, setting_table
+from experiments.report.tables import HEALTH_NOTES, NOTES, Table, csv_rows, overview, setting_table
 from tta.core.files import replacing
 
 __all__ = ["Report", "about_lines", "add_flags", "describe"]
@@ -58,7 +58,9 @@ class Report:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._write("results.csv", csv_rows(self.results))
         sections = [self._overview(), *(self._setting(s) for s in self.settings), *self._heat()]
-        page = Page(self.title, about_lines(self.results), sections, NOTES)
+        health = any(result.expected is not None for result in self.results)
+        notes = NOTES | (HEALTH_NOTES if health else {})
+        page = Page(self.title, about_lines(self.results), sections, notes)
         path = self._write("index.html", page.html())
         results, settings = _count(self.results, "result"), _count(self.settings, "setting")
         print(f"{results} in {settings}: {path}", flush=True)
@@ -69,6 +71,7 @@ class Report:
         from experiments.report.figures import (  # slow to import
             plot_cost,
             plot_domains,
+            plot_estimates,
             plot_reliability,
             plot_stream,
         )
@@ -78,15 +81,17 @@ class Report:
         methods = self.settings[setting]
         about = f"{setting.model}, {setting.title}"
         drawn = []
-        for name, draw, caption in (
+        kinds: list[tuple[str, Callable[..., bool | None], str]] = [
             ("stream", plot_stream, "Error over the stream"),
             ("domains", plot_domains, "Error by domain; lines are intervals, or join two seeds"),
             ("cost", plot_cost, "Accuracy against cost"),
             ("reliability", plot_reliability, "Accuracy by confidence; dots are bins' means"),
-        ):
+            ("estimates", plot_estimates, "Accuracy, true and as estimated without labels"),
+        ]
+        for name, draw, caption in kinds:
             path = self.folder / f"{setting.slug}-{name}.png"
-            draw(methods, path, f"{caption.partition(';')[0]}: {about}", looks)
-            drawn.append((path, f"{caption}."))
+            if draw(methods, path, f"{caption.partition(';')[0]}: {about}", looks) is not False:
+                drawn.append((path, f"{caption}."))
         return drawn
 
     def heat_maps(self) -> list[tuple[str, Path]]:

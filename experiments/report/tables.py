@@ -15,7 +15,7 @@ from experiments.records.config import BASELINE
 from experiments.report.collect import Result, Setting, by_setting
 from experiments.report.statistics import Estimate, difference, over_seeds
 
-__all__ = ["NOTES", "Table", "csv_rows", "overview", "setting_table"]
+__all__ = ["HEALTH_NOTES", "NOTES", "Table", "csv_rows", "overview", "setting_table"]
 
 NOTES = {
     "error": "mean over the domains of the share of errors, in %",
@@ -34,6 +34,11 @@ NOTES = {
     "MB": "peak memory: resident on a CPU, allocated on a GPU",
     "seeds": "number of seeds; with three or more, ± gives 95 % intervals of means (Student's t), "
     "with two, both values are given",
+}
+
+HEALTH_NOTES = {
+    "estimate off": "mean absolute error of estimates of accuracy without labels, in points, over "
+    "windows of 500 images",
 }
 
 NOTHING = "-"  # a cell without a figure
@@ -150,6 +155,7 @@ def setting_table(methods: Mapping[str, Sequence[Result]]) -> Table:
     add("ECE", figure("ece"))
     add("clean", _clean)
     add("conc.", figure("concentration"))
+    add("estimate off", lambda r: over_seeds(r, lambda x: x.estimate_error))
     add("used", figure("used"))
     add("resets", figure("resets"))
     add("late", lambda r: over_seeds(r, lambda x: x.summary["late"] / x.summary["images"]))
@@ -234,7 +240,7 @@ def _passes(results: Sequence[Result]) -> str:
     return ", ".join(f"{count.mean:.2f}" for count in counts if count is not None)
 
 
-_PERCENT = {"error", "vs source", "worst", "ECE", "used", "late"}
+_PERCENT = {"error", "vs source", "worst", "ECE", "used", "late", "estimate off"}
 _DIGITS = {"NLL": 2, "Brier": 3, "conc.": 2, "resets": 0, "img/s": 0, "MB": 0}
 
 

@@ -32,7 +32,7 @@ from experiments.run.method_strings import Method
 from experiments.run.run import Run
 from experiments.run.setup import Setup
 from experiments.run.subject import pick_device
-from tta.core.checks import path_like, whole_number
+from tta.core.checks import boolean, path_like, whole_number
 from tta.core.head import FeatureSpec
 from tta.core.outputs import LogitsSpec
 from tta.streams import Stream
@@ -83,6 +83,7 @@ def evaluate(
     num_classes: int | None = None,
     features: FeatureSpec = None,
     activation: str | None = None,
+    health: bool | None = None,
 ) -> Evaluation:
     """Run methods on streams and compare them, as ``python -m experiments run`` does.
 
@@ -118,6 +119,9 @@ def evaluate(
         num_classes: Number of classes, for heads that are no linear layer, likewise.
         features: What the features of such heads are, likewise.
         activation: What the logits are for, "softmax" or "sigmoid", likewise. Default: "softmax".
+        health: Whether figures that need no labels are recorded of methods without a guard too, as
+            ``wrap(..., health=True)`` fills them; must be left out for an adapter, which has them
+            or not. Default: False.
 
     Returns:
         The figures and the folder, which ``python -m experiments report`` reads.
@@ -142,7 +146,12 @@ def evaluate(
     reading = {"logits": logits, "num_classes": num_classes, "features": features}
     if isinstance(model, tta.Adapter):
         check_left_out(
-            methods=methods, source=source, device=device, activation=activation, **reading
+            methods=methods,
+            source=source,
+            device=device,
+            activation=activation,
+            health=health,
+            **reading,
         )
     subject = make_subject(
         model,
@@ -162,7 +171,8 @@ def evaluate(
     else:
         given = ("source", "tent") if methods is None else methods
         reading["activation"] = "softmax" if activation is None else activation
-        chosen = read_methods(given, classes, reading)
+        watched = health is not None and boolean("health", health)
+        chosen = read_methods(given, classes, reading | {"health": watched})
     config = RunConfig(
         name="evaluation",
         model=subject.name,
@@ -174,6 +184,7 @@ def evaluate(
         batch_size=next(iter(streams.values())).config["batch_size"],
         seed=whole_number("seed", seed, 0, 2**63 - 1),
         device=str(where),
+        health=bool(health),
     )
     origin = {"name": data, "origin": data, "domains_on_disk": False}
     setup = Setup(config, subject, chosen, list(streams.values()), images, origin)

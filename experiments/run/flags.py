@@ -88,6 +88,14 @@ def add_settings(parser: argparse.ArgumentParser, methods: bool = True) -> None:
         help="how the tensors of a checkpoint (MODEL@PATH) are paired with the model's: by name, "
         "or by their place, for ports of other frameworks (default: name)",
     )
+    if methods:
+        add(
+            "--health",
+            action="store_true",
+            default=None,
+            help="record figures that need no labels, an estimate of accuracy among them, also of "
+            "methods without a guard; about 5 %% more forward passes",
+        )
     add("--source", help="file of source artefacts (default: those that come with the model)")
     add(
         "--corruptions",
@@ -138,7 +146,7 @@ def settings_flags(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, 
     """The settings of the file and those of the flags, as `make_run` takes them."""
     settings = {} if args.config is None else read_settings(args.config)
     names = ["model", "methods", "data", "clean", "classes", "source", "batch_size", "device"]
-    names += ["severity", "scenario", "name", "imports", "labels", "on_error", "match"]
+    names += ["severity", "scenario", "name", "imports", "labels", "on_error", "match", "health"]
     flags = {name: getattr(args, name, None) for name in names}
     flags["domains"] = args.corruptions
     flags["images"] = "all" if args.images == "all" else number_of_images(args.images, None)

@@ -259,13 +259,13 @@ def check_classes(streams: Mapping[str, Stream], classes: int) -> None:
             )
 
 
-def read_methods(given: Any, classes: int, reading: Mapping[str, Any]) -> list[Method]:
+def read_methods(given: Any, classes: int, further: Mapping[str, Any]) -> list[Method]:
     """Read method strings and configs.
 
     Args:
         given: As for `evaluate`.
         classes: The model's number of classes.
-        reading: Arguments of `tta.wrap` that say how the model is read.
+        further: Arguments of `tta.wrap` for all of them.
     """
     if isinstance(given, (str, tta.ComponentConfig)):
         given = [given]
@@ -286,7 +286,7 @@ def read_methods(given: Any, classes: int, reading: Mapping[str, Any]) -> list[M
                 f"{type(item).__name__}"
             )
     check_labels(methods)
-    return [replace(method, reading=dict(reading)) for method in methods]
+    return [replace(method, further=dict(further)) for method in methods]
 
 
 def _spell(config: tta.ComponentConfig) -> str:

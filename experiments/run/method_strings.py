@@ -12,7 +12,7 @@ import ast
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -41,13 +41,13 @@ class Method:
         slots: Component of each filled slot, as a name with its preset or as a config; empty for
             the source model.
         overrides: Fields of the components that are set to other values.
-        reading: Arguments of `tta.wrap` that say how the model is read, such as ``logits``.
+        further: More arguments of `tta.wrap`, such as ``logits`` and ``health``.
     """
 
     label: str
     slots: dict[str, str | tta.ComponentConfig] = field(default_factory=dict)
     overrides: dict[str, Any] = field(default_factory=dict)
-    reading: dict[str, Any] = field(default_factory=dict)
+    further: dict[str, Any] = field(default_factory=dict)
 
     @property
     def cost(self) -> float:
@@ -83,7 +83,7 @@ class Method:
             seed=seed,
             mean=subject.info.mean or None,
             std=subject.info.std or None,
-            **self.reading,
+            **self.further,
         )
 
     @contextmanager
@@ -181,11 +181,17 @@ def _component(choice: str | tta.ComponentConfig) -> type[Component]:
     return component(name.partition(".")[0])
 
 
-def parse_methods(texts: Sequence[str], classes: int) -> list[Method]:
-    """Read all method strings; see `parse_method` and `check_labels`."""
+def parse_methods(texts: Sequence[str], classes: int, health: bool = False) -> list[Method]:
+    """Read all method strings; see `parse_method` and `check_labels`.
+
+    Args:
+        texts: The strings.
+        classes: The model's number of classes.
+        health: Whether all have health figures, and not only those with a guard.
+    """
     methods = [parse_method(text, classes) for text in texts]
     check_labels(methods)
-    return methods
+    return [replace(method, further={"health": True}) for method in methods] if health else methods
 
 
 def check_labels(methods: Sequence[Method]) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from experiments.records.health import batch_health
 from experiments.run.cost import Passes, PeakMemory, Timer
 from experiments.run.metrics import Scores, log_probabilities, score
 from experiments.run.totals import Totals
@@ -69,6 +70,7 @@ class _Predicted:
         forwards: Images through the model.
         backwards: Images through the model's backward pass.
         was_reset: Whether the adapter was reset before this batch because the stream said so.
+        health: What the batch's line holds of the adapter's health.
         images: See `Step`.
     """
 
@@ -80,6 +82,7 @@ class _Predicted:
     forwards: int
     backwards: int
     was_reset: bool
+    health: dict[str, Any]
     images: Tensor | None
 
 
@@ -151,6 +154,7 @@ def _iter_predict(
             passes.forward,
             passes.backward,
             was_reset,
+            batch_health(adapter.health, batch.visit),
             images,
         )
 
@@ -205,6 +209,7 @@ def _score(adapter: Adapter, block: Sequence[_Predicted], totals: Totals) -> lis
             "resets": totals.resets + int(predicted.was_reset) + own_resets,
             "late": batch.late,
             "seconds": predicted.timer.seconds(),
+            **predicted.health,
         }
         totals.add(row, scores, batch.domains, batch.severities)
         totals.forwards += predicted.forwards

@@ -8,6 +8,7 @@
     batch_size = 64
     seed = 0
     imports = ["my_rules"]               # modules that register components of your own
+health = true                        # figures of all methods that need no labels
 
     [[streams]]
     scenario = "dirichlet"
@@ -36,7 +37,17 @@ from corruptions.pictures import OnError
 from experiments.data import default_severity
 from experiments.records.config import DEMO_METHODS, RunConfig, StreamConfig, SweepConfig
 from experiments.run.subject import pick_device
-from tta.core.checks import LARGEST, nearest, one_of, path_like, shown, string, told, whole_number
+from tta.core.checks import (
+    LARGEST,
+    boolean,
+    nearest,
+    one_of,
+    path_like,
+    shown,
+    string,
+    told,
+    whole_number,
+)
 from tta.core.plugins import import_modules
 
 if sys.version_info >= (3, 11):
@@ -71,6 +82,7 @@ DEFAULTS: dict[str, Any] = {
     "seed": 0,
     "device": None,
     "imports": (),
+    "health": False,
 }
 BUNDLED_IMAGES = 1000  # of 2000, so that a laptop does it in minutes
 
@@ -125,6 +137,7 @@ KINDS: dict[str, Callable[[str, Any], Any]] = {
     "streams": lambda name, value: None,  # tables, checked one by one
     "sweep": lambda name, value: None,
     "tuned": lambda name, value: None,
+    "health": boolean,
 }
 
 

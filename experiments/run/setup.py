@@ -81,7 +81,7 @@ def load_setup(
     wanted = subject_arguments(config, device)
     subject: Subject = cache.get("subject", wanted, lambda: load_subject(*wanted))
     data = subject.data
-    methods = parse_methods(config.methods, subject.info.num_classes)
+    methods = parse_methods(config.methods, subject.info.num_classes, config.health)
     resolved = tuple(
         replace(stream, domains=resolve_domains(stream.domains, data)) for stream in config.streams
     )

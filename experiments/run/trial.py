@@ -12,6 +12,7 @@ import tta
 from experiments.records.config import StreamConfig
 from experiments.records.environment import threads_matter
 from experiments.records.file import Results
+from experiments.records.health import summary_health, visits
 from experiments.records.progress import Progress
 from experiments.run import ranks
 from experiments.run.method_strings import Method
@@ -104,7 +105,10 @@ class Trial:
                 after = self._clean_error(adapter, config, method, batch_size)
             for name, tally in totals.by_domain.items():
                 self.results.write("domain", **names, domain=name, **tally.figures())
-            self.results.write("summary", **names, **totals.summary(), clean_error=after)
+            rows = self.results.of("batch", **names)
+            self.results.write_all("health", [names | line for line in visits(rows)])
+            summary = totals.summary() | {"clean_error": after} | summary_health(rows)
+            self.results.write("summary", **names, **summary)
             done = self.results.find("summary", **names)
             assert done is not None
         return done, self.results.of("batch", **names)
@@ -116,7 +120,12 @@ class Trial:
         if summary is None or find("method", **names) is None:
             return None
         domains = [find("domain", **names, domain=name) for name in summary["domain_errors"]]
-        whole = len(self.results.of("batch", **names)) == batches and None not in domains
+        rows = self.results.of("batch", **names)
+        health = [
+            find("health", **names, step=line["step"], domain=line["domain"])
+            for line in visits(rows)
+        ]
+        whole = len(rows) == batches and None not in (*domains, *health)
         return summary if whole else None
 
     def _take_up(

@@ -227,9 +227,12 @@ class Reliability:
         left = self._run(todo)
         rows = read_results(self.runner.results)
         if rows:
-            write_page(list(rows.values()), self.page)
+            self._write(list(rows.values()))
             say(f"{len(rows)} results: {self.runner.results}\n{self.page}")
         return left
+
+    def _write(self, rows: list[dict[str, Any]]) -> None:
+        write_page(rows, self.page)
 
     def _anew(self, cell: Cell) -> bool:
         """Whether a cell that has a result is to be run again: not what no guard can change."""

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from experiments.records.health import estimates
 from experiments.run.subject import Subject
 from tta import Adapter
 from tta.streams import Batch
@@ -18,7 +19,6 @@ from tta.streams.sources import CLEAN
 
 __all__ = ["Played", "estimates", "paired", "play", "recovery"]
 
-WINDOW = 500  # images over which an estimate of accuracy is compared with the truth
 BACK = 10  # batches that must be at the level again
 Wrong = NDArray[np.bool_]
 
@@ -118,39 +118,6 @@ def _standard_error(mine: Wrong, other: Wrong) -> float:
     """Of the mean of the differences, image by image; 0 for a single image."""
     gaps = mine.astype(float) - other.astype(float)
     return float(gaps.std(ddof=1) / np.sqrt(len(gaps))) if len(gaps) > 1 else 0.0
-
-
-def estimates(
-    batches: list[tuple[str, float, int, int]], window: int = WINDOW
-) -> dict[str, dict[str, float]]:
-    """How far estimates of accuracy are from the truth, over windows of a stream.
-
-    Args:
-        batches: As in `Played`.
-        window: Images of a window, at least; what is left at the end joins the last one.
-
-    Returns:
-        By estimator: mean ``estimate``, mean ``truth``, mean absolute error ``mae``, and the number
-        of ``windows``.
-    """
-    found = {}
-    for name in dict.fromkeys(row[0] for row in batches):
-        rows = np.array([row[1:] for row in batches if row[0] == name])
-        share, images, errors = rows.T
-        total = images.sum()
-        count = max(1, int(total // window))
-        places = np.minimum((np.cumsum(images) - images) // window, count - 1).astype(int)
-        sizes = np.bincount(places, images, count)
-        kept = sizes > 0  # batches larger than a window leave some without any
-        estimate = np.bincount(places, share * images, count)[kept] / sizes[kept]
-        truth = 1 - np.bincount(places, errors, count)[kept] / sizes[kept]
-        found[name] = {
-            "estimate": float(estimate.mean()),
-            "truth": float(truth.mean()),
-            "mae": float(np.abs(estimate - truth).mean()),
-            "windows": int(kept.sum()),
-        }
-    return found
 
 
 def recovery(disturbed: list[Wrong], calm: list[Wrong], back: int = BACK) -> int | None:

@@ -40,7 +40,13 @@ FIGURES = (
     "distance",
     "passes",
 )
-AVERAGED = (*FIGURES, "source_concentration", "source_estimated_accuracy")
+# Those of "paired" and "source" concentration are of the same batches, where the source was asked.
+AVERAGED = (
+    *FIGURES,
+    "paired_concentration",
+    "source_concentration",
+    "source_estimated_accuracy",
+)
 
 foreach: Any = torch  # the foreach operations are not in its type stubs
 

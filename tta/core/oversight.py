@@ -26,7 +26,8 @@ from tta.core.update import Update
 
 __all__ = ["Oversight", "Passes"]
 
-LATE = ("passes", "agreement", "source_concentration")  # figures that `judge` may still change
+# Figures that `judge` may still change.
+LATE = ("passes", "agreement", "paired_concentration", "source_concentration")
 COUNTS = ("update/resets",)  # what the methods report since wrap, whatever a guard resets
 PARTLY = ("param/", "norm/", "update/teacher.")  # what moves on a part of the way back
 
@@ -221,7 +222,7 @@ class Oversight:
 
     def _complete(self, batch: Batch) -> None:
         """Add what depends on passes of the source, if there was one."""
-        assert batch.scores is not None
+        assert batch.prediction is not None and batch.scores is not None
         batch.figures["passes"] = batch.passes
         if not batch.has_source:
             batch.figures["agreement"] = float("nan")
@@ -230,6 +231,7 @@ class Oversight:
             same = batch.scores.argmax(1) == logits.argmax(1)
             batch.figures |= {
                 "agreement": same.float().mean(),
+                "paired_concentration": concentration(batch.prediction.logits.detach()),
                 "source_concentration": concentration(logits),
             }
 

@@ -90,10 +90,11 @@ def confidence_accuracy(
 def relative_spread(batch: Batch) -> float:
     """Entropy of the mean prediction as a share of the source's, at most 1, on average.
 
-    Before the source has predicted any batch it is 1.
+    Both are of the batches that the source has predicted too, since domains and small batches
+    differ in how many classes they show. Before the first such batch it is 1.
     """
     averages = batch.averages
-    own, source = averages["concentration"], averages["source_concentration"]
+    own, source = averages["paired_concentration"], averages["source_concentration"]
     if math.isnan(own) or math.isnan(source):
         return 1.0
     return min(own / min(source, -1e-6), 1.0)
