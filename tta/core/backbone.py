@@ -480,10 +480,13 @@ class Backbone:
         return list(self._order)
 
     def end_watching(self) -> None:
-        """Take the hooks of :meth:`watch_calls` off the model."""
+        """Take the hooks of :meth:`watch_calls` off the model, and keep the order they have seen.
+
+        Of several streams on one model each asks for it in its own first batch.
+        """
         for handle in self._order_hooks:
             handle.remove()
-        self._order_hooks, self._order = [], []
+        self._order_hooks = []
 
     def close(self) -> None:
         """Take all hooks off the model."""
