@@ -168,14 +168,19 @@ class AdapterSets:
         for key, tensor in tensors.items():
             kind, _, name = key.partition(":")
             if kind not in parts:
-                raise ValueError(f"an unknown kind of tensor, {key!r}")
+                raise ValueError(
+                    f"`tensors` must be what export() gave, got the key {key!r:.60}: pass that."
+                )
             parts[kind][name] = tensor
         values = parts["value"]
         attributes = self._read(about.get("attributes"), values)
         asking, learning = about.get("asking"), about.get("learning")
         count = len(self.state.parameters())
         if not isinstance(learning, bool) or not isinstance(asking, list) or len(asking) != count:
-            raise ValueError("flags of another adapter")
+            raise ValueError(
+                f"`about` must have one flag for each of {count} parameters, got others: load it "
+                "into an adapter like the one that it is of."
+            )
         self.put(self.new())
 
         def load() -> None:
@@ -183,7 +188,10 @@ class AdapterSets:
             self.state.load(parts["state"], allow_nonfinite=True)
             missing = self.state.tensors().keys() - parts["state"].keys()
             if missing:
-                raise ValueError(f"{min(missing)!r} is missing")
+                raise ValueError(
+                    f"`tensors` must hold a whole state, but {min(missing)!r} is missing: export "
+                    "it again."
+                )
             for p, asks in zip(self.state.parameters(), asking, strict=True):
                 p.requires_grad_(bool(asks) and p.is_floating_point())
 
@@ -235,7 +243,10 @@ class AdapterSets:
         reader = PlainReader(parameters, tensors)
         same = isinstance(written, list) and len(written) == len(self._start)
         if not same or not all(isinstance(held, dict) for held in written):
-            raise ValueError("attributes of other components")
+            raise ValueError(
+                f"`about` must have attributes of {len(self._start)} parts, got others: load it "
+                "into an adapter like the one that it is of."
+            )
         found: Attributes = []
         for held, start in zip(written, self._start, strict=True):
             found.append({})
@@ -243,7 +254,10 @@ class AdapterSets:
                 if key in start and is_plain(start[key], parameters):
                     read, old = reader.read(value), start[key]
                     if None not in (read, old) and _kind(read) != _kind(old):
-                        raise ValueError(f"an attribute {key!r} of another type")
+                        raise ValueError(
+                            f"`about` must have a {type(old).__name__} as {key!r:.40}, got a "
+                            f"{type(read).__name__}: export it again."
+                        )
                     found[-1][key] = read
         return found
 

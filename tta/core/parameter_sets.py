@@ -18,6 +18,7 @@ from torch import Tensor
 __all__ = ["ParameterSet", "ParameterSets", "Place"]
 
 Place = tuple[dict[str, Any], str]  # where a tensor is held: a dict, and the key in it
+SMALL = 1 << 18  # values
 foreach: Any = torch  # the foreach operations are not in its type stubs
 
 
@@ -101,24 +102,34 @@ class _Form:
         for i, (_, dtype, device) in enumerate(kinds):
             groups.setdefault((dtype, device), []).append(i)
         self.groups = list(groups.values())
-        # One flat tensor of each kind is kept with its views, as making views takes most of a copy.
-        self._between: list[tuple[Tensor, list[Tensor]]] = []
-        for (dtype, device), group in groups.items():
-            flat = torch.empty(sum(kinds[i][0].numel() for i in group), dtype=dtype, device=device)
-            self._between.append((flat, self._views(flat, group)))
+        # One flat tensor of each kind is kept with its views, as making views takes most of the
+        # time of a small copy. Large ones are better copied once than twice.
+        self._between: list[tuple[Tensor, list[Tensor]] | None] = []
+        self._sizes = [sum(kinds[i][0].numel() for i in group) for group in self.groups]
+        for (dtype, device), group, size in zip(groups, self.groups, self._sizes, strict=True):
+            flat = torch.empty(size if size <= SMALL else 0, dtype=dtype, device=device)
+            self._between.append((flat, self._views(flat, group)) if size <= SMALL else None)
 
     def take(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Copy tensors into new flat ones."""
         flats = []
-        for group, (flat, views) in zip(self.groups, self._between, strict=True):
-            foreach._foreach_copy_(views, [tensors[i] for i in group])
-            flats.append(flat.clone())
+        for group, size, between in zip(self.groups, self._sizes, self._between, strict=True):
+            some = [tensors[i] for i in group]
+            if between is None:
+                flat = torch.empty(size, dtype=some[0].dtype, device=some[0].device)
+                foreach._foreach_copy_(self._views(flat, group), some)
+            else:
+                foreach._foreach_copy_(between[1], some)
+                flat = between[0].clone()
+            flats.append(flat)
         return flats
 
     def put(self, flats: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
         """Copy flat tensors into others."""
-        for group, flat, (between, views) in zip(self.groups, flats, self._between, strict=True):
-            between.copy_(flat)
+        for group, flat, between in zip(self.groups, flats, self._between, strict=True):
+            views = self._views(flat, group) if between is None else between[1]
+            if between is not None:
+                between[0].copy_(flat)
             foreach._foreach_copy_([tensors[i] for i in group], views)
 
     def named(self, flats: Sequence[Tensor]) -> dict[str, Tensor]:

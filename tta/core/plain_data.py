@@ -77,7 +77,14 @@ class PlainReader:
         """
         try:
             return self._read(value)
-        except (KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
+        except (
+            KeyError,
+            IndexError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+            StopIteration,
+        ) as error:
             raise ValueError(f"no plain data: {error}") from None
 
     def _read(self, value: Any) -> Any:

@@ -82,7 +82,9 @@ class StreamFiles:
         metadata = {HEADER: text, "checksum": _checksum(text, tensors)}
         for folder in (self.folder, self.streams, path.parent):
             if folder.is_symlink():
-                raise NotADirectoryError(f"{folder} is a link, which is not followed")
+                raise NotADirectoryError(
+                    f"`folder` must hold no links, got the link {folder}: put a folder there."
+                )
             if not folder.is_dir():
                 folder.mkdir(parents=True, exist_ok=True)
                 _flush(folder.parent)

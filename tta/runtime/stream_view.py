@@ -79,7 +79,10 @@ class StreamView:
     def __getattr__(self, name: str) -> Any:
         """What the adapter has under this name, while it holds this stream."""
         if name.startswith("_") or name in NOT_HERE:
-            raise AttributeError(f"a stream of a pool has no attribute {name!r}")
+            raise AttributeError(
+                f"`stream` must be asked for what it shares with an adapter, got {name!r}: close "
+                "the pool, and ask its adapter."
+            )
         found = self._run(lambda adapter: getattr(adapter, name), False)
         if not callable(found) or isinstance(found, nn.Module):
             return found
