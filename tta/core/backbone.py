@@ -480,10 +480,7 @@ class Backbone:
         return list(self._order)
 
     def end_watching(self) -> None:
-        """Take the hooks of :meth:`watch_calls` off the model, and keep the order they have seen.
-
-        Of several streams on one model each asks for it in its own first batch.
-        """
+        """Take the hooks of :meth:`watch_calls` off the model; other streams ask for the order."""
         for handle in self._order_hooks:
             handle.remove()
         self._order_hooks = []
