@@ -26,7 +26,7 @@ import tta
 from experiments.records import markdown
 from experiments.records.environment import describe_environment
 from tta.core.adapter_sets import AdapterSets
-from tta.core.checks import whole_number
+from tta.core.checks import LARGEST, whole_number
 from tta.core.files import replacing
 
 __all__ = ["Switching", "add_flags", "render"]
@@ -74,7 +74,7 @@ class Switching:
         cases: Sequence[tuple[str, str]] = CASES,
         many: tuple[str, str] = MANY,
     ) -> None:
-        self.streams = whole_number("streams", streams, 2)
+        self.streams = whole_number("streams", streams, 2, LARGEST)
         self.device = torch.device(device)
         self.cases, self.many = cases, many
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tta.core.adapter import Adapter
+from tta.core.checks import shown
 from tta.core.parameter_sets import ParameterSet, ParameterSets
 from tta.core.plain_data import PlainReader, PlainWriter, is_plain
 
@@ -169,7 +170,8 @@ class AdapterSets:
             kind, _, name = key.partition(":")
             if kind not in parts:
                 raise ValueError(
-                    f"`tensors` must be what export() gave, got the key {key!r:.60}: pass that."
+                    f"`tensors` must be what export() gave, got the key {shown(key, 60)}: "
+                    "pass that."
                 )
             parts[kind][name] = tensor
         values = parts["value"]
@@ -255,7 +257,7 @@ class AdapterSets:
                     read, old = reader.read(value), start[key]
                     if None not in (read, old) and _kind(read) != _kind(old):
                         raise ValueError(
-                            f"`about` must have a {type(old).__name__} as {key!r:.40}, got a "
+                            f"`about` must have a {type(old).__name__} as {shown(key, 40)}, got a "
                             f"{type(read).__name__}: export it again."
                         )
                     found[-1][key] = read

@@ -25,7 +25,17 @@ from torch import Tensor, nn
 
 from tta.core.adapter import Adapter
 from tta.core.adapter_sets import AdapterSets
-from tta.core.checks import nearest, number, path_like, string, whole_number
+from tta.core.checks import (
+    LARGE,
+    LARGEST,
+    nearest,
+    number,
+    path_like,
+    shown,
+    string,
+    told,
+    whole_number,
+)
 from tta.core.head import FeatureSpec
 from tta.core.outputs import LogitsSpec
 from tta.core.prediction import Report
@@ -122,8 +132,8 @@ class StreamPool:
             files = StreamFiles(path_like("folder", folder), adapter.fingerprint)
             if not files.start.is_file():
                 raise FileNotFoundError(
-                    f"`folder` must hold a pool, but {files.start} is missing: pass the folder of "
-                    "a StreamPool, or load the adapter by tta.load."
+                    f"`folder` must hold a pool, but {told(files.start)} is missing: pass the "
+                    "folder of a StreamPool, or load the adapter by tta.load."
                 )
             load_file(files.start, AdapterSets(adapter), *files.read(files.start, ""))
             pool = cls.__new__(cls)
@@ -284,7 +294,7 @@ class StreamPool:
         before, written = store.counts["failed"], store.write_changed()
         if store.counts["failed"] > before:
             raise OSError(
-                f"`folder` must be one that can be written to, but {str(store.failure)[-160:]}: "
+                f"`folder` must be one that can be written to, but {told(store.failure, 160)}: "
                 "make room, and call again; the streams go on."
             )
         return written
@@ -347,8 +357,8 @@ class StreamPool:
         if stream is not None or create:
             return stream or store.make(name)
         raise KeyError(
-            f"`stream` must be one of the pool's, got {name!r:.60}: pass create=True to begin it. "
-            f"{nearest(name, store.streams, limit=4)}"
+            f"`stream` must be one of the pool's, got {shown(name, 60)}: pass create=True to begin "
+            f"it. {nearest(name, store.streams, room=60)}"
         )
 
     def _own(self, stream: Stream, view: object, wait: bool) -> None:
@@ -359,8 +369,8 @@ class StreamPool:
                 if not wait or stream.owner[1] == me:
                     who = "this thread" if stream.owner[1] == me else "another owner"
                     raise RuntimeError(
-                        f"`stream` {stream.name!r:.60} must be free, but {who} has it: leave its "
-                        "with block first, or pass wait=True to wait for another thread."
+                        f"`stream` {shown(stream.name, 60)} must be free, but {who} has it: leave "
+                        "its with block first, or pass wait=True to wait for another thread."
                     )
                 self._free.wait()
                 self._store.check_open()
@@ -376,15 +386,15 @@ class StreamPool:
 
 def _checked(capacity: Any, interval: Any) -> tuple[int, float | None]:
     if interval is not None:
-        interval = number("interval", interval, 0, above=True)
-    return whole_number("capacity", capacity, 1), interval
+        interval = number("interval", interval, 0, LARGE, above=True)
+    return whole_number("capacity", capacity, 1, LARGEST), interval
 
 
 def _made(folder: Path, adapter: Adapter) -> StreamFiles:
     """Write what every stream begins with into a folder that holds no pool."""
     if (folder / "config.json").exists():
         raise ValueError(
-            f"`folder` must hold no adapter or pool yet, but {folder} does: go on with it by "
+            f"`folder` must hold no adapter or pool yet, but {told(folder)} does: go on with it by "
             "StreamPool.open(model, folder), or choose another."
         )
     files = StreamFiles(folder, adapter.fingerprint)
@@ -392,8 +402,8 @@ def _made(folder: Path, adapter: Adapter) -> StreamFiles:
         files.write(files.start, "", AdapterSets(adapter).export_first())
     except OSError as error:
         raise type(error)(
-            f"`folder` must be one that can be written to, but {folder} is not "
-            f"({error.strerror or error}): choose another, or make room."
+            f"`folder` must be one that can be written to, but {told(folder)} is not "
+            f"({told(error.strerror or error)}): choose another, or make room."
         ) from error
     save(adapter, folder)
     return files

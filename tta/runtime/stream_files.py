@@ -23,6 +23,7 @@ from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
+from tta.core.checks import parsed_json, shown, told
 from tta.core.files import NO_LINKS, replacing
 from tta.core.state_dict import checksum
 
@@ -83,7 +84,7 @@ class StreamFiles:
         for folder in (self.folder, self.streams, path.parent):
             if folder.is_symlink():
                 raise NotADirectoryError(
-                    f"`folder` must hold no links, got the link {folder}: put a folder there."
+                    f"`folder` must hold no links, got the link {told(folder)}: put a folder there."
                 )
             if not folder.is_dir():
                 folder.mkdir(parents=True, exist_ok=True)
@@ -108,10 +109,10 @@ class StreamFiles:
         if _metadata(data).get("checksum") != whole:
             raise _damaged(path, "its values are not those that were saved")
         if about["name"] != name:
-            raise _damaged(path, f"it is of {about['name']!r:.60}")
+            raise _damaged(path, f"it is of {shown(about['name'], 60)}")
         if about.get("fingerprint") != self.fingerprint:
             mine, theirs = self.fingerprint, about.get("fingerprint")
-            raise _damaged(path, f"it is of {theirs!r:.80}, not of {mine!r:.80}")
+            raise _damaged(path, f"it is of {shown(theirs, 50)}, not of {shown(mine, 50)}")
         return tensors, about
 
     def remove(self, path: Path) -> None:
@@ -137,20 +138,20 @@ def _read_bytes(path: Path, head: bool = False) -> bytes:
 
 def _metadata(data: bytes) -> dict[str, str]:
     length = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + length])
+    header = parsed_json(data[8 : 8 + length])
     return header["__metadata__"]
 
 
 def _header(path: Path, data: bytes) -> dict[str, Any]:
     """What a file says of itself."""
     try:
-        about = json.loads(_metadata(data)[HEADER])
+        about = parsed_json(_metadata(data)[HEADER])
         name, version = about["name"], about["format"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         kind = type(error).__name__
         raise _damaged(path, f"it is cut off or something else ({kind})") from None
     if version != FORMAT:
-        raise _damaged(path, f"it is of format {version!r:.20}, not {FORMAT}")
+        raise _damaged(path, f"it is of format {shown(version, 20)}, not {FORMAT}")
     if not isinstance(name, str):
         raise _damaged(path, "it has no name")
     return about
@@ -159,7 +160,7 @@ def _header(path: Path, data: bytes) -> dict[str, Any]:
 def _damaged(path: Path, reason: str) -> ValueError:
     return ValueError(
         f"`folder` must hold whole files of this pool's streams, but {path.name} is none, as "
-        f"{reason[:120]}: drop() the stream, or put a good file there."
+        f"{told(reason, 130)}: drop() the stream, or put a good file there."
     )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tta.core.adapter import Adapter
 from tta.core.adapter_sets import AdapterSet, AdapterSets
+from tta.core.checks import shown, told
 from tta.runtime.stream_files import StreamFiles
 
 __all__ = ["Stream", "StreamStore", "load_file"]
@@ -209,9 +210,9 @@ class StreamStore:
                 self.files.write(path, stream.name, self.sets.export(one))
             except (OSError, TypeError) as error:
                 reason = (error.strerror or error) if isinstance(error, OSError) else error
-                self.failure = f"{path} could not be written ({reason})"
+                self.failure = f"{path.name} could not be written ({told(reason)})"
                 self.counts["failed"] += 1
-                log.warning("stream %r: %s; it goes on in memory", stream.name, self.failure)
+                log.warning("stream %s: %s; it goes on in memory", shown(stream.name), self.failure)
                 return False
             stream.saved = version
             self.counts["snapshots"] += 1
@@ -238,8 +239,8 @@ class StreamStore:
         name = stream.name
         if self.streams.get(name) is not stream:
             raise KeyError(
-                f"`stream` must be one of the pool's, but {name!r:.60} was dropped: ask the pool "
-                "for it again, with create=True."
+                f"`stream` must be one of the pool's, but {shown(name, 60)} was dropped: ask the "
+                "pool for it again, with create=True."
             )
         if self._current is not stream:
             content = None if stream.kept is not None else self._read(name)
@@ -291,5 +292,5 @@ def load_file(
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"`folder` must hold streams of this pool's adapter, but {path.name} does not fit it "
-            f"({str(error)[:120]}): drop() the stream, or put a good file there."
+            f"({told(error, 120)}): drop() the stream, or put a good file there."
         ) from error

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from tta.core.adapter import Adapter
+from tta.core.checks import shown
 
 __all__ = ["StreamView"]
 
@@ -80,8 +81,8 @@ class StreamView:
         """What the adapter has under this name, while it holds this stream."""
         if name.startswith("_") or name in NOT_HERE:
             raise AttributeError(
-                f"`stream` must be asked for what it shares with an adapter, got {name!r}: close "
-                "the pool, and ask its adapter."
+                f"`stream` must be asked for what it shares with an adapter, got {shown(name)}: "
+                "close the pool, and ask its adapter."
             )
         found = self._run(lambda adapter: getattr(adapter, name), False)
         if not callable(found) or isinstance(found, nn.Module):
@@ -113,6 +114,6 @@ class StreamView:
     def _check(self) -> None:
         if self._left:
             raise RuntimeError(
-                f"`stream` {self.name!r:.60} was given back to its pool: ask for it again by "
+                f"`stream` {shown(self.name, 60)} was given back to its pool: ask for it again by "
                 "pool.stream()."
             )
