@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import threading
 import time
@@ -38,8 +39,9 @@ def alone(case: Case, **extra: Any) -> tta.Adapter:
 
 
 def seen(one: Any) -> str:
-    """What an adapter or a view says of its last batch, NaN included."""
-    return repr((one.report, one.health, one.events))
+    """What an adapter or a view says of its last batch, NaN included, and of what it trains."""
+    asking = [p.requires_grad for p in one.model.parameters()]
+    return repr((one.report, one.health, one.events, list(one.parameters_adapted), asking))
 
 
 def interleave(case: Case, steps: int, folder: Any, seed: int = 0) -> StreamPool:
@@ -112,7 +114,8 @@ def test_buffers_that_the_model_moves_belong_to_the_stream(method: str, tmp_path
         name = NAMES[number % 3 if number > 10 else 0]
         with shared.stream(name, create=True) as view:
             assert torch.equal(view(images(number)), own[name](images(number))), number
-            assert same(view.state(), own[name].state())
+    for name in NAMES:  # not before, since who asks for a state looks for such buffers
+        assert same(shared.stream(name).state(), own[name].state())
     adapter = shared.adapter
     shared.close()
     assert same(dict(adapter.unwrap().state_dict()), dict(_Counts().state_dict()))
@@ -141,6 +144,53 @@ def test_draws_and_views_are_counted_by_stream(tmp_path) -> None:
             with shared.stream(name, create=True) as view:
                 assert served(view, numbers) == part
     assert shared.counts["restored"] >= 3
+
+
+def test_other_draws_are_counted_by_stream() -> None:
+    asked: dict[str, list[int]] = {name: [] for name in NAMES}
+
+    def draws(name: str, shape: torch.Size, call: int) -> None:
+        asked[current].append(call)
+
+    guard = tta.get_config("aetta", passes=2)
+    shared = StreamPool(tta.wrap(tiny("bn"), "tent.cifar10", guard=guard, draws=draws))
+    for current in "abacab":
+        with shared.stream(current, create=True) as view:
+            view(images(0))
+    assert {name: sorted(set(calls)) for name, calls in asked.items()} == {
+        "a": [0, 1, 2], "b": [0, 1], "c": [0]
+    }  # fmt: skip
+
+
+class _Backwards(nn.Module):
+    """Layers that are called in another order than they are defined."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        norms = [nn.BatchNorm2d(3) for _ in range(4)]
+        self.first, self.second, self.third, self.fourth = norms
+        self.fc = nn.Linear(3, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.second(self.fourth(self.first(self.third(x))).relu())
+        return self.fc(x.mean((2, 3)))
+
+
+def test_each_stream_finds_out_which_layers_come_last() -> None:
+    torch.manual_seed(0)
+    net = _Backwards().eval()
+    own = tta.wrap(copy.deepcopy(net), "sar.cifar10")
+    shared = StreamPool(tta.wrap(net, "sar.cifar10"))
+    for number in range(2):
+        expected = own(images(number))
+        for name in NAMES:
+            with shared.stream(name, create=True) as view:
+                assert torch.equal(view(images(number)), expected) and seen(view) == seen(own)
+    assert {name.partition(".")[0] for name in own.parameters_adapted} == {
+        "third",
+        "first",
+        "fourth",
+    }
 
 
 def test_a_mixed_batch_is_its_streams_one_by_one() -> None:

@@ -238,7 +238,7 @@ def test_links_are_not_followed(tmp_path: Path) -> None:
     path.symlink_to(tmp_path / "elsewhere")
     pool = reopened(tmp_path / "pool")
     assert pool.streams() == ["b"]
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match="`folder` must hold files that can be read"):
         pool.stream("a").state()
     shutil.move(tmp_path / "pool" / "streams", tmp_path / "moved")
     (tmp_path / "pool" / "streams").symlink_to(tmp_path / "moved")
@@ -311,17 +311,40 @@ def test_a_pool_that_cannot_write_its_folder_is_refused(tmp_path, monkeypatch) -
 def test_snapshots_are_made_while_a_stream_is_busy(tmp_path: Path) -> None:
     """The stream gives its turn to a copy, though it never pauses."""
     pool = StreamPool(wrapped(guard="watch"), 2, tmp_path / "pool", interval=0.2)
-    served, longest = 0, 0.0
+    served, batch = 0, images(0, 2)
     with pool.stream("a", create=True) as view:
         end = time.monotonic() + 1.5
         while time.monotonic() < end:
-            view(images(0, 2))
+            view(batch)
             served += 1
-    assert pool.counts["snapshots"] >= 3, longest
+    assert pool.counts["snapshots"] >= 3
     pool.close(save=False)
     with reopened(tmp_path / "pool").stream("a") as view:
         saved = int(view.state()["guard/monitor.batches"])
     assert served / 2 < saved <= served
+
+
+def test_a_snapshot_is_of_one_instant(tmp_path: Path, monkeypatch) -> None:
+    """The stream learns on between the copy and the file, in memories too that are not copied."""
+    adapter = wrapped("rotta.cifar10", mean=(0.0,) * 3, std=(1.0,) * 3)
+    pool = StreamPool(adapter, folder=tmp_path / "pool", interval=None)
+    names = ("in the adapter", "in memory")
+    for name in names[::-1]:
+        for number in range(3):
+            pool.stream(name, create=True)(images(number))
+    states = {name: pool.stream(name).state() for name in names[::-1]}
+    write = StreamFiles.write
+
+    def late(self: Any, path: Path, name: str, content: Any) -> None:
+        pool.stream(name)(images(7))
+        write(self, path, name, content)
+
+    monkeypatch.setattr(StreamFiles, "write", late)
+    assert pool.snapshot() == 2
+    again = reopened(tmp_path / "pool")
+    for name in names:
+        assert same(again.stream(name).state(), states[name]), name
+        assert not same(pool.stream(name).state(), states[name])
 
 
 def test_a_pool_without_an_interval_writes_only_when_asked(tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def _go_on_serving(folder: Path, log: Path, seed: int, disk: str) -> None:
     said, chance = _Log(log), random.Random(seed)
     logging.getLogger("tta.runtime").handlers = [said]
     logging.getLogger("tta.runtime").propagate = False
-    pool = StreamPool.open(tiny("bn"), folder, capacity=2, interval=INTERVAL)
+    pool = StreamPool.open(tiny("bn"), folder, capacity=chance.choice([2, 3]), interval=INTERVAL)
     at = {name: int(pool.stream(name).state()[SERVED]) for name in NAMES}
     said.line("opened", *at.values())
     _fail(disk)

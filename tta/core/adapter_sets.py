@@ -113,7 +113,6 @@ class AdapterSets:
             if p.requires_grad != asks:
                 p.requires_grad_(asks)
         self.state.network.masters.write_to_model()
-        self.buffers.put_back({})  # they have moved, which is no news
         if self.session.learning != one.learning:
             self.adapter.switch_learning(one.learning)
 

@@ -99,7 +99,13 @@ class StreamFiles:
             OSError: When there is no file, or it is a link.
             ValueError: When it is cut off, has changed, or is of another stream, method or model.
         """
-        data = _read_bytes(path)
+        try:
+            data = _read_bytes(path)
+        except OSError as error:
+            raise type(error)(
+                f"`folder` must hold files that can be read, but {told(path.name)} cannot "
+                f"({told(error.strerror or error)}): put it back, or drop() the stream."
+            ) from error
         about = _header(path, data)
         try:
             tensors = from_bytes(data)

@@ -24,7 +24,6 @@ RESERVED = (
     "`adapter` must not be used while a StreamPool has it, whose streams it holds one after the "
     "other: use pool.stream(name), or close() the pool first."
 )
-PATIENCE = 0.05  # seconds that a call lets others go first who have waited longer
 
 
 class Stream:
@@ -58,7 +57,6 @@ class StreamStore:
         self.closed = False
         self._current: Stream | None = None  # which the adapter holds; None if it holds none whole
         self._inside = False  # whether a call is going on
-        self._gate = threading.Lock()  # whoever has it is next
         self._disk = threading.RLock()  # taken after the turn, never before it
         adapter.turns.reserved = RESERVED
         for name in [] if files is None else sorted(files.names()):
@@ -79,26 +77,14 @@ class StreamStore:
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """Have the model alone; who has waited longest is next.
-
-        A lock alone would be taken again by the thread that has just given it back, and snapshots
-        would wait for as long as a stream is busy.
-        """
-        first = self._gate.acquire(timeout=PATIENCE)
-        try:
-            self.adapter.turns.lock.acquire()
-        finally:
-            if first:
-                self._gate.release()
-        try:
+        """Have the model alone."""
+        with self.adapter.turns.lock:
             if self._inside:  # by this thread, as it has the lock
                 raise RuntimeError(
                     "`pool` must not be used by a function that the adapter calls within a call, "
                     "got such a use: keep what it is given, and use the pool afterwards."
                 )
             yield
-        finally:
-            self.adapter.turns.lock.release()
 
     def find(self, name: str) -> Stream | None:
         """A stream that is known, or has a file that another process has written."""
