@@ -22,7 +22,7 @@ from tta.core.prediction import Report
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
-@pytest.mark.parametrize("small", [0, 1 << 18])
+@pytest.mark.parametrize("small", [0, 1 << 22])
 def test_sets_are_switched_in_place(small: int, monkeypatch) -> None:
     monkeypatch.setattr(parameter_sets, "SMALL", small)
     held: dict[str, Any] = {

@@ -18,7 +18,7 @@ from torch import Tensor
 __all__ = ["ParameterSet", "ParameterSets", "Place"]
 
 Place = tuple[dict[str, Any], str]  # where a tensor is held: a dict, and the key in it
-SMALL = 1 << 18  # values
+SMALL = 1 << 22  # values
 foreach: Any = torch  # the foreach operations are not in its type stubs
 
 
@@ -58,7 +58,7 @@ class ParameterSets:
         self.places = dict(places)
         self.moved = dict(moved or {})
         self._held = list(places.values())
-        self._forms: list[_Form] = []  # the last one first
+        self._forms: list[_Form] = []
 
     @torch.no_grad()
     def take(self) -> ParameterSet:
@@ -79,12 +79,11 @@ class ParameterSets:
             held[key] = one.moved[name]
 
     def _form(self, tensors: Sequence[Tensor]) -> _Form:
-        kinds = [(t.shape, t.dtype, t.device) for t in tensors]
         for form in self._forms:
-            if form.kinds == kinds:
+            if form.fits(tensors):
                 return form
-        form = _Form(list(self.places), kinds)
-        self._forms.insert(0, form)
+        form = _Form(list(self.places), [(t.shape, t.dtype, t.device) for t in tensors])
+        self._forms.append(form)
         return form
 
 
@@ -109,6 +108,14 @@ class _Form:
         for (dtype, device), group, size in zip(groups, self.groups, self._sizes, strict=True):
             flat = torch.empty(size if size <= SMALL else 0, dtype=dtype, device=device)
             self._between.append((flat, self._views(flat, group)) if size <= SMALL else None)
+
+    def fits(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether these are the kinds of the tensors."""
+        # One by one: a list of hundreds of shapes would set off Python's collector each time.
+        return all(
+            t.shape == shape and t.dtype == dtype and t.device == device
+            for t, (shape, dtype, device) in zip(tensors, self.kinds, strict=True)
+        )
 
     def take(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Copy tensors into new flat ones."""
