@@ -351,6 +351,9 @@ PLACES = {
         r"|parts/(class_moments|posterior|replay)|methods/\w+)\.py"
     ),
     "Several processes": r"tta/(runtime/parallel|core/batch_split)\.py",
+    "Serving many streams": (
+        r"tta/(runtime/(pool|snapshots|stream_\w+)|core/(adapter_sets|parameter_sets|plain_data))\.py"
+    ),
     "Names, fields and configs": (
         r"tta/(__init__|_moved|cli/methods"
         r"|core/(checks|config|plugins|recipe|registry|resolve))\.py"

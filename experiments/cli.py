@@ -82,6 +82,10 @@ COMMANDS = {
         "experiments.studies.thread_counts",
         "which recipes give other numbers with another number of threads",
     ),
+    "switching": Command(
+        "experiments.studies.stream_switching",
+        "what it costs to keep many streams on one model",
+    ),
     "corruption-errors": Command(
         "experiments.studies.corruption_errors",
         "compare our corruptions with outputs of the published code",

@@ -150,3 +150,22 @@ def test_a_run_gives_the_errors_of_the_cpu_and_goes_on(tmp_path) -> None:
     assert json.dumps([r["errors"] for r in again.values()]) == json.dumps(
         [r["errors"] for r in there.values()]
     )
+
+
+def test_streams_move_to_a_gpu_and_back(tmp_path) -> None:
+    """On a GPU each stream is bitwise what it is alone; over a file, what it is on a CPU."""
+    own = {name: tta.wrap(tiny("bn").cuda(), "tent.cifar10") for name in "ab"}
+    pool = tta.runtime.StreamPool(
+        tta.wrap(tiny("bn").cuda(), "tent.cifar10"), 1, tmp_path / "pool", interval=None
+    )
+    for number in range(4):
+        for name, alone in own.items():
+            batch = images(number).cuda()
+            assert torch.equal(pool.stream(name, create=True)(batch), alone(batch))
+    pool.close()
+    on_cpu = tta.runtime.StreamPool.open(tiny("bn"), tmp_path / "pool", interval=None)
+    for name, alone in own.items():
+        state = on_cpu.stream(name).state()
+        assert all(torch.equal(state[key], value.cpu()) for key, value in alone.state().items())
+        logits = on_cpu.stream(name)(images(9))
+        torch.testing.assert_close(logits, alone(images(9).cuda()).cpu(), rtol=CLOSE, atol=CLOSE)

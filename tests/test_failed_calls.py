@@ -40,7 +40,7 @@ def fail_at_operations(case: Case, every: int, served: int) -> int:
 
 @pytest.mark.parametrize("case", ALONE[::3], ids=label)
 def test_a_call_that_fails_at_some_operations_has_not_happened(case: Case) -> None:
-    assert fail_at_operations(case, every=61, served=BATCHES) > 0 or case[1]["recipe"] == "source"
+    assert fail_at_operations(case, every=47, served=BATCHES) > 0 or case[1]["recipe"] == "source"
 
 
 @pytest.mark.slow

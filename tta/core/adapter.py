@@ -444,8 +444,11 @@ class Adapter(nn.Module):
 
     @in_turn
     def _set_learning(self, learning: bool) -> None:
-        if self._network is None:
-            return
+        if self._network is not None:
+            self.switch_learning(learning)
+
+    def switch_learning(self, learning: bool) -> None:
+        """Freeze or unfreeze; the caller has the turn."""
         self.session.learning = learning
         for wrapper in self._wrappers.values():
             wrapper.rule.learning = learning

@@ -480,10 +480,10 @@ class Backbone:
         return list(self._order)
 
     def end_watching(self) -> None:
-        """Take the hooks of :meth:`watch_calls` off the model."""
+        """Take the hooks of :meth:`watch_calls` off the model; other streams ask for the order."""
         for handle in self._order_hooks:
             handle.remove()
-        self._order_hooks, self._order = [], []
+        self._order_hooks = []
 
     def close(self) -> None:
         """Take all hooks off the model."""

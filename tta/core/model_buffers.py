@@ -76,14 +76,30 @@ class ModelBuffers:
         before, self._seen = self._seen or signs, signs
         moved = [name for name, sign in signs.items() if sign != before[name]]
         if by_value:
-            moved += [
-                name
-                for name, copy in self._copies.items()
-                if name not in moved and not torch.equal(copy, self._now(name))
-            ]
+            moved += self._changed(name for name in self._copies if name not in moved)
         new = [name for name in moved if name not in self.moving and name in self._copies]
         self.moving += new
         return new
+
+    def _changed(self, names: Iterable[str]) -> list[str]:
+        """Those that have other values than at wrap, of buffers of which there are copies."""
+        kinds: dict[Any, list[str]] = {}
+        for name in names:
+            copy = self._copies[name]
+            kinds.setdefault((copy.dtype, copy.device), []).append(name)
+        found = []
+        for some in kinds.values():  # mostly none has, which one comparison tells
+            copies, now = [self._copies[n] for n in some], [self._now(n) for n in some]
+            if not torch.equal(*(torch.cat([t.reshape(-1) for t in ts]) for ts in (copies, now))):
+                triples = zip(some, copies, now, strict=True)
+                found += [name for name, copy, t in triples if not torch.equal(copy, t)]
+        return found
+
+    def go_to(self, moving: Iterable[str]) -> None:
+        """Count these buffers alone as moving, and give the others their values at wrap."""
+        moving = list(moving)
+        self.put_back({n: self._copies[n] for n in self.moving if n not in moving})
+        self.moving[:] = moving
 
     def take_up(self, names: Iterable[str]) -> None:
         """Count buffers among those that move, since a state of another adapter says so."""

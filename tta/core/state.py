@@ -19,6 +19,7 @@ from tta.core.component import Component
 from tta.core.guard import Guard
 from tta.core.norm_layers import AdaptiveNorm
 from tta.core.output_rule import Output
+from tta.core.parameter_sets import Place
 from tta.core.state_dict import (
     check_origin,
     check_state,
@@ -30,8 +31,6 @@ from tta.core.state_dict import (
 from tta.core.update import Update
 
 __all__ = ["AdapterState", "Place"]
-
-Place = tuple[dict[str, Any], str]  # where a tensor is held: a dict, and the key in it
 
 GUARD = "guard/"
 CHECKED = 1024  # elements of each parameter that a fingerprint covers: training moves all
@@ -94,27 +93,33 @@ class AdapterState:
 
         The latter are buffers that their components name in ``kept_by_rows``.
         """
-        found, by_rows = self.own_places(), []
-        for part in self._components().values():
+        found, by_rows = self.named_places()
+        return list(found.values()), list(by_rows.values())
+
+    def named_places(self) -> tuple[dict[str, Place], dict[str, Place]]:
+        """As :meth:`places`, by the names of a state."""
+        own = self.network.buffers.moving
+        found = dict(zip((f"model/{name}" for name in own), self.own_places(), strict=True))
+        by_rows: dict[str, Place] = {}
+        for slot, part in self._components().items():
+            rows = part.kept_by_rows()
             for prefix, module in part.named_modules():
+                before = f"{prefix}." if prefix else ""
                 for key, value in module._buffers.items():
-                    name = f"{prefix}.{key}" if prefix else key
                     if value is not None and key not in module._non_persistent_buffers_set:
-                        places = by_rows if name in part.kept_by_rows() else found
-                        places.append((module._buffers, key))
-                found += [
-                    (module._parameters, k) for k, p in module._parameters.items() if p is not None
-                ]
+                        places = by_rows if before + key in rows else found
+                        places[slot + before + key] = (module._buffers, key)
+                for key, p in module._parameters.items():
+                    if p is not None:
+                        found[slot + before + key] = (module._parameters, key)
         if self.update is not None:
             trained: dict[str, Any] = dict(self.update.context.parameters)
-            found += [(trained, name) for name in trained]
-            found += [
-                (slots, key)
-                for p in self.update.optimized().values()
-                for slots in [self.update.optimizer.state.get(p, {})]
-                for key, value in slots.items()
-                if isinstance(value, Tensor)
-            ]
+            found |= {f"param/{name}": (trained, name) for name in trained}
+            for name, p in self.update.optimized().items():
+                slots = self.update.optimizer.state.get(p, {})
+                for key, value in slots.items():
+                    if isinstance(value, Tensor):
+                        found[f"optim/{name}.{key}"] = (slots, key)
         return found, by_rows
 
     def own_places(self) -> list[Place]:
@@ -278,6 +283,10 @@ class AdapterState:
 
     def _components(self) -> dict[str, Component]:
         return {**self.norm_rules, **self.parts}
+
+    def resizable_places(self) -> set[str]:
+        """Keys whose tensors may change their length."""
+        return set(self._resizable())
 
     def _resizable(self) -> dict[str, tuple[Any, str]]:
         """Keys whose tensors may change their length, with the component and the buffer's name."""

@@ -118,6 +118,11 @@ class Transaction:
         self.network.buffers.put_back_to(buffers)
         self.network.masters.write_to_model()
 
+    def attributes(self) -> list[dict[str, Any]]:
+        """The attributes of components, and of what they hold, that change in a call."""
+        things = [v for part in self.parts for v in (part, *vars(part).values())]
+        return [vars(thing) for thing in things if isinstance(thing, (Component, Remembers))]
+
     def _put_back_reset_point(self, before: dict[str, Tensor]) -> None:
         now = self.state.session.reset_point
         now.update(before)
@@ -133,13 +138,12 @@ class Transaction:
             self._layout = layout
         with torch.no_grad():
             self._copies.take()
-        things = [v for part in self.parts for v in (part, *vars(part).values())]
         self._undo = (
             state.generator.get_state(),
             dict(state.session.reset_point),
             network.buffers.now(),
             [(p, p.requires_grad, p.grad) for p in state.parameters()],
-            [(vars(t), dict(vars(t))) for t in things if isinstance(t, (Component, Remembers))],
+            [(held, dict(held)) for held in self.attributes()],
         )
 
     def _take_all_back(self) -> None:

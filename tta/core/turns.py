@@ -24,6 +24,8 @@ class Turns:
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
+        self.reserved = ""  # why nobody but the one who set this may have a turn
+        self.admitted = False  # whether that one has it
         _all.add(self)
 
     def __enter__(self) -> None:
@@ -46,7 +48,10 @@ def in_turn(method: Method) -> Method:
     def wait(self: Any, *args: Any, **kwargs: Any) -> Any:
         # The lock itself, since a signal that raises comes between two lines of Python, such as
         # those of __enter__, and would leave it held.
-        with self.turns.lock:
+        turns = self.turns
+        with turns.lock:
+            if turns.reserved and not turns.admitted:
+                raise RuntimeError(turns.reserved)
             return method(self, *args, **kwargs)
 
     return wait  # type: ignore[return-value]

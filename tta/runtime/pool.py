@@ -1,0 +1,409 @@
+"""Many streams on one model: each has its own state, and owners take turns.
+
+Example::
+
+    pool = tta.runtime.StreamPool(tta.wrap(model, "rdumb"), folder="streams")
+    with pool.stream("camera-7", create=True) as camera:
+        logits = camera(images)
+    pool.close()  # writes the streams
+    pool = tta.runtime.StreamPool.open(model, "streams")  # another process, or another machine
+
+A stream's state is what moves, apart from the weights that all streams share. The adapter holds one
+stream at a time; for another one, values are copied out and in (`tta.core.adapter_sets`), so that
+any interleaving gives each stream, bit for bit, what it would have had alone.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from tta.core.adapter import Adapter
+from tta.core.adapter_sets import AdapterSets
+from tta.core.checks import (
+    LARGE,
+    LARGEST,
+    nearest,
+    number,
+    path_like,
+    shown,
+    string,
+    told,
+    whole_number,
+)
+from tta.core.head import FeatureSpec
+from tta.core.outputs import LogitsSpec
+from tta.core.prediction import Report
+from tta.runtime.snapshots import Snapshots
+from tta.runtime.stream_files import StreamFiles
+from tta.runtime.stream_store import Stream, StreamStore, load_file
+from tta.runtime.stream_view import StreamView
+from tta.saving import load, save
+
+__all__ = ["StreamPool"]
+
+INTERVAL = 10.0  # seconds
+
+
+class StreamPool:
+    """Many streams on one adapter.
+
+    While it has the adapter, the adapter itself refuses calls. All methods may be called from
+    several threads. ``counts`` says how many streams were created, evicted (from memory to a file)
+    and restored, and how many files were written (``snapshots``) or could not be (``failed``);
+    ``failure`` is the last reason, in words.
+
+    Args:
+        adapter: As it is now, it is the beginning of every new stream.
+        capacity: Streams that are held in memory.
+        folder: Where streams go that were used least recently, and all of them in snapshots; made
+            if it does not exist. None holds all streams in memory.
+        interval: Seconds. A process that is killed loses at most what its streams have learned in
+            this time, as long as writing all streams that have changed takes less than half of it;
+            a round that takes longer is logged. None makes no snapshots but those asked for.
+
+    Raises:
+        TypeError: When an argument is of the wrong kind.
+        ValueError: When ``folder`` holds a pool already, which :meth:`open` goes on with, or a
+            number is out of its range.
+        RuntimeError: When the adapter was unwrapped, or serves another pool.
+        OSError: When ``folder`` cannot be written to.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        capacity: int = 1000,
+        folder: str | Path | None = None,
+        *,
+        interval: float | None = INTERVAL,
+    ) -> None:
+        if not isinstance(adapter, Adapter):
+            raise TypeError(
+                f"`adapter` must be a tta.Adapter, got {type(adapter).__name__}: pass what "
+                "tta.wrap returned."
+            )
+        place = None if folder is None else path_like("folder", folder)
+        capacity, interval = _checked(capacity, interval)
+        with adapter.turns.lock:
+            if adapter.turns.reserved:
+                raise RuntimeError(adapter.turns.reserved)
+            _ = adapter.network  # refuses one that was unwrapped
+            files = None if place is None else _made(place, adapter)
+            self._begin(adapter, capacity, files, interval)
+
+    @classmethod
+    def open(
+        cls,
+        model: nn.Module,
+        folder: str | Path,
+        *,
+        capacity: int = 1000,
+        interval: float | None = INTERVAL,
+        source: Any = None,
+        logits: LogitsSpec = None,
+        features: FeatureSpec = None,
+    ) -> StreamPool:
+        """Go on with the streams in a folder, each from its last snapshot.
+
+        Args:
+            model: The classifier that was wrapped, with its source weights, on any device.
+            folder: What a pool has written. Several processes may open it, as long as no two of
+                them use one stream at a time.
+            capacity: As for the pool.
+            interval: As for the pool.
+            source: As for :func:`tta.load`.
+            logits: As for :func:`tta.load`.
+            features: As for :func:`tta.load`.
+
+        Raises:
+            TypeError: When an argument is of the wrong kind.
+            FileNotFoundError: When the folder holds no pool.
+            ValueError: When a file is incomplete, or of another model, method or version.
+        """
+        capacity, interval = _checked(capacity, interval)
+        adapter = load(model, folder, source=source, logits=logits, features=features)
+        try:
+            files = StreamFiles(path_like("folder", folder), adapter.fingerprint)
+            if not files.start.is_file():
+                raise FileNotFoundError(
+                    f"`folder` must hold a pool, but {told(files.start)} is missing: pass the "
+                    "folder of a StreamPool, or load the adapter by tta.load."
+                )
+            load_file(files.start, AdapterSets(adapter), *files.read(files.start, ""))
+            pool = cls.__new__(cls)
+            with adapter.turns.lock:
+                pool._begin(adapter, capacity, files, interval)
+        except BaseException:
+            adapter.turns.reserved = ""
+            adapter.unwrap()
+            raise
+        return pool
+
+    def _begin(
+        self, adapter: Adapter, capacity: int, files: StreamFiles | None, interval: float | None
+    ) -> None:
+        self.adapter = adapter
+        self.batched = False  # rows of several streams go through the model stream by stream
+        self._free = threading.Condition()  # of owners
+        self._store = StreamStore(adapter, capacity, files)
+        self._snapshots = None
+        if files is not None and interval is not None:
+            self._snapshots = Snapshots(self._store, interval)
+
+    def stream(self, name: str, create: bool = False, wait: bool = True) -> StreamView:
+        """A stream, owned within a ``with`` block, or by each call outside of one.
+
+        Args:
+            name: Of the stream; any string.
+            create: Whether a stream that is not there begins as the adapter was when the pool was
+                made, with the same seed.
+            wait: Whether to wait for another owner; False refuses at once.
+
+        Returns:
+            What is called and read like an adapter.
+
+        Raises:
+            TypeError: When ``name`` is no string.
+            KeyError: When there is no such stream, and ``create`` is False.
+            ValueError: When its file is damaged.
+            RuntimeError: When the stream has another owner and ``wait`` is False, this thread owns
+                it already, there are ``capacity`` streams and no ``folder``, or the pool is closed.
+        """
+        stream = self._known(name, create)
+        view = StreamView(
+            name,
+            lambda action, changes: self._store.run(stream, action, changes),
+            lambda view: self._own(stream, view, wait),
+            lambda view: self._give_back(stream, view),
+        )
+        if not wait:  # refused at once
+            self._own(stream, view, wait)
+            self._give_back(stream, view)
+        return view
+
+    def __call__(self, images: Tensor, streams: Sequence[str], create: bool = False) -> Tensor:
+        """Predict a batch whose rows belong to several streams.
+
+        The rows of one stream are one batch of it, in their order. When a call raises, no stream
+        has changed and none was created.
+
+        Args:
+            images: (B, ...), as the model takes them.
+            streams: The stream of each row, B names.
+            create: As for :meth:`stream`.
+
+        Returns:
+            Logits (B, C), in the order of the rows.
+
+        Raises:
+            TypeError: When ``images`` is no tensor, or a name no string.
+            ValueError: When there are not as many names as rows.
+            KeyError: When a stream is not there, and ``create`` is False.
+            RuntimeError: As for :meth:`stream`.
+        """
+        self._store.check_open()
+        network = self.adapter.network
+        network.check(images)
+        names = [string("streams", name) for name in streams]
+        if isinstance(streams, str) or len(names) != len(images):
+            raise ValueError(
+                f"`streams` must name one stream for each of {len(images)} images, got "
+                f"{len(names)} names: pass a list."
+            )
+        rows: dict[str, list[int]] = {}
+        for row, name in enumerate(names):
+            rows.setdefault(name, []).append(row)
+        new = [name for name in rows if self._store.find(name) is None]
+        if new and not create:
+            self._known(new[0], create)
+        with ExitStack() as owned:
+            for name in sorted(rows):  # in one order, or two calls would wait for each other
+                owned.enter_context(self.stream(name, create))
+            unused = [s for name in new if (s := self._store.streams[name]).version == 0]
+            try:
+                found = self._store.run_each(
+                    rows, lambda a, name: a(images if len(rows) == 1 else images[rows[name]])
+                )
+            except BaseException:
+                for stream in unused:
+                    self._store.drop(stream)
+                raise
+        read = network.reader.read
+        parts = [answer if isinstance(answer, Tensor) else read(answer) for answer in found]
+        logits = parts[0].new_empty((len(images), *parts[0].shape[1:]))
+        for mine, part in zip(rows.values(), parts, strict=True):
+            logits[mine] = part
+        return logits
+
+    def streams(self) -> list[str]:
+        """The names of all streams, in memory and in the folder."""
+        return list(self._store.streams)
+
+    def reset(self, name: str) -> None:
+        """Put a stream back to its beginning, between two calls if it has an owner."""
+        self._store.run(self._known(name), lambda adapter: adapter.reset())
+
+    def freeze(self, name: str) -> None:
+        """Stop all learning of a stream; predictions go on."""
+        self._store.run(self._known(name), lambda adapter: adapter.freeze())
+
+    def unfreeze(self, name: str) -> None:
+        """Resume the learning of a stream."""
+        self._store.run(self._known(name), lambda adapter: adapter.unfreeze())
+
+    def health(self, name: str) -> Report:
+        """As ``Adapter.health``, of one stream."""
+        return self._store.run(self._known(name), lambda adapter: adapter.health, changes=False)
+
+    def drop(self, name: str) -> None:
+        """Forget a stream, and remove its file.
+
+        Raises:
+            KeyError: When there is no such stream.
+            RuntimeError: When the stream has an owner.
+        """
+        stream = self._known(name)
+        self._own(stream, self, wait=False)
+        try:
+            self._store.drop(stream)
+        finally:
+            self._give_back(stream, self)
+
+    def snapshot(self) -> int:
+        """Write all streams that have changed since they were last written.
+
+        Returns:
+            How many were written.
+
+        Raises:
+            RuntimeError: When the pool has no folder, or is closed.
+            OSError: When a stream could not be written; the others were.
+        """
+        store = self._store
+        store.check_open()
+        if store.files is None:
+            raise RuntimeError(
+                "`folder` must be there for a snapshot, got None: make the pool with a folder."
+            )
+        before, written = store.counts["failed"], store.write_changed()
+        if store.counts["failed"] > before:
+            raise OSError(
+                f"`folder` must be one that can be written to, but {told(store.failure, 160)}: "
+                "make room, and call again; the streams go on."
+            )
+        return written
+
+    def close(self, save: bool = True) -> None:
+        """Write the streams, where there is a folder, and give the adapter back as it was.
+
+        Args:
+            save: Whether streams are written; False loses what has changed since the last snapshot.
+
+        Raises:
+            OSError: When a stream could not be written; the pool then is still open.
+        """
+        store = self._store
+        if store.closed:
+            return
+        if save and store.files is not None:
+            self.snapshot()
+        store.close()
+        if self._snapshots is not None:
+            self._snapshots.stop()
+        with self._free:
+            self._free.notify_all()  # who waits for a stream is told
+
+    @property
+    def capacity(self) -> int:
+        """Streams that are held in memory."""
+        return self._store.capacity
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What has happened so far, see above."""
+        return dict(self._store.counts)
+
+    @property
+    def failure(self) -> str | None:
+        """Why a file could not be written, the last time; None if that never happened."""
+        return self._store.failure
+
+    def __enter__(self) -> StreamPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        store = self._store
+        where = "no folder" if store.files is None else str(store.files.folder)
+        closed = ", closed" if store.closed else ""
+        return (
+            f"StreamPool({len(store.streams)} streams, {len(store.in_memory)} in memory, "
+            f"{where}{closed})"
+        )
+
+    def _known(self, name: str, create: bool = False) -> Stream:
+        """A stream, which is made if it is not there and may be."""
+        store = self._store
+        store.check_open()
+        stream = store.find(string("stream", name))
+        if stream is not None or create:
+            return stream or store.make(name)
+        raise KeyError(
+            f"`stream` must be one of the pool's, got {shown(name, 60)}: pass create=True to begin "
+            f"it. {nearest(name, store.streams, room=60)}"
+        )
+
+    def _own(self, stream: Stream, view: object, wait: bool) -> None:
+        """Make a view the owner of a stream, or refuse to."""
+        me = threading.get_ident()
+        with self._free:
+            while stream.owner is not None:
+                if not wait or stream.owner[1] == me:
+                    who = "this thread" if stream.owner[1] == me else "another owner"
+                    raise RuntimeError(
+                        f"`stream` {shown(stream.name, 60)} must be free, but {who} has it: leave "
+                        "its with block first, or pass wait=True to wait for another thread."
+                    )
+                self._free.wait()
+                self._store.check_open()
+            stream.owner = id(view), me
+
+    def _give_back(self, stream: Stream, view: object) -> None:
+        """End the ownership of a view, if it has it."""
+        with self._free:
+            if stream.owner is not None and stream.owner[0] == id(view):
+                stream.owner = None
+                self._free.notify_all()
+
+
+def _checked(capacity: Any, interval: Any) -> tuple[int, float | None]:
+    if interval is not None:
+        interval = number("interval", interval, 0, LARGE, above=True)
+    return whole_number("capacity", capacity, 1, LARGEST), interval
+
+
+def _made(folder: Path, adapter: Adapter) -> StreamFiles:
+    """Write what every stream begins with into a folder that holds no pool."""
+    if (folder / "config.json").exists():
+        raise ValueError(
+            f"`folder` must hold no adapter or pool yet, but {told(folder)} does: go on with it by "
+            "StreamPool.open(model, folder), or choose another."
+        )
+    files = StreamFiles(folder, adapter.fingerprint)
+    try:
+        files.write(files.start, "", AdapterSets(adapter).export_first())
+    except OSError as error:
+        raise type(error)(
+            f"`folder` must be one that can be written to, but {told(folder)} is not "
+            f"({told(error.strerror or error)}): choose another, or make room."
+        ) from error
+    save(adapter, folder)
+    return files

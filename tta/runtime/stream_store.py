@@ -1,0 +1,282 @@
+"""Where the streams of a pool are: one in the adapter, others in memory, the rest in files."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from tta.core.adapter import Adapter
+from tta.core.adapter_sets import AdapterSet, AdapterSets
+from tta.core.checks import shown, told
+from tta.runtime.stream_files import StreamFiles
+
+__all__ = ["Stream", "StreamStore", "load_file"]
+
+log = logging.getLogger("tta.runtime")
+Result = TypeVar("Result")
+RESERVED = (
+    "`adapter` must not be used while a StreamPool has it, whose streams it holds one after the "
+    "other: use pool.stream(name), or close() the pool first."
+)
+
+
+class Stream:
+    """What is known of one stream. It is in the adapter, in ``kept``, or in its file."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.kept: AdapterSet | None = None
+        self.version = 0  # calls that may have changed it
+        self.saved = -1  # the version in its file; -1 for none
+        self.owner: tuple[int, int] | None = None  # its view and thread, by id
+
+
+class StreamStore:
+    """Brings streams into the adapter and out of it.
+
+    Args:
+        adapter: As it is now, it is the beginning of every new stream; nobody else may use it until
+            :meth:`close`.
+        capacity: Streams that are held in memory.
+        files: Where the others are; None for nowhere.
+    """
+
+    def __init__(self, adapter: Adapter, capacity: int, files: StreamFiles | None) -> None:
+        self.adapter, self.capacity, self.files = adapter, capacity, files
+        self.sets = AdapterSets(adapter)
+        self.counts = {"created": 0, "evicted": 0, "restored": 0, "snapshots": 0, "failed": 0}
+        self.failure: str | None = None  # what went wrong last with a file, in words
+        self.streams: dict[str, Stream] = {}
+        self.in_memory: dict[str, Stream] = {}  # the least recently used first
+        self.closed = False
+        self._current: Stream | None = None  # which the adapter holds; None if it holds none whole
+        self._inside = False  # whether a call is going on
+        self._disk = threading.RLock()  # taken after the turn, never before it
+        adapter.turns.reserved = RESERVED
+        for name in [] if files is None else sorted(files.names()):
+            self._note_file(name)
+
+    def close(self) -> None:
+        """Give the adapter back as it was."""
+        with self.turn():
+            self._current = None
+            self.sets.put_first()
+            self.closed = True
+            self.adapter.turns.reserved = ""
+
+    def check_open(self) -> None:
+        """Refuse to go on after :meth:`close`."""
+        if self.closed:
+            raise RuntimeError("this pool was closed: make or open another.")
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Have the model alone."""
+        with self.adapter.turns.lock:
+            if self._inside:  # by this thread, as it has the lock
+                raise RuntimeError(
+                    "`pool` must not be used by a function that the adapter calls within a call, "
+                    "got such a use: keep what it is given, and use the pool afterwards."
+                )
+            yield
+
+    def find(self, name: str) -> Stream | None:
+        """A stream that is known, or has a file that another process has written."""
+        stream = self.streams.get(name)
+        if stream is not None or self.files is None or not self.files.place(name).is_file():
+            return stream
+        with self.turn():
+            return self.streams.get(name) or self._note_file(name)
+
+    def make(self, name: str) -> Stream:
+        """A stream at its beginning, or the one of this name that is there."""
+        with self.turn():
+            self.check_open()
+            if name in self.streams:  # somebody else was faster
+                return self.streams[name]
+            if self.files is None and len(self.in_memory) >= self.capacity:
+                raise RuntimeError(
+                    f"`capacity` must be at least the number of streams where `folder` is None, "
+                    f"got {self.capacity} and a new stream: pass a larger capacity, or a folder "
+                    "for the streams that were used least recently."
+                )
+            stream = Stream(name)
+            stream.kept = self.sets.new()
+            self.streams[name] = self.in_memory[name] = stream
+            self.counts["created"] += 1
+            self._make_room(stream)
+            return stream
+
+    def drop(self, stream: Stream) -> None:
+        """Forget a stream, and remove its file."""
+        with self.turn(), self._disk:
+            if self.streams.get(stream.name) is stream:
+                if self.files is not None:
+                    self.files.remove(self.files.place(stream.name))
+                del self.streams[stream.name]
+                self.in_memory.pop(stream.name, None)
+            if self._current is stream:
+                self._current = None
+
+    def run(
+        self, stream: Stream, action: Callable[[Adapter], Result], changes: bool = True
+    ) -> Result:
+        """Return what a function of the adapter does while that holds a stream.
+
+        Args:
+            stream: To be brought into the adapter.
+            action: What to do.
+            changes: Whether it may change the stream.
+        """
+        with self.turn():
+            self._bring(stream)
+            return self._act(stream, action, changes)
+
+    def run_each(
+        self, streams: Mapping[str, Any], action: Callable[[Adapter, str], Any]
+    ) -> list[Any]:
+        """Do as :meth:`run` for several streams in one turn; for all of them, or for none.
+
+        Args:
+            streams: Their names.
+            action: Also takes the name.
+        """
+        found, names = [], list(streams)
+        with self.turn():
+            before: list[tuple[Stream, AdapterSet]] = []
+            try:
+                for name in names:
+                    stream = self.streams[name]
+                    self._bring(stream)
+                    if name != names[-1]:  # of the last one, a call takes itself back
+                        before.append((stream, self.sets.take().copy()))
+                    found.append(self._act(stream, lambda a, name=name: action(a, name), True))
+            except BaseException:
+                for stream, one in before:
+                    if self._current is stream:
+                        self._current = None
+                    stream.kept = one
+                    self.in_memory[stream.name] = stream
+                raise
+        return found
+
+    def write_changed(self, stopped: threading.Event | None = None) -> int:
+        """Write all streams that have changed, unless stopped; return how many were written.
+
+        Streams go on meanwhile; only the copies are taken in turn. Failures are logged and counted.
+        """
+        written = 0
+        for stream in list(self.streams.values()):
+            if stopped is not None and stopped.is_set():
+                break
+            if stream.saved == stream.version or self.files is None:
+                continue
+            with self.turn():
+                one, version = stream.kept, stream.version
+                if stream is self._current:
+                    one = self.sets.take()
+                one = None if one is None or self.closed else one.copy()
+            written += one is not None and self._write(stream, one, version)
+        return written
+
+    def _write(self, stream: Stream, one: AdapterSet, version: int) -> bool:
+        assert self.files is not None
+        with self._disk:
+            # It may have been dropped, or a later version written by somebody else.
+            if self.streams.get(stream.name) is not stream or version <= stream.saved:
+                return False
+            path = self.files.place(stream.name)
+            try:
+                self.files.write(path, stream.name, self.sets.export(one))
+            except (OSError, TypeError) as error:
+                reason = (error.strerror or error) if isinstance(error, OSError) else error
+                self.failure = f"{path.name} could not be written ({told(reason)})"
+                self.counts["failed"] += 1
+                log.warning("stream %s: %s; it goes on in memory", shown(stream.name), self.failure)
+                return False
+            stream.saved = version
+            self.counts["snapshots"] += 1
+            return True
+
+    def _note_file(self, name: str) -> Stream:
+        stream = self.streams[name] = Stream(name)
+        stream.saved = stream.version
+        return stream
+
+    def _act(self, stream: Stream, action: Callable[[Adapter], Result], changes: bool) -> Result:
+        turns = self.adapter.turns
+        if changes:  # before, as an exception may come at any line
+            stream.version += 1
+        self._inside = turns.admitted = True
+        try:
+            return action(self.adapter)
+        finally:
+            self._inside = turns.admitted = False
+
+    def _bring(self, stream: Stream) -> None:
+        """Let the adapter hold a stream."""
+        self.check_open()
+        name = stream.name
+        if self.streams.get(name) is not stream:
+            raise KeyError(
+                f"`stream` must be one of the pool's, but {shown(name, 60)} was dropped: ask the "
+                "pool for it again, with create=True."
+            )
+        if self._current is not stream:
+            content = None if stream.kept is not None else self._read(name)
+            self._set_aside()
+            if content is None:
+                assert stream.kept is not None
+                self.sets.put(stream.kept)
+            else:
+                path, tensors, about = content
+                load_file(path, self.sets, tensors, about)
+                self.counts["restored"] += 1
+            self._current, stream.kept = stream, None
+        self.in_memory[name] = self.in_memory.pop(name, stream)  # now the last one
+        self._make_room(stream)
+
+    def _set_aside(self) -> None:
+        """Take the stream out of the adapter that it holds; another one must be put in next."""
+        if self._current is not None:
+            self._current.kept = self.sets.take()
+            self._current = None
+
+    def _read(self, name: str) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
+        assert self.files is not None
+        path = self.files.place(name)
+        return path, *self.files.read(path, name)
+
+    def _make_room(self, stream: Stream) -> None:
+        """Write the least recently used streams, but this one, until there are few enough."""
+        while len(self.in_memory) > self.capacity:
+            oldest = next(other for other in self.in_memory.values() if other is not stream)
+            if oldest is self._current:
+                self._set_aside()
+            assert oldest.kept is not None
+            if oldest.saved != oldest.version:
+                self._write(oldest, oldest.kept, oldest.version)
+            if oldest.saved != oldest.version:
+                return  # it could not be written, and is tried again at the next turn
+            oldest.kept = None
+            del self.in_memory[oldest.name]
+            self.counts["evicted"] += 1
+
+
+def load_file(
+    path: Path, sets: AdapterSets, tensors: dict[str, Tensor], about: dict[str, Any]
+) -> None:
+    """Put what a file holds into the adapter, or say which file does not fit."""
+    try:
+        sets.load(tensors, about)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"`folder` must hold streams of this pool's adapter, but {path.name} does not fit it "
+            f"({told(error, 120)}): drop() the stream, or put a good file there."
+        ) from error
