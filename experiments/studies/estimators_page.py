@@ -186,6 +186,11 @@ def _setup(rows: Sequence[Row]) -> Lines:
             f"{HALVES[part]}: {'; '.join(parts)}; {corruptions}; {images} images of each domain "
             f"and visit; batches of {sizes}"
         )
+    listed.append(
+        "a first version of `confidence` compared its spread with the source's on other batches, "
+        "which this study showed to be wrong for small batches; that was mended after both halves "
+        "had been seen, without a new constant"
+    )
     refused = sorted({f"{row['method']} on {row['model']}" for row in rows if "refused" in row})
     listed += [f"refused, since the model has no BatchNorm: {', '.join(refused)}"] * bool(refused)
     listed.append(
