@@ -16,15 +16,12 @@ from torch import nn
 
 import tta
 from tests.helpers.batches import images, source_batches
+from tests.helpers.faults import same
 from tests.helpers.nets import tiny
 from tests.helpers.wild import Counting, Normalised, Rnn, in_place, out_of_place, wrapped
 from tta.core.registry import component
 
 close = torch.testing.assert_close
-
-
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
 
 
 # Images -------------------------------------------------------------------------------------

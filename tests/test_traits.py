@@ -27,6 +27,8 @@ OTHER_THINGS = {
     # Values of other arguments that leave a choice to the library.
     "tta/streams/arrangements.py": {"auto"},
     "corruptions/severity.py": {"auto"},
+    # The name of a stream in the table of another study, which is called after its scenario.
+    "experiments/studies/estimators.py": {"recurring"},
     # Streams in the benchmark's own table, each of which is called after its scenario.
     "experiments/sweep/benchmark.py": {"continual", "dirichlet", "mixed", "recurring"},
 }

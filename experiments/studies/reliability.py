@@ -97,14 +97,14 @@ def _prepare(args: argparse.Namespace) -> Reliability:
     for name in args.models or ():
         if name not in models.list_models():
             raise ValueError(
-                f"`models` must be bundled ones, got {name!r}: "
+                f"`models` must be bundled ones, got {shown(name)}: "
                 + nearest(name, models.list_models())
             )
     known = [*(method.partition("[")[0] for method in updates(Choice())), RECIPE]
     for name in args.methods or ():
         if name not in known:
             raise ValueError(
-                f"`methods` must be names of updates or {RECIPE}, got {name!r}: "
+                f"`methods` must be names of updates or {RECIPE}, got {shown(name)}: "
                 + nearest(name, known)
             )
     if args.threads < 1:
@@ -121,7 +121,7 @@ def _prepare(args: argparse.Namespace) -> Reliability:
     for name in args.streams or ():
         if name not in streams:
             raise ValueError(
-                f"`streams` must be some of the parts', got {name!r}: {nearest(name, streams)}"
+                f"`streams` must be some of the parts', got {shown(name)}: {nearest(name, streams)}"
             )
     found = [
         cell

@@ -190,8 +190,8 @@ class AdapterSets:
             missing = self.state.tensors().keys() - parts["state"].keys()
             if missing:
                 raise ValueError(
-                    f"`tensors` must hold a whole state, but {min(missing)!r} is missing: export "
-                    "it again."
+                    f"`tensors` must hold a whole state, but {shown(min(missing))} is missing: "
+                    "export it again."
                 )
             for p, asks in zip(self.state.parameters(), asking, strict=True):
                 p.requires_grad_(bool(asks) and p.is_floating_point())

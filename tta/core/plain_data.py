@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tta.core.checks import shown
 from tta.core.prediction import Report
 
 __all__ = ["PlainReader", "PlainWriter", "is_plain"]
@@ -106,7 +107,7 @@ class PlainReader:
         if name in ("dict", "report"):
             found = {self._read(k): self._read(v) for k, v in content}
             return Report(found) if name == "report" else found
-        raise ValueError(f"no plain data: {name!r}")
+        raise ValueError(f"no plain data: {shown(name)}")
 
 
 def is_plain(value: Any, parameters: Mapping[str, nn.Parameter]) -> bool:

@@ -75,7 +75,7 @@ class AdaptiveBn(MovingStatistics):
 
     spread: Tensor  # (C,), v
     chance: Tensor  # 0-dimensional, 1 / n; 0 before the first batch
-    last: Tensor  # (C,), means of the last image; NaN before the first
+    last: Tensor  # (C,), means of the last image
     source_mean: Tensor  # (C,)
     source_var: Tensor  # (C,)
 
@@ -84,14 +84,10 @@ class AdaptiveBn(MovingStatistics):
         self.signs = context.signs
         self.register_buffer("spread", torch.zeros_like(self.mean))
         self.register_buffer("chance", torch.zeros((), dtype=self.mean.dtype))
-        self.register_buffer("last", torch.full_like(self.mean, torch.nan))
+        self.register_buffer("last", torch.zeros_like(self.mean))
         self.register_buffer("source_mean", self.mean.clone(), persistent=False)
         self.register_buffer("source_var", self.var.clone(), persistent=False)
         self.fixed = not config.official and context.narrow
-
-    def undefined_as_nan(self) -> tuple[str, ...]:
-        """There is no last image before the first."""
-        return ("last",)
 
     def forward(self, x: Tensor, base: Any) -> Tensor:
         """Move the averages towards (B, C, ...), unless frozen, and normalise it with a share."""
@@ -121,7 +117,7 @@ class AdaptiveBn(MovingStatistics):
         with torch.no_grad():
             before = torch.cat([self.last[None], means[:-1].to(self.last)])
             moves = (means - before).square() / (self.source_var + base.eps)
-            kept = ~(moves.mean(1) <= STILL)
+            kept = (moves.mean(1) > STILL) | (self.chance == 0)  # 0 before the first image
         if not self.config.official:
             with torch.no_grad():
                 reference = torch.maximum(self.var, self.source_var) + base.eps

@@ -1,20 +1,21 @@
 """Auto: a recipe for streams of which nothing is known.
 
-Ours. ``tta.wrap(model, "auto")`` trains no parameter, so nothing can diverge, and makes one forward
-pass an image. Each of its parts acts as far as the stream shows that it should:
+Ours; its parts go back to RoTTA (arXiv 2303.13899) and NEO (arXiv 2510.05635).
 
-* ``adaptive_bn`` in networks with BatchNorm: statistics of the
-  batch where classes are mixed, slow averages where they come in runs, the source's where images
-  look like the source's;
-* ``drift`` in the output slot: features move back to the source's
-  mean, where ``source=`` says what that is, and labels that come in runs sharpen each other;
+``tta.wrap(model, "auto")`` trains no parameter, so nothing can diverge, and makes one forward pass
+an image. Each of its parts acts as far as the stream shows that it should:
+
+* ``adaptive_bn`` in networks with BatchNorm: statistics of the batch where classes are mixed, slow
+  averages where they come in runs, the source's where images look like the source's;
+* ``drift`` in the output slot: features move back to the source's mean, where ``source=`` says what
+  that is, and labels that come in runs sharpen each other;
 * this guard, which compares with the source model. Where predictions show fewer classes than the
   source's do on the same images, by ``margin`` ln C, everything goes back to the start, and the
   source answers for ``pause`` batches, twice as many every time.
 
-Its parts go back to RoTTA (arXiv 2303.13899) and NEO (arXiv 2510.05635). What was left out and why:
-in the benchmark of record every update of parameters is above the source on some stream, and with
-``adaptive_bn`` and ``drift`` below it the best ones add half a point on networks with BatchNorm.
+What was left out and why: in the benchmark of record every update of parameters is above the source
+on some stream, and with ``adaptive_bn`` and ``drift`` below it the best ones add half a point on
+networks with BatchNorm.
 
 The source is asked on the first batches and on every ``every``-th, which makes ``1 + 1 / every``
 forward passes an image; a ``budget`` below that leaves the comparison out. In a network without

@@ -16,6 +16,7 @@ on networks of all norm layers.
 The pause doubles with every such failure, and halves when learning has gone well for four pauses.
 The source's parameters are asked on eight of the first 16 batches after learning began and on every
 ``every``-th from then on: 4 % of the cost of an update that makes a forward and a backward pass.
+After a failure they are asked on every batch at first, and then on every second.
 
 Batch statistics fail in another way, where classes come in runs: they make every batch look mixed.
 There the source model itself is asked from time to time, and its predictions show the runs (see
@@ -49,6 +50,7 @@ from tta.parts.spread import SpreadGap
 __all__ = ["Steady", "SteadyConfig"]
 
 EARLY = (1, 2, 3, 4, 6, 8, 12, 16)  # batches after learning began on which the update is compared
+WARY = 2  # batches between comparisons after a failure
 ALONE = 2.5  # margins by which a single batch must fall behind
 LONGEST = 4096  # batches of a pause
 RUNS, NO_RUNS = 0.05, 0.01  # persistence of labels at which the source begins and ends to answer
@@ -140,6 +142,8 @@ class Steady(Guard):
         return self._verdict()
 
     def _due(self, age: int, slower: int) -> bool:
+        if int(self.pause) > self.config.pause and slower == 1:  # it has failed before
+            return age > 0 and (age <= EARLY[-1] or age % WARY == 0)
         return age in EARLY or (age > 0 and age % (slower * self.config.every) == 0)
 
     def _few(self, batch: Batch) -> Verdict | None:

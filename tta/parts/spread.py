@@ -15,7 +15,7 @@ def spread(logits: Tensor) -> Tensor:
     """Entropy of the mean prediction of (B, C), in nats.
 
     Example:
-        >>> float(spread(torch.tensor([[100.0, 0.0], [0.0, 100.0]])).__round__(3))
+        >>> round(float(spread(torch.tensor([[100.0, 0.0], [0.0, 100.0]]))), 3)
         0.693
     """
     mean = logits.detach().float().softmax(1).mean(0)
