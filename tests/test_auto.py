@@ -321,3 +321,23 @@ def test_nothing_depends_on_interruptions_of_a_stream(recipe: str) -> None:
     second.load_state(first.state())
     for seed in range(12, 24):
         assert torch.equal(second(images(seed, 32)), answers[seed])
+
+
+def test_auto_recovers_from_statistics_of_one_class() -> None:
+    """A stream that begins with a stretch of one class makes its own predictions look mixed."""
+    net = _Named(nn.BatchNorm2d(3), 20.0).eval()
+    adapter = tta.wrap(net, "auto")
+    guard: Any = adapter.guard
+    watched: Any = adapter.output
+    generator = torch.Generator().manual_seed(0)
+    for part in labels_of(0.9, 10 * 40).split(10):
+        # What the adapted model says is random, as under statistics of one class.
+        if not bool(guard.runs_seen):
+            watched.runs.watch(torch.randint(0, CLASSES, (300,), generator=generator))
+        adapter(named(part))
+    assert bool(guard.runs_seen)
+    assert [e["action"] for e in adapter.events] == ["reset"]
+    assert adapter._context.signs.persistence == 1.0
+    for part in labels_of(0.0, 64 * 30).split(64):
+        adapter(named(part))
+    assert not bool(guard.runs_seen)

@@ -37,13 +37,18 @@ class Signs:
     Args:
         runs: Says how persistent labels are, ``runs.persistence()`` in [0, 1); None where no
             component watches labels.
+        source: Says whether the source's labels come in runs, ``source.runs_seen``; None where no
+            component asks the source.
     """
 
     runs: Any = None
+    source: Any = None
 
     @property
     def persistence(self) -> float:
-        """How persistent labels are; 0 where nobody watches them."""
+        """How persistent labels are; 0 where nobody watches them, 1 where the source's are."""
+        if self.source is not None and bool(self.source.runs_seen):
+            return 1.0
         return 0.0 if self.runs is None else self.runs.persistence()
 
 

@@ -39,12 +39,16 @@ from tta.core.guard import LEARN, Batch, Guard, Verdict
 from tta.core.prediction import Prediction
 from tta.core.registry import register
 from tta.parts.estimates import ConfidenceEstimate, confidence_accuracy
+from tta.parts.label_runs import LabelRuns
 from tta.parts.spread import SpreadGap
 
 __all__ = ["Auto", "AutoConfig"]
 
 EARLY = (0, 1, 2, 4, 8, 16)  # batches on which the source is asked too
 LONGEST = 4096  # batches of a pause
+ROW = 8  # images in a row of which the source is asked, if batches are smaller
+RUNS = 0.05  # persistence of labels from which they count as coming in runs
+ENOUGH = 192  # images without runs after which they have ended
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,14 +90,24 @@ class Auto(Guard):
     age: Tensor  # 0-dimensional, batches since the start or the last pause
     hold: Tensor  # 0-dimensional, batches left of the pause
     pause: Tensor  # 0-dimensional, length of the next pause
+    runs_seen: Tensor  # 0-dimensional bool: the source's labels come in runs
 
     def __init__(self, config: AutoConfig, network: Backbone, context: Context) -> None:
         super().__init__(config, network, context)
         for name, value in (("age", 0), ("hold", 0), ("pause", config.pause)):
             self.register_buffer(name, torch.tensor(value))
+        self.register_buffer("runs_seen", torch.zeros((), dtype=torch.bool))
+        self.runs = LabelRuns(context.num_classes, horizon=256, recent=96, doubt=3.0)
+        self.signs = context.signs
+        context.signs.source = self
         self.gap = SpreadGap()
         self.estimator = AnswerConfidence()
         self.compares = bool(network.wrappers) and config.budget >= 1 + 1 / config.every
+
+    def integer_ranges(self) -> dict[str, tuple[int, int]]:
+        """Range of the last label that the source predicted."""
+        mine = {f"runs.{name}": r for name, r in self.runs.integer_ranges().items()}
+        return super().integer_ranges() | mine
 
     def admit(self, batch: Batch) -> Verdict:
         """Let the source answer in a pause."""
@@ -110,9 +124,11 @@ class Auto(Guard):
             return LEARN
         age = int(self.age)
         self.age += 1
-        if not self.compares or (age not in EARLY and age % self.config.every):
+        if not self._due(age, len(batch.images)):
             return LEARN
         assert batch.prediction is not None
+        if (verdict := self._runs(batch)) is not None:
+            return verdict
         self.gap.see(batch.prediction.logits, batch.source().logits)
         behind = -self.gap.mean()
         if behind <= self.config.margin * math.log(self.context.num_classes):
@@ -123,3 +139,34 @@ class Auto(Guard):
         self.gap.forget()
         reason = f"{behind:.2f} nats fewer classes than the source"
         return Verdict(action="reset", reason=reason, answer=batch.source().logits)
+
+    def _due(self, age: int, count: int) -> bool:
+        """Whether the source is asked; of small batches a few in a row, to compare their labels."""
+        block = -(-ROW // count)
+        place = age // block
+        if not self.compares or (place not in EARLY and place % self.config.every):
+            return False
+        if age % block == 0:
+            self.runs.pause()
+        return True
+
+    def _runs(self, batch: Batch) -> Verdict | None:
+        """Tell the norm rule when the source's labels come in runs, and when they do no longer.
+
+        Statistics of one class make its images look mixed, so that their own predictions would not
+        show it. Under slow averages they do.
+        """
+        self.runs.watch(batch.source().logits.argmax(1))
+        own = self.signs.runs
+        if own is None:
+            return None
+        if not bool(self.runs_seen):
+            if self.runs.persistence() <= RUNS or own.persistence() > RUNS:
+                return None  # or the norm rule knows
+            self.runs_seen.fill_(True)
+            reason = "labels of the source come in runs"
+            return Verdict(action="reset", reason=reason, answer=batch.source().logits)
+        if own.images() > ENOUGH and own.persistence() == 0:
+            self.runs_seen.fill_(False)
+            self.runs.forget()
+        return None

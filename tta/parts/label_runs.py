@@ -87,7 +87,23 @@ class LabelRuns(nn.Module):
             self.repeats += share * (equal - self.repeats)
         self.last.copy_(labels[-1])
 
+    @torch.no_grad()
+    def pause(self) -> None:
+        """The next labels are not those after the last ones."""
+        self.last.fill_(NOBODY)
+
+    @torch.no_grad()
+    def forget(self) -> None:
+        """Begin anew."""
+        self.shares.fill_(1 / self.classes)
+        self.repeats.zero_()
+        self.seen.zero_()
+        self.pause()
+
+    def images(self) -> float:
+        """How many images the averages are of, at most the horizon."""
+        return float(self.seen[0]) * self.spans[0]
+
     def persistence(self) -> float:
         """Lambda in [0, 1), see :func:`persistence`."""
-        images = float(self.seen[0]) * self.spans[0]
-        return persistence(float(self.repeats.min()), self.shares, images, self.doubt)
+        return persistence(float(self.repeats.min()), self.shares, self.images(), self.doubt)
