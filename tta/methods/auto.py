@@ -17,6 +17,10 @@ What was left out and why: in the benchmark of record every update of parameters
 on some stream, and with ``adaptive_bn`` and ``drift`` below it the best ones add half a point on
 networks with BatchNorm.
 
+Statistics of one class make its images look mixed, so that what the adapted model predicts does not
+show the runs. So the source's predictions are watched too, and where they come in runs the norm
+rule is told.
+
 The source is asked on the first batches and on every ``every``-th, which makes ``1 + 1 / every``
 forward passes an image; a ``budget`` below that leaves the comparison out. In a network without
 BatchNorm nothing that the guard compares can move, and it makes no passes.
