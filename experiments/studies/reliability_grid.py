@@ -35,7 +35,17 @@ __all__ = [
 
 # What guards and recipes were designed on. All other streams and models were kept out of it.
 TUNED: dict[str, tuple[str, ...]] = {
-    "streams": ("continual", "dirichlet", "single"),
+    "streams": (
+        "continual",
+        "dirichlet",
+        "single",
+        "mixed",
+        "recurring",
+        "recurring_iid",
+        "class_sorted",
+        "clean",
+        "frozen_camera",
+    ),
     "models": tuple(bundled_models()),
 }
 
