@@ -53,6 +53,7 @@ REASONS = {
     "all left out": r"`params`=.* must leave .* something to train",
     "no classifier": r"`model` must (be a classifier|have a classifier|return logits of shape)",
     "several outputs": r"`model` must return one tensor",
+    "no linear head": r"`model` must make its logits by a linear layer|no linear layer for its",
 }
 
 # Thresholds that random weights pass, and as little work as shows that all of it runs.
