@@ -110,6 +110,7 @@ class Adapter(nn.Module):
         learning = network.session.learning
 
         def serve() -> Any:
+            self._context.signs.look()
             with network.call(*args, **kwargs):
                 follow = not learning and images.requires_grad and torch.is_grad_enabled()
                 x = images if follow else images.detach()

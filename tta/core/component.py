@@ -39,17 +39,20 @@ class Signs:
             component watches labels.
         source: Says whether the source's labels come in runs, ``source.runs_seen``; None where no
             component asks the source.
+        persistence: How persistent labels were when the present call began; 0 where nobody watches
+            them, 1 where the source's come in runs.
     """
 
     runs: Any = None
     source: Any = None
+    persistence: float = 0.0
 
-    @property
-    def persistence(self) -> float:
-        """How persistent labels are; 0 where nobody watches them, 1 where the source's are."""
+    def look(self) -> None:
+        """Fill in ``persistence``; once a call, since all norm layers go by it."""
         if self.source is not None and bool(self.source.runs_seen):
-            return 1.0
-        return 0.0 if self.runs is None else self.runs.persistence()
+            self.persistence = 1.0
+        else:
+            self.persistence = 0.0 if self.runs is None else self.runs.persistence()
 
 
 @dataclass(frozen=True)
