@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["call", "copy_structure", "named", "names"]
+__all__ = ["HOOKS", "call", "copy_structure", "named", "names"]
 
-# What a module and its copy have in common, besides their tensors.
-SHARED = (
-    "_buffers",  # what the model puts there itself is the model's
+# Attributes of a module that hold its hooks.
+HOOKS = (
     "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs",
     "_forward_hooks",
@@ -27,6 +26,9 @@ SHARED = (
     "_backward_pre_hooks",
     "_backward_hooks",
 )
+# What a module and its copy have in common, besides their tensors: what the model puts among its
+# buffers itself is the model's.
+SHARED = ("_buffers", *HOOKS)
 
 
 def names(model: nn.Module, tensors: Iterable[Tensor]) -> list[list[str]]:

@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tta.core.batch_split import current_split
 from tta.core.checkpointing import is_recomputation, may_be_recomputed
 from tta.core.classifier import evaluating
-from tta.core.functional import copy_structure
+from tta.core.functional import HOOKS, copy_structure
 from tta.core.norm_rule import NormRule
 from tta.core.session import Session
 
@@ -50,15 +50,6 @@ __all__ = [
 ]
 
 
-_HOOKS = (
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_backward_pre_hooks",
-    "_backward_hooks",
-)
 FAR_OUTSIDE = 30.0  # energies above this many reference variances are those of bad images
 NARROW = 1e-6  # share of a layer's median variance below which a channel is silent
 LARGE_MEAN = 1e-2  # share of variance in the mean square below which digits would be lost
@@ -95,7 +86,7 @@ class AdaptiveNorm(nn.Module):
             base, nn.SyncBatchNorm
         )
         if not self.finish or _has_activation(base):
-            for hooks in _HOOKS:  # the caller's hooks on the layer are called as before
+            for hooks in HOOKS:  # the caller's hooks on the layer are called as before
                 self.__dict__[hooks] = base.__dict__[hooks]
 
     def forward(self, x: Tensor) -> Tensor:
