@@ -8,7 +8,7 @@ Names are those of the caller's model: ``param/<name>``, ``norm/<layer>.<buffer>
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -141,21 +141,21 @@ class AdapterState:
         """The tensors that a guard may put back: all but its own, and the generator's."""
         return {k: v for k, v in self.tensors().items() if not k.startswith(GUARD) and k != "rng"}
 
-    def keys_of(self, trait: str) -> list[str]:
-        """Keys of buffers that their component names in ``trait``, except the guard's."""
+    def keys_of(self, trait: str, but: str = GUARD) -> list[str]:
+        """Keys of buffers that their component names in ``trait``, except those of one slot."""
         return [
             f"{prefix}{name}"
             for prefix, part in self._components().items()
-            if prefix != GUARD
+            if prefix != but
             for name in getattr(part, trait)()
         ]
 
-    def ranges(self) -> dict[str, tuple[int, int]]:
-        """Smallest and largest whole numbers by key, except the guard's."""
+    def ranges(self, but: str = GUARD) -> dict[str, tuple[int, int]]:
+        """Smallest and largest whole numbers by key, except those of one slot."""
         return {
             f"{prefix}{name}": bounds
             for prefix, part in self._components().items()
-            if prefix != GUARD
+            if prefix != but
             for name, bounds in part.integer_ranges().items()
         }
 
@@ -188,18 +188,15 @@ class AdapterState:
         named = ((current_name(str(key)), value) for key, value in state.items())
         values = {key: value for key, value in named if key is not None}
         self._take_up_model_buffers(values)
-        parts = self._components().items()
-        lazy = {f"{prefix}{name}" for prefix, part in parts for name in part.lazy_buffers()}
-        undefined = {
-            f"{prefix}{name}" for prefix, part in parts for name in part.undefined_as_nan()
-        }
+        lazy = set(self.keys_of("lazy_buffers", but=""))
+        undefined = set(self.keys_of("undefined_as_nan", but=""))
         check_state(
             values,
             self.tensors(),
             self._resizable().keys() - lazy,
             lazy,
             None if allow_nonfinite else undefined,
-            {f"{prefix}{n}": r for prefix, part in parts for n, r in part.integer_ranges().items()},
+            self.ranges(but=""),
         )
         self.copy_in(values)
         if as_source:
@@ -230,20 +227,21 @@ class AdapterState:
         """
         buffers = self.network.buffers
         found = buffers.notice(by_value=True) if by_value else buffers.notice_after_call()
-        for name in found:
+        self._note_starts(found)
+        return found
+
+    def _note_starts(self, names: Iterable[str]) -> None:
+        """Have ``reset`` restore what buffers of the model were at wrap."""
+        for name in names:
             start = self.network.buffers.start_of(name)
             self.session.reset_point[f"model/{name}"] = start.clone()
-        return found
 
     def _take_up_model_buffers(self, state: Mapping[str, Tensor]) -> None:
         """Those that moved in the adapter that the state is of, and not yet in this one."""
         buffers = self.network.buffers
         before = set(buffers.moving)
         buffers.take_up(key.partition("/")[2] for key in state if key.startswith("model/"))
-        for name in buffers.moving:
-            if name not in before:
-                start = buffers.start_of(name).clone()
-                self.session.reset_point[f"model/{name}"] = start
+        self._note_starts(name for name in buffers.moving if name not in before)
 
     def mark_reset_point(self) -> None:
         """Make the present state the one that :meth:`reset` restores."""
