@@ -14,7 +14,7 @@ from tta.core.component import Context
 from tta.core.config import ComponentConfig
 from tta.core.output_rule import Output
 from tta.core.prediction import Report
-from tta.parts.label_runs import LabelRuns
+from tta.parts.label_runs import DOUBT, HORIZON, RECENT, LabelRuns
 
 __all__ = ["LabelFilter", "LabelFilterConfig", "filtered"]
 
@@ -24,9 +24,9 @@ class LabelFilterConfig(ComponentConfig):
     """Fields of the filter."""
 
     temperature: float = 2.0  # T; above 1, a prediction leans on its neighbours more
-    horizon: int = 256  # images over which the shares of labels are averaged
-    recent: int = 96  # images over which repeats of labels are averaged a second time
-    doubt: float = 3.0  # k, standard errors by which repeats must exceed chance
+    horizon: int = HORIZON  # images over which the shares of labels are averaged
+    recent: int = RECENT  # images over which repeats of labels are averaged a second time
+    doubt: float = DOUBT  # k, standard errors by which repeats must exceed chance
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -23,7 +23,7 @@ from tta.core.norm_layers import (
 )
 from tta.core.norm_rule import NormRule
 
-__all__ = ["MovingStatistics"]
+__all__ = ["MovingStatistics", "all_instance_stats"]
 
 
 class MovingStatistics(NormRule):
@@ -90,14 +90,25 @@ class MovingStatistics(NormRule):
 
     def _ordinary_stats(self, x: Tensor, base: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Batch statistics without bad images, and whether more than one value is left for each."""
-        means, variances = instance_stats(x)
-        if (split := current_split()) is not None:  # the other ranks' images too
-            means, variances = split.gather(means), split.gather(variances)
+        means, variances = all_instance_stats(x)
         with torch.no_grad():
-            reference = torch.maximum(self.var, base.running_var) + base.eps
-            kept = ~far_outside(means, variances, self.mean, reference)
+            kept = self._ordinary(means, variances, base)
             count = kept.sum() * (x.numel() // (len(x) * x.shape[1]))
         mean, var = pooled_stats(means, variances, kept)
         if self.unbiased:
             var = var * (count / (count - 1).clamp_min(1))
         return mean, var, count > 1
+
+    @torch.no_grad()
+    def _ordinary(self, means: Tensor, variances: Tensor, base: Any) -> Tensor:
+        """Which images (B,) do not lie far outside, by their statistics (B, C)."""
+        reference = torch.maximum(self.var, base.running_var) + base.eps
+        return ~far_outside(means, variances, self.mean, reference)
+
+
+def all_instance_stats(x: Tensor) -> tuple[Tensor, Tensor]:
+    """As :func:`instance_stats`, of the images of all ranks where the batch is split."""
+    means, variances = instance_stats(x)
+    if (split := current_split()) is not None:
+        means, variances = split.gather(means), split.gather(variances)
+    return means, variances

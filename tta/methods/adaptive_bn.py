@@ -29,19 +29,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tta.core.batch_split import current_split
 from tta.core.checks import LARGE, LARGEST, boolean, number, whole_number
 from tta.core.component import Context
 from tta.core.config import ComponentConfig
 from tta.core.norm_layers import (
-    far_outside,
-    instance_stats,
     normalize,
     one_value,
     pooled_stats,
 )
 from tta.core.registry import register
-from tta.methods._moving_statistics import MovingStatistics
+from tta.methods._moving_statistics import MovingStatistics, all_instance_stats
 
 __all__ = ["AdaptiveBn", "AdaptiveBnConfig"]
 
@@ -111,17 +108,13 @@ class AdaptiveBn(MovingStatistics):
         """Averages (C,) after (B, C, ...), with a graph; the buffers take their values over."""
         runs = self.signs.persistence > RUNS
         horizon = self.config.horizon_runs if runs else self.config.horizon
-        means, variances = instance_stats(x)
-        if (split := current_split()) is not None:  # the other ranks' images too
-            means, variances = split.gather(means), split.gather(variances)
+        means, variances = all_instance_stats(x)
         with torch.no_grad():
             before = torch.cat([self.last[None], means[:-1].to(self.last)])
             moves = (means - before).square() / (self.source_var + base.eps)
             kept = (moves.mean(1) > STILL) | (self.chance == 0)  # 0 before the first image
         if not self.config.official:
-            with torch.no_grad():
-                reference = torch.maximum(self.var, self.source_var) + base.eps
-                kept = kept & ~far_outside(means, variances, self.mean, reference)
+            kept = kept & self._ordinary(means, variances, base)
         mean, var = pooled_stats(means, variances, kept)
         count = kept.sum()
         a = 1 - (1 - 1 / horizon) ** count

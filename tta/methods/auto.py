@@ -101,7 +101,7 @@ class Auto(Guard):
         for name, value in (("age", 0), ("hold", 0), ("pause", config.pause)):
             self.register_buffer(name, torch.tensor(value))
         self.register_buffer("runs_seen", torch.zeros((), dtype=torch.bool))
-        self.runs = LabelRuns(context.num_classes, horizon=256, recent=96, doubt=3.0)
+        self.runs = LabelRuns(context.num_classes)
         self.signs = context.signs
         context.signs.source = self
         self.gap = SpreadGap()

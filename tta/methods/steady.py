@@ -99,7 +99,7 @@ class Steady(Guard):
         self.register_buffer("runs_seen", torch.zeros((), dtype=torch.bool))
         self.gap = SpreadGap()  # to the source's parameters
         self.source_gap = SpreadGap()  # to the source model, with its own statistics
-        self.runs = LabelRuns(context.num_classes, horizon=256, recent=96, doubt=3.0)
+        self.runs = LabelRuns(context.num_classes)
         self.trains = bool(context.parameters)
         self.mixes = bool(network.wrappers)  # images are normalised by what was seen of others
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 __all__ = ["LabelRuns", "persistence"]
 
+HORIZON, RECENT, DOUBT = 256, 96, 3.0
 NOBODY = -1  # the label before the first image
 ONE_CLASS = 0.999  # chance of a repeat from which a stream of one class cannot be told apart
 
@@ -57,7 +58,9 @@ class LabelRuns(nn.Module):
     seen: Tensor  # (2,), share of each span that has been seen
     last: Tensor  # 0-dimensional, label predicted for the last image; -1 before the first
 
-    def __init__(self, classes: int, horizon: int, recent: int, doubt: float) -> None:
+    def __init__(
+        self, classes: int, horizon: int = HORIZON, recent: int = RECENT, doubt: float = DOUBT
+    ) -> None:
         super().__init__()
         self.classes, self.spans, self.doubt = classes, (horizon, recent), doubt
         wide = torch.float64
