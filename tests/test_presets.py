@@ -103,7 +103,7 @@ SHEETS: dict[str, dict[str, Any]] = {
     "deyo.imagenet": RESNET | DEYO | {"plpd_threshold": 0.3},
     "deyo.imagenet_wild": RESNET | DEYO | {"plpd_threshold": 0.2},
     "deyo.imagenet_vit": VIT | DEYO | {"plpd_threshold": 0.2},
-    "deyo.waterbirds": RESNET | DEYO | {"plpd_threshold": 0.5},
+    "deyo.waterbirds": RESNET | DEYO | {"lr": 5 * 2.5e-4, "plpd_threshold": 0.5},
     "deyo.coloredmnist": RESNET
     | DEYO
     | {"lr": 5 * 2.5e-4, "plpd_threshold": 0.5, "entropy_margin": 1.0, "weight_margin": 1.0},
