@@ -15,6 +15,7 @@ from tests.helpers.update_traces import LOGITS, check_source, check_state, check
 ROID = recordings("set-e", "roid_*")
 ROTTA = recordings("set-e", "rotta_*")
 DEYO = recordings("set-e", "deyo_*")
+RPL = recordings("set-e", "rpl_*")
 RAW = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 close = torch.testing.assert_close
 
@@ -23,7 +24,7 @@ def _named(paths: list[Path]):
     return pytest.mark.parametrize("path", paths, ids=lambda p: p.stem)
 
 
-@_named([*ROID, *ROTTA, *DEYO])
+@_named([*ROID, *ROTTA, *DEYO, *RPL])
 def test_source_outputs(path: Path) -> None:
     check_source(Trace(path))
 
@@ -134,6 +135,15 @@ def test_rotta(path: Path) -> None:
         for name, value in trace.group(f"bn_{whose}_final").items():
             layer, _, kind = name.rpartition(".running_")
             check_state(adapter, {f"{prefix}{layer}.{kind}": value}, atol=1e-5, rtol=0)
+
+
+@_named(RPL)
+def test_rpl(path: Path) -> None:
+    trace = Trace(path)
+    config = tta.get_config("rpl", q=trace.params["q"], **trace.optimizer())
+    adapter = tta.wrap(trace.model(), update=config)
+    for _ in replay(trace, adapter, {"loss": "loss"}):
+        pass
 
 
 def _teacher(adapter: tta.Adapter, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -97,6 +97,9 @@ SHEETS: dict[str, dict[str, Any]] = {
     "roid.imagenet": NESTEROV | ROID | {"lr": 2.5e-4, "lr_batch_size": 64},
     "roid.cifar10": ADAM_200 | ROID,
     "roid.cifar100": ADAM_200 | ROID,
+    "rpl.imagenet": NESTEROV | {"lr": 5e-4, "q": 0.8, "lr_batch_size": 64},
+    "rpl.cifar10": ADAM_200 | {"q": 0.8},
+    "rpl.cifar100": ADAM_200 | {"q": 0.8},
     "rotta.imagenet": ADAM | ROTTA,
     "rotta.cifar10": ADAM | ROTTA,
     "rotta.cifar100": ADAM | ROTTA,
@@ -133,7 +136,19 @@ SHEETS: dict[str, dict[str, Any]] = {
     "adanpc.domainbed": {"neighbours": 100, "temperature": 0.1, "confidence_threshold": 0.1},
 }
 
-SCALED_FROM_200 = ["tent", "rdumb", "sar", "cotta", "petal", "rmt", "roid", "deyo", "cafa", "core"]
+SCALED_FROM_200 = [
+    "tent",
+    "rdumb",
+    "sar",
+    "cotta",
+    "petal",
+    "rmt",
+    "roid",
+    "rpl",
+    "deyo",
+    "cafa",
+    "core",
+]
 # By how much `wrap(batch_size=1)` divides the rate of each preset.
 DIVIDED_BY: dict[float, list[str]] = {
     16: [  # twice the rule of the scripts, for single images
@@ -169,6 +184,7 @@ DIVIDED_BY: dict[float, list[str]] = {
         "petal.imagenet",
         "rmt.imagenet",
         "roid.imagenet",
+        "rpl.imagenet",
         "cafa.imagenet",
         "core.imagenet",
         "rotta.imagenet",

@@ -322,7 +322,7 @@ HPARAMS: dict[str, dict[str, str]] = {
         "params.occlusion_size": "field: occlusion, its share of the side",
         r"params\.(row_start|column_start)": "none: the middle",
         r"params\.(reweight|filter)_(ent|plpd)": "none: always 1, the others are not offered",
-        r"params\.(temperature|probs_momentum|source_momentum)": "field: of the same name",
+        r"params\.(temperature|probs_momentum|source_momentum|q)": "field: of the same name",
         "params.configured_batch": "wrap: batch_size",
         "params.use_consistency": "field: consistency",
         "params.use_prior_correction": "wrap: output",
