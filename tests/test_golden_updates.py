@@ -16,6 +16,7 @@ ROID = recordings("set-e", "roid_*")
 ROTTA = recordings("set-e", "rotta_*")
 DEYO = recordings("set-e", "deyo_*")
 RPL = recordings("set-e", "rpl_*")
+SHOT = recordings("set-d", "shot_*")
 RAW = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 close = torch.testing.assert_close
 
@@ -24,7 +25,7 @@ def _named(paths: list[Path]):
     return pytest.mark.parametrize("path", paths, ids=lambda p: p.stem)
 
 
-@_named([*ROID, *ROTTA, *DEYO, *RPL])
+@_named([*ROID, *ROTTA, *DEYO, *RPL, *SHOT])
 def test_source_outputs(path: Path) -> None:
     check_source(Trace(path))
 
@@ -143,6 +144,24 @@ def test_rpl(path: Path) -> None:
     config = tta.get_config("rpl", q=trace.params["q"], **trace.optimizer())
     adapter = tta.wrap(trace.model(), update=config)
     for _ in replay(trace, adapter, {"loss": "loss"}):
+        pass
+
+
+@_named(SHOT)
+def test_shot(path: Path) -> None:
+    trace = Trace(path)
+    p = trace.params
+    config = tta.get_config(
+        "shot_im",
+        pseudo_weight=p["theta"] if trace.hparams["method"] == "shot_pl" else 0.0,
+        pseudo_threshold=p["beta"],
+        steps=p["steps"],
+        **trace.optimizer(),
+    )
+    adapter = tta.wrap(trace.model(), update=config)
+    assert not any(name.startswith("fc.") for name in adapter.parameters_adapted)
+    figures = {"loss": "loss"} | ({"n_confident": "confident"} if "n_confident" in trace else {})
+    for _ in replay(trace, adapter, figures, {"atol": 2e-4, "rtol": 1e-4}):
         pass
 
 

@@ -49,6 +49,7 @@ RMT = {
 }
 DEYO = {"entropy_margin": 0.5, "weight_margin": 0.4, "patches": 4, "destroy": "patch"}
 ROTTA = {"memory_size": 64, "update_every": 64, "teacher_momentum": 0.999, "lr_batch_size": 64}
+SHOT = {"lr": 5e-5, "params": "body", "pseudo_threshold": 0.9, "lr_batch_size": 64}
 ROID = {"probs_momentum": 0.9, "source_momentum": 0.99, "temperature": 1 / 3}
 SHEETS: dict[str, dict[str, Any]] = {
     "tent.imagenet": RESNET,
@@ -100,6 +101,8 @@ SHEETS: dict[str, dict[str, Any]] = {
     "rpl.imagenet": NESTEROV | {"lr": 5e-4, "q": 0.8, "lr_batch_size": 64},
     "rpl.cifar10": ADAM_200 | {"q": 0.8},
     "rpl.cifar100": ADAM_200 | {"q": 0.8},
+    "shot_im": ADAM | SHOT | {"pseudo_weight": 0.0},
+    "shot_im.pseudo": ADAM | SHOT | {"pseudo_weight": 0.1},
     "rotta.imagenet": ADAM | ROTTA,
     "rotta.cifar10": ADAM | ROTTA,
     "rotta.cifar100": ADAM | ROTTA,
@@ -185,6 +188,7 @@ DIVIDED_BY: dict[float, list[str]] = {
         "rmt.imagenet",
         "roid.imagenet",
         "rpl.imagenet",
+        "shot_im.pseudo",
         "cafa.imagenet",
         "core.imagenet",
         "rotta.imagenet",

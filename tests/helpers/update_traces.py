@@ -91,6 +91,7 @@ def check_weights(trace: Trace, adapter: tta.Adapter, key: str) -> None:
 def check_state(adapter: tta.Adapter, expected: Mapping[str, Tensor], **tolerance: Any) -> None:
     """Compare entries of the state; a parameter that is not trained is compared all the same."""
     found = {f"param/{n}": p.detach() for n, p in adapter.model.named_parameters()}
+    found |= {f"param/{n}": b for n, b in adapter.model.named_buffers()}  # where no rule stands in
     found |= adapter.state()
     for name, value in expected.items():
         close(found[name], value, **tolerance)
