@@ -10,13 +10,21 @@ import torch
 import tta
 from tests.helpers.recorded import recordings
 from tests.helpers.traces import Trace
-from tests.helpers.update_traces import LOGITS, check_source, check_state, check_weights, replay
+from tests.helpers.update_traces import (
+    LOGITS,
+    WEIGHTS,
+    check_source,
+    check_state,
+    check_weights,
+    replay,
+)
 
 ROID = recordings("set-e", "roid_*")
 ROTTA = recordings("set-e", "rotta_*")
 DEYO = recordings("set-e", "deyo_*")
 RPL = recordings("set-e", "rpl_*")
 SHOT = recordings("set-d", "shot_*")
+ZEROSIAM = recordings("set-e", "zerosiam_*")
 RAW = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 close = torch.testing.assert_close
 
@@ -25,7 +33,7 @@ def _named(paths: list[Path]):
     return pytest.mark.parametrize("path", paths, ids=lambda p: p.stem)
 
 
-@_named([*ROID, *ROTTA, *DEYO, *RPL, *SHOT])
+@_named([*ROID, *ROTTA, *DEYO, *RPL, *SHOT, *ZEROSIAM])
 def test_source_outputs(path: Path) -> None:
     check_source(Trace(path))
 
@@ -163,6 +171,28 @@ def test_shot(path: Path) -> None:
     figures = {"loss": "loss"} | ({"n_confident": "confident"} if "n_confident" in trace else {})
     for _ in replay(trace, adapter, figures, {"atol": 2e-4, "rtol": 1e-4}):
         pass
+
+
+@_named(ZEROSIAM)
+def test_zerosiam(path: Path) -> None:
+    trace = Trace(path)
+    p = trace.params
+    config = tta.get_config(
+        "zerosiam",
+        alignment_weight=p["alignment_weight"],
+        predictor_lr=p["lr_predictor"],
+        steps=p["steps"],
+        **trace.optimizer(),
+    )
+    adapter = tta.wrap(trace.model(), update=config)
+    figures = {"loss": "loss", "entropy_online": "entropy", "alignment": "alignment"}
+    predictors = []
+    for _ in replay(trace, adapter, figures):
+        predictors.append(adapter.state()["update/predictor.weight"])
+    close(torch.stack([predictors[0], predictors[-1]]), trace.tensor("predictor_after"), **WEIGHTS)
+    adapter.reset()
+    start = adapter.state()["update/predictor.weight"]
+    assert torch.equal(start, torch.eye(len(start)))
 
 
 def _teacher(adapter: tta.Adapter, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

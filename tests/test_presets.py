@@ -49,6 +49,7 @@ RMT = {
 }
 DEYO = {"entropy_margin": 0.5, "weight_margin": 0.4, "patches": 4, "destroy": "patch"}
 ROTTA = {"memory_size": 64, "update_every": 64, "teacher_momentum": 0.999, "lr_batch_size": 64}
+SIAM = {"alignment_weight": 1.0}
 SHOT = {"lr": 5e-5, "params": "body", "pseudo_threshold": 0.9, "lr_batch_size": 64}
 ROID = {"probs_momentum": 0.9, "source_momentum": 0.99, "temperature": 1 / 3}
 SHEETS: dict[str, dict[str, Any]] = {
@@ -103,6 +104,11 @@ SHEETS: dict[str, dict[str, Any]] = {
     "rpl.cifar100": ADAM_200 | {"q": 0.8},
     "shot_im": ADAM | SHOT | {"pseudo_weight": 0.0},
     "shot_im.pseudo": ADAM | SHOT | {"pseudo_weight": 0.1},
+    "zerosiam.imagenet": RESNET | SIAM | {"lr": 2.5e-3, "predictor_lr": 2.5e-2},
+    "zerosiam.imagenet_vit": VIT | SIAM | {"lr": 5e-3, "predictor_lr": 5e-3},
+    "zerosiam.imagenet_vit_small": VIT | SIAM | {"lr": 1e-3, "predictor_lr": 1e-2},
+    "zerosiam.imagenet_convnext": VIT | SIAM | {"lr": 2.5e-4, "predictor_lr": 2.5e-3},
+    "zerosiam.imagenet_swin": VIT | SIAM | {"lr": 5e-4, "predictor_lr": 2.5e-3},
     "rotta.imagenet": ADAM | ROTTA,
     "rotta.cifar10": ADAM | ROTTA,
     "rotta.cifar100": ADAM | ROTTA,
@@ -161,6 +167,7 @@ DIVIDED_BY: dict[float, list[str]] = {
         "deyo.imagenet_wild",
         "deyo.waterbirds",
         "deyo.coloredmnist",
+        "zerosiam.imagenet",
     ],
     32: [
         "tent.imagenet",
@@ -173,6 +180,10 @@ DIVIDED_BY: dict[float, list[str]] = {
         "sar.imagenet_vit",
         "sar.come_imagenet_vit",
         "deyo.imagenet_vit",
+        "zerosiam.imagenet_vit",
+        "zerosiam.imagenet_vit_small",
+        "zerosiam.imagenet_convnext",
+        "zerosiam.imagenet_swin",
     ],
     64: [
         "tent.imagenet_vit",

@@ -34,6 +34,7 @@ from tta.methods import (
     tent,
     unmix_tns,
     watch,
+    zerosiam,
 )
 
 __all__ = [
@@ -70,4 +71,5 @@ __all__ = [
     "tent",
     "unmix_tns",
     "watch",
+    "zerosiam",
 ]
