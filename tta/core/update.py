@@ -185,7 +185,8 @@ class Update(Component):
     def _make_optimizer(self) -> torch.optim.Optimizer:
         """Make the optimiser; a method calls this again after making parameters of its own."""
         params, own = self.optimized(), self.learning_rates()
-        rates = [own[name] if name in own else self.config.lr for name in params]
+        usual: float = self.config.lr
+        rates = [own.get(name, usual) for name in params]
         return make_optimizer(self.config, list(params.values()), rates)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Update:
