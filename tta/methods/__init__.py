@@ -25,13 +25,16 @@ from tta.methods import (
     rmt,
     roid,
     rotta,
+    rpl,
     sar,
+    shot,
     source,
     steady,
     t3a,
     tent,
     unmix_tns,
     watch,
+    zerosiam,
 )
 
 __all__ = [
@@ -59,11 +62,14 @@ __all__ = [
     "rmt",
     "roid",
     "rotta",
+    "rpl",
     "sar",
+    "shot",
     "source",
     "steady",
     "t3a",
     "tent",
     "unmix_tns",
     "watch",
+    "zerosiam",
 ]
