@@ -49,6 +49,7 @@ RMT = {
 }
 DEYO = {"entropy_margin": 0.5, "weight_margin": 0.4, "patches": 4, "destroy": "patch"}
 ROTTA = {"memory_size": 64, "update_every": 64, "teacher_momentum": 0.999, "lr_batch_size": 64}
+CMF = {"hidden_momentum": 0.99, "ensemble_momentum": 0.99, "probs_momentum": 0.9}
 ROID = {"probs_momentum": 0.9, "source_momentum": 0.99, "temperature": 1 / 3}
 SHEETS: dict[str, dict[str, Any]] = {
     "tent.imagenet": RESNET,
@@ -97,6 +98,14 @@ SHEETS: dict[str, dict[str, Any]] = {
     "roid.imagenet": NESTEROV | ROID | {"lr": 2.5e-4, "lr_batch_size": 64},
     "roid.cifar10": ADAM_200 | ROID,
     "roid.cifar100": ADAM_200 | ROID,
+    "cmf.imagenet": NESTEROV
+    | CMF
+    | {"lr": 2e-4, "lr_batch_size": 64, "process_noise": 0.00025 * 53_120 / 38_400},
+    "cmf.imagenet_vit": NESTEROV
+    | CMF
+    | {"lr": 2.5e-4, "lr_batch_size": 64, "process_noise": 0.005},
+    "cmf.cifar10": ADAM_200 | CMF,
+    "cmf.cifar100": ADAM_200 | CMF,
     "rotta.imagenet": ADAM | ROTTA,
     "rotta.cifar10": ADAM | ROTTA,
     "rotta.cifar100": ADAM | ROTTA,
@@ -133,7 +142,19 @@ SHEETS: dict[str, dict[str, Any]] = {
     "adanpc.domainbed": {"neighbours": 100, "temperature": 0.1, "confidence_threshold": 0.1},
 }
 
-SCALED_FROM_200 = ["tent", "rdumb", "sar", "cotta", "petal", "rmt", "roid", "deyo", "cafa", "core"]
+SCALED_FROM_200 = [
+    "tent",
+    "rdumb",
+    "sar",
+    "cotta",
+    "petal",
+    "rmt",
+    "roid",
+    "cmf",
+    "deyo",
+    "cafa",
+    "core",
+]
 # By how much `wrap(batch_size=1)` divides the rate of each preset.
 DIVIDED_BY: dict[float, list[str]] = {
     16: [  # twice the rule of the scripts, for single images
@@ -169,6 +190,8 @@ DIVIDED_BY: dict[float, list[str]] = {
         "petal.imagenet",
         "rmt.imagenet",
         "roid.imagenet",
+        "cmf.imagenet",
+        "cmf.imagenet_vit",
         "cafa.imagenet",
         "core.imagenet",
         "rotta.imagenet",
