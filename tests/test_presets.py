@@ -49,6 +49,9 @@ RMT = {
 }
 DEYO = {"entropy_margin": 0.5, "weight_margin": 0.4, "patches": 4, "destroy": "patch"}
 ROTTA = {"memory_size": 64, "update_every": 64, "teacher_momentum": 0.999, "lr_batch_size": 64}
+PETTA = {"memory_size": 64, "regulariser": "cosine", "regulariser_weight": 10.0}
+PETTA |= {"teacher_rate": 1e-3, "anchor_weight": 1.0, "consistency_loss": "sce"}
+PETTA |= {"prototype_rate": 0.05, "lr_batch_size": 64}
 CMF = {"hidden_momentum": 0.99, "ensemble_momentum": 0.99, "probs_momentum": 0.9}
 ROID = {"probs_momentum": 0.9, "source_momentum": 0.99, "temperature": 1 / 3}
 SHEETS: dict[str, dict[str, Any]] = {
@@ -109,6 +112,10 @@ SHEETS: dict[str, dict[str, Any]] = {
     "rotta.imagenet": ADAM | ROTTA,
     "rotta.cifar10": ADAM | ROTTA,
     "rotta.cifar100": ADAM | ROTTA,
+    "petta.imagenet": ADAM | PETTA | {"consistency_loss": "ce"},
+    "petta.cifar10": ADAM | PETTA,
+    "petta.cifar100": ADAM | PETTA,
+    "petta.domainnet126": ADAM | PETTA | {"consistency_loss": "ce", "regulariser_weight": 1.0},
     "deyo.imagenet": RESNET | DEYO | {"plpd_threshold": 0.3},
     "deyo.imagenet_wild": RESNET | DEYO | {"plpd_threshold": 0.2},
     "deyo.imagenet_vit": VIT | DEYO | {"plpd_threshold": 0.2},
@@ -197,6 +204,10 @@ DIVIDED_BY: dict[float, list[str]] = {
         "rotta.imagenet",
         "rotta.cifar10",
         "rotta.cifar100",
+        "petta.imagenet",
+        "petta.cifar10",
+        "petta.cifar100",
+        "petta.domainnet126",
     ],
     128: ["rmt.domainnet126"],
     200: [
