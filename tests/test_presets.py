@@ -140,6 +140,7 @@ SHEETS: dict[str, dict[str, Any]] = {
     "unmix_tns.cifar100_mixed": {"components": 128, "batch_size_max": 64, "update_lr": 1e-5},
     "alpha_bn": {"source_weight": 0.9, "unbiased": True},
     "robust_bn": {"batch_weight": 0.05, "official": False},
+    "iabn": {"alpha": 4.0, "learned_statistics": True, "momentum": 0.01},
     "bn_ema": {"momentum": 0.1, "official": False},
     "neo": {"momentum": None, "use_source_mean": False, "balanced": False},
     "neo.continual": {"momentum": 0.1},
