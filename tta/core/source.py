@@ -37,15 +37,18 @@ class SourceStatistics:
         feature_labels: Labels of ``features`` (N,), whole numbers (AdaNPC).
         memory_init: First row of AdaNPC's memory in the official code (D,).
         feature_mean: Mean of the features under running statistics (D,) (NEO, FOA's shift).
+        class_mean: Means of the features of images that are predicted as each class (C, D), under
+            running statistics (PeTTA).
+        class_variance: Unbiased variances of the same (C, D) (PeTTA).
         covariance: Covariance of features within classes (D, D), or (C, D, D) of each (CAFA).
         batches: Source batches ``(images, labels)``, kept for methods that run the model on them,
             in the order given.
 
     Raises:
         TypeError: When an artefact is not a tensor, or a dict of tensors.
-        ValueError: For a wrong number of axes, values that are not finite (except in prototypes,
-            where a class may have no images), negative Fisher information, or features without
-            labels.
+        ValueError: For a wrong number of axes, values that are not finite (except NaN in what has a
+            row for each class, which may have no images), negative Fisher information, or features
+            without labels.
     """
 
     fisher: dict[str, Tensor] | None = None
@@ -56,6 +59,8 @@ class SourceStatistics:
     feature_labels: Tensor | None = None
     memory_init: Tensor | None = None
     feature_mean: Tensor | None = None
+    class_mean: Tensor | None = None
+    class_variance: Tensor | None = None
     covariance: Tensor | None = None
     batches: Iterable[tuple[Tensor, Tensor]] | None = None
 

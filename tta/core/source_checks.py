@@ -26,6 +26,8 @@ SHAPES = {  # of the tensors, as errors name them, by number of axes
     "feature_labels": {1: "(N,)"},
     "memory_init": {1: "(D,)"},
     "feature_mean": {1: "(D,)"},
+    "class_mean": {2: "(C, D)"},
+    "class_variance": {2: "(C, D)"},
     "covariance": {2: "(D, D)", 3: "(C, D, D)"},
 }
 
@@ -184,8 +186,9 @@ def check_tensor(name: str, value: Any) -> None:
             raise TypeError(f"`{name}` must be whole numbers, got {value.dtype}: use .long().")
         return
     real(name, value)
-    wrong = value.isinf() if name == "prototypes" else ~value.isfinite()
-    if bool(wrong.any()):  # a class without images has prototypes of NaN
+    by_class = name in ("prototypes", "class_mean", "class_variance")
+    wrong = value.isinf() if by_class else ~value.isfinite()
+    if bool(wrong.any()):  # a class without images has a row of NaN
         raise ValueError(
             f"`{name}` must be finite, got NaN or infinite values: make it again with "
             "tta.collect_source."
