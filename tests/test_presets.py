@@ -128,6 +128,7 @@ SHEETS: dict[str, dict[str, Any]] = {
     "neo": {"momentum": None, "use_source_mean": False, "balanced": False},
     "neo.continual": {"momentum": 0.1},
     "t3a": {"filter_size": 20, "official": False},
+    "lsa": {"code": None, "delta": "full", "prior_momentum": 0.9, "floor": 1e-6},
     "foa_shift": {"momentum": 0.1, "balanced": False},
     "lame": {"affinity": "rbf", "neighbours": 5, "symmetric": False},
     "adanpc.domainbed": {"neighbours": 100, "temperature": 0.1, "confidence_threshold": 0.1},
