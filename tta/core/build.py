@@ -262,7 +262,7 @@ def _trained(model: nn.Module, config: ComponentConfig | None) -> dict[str, nn.P
             f"leaves out all {len(found)} parameters of this {type(model).__name__}: choose other "
             "params=."
         )
-    return {name: p for name, p in found.items() if name not in left_out}
+    return cls.chooses(config, model, {n: p for n, p in found.items() if n not in left_out})
 
 
 def _insert_norm(
