@@ -8,6 +8,8 @@ towards the patches that they win, less a decay that keeps their length near 1.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -46,12 +48,13 @@ def delta(
         (tensor([[0.0000, 1.0000],
                 [0.5000, 0.7500]]), tensor([0.5000, 0.5000]))
     """
+    moves: Any = {"stride": stride, "padding": padding}
     with torch.autocast(x.device.type, enabled=False):
-        u = F.conv2d(x, weight, stride=stride, padding=padding)
+        u = F.conv2d(x, weight, **moves)
         y = (u / tau).softmax(1)
         # sum_n y_nk a_n is the gradient of a weight for which y is that of the output; patches
         # are never laid out one by one, which takes k^2 times the memory of the images.
-        pull = conv2d_weight(x, weight.shape, y, stride=stride, padding=padding)
+        pull = conv2d_weight(x, weight.shape, y, **moves)
         decay = (y * u).sum((0, 2, 3)).view(-1, 1, 1, 1) * weight
         positions = u.numel() // u.shape[1]
         return (pull - decay) / positions, y.mean((0, 2, 3))
