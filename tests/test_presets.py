@@ -157,6 +157,10 @@ SHEETS: dict[str, dict[str, Any]] = {
     "neo": {"momentum": None, "use_source_mean": False, "balanced": False},
     "neo.continual": {"momentum": 0.1},
     "t3a": {"filter_size": 20, "official": False},
+    "nhl.imagenet": RESNET | {"tau": 1.0, "eta": 1e-2, "normalise": "none", "modulator": "norm"},
+    "nhl.cifar10": ADAM_200,
+    "nhl.cifar100": ADAM_200,
+    "lsa": {"code": None, "delta": "full", "prior_momentum": 0.9, "floor": 1e-6},
     "foa_shift": {"momentum": 0.1, "balanced": False},
     "lame": {"affinity": "rbf", "neighbours": 5, "symmetric": False},
     "adanpc.domainbed": {"neighbours": 100, "temperature": 0.1, "confidence_threshold": 0.1},
@@ -175,6 +179,7 @@ SCALED_FROM_200 = [
     "deyo",
     "cafa",
     "core",
+    "nhl",
 ]
 # By how much `wrap(batch_size=1)` divides the rate of each preset.
 DIVIDED_BY: dict[float, list[str]] = {
@@ -195,6 +200,7 @@ DIVIDED_BY: dict[float, list[str]] = {
         "eata.come_imagenet",
         "eta.come_imagenet",
         "rdumb.imagenet",
+        "nhl.imagenet",
         "sar.imagenet_vit",
         "sar.come_imagenet_vit",
         "deyo.imagenet_vit",

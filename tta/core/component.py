@@ -134,8 +134,8 @@ class Component(nn.Module):
         return True
 
     @classmethod
-    def brings(cls, config: Any) -> dict[str, str]:
-        """Names of the components that fill other slots, by slot, where the caller names none."""
+    def brings(cls, config: Any) -> dict[str, Any]:
+        """Names or configs of what fills other slots, by slot, where the caller names none."""
         return {}
 
     def source_artefacts(self) -> dict[str, Any]:

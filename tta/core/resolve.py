@@ -263,9 +263,10 @@ def _complete(chosen: Chosen, model: nn.Module) -> Chosen:
     complete: Chosen = {slot: chosen.get(slot) for slot in SLOTS}
     for config in list(chosen.values()):
         brought = {} if config is None else component(config.name).brings(config)
-        for slot, name in brought.items():
-            if slot not in chosen and component(name).suits(model):
-                complete[slot] = get_config(name)
+        for slot, value in brought.items():
+            part = get_config(value) if isinstance(value, str) else value
+            if slot not in chosen and component(part.name).suits(model):
+                complete[slot] = part
     return complete
 
 
