@@ -47,6 +47,7 @@ RMT = {
     "weight_contrastive": 1.0,
     "warmup_samples": 50_000,
 }
+MEMO = {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0, "steps": 1, "params": "all"}
 DEYO = {"entropy_margin": 0.5, "weight_margin": 0.4, "patches": 4, "destroy": "patch"}
 ROTTA = {"memory_size": 64, "update_every": 64, "teacher_momentum": 0.999, "lr_batch_size": 64}
 ROID = {"probs_momentum": 0.9, "source_momentum": 0.99, "temperature": 1 / 3}
@@ -97,6 +98,11 @@ SHEETS: dict[str, dict[str, Any]] = {
     "roid.imagenet": NESTEROV | ROID | {"lr": 2.5e-4, "lr_batch_size": 64},
     "roid.cifar10": ADAM_200 | ROID,
     "roid.cifar100": ADAM_200 | ROID,
+    "memo.imagenet": MEMO | {"lr": 2.5e-4, "views": 64, "prior_strength": 16},
+    "memo.imagenet_vit": MEMO
+    | {"optimizer": "adamw", "lr": 1e-5, "weight_decay": 0.01, "views": 64, "prior_strength": None},
+    "memo.cifar10": MEMO | {"lr": 0.005, "views": 32, "prior_strength": None},
+    "memo.cifar100": MEMO | {"lr": 0.005, "views": 32, "prior_strength": None},
     "rotta.imagenet": ADAM | ROTTA,
     "rotta.cifar10": ADAM | ROTTA,
     "rotta.cifar100": ADAM | ROTTA,
@@ -136,6 +142,7 @@ SHEETS: dict[str, dict[str, Any]] = {
 SCALED_FROM_200 = ["tent", "rdumb", "sar", "cotta", "petal", "rmt", "roid", "deyo", "cafa", "core"]
 # By how much `wrap(batch_size=1)` divides the rate of each preset.
 DIVIDED_BY: dict[float, list[str]] = {
+    1: [f"memo.{tag}" for tag in ("imagenet", "imagenet_vit", "cifar10", "cifar100")],
     16: [  # twice the rule of the scripts, for single images
         "sar.imagenet",
         "sar.come_imagenet",

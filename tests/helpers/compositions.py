@@ -138,6 +138,7 @@ LOOSE = {
     "every": 2,
     "threshold": 1.0,
     "passes": 2,
+    "prior_strength": None,
 }
 
 
