@@ -48,6 +48,16 @@ RMT = {
     "warmup_samples": 50_000,
 }
 MEMO = {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0, "steps": 1, "params": "all"}
+ADACONTRAST = NESTEROV | {
+    "lr": 2e-4,
+    "weight_decay": 1e-4,
+    "params": "all",
+    "queue_size": 16384,
+    "bank_size": 16384,
+    "neighbours": 10,
+    "teacher_momentum": 0.999,
+    "temperature": 0.07,
+}
 DEYO = {"entropy_margin": 0.5, "weight_margin": 0.4, "patches": 4, "destroy": "patch"}
 ROTTA = {"memory_size": 64, "update_every": 64, "teacher_momentum": 0.999, "lr_batch_size": 64}
 ROID = {"probs_momentum": 0.9, "source_momentum": 0.99, "temperature": 1 / 3}
@@ -115,6 +125,9 @@ SHEETS: dict[str, dict[str, Any]] = {
     | {"lr": 5 * 2.5e-4, "plpd_threshold": 0.5, "entropy_margin": 1.0, "weight_margin": 1.0},
     "deyo.cifar10": ADAM_200 | DEYO | {"plpd_threshold": 0.2},
     "deyo.cifar100": ADAM_200 | DEYO | {"plpd_threshold": 0.2},
+    "adacontrast.imagenet": ADACONTRAST | {"lr_batch_size": 64},
+    "adacontrast.cifar10": ADACONTRAST | {"lr_batch_size": 200},
+    "adacontrast.cifar100": ADACONTRAST | {"lr_batch_size": 200},
     "cafa.imagenet": SGD | {"lr": 2.5e-4, "shrinkage": 1e-3},
     "cafa.cifar10": ADAM_200,
     "cafa.cifar100": ADAM_200,
@@ -140,6 +153,7 @@ SHEETS: dict[str, dict[str, Any]] = {
 }
 
 SCALED_FROM_200 = ["tent", "rdumb", "sar", "cotta", "petal", "rmt", "roid", "deyo", "cafa", "core"]
+SCALED_FROM_200 += ["adacontrast"]
 # By how much `wrap(batch_size=1)` divides the rate of each preset.
 DIVIDED_BY: dict[float, list[str]] = {
     1: [f"memo.{tag}" for tag in ("imagenet", "imagenet_vit", "cifar10", "cifar100")],
@@ -176,6 +190,7 @@ DIVIDED_BY: dict[float, list[str]] = {
         "petal.imagenet",
         "rmt.imagenet",
         "roid.imagenet",
+        "adacontrast.imagenet",
         "cafa.imagenet",
         "core.imagenet",
         "rotta.imagenet",

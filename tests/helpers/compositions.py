@@ -139,6 +139,9 @@ LOOSE = {
     "threshold": 1.0,
     "passes": 2,
     "prior_strength": None,
+    "queue_size": 3 * BATCH,
+    "bank_size": 3 * BATCH,
+    "refine_after": BATCH,
 }
 
 

@@ -46,6 +46,7 @@ __all__ = [
     "remove",
     "rows_independent",
     "too_few_values",
+    "training_statistics",
     "with_statistics",
 ]
 
@@ -209,6 +210,23 @@ def frozen_statistics(wrappers: Iterable[AdaptiveNorm]) -> Iterator[None]:
     finally:
         for rule, learning in before:
             rule.learning = learning
+
+
+@contextmanager
+def training_statistics(wrappers: Iterable[AdaptiveNorm]) -> Iterator[None]:
+    """Within the block, rules that move in a pass of their own do so in the passes made here.
+
+    Such a pass is one of training: normalised with the batch, while the averages move. Rules that
+    have no such pass move as they always do.
+    """
+    rules = [w.rule for w in wrappers if w.rule.learns_first and w.rule.learning]
+    for rule in rules:
+        rule.override, rule.learning = rule.learn, False
+    try:
+        yield
+    finally:
+        for rule in rules:
+            rule.override, rule.learning = None, True
 
 
 @contextmanager

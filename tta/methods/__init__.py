@@ -1,6 +1,7 @@
 """One paper, one file. Importing this package registers every component."""
 
 from tta.methods import (
+    adacontrast,
     adanpc,
     adaptive_bn,
     aetta,
@@ -36,6 +37,7 @@ from tta.methods import (
 )
 
 __all__ = [
+    "adacontrast",
     "adanpc",
     "adaptive_bn",
     "aetta",
