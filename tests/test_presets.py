@@ -58,6 +58,7 @@ ADACONTRAST = NESTEROV | {
     "teacher_momentum": 0.999,
     "temperature": 0.07,
 }
+GTTA = ADAM_200 | {"lr": 1e-5, "params": "all", "mixup": 1 / 3, "start_confidence": 0.9}
 DEYO = {"entropy_margin": 0.5, "weight_margin": 0.4, "patches": 4, "destroy": "patch"}
 ROTTA = {"memory_size": 64, "update_every": 64, "teacher_momentum": 0.999, "lr_batch_size": 64}
 ROID = {"probs_momentum": 0.9, "source_momentum": 0.99, "temperature": 1 / 3}
@@ -105,6 +106,8 @@ SHEETS: dict[str, dict[str, Any]] = {
     "rmt.cifar10": ADAM_200 | RMT,
     "rmt.cifar100": ADAM_200 | RMT,
     "rmt.domainnet126": NESTEROV | RMT | {"lr": 0.01, "lr_batch_size": 128, "projection_dim": 0},
+    "gtta.cifar10": GTTA,
+    "gtta.cifar100": GTTA,
     "roid.imagenet": NESTEROV | ROID | {"lr": 2.5e-4, "lr_batch_size": 64},
     "roid.cifar10": ADAM_200 | ROID,
     "roid.cifar100": ADAM_200 | ROID,
@@ -153,7 +156,7 @@ SHEETS: dict[str, dict[str, Any]] = {
 }
 
 SCALED_FROM_200 = ["tent", "rdumb", "sar", "cotta", "petal", "rmt", "roid", "deyo", "cafa", "core"]
-SCALED_FROM_200 += ["adacontrast"]
+SCALED_FROM_200 += ["adacontrast", "gtta"]
 # By how much `wrap(batch_size=1)` divides the rate of each preset.
 DIVIDED_BY: dict[float, list[str]] = {
     1: [f"memo.{tag}" for tag in ("imagenet", "imagenet_vit", "cifar10", "cifar100")],
