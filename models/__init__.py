@@ -4,6 +4,7 @@
 ``load("torchvision:resnet50")`` fetch weights with those libraries, or read a local checkpoint.
 """
 
+from models.card import SourceCard
 from models.load import ModelInfo, list_models, load
 
-__all__ = ["ModelInfo", "list_models", "load"]
+__all__ = ["ModelInfo", "SourceCard", "list_models", "load"]

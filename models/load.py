@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 import tta
 from models.bundled import BUNDLED, CIFAR10_CLASSES, FOLDER
+from models.card import SourceCard, of_file
 from models.checkpoint import Weights, fit, read_checkpoint, rows_of
 from tta.core.checks import boolean, nearest, path_like, shown, string
 from tta.core.classifier import find_classifier, num_classes
@@ -43,7 +44,8 @@ class ModelInfo:
     """What a caller must know to feed a model.
 
     ``mean`` and ``std`` turn pixels in [0, 1] into what the model takes; 0 and 1 say that it takes
-    pixels, as the bundled ones do. ``source`` holds artefacts made from training images.
+    pixels, as the bundled ones do. ``source`` holds artefacts made from training images. ``card``
+    says what an error of the unadapted model depends on.
     """
 
     name: str
@@ -55,6 +57,7 @@ class ModelInfo:
     norm_types: dict[str, int]  # class name of each kind of norm layer -> how many
     source: tta.SourceStatistics | None = None
     matched: int | None = None  # tensors taken from a checkpoint
+    card: SourceCard | None = None
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -136,8 +139,19 @@ def load(
         model, about = _bundled(name, pretrained and found is None)
     if found is not None:
         about["matched"] = _fill(model, found, name, Path(str(checkpoint)), by_order)
+    if found is not None:
+        about["weights"] = of_file(Path(str(checkpoint)))
+    card = SourceCard(
+        model=name,
+        mean=about["mean"],
+        std=about["std"],
+        input_size=about["input_size"],
+        **{field: about.pop(field) for field in ("weights", "crop", "interpolation")},
+    )
     norms = Counter(type(m).__name__ for m in model.modules() if is_norm(m))
-    info = ModelInfo(name=name, num_classes=num_classes(model), norm_types=dict(norms), **about)
+    info = ModelInfo(
+        name=name, num_classes=num_classes(model), norm_types=dict(norms), card=card, **about
+    )
     return model.eval(), info
 
 
@@ -162,6 +176,9 @@ def _bundled(name: str, pretrained: bool) -> tuple[nn.Module, dict[str, Any]]:
         "input_size": (3, 32, 32),
         "class_names": CIFAR10_CLASSES,
         "source": source,
+        "weights": "bundled" if pretrained else "random",
+        "crop": 1.0,
+        "interpolation": "",
     }
 
 
@@ -184,6 +201,9 @@ def _timm(name: str, pretrained: bool, classes: int | None) -> tuple[nn.Module, 
         "std": tuple(cfg["std"]),
         "input_size": tuple(cfg["input_size"]),
         "class_names": None,
+        "weights": _tag(model) if pretrained else "random",
+        "crop": float(cfg["crop_pct"]),
+        "interpolation": str(cfg["interpolation"]),
     }
 
 
@@ -210,7 +230,16 @@ def _torchvision(
         "std": tuple(transforms.std),
         "input_size": (3, size, size),
         "class_names": tuple(weights.meta["categories"]) if classes is None else None,
+        "weights": str(weights) if pretrained else "random",
+        "crop": size / transforms.resize_size[0],
+        "interpolation": transforms.interpolation.value,
     }
+
+
+def _tag(model: nn.Module) -> str:
+    """The tag of the weights that timm has loaded, its name for the network's only ones if none."""
+    cfg: Any = model.pretrained_cfg
+    return str(cfg.get("tag") or "default")
 
 
 def _fetched(name: str, pretrained: bool, host: str, create: Callable[[], nn.Module]) -> nn.Module:

@@ -12,13 +12,20 @@ from torch import nn
 
 import tta
 from tests.helpers.batches import images
-from tests.helpers.compositions import ALONE, PAIRS, TRIPLES, Case, label, make
+from tests.helpers.compositions import (
+    ALONE,
+    SAMPLED_PAIRS,
+    SAMPLED_TRIPLES,
+    Case,
+    label,
+    make,
+)
 from tests.helpers.faults import Counting, Fault, Subject, interrupted, same, shots
 from tests.helpers.nets import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 BATCHES = 2  # served before the call that fails
-SAMPLED = (PAIRS + TRIPLES)[::29]
+SAMPLED = (SAMPLED_PAIRS + SAMPLED_TRIPLES)[::10]
 
 
 def fail_at_operations(case: Case, every: int, served: int) -> int:

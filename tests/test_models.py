@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -154,3 +155,26 @@ def test_a_local_checkpoint(tmp_path, suffix: str) -> None:
         models.load("timm:test_vit", checkpoint=path)
     with pytest.raises(FileNotFoundError, match=r"nothing\.pt"):
         models.load("timm:test_vit", checkpoint=tmp_path / "nothing.pt")
+
+
+def test_the_card_says_what_a_figure_of_the_source_depends_on(tmp_path: Path) -> None:
+    model, info = models.load("timm:test_vit", pretrained=False)
+    assert info.card is not None and info.card.weights == "random"
+    assert (info.card.mean, info.card.input_size) == (info.mean, info.input_size)
+
+    def saved(name: str) -> str:
+        save_file(model.state_dict(), tmp_path / name)
+        loaded = models.load("timm:test_vit", checkpoint=tmp_path / name)[1]
+        assert loaded.card is not None
+        return loaded.card.weights
+
+    before = saved("net.safetensors")
+    assert before.startswith("net.safetensors (sha256 ") and before == saved("net.safetensors")
+    with torch.no_grad():
+        next(model.parameters()).add_(1e-3)
+    assert saved("net.safetensors") != before
+
+
+def test_the_card_of_a_bundled_model_names_its_input() -> None:
+    card = models.load(BUNDLED[0])[1].card
+    assert str(card) == f"{BUNDLED[0]}, weights bundled, mean 0, std 1, input 3x32x32, crop 1"

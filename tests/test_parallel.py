@@ -12,7 +12,7 @@ import torch.distributed as dist
 import tta
 from experiments.records.file import read_lines
 from tests.helpers import ranks
-from tests.helpers.compositions import ALONE, PAIRS, TRIPLES
+from tests.helpers.compositions import ALONE, SAMPLED_PAIRS, SAMPLED_TRIPLES
 from tests.helpers.nets import batch_statistics, tiny
 from tta.core.batch_split import Ranks, Split
 from tta.runtime.parallel import split_batches
@@ -54,7 +54,7 @@ def test_two_ranks_give_what_one_gives_copy_themselves_and_refuse(tmp_path):
 
 @pytest.mark.slow
 def test_three_ranks_give_what_one_gives_in_any_composition(tmp_path):
-    check(PAIRS + TRIPLES, 3, tmp_path)
+    check(SAMPLED_PAIRS + SAMPLED_TRIPLES, 3, tmp_path)
 
 
 def test_shares_differ_by_a_row_and_leave_none_out():

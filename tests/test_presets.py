@@ -47,6 +47,7 @@ RMT = {
     "weight_contrastive": 1.0,
     "warmup_samples": 50_000,
 }
+MEMO = {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0, "steps": 1, "params": "all"}
 DEYO = {"entropy_margin": 0.5, "weight_margin": 0.4, "patches": 4, "destroy": "patch"}
 ROTTA = {"memory_size": 64, "update_every": 64, "teacher_momentum": 0.999, "lr_batch_size": 64}
 SIAM = {"alignment_weight": 1.0}
@@ -109,6 +110,11 @@ SHEETS: dict[str, dict[str, Any]] = {
     "zerosiam.imagenet_vit_small": VIT | SIAM | {"lr": 1e-3, "predictor_lr": 1e-2},
     "zerosiam.imagenet_convnext": VIT | SIAM | {"lr": 2.5e-4, "predictor_lr": 2.5e-3},
     "zerosiam.imagenet_swin": VIT | SIAM | {"lr": 5e-4, "predictor_lr": 2.5e-3},
+    "memo.imagenet": MEMO | {"lr": 2.5e-4, "views": 64, "prior_strength": 16},
+    "memo.imagenet_vit": MEMO
+    | {"optimizer": "adamw", "lr": 1e-5, "weight_decay": 0.01, "views": 64, "prior_strength": None},
+    "memo.cifar10": MEMO | {"lr": 0.005, "views": 32, "prior_strength": None},
+    "memo.cifar100": MEMO | {"lr": 0.005, "views": 32, "prior_strength": None},
     "rotta.imagenet": ADAM | ROTTA,
     "rotta.cifar10": ADAM | ROTTA,
     "rotta.cifar100": ADAM | ROTTA,
@@ -160,6 +166,7 @@ SCALED_FROM_200 = [
 ]
 # By how much `wrap(batch_size=1)` divides the rate of each preset.
 DIVIDED_BY: dict[float, list[str]] = {
+    1: [f"memo.{tag}" for tag in ("imagenet", "imagenet_vit", "cifar10", "cifar100")],
     16: [  # twice the rule of the scripts, for single images
         "sar.imagenet",
         "sar.come_imagenet",

@@ -225,6 +225,7 @@ def _read_run(rows: Sequence[Mapping[str, Any]]) -> Iterator[Result]:
     builds = {row["stream"]: row["build"] for row in rows if row["kind"] == "stream"}
     about = {key: header.get(key) for key in ("started", "versions", "hardware", "git")}
     about["tuned"] = [r["chosen"] for r in config.get("tuned", [])]
+    about["card"] = header["model"].get("card")
     about["origin"] = header["data"]["origin"]
     own: dict[tuple[str, str], dict[str, list[Any]]] = {}
     for row in rows:

@@ -125,6 +125,9 @@ class Report:
         self._write_table(setting.slug, table)
         domains = f"{setting.domains} domain{'s' * (setting.domains != 1)}"
         text = f"{setting.images} images of {domains}. {describe(methods)}"
+        cards = [r.about["card"] for rows in methods.values() for r in rows if r.about.get("card")]
+        if cards:
+            text += f" Source: {'; '.join(dict.fromkeys(cards))}."
         title = f"{setting.model}: {setting.title}"
         return Section(title, [text], [table.html()], self.figures(setting))
 
@@ -150,6 +153,7 @@ def about_lines(results: Sequence[Result]) -> list[str]:
     lines = []
     for key, show in (
         ("origin", str),
+        ("card", lambda card: f"source: {card}"),
         ("hardware", _hardware),
         ("versions", lambda v: ", ".join(f"{n} {x}" for n, x in v.items())),
         ("git", lambda g: f"commit {g['commit'][:12]}" + (" with changes" * g["changed"])),

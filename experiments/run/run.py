@@ -149,7 +149,8 @@ class Run:
         if self.show != "nothing":
             labels = [method.label for method in self.setup.methods]
             model, folder = self.config.model, trial.folder
-            show_stream(config.name, model, preview, summaries, batches, folder, labels)
+            card = self.setup.subject.describe()["card"]
+            show_stream(config.name, model, preview, summaries, batches, folder, labels, card)
 
     def _warm_up(self, method: Method, images: Tensor) -> None:
         """Pass the first batch through the model; models that draw numbers draw those of one pass.
@@ -187,9 +188,10 @@ class Run:
         """Say what is run, on what and where."""
         model = header["model"]
         layers = ", ".join(f"{n} {kind}" for kind, n in model["norm_layers"].items())
+        card = "" if model["card"] is None else f"source   {model['card']}\n"
         self.progress.say(
             f"model    {model['name']}: {model['parameters']:,} parameters, {layers}\n"
-            f"data     {header['data']['origin']}\n"
+            f"{card}data     {header['data']['origin']}\n"
             f"device   {self.setup.subject.device}, {torch.get_num_threads()} threads\n"
             f"methods  {', '.join(self.config.methods)}\n"
             f"folder   {folder}"

@@ -25,6 +25,7 @@ def show_stream(
     batches: Mapping[str, list[dict[str, Any]]],
     folder: Path,
     methods: Sequence[str],
+    card: str | None = None,
 ) -> None:
     """Print a stream's table, write it as Markdown and draw its plots.
 
@@ -36,6 +37,7 @@ def show_stream(
         batches: The ``batch`` lines of each method, by its label.
         folder: Where the files go.
         methods: Labels of all methods of the run, so that each looks the same in all its pictures.
+        card: What the row of source depends on, in words.
     """
     from experiments.report.plots import plot_errors, plot_running  # slow to import
 
@@ -48,5 +50,7 @@ def show_stream(
     path = folder / f"{name}-running.png"
     plot_running(dict(batches), path, f"Running error: {title}", window, methods)
     text = f"{render_markdown(summaries)}\n{describe(summaries)}\n"
+    if card is not None:
+        text += f"\nSource: {card}.\n"
     with replacing(folder / f"{name}.md") as part:
         part.write_text(text)

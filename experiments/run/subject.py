@@ -68,6 +68,7 @@ class Subject:
             "norm_layers": self.info.norm_types,
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "source_artefacts": self._source_artefacts(),
+            "card": None if self.info.card is None else str(self.info.card),
         }
 
     def _source_artefacts(self) -> list[str]:

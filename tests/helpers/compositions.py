@@ -6,6 +6,7 @@ model with BatchNorm, a filter that lets samples pass) is read off its class and
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from torch import nn
@@ -25,6 +26,9 @@ __all__ = [
     "GUARDED",
     "LOOSE",
     "PAIRS",
+    "SAMPLED_GUARDED",
+    "SAMPLED_PAIRS",
+    "SAMPLED_TRIPLES",
     "TRIPLES",
     "Case",
     "arguments",
@@ -92,6 +96,29 @@ GUARDED = _on_every_family(
 CASES = ALONE + PAIRS + TRIPLES + GUARDED
 
 
+def _in_turn(cases: list[Case], key: Callable[[Case], Any], count: int = 1) -> list[Case]:
+    """Some cases of each group that has the same key, beginning with another one each time."""
+    groups: dict[Any, list[Case]] = {}
+    for case in cases:
+        groups.setdefault(key(case), []).append(case)
+    return [
+        group[(turn + k * len(group) // count) % len(group)]
+        for turn, group in enumerate(groups.values())
+        for k in range(min(count, len(group)))
+    ]
+
+
+# What every run of the tests has: it must not grow with the square of the number of components.
+SAMPLED_PAIRS = _in_turn(PAIRS, lambda case: tuple(case[1].values()))
+"""Every pair, each on one family."""
+
+SAMPLED_TRIPLES = _in_turn(TRIPLES, lambda case: case[1]["update"], 4)
+"""Every update in four triples."""
+
+SAMPLED_GUARDED = _in_turn(GUARDED, lambda case: case[1]["update"], 2)
+"""Every update under two guards."""
+
+
 def label(case: Case) -> str:
     """The case in words that can stand in the name of a test."""
     return f"{case[0]}-{'+'.join(case[1].values())}"
@@ -111,6 +138,7 @@ LOOSE = {
     "every": 2,
     "threshold": 1.0,
     "passes": 2,
+    "prior_strength": None,
 }
 
 

@@ -35,7 +35,7 @@ from tta.core.prediction import Prediction
 from tta.core.session import Session
 from tta.core.structure import OtherTensors
 
-__all__ = ["Backbone", "ImagesRefusedError", "KindRefusedError", "RowsOverflowError"]
+__all__ = ["Backbone", "ImagesRefusedError", "KindRefusedError", "RowsOverflowError", "bad_rows"]
 
 # All names of each tensor in the model, and the tensors to use under these names.
 Weights = tuple[Sequence[list[str]], Sequence[Tensor]]
@@ -308,7 +308,7 @@ class Backbone:
             total = total + features.detach().float().square().sum()
         total = float(total)
         if total != total or total == float("inf"):
-            rows = _overflow(logits, features)
+            rows = bad_rows(logits, features)
             if len(rows) > 1 and bool(rows.all()):
                 rows = self.overflowing(x)
                 rows = rows if bool(rows.any()) else ~rows
@@ -334,7 +334,7 @@ class Backbone:
             result, features = result
         elif self.feature_hook is not None:
             features = self._hooked_features(len(x))
-        return rows | _overflow(self.reader.read(result), features)
+        return rows | bad_rows(self.reader.read(result), features)
 
     @contextmanager
     def call(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -492,7 +492,7 @@ class Backbone:
             handle.remove()
 
 
-def _overflow(logits: Tensor, features: Tensor | None) -> Tensor:
+def bad_rows(logits: Tensor, features: Tensor | None) -> Tensor:
     """Which rows (B,) of logits, or of squared features, are no numbers."""
     rows = (logits.isnan() | (logits == float("inf"))).any(1)
     if features is not None:

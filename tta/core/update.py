@@ -44,6 +44,8 @@ class Update(Component):
     injects: ClassVar[tuple[str, ...]] = ()  # of wrap's "augment" and "restore_mask"
     # Whether it learns from every sample of a batch, given margins wide enough.
     learns_from_whole_batch: ClassVar[bool] = True
+    # Whether the parameters are put back to what they were before a call returns.
+    episodic: ClassVar[bool] = False
 
     resets: Tensor  # 0-dimensional: by the method itself, since wrap or the user's last reset
 
@@ -59,7 +61,7 @@ class Update(Component):
         self.optimizer = self._make_optimizer()
 
     @classmethod
-    def brings(cls, config: Any) -> dict[str, str]:
+    def brings(cls, config: Any) -> dict[str, str | ComponentConfig]:
         """The default norm and output rules."""
         found = {"norm": cls.default_norm, "output": cls.default_output}
         return {slot: name for slot, name in found.items() if name is not None}
