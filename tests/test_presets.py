@@ -61,6 +61,8 @@ ADACONTRAST = NESTEROV | {
 GTTA = ADAM_200 | {"lr": 1e-5, "params": "all", "mixup": 1 / 3, "start_confidence": 0.9}
 DEYO = {"entropy_margin": 0.5, "weight_margin": 0.4, "patches": 4, "destroy": "patch"}
 ROTTA = {"memory_size": 64, "update_every": 64, "teacher_momentum": 0.999, "lr_batch_size": 64}
+SIAM = {"alignment_weight": 1.0}
+SHOT = {"lr": 5e-5, "params": "body", "pseudo_threshold": 0.9, "lr_batch_size": 64}
 ROID = {"probs_momentum": 0.9, "source_momentum": 0.99, "temperature": 1 / 3}
 SHEETS: dict[str, dict[str, Any]] = {
     "tent.imagenet": RESNET,
@@ -111,6 +113,16 @@ SHEETS: dict[str, dict[str, Any]] = {
     "roid.imagenet": NESTEROV | ROID | {"lr": 2.5e-4, "lr_batch_size": 64},
     "roid.cifar10": ADAM_200 | ROID,
     "roid.cifar100": ADAM_200 | ROID,
+    "rpl.imagenet": NESTEROV | {"lr": 5e-4, "q": 0.8, "lr_batch_size": 64},
+    "rpl.cifar10": ADAM_200 | {"q": 0.8},
+    "rpl.cifar100": ADAM_200 | {"q": 0.8},
+    "shot_im": ADAM | SHOT | {"pseudo_weight": 0.0},
+    "shot_im.pseudo": ADAM | SHOT | {"pseudo_weight": 0.1},
+    "zerosiam.imagenet": RESNET | SIAM | {"lr": 2.5e-3, "predictor_lr": 2.5e-2},
+    "zerosiam.imagenet_vit": VIT | SIAM | {"lr": 5e-3, "predictor_lr": 5e-3},
+    "zerosiam.imagenet_vit_small": VIT | SIAM | {"lr": 1e-3, "predictor_lr": 1e-2},
+    "zerosiam.imagenet_convnext": VIT | SIAM | {"lr": 2.5e-4, "predictor_lr": 2.5e-3},
+    "zerosiam.imagenet_swin": VIT | SIAM | {"lr": 5e-4, "predictor_lr": 2.5e-3},
     "memo.imagenet": MEMO | {"lr": 2.5e-4, "views": 64, "prior_strength": 16},
     "memo.imagenet_vit": MEMO
     | {"optimizer": "adamw", "lr": 1e-5, "weight_decay": 0.01, "views": 64, "prior_strength": None},
@@ -122,7 +134,7 @@ SHEETS: dict[str, dict[str, Any]] = {
     "deyo.imagenet": RESNET | DEYO | {"plpd_threshold": 0.3},
     "deyo.imagenet_wild": RESNET | DEYO | {"plpd_threshold": 0.2},
     "deyo.imagenet_vit": VIT | DEYO | {"plpd_threshold": 0.2},
-    "deyo.waterbirds": RESNET | DEYO | {"plpd_threshold": 0.5},
+    "deyo.waterbirds": RESNET | DEYO | {"lr": 5 * 2.5e-4, "plpd_threshold": 0.5},
     "deyo.coloredmnist": RESNET
     | DEYO
     | {"lr": 5 * 2.5e-4, "plpd_threshold": 0.5, "entropy_margin": 1.0, "weight_margin": 1.0},
@@ -155,8 +167,21 @@ SHEETS: dict[str, dict[str, Any]] = {
     "adanpc.domainbed": {"neighbours": 100, "temperature": 0.1, "confidence_threshold": 0.1},
 }
 
-SCALED_FROM_200 = ["tent", "rdumb", "sar", "cotta", "petal", "rmt", "roid", "deyo", "cafa", "core"]
-SCALED_FROM_200 += ["adacontrast", "gtta"]
+SCALED_FROM_200 = [
+    "tent",
+    "rdumb",
+    "sar",
+    "cotta",
+    "petal",
+    "rmt",
+    "roid",
+    "rpl",
+    "deyo",
+    "cafa",
+    "core",
+    "adacontrast",
+    "gtta",
+]
 # By how much `wrap(batch_size=1)` divides the rate of each preset.
 DIVIDED_BY: dict[float, list[str]] = {
     1: [f"memo.{tag}" for tag in ("imagenet", "imagenet_vit", "cifar10", "cifar100")],
@@ -167,6 +192,7 @@ DIVIDED_BY: dict[float, list[str]] = {
         "deyo.imagenet_wild",
         "deyo.waterbirds",
         "deyo.coloredmnist",
+        "zerosiam.imagenet",
     ],
     32: [
         "tent.imagenet",
@@ -179,6 +205,10 @@ DIVIDED_BY: dict[float, list[str]] = {
         "sar.imagenet_vit",
         "sar.come_imagenet_vit",
         "deyo.imagenet_vit",
+        "zerosiam.imagenet_vit",
+        "zerosiam.imagenet_vit_small",
+        "zerosiam.imagenet_convnext",
+        "zerosiam.imagenet_swin",
     ],
     64: [
         "tent.imagenet_vit",
@@ -194,6 +224,8 @@ DIVIDED_BY: dict[float, list[str]] = {
         "rmt.imagenet",
         "roid.imagenet",
         "adacontrast.imagenet",
+        "rpl.imagenet",
+        "shot_im.pseudo",
         "cafa.imagenet",
         "core.imagenet",
         "rotta.imagenet",

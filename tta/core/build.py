@@ -146,7 +146,7 @@ def _assemble(model: nn.Module, config: AdapterConfig, injected: Injected) -> Ad
     features = injected.features if config.features == GIVEN else config.features
     head = find_head(model, reader, config.num_classes, features)
     linear = _needs_linear_head(config, head)
-    masters = Masters(_trained(model, config.update))
+    masters = Masters(_trained(model, config.update, head))
     buffers = ModelBuffers(model, reader, _replaced_layers(model, config))
     context = _context(model, config, head, masters, buffers, injected)
     output = None if config.output is None else _component(Output, config.output, context)
@@ -246,11 +246,13 @@ def _component(kind: type, config: ComponentConfig, *arguments: Any) -> Any:
     return make(config, *arguments)
 
 
-def _trained(model: nn.Module, config: ComponentConfig | None) -> dict[str, nn.Parameter]:
+def _trained(
+    model: nn.Module, config: ComponentConfig | None, head: Head
+) -> dict[str, nn.Parameter]:
     """The model's parameters that the update trains."""
     if not isinstance(config, UpdateConfig):
         return {}
-    found, cls = select(model, config.params), component(config.name)
+    found, cls = select(model, config.params, head.module), component(config.name)
     assert issubclass(cls, Update)
     left_out = cls.leaves_out(config, found)
     if len(left_out) == len(found):

@@ -196,3 +196,7 @@ class Component(nn.Module):
     def lazy_buffers(self) -> tuple[str, ...]:
         """Buffers that are empty until the first batch shows the shape of their rows."""
         return ()
+
+    def image_buffers(self) -> tuple[str, ...]:
+        """Lazy buffers that are uint8 or float32, as the images are that came."""
+        return ()

@@ -96,6 +96,10 @@ class Update(Component):
         """What the optimiser moves: the model's chosen parameters, then the method's own."""
         return self.context.parameters | {f"update.{n}": p for n, p in self.named_parameters()}
 
+    def learning_rates(self) -> dict[str, float]:
+        """Learning rates other than ``config.lr``, by the names of :meth:`optimized`."""
+        return {}
+
     def trained(self) -> dict[str, Tensor]:
         """The model's chosen parameters, by their names in a state."""
         return {f"param/{name}": p.detach() for name, p in self.context.parameters.items()}
@@ -182,7 +186,10 @@ class Update(Component):
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         """Make the optimiser; a method calls this again after making parameters of its own."""
-        return make_optimizer(self.config, list(self.optimized().values()))
+        params, own = self.optimized(), self.learning_rates()
+        usual: float = self.config.lr
+        rates = [own.get(name, usual) for name in params]
+        return make_optimizer(self.config, list(params.values()), rates)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Update:
         super()._apply(fn, recurse)

@@ -28,13 +28,16 @@ from tta.methods import (
     rmt,
     roid,
     rotta,
+    rpl,
     sar,
+    shot,
     source,
     steady,
     t3a,
     tent,
     unmix_tns,
     watch,
+    zerosiam,
 )
 
 __all__ = [
@@ -65,11 +68,14 @@ __all__ = [
     "rmt",
     "roid",
     "rotta",
+    "rpl",
     "sar",
+    "shot",
     "source",
     "steady",
     "t3a",
     "tent",
     "unmix_tns",
     "watch",
+    "zerosiam",
 ]

@@ -30,8 +30,9 @@ prior, as the authors' code does:
 with B the length of the batch at hand. Differences: one image, or several that are equal in
 diversity or certainty, would give 0/0 in the scaling; here they get 0. The authors' switch for the
 weighting is left out (together with the consistency loss it crashes their code), their switch for
-that loss is ``consistency``. There is no trace to compare with beyond the loss and the
-augmentation, and equation numbers are not given: this follows a description of the authors' code.
+that loss is ``consistency``. Pixels are clipped to [0, 1] before a view is made (and before
+``augment=``), where the authors clip the view alone. Equation numbers are not given: this follows a
+description of the authors' code, and its traces.
 """
 
 from __future__ import annotations
@@ -143,7 +144,7 @@ class Roid(Update):
         selection.keep(kept)
         chosen = selection.kept_logits()
         losses = soft_likelihood_ratio(chosen)
-        self.report = Report(selected=len(chosen), likelihood_ratio=_mean(losses))
+        self.report = Report(selected=len(chosen), kept=kept, likelihood_ratio=_mean(losses))
         if self.augmenter is not None:
             agreement = symmetric_cross_entropy(self._logits_of_view(x[kept]), chosen)
             losses = losses + agreement

@@ -47,12 +47,15 @@ there. On the bundled network the share is never under 1e-4, and in the traces n
 Statistics move by the share a at every update and no faster, so where a domain lasts only a few
 hundred images they do not arrive before it ends; ``robust_bn`` on its own moves with every batch.
 
-Differences: images are kept as 8-bit pixels, in a quarter of the space, which is exact for images
-from 8-bit files and within 1/510 otherwise. The shape of ``update/memory`` is known from the first
-batch on, and images of another size are refused until ``reset``. All norm layers are trained, not
-BatchNorm alone (the mariodoebler repository trains GroupNorm and LayerNorm too). The figures are
-the authors' for CIFAR; those for ImageNet are the mariodoebler repository's. There is no trace to
-compare with, and equation numbers are not given: this follows a description of the authors' code.
+Images are kept as they came; as 8-bit pixels, in a quarter of the space, while all images are such.
+The shape of ``update/memory`` is known from the first batch on, and images of another size are
+refused until ``reset``.
+
+Differences: all norm layers are trained, not BatchNorm alone (the mariodoebler repository trains
+GroupNorm and LayerNorm too). The authors add 1e-6 to probabilities in the entropy of an image,
+which changes no order but in ties, and leave out a last batch of one image. The figures are the
+authors' for CIFAR; those for ImageNet are the mariodoebler repository's. Equation numbers are not
+given: this follows a description of the authors' code, and its traces.
 The authors do not scale the learning rate; below the batch size of the preset it falls with
 ``wrap(batch_size=)`` here (``lr_scaling="none"`` is theirs).
 """
@@ -80,6 +83,8 @@ from tta.parts.memory import Cstu
 from tta.parts.teachers import OtherWeights
 
 __all__ = ["RobustBn", "RobustBnConfig", "Rotta", "RottaConfig"]
+
+ROUNDING = 1e-5  # of an image of 8 bits, as a model takes it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +144,9 @@ class Rotta(Update):
     injects: ClassVar[tuple[str, ...]] = ("augment",)
     learns_from_whole_batch: ClassVar[bool] = False
 
-    memory: Tensor  # (memory_size, C, H, W) uint8 pixels; (memory_size, 0) before the first batch
+    # (memory_size, 0) before the first batch, then (memory_size, C, H, W): uint8 pixels while all
+    # images are such, and else float32 as the model takes them
+    memory: Tensor
     offered: Tensor  # 0-dimensional: images offered to the memory so far
 
     def __init__(self, config: RottaConfig, network: Backbone, context: Context) -> None:
@@ -159,12 +166,9 @@ class Rotta(Update):
         self._check_size(x)
         self.report = Report(selected=0, loss=float("nan"), stepped=False)
         prediction = self.teacher.predict(x)
-        if self.memory.numel() == 0:
-            shape = (len(self.memory), *x.shape[1:])
-            self.memory = torch.zeros(shape, dtype=torch.uint8, device=self.memory.device)
+        images = self._as_kept(x)
         labels = prediction.logits.argmax(1).tolist()
         entropies = entropy(prediction.logits).tolist()
-        pixels = (self.augmenter.pixels(x) * 255).round().to(torch.uint8)
         start = 0
         while start < len(x):
             wait = self.config.update_every - int(self.offered) % self.config.update_every
@@ -172,7 +176,7 @@ class Rotta(Update):
             placed = self.bank.offer(labels[start:end], entropies[start:end])
             if placed:
                 self.context.journal.keep(self.memory, list(placed))
-                self.memory[list(placed)] = pixels[[start + p for p in placed.values()]]
+                self.memory[list(placed)] = images[[start + p for p in placed.values()]]
             self.offered += end - start
             if end - start == wait:
                 self._update(x.dtype)
@@ -196,11 +200,37 @@ class Rotta(Update):
         """Return ``memory``: the first batch shows how large images are."""
         return ("memory",)
 
+    def image_buffers(self) -> tuple[str, ...]:
+        """Return ``memory``: images of 8 bits are kept in 8 bits."""
+        return ("memory",)
+
+    def _as_kept(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W) as the memory holds them, which is made ready for them."""
+        pixels = (self.augmenter.pixels(x) * 255).round().to(torch.uint8)
+        if self.memory.dtype == torch.uint8 and not self._are_bytes(x, pixels):
+            kept = self.memory
+            self.memory = kept.float() if kept.numel() == 0 else self._floats(kept)
+        if self.memory.numel() == 0:
+            self.memory = self.memory.new_zeros(len(self.memory), *x.shape[1:])
+        return pixels if self.memory.dtype == torch.uint8 else x.float()
+
+    def _are_bytes(self, x: Tensor, pixels: Tensor) -> bool:
+        """Whether 8 bits hold these images, but for what a mean and a deviation round."""
+        if x.dtype == torch.uint8:
+            return True
+        return bool(((self._floats(pixels) - x).abs() <= ROUNDING).all())
+
+    def _floats(self, pixels: Tensor) -> Tensor:
+        """What the model takes, float32, of pixels (N, C, H, W) uint8."""
+        return self.augmenter.images(pixels.float() / 255, torch.float32)
+
     def _update(self, dtype: torch.dtype) -> None:
         """Take one step of the student on the memory, and move the teacher towards the student."""
         occupied = self.bank.labels >= 0
-        pixels = self.memory[occupied].float() / 255
-        images = self.augmenter.images(pixels, dtype)
+        images = self.memory[occupied]
+        if images.dtype == torch.uint8:
+            images = self.augmenter.images(images.float() / 255, dtype)
+        images = images.to(dtype)
         (view,) = self.augmenter.views(images, 1, fork(self.context.generator, images.device))
         target = self.teacher.learn_statistics(images).logits
         logits = self.network(view).logits
