@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import tta
 from tests.helpers.nets import trace_model
@@ -35,14 +35,6 @@ class Trace(Recorded):
         net = trace_model(self.hparams["model"])
         net.load_state_dict(self.group("weights"))
         return net
-
-    def augment(self, images: Tensor, index: int) -> Tensor:
-        """The deterministic views of sets b to e: row ``index`` of their table, in turn."""
-        table = self.group("aug")
-        k = index % len(table["dx"])
-        x = images.roll((int(table["dy"][k]), int(table["dx"][k])), dims=(2, 3))
-        x = x.flip(3) if table["flip"][k] else x
-        return (x * table["gain"][k]).clamp(0, 1)
 
     @property
     def log_classes(self) -> float:

@@ -38,6 +38,7 @@ __all__ = [
     "insert",
     "instance_stats",
     "is_narrow",
+    "learning_pass",
     "normalize",
     "normalize_by_batch",
     "normalize_by_source",
@@ -46,7 +47,6 @@ __all__ = [
     "remove",
     "rows_independent",
     "too_few_values",
-    "training_statistics",
     "with_statistics",
 ]
 
@@ -213,23 +213,6 @@ def frozen_statistics(wrappers: Iterable[AdaptiveNorm]) -> Iterator[None]:
 
 
 @contextmanager
-def training_statistics(wrappers: Iterable[AdaptiveNorm]) -> Iterator[None]:
-    """Within the block, rules that move in a pass of their own do so in the passes made here.
-
-    Such a pass is one of training: normalised with the batch, while the averages move. Rules that
-    have no such pass move as they always do.
-    """
-    rules = [w.rule for w in wrappers if w.rule.learns_first and w.rule.learning]
-    for rule in rules:
-        rule.override, rule.learning = rule.learn, False
-    try:
-        yield
-    finally:
-        for rule in rules:
-            rule.override, rule.learning = None, True
-
-
-@contextmanager
 def with_statistics(
     wrappers: Iterable[AdaptiveNorm], normalise: Callable[[Tensor, Any], Tensor]
 ) -> Iterator[None]:
@@ -242,6 +225,29 @@ def with_statistics(
     finally:
         for wrapper in wrappers:
             wrapper.rule.override = None
+
+
+@contextmanager
+def learning_pass(wrappers: Iterable[AdaptiveNorm]) -> Iterator[None]:
+    """Within the block, rules that move apart from predictions do so, by ``NormRule.learn``.
+
+    So do rules that move in a pass of their own before each prediction, in the passes made here
+    themselves. Other rules do as in every pass.
+    """
+    rules = [w.rule for w in wrappers]
+    first = [rule for rule in rules if rule.learns_first and rule.learning]
+    apart = [rule for rule in rules if rule.learns_apart]
+    for rule in (*apart, *first):
+        rule.override = rule.learn
+    for rule in first:  # or each pass would be led by another one
+        rule.learning = False
+    try:
+        yield
+    finally:
+        for rule in (*apart, *first):
+            rule.override = None
+        for rule in first:
+            rule.learning = True
 
 
 def normalize_by_batch(x: Tensor, base: Any) -> Tensor:

@@ -45,11 +45,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tta.core.backbone import Backbone, RowsOverflowError, bad_rows
+from tta.core.backbone import Backbone, RowsOverflowError
 from tta.core.checks import LARGE, LARGEST, fraction, number, one_of, whole_number
 from tta.core.component import Context
 from tta.core.config import ComponentConfig, UpdateConfig
-from tta.core.norm_layers import frozen_statistics, training_statistics
+from tta.core.logit_checks import overflow
+from tta.core.norm_layers import frozen_statistics, learning_pass
 from tta.core.prediction import Prediction, Report
 from tta.core.random import fork
 from tta.core.registry import get_config, register
@@ -156,7 +157,7 @@ class Adacontrast(Update):
             return next(self.augmenter.views(x, 1, draws, recipe))
 
         weak, query, key = view(weak_view), view(strong_view), view(strong_view)
-        with training_statistics(self.network.wrappers):
+        with learning_pass(self.network.wrappers):
             with torch.no_grad():
                 first = self.network(weak)
                 labels, refined = self._labels(first)
@@ -186,7 +187,7 @@ class Adacontrast(Update):
         )
         with torch.no_grad(), frozen_statistics(self.network.wrappers):
             prediction = self.network(x)
-        bad = bad_rows(prediction.logits, prediction.features)
+        bad = overflow(prediction.logits, prediction.features)
         if bool(bad.any()):  # views are made of pixels in [0, 1], the images themselves are not
             raise RowsOverflowError(bad)
         return prediction
