@@ -47,6 +47,18 @@ RMT = {
     "weight_contrastive": 1.0,
     "warmup_samples": 50_000,
 }
+MEMO = {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0, "steps": 1, "params": "all"}
+ADACONTRAST = NESTEROV | {
+    "lr": 2e-4,
+    "weight_decay": 1e-4,
+    "params": "all",
+    "queue_size": 16384,
+    "bank_size": 16384,
+    "neighbours": 10,
+    "teacher_momentum": 0.999,
+    "temperature": 0.07,
+}
+GTTA = ADAM_200 | {"lr": 1e-5, "params": "all", "mixup": 1 / 3, "start_confidence": 0.9}
 DEYO = {"entropy_margin": 0.5, "weight_margin": 0.4, "patches": 4, "destroy": "patch"}
 ROTTA = {"memory_size": 64, "update_every": 64, "teacher_momentum": 0.999, "lr_batch_size": 64}
 SIAM = {"alignment_weight": 1.0}
@@ -100,6 +112,8 @@ SHEETS: dict[str, dict[str, Any]] = {
     "rmt.cifar10": ADAM_200 | RMT,
     "rmt.cifar100": ADAM_200 | RMT,
     "rmt.domainnet126": NESTEROV | RMT | {"lr": 0.01, "lr_batch_size": 128, "projection_dim": 0},
+    "gtta.cifar10": GTTA,
+    "gtta.cifar100": GTTA,
     "roid.imagenet": NESTEROV | ROID | {"lr": 2.5e-4, "lr_batch_size": 64},
     "roid.cifar10": ADAM_200 | ROID,
     "roid.cifar100": ADAM_200 | ROID,
@@ -113,6 +127,11 @@ SHEETS: dict[str, dict[str, Any]] = {
     "zerosiam.imagenet_vit_small": VIT | SIAM | {"lr": 1e-3, "predictor_lr": 1e-2},
     "zerosiam.imagenet_convnext": VIT | SIAM | {"lr": 2.5e-4, "predictor_lr": 2.5e-3},
     "zerosiam.imagenet_swin": VIT | SIAM | {"lr": 5e-4, "predictor_lr": 2.5e-3},
+    "memo.imagenet": MEMO | {"lr": 2.5e-4, "views": 64, "prior_strength": 16},
+    "memo.imagenet_vit": MEMO
+    | {"optimizer": "adamw", "lr": 1e-5, "weight_decay": 0.01, "views": 64, "prior_strength": None},
+    "memo.cifar10": MEMO | {"lr": 0.005, "views": 32, "prior_strength": None},
+    "memo.cifar100": MEMO | {"lr": 0.005, "views": 32, "prior_strength": None},
     "cmf.imagenet": NESTEROV
     | CMF
     | {"lr": 2e-4, "lr_batch_size": 64, "process_noise": 0.00025 * 53_120 / 38_400},
@@ -137,6 +156,9 @@ SHEETS: dict[str, dict[str, Any]] = {
     | {"lr": 5 * 2.5e-4, "plpd_threshold": 0.5, "entropy_margin": 1.0, "weight_margin": 1.0},
     "deyo.cifar10": ADAM_200 | DEYO | {"plpd_threshold": 0.2},
     "deyo.cifar100": ADAM_200 | DEYO | {"plpd_threshold": 0.2},
+    "adacontrast.imagenet": ADACONTRAST | {"lr_batch_size": 64},
+    "adacontrast.cifar10": ADACONTRAST | {"lr_batch_size": 200},
+    "adacontrast.cifar100": ADACONTRAST | {"lr_batch_size": 200},
     "cafa.imagenet": SGD | {"lr": 2.5e-4, "shrinkage": 1e-3},
     "cafa.cifar10": ADAM_200,
     "cafa.cifar100": ADAM_200,
@@ -179,10 +201,13 @@ SCALED_FROM_200 = [
     "deyo",
     "cafa",
     "core",
+    "adacontrast",
+    "gtta",
     "nhl",
 ]
 # By how much `wrap(batch_size=1)` divides the rate of each preset.
 DIVIDED_BY: dict[float, list[str]] = {
+    1: [f"memo.{tag}" for tag in ("imagenet", "imagenet_vit", "cifar10", "cifar100")],
     16: [  # twice the rule of the scripts, for single images
         "sar.imagenet",
         "sar.come_imagenet",
@@ -222,6 +247,7 @@ DIVIDED_BY: dict[float, list[str]] = {
         "petal.imagenet",
         "rmt.imagenet",
         "roid.imagenet",
+        "adacontrast.imagenet",
         "rpl.imagenet",
         "shot_im.pseudo",
         "cmf.imagenet",

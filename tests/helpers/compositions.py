@@ -138,6 +138,11 @@ LOOSE = {
     "every": 2,
     "threshold": 1.0,
     "passes": 2,
+    "prior_strength": None,
+    "start_confidence": 0.0,
+    "queue_size": 3 * BATCH,
+    "bank_size": 3 * BATCH,
+    "refine_after": BATCH,
 }
 
 

@@ -15,7 +15,7 @@ devices) is generic and lives in :mod:`tta.core.state`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -137,6 +137,18 @@ class Component(nn.Module):
     def brings(cls, config: Any) -> dict[str, Any]:
         """Names or configs of what fills other slots, by slot, where the caller names none."""
         return {}
+
+    @classmethod
+    def check_slots(
+        cls, config: Any, slots: Mapping[str, ComponentConfig | None], model: nn.Module
+    ) -> None:
+        """Raise ``ValueError`` where something in another slot does not go with this component.
+
+        Args:
+            config: That of this component.
+            slots: The configs of all slots.
+            model: The unwrapped model.
+        """
 
     def source_artefacts(self) -> dict[str, Any]:
         """What :meth:`fit` took from the source, as fields of ``SourceStatistics``."""

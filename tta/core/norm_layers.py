@@ -231,16 +231,23 @@ def with_statistics(
 def learning_pass(wrappers: Iterable[AdaptiveNorm]) -> Iterator[None]:
     """Within the block, rules that move apart from predictions do so, by ``NormRule.learn``.
 
-    Other rules do as in every pass.
+    So do rules that move in a pass of their own before each prediction, in the passes made here
+    themselves. Other rules do as in every pass.
     """
-    rules = [w.rule for w in wrappers if w.rule.learns_apart]
-    for rule in rules:
+    rules = [w.rule for w in wrappers]
+    first = [rule for rule in rules if rule.learns_first and rule.learning]
+    apart = [rule for rule in rules if rule.learns_apart]
+    for rule in (*apart, *first):
         rule.override = rule.learn
+    for rule in first:  # or each pass would be led by another one
+        rule.learning = False
     try:
         yield
     finally:
-        for rule in rules:
+        for rule in (*apart, *first):
             rule.override = None
+        for rule in first:
+            rule.learning = True
 
 
 def normalize_by_batch(x: Tensor, base: Any) -> Tensor:

@@ -44,6 +44,8 @@ class Update(Component):
     injects: ClassVar[tuple[str, ...]] = ()  # of wrap's "augment" and "restore_mask"
     # Whether it learns from every sample of a batch, given margins wide enough.
     learns_from_whole_batch: ClassVar[bool] = True
+    # Whether the parameters are put back to what they were before a call returns.
+    episodic: ClassVar[bool] = False
 
     resets: Tensor  # 0-dimensional: by the method itself, since wrap or the user's last reset
 

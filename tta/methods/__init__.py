@@ -1,6 +1,7 @@
 """One paper, one file. Importing this package registers every component."""
 
 from tta.methods import (
+    adacontrast,
     adanpc,
     adaptive_bn,
     aetta,
@@ -17,8 +18,10 @@ from tta.methods import (
     drift,
     eata,
     foa,
+    gtta,
     lame,
     lsa,
+    memo,
     neo,
     nhl,
     note,
@@ -43,6 +46,7 @@ from tta.methods import (
 )
 
 __all__ = [
+    "adacontrast",
     "adanpc",
     "adaptive_bn",
     "aetta",
@@ -59,8 +63,10 @@ __all__ = [
     "drift",
     "eata",
     "foa",
+    "gtta",
     "lame",
     "lsa",
+    "memo",
     "neo",
     "nhl",
     "note",
