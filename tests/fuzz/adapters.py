@@ -16,6 +16,7 @@ import tta
 from tests.fuzz.junk import bent, junk, spoilt, tensor, words
 from tests.fuzz.nets import CLASSES, IMAGE, good, odd
 from tests.fuzz.oracle import Case, Planted, model_of, unchanged
+from tests.helpers.compositions import given
 from tta.core.checks import shown
 
 __all__ = [
@@ -57,6 +58,7 @@ def needed(name: str, rng: Random) -> dict[str, Any]:
         "projection_dim": 4,
         "neighbours": 2,
     }
+    found |= given({"recipe": name.partition(".")[0]})
     return found | {key: value for key, value in small.items() if key in fields}
 
 

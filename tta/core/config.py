@@ -27,7 +27,7 @@ from tta.core.checks import (
 
 __all__ = ["CIFAR_ADAM", "LR_SCALINGS", "SLOTS", "ComponentConfig", "UpdateConfig"]
 
-SLOTS = ("norm", "update", "output", "guard")  # of an adapter
+SLOTS = ("input", "norm", "update", "output", "guard")  # of an adapter
 LR_SCALINGS = ("none", "linear", "linear_below", "small_batch")
 
 # TENT's settings on CIFAR, which the repositories of most later methods use too.
