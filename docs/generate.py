@@ -64,6 +64,7 @@ STREAMS = (
     "walk",
 )
 SLOTS = {
+    "input": "input rule",
     "norm": "norm rule",
     "update": "update",
     "output": "output rule",
@@ -339,11 +340,11 @@ PLACES = {
         r"|tta/core/build\.py: `\.\.\.` must be given again"
     ),
     "Pixels, augmentation and views": (
-        r"tta/parts/(augment|teachers)\.py|tta/methods/_mean_teacher\.py: `restore_mask`"
+        r"tta/parts/(augment|diffusion|join|teachers)\.py|tta/methods/_mean_teacher\.py: `restore_mask`"
     ),
     "Model": (
         r"tta/core/(adapter|backbone|build|checkpointing|classifier|component|head|input_guard"
-        r"|draws|first_input|guard|hooks|loan|logit_checks|masters|model_buffers|model_checks|norm_layers|outputs|oversight|parameters|serving"
+        r"|denoiser|draws|first_input|guard|hooks|input_rule|loan|logit_checks|masters|model_buffers|model_checks|norm_layers|outputs|oversight|parameters|serving"
         r"|update)\.py|tta/parts/chance\.py"
     ),
     "Source data": (

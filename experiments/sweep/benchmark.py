@@ -138,11 +138,12 @@ def _prepare(args: argparse.Namespace) -> BenchmarkRun:
 
 
 def all_methods() -> list[str]:
-    """Every registered method, and some compositions.
+    """Every registered method that a name is enough for, and some compositions.
 
     The bundled models come without source images, so methods that replay these do without.
     """
-    names = sorted(tta.list_methods(), key=lambda name: name != BASELINE)
+    known = [name for name in tta.list_methods() if not component(name).needs_given]
+    names = sorted(known, key=lambda name: name != BASELINE)
     return [_without_replay(name) for name in names] + list(COMPOSED)
 
 

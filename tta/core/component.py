@@ -113,6 +113,7 @@ class Component(nn.Module):
     wants_features: ClassVar[bool] = False  # reads features where the model has any
     needs_linear_head: ClassVar[bool] = False  # reads the layer that makes logits of features
     uses_labels: ClassVar[bool] = True  # reads the labels of source batches
+    needs_given: ClassVar[bool] = False  # needs a module that the caller alone has
     replays_source: ClassVar[bool] = False  # goes on reading source batches while it adapts
     takes_softmax: ClassVar[bool] = True  # works on a softmax of the logits
     takes_draws: ClassVar[bool] = False  # asks ``context.draws`` before it draws itself
@@ -149,6 +150,9 @@ class Component(nn.Module):
             slots: The configs of all slots.
             model: The unwrapped model.
         """
+
+    def attach(self, source: Any) -> None:
+        """Take from ``source`` what a saved adapter does not hold, or raise if it is not there."""
 
     def source_artefacts(self) -> dict[str, Any]:
         """What :meth:`fit` took from the source, as fields of ``SourceStatistics``."""

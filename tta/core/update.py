@@ -105,9 +105,6 @@ class Update(Component):
     def fit(self, source: SourceStatistics) -> None:
         """Take what the method needs from ``source``; raise ``ValueError`` if it is missing."""
 
-    def attach(self, source: SourceStatistics) -> None:
-        """Take from ``source`` what a saved adapter does not hold, or raise if it is not there."""
-
     def optimized(self) -> dict[str, nn.Parameter]:
         """What the optimiser moves: the model's chosen parameters, then the method's own."""
         return self.context.parameters | {f"update.{n}": p for n, p in self.named_parameters()}

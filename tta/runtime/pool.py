@@ -36,6 +36,7 @@ from tta.core.checks import (
     told,
     whole_number,
 )
+from tta.core.denoiser import Diffusion
 from tta.core.head import FeatureSpec
 from tta.core.outputs import LogitsSpec
 from tta.core.prediction import Report
@@ -106,6 +107,7 @@ class StreamPool:
         capacity: int = 1000,
         interval: float | None = INTERVAL,
         source: Any = None,
+        input: nn.Module | Diffusion | None = None,
         logits: LogitsSpec = None,
         features: FeatureSpec = None,
     ) -> StreamPool:
@@ -118,6 +120,7 @@ class StreamPool:
             capacity: As for the pool.
             interval: As for the pool.
             source: As for :func:`tta.load`.
+            input: As for :func:`tta.load`.
             logits: As for :func:`tta.load`.
             features: As for :func:`tta.load`.
 
@@ -127,7 +130,7 @@ class StreamPool:
             ValueError: When a file is incomplete, or of another model, method or version.
         """
         capacity, interval = _checked(capacity, interval)
-        adapter = load(model, folder, source=source, logits=logits, features=features)
+        adapter = load(model, folder, source=source, input=input, logits=logits, features=features)
         try:
             files = StreamFiles(path_like("folder", folder), adapter.fingerprint)
             if not files.start.is_file():
