@@ -50,6 +50,13 @@ RMT = {
 MEMO = {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0, "steps": 1, "params": "all"}
 DEYO = {"entropy_margin": 0.5, "weight_margin": 0.4, "patches": 4, "destroy": "patch"}
 ROTTA = {"memory_size": 64, "update_every": 64, "teacher_momentum": 0.999, "lr_batch_size": 64}
+SANTA = {
+    "weight_self_training": 1.0,
+    "weight_contrastive": 1.0,
+    "temperature": 0.1,
+    "projection_dim": 128,
+    "params": "norm",
+}
 SIAM = {"alignment_weight": 1.0}
 SHOT = {"lr": 5e-5, "params": "body", "pseudo_threshold": 0.9, "lr_batch_size": 64}
 ROID = {"probs_momentum": 0.9, "source_momentum": 0.99, "temperature": 1 / 3}
@@ -115,6 +122,10 @@ SHEETS: dict[str, dict[str, Any]] = {
     | {"optimizer": "adamw", "lr": 1e-5, "weight_decay": 0.01, "views": 64, "prior_strength": None},
     "memo.cifar10": MEMO | {"lr": 0.005, "views": 32, "prior_strength": None},
     "memo.cifar100": MEMO | {"lr": 0.005, "views": 32, "prior_strength": None},
+    "santa.imagenet": NESTEROV | SANTA | {"lr": 0.01, "lr_batch_size": 64},
+    "santa.cifar10": ADAM_200 | SANTA,
+    "santa.cifar100": ADAM_200 | SANTA,
+    "santa.domainnet126": NESTEROV | SANTA | {"lr": 0.01, "projection_dim": 0},
     "rotta.imagenet": ADAM | ROTTA,
     "rotta.cifar10": ADAM | ROTTA,
     "rotta.cifar100": ADAM | ROTTA,
@@ -160,6 +171,7 @@ SCALED_FROM_200 = [
     "rmt",
     "roid",
     "rpl",
+    "santa",
     "deyo",
     "cafa",
     "core",
@@ -206,6 +218,7 @@ DIVIDED_BY: dict[float, list[str]] = {
         "rmt.imagenet",
         "roid.imagenet",
         "rpl.imagenet",
+        "santa.imagenet",
         "shot_im.pseudo",
         "cafa.imagenet",
         "core.imagenet",
@@ -213,7 +226,7 @@ DIVIDED_BY: dict[float, list[str]] = {
         "rotta.cifar10",
         "rotta.cifar100",
     ],
-    128: ["rmt.domainnet126"],
+    128: ["rmt.domainnet126", "santa.domainnet126"],
     200: [
         *(f"{name}.cifar10" for name in SCALED_FROM_200),
         *(f"{name}.cifar100" for name in (*SCALED_FROM_200, "eata", "eta")),
