@@ -59,6 +59,10 @@ SANTA = {
 }
 SIAM = {"alignment_weight": 1.0}
 SHOT = {"lr": 5e-5, "params": "body", "pseudo_threshold": 0.9, "lr_batch_size": 64}
+PETTA = {"memory_size": 64, "regulariser": "cosine", "regulariser_weight": 10.0}
+PETTA |= {"teacher_rate": 1e-3, "anchor_weight": 1.0, "consistency_loss": "sce"}
+PETTA |= {"prototype_rate": 0.05, "lr_batch_size": 64}
+CMF = {"hidden_momentum": 0.99, "ensemble_momentum": 0.99, "probs_momentum": 0.9}
 ROID = {"probs_momentum": 0.9, "source_momentum": 0.99, "temperature": 1 / 3}
 SHEETS: dict[str, dict[str, Any]] = {
     "tent.imagenet": RESNET,
@@ -126,9 +130,21 @@ SHEETS: dict[str, dict[str, Any]] = {
     "santa.cifar10": ADAM_200 | SANTA,
     "santa.cifar100": ADAM_200 | SANTA,
     "santa.domainnet126": NESTEROV | SANTA | {"lr": 0.01, "projection_dim": 0},
+    "cmf.imagenet": NESTEROV
+    | CMF
+    | {"lr": 2e-4, "lr_batch_size": 64, "process_noise": 0.00025 * 53_120 / 38_400},
+    "cmf.imagenet_vit": NESTEROV
+    | CMF
+    | {"lr": 2.5e-4, "lr_batch_size": 64, "process_noise": 0.005},
+    "cmf.cifar10": ADAM_200 | CMF,
+    "cmf.cifar100": ADAM_200 | CMF,
     "rotta.imagenet": ADAM | ROTTA,
     "rotta.cifar10": ADAM | ROTTA,
     "rotta.cifar100": ADAM | ROTTA,
+    "petta.imagenet": ADAM | PETTA | {"consistency_loss": "ce"},
+    "petta.cifar10": ADAM | PETTA,
+    "petta.cifar100": ADAM | PETTA,
+    "petta.domainnet126": ADAM | PETTA | {"consistency_loss": "ce", "regulariser_weight": 1.0},
     "deyo.imagenet": RESNET | DEYO | {"plpd_threshold": 0.3},
     "deyo.imagenet_wild": RESNET | DEYO | {"plpd_threshold": 0.2},
     "deyo.imagenet_vit": VIT | DEYO | {"plpd_threshold": 0.2},
@@ -153,10 +169,15 @@ SHEETS: dict[str, dict[str, Any]] = {
     "unmix_tns.cifar100_mixed": {"components": 128, "batch_size_max": 64, "update_lr": 1e-5},
     "alpha_bn": {"source_weight": 0.9, "unbiased": True},
     "robust_bn": {"batch_weight": 0.05, "official": False},
+    "iabn": {"alpha": 4.0, "learned_statistics": True, "momentum": 0.01},
     "bn_ema": {"momentum": 0.1, "official": False},
     "neo": {"momentum": None, "use_source_mean": False, "balanced": False},
     "neo.continual": {"momentum": 0.1},
     "t3a": {"filter_size": 20, "official": False},
+    "nhl.imagenet": RESNET | {"tau": 1.0, "eta": 1e-2, "normalise": "none", "modulator": "norm"},
+    "nhl.cifar10": ADAM_200,
+    "nhl.cifar100": ADAM_200,
+    "lsa": {"code": None, "delta": "full", "prior_momentum": 0.9, "floor": 1e-6},
     "foa_shift": {"momentum": 0.1, "balanced": False},
     "lame": {"affinity": "rbf", "neighbours": 5, "symmetric": False},
     "adanpc.domainbed": {"neighbours": 100, "temperature": 0.1, "confidence_threshold": 0.1},
@@ -172,9 +193,11 @@ SCALED_FROM_200 = [
     "roid",
     "rpl",
     "santa",
+    "cmf",
     "deyo",
     "cafa",
     "core",
+    "nhl",
 ]
 # By how much `wrap(batch_size=1)` divides the rate of each preset.
 DIVIDED_BY: dict[float, list[str]] = {
@@ -196,6 +219,7 @@ DIVIDED_BY: dict[float, list[str]] = {
         "eata.come_imagenet",
         "eta.come_imagenet",
         "rdumb.imagenet",
+        "nhl.imagenet",
         "sar.imagenet_vit",
         "sar.come_imagenet_vit",
         "deyo.imagenet_vit",
@@ -220,11 +244,17 @@ DIVIDED_BY: dict[float, list[str]] = {
         "rpl.imagenet",
         "santa.imagenet",
         "shot_im.pseudo",
+        "cmf.imagenet",
+        "cmf.imagenet_vit",
         "cafa.imagenet",
         "core.imagenet",
         "rotta.imagenet",
         "rotta.cifar10",
         "rotta.cifar100",
+        "petta.imagenet",
+        "petta.cifar10",
+        "petta.cifar100",
+        "petta.domainnet126",
     ],
     128: ["rmt.domainnet126", "santa.domainnet126"],
     200: [

@@ -22,6 +22,7 @@ from tta.core.draws import Draws, GivenDraws
 from tta.core.fitting import fit, load_constants
 from tta.core.guard import Guard
 from tta.core.head import Head, find_head
+from tta.core.hooks import LogitHook
 from tta.core.masters import Masters
 from tta.core.model_buffers import ModelBuffers
 from tta.core.model_checks import check_model
@@ -151,6 +152,8 @@ def _assemble(model: nn.Module, config: AdapterConfig, injected: Injected) -> Ad
     context = _context(model, config, head, masters, buffers, injected)
     output = None if config.output is None else _component(Output, config.output, context)
     session = Session()
+    if output is not None and output.makes_logits:
+        session.logit_hook = LogitHook(output)
     wrappers: dict[str, AdaptiveNorm] = {}
     network = None
     try:
@@ -261,7 +264,7 @@ def _trained(
             f"leaves out all {len(found)} parameters of this {type(model).__name__}: choose other "
             "params=."
         )
-    return {name: p for name, p in found.items() if name not in left_out}
+    return cls.chooses(config, model, {n: p for n, p in found.items() if n not in left_out})
 
 
 def _insert_norm(

@@ -134,8 +134,8 @@ class Component(nn.Module):
         return True
 
     @classmethod
-    def brings(cls, config: Any) -> dict[str, str | ComponentConfig]:
-        """Names or configs of what fills other slots, by slot, where the caller names nothing."""
+    def brings(cls, config: Any) -> dict[str, Any]:
+        """Names or configs of what fills other slots, by slot, where the caller names none."""
         return {}
 
     @classmethod

@@ -38,6 +38,7 @@ __all__ = [
     "insert",
     "instance_stats",
     "is_narrow",
+    "learning_pass",
     "normalize",
     "normalize_by_batch",
     "normalize_by_source",
@@ -224,6 +225,22 @@ def with_statistics(
     finally:
         for wrapper in wrappers:
             wrapper.rule.override = None
+
+
+@contextmanager
+def learning_pass(wrappers: Iterable[AdaptiveNorm]) -> Iterator[None]:
+    """Within the block, rules that move apart from predictions do so, by ``NormRule.learn``.
+
+    Other rules do as in every pass.
+    """
+    rules = [w.rule for w in wrappers if w.rule.learns_apart]
+    for rule in rules:
+        rule.override = rule.learn
+    try:
+        yield
+    finally:
+        for rule in rules:
+            rule.override = None
 
 
 def normalize_by_batch(x: Tensor, base: Any) -> Tensor:

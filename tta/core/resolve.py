@@ -264,8 +264,8 @@ def _complete(chosen: Chosen, model: nn.Module) -> Chosen:
     complete: Chosen = {slot: chosen.get(slot) for slot in SLOTS}
     for config in list(chosen.values()):
         brought = {} if config is None else component(config.name).brings(config)
-        for slot, part in brought.items():
-            part = get_config(part) if isinstance(part, str) else part
+        for slot, value in brought.items():
+            part = get_config(value) if isinstance(value, str) else value
             if slot not in chosen and component(part.name).suits(model):
                 complete[slot] = part
     return complete

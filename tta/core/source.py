@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tta.core.checks import nearest, path_like, shown, told
-from tta.core.source_checks import BY_PARAMETER, check_iterable, check_named, check_tensor
+from tta.core.source_checks import BY_NAME, check_iterable, check_named, check_tensor
 from tta.core.warn import warn
 
 __all__ = ["SourceStatistics", "as_source", "preserving_rng"]
@@ -37,15 +37,21 @@ class SourceStatistics:
         feature_labels: Labels of ``features`` (N,), whole numbers (AdaNPC).
         memory_init: First row of AdaNPC's memory in the official code (D,).
         feature_mean: Mean of the features under running statistics (D,) (NEO, FOA's shift).
+        class_mean: Means of the features of images that are predicted as each class (C, D), under
+            running statistics (PeTTA).
+        class_variance: Unbiased variances of the same (C, D) (PeTTA).
         covariance: Covariance of features within classes (D, D), or (C, D, D) of each (CAFA).
+        label_shift: Network that was fitted on the source, as A1 (Hd, 1 or C), c1 (Hd,), A2 (O, Hd)
+            and c2 (O,) (LSA).
+        source_prior: Class shares of the source (C,) (LSA).
         batches: Source batches ``(images, labels)``, kept for methods that run the model on them,
             in the order given.
 
     Raises:
         TypeError: When an artefact is not a tensor, or a dict of tensors.
-        ValueError: For a wrong number of axes, values that are not finite (except in prototypes,
-            where a class may have no images), negative Fisher information, or features without
-            labels.
+        ValueError: For a wrong number of axes, values that are not finite (except NaN in what has a
+            row for each class, which may have no images), negative Fisher information, or features
+            without labels.
     """
 
     fisher: dict[str, Tensor] | None = None
@@ -56,13 +62,17 @@ class SourceStatistics:
     feature_labels: Tensor | None = None
     memory_init: Tensor | None = None
     feature_mean: Tensor | None = None
+    class_mean: Tensor | None = None
+    class_variance: Tensor | None = None
     covariance: Tensor | None = None
+    label_shift: dict[str, Tensor] | None = None
+    source_prior: Tensor | None = None
     batches: Iterable[tuple[Tensor, Tensor]] | None = None
 
     def __post_init__(self) -> None:
         for name in self.contents:
             value = getattr(self, name)
-            if name in BY_PARAMETER:
+            if name in BY_NAME:
                 check_named(name, value)
                 setattr(self, name, {key: tensor.detach() for key, tensor in value.items()})
             elif name == "batches":
@@ -135,7 +145,7 @@ class SourceStatistics:
         tensors: dict[str, Tensor] = {}
         for name in self.contents:
             value = getattr(self, name)
-            if name in BY_PARAMETER:
+            if name in BY_NAME:
                 tensors |= {f"{name}/{key}": t.contiguous() for key, t in value.items()}
             elif name != "batches":
                 tensors[name] = value.contiguous()
@@ -167,7 +177,7 @@ class SourceStatistics:
         values: dict[str, Any] = {}
         for key, tensor in tensors.items():
             name, _, parameter = key.partition("/")
-            if name not in known or bool(parameter) != (name in BY_PARAMETER):
+            if name not in known or bool(parameter) != (name in BY_NAME):
                 raise ValueError(
                     f"`path` must be a file of source artefacts, but {path} holds {shown(key)}: "
                     + nearest(name, known)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tta.core.checks import dense, nearest, real, shown, told
 
 __all__ = [
+    "BY_NAME",
     "BY_PARAMETER",
     "check_iterable",
     "check_named",
@@ -20,13 +21,17 @@ __all__ = [
 ]
 
 BY_PARAMETER = ("fisher", "posterior_mean", "posterior_variance")
+BY_NAME = (*BY_PARAMETER, "label_shift")  # dicts of tensors
 SHAPES = {  # of the tensors, as errors name them, by number of axes
     "prototypes": {2: "(C, D)"},
     "features": {2: "(N, D)"},
     "feature_labels": {1: "(N,)"},
     "memory_init": {1: "(D,)"},
     "feature_mean": {1: "(D,)"},
+    "class_mean": {2: "(C, D)"},
+    "class_variance": {2: "(C, D)"},
     "covariance": {2: "(D, D)", 3: "(C, D, D)"},
+    "source_prior": {1: "(C,)"},
 }
 
 
@@ -146,13 +151,13 @@ def check_named(name: str, value: Any) -> None:
     """Refuse what is no dict of finite tensors by parameter name."""
     if not isinstance(value, Mapping):
         raise TypeError(
-            f"`{name}` must be a dict of tensors by parameter name, got {type(value).__name__}: "
+            f"`{name}` must be a dict of tensors by name, got {type(value).__name__}: "
             "pass what tta.collect_source returns."
         )
     for key, tensor in value.items():
         if not isinstance(key, str) or not isinstance(tensor, Tensor):
             raise TypeError(
-                f"`{name}` must be a dict of tensors by parameter name, got "
+                f"`{name}` must be a dict of tensors by name, got "
                 f"{type(tensor).__name__} under {shown(key)}: pass what tta.collect_source returns."
             )
         dense(f"{name}[{told(key)}]", tensor)
@@ -184,8 +189,9 @@ def check_tensor(name: str, value: Any) -> None:
             raise TypeError(f"`{name}` must be whole numbers, got {value.dtype}: use .long().")
         return
     real(name, value)
-    wrong = value.isinf() if name == "prototypes" else ~value.isfinite()
-    if bool(wrong.any()):  # a class without images has prototypes of NaN
+    by_class = name in ("prototypes", "class_mean", "class_variance")
+    wrong = value.isinf() if by_class else ~value.isfinite()
+    if bool(wrong.any()):  # a class without images has a row of NaN
         raise ValueError(
             f"`{name}` must be finite, got NaN or infinite values: make it again with "
             "tta.collect_source."

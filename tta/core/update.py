@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -61,7 +61,7 @@ class Update(Component):
         self.optimizer = self._make_optimizer()
 
     @classmethod
-    def brings(cls, config: Any) -> dict[str, str | ComponentConfig]:
+    def brings(cls, config: Any) -> dict[str, Any]:
         """The default norm and output rules."""
         found = {"norm": cls.default_norm, "output": cls.default_output}
         return {slot: name for slot, name in found.items() if name is not None}
@@ -85,6 +85,22 @@ class Update(Component):
     def predict(self, x: Tensor) -> Prediction:
         """Predict without learning, as a frozen adapter does."""
         return self.network(x)
+
+    @classmethod
+    def chooses(
+        cls, config: Any, model: nn.Module, found: Mapping[str, nn.Parameter]
+    ) -> dict[str, nn.Parameter]:
+        """Parameters that the method moves.
+
+        Args:
+            config: The method's config.
+            model: The unwrapped model.
+            found: Those that ``config.params`` selects, less what the method leaves out.
+
+        Raises:
+            ValueError: When the model does not have what the method moves.
+        """
+        return dict(found)
 
     def fit(self, source: SourceStatistics) -> None:
         """Take what the method needs from ``source``; raise ``ValueError`` if it is missing."""

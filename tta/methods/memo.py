@@ -39,10 +39,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from tta.core.backbone import Backbone, RowsOverflowError, bad_rows
+from tta.core.backbone import Backbone, RowsOverflowError
 from tta.core.checks import LARGE, number, whole_number
 from tta.core.component import Context
 from tta.core.config import ComponentConfig, UpdateConfig
+from tta.core.logit_checks import overflow
 from tta.core.outputs import joined
 from tta.core.prediction import Prediction, Report
 from tta.core.random import fork
@@ -174,7 +175,7 @@ class Memo(Update):
         for i in range(len(x)):
             try:
                 prediction = predict(x[i : i + 1])
-                bad[i : i + 1] = bad_rows(prediction.logits.detach(), prediction.features)
+                bad[i : i + 1] = overflow(prediction.logits.detach(), prediction.features)
                 found.append(prediction)
                 results.append(self.network.result)
             except RowsOverflowError:

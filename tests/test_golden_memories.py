@@ -1,0 +1,123 @@
+"""Replaying traces of updates that remember more than weights; the README gives the tolerances."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import tta
+from tests.helpers.recorded import recordings
+from tests.helpers.traces import Trace
+from tests.helpers.update_traces import check_source, check_state, check_weights, replay
+
+CMF = recordings("set-d", "cmf_*")
+PETTA = recordings("set-d", "petta_*")
+LOGITS = {"atol": 1e-4, "rtol": 1e-4}
+AVERAGES = {"atol": 1e-5, "rtol": 0.0}
+RAW = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+close = torch.testing.assert_close
+
+
+def _named(paths: list[Path]):
+    return pytest.mark.parametrize("path", paths, ids=lambda p: p.stem)
+
+
+def _trained(adapter: tta.Adapter, found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of a copy of all parameters, those that can differ from the source."""
+    return {name: found[name] for name in adapter.parameters_adapted}
+
+
+@_named([*CMF, *PETTA])
+def test_source_outputs(path: Path) -> None:
+    check_source(Trace(path))
+
+
+@_named(CMF)
+def test_cmf(path: Path) -> None:
+    trace = Trace(path)
+    p = trace.params
+    config = tta.get_config(
+        "cmf",
+        hidden_momentum=p["alpha"],
+        ensemble_momentum=p["gamma"],
+        process_noise=p["q"],
+        probs_momentum=p["momentum_probs"],
+        temperature=p["temperature"],
+        consistency=p["use_consistency"],
+        official=True,
+        **trace.optimizer(),
+    )
+    size, augment = p["configured_batch"], trace.augment
+    adapter = tta.wrap(trace.model(), update=config, batch_size=size, augment=augment, **RAW)
+    figures = {"n_kept": "selected", "beta": "gain", "loss": "loss"}
+    for t in replay(trace, adapter, figures, LOGITS):
+        state = adapter.state()
+        close(state["update/ema_probs"], trace.tensor("ema_probs")[t], **AVERAGES)
+        close(state["update/hidden_variance"], trace.tensor("hidden_var")[t], **AVERAGES)
+        if t == 0:
+            check_weights(trace, adapter, "model_after_step0")
+            _check_hidden(adapter, trace.group("hidden_after_step0"))
+    _check_hidden(adapter, trace.group("hidden_final"))
+
+
+def _check_hidden(adapter: tta.Adapter, found: dict[str, Tensor]) -> None:
+    expected = _trained(adapter, found)
+    check_state(adapter, {f"update/hidden.{n}": v for n, v in expected.items()}, **AVERAGES)
+
+
+@_named(PETTA)
+def test_petta(path) -> None:
+    trace = Trace(path)
+    p = trace.params
+    config = tta.get_config(
+        "petta",
+        regulariser=p["regularizer"],
+        regulariser_weight=p["lambda_0"],
+        teacher_rate=p["alpha_0"],
+        anchor_weight=p["anchor_weight"],
+        consistency_loss=p["loss"],
+        memory_size=p["memory_size"],
+        prototype_rate=p["prototype_rate"],
+        **trace.optimizer(),
+    )
+    mean, variance = trace.tensor("source_mean"), trace.tensor("source_variance")
+    source = tta.SourceStatistics(class_mean=mean, class_variance=variance)
+    norm = tta.get_config("robust_bn", batch_weight=p["rbn_batch_weight"])
+    adapter = tta.wrap(
+        trace.model(), norm=norm, update=config, source=source, augment=trace.augment, **RAW
+    )
+    figures = {"divergence": "divergence", "alpha": "teacher_rate", "reg_loss": "regulariser"}
+    figures |= {"cls_loss": "consistency", "anchor_loss": "anchor"}
+    for t in replay(trace, adapter, figures, LOGITS):
+        _check_bank(adapter.state(), trace, t)
+        if t == 0:
+            check_weights(trace, adapter, "student_after_step0")
+            _check_teacher(adapter, trace.group("teacher_after_step0"))
+    check_weights(trace, adapter, "student_final")
+    _check_teacher(adapter, trace.group("teacher_final"))
+    close(adapter.state()["update/prototypes"], trace.tensor("prototypes_final"), **AVERAGES)
+    for who in ("student", "teacher", "anchor"):
+        found = trace.group(f"bn_{who}_final")
+        prefix = "norm/" if who == "student" else f"update/{who}."
+        expected = {prefix + n.replace("running_", ""): v for n, v in found.items()}
+        check_state(adapter, expected, **AVERAGES)
+
+
+def _check_teacher(adapter: tta.Adapter, found: dict[str, Tensor]) -> None:
+    expected = _trained(adapter, found)
+    check_state(adapter, {f"update/teacher.{n}": v for n, v in expected.items()}, **AVERAGES)
+
+
+def _check_bank(state: dict[str, Tensor], trace: Trace, t: int) -> None:
+    """The trace has images class by class, the oldest first, and then empty places."""
+    labels, ages = state["update/bank.labels"], state["update/bank.ages"]
+    held = [i for i in range(len(labels)) if labels[i] >= 0]
+    held.sort(key=lambda i: (int(labels[i]), -int(ages[i])))
+    assert labels[held].tolist() == trace.tensor("memory_labels")[t][: len(held)].tolist()
+    assert (trace.tensor("memory_labels")[t][len(held) :] == -1).all()
+    assert ages[held].tolist() == trace.tensor("memory_ages")[t][: len(held)].tolist()
+    expected = trace.tensor("memory_entropy")[t][: len(held)]
+    close(state["update/bank.entropies"][held], expected, atol=5e-5, rtol=1e-4)
