@@ -27,6 +27,7 @@ RPL = recordings("set-e", "rpl_*")
 SHOT = recordings("set-d", "shot_*")
 ZEROSIAM = recordings("set-e", "zerosiam_*")
 SANTA = recordings("set-e", "santa_*")
+TTAUG = recordings("set-e", "ttaug_*")
 RAW = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 close = torch.testing.assert_close
 
@@ -35,7 +36,7 @@ def _named(paths: list[Path]):
     return pytest.mark.parametrize("path", paths, ids=lambda p: p.stem)
 
 
-@_named([*ROID, *ROTTA, *DEYO, *RPL, *SHOT, *ZEROSIAM, *SANTA])
+@_named([*ROID, *ROTTA, *DEYO, *RPL, *SHOT, *ZEROSIAM, *SANTA, *TTAUG])
 def test_source_outputs(path: Path) -> None:
     check_source(Trace(path))
 
@@ -232,6 +233,19 @@ def test_santa(path: Path) -> None:
     check_state(adapter, projector, **WEIGHTS)
     adapter.reset()
     close(adapter(images[0]), trace.tensor("outputs")[0], **LOGITS)
+
+
+@_named(TTAUG)
+def test_ttaug(path: Path) -> None:
+    """As one batch, and image by image."""
+    trace = Trace(path)
+    p = trace.params
+    images, expected = trace.tensor("inputs"), trace.tensor("outputs")
+    fields = {"views": p["views"], "plain": False, "source_weight": 1 - p["alpha"]}
+    for size in (len(images), 1, 5):
+        adapter = tta.wrap(trace.model(), "ttaug", augment=trace.augment, **fields, **RAW)
+        for x, y in zip(images.split(size), expected.split(size), strict=True):
+            close(adapter(x), y, **LOGITS)
 
 
 def _teacher(adapter: tta.Adapter, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

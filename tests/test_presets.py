@@ -173,6 +173,7 @@ SHEETS: dict[str, dict[str, Any]] = {
     "bn_ema": {"momentum": 0.1, "official": False},
     "neo": {"momentum": None, "use_source_mean": False, "balanced": False},
     "neo.continual": {"momentum": 0.1},
+    "ttaug": {"views": 32, "plain": True, "source_weight": 0.9},
     "t3a": {"filter_size": 20, "official": False},
     "nhl.imagenet": RESNET | {"tau": 1.0, "eta": 1e-2, "normalise": "none", "modulator": "norm"},
     "nhl.cifar10": ADAM_200,
