@@ -340,7 +340,8 @@ PLACES = {
         r"|tta/core/build\.py: `\.\.\.` must be given again"
     ),
     "Pixels, augmentation and views": (
-        r"tta/parts/(augment|diffusion|join|teachers)\.py|tta/methods/_mean_teacher\.py: `restore_mask`"
+        r"tta/parts/(augment|diffusion|join|teachers)\.py"
+        r"|tta/methods/_mean_teacher\.py: `restore_mask`"
     ),
     "Model": (
         r"tta/core/(adapter|backbone|build|checkpointing|classifier|component|head|input_guard"
@@ -349,7 +350,7 @@ PLACES = {
     ),
     "Source data": (
         r"tta/(collect|core/(fitting|source|source_checks)"
-        r"|parts/(class_moments|label_shift|posterior|replay)|methods/\w+)\.py"
+        r"|parts/(class_moments|label_shift|posterior|prototypes|replay)|methods/\w+)\.py"
     ),
     "Several processes": r"tta/(runtime/parallel|core/batch_split)\.py",
     "Serving many streams": (

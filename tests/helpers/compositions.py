@@ -16,6 +16,7 @@ import tta
 from tests.helpers.batches import BATCH, surroundings
 from tests.helpers.denoisers import diffusion
 from tests.helpers.nets import FAMILIES, tiny
+from tta.core.config import SLOTS
 from tta.core.guard import Guard
 from tta.core.input_rule import Input
 from tta.core.norm_layers import batch_norm_layers
@@ -49,13 +50,25 @@ def _on_every_family(parts: list[dict[str, str]], families: list[str] | None = N
     return [(f, p) for p in parts for f in families or FAMILIES if _fits((f, p))]
 
 
-_HAVE_BATCH_NORM = {family for family in FAMILIES if batch_norm_layers(tiny(family))}
+_MODELS = {family: tiny(family) for family in FAMILIES}
+_HAVE_BATCH_NORM = {family for family, net in _MODELS.items() if batch_norm_layers(net)}
 
 
 def _fits(case: Case) -> bool:
-    """Whether the family has the norm layers that the case asks for."""
+    """Whether the family has the norm layers that the case asks for, and no component refuses."""
+    family, parts = case
     asks = any(issubclass(cls, NormRule) for cls in components(case))
-    return not asks or case[0] in _HAVE_BATCH_NORM
+    if asks and family not in _HAVE_BATCH_NORM:
+        return False
+    if "norm" not in parts:
+        return True
+    slots = dict.fromkeys(SLOTS) | {slot: tta.get_config(name) for slot, name in parts.items()}
+    try:
+        for name in parts.values():
+            component(name).check_slots(tta.get_config(name), slots, _MODELS[family])
+    except ValueError:
+        return False
+    return True
 
 
 def components(case: Case) -> list[type[Any]]:
@@ -177,6 +190,8 @@ def arguments(parts: dict[str, str]) -> dict[str, Any]:
             chosen[slot] = tta.get_config(name, lr=0.05, **_loose(name))
         elif issubclass(component(name), Guard):
             chosen[slot] = tta.get_config(name, **_loose(name))
+        elif "views" in tta.get_config(name).to_dict():
+            chosen[slot] = tta.get_config(name, views=LOOSE["views"])
     return chosen | surroundings() | given(parts)
 
 

@@ -74,9 +74,7 @@ class Injected:
     input: nn.Module | Diffusion | None = None
 
     def check(self, config: AdapterConfig) -> None:
-        """Refuse what is no function, what the update does not take, and what is missing."""
-        update = config.update
-        cls: Any = None if update is None else component(update.name)
+        """Refuse what is no function, what no component takes, and what is missing."""
         for name in ("logits", "features", "input"):
             if getattr(config, name) == GIVEN and not callable(getattr(self, name)):
                 raise ValueError(
@@ -98,10 +96,11 @@ class Injected:
         for name, value in (("augment", self.augment), ("restore_mask", self.restore_mask)):
             if value is None:
                 continue
-            if cls is None or name not in cls.injects:
-                chosen = "no update" if cls is None else repr(cls.name)
+            if not any(name in component(part).injects for part in names):
+                chosen = ", ".join(names) or "no component"
                 raise ValueError(
-                    f"`{name}` must belong to an update that takes it, got {chosen}: leave it out."
+                    f"`{name}` must belong to a component that takes it, got {chosen}: leave it "
+                    "out."
                 )
 
 
@@ -178,6 +177,8 @@ def _assemble(model: nn.Module, config: AdapterConfig, injected: Injected) -> Ad
         if config.guard is not None:
             guard = _component(Guard, config.guard, network, context)
         rule = _input_rule(config, injected, network, context)
+        if output is not None:
+            output.begin(network)
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         for part in (rule, update, output, guard, *(wrapper.rule for wrapper in wrappers.values())):
             if part is not None:

@@ -280,7 +280,7 @@ def _override(chosen: Chosen, overrides: Mapping[str, Any]) -> Chosen:
 def _complete(chosen: Chosen, model: nn.Module) -> Chosen:
     """All slots, with what the chosen components bring for those that the caller left open."""
     complete: Chosen = {slot: chosen.get(slot) for slot in SLOTS}
-    for config in list(chosen.values()):
+    for config in [chosen[slot] for slot in SLOTS if slot in chosen]:
         brought = {} if config is None else component(config.name).brings(config)
         for slot, value in brought.items():
             part = get_config(value) if isinstance(value, str) else value

@@ -190,7 +190,7 @@ class Serving:
                 prediction = Prediction(
                     prediction.logits.detach(), None if features is None else features.detach()
                 )
-            scores = self.output.correct(prediction)
+            scores = self.output.answer(x, prediction)
         expected = tuple(prediction.logits.shape)
         if not isinstance(scores, Tensor) or tuple(scores.shape) != expected:
             got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
