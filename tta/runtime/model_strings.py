@@ -29,7 +29,15 @@ from tta.runtime.checkpoint import fill, read_checkpoint
 from tta.runtime.extras import needed
 from tta.runtime.libraries import EXTRA, LIBRARIES, classes_of, make
 
-__all__ = ["OpenedModel", "Pixels", "Transform", "open_model", "pick_device", "read_class_names"]
+__all__ = [
+    "OpenedModel",
+    "Pixels",
+    "Transform",
+    "open_model",
+    "own_transform",
+    "pick_device",
+    "read_class_names",
+]
 
 Transform = Callable[[Any], Tensor]
 RANDOM = "random"  # in place of a file of weights
@@ -222,7 +230,7 @@ def _from_function(module: str, name: str, text: str, place: str | Path | None) 
         )
     if place is not None and place != RANDOM:
         fill(model, read_checkpoint(path_like("weights", place)), name, Path(place))
-    chosen: Any = transform or _own_transform(model)
+    chosen: Any = transform or own_transform(model)
     mean, std = _scale(chosen)
     names = None if names is None else tuple(str(n) for n in names)
     return OpenedModel(
@@ -256,7 +264,7 @@ def _bundled(name: str, text: str, place: str | Path | None) -> OpenedModel:
     )
 
 
-def _own_transform(model: nn.Module) -> Transform:
+def own_transform(model: nn.Module) -> Transform:
     """Of a model that came without one: that of its timm config, or plain pixels."""
     if isinstance(vars(model).get("pretrained_cfg"), dict):
         data = needed("timm.data", EXTRA)
