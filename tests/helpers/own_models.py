@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
 from torch import Tensor, nn
 
 from tests.helpers.nets import tiny
 
-__all__ = ["NAMES", "broken", "model", "named", "net", "number", "to_pixels"]
+__all__ = ["NAMES", "broken", "model", "named", "net", "number", "slow", "to_pixels"]
 
 NAMES = tuple(f"kind {i}" for i in range(10))
 number = 7
@@ -32,6 +34,13 @@ def model():
 
 def named():
     return net(), to_pixels, NAMES
+
+
+def slow():
+    """As ``named``, with a rest in every call."""
+    model = net()
+    model.register_forward_pre_hook(lambda *_: time.sleep(0.05))
+    return model, to_pixels, NAMES
 
 
 def broken():

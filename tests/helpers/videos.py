@@ -41,7 +41,7 @@ def video(path: Path, count: int, size: int = 32, codec: str = "mpeg4") -> Path:
         stream.width = stream.height = size
         stream.pix_fmt = "yuv420p"
         for number in range(count):
-            levels = np.full((size, size, 3), 5 * number + 20, dtype=np.uint8)
+            levels = np.full((size, size, 3), 20 + 5 * number % 230, dtype=np.uint8)
             for packet in stream.encode(av.VideoFrame.from_ndarray(levels, "rgb24")):
                 container.mux(packet)
         for packet in stream.encode():

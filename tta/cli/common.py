@@ -20,8 +20,13 @@ METHOD = "auto"
 BATCH_SIZE = 8
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """Add MODEL and the flags that say how it is opened; see :func:`open_from`."""
+def add_model(parser: argparse.ArgumentParser, batch_size: int = BATCH_SIZE) -> None:
+    """Add MODEL and the flags that say how it is opened; see :func:`open_from`.
+
+    Args:
+        parser: Of the command.
+        batch_size: Unless the user says another.
+    """
     parser.add_argument(
         "model",
         metavar="MODEL",
@@ -42,9 +47,9 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch-size",
         type=whole(1),
-        default=BATCH_SIZE,
+        default=batch_size,
         metavar="N",
-        help=f"images of a batch, at most (default: {BATCH_SIZE})",
+        help=f"images of a batch, at most (default: {batch_size})",
     )
     parser.add_argument(
         "--seed", type=whole(0), default=0, metavar="N", help="of all random numbers (default: 0)"

@@ -22,7 +22,7 @@ from tta.core.pictures import as_rgb, is_picture
 from tta.runtime.extras import needed
 
 __all__ = ["EXTRA", "PICTURES", "Failure", "FolderSource", "Frame", "IterableSource", "Several",
-           "Source", "read_picture"]  # fmt: skip
+           "Source", "listed", "read_picture"]  # fmt: skip
 
 EXTRA = "video"
 PICTURES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -160,7 +160,7 @@ class FolderSource(Source):
         quiet_since = time.monotonic()
         while not self._stopped.is_set():
             whole = True
-            for path, about in _listed(self.folder):
+            for path, about in listed(self.folder):
                 if path in given:
                     continue
                 now = time.monotonic()
@@ -188,7 +188,7 @@ class FolderSource(Source):
         self._stopped.set()
 
 
-def _listed(folder: Path) -> list[tuple[str, os.stat_result]]:
+def listed(folder: Path) -> list[tuple[str, os.stat_result]]:
     """Pictures, sorted by their paths; hidden ones are left out."""
     if not folder.is_dir():
         return [(str(folder), folder.stat())] if folder.is_file() else []

@@ -150,7 +150,6 @@ class Pipeline:
         self._on_result = on_result
         self._latencies: deque[float] = deque(maxlen=REMEMBERED)
         self._begun = threading.Lock()
-        self._server: Server | None = None
 
     def __iter__(self) -> Iterator[Result]:
         """The results; the threads start with the first one.
@@ -158,9 +157,19 @@ class Pipeline:
         Raises:
             RuntimeError: When this was called before.
         """
+        return (result for results in self.batches() for result in results)
+
+    def batches(self) -> Iterator[list[Result]]:
+        """The results of each batch, in place of those of each frame.
+
+        When a list is given, its stream has learned from that batch and from none after it.
+
+        Raises:
+            RuntimeError: When the pipeline was iterated before.
+        """
         if not self._begun.acquire(blocking=False):
             raise RuntimeError("this pipeline was iterated before: make another, with a source.")
-        return self._results()
+        return self._batches()
 
     def run(self) -> dict[str, int]:
         """Go through all frames, for ``on_result``; return the counts."""
@@ -190,17 +199,17 @@ class Pipeline:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _results(self) -> Iterator[Result]:
-        server = self._server = self._make()
+    def _batches(self) -> Iterator[list[Result]]:
+        server = self._make()
         try:
             self._intake.start()
             while (batch := self._intake.take()) is not None:
-                yield from self._serve(server, batch)
+                yield self._serve(server, batch)
         finally:
             self.close()
             server.close()
 
-    def _serve(self, server: Server, batch: Batch) -> Iterator[Result]:
+    def _serve(self, server: Server, batch: Batch) -> list[Result]:
         """The results of a batch."""
         frames, counts = batch.frames, self._intake.counts
         stream = frames[0].stream
@@ -211,16 +220,15 @@ class Pipeline:
             if not str(error).startswith("`images`"):
                 raise
             self._intake.fail(stream, told(error, 200), len(frames))
-            return
+            return []
         now = time.monotonic()
-        for row, frame in enumerate(frames):
-            result = self._result(frame, step, row, now)
-            if result is None:
-                continue
-            counts["learned" if result.learned else "skipped"] += 1
-            if self._on_result is not None:
+        made = [self._result(frame, step, row, now) for row, frame in enumerate(frames)]
+        results = [result for result in made if result is not None]
+        counts["learned" if step.learned else "skipped"] += len(results)
+        if self._on_result is not None:
+            for result in results:
                 self._on_result(result)
-            yield result
+        return results
 
     def _result(self, frame: Any, step: Step, row: int, now: float) -> Result | None:
         probabilities = step.probabilities[row]

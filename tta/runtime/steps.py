@@ -16,7 +16,7 @@ from torch import Tensor
 from tta.core.adapter import Adapter
 from tta.runtime.pool import StreamPool
 
-__all__ = ["Direct", "Lagging", "Pooled", "Server", "Step", "step"]
+__all__ = ["Direct", "Lagging", "Pooled", "Server", "Step", "step", "taken"]
 
 # What a state holds that can learn; the rest counts calls, or watches.
 LEARNS = ("param/", "norm/", "update/", "output/", "model/")
@@ -35,22 +35,27 @@ class Step:
     learned: bool
 
 
-def step(adapter: Adapter, images: Tensor, learn: bool, taken: int) -> Step:
+def step(adapter: Adapter, images: Tensor, learn: bool, used: int) -> Step:
     """Serve a batch; the caller has the turn.
 
     Args:
         adapter: Frozen or not.
         images: (B, ...), as the model takes them.
         learn: Whether it may be learned from.
-        taken: Frames of the stream that are used up with this batch.
+        used: Frames of the stream that are used up with this batch.
     """
     learned = learn and adapter.session.learning and can_learn(adapter)
     with nullcontext() if learn else adapter.frozen():
         answer = adapter(images)
-    adapter._serving.taken = taken
+    adapter._serving.taken = used
     scores = answer if isinstance(answer, Tensor) else adapter.network.reader.read(answer)
     action = "learn" if adapter.guard is None else adapter.guard.figures.get("action", "learn")
     return Step(_probabilities(adapter, scores), learned and action == "learn")
+
+
+def taken(adapter: Adapter) -> int:
+    """Frames of its stream that are used up; see :func:`step`."""
+    return adapter._serving.taken
 
 
 def can_learn(adapter: Adapter) -> bool:
@@ -69,7 +74,7 @@ def _probabilities(adapter: Adapter, scores: Tensor) -> Tensor:
 class Server:
     """Serves batches, in the thread that asks for results."""
 
-    def serve(self, stream: str, images: Tensor, learn: bool, taken: int) -> Step:
+    def serve(self, stream: str, images: Tensor, learn: bool, used: int) -> Step:
         """Serve a batch of one stream; arguments as of :func:`step`."""
         raise NotImplementedError
 
@@ -83,10 +88,10 @@ class Direct(Server):
     def __init__(self, adapter: Adapter) -> None:
         self.adapter = adapter
 
-    def serve(self, stream: str, images: Tensor, learn: bool, taken: int) -> Step:
+    def serve(self, stream: str, images: Tensor, learn: bool, used: int) -> Step:
         """Serve a batch; all streams are one."""
         with self.adapter.turns:
-            return step(self.adapter, images, learn, taken)
+            return step(self.adapter, images, learn, used)
 
 
 class Pooled(Server):
@@ -95,10 +100,10 @@ class Pooled(Server):
     def __init__(self, pool: StreamPool) -> None:
         self.pool = pool
 
-    def serve(self, stream: str, images: Tensor, learn: bool, taken: int) -> Step:
+    def serve(self, stream: str, images: Tensor, learn: bool, used: int) -> Step:
         """Serve a batch by its stream, which is made if it is not there."""
         with self.pool.stream(stream, create=True) as view:
-            return view.run(lambda adapter: step(adapter, images, learn, taken))
+            return view.run(lambda adapter: step(adapter, images, learn, used))
 
 
 class Lagging(Server):
@@ -119,7 +124,7 @@ class Lagging(Server):
         self._lock = threading.Lock()
         self._new: dict[str, Tensor] | None = None
 
-    def serve(self, stream: str, images: Tensor, learn: bool, taken: int) -> Step:
+    def serve(self, stream: str, images: Tensor, learn: bool, used: int) -> Step:
         """Predict a batch at once, as soon as learning is not too far behind."""
         while self._behind and (self._behind[0].done() or len(self._behind) > self.staleness):
             self._behind.pop(0).result()  # raises what went wrong there
@@ -127,10 +132,10 @@ class Lagging(Server):
             new, self._new = self._new, None
         if new is not None:
             self.copy.load_state(new, allow_nonfinite=True)
-        found = step(self.copy, images, True, taken)
+        found = step(self.copy, images, True, used)
         learn = learn and self.learns and self.session.learning
         if learn:
-            self._behind.append(self._learner.submit(self._learn, images, taken))
+            self._behind.append(self._learner.submit(self._learn, images, used))
         return Step(found.probabilities, learn)
 
     def close(self) -> None:
@@ -143,9 +148,9 @@ class Lagging(Server):
         self._behind.clear()
 
     @torch.inference_mode(False)
-    def _learn(self, images: Tensor, taken: int) -> None:
+    def _learn(self, images: Tensor, used: int) -> None:
         with self.adapter.turns:
-            step(self.adapter, images, True, taken)
+            step(self.adapter, images, True, used)
             state: dict[str, Any] = self.adapter.state()
         with self._lock:
             self._new = state
