@@ -357,12 +357,13 @@ PLACES = {
         r"tta/(runtime/(pool|snapshots|stream_\w+)|core/(adapter_sets|parameter_sets|plain_data))\.py"
     ),
     "Names, fields and configs": (
-        r"tta/(__init__|_moved|cli/methods"
+        r"tta/(__init__|_moved|cli/methods|runtime/method_strings"
         r"|core/(checks|config|plugins|recipe|registry|resolve))\.py"
     ),
-    "Streams": r"tta/streams/\w+\.py",
+    "Streams": r"tta/(streams/\w+|core/pictures)\.py",
     "Corruptions": r"corruptions/\w+\.py",
-    "Loading models": r"models/\w+\.py",
+    "Loading models": r"models/\w+\.py|tta/runtime/(checkpoint|libraries|model_strings)\.py",
+    "Frames and commands": r"tta/(runtime|cli)/\w+\.py",
 }
 
 

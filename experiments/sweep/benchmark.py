@@ -22,12 +22,12 @@ import tta
 from experiments.records.config import BASELINE, RunConfig, StreamConfig
 from experiments.report.benchmark_page import write_page
 from experiments.report.collect import collect, write_compact
-from experiments.run.method_strings import PLUS
 from experiments.run.subject import pick_device
 from experiments.sweep.sweep import Sweep, add_workers, pick_executor
 from experiments.sweep.workers import Outcome
 from tta.core.registry import component
 from tta.core.update import Update
+from tta.runtime.method_strings import PLUS
 
 __all__ = ["Benchmark", "BenchmarkRun", "add_flags"]
 

@@ -367,7 +367,8 @@ class Adapter(nn.Module):
     @property
     def network(self) -> Backbone:
         """The wrapped model as components call it."""
-        return self._held("has no network")
+        with self.turns.lock:  # or what another thread is doing would count as interrupted
+            return self._held("has no network")
 
     @property
     def session(self) -> Session:

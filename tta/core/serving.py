@@ -67,6 +67,7 @@ class Serving:
         self.inputs: Inputs | None = None  # if there is an input rule
         self.seen = 0  # images of the last batch that was answered
         self.rejected = 0  # of these, images that nothing was learned from
+        self.taken = 0  # frames of its stream that a pipeline has used up
         self._bad = 0  # images of the present batch that nothing is learned from
 
     def serve(self, x: Tensor, follow: bool) -> Any:
