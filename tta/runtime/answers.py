@@ -45,5 +45,5 @@ def has_learned(health: Report, report: Report, learning: bool) -> bool:
         report: Of the batch.
         learning: Whether the adapter is not frozen.
     """
-    held = health.get("action", "learn") not in ("learn", "restore")
+    held = health.get("action", "learn") != "learn"
     return learning and not held and report.rejected < report.seen
