@@ -54,6 +54,7 @@ REASONS = {
     "no classifier": r"`model` must (be a classifier|have a classifier|return logits of shape)",
     "several outputs": r"`model` must return one tensor",
     "no linear head": r"`model` must make its logits by a linear layer|no linear layer for its",
+    "no class token": r"`model` must be a vision transformer with a class token",
 }
 
 # Thresholds that random weights pass, and as little work as shows that all of it runs.

@@ -7,6 +7,7 @@ model with BatchNorm, a filter that lets samples pass) is read off its class and
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, TypeAlias
 
 from torch import nn
@@ -15,8 +16,6 @@ import tta
 from tests.helpers.batches import BATCH, surroundings
 from tests.helpers.nets import FAMILIES, tiny
 from tta.core.guard import Guard
-from tta.core.norm_layers import batch_norm_layers
-from tta.core.norm_rule import NormRule
 from tta.core.registry import component
 from tta.core.update import Update
 
@@ -35,6 +34,7 @@ __all__ = [
     "components",
     "label",
     "make",
+    "suiting",
 ]
 
 Case: TypeAlias = "tuple[str, dict[str, str]]"  # a norm family, and a component's name in each slot
@@ -44,13 +44,25 @@ def _on_every_family(parts: list[dict[str, str]], families: list[str] | None = N
     return [(f, p) for p in parts for f in families or FAMILIES if _fits((f, p))]
 
 
-_HAVE_BATCH_NORM = {family for family in FAMILIES if batch_norm_layers(tiny(family))}
+@cache
+def suiting(family: str) -> tuple[str, ...]:
+    """Names of the components that can work on a family at all."""
+    net = tiny(family)
+    return tuple(name for name in tta.list_methods() if component(name).suits(net))
 
 
 def _fits(case: Case) -> bool:
-    """Whether the family has the norm layers that the case asks for."""
-    asks = any(issubclass(cls, NormRule) for cls in components(case))
-    return not asks or case[0] in _HAVE_BATCH_NORM
+    """Whether the components of the case can work on the family."""
+    return all(name in suiting(case[0]) for name in case[1].values())
+
+
+def _only_family(parts: dict[str, str]) -> Case:
+    """The case on the family with BatchNorm; without its norm rule elsewhere where that must be."""
+    names = [name for slot, name in parts.items() if slot != "norm"]
+    family = next(f for f in FAMILIES if all(name in suiting(f) for name in names))
+    if not _fits((family, parts)):
+        parts = {slot: name for slot, name in parts.items() if slot != "norm"}
+    return family, parts
 
 
 def components(case: Case) -> list[type[Any]]:
@@ -73,24 +85,19 @@ PAIRS = _on_every_family(
 
 # All triples would be thousands of cases. Each pair of a norm rule and an output rule comes with
 # some update, and one family is enough, because a triple adds little to the pairs that it holds.
-TRIPLES = _on_every_family(
-    [
-        {"norm": _NORMS[(i + j) % len(_NORMS)], "update": u, "output": o}
-        for i, u in enumerate(_UPDATES)
-        for j, o in enumerate(_OUTPUTS)
-    ],
-    ["bn"],
-)
+TRIPLES: list[Case] = [
+    ("bn", {"norm": _NORMS[(i + j) % len(_NORMS)], "update": u, "output": o})
+    for i, u in enumerate(_UPDATES)
+    for j, o in enumerate(_OUTPUTS)
+    if u in suiting("bn")  # all others are without a norm rule, and among the pairs
+]
 """A component in all three slots: every pair of components is in one of them."""
 
-GUARDED = _on_every_family(
-    [
-        {"norm": _NORMS[(i + j) % len(_NORMS)], "update": u, "guard": g}
-        for i, u in enumerate(_UPDATES)
-        for j, g in enumerate(_GUARDS)
-    ],
-    ["bn"],
-)
+GUARDED = [
+    _only_family({"norm": _NORMS[(i + j) % len(_NORMS)], "update": u, "guard": g})
+    for i, u in enumerate(_UPDATES)
+    for j, g in enumerate(_GUARDS)
+]
 """Every guard over every update, and over every norm rule with some update."""
 
 CASES = ALONE + PAIRS + TRIPLES + GUARDED
@@ -138,6 +145,8 @@ LOOSE = {
     "every": 2,
     "threshold": 1.0,
     "passes": 2,
+    "population": 4,
+    "prompts": 2,
 }
 
 
@@ -151,7 +160,9 @@ def arguments(parts: dict[str, str]) -> dict[str, Any]:
     chosen: dict[str, Any] = dict(parts)
     for slot, name in parts.items():
         if issubclass(component(name), Update):
-            chosen[slot] = tta.get_config(name, lr=0.05, **_loose(name))
+            config = tta.get_config(name, **_loose(name))
+            rate = {"lr": 0.05} if isinstance(config, tta.UpdateConfig) else {}
+            chosen[slot] = config.override(**rate)
         elif issubclass(component(name), Guard):
             chosen[slot] = tta.get_config(name, **_loose(name))
     return chosen | surroundings()

@@ -107,10 +107,10 @@ class UpdateConfig(ComponentConfig):
     lr: float = 2.5e-4  # learning rate
     lr_scaling: str = "none"  # of lr by batch_size: "none", "linear", "linear_below", "small_batch"
     lr_batch_size: int = 64  # batch size for which lr is given
-    optimizer: str = "sgd"  # "sgd" or "adam"
+    optimizer: str = "sgd"  # "sgd", "adam" or "adamw"
     momentum: float = 0.9  # SGD only; dampening is 0
-    betas: tuple[float, float] = (0.9, 0.999)  # Adam only; its eps is 1e-8
-    weight_decay: float = 0.0  # of the parameters that are trained, added to their gradients
+    betas: tuple[float, float] = (0.9, 0.999)  # of Adam and AdamW, whose eps is 1e-8
+    weight_decay: float = 0.0  # of what is trained, added to its gradients; AdamW's is decoupled
     nesterov: bool = False  # SGD only
     steps: int = 1  # (forward, update) cycles per batch; the last cycle's forward is returned
     params: str = "norm"  # what is trained: "norm", "weight_bias", "head", "all" or a regex
@@ -121,7 +121,7 @@ class UpdateConfig(ComponentConfig):
         number("lr", self.lr, 0, LARGE)
         one_of("lr_scaling", self.lr_scaling, LR_SCALINGS)
         whole_number("lr_batch_size", self.lr_batch_size, 1, LARGEST)
-        one_of("optimizer", self.optimizer, ("sgd", "adam"))
+        one_of("optimizer", self.optimizer, ("sgd", "adam", "adamw"))
         below_one = "use a value below 1"
         number("momentum", self.momentum, 0, 1, below=True, advice=below_one)
         if not isinstance(self.betas, tuple):

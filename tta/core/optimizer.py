@@ -12,7 +12,7 @@ ADAM_EPS = 1e-8
 
 
 def make_optimizer(config: Any, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """Make SGD or Adam, with moments of zeros.
+    """Make SGD, Adam or AdamW, with moments of zeros.
 
     A momentum buffer of zeros gives the same first step as the one that torch makes later, because
     dampening is 0.
@@ -34,7 +34,8 @@ def make_optimizer(config: Any, parameters: list[torch.nn.Parameter]) -> torch.o
             for p in parameters:
                 optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
         return optimizer
-    optimizer = torch.optim.Adam(
+    kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
+    optimizer = kind(
         parameters,
         lr=config.lr,
         betas=config.betas,

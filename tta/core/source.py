@@ -37,6 +37,8 @@ class SourceStatistics:
         feature_labels: Labels of ``features`` (N,), whole numbers (AdaNPC).
         memory_init: First row of AdaNPC's memory in the official code (D,).
         feature_mean: Mean of the features under running statistics (D,) (NEO, FOA's shift).
+        layer_mean: Mean of the class token after each block (L, D) (FOA).
+        layer_std: Its unbiased standard deviation (L, D) (FOA).
         covariance: Covariance of features within classes (D, D), or (C, D, D) of each (CAFA).
         batches: Source batches ``(images, labels)``, kept for methods that run the model on them,
             in the order given.
@@ -56,6 +58,8 @@ class SourceStatistics:
     feature_labels: Tensor | None = None
     memory_init: Tensor | None = None
     feature_mean: Tensor | None = None
+    layer_mean: Tensor | None = None
+    layer_std: Tensor | None = None
     covariance: Tensor | None = None
     batches: Iterable[tuple[Tensor, Tensor]] | None = None
 
