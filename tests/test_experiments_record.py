@@ -18,7 +18,7 @@ from experiments.sweep.benchmark import STREAMS, Benchmark, all_methods, bundled
 from experiments.sweep.sweep import cell_folder
 from tests.helpers.tiny_models import use_tiny_models
 
-EXPENSIVE = ("cotta", "petal", "aetta", "foa")
+EXPENSIVE = ("cotta", "petal", "aetta", "dpcore", "foa")
 
 
 @pytest.fixture(autouse=True)

@@ -147,6 +147,7 @@ LOOSE = {
     "passes": 2,
     "population": 4,
     "prompts": 2,
+    "steps_new": 2,
 }
 
 

@@ -36,7 +36,8 @@ class SourceStatistics:
         features: Features as the classifier sees them (N, D), not normalised (AdaNPC).
         feature_labels: Labels of ``features`` (N,), whole numbers (AdaNPC).
         memory_init: First row of AdaNPC's memory in the official code (D,).
-        feature_mean: Mean of the features under running statistics (D,) (NEO, FOA's shift).
+        feature_mean: Mean of the features under running statistics (D,) (NEO, FOA's shift, DPCore).
+        feature_std: Unbiased standard deviation of the features (D,) (DPCore).
         layer_mean: Mean of the class token after each block (L, D) (FOA).
         layer_std: Its unbiased standard deviation (L, D) (FOA).
         covariance: Covariance of features within classes (D, D), or (C, D, D) of each (CAFA).
@@ -58,6 +59,7 @@ class SourceStatistics:
     feature_labels: Tensor | None = None
     memory_init: Tensor | None = None
     feature_mean: Tensor | None = None
+    feature_std: Tensor | None = None
     layer_mean: Tensor | None = None
     layer_std: Tensor | None = None
     covariance: Tensor | None = None

@@ -26,6 +26,7 @@ SHAPES = {  # of the tensors, as errors name them, by number of axes
     "feature_labels": {1: "(N,)"},
     "memory_init": {1: "(D,)"},
     "feature_mean": {1: "(D,)"},
+    "feature_std": {1: "(D,)"},
     "layer_mean": {2: "(L, D)"},
     "layer_std": {2: "(L, D)"},
     "covariance": {2: "(D, D)", 3: "(C, D, D)"},

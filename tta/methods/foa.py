@@ -45,13 +45,12 @@ from tta.parts import cma
 from tta.parts.blocks import block_names
 from tta.parts.losses import entropy
 from tta.parts.moments import RunningMoments
-from tta.parts.tokens import TokenPrompts, takes_prompts, uniform_start
+from tta.parts.tokens import MOST_PROMPTS, TokenPrompts, takes_prompts, uniform_start
 
 __all__ = ["Foa", "FoaConfig", "FoaShift", "FoaShiftConfig"]
 
 BATCH = 64  # size for which the fitness is balanced
 SHIFT_MOMENTUM = 0.1  # a
-MOST_PROMPTS = 1000
 MOST_CANDIDATES = 10_000
 
 

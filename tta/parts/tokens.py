@@ -24,8 +24,9 @@ from tta.core.outputs import LogitsReader
 from tta.core.prediction import Prediction
 from tta.parts.blocks import Block, find_blocks, sole_tensor
 
-__all__ = ["TokenPrompts", "takes_prompts", "uniform_start"]
+__all__ = ["MOST_PROMPTS", "TokenPrompts", "takes_prompts", "uniform_start"]
 
+MOST_PROMPTS = 1000  # tokens
 # Largest difference of features, as a share of their size, that rounding may make.
 ROUNDING = {torch.float32: 1e-3, torch.float64: 1e-3}
 COARSE = 5e-2  # in other dtypes
