@@ -40,7 +40,7 @@ __all__ = ["Runner", "read_results"]
 
 Wrong = NDArray[np.bool_]
 # What is said where a method cannot work on a model at all.
-OTHER_MODEL = ("must find BatchNorm", "must be a vision transformer")
+OTHER_MODEL = ("must find BatchNorm", "must be a vision transformer", "must have blocks")
 WAIT = 0.2  # seconds, while another process appends to the results
 
 

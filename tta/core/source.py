@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tta.core.checks import nearest, path_like, shown, told
-from tta.core.source_checks import BY_PARAMETER, check_iterable, check_named, check_tensor
+from tta.core.source_checks import BY_NAME, check_iterable, check_named, check_tensor
 from tta.core.warn import warn
 
 __all__ = ["SourceStatistics", "as_source", "preserving_rng"]
@@ -38,6 +38,9 @@ class SourceStatistics:
         memory_init: First row of AdaNPC's memory in the official code (D,).
         feature_mean: Mean of the features under running statistics (D,) (NEO, FOA's shift, DPCore).
         feature_std: Unbiased standard deviation of the features (D,) (DPCore).
+        block_mean: Mean of what each block gives (d,), by module name (PEA).
+        block_variance: Its variance (d,), by module name (PEA).
+        block_covariance_root: Symmetric root of its covariance (d, d), by module name (PEA).
         layer_mean: Mean of the class token after each block (L, D) (FOA).
         layer_std: Its unbiased standard deviation (L, D) (FOA).
         covariance: Covariance of features within classes (D, D), or (C, D, D) of each (CAFA).
@@ -60,6 +63,9 @@ class SourceStatistics:
     memory_init: Tensor | None = None
     feature_mean: Tensor | None = None
     feature_std: Tensor | None = None
+    block_mean: dict[str, Tensor] | None = None
+    block_variance: dict[str, Tensor] | None = None
+    block_covariance_root: dict[str, Tensor] | None = None
     layer_mean: Tensor | None = None
     layer_std: Tensor | None = None
     covariance: Tensor | None = None
@@ -68,7 +74,7 @@ class SourceStatistics:
     def __post_init__(self) -> None:
         for name in self.contents:
             value = getattr(self, name)
-            if name in BY_PARAMETER:
+            if name in BY_NAME:
                 check_named(name, value)
                 setattr(self, name, {key: tensor.detach() for key, tensor in value.items()})
             elif name == "batches":
@@ -141,7 +147,7 @@ class SourceStatistics:
         tensors: dict[str, Tensor] = {}
         for name in self.contents:
             value = getattr(self, name)
-            if name in BY_PARAMETER:
+            if name in BY_NAME:
                 tensors |= {f"{name}/{key}": t.contiguous() for key, t in value.items()}
             elif name != "batches":
                 tensors[name] = value.contiguous()
@@ -173,7 +179,7 @@ class SourceStatistics:
         values: dict[str, Any] = {}
         for key, tensor in tensors.items():
             name, _, parameter = key.partition("/")
-            if name not in known or bool(parameter) != (name in BY_PARAMETER):
+            if name not in known or bool(parameter) != (name in BY_NAME):
                 raise ValueError(
                     f"`path` must be a file of source artefacts, but {path} holds {shown(key)}: "
                     + nearest(name, known)

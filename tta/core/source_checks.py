@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tta.core.checks import dense, nearest, real, shown, told
 
 __all__ = [
+    "BY_NAME",
     "BY_PARAMETER",
     "check_iterable",
     "check_named",
@@ -20,6 +21,7 @@ __all__ = [
 ]
 
 BY_PARAMETER = ("fisher", "posterior_mean", "posterior_variance")
+BY_NAME = (*BY_PARAMETER, "block_mean", "block_variance", "block_covariance_root")
 SHAPES = {  # of the tensors, as errors name them, by number of axes
     "prototypes": {2: "(C, D)"},
     "features": {2: "(N, D)"},

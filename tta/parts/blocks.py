@@ -14,11 +14,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from tta.core.checks import nearest, shown
-from tta.core.classifier import dry_run
+from tta.core.classifier import CONVOLUTIONS, dry_run
 from tta.core.norm_layers import AdaptiveNorm, with_statistics
 from tta.core.outputs import LogitsReader
 
-__all__ = ["Block", "block_names", "find_blocks", "sole_tensor"]
+__all__ = ["Block", "block_names", "channel_axis", "find_blocks", "sole_tensor"]
 
 CONTAINERS = (nn.Sequential, nn.ModuleList)
 
@@ -118,6 +118,17 @@ def block_names(name: str, value: Any) -> None:
             f"`{name}` must name at least one module, and each once, got {shown(value)}: pass None "
             "to have them found."
         )
+
+
+def channel_axis(block: Block, module: nn.Module) -> int:
+    """Where the channels are in what a block gives: last in sequences, mostly second in maps.
+
+    Maps (B, H, W, D) come from blocks without convolutions, as those of Swin transformers.
+    """
+    if len(block.given) == 3:
+        return 2
+    inside = (part for part in module.modules() if part is not module)
+    return 1 if any(isinstance(part, (*CONVOLUTIONS, AdaptiveNorm)) for part in inside) else 3
 
 
 def sole_tensor(args: Any, kwargs: dict[str, Any]) -> Tensor | None:
