@@ -343,12 +343,12 @@ PLACES = {
     ),
     "Model": (
         r"tta/core/(adapter|backbone|build|checkpointing|classifier|component|head|input_guard"
-        r"|draws|guard|hooks|loan|logit_checks|masters|model_buffers|model_checks|norm_layers|outputs|oversight|parameters|serving"
-        r"|update)\.py|tta/parts/(blocks|tokens)\.py"
+        r"|draws|first_input|guard|hooks|loan|logit_checks|masters|model_buffers|model_checks|norm_layers|outputs|oversight|parameters|serving"
+        r"|update)\.py|tta/parts/(blocks|chance|tokens)\.py"
     ),
     "Source data": (
         r"tta/(collect|core/(fitting|source|source_checks)"
-        r"|parts/(class_moments|moments|posterior|replay)|methods/\w+)\.py"
+        r"|parts/(class_moments|label_shift|moments|posterior|replay)|methods/\w+)\.py"
     ),
     "Several processes": r"tta/(runtime/parallel|core/batch_split)\.py",
     "Serving many streams": (

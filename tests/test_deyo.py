@@ -14,7 +14,7 @@ from tests.helpers.nets import affine, batch_statistics, tiny
 from tta.core.random import CountedDraws
 from tta.methods import deyo
 from tta.parts.losses import entropy
-from tta.parts.occlusion import occlude, shuffle_patches, shuffle_pixels
+from tta.parts.occlusion import occlude, random_orders, shuffle_patches, shuffle_pixels
 
 close = torch.testing.assert_close
 
@@ -23,12 +23,16 @@ def _generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def _orders(count: int, length: int) -> Tensor:
+    return random_orders(count, length, CountedDraws(0))
+
+
 # Destroying --------------------------------------------------------------------------------
 
 
 def test_patches_stay_whole_and_each_image_has_an_order_of_its_own() -> None:
     x = torch.arange(3 * 2 * 8 * 12, dtype=torch.float32).view(3, 2, 8, 12)
-    y = shuffle_patches(x, 4, CountedDraws(0))
+    y = shuffle_patches(x, 4, _orders(3, 16))
 
     def patches(image: Tensor) -> list[list[float]]:
         corners = [(r, c) for r in range(0, 8, 2) for c in range(0, 12, 3)]
@@ -39,20 +43,20 @@ def test_patches_stay_whole_and_each_image_has_an_order_of_its_own() -> None:
         assert sorted(patches(before)) == sorted(patches(after))
         orders.append([patches(before).index(p) for p in patches(after)])
     assert orders[0] != orders[1] != orders[2] and list(range(16)) not in orders
-    assert torch.equal(y, shuffle_patches(x, 4, CountedDraws(0)))
-    assert torch.equal(shuffle_patches(x, 1, CountedDraws(0)), x)
+    assert torch.equal(y, shuffle_patches(x, 4, _orders(3, 16)))
+    assert torch.equal(shuffle_patches(x, 1, _orders(3, 1)), x)
 
 
 def test_other_sizes_are_resized_and_come_back() -> None:
-    y = shuffle_patches(torch.rand(2, 3, 33, 50, generator=_generator()), 4, CountedDraws(0))
+    y = shuffle_patches(torch.rand(2, 3, 33, 50, generator=_generator()), 4, _orders(2, 16))
     assert y.shape == (2, 3, 33, 50) and y.min() >= 0 and y.max() <= 1
     flat = torch.rand(2, 3, 1, 1, generator=_generator()).expand(2, 3, 33, 50)
-    close(shuffle_patches(flat, 4, CountedDraws(0)), flat)
+    close(shuffle_patches(flat, 4, _orders(2, 16)), flat)
 
 
 def test_pixels_move_with_all_their_channels() -> None:
     x = torch.arange(2 * 3 * 4 * 5, dtype=torch.float32).view(2, 3, 4, 5)
-    y = shuffle_pixels(x, CountedDraws(0))
+    y = shuffle_pixels(x, _orders(2, 20))
     for before, after in zip(x.flatten(2), y.flatten(2), strict=True):
         assert sorted(before.t().tolist()) == sorted(after.t().tolist())
         assert not torch.equal(before, after)
@@ -74,7 +78,7 @@ def test_the_middle_is_covered_with_the_mean() -> None:
 # The method --------------------------------------------------------------------------------
 
 
-def _roll(x: Tensor, grid: int, draws: CountedDraws) -> Tensor:
+def _roll(x: Tensor, grid: int, orders: Tensor | None = None) -> Tensor:
     return x.roll(5, dims=2).flip(3)
 
 
@@ -93,7 +97,7 @@ def _thresholds(x: Tensor, keep: int) -> tuple[float, float]:
         ordered = h.sort().values
         margin = float(ordered[keep - 1] + ordered[keep]) / 2
         some = h < margin
-        after = net(_roll(x[some], 4, CountedDraws(0))).softmax(1)
+        after = net(_roll(x[some], 4)).softmax(1)
         drop = p[some].max(1).values - after.gather(1, p[some].argmax(1)[:, None])[:, 0]
     ordered = drop.sort().values
     return margin / math.log(10), float(ordered[keep // 2 - 1] + ordered[keep // 2]) / 2
@@ -116,7 +120,7 @@ def test_two_steps_are_those_of_the_definition(monkeypatch) -> None:
         z, h, p = _measure(net, x)
         first = [i for i in range(12) if h[i].item() < margin * math.log(10)]
         with torch.no_grad():
-            after = net(_roll(x[first], 4, CountedDraws(0))).softmax(1)
+            after = net(_roll(x[first], 4)).softmax(1)
         labels = p.argmax(1)
         drops = {i: (p[i, labels[i]] - after[j, labels[i]]).item() for j, i in enumerate(first)}
         second = [i for i in first if drops[i] > threshold]
@@ -150,7 +154,7 @@ def test_both_thresholds_are_strict(monkeypatch) -> None:
     x, net = images(0, 10), tiny("gn")
     with torch.no_grad():
         _, _, p = _measure(net, x)
-        after = net(_roll(x, 4, CountedDraws(0))).softmax(1)
+        after = net(_roll(x, 4)).softmax(1)
     labels = p.argmax(1)
     drops = sorted(float(p[i, labels[i]] - after[i, labels[i]]) for i in range(10))
     assert drops == sorted(set(drops))
@@ -197,6 +201,7 @@ def test_images_too_small_for_the_grid_are_refused() -> None:
         ("imagenet_vit", 16, 1e-3 / 64 * 16),
         ("imagenet_vit", 1, 2 * 1e-3 / 64),
         ("coloredmnist", 64, 5 * 2.5e-4),
+        ("waterbirds", 64, 5 * 2.5e-4),
         ("cifar10", 200, 1e-3),
         ("cifar10", 1, 1e-3 / 200),  # no rule of the authors: ours
     ],
@@ -205,3 +210,61 @@ def test_images_too_small_for_the_grid_are_refused() -> None:
 def test_learning_rates_of_the_scripts(preset: str, batch_size: int | None, lr: float) -> None:
     adapter = tta.wrap(tiny("gn"), f"deyo.{preset}", batch_size=batch_size)
     assert adapter.config.update.lr == pytest.approx(lr)  # type: ignore[union-attr]
+
+
+# Orders ------------------------------------------------------------------------------------
+
+
+def test_one_order_of_pixels_for_all_images_is_official(monkeypatch) -> None:
+    seen = []
+
+    def shuffle(x: Tensor, orders: Tensor) -> Tensor:
+        seen.append(orders)
+        return shuffle_pixels(x, orders)
+
+    monkeypatch.setattr(deyo, "shuffle_pixels", shuffle)
+    for official in (False, True):
+        _once(images(0), destroy="pixel", official=official)
+    own, one = seen
+    assert own.shape == one.shape == (8, 1024)
+    assert (one == one[0]).all() and not (own == own[0]).all()
+    assert torch.equal(one[0].sort().values, torch.arange(1024))
+
+
+def test_orders_of_the_caller() -> None:
+    asked = []
+
+    def draws(name: str, shape: torch.Size, call: int) -> Tensor | None:
+        asked.append((name, tuple(shape), call))
+        return torch.arange(16).flip(0).expand(shape) if call == 0 else None
+
+    config = tta.get_config("deyo", lr=0.05, entropy_margin=10.0, plpd_threshold=-1.0)
+    adapter = tta.wrap(tiny("gn"), update=config, draws=draws)
+    start = adapter.state()["rng"]
+    adapter(images(0))
+    assert torch.equal(adapter.state()["rng"], start)
+    adapter(images(1, 5))
+    assert not torch.equal(adapter.state()["rng"], start)
+    assert asked == [("patch_order", (8, 16), 0), ("patch_order", (5, 16), 1)]
+
+
+def test_an_order_that_leaves_out_a_patch_is_refused() -> None:
+    adapter = tta.wrap(
+        tiny("gn"),
+        update=tta.get_config("deyo", entropy_margin=10.0),
+        draws=lambda name, shape, call: torch.zeros(shape, dtype=torch.int64),
+    )
+    before = adapter.state()
+    with pytest.raises(ValueError, match="`draws` must return permutations of 0 to 15"):
+        adapter(images(0))
+    assert all(torch.equal(v, adapter.state()[k]) for k, v in before.items())
+
+
+def test_rows_that_are_kept_are_those_of_the_batch() -> None:
+    x = images(0)
+    adapter = _once(x)
+    assert adapter.report.kept.tolist() == [True] * 8
+    x[2] = float("nan")
+    with pytest.warns(UserWarning, match="1 of 8 with NaN"):
+        adapter(x)
+    assert adapter.report.kept.tolist() == [i != 2 for i in range(8)]

@@ -17,8 +17,9 @@ from experiments.sweep import benchmark
 from experiments.sweep.benchmark import STREAMS, Benchmark, all_methods, bundled_models
 from experiments.sweep.sweep import cell_folder
 from tests.helpers.tiny_models import use_tiny_models
+from tta.core.registry import component
 
-EXPENSIVE = ("cotta", "petal", "aetta", "dpcore", "foa")
+EXPENSIVE = tuple(name for name in tta.list_methods() if component(name).cost >= 10)
 
 
 @pytest.fixture(autouse=True)

@@ -80,6 +80,11 @@ def say(action: str, **more: Any) -> Script:
     return lambda batch: tta.Verdict(action=action, reason="as told", **more)
 
 
+def forgets(adapter: tta.Adapter) -> bool:
+    """Whether the update puts back what it has learned before a call returns."""
+    return adapter.update is not None and adapter.update.episodic
+
+
 @pytest.mark.parametrize("recipe", [*UPDATES, *tta.list_methods(slot="norm"), "adanpc"])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_skip_holds_back_whatever_moves(recipe: str, when: str) -> None:
@@ -95,7 +100,7 @@ def test_skip_holds_back_whatever_moves(recipe: str, when: str) -> None:
     setattr(adapter.guard, when, say("learn"))
     for t in range(8):
         adapter(images(t))
-    assert not before or not same(moving(adapter), before)
+    assert not before or not same(moving(adapter), before) or forgets(adapter)
 
 
 def test_a_skipped_batch_is_answered_by_the_model_as_it_was() -> None:
@@ -170,7 +175,7 @@ def test_restore_goes_to_the_healthy_snapshot(recipe: str) -> None:
     guard.after = say("learn")
     for t in (1, 2):
         adapter(images(t))
-    assert not same(moving(adapter), healthy)
+    assert not same(moving(adapter), healthy) or forgets(adapter)
     saved = adapter.state()
     guard.after = say("restore")
     adapter(images(3))

@@ -47,8 +47,28 @@ RMT = {
     "weight_contrastive": 1.0,
     "warmup_samples": 50_000,
 }
+MEMO = {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0, "steps": 1, "params": "all"}
+ADACONTRAST = NESTEROV | {
+    "lr": 2e-4,
+    "weight_decay": 1e-4,
+    "params": "all",
+    "queue_size": 16384,
+    "bank_size": 16384,
+    "neighbours": 10,
+    "teacher_momentum": 0.999,
+    "temperature": 0.07,
+}
+GTTA = ADAM_200 | {"lr": 1e-5, "params": "all", "mixup": 1 / 3, "start_confidence": 0.9}
 DEYO = {"entropy_margin": 0.5, "weight_margin": 0.4, "patches": 4, "destroy": "patch"}
 ROTTA = {"memory_size": 64, "update_every": 64, "teacher_momentum": 0.999, "lr_batch_size": 64}
+SIAM = {"alignment_weight": 1.0}
+SHOT = {"lr": 5e-5, "params": "body", "pseudo_threshold": 0.9, "lr_batch_size": 64}
+NOTE = {"memory": "pbrs", "memory_size": 64, "update_every": 64, "epochs": 1, "lr": 1e-4}
+NOTE_IID = {"memory": "fifo", "lr": 1e-3}
+PETTA = {"memory_size": 64, "regulariser": "cosine", "regulariser_weight": 10.0}
+PETTA |= {"teacher_rate": 1e-3, "anchor_weight": 1.0, "consistency_loss": "sce"}
+PETTA |= {"prototype_rate": 0.05, "lr_batch_size": 64}
+CMF = {"hidden_momentum": 0.99, "ensemble_momentum": 0.99, "probs_momentum": 0.9}
 ROID = {"probs_momentum": 0.9, "source_momentum": 0.99, "temperature": 1 / 3}
 SHEETS: dict[str, dict[str, Any]] = {
     "tent.imagenet": RESNET,
@@ -94,21 +114,55 @@ SHEETS: dict[str, dict[str, Any]] = {
     "rmt.cifar10": ADAM_200 | RMT,
     "rmt.cifar100": ADAM_200 | RMT,
     "rmt.domainnet126": NESTEROV | RMT | {"lr": 0.01, "lr_batch_size": 128, "projection_dim": 0},
+    "gtta.cifar10": GTTA,
+    "gtta.cifar100": GTTA,
     "roid.imagenet": NESTEROV | ROID | {"lr": 2.5e-4, "lr_batch_size": 64},
     "roid.cifar10": ADAM_200 | ROID,
     "roid.cifar100": ADAM_200 | ROID,
+    "rpl.imagenet": NESTEROV | {"lr": 5e-4, "q": 0.8, "lr_batch_size": 64},
+    "rpl.cifar10": ADAM_200 | {"q": 0.8},
+    "rpl.cifar100": ADAM_200 | {"q": 0.8},
+    "shot_im": ADAM | SHOT | {"pseudo_weight": 0.0},
+    "shot_im.pseudo": ADAM | SHOT | {"pseudo_weight": 0.1},
+    "zerosiam.imagenet": RESNET | SIAM | {"lr": 2.5e-3, "predictor_lr": 2.5e-2},
+    "zerosiam.imagenet_vit": VIT | SIAM | {"lr": 5e-3, "predictor_lr": 5e-3},
+    "zerosiam.imagenet_vit_small": VIT | SIAM | {"lr": 1e-3, "predictor_lr": 1e-2},
+    "zerosiam.imagenet_convnext": VIT | SIAM | {"lr": 2.5e-4, "predictor_lr": 2.5e-3},
+    "zerosiam.imagenet_swin": VIT | SIAM | {"lr": 5e-4, "predictor_lr": 2.5e-3},
+    "memo.imagenet": MEMO | {"lr": 2.5e-4, "views": 64, "prior_strength": 16},
+    "memo.imagenet_vit": MEMO
+    | {"optimizer": "adamw", "lr": 1e-5, "weight_decay": 0.01, "views": 64, "prior_strength": None},
+    "memo.cifar10": MEMO | {"lr": 0.005, "views": 32, "prior_strength": None},
+    "memo.cifar100": MEMO | {"lr": 0.005, "views": 32, "prior_strength": None},
+    "cmf.imagenet": NESTEROV
+    | CMF
+    | {"lr": 2e-4, "lr_batch_size": 64, "process_noise": 0.00025 * 53_120 / 38_400},
+    "cmf.imagenet_vit": NESTEROV
+    | CMF
+    | {"lr": 2.5e-4, "lr_batch_size": 64, "process_noise": 0.005},
+    "cmf.cifar10": ADAM_200 | CMF,
+    "cmf.cifar100": ADAM_200 | CMF,
     "rotta.imagenet": ADAM | ROTTA,
     "rotta.cifar10": ADAM | ROTTA,
     "rotta.cifar100": ADAM | ROTTA,
+    "petta.imagenet": ADAM | PETTA | {"consistency_loss": "ce"},
+    "petta.cifar10": ADAM | PETTA,
+    "petta.cifar100": ADAM | PETTA,
+    "petta.domainnet126": ADAM | PETTA | {"consistency_loss": "ce", "regulariser_weight": 1.0},
+    **{f"note.{data}": ADAM | NOTE for data in ("imagenet", "cifar10", "cifar100")},
+    **{f"note.{data}_iid": ADAM | NOTE | NOTE_IID for data in ("imagenet", "cifar10", "cifar100")},
     "deyo.imagenet": RESNET | DEYO | {"plpd_threshold": 0.3},
     "deyo.imagenet_wild": RESNET | DEYO | {"plpd_threshold": 0.2},
     "deyo.imagenet_vit": VIT | DEYO | {"plpd_threshold": 0.2},
-    "deyo.waterbirds": RESNET | DEYO | {"plpd_threshold": 0.5},
+    "deyo.waterbirds": RESNET | DEYO | {"lr": 5 * 2.5e-4, "plpd_threshold": 0.5},
     "deyo.coloredmnist": RESNET
     | DEYO
     | {"lr": 5 * 2.5e-4, "plpd_threshold": 0.5, "entropy_margin": 1.0, "weight_margin": 1.0},
     "deyo.cifar10": ADAM_200 | DEYO | {"plpd_threshold": 0.2},
     "deyo.cifar100": ADAM_200 | DEYO | {"plpd_threshold": 0.2},
+    "adacontrast.imagenet": ADACONTRAST | {"lr_batch_size": 64},
+    "adacontrast.cifar10": ADACONTRAST | {"lr_batch_size": 200},
+    "adacontrast.cifar100": ADACONTRAST | {"lr_batch_size": 200},
     "cafa.imagenet": SGD | {"lr": 2.5e-4, "shrinkage": 1e-3},
     "cafa.cifar10": ADAM_200,
     "cafa.cifar100": ADAM_200,
@@ -124,10 +178,15 @@ SHEETS: dict[str, dict[str, Any]] = {
     "unmix_tns.cifar100_mixed": {"components": 128, "batch_size_max": 64, "update_lr": 1e-5},
     "alpha_bn": {"source_weight": 0.9, "unbiased": True},
     "robust_bn": {"batch_weight": 0.05, "official": False},
+    "iabn": {"alpha": 4.0, "learned_statistics": True, "momentum": 0.01},
     "bn_ema": {"momentum": 0.1, "official": False},
     "neo": {"momentum": None, "use_source_mean": False, "balanced": False},
     "neo.continual": {"momentum": 0.1},
     "t3a": {"filter_size": 20, "official": False},
+    "nhl.imagenet": RESNET | {"tau": 1.0, "eta": 1e-2, "normalise": "none", "modulator": "norm"},
+    "nhl.cifar10": ADAM_200,
+    "nhl.cifar100": ADAM_200,
+    "lsa": {"code": None, "delta": "full", "prior_momentum": 0.9, "floor": 1e-6},
     "foa_shift": {"momentum": 0.1, "balanced": False},
     "dpcore.imagenet": {
         "lr": 0.1,
@@ -150,9 +209,30 @@ SHEETS: dict[str, dict[str, Any]] = {
     "adanpc.domainbed": {"neighbours": 100, "temperature": 0.1, "confidence_threshold": 0.1},
 }
 
-SCALED_FROM_200 = ["tent", "rdumb", "sar", "cotta", "petal", "rmt", "roid", "deyo", "cafa", "core"]
+SCALED_FROM_200 = [
+    "tent",
+    "rdumb",
+    "sar",
+    "cotta",
+    "petal",
+    "rmt",
+    "roid",
+    "rpl",
+    "cmf",
+    "deyo",
+    "cafa",
+    "core",
+    "adacontrast",
+    "gtta",
+    "nhl",
+]
 # By how much `wrap(batch_size=1)` divides the rate of each preset.
 DIVIDED_BY: dict[float, list[str]] = {
+    1: [  # updates are as large whatever the batch size
+        *(f"memo.{tag}" for tag in ("imagenet", "imagenet_vit", "cifar10", "cifar100")),
+        *(f"note.{data}" for data in ("imagenet", "cifar10", "cifar100")),
+        *(f"note.{data}_iid" for data in ("imagenet", "cifar10", "cifar100")),
+    ],
     16: [  # twice the rule of the scripts, for single images
         "sar.imagenet",
         "sar.come_imagenet",
@@ -160,6 +240,7 @@ DIVIDED_BY: dict[float, list[str]] = {
         "deyo.imagenet_wild",
         "deyo.waterbirds",
         "deyo.coloredmnist",
+        "zerosiam.imagenet",
     ],
     32: [
         "tent.imagenet",
@@ -169,9 +250,14 @@ DIVIDED_BY: dict[float, list[str]] = {
         "eata.come_imagenet",
         "eta.come_imagenet",
         "rdumb.imagenet",
+        "nhl.imagenet",
         "sar.imagenet_vit",
         "sar.come_imagenet_vit",
         "deyo.imagenet_vit",
+        "zerosiam.imagenet_vit",
+        "zerosiam.imagenet_vit_small",
+        "zerosiam.imagenet_convnext",
+        "zerosiam.imagenet_swin",
     ],
     64: [
         "tent.imagenet_vit",
@@ -186,11 +272,20 @@ DIVIDED_BY: dict[float, list[str]] = {
         "petal.imagenet",
         "rmt.imagenet",
         "roid.imagenet",
+        "adacontrast.imagenet",
+        "rpl.imagenet",
+        "shot_im.pseudo",
+        "cmf.imagenet",
+        "cmf.imagenet_vit",
         "cafa.imagenet",
         "core.imagenet",
         "rotta.imagenet",
         "rotta.cifar10",
         "rotta.cifar100",
+        "petta.imagenet",
+        "petta.cifar10",
+        "petta.cifar100",
+        "petta.domainnet126",
     ],
     128: ["rmt.domainnet126"],
     200: [

@@ -323,6 +323,48 @@ def test_the_memory_keeps_pixels_in_8_bits() -> None:
     assert all(any(torch.equal(image, other) for other in pixels) for image in stored)
 
 
+def test_the_memory_keeps_other_pixels_as_they_came() -> None:
+    config = tta.get_config("rotta", memory_size=8, update_every=8)
+    adapter = tta.wrap(tiny("bn"), update=config, mean=(0.4,), std=(0.2,))
+    exact = (_pixels(0) - 0.4) / 0.2
+    adapter(exact)
+    assert adapter.state()["update/memory"].dtype == torch.uint8
+    other = 3 * images(0) - 1  # beyond the pixels' range too
+    adapter(other)
+    state = adapter.state()
+    held = state["update/memory"][state["update/bank.labels"] >= 0]
+    assert held.dtype == torch.float32
+    came = torch.cat([exact, other])
+    distances = torch.cdist(held.flatten(1), came.flatten(1), p=torch.inf)
+    assert distances.min(1).values.max() < 1e-5
+    found = distances.argmin(1)
+    later = [i for i, k in enumerate(found) if k >= 8]
+    assert later and all(torch.equal(held[i], came[found[i]]) for i in later)
+    # Either kind is loaded into an adapter that has seen nothing, or images of the other kind.
+    fresh = tta.wrap(tiny("bn"), update=config, mean=(0.4,), std=(0.2,))
+    for first in (None, exact):
+        if first is not None:
+            fresh.reset()
+            fresh(first)
+        fresh.load_state(state)
+        assert torch.equal(fresh(exact), adapter(exact))
+        adapter.load_state(state)
+    adapter.reset()
+    adapter(exact)
+    assert adapter.state()["update/memory"].dtype == torch.uint8
+
+
+def test_a_guard_goes_back_to_a_memory_of_either_kind() -> None:
+    config = tta.get_config("rotta", memory_size=8, update_every=8)
+    adapter = tta.wrap(tiny("bn"), update=config, guard="steady", **RAW)
+    for x in (_pixels(0), images(1), _pixels(2), images(3)):
+        assert adapter(x).isfinite().all()
+    state = adapter.state()
+    other = tta.wrap(tiny("bn"), update=config, guard="steady", **RAW)
+    other.load_state(state)
+    assert torch.equal(other(images(4)), adapter(images(4)))
+
+
 def test_the_shape_of_the_memory_is_known_from_the_first_batch() -> None:
     adapter = _rotta()
     assert adapter.state()["update/memory"].shape == (64, 0)

@@ -74,7 +74,9 @@ ORDER = (
     "bn", "alpha_bn", "tent", "eata", "unmix_tns", "lame", "unmix_tns+eata",  # those of the demo
     "sar", "rotta", "cotta", "roid",
     "rdumb", "deyo", "eta", "rmt", "petal", "robust_bn", "core", "cafa", "adanpc", "adanpc_bn",
-    "prior_correction", "neo", "foa_shift", "bn_ema", "t3a", "foa", "dpcore", "pea",
+    "prior_correction", "neo", "foa_shift", "bn_ema", "t3a", "rpl", "shot_im", "zerosiam",
+    "cmf", "petta", "iabn", "note", "reservoir", "lsa", "nhl",
+    "foa", "dpcore", "pea",
 )  # fmt: skip
 FIXED = {name: place for place, name in enumerate(ORDER)}
 

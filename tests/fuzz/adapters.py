@@ -56,6 +56,8 @@ def needed(name: str, rng: Random) -> dict[str, Any]:
         "source_samples": 8,
         "projection_dim": 4,
         "neighbours": 2,
+        "queue_size": 8,
+        "bank_size": 8,
     }
     return found | {key: value for key, value in small.items() if key in fields}
 

@@ -148,6 +148,11 @@ LOOSE = {
     "population": 4,
     "prompts": 2,
     "steps_new": 2,
+    "prior_strength": None,
+    "start_confidence": 0.0,
+    "queue_size": 3 * BATCH,
+    "bank_size": 3 * BATCH,
+    "refine_after": BATCH,
 }
 
 

@@ -40,12 +40,18 @@ class Cnn(nn.Module):
 class BnCnn(nn.Module):
     """The model ``bn_cnn`` of set-b, ``bn_cnn_b`` of later sets: layers side by side."""
 
-    def __init__(self, widths: Sequence[int], classes: int) -> None:
+    def __init__(
+        self,
+        widths: Sequence[int],
+        classes: int,
+        strides: Sequence[int] = (1, 2, 2),
+        first_bias: bool = False,
+    ) -> None:
         super().__init__()
         inputs = 3
-        for i, width in enumerate(widths, 1):
-            stride = 1 if i == 1 else 2
-            setattr(self, f"conv{i}", nn.Conv2d(inputs, width, 3, stride, 1, bias=False))
+        for i, (width, stride) in enumerate(zip(widths, strides, strict=True), 1):
+            bias = first_bias and i == 1
+            setattr(self, f"conv{i}", nn.Conv2d(inputs, width, 3, stride, 1, bias=bias))
             setattr(self, f"bn{i}", nn.BatchNorm2d(width))
             inputs = width
         self.stages = len(widths)
@@ -68,7 +74,7 @@ def trace_model(model: dict) -> nn.Module:
     if kind == "bn_cnn":
         net = cnn(model["widths"], nn.BatchNorm2d, classes)
     elif kind == "bn_cnn_b":
-        net = BnCnn(model["widths"], classes)
+        net = BnCnn(model["widths"], classes, **model.get("more", {}))
     elif kind == "gn_cnn":
         net = cnn(model["widths"], lambda c: nn.GroupNorm(model["groups"], c), classes)
     elif kind == "timm_resnet":

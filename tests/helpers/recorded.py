@@ -10,9 +10,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["GOLDEN", "Recorded"]
+__all__ = ["GOLDEN", "Recorded", "recordings"]
 
 GOLDEN = Path(__file__).parents[1] / "golden"
+BESIDE = (
+    Path(__file__).parents[3] / "shared" / "golden"
+)  # all of them, where there is such a folder
+
+
+def recordings(which: str, *patterns: str) -> list[Path]:
+    """The traces of a set by the patterns of their names.
+
+    Those in the repository are one or two of each method; where a folder beside the repository has
+    all of them, the others are from there.
+    """
+    found: dict[str, Path] = {}
+    for folder in (GOLDEN, BESIDE):
+        for pattern in patterns:
+            for path in (folder / which).glob(f"{pattern}.npz"):
+                found.setdefault(path.stem, path)
+    return [found[name] for name in sorted(found)]
 
 
 class Recorded:
@@ -43,3 +60,12 @@ class Recorded:
         """All arrays ``prefix/name``, by name."""
         start = prefix + "/"
         return {k[len(start) :]: self.tensor(k) for k in self.arrays if k.startswith(start)}
+
+    def augment(self, images: Tensor, index: int) -> Tensor:
+        """The READMEs' deterministic augmentation."""
+        table = self.group("aug")
+        k = index % len(table["dx"])
+        x = images.roll((int(table["dy"][k]), int(table["dx"][k])), dims=(2, 3))
+        if table["flip"][k]:
+            x = x.flip(3)
+        return (x * table["gain"][k]).clamp(0, 1)

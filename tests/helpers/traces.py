@@ -46,6 +46,7 @@ class Trace(Recorded):
         entry = dict(self.hparams.get("optimizer", {}))
         if not entry:
             return {}
+        entry.pop("state", None)  # in words
         entry["optimizer"] = entry.pop("name").lower().removeprefix("sam(").removesuffix(")")
         return entry
 

@@ -40,15 +40,6 @@ class TeacherTrace(Recorded):
         net.load_state_dict(self.group("weights"))
         return net.eval()
 
-    def augment(self, images: Tensor, index: int) -> Tensor:
-        """The README's deterministic augmentation."""
-        table = self.group("aug")
-        k = index % len(table["dx"])
-        x = images.roll((int(table["dy"][k]), int(table["dx"][k])), dims=(2, 3))
-        if table["flip"][k]:
-            x = x.flip(3)
-        return (x * table["gain"][k]).clamp(0, 1)
-
     def masks(self) -> Callable[[str, torch.Size], Tensor] | None:
         """The recorded restoration masks, one set for every update, in turn."""
         recorded = self.group("restore_masks")

@@ -20,7 +20,7 @@ from tta.core.compiled import without_graphs
 from tta.core.head import Head, WithFeatures
 from tta.core.hooks import CallOrderHook, InputHook, pooled
 from tta.core.input_guard import InputGuard
-from tta.core.logit_checks import LogitChecks
+from tta.core.logit_checks import LogitChecks, overflow
 from tta.core.masters import Masters
 from tta.core.model_buffers import ModelBuffers
 from tta.core.norm_layers import (
@@ -106,6 +106,8 @@ class Backbone:
         self._order_hooks: list[Any] = []
         self._order: list[str] = []
         self.feature_hook: InputHook | None = None
+        if session.logit_hook is not None:
+            self.handles.append(head.linear.register_forward_hook(session.logit_hook))
         self._callee, self._prefix = model, ""
         if features and head.module is not None:
             self.feature_hook = InputHook()
@@ -308,7 +310,7 @@ class Backbone:
             total = total + features.detach().float().square().sum()
         total = float(total)
         if total != total or total == float("inf"):
-            rows = _overflow(logits, features)
+            rows = overflow(logits, features)
             if len(rows) > 1 and bool(rows.all()):
                 rows = self.overflowing(x)
                 rows = rows if bool(rows.any()) else ~rows
@@ -334,7 +336,7 @@ class Backbone:
             result, features = result
         elif self.feature_hook is not None:
             features = self._hooked_features(len(x))
-        return rows | _overflow(self.reader.read(result), features)
+        return rows | overflow(self.reader.read(result), features)
 
     @contextmanager
     def call(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -351,7 +353,7 @@ class Backbone:
 
     def settle(self) -> None:
         """Leave a call that an exception has ended, at whatever line."""
-        self.session.recording = self.session.following = False
+        self.session.settle()
         self._arguments, self._first_pass, self.result = ((), {}), False, None
         if self.feature_hook is not None:
             self.feature_hook.values = []
@@ -490,11 +492,3 @@ class Backbone:
         self.end_watching()
         for handle in self.handles:
             handle.remove()
-
-
-def _overflow(logits: Tensor, features: Tensor | None) -> Tensor:
-    """Which rows (B,) of logits, or of squared features, are no numbers."""
-    rows = (logits.isnan() | (logits == float("inf"))).any(1)
-    if features is not None:
-        rows = rows | ~features.detach().float().square().flatten(1).sum(1).isfinite()
-    return rows

@@ -22,6 +22,7 @@ from tta.core.draws import Draws, GivenDraws
 from tta.core.fitting import fit, load_constants
 from tta.core.guard import Guard
 from tta.core.head import Head, find_head
+from tta.core.hooks import LogitHook
 from tta.core.masters import Masters
 from tta.core.model_buffers import ModelBuffers
 from tta.core.model_checks import check_model
@@ -146,11 +147,13 @@ def _assemble(model: nn.Module, config: AdapterConfig, injected: Injected) -> Ad
     features = injected.features if config.features == GIVEN else config.features
     head = find_head(model, reader, config.num_classes, features)
     linear = _needs_linear_head(config, head)
-    masters = Masters(_trained(model, config.update))
+    masters = Masters(_trained(model, config.update, head))
     buffers = ModelBuffers(model, reader, _replaced_layers(model, config))
     context = _context(model, config, head, masters, buffers, injected)
     output = None if config.output is None else _component(Output, config.output, context)
     session = Session()
+    if output is not None and output.makes_logits:
+        session.logit_hook = LogitHook(output)
     wrappers: dict[str, AdaptiveNorm] = {}
     network = None
     try:
@@ -246,7 +249,9 @@ def _component(kind: type, config: ComponentConfig, *arguments: Any) -> Any:
     return make(config, *arguments)
 
 
-def _trained(model: nn.Module, config: ComponentConfig | None) -> dict[str, nn.Parameter]:
+def _trained(
+    model: nn.Module, config: ComponentConfig | None, head: Head
+) -> dict[str, nn.Parameter]:
     """The model's parameters that the update trains."""
     if not isinstance(config, UpdateConfig):
         return {}
@@ -254,7 +259,7 @@ def _trained(model: nn.Module, config: ComponentConfig | None) -> dict[str, nn.P
     assert issubclass(cls, Update)
     if not cls.trains_model:
         return {}
-    found = select(model, config.params)
+    found = select(model, config.params, head.module)
     left_out = cls.leaves_out(config, found)
     if len(left_out) == len(found):
         raise ValueError(
@@ -262,7 +267,7 @@ def _trained(model: nn.Module, config: ComponentConfig | None) -> dict[str, nn.P
             f"leaves out all {len(found)} parameters of this {type(model).__name__}: choose other "
             "params=."
         )
-    return {name: p for name, p in found.items() if name not in left_out}
+    return cls.chooses(config, model, {n: p for n, p in found.items() if n not in left_out})
 
 
 def _insert_norm(

@@ -15,7 +15,7 @@ devices) is generic and lives in :mod:`tta.core.state`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -134,9 +134,21 @@ class Component(nn.Module):
         return True
 
     @classmethod
-    def brings(cls, config: Any) -> dict[str, str]:
-        """Names of the components that fill other slots, by slot, where the caller names none."""
+    def brings(cls, config: Any) -> dict[str, Any]:
+        """Names or configs of what fills other slots, by slot, where the caller names none."""
         return {}
+
+    @classmethod
+    def check_slots(
+        cls, config: Any, slots: Mapping[str, ComponentConfig | None], model: nn.Module
+    ) -> None:
+        """Raise ``ValueError`` where something in another slot does not go with this component.
+
+        Args:
+            config: That of this component.
+            slots: The configs of all slots.
+            model: The unwrapped model.
+        """
 
     def source_artefacts(self) -> dict[str, Any]:
         """What :meth:`fit` took from the source, as fields of ``SourceStatistics``."""
@@ -186,4 +198,8 @@ class Component(nn.Module):
 
     def lazy_buffers(self) -> tuple[str, ...]:
         """Buffers that are empty until the first batch shows the shape of their rows."""
+        return ()
+
+    def image_buffers(self) -> tuple[str, ...]:
+        """Lazy buffers that are uint8 or float32, as the images are that came."""
         return ()

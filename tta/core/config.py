@@ -25,9 +25,10 @@ from tta.core.checks import (
     whole_number,
 )
 
-__all__ = ["CIFAR_ADAM", "LR_SCALINGS", "SLOTS", "ComponentConfig", "UpdateConfig"]
+__all__ = ["CIFAR_ADAM", "LR_SCALINGS", "SLOTS", "ComponentConfig", "UpdateConfig", "lr_share"]
 
 SLOTS = ("norm", "update", "output", "guard")  # of an adapter
+OPTIMIZERS = ("sgd", "adam", "adamw")
 LR_SCALINGS = ("none", "linear", "linear_below", "small_batch")
 
 # TENT's settings on CIFAR, which the repositories of most later methods use too.
@@ -109,11 +110,11 @@ class UpdateConfig(ComponentConfig):
     lr_batch_size: int = 64  # batch size for which lr is given
     optimizer: str = "sgd"  # "sgd", "adam" or "adamw"
     momentum: float = 0.9  # SGD only; dampening is 0
-    betas: tuple[float, float] = (0.9, 0.999)  # of Adam and AdamW, whose eps is 1e-8
-    weight_decay: float = 0.0  # of what is trained, added to its gradients; AdamW's is decoupled
+    betas: tuple[float, float] = (0.9, 0.999)  # Adam and AdamW only; their eps is 1e-8
+    weight_decay: float = 0.0  # of what is trained, added to gradients (AdamW: apart from them)
     nesterov: bool = False  # SGD only
     steps: int = 1  # (forward, update) cycles per batch; the last cycle's forward is returned
-    params: str = "norm"  # what is trained: "norm", "weight_bias", "head", "all" or a regex
+    params: str = "norm"  # trained: "norm", "weight_bias", "head", "body", "all" or a regex
     official: bool = False  # reproduce the official code's known defects, see the method's page
 
     def __post_init__(self) -> None:
@@ -121,7 +122,7 @@ class UpdateConfig(ComponentConfig):
         number("lr", self.lr, 0, LARGE)
         one_of("lr_scaling", self.lr_scaling, LR_SCALINGS)
         whole_number("lr_batch_size", self.lr_batch_size, 1, LARGEST)
-        one_of("optimizer", self.optimizer, ("sgd", "adam", "adamw"))
+        one_of("optimizer", self.optimizer, OPTIMIZERS)
         below_one = "use a value below 1"
         number("momentum", self.momentum, 0, 1, below=True, advice=below_one)
         if not isinstance(self.betas, tuple):
@@ -158,9 +159,21 @@ class UpdateConfig(ComponentConfig):
         """
         if batch_size is None or self.lr_scaling == "none":
             return self.replace(lr_scaling="none")
-        share = batch_size / self.lr_batch_size
-        if self.lr_scaling == "small_batch":
-            share = 2 * share if batch_size < 32 else 1.0
-        elif self.lr_scaling == "linear_below":
-            share = min(share, 1.0)
+        share = lr_share(self.lr_scaling, batch_size, self.lr_batch_size)
         return self.replace(lr=self.lr * share, lr_batch_size=batch_size, lr_scaling="none")
+
+
+def lr_share(rule: str, batch_size: int, reference: int) -> float:
+    """What a rule of ``LR_SCALINGS`` multiplies a learning rate by.
+
+    Args:
+        rule: See :meth:`UpdateConfig.for_batch_size`.
+        batch_size: Of the stream.
+        reference: Batch size for which the rate is given.
+    """
+    share = batch_size / reference
+    if rule == "small_batch":
+        return 2 * share if batch_size < 32 else 1.0
+    if rule == "linear_below":
+        return min(share, 1.0)
+    return share if rule == "linear" else 1.0

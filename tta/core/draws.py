@@ -51,3 +51,18 @@ class Draws:
                 "correct the function."
             )
         return found.to(device=device, dtype=dtype)
+
+    def ask_order(self, name: str, shape: torch.Size, device: torch.device) -> Tensor | None:
+        """As :meth:`ask`, for rows (..., N) int64 that are permutations of ``range(N)``.
+
+        Raises:
+            ValueError: When a number is missing in a row.
+        """
+        found = self.ask(name, shape, torch.int64, device)
+        expected = torch.arange(shape[-1], device=device)
+        if found is not None and not bool((found.sort(-1).values == expected).all()):
+            raise ValueError(
+                f"`draws` must return permutations of 0 to {shape[-1] - 1} for {shown(name)}, got "
+                "rows in which a number is missing: correct the function."
+            )
+        return found

@@ -234,7 +234,7 @@ class Guard(Component):
         """Make the present state the healthy snapshot, to which "restore" goes back."""
         for key, value in self._kept.moving().items():
             held = self._buffers.get(HEALTHY + key)
-            if held is not None and held.shape == value.shape:
+            if held is not None and (held.shape, held.dtype) == (value.shape, value.dtype):
                 held.copy_(value)
             elif held is not None:
                 self._buffers[HEALTHY + key] = value.detach().clone()
@@ -265,6 +265,10 @@ class Guard(Component):
     def lazy_buffers(self) -> tuple[str, ...]:
         """As in what a snapshot is of."""
         return self._as_kept("lazy_buffers")
+
+    def image_buffers(self) -> tuple[str, ...]:
+        """As in what a snapshot is of."""
+        return self._as_kept("image_buffers")
 
     def _as_kept(self, trait: str) -> tuple[str, ...]:
         """The buffers of the snapshot for which a component declares this trait."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from tta.core.classifier import size_in
 
-__all__ = ["CallOrderHook", "InputHook", "pooled"]
+__all__ = ["CallOrderHook", "InputHook", "LogitHook", "pooled"]
 
 
 class InputHook:
@@ -19,6 +19,18 @@ class InputHook:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self.values.append(args[0])
+
+
+class LogitHook:
+    """A forward hook by which an output rule makes the logits in place of its layer."""
+
+    def __init__(self, rule: Any) -> None:
+        self.rule = rule
+        self.active = True
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        found = self.rule.make_logits(module, args[0]) if self.active else None
+        return None if found is None else found.to(output.dtype)
 
 
 class CallOrderHook:

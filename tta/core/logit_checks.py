@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tta.core.session import Session
 
-__all__ = ["LogitChecks"]
+__all__ = ["LogitChecks", "overflow"]
 
 ENOUGH_VALUES = 8  # logits that must lie in [0, 1] before they are taken for probabilities
 HEAD_LIMIT = 0.05  # largest difference between logits and the head's, by the largest logit
@@ -58,7 +58,10 @@ class LogitChecks:
         layer = self.classifier
         if {logits.dtype, features.dtype, layer.weight.dtype} != {torch.float32}:
             return  # rounding could hide or feign a difference
-        made = F.linear(features, layer.weight.flatten(1), layer.bias)
+        hook = self.session.logit_hook
+        made = None if hook is None else hook.rule.make_logits(layer, features)
+        if made is None:
+            made = F.linear(features, layer.weight.flatten(1), layer.bias)
         if bool(((made - logits).abs() > HEAD_LIMIT * logits.abs().max()).any()):
             raise ValueError(
                 "`model` must make its logits by a linear layer for a method that reads it, got "
@@ -81,3 +84,11 @@ class LogitChecks:
             "wrap(..., activation='sigmoid') for a model whose classes do not exclude each other, "
             "which goes with norm rules alone."
         )
+
+
+def overflow(logits: Tensor, features: Tensor | None) -> Tensor:
+    """Which rows (B,) of logits, or of squared features, are no numbers."""
+    rows = (logits.isnan() | (logits == float("inf"))).any(1)
+    if features is not None:
+        rows = rows | ~features.detach().float().square().flatten(1).sum(1).isfinite()
+    return rows

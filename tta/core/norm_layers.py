@@ -38,6 +38,7 @@ __all__ = [
     "insert",
     "instance_stats",
     "is_narrow",
+    "learning_pass",
     "normalize",
     "normalize_by_batch",
     "normalize_by_source",
@@ -224,6 +225,29 @@ def with_statistics(
     finally:
         for wrapper in wrappers:
             wrapper.rule.override = None
+
+
+@contextmanager
+def learning_pass(wrappers: Iterable[AdaptiveNorm]) -> Iterator[None]:
+    """Within the block, rules that move apart from predictions do so, by ``NormRule.learn``.
+
+    So do rules that move in a pass of their own before each prediction, in the passes made here
+    themselves. Other rules do as in every pass.
+    """
+    rules = [w.rule for w in wrappers]
+    first = [rule for rule in rules if rule.learns_first and rule.learning]
+    apart = [rule for rule in rules if rule.learns_apart]
+    for rule in (*apart, *first):
+        rule.override = rule.learn
+    for rule in first:  # or each pass would be led by another one
+        rule.learning = False
+    try:
+        yield
+    finally:
+        for rule in (*apart, *first):
+            rule.override = None
+        for rule in first:
+            rule.learning = True
 
 
 def normalize_by_batch(x: Tensor, base: Any) -> Tensor:

@@ -29,6 +29,8 @@ class NormRule(Component):
     slot = "norm"
     must_define = ("forward",)
     needs_source_stats: ClassVar[bool] = False  # the layer must have running statistics
+    # Whether the rule moves in no pass but those of `learning_pass`, by `learn`.
+    learns_apart: ClassVar[bool] = False
 
     def __init__(self, config: Any, base: Any, context: Context) -> None:
         super().__init__(config)
@@ -58,9 +60,9 @@ class NormRule(Component):
         return False
 
     def learn(self, x: Tensor, base: Any) -> Tensor:
-        """Move, and normalise ``x`` (B, C, ...) for the layers that follow, without a graph.
+        """Move, and normalise ``x`` (B, C, ...) for the layers that follow.
 
-        Called only if the rule ``learns_first``.
+        Called only if the rule ``learns_first``, then without a graph, or ``learns_apart``.
         """
         raise NotImplementedError  # pragma: no cover
 

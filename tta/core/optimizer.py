@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,7 +12,9 @@ __all__ = ["make_optimizer"]
 ADAM_EPS = 1e-8
 
 
-def make_optimizer(config: Any, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+def make_optimizer(
+    config: Any, parameters: list[torch.nn.Parameter], rates: Iterable[float] | None = None
+) -> torch.optim.Optimizer:
     """Make SGD, Adam or AdamW, with moments of zeros.
 
     A momentum buffer of zeros gives the same first step as the one that torch makes later, because
@@ -20,10 +23,16 @@ def make_optimizer(config: Any, parameters: list[torch.nn.Parameter]) -> torch.o
     Args:
         config: An ``UpdateConfig``.
         parameters: The parameters to train.
+        rates: Their learning rates; None for that of the config.
     """
+    groups: dict[float, list[torch.nn.Parameter]] = {}
+    own = [config.lr] * len(parameters) if rates is None else rates
+    for p, rate in zip(parameters, own, strict=True):
+        groups.setdefault(rate, []).append(p)
+    given = [{"params": some, "lr": rate} for rate, some in groups.items()]
     if config.optimizer == "sgd":
         optimizer: torch.optim.Optimizer = torch.optim.SGD(
-            parameters,
+            given,
             lr=config.lr,
             momentum=config.momentum,
             nesterov=config.nesterov,
@@ -36,7 +45,7 @@ def make_optimizer(config: Any, parameters: list[torch.nn.Parameter]) -> torch.o
         return optimizer
     kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
     optimizer = kind(
-        parameters,
+        given,
         lr=config.lr,
         betas=config.betas,
         eps=ADAM_EPS,

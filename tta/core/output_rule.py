@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -26,6 +26,7 @@ class Output(Component):
 
     slot = "output"
     must_define = ("correct",)
+    makes_logits: ClassVar[bool] = False  # stands in for the linear layer, by ``make_logits``
 
     def __init__(self, config: Any, context: Context) -> None:
         super().__init__(config)
@@ -45,6 +46,17 @@ class Output(Component):
         """Write what the rule does into the layer that makes the logits.
 
         Called only if the class is ``writable``.
+        """
+        raise NotImplementedError  # pragma: no cover
+
+    def make_logits(self, layer: Any, features: Tensor) -> Tensor | None:
+        """Return what the linear layer gives for its input, in every pass; None to leave it.
+
+        Called only if the class has ``makes_logits``, so that updates learn from these logits.
+
+        Args:
+            layer: The layer, with the weights of the pass.
+            features: What it is given, (B, D) or with space.
         """
         raise NotImplementedError  # pragma: no cover
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tta.core.checks import shown, told
 
-__all__ = ["GIVEN", "LogitsReader", "LogitsSpec"]
+__all__ = ["GIVEN", "LogitsReader", "LogitsSpec", "joined"]
 
 LogitsSpec = str | int | Callable[[Any], Tensor] | None
 DEFAULT_NAME = "logits"  # the name in most libraries
@@ -91,6 +91,26 @@ class LogitsReader:
             return logits
         values = {key: _without_gradient(_item(result, key), rows) for key in keys}
         return _with_items(result, values | {place: logits})
+
+
+def joined(results: Sequence[Any]) -> Any:
+    """What a model returned for several images, each a batch of its own, as for one batch.
+
+    Tensors with a single row are joined along it; whatever else there is stays that of the last.
+    """
+    last = results[-1]
+    keys = _keys(last)
+    values = {key: _joined([_item(result, key) for result in results]) for key in keys}
+    return _with_items(last, values) if keys else _joined(results)
+
+
+def _joined(values: Sequence[Any]) -> Any:
+    last = values[-1]
+    if isinstance(last, (tuple, list)):
+        return joined(values)
+    if all(isinstance(v, Tensor) and v.ndim > 0 and len(v) == 1 for v in values):
+        return torch.cat(list(values))
+    return last
 
 
 def _item(result: Any, key: str | int) -> Any:

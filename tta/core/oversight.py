@@ -56,7 +56,8 @@ class Passes:
     def source(self, x: Tensor) -> Prediction:
         """Predict with the source's parameters and statistics."""
         network = self.network
-        with self._no_trace(), with_statistics(network.wrappers, normalize_by_source):
+        plain = network.session.plain_head()
+        with self._no_trace(), plain, with_statistics(network.wrappers, normalize_by_source):
             starts = {n: network.buffers.start_of(n) for n in network.buffers.moving}
             if starts:
                 network.buffers.put_back(starts)

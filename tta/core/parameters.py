@@ -36,14 +36,16 @@ def _norm_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
-def select(model: nn.Module, spec: str) -> dict[str, nn.Parameter]:
+def select(model: nn.Module, spec: str, head: nn.Module | None = None) -> dict[str, nn.Parameter]:
     """The parameters that ``spec`` names, in module order.
 
     Args:
         model: The model, before any surgery.
         spec: "norm" (affine parameters of normalisation layers), "weight_bias" (parameters whose
-            own name is weight or bias), "head" (those of the classifier), "all", or a regular
-            expression that is searched for in the name.
+            own name is weight or bias), "head" (those of the classifier), "body" (all others),
+            "all", or a regular expression that is searched for in the name.
+        head: What makes logits of features; None to look for the classifier for "head", and to
+            leave nothing out for "body".
 
     Raises:
         ValueError: When nothing matches or the expression does not compile.
@@ -56,8 +58,11 @@ def select(model: nn.Module, spec: str) -> dict[str, nn.Parameter]:
     elif spec == "weight_bias":
         found = {n: p for n, p in everything.items() if n.rpartition(".")[2] in ("weight", "bias")}
     elif spec == "head":
-        inside = {id(p) for p in find_classifier(model).parameters()}
+        inside = {id(p) for p in (head or find_classifier(model)).parameters()}
         found = {n: p for n, p in everything.items() if id(p) in inside}
+    elif spec == "body":
+        inside = set() if head is None else {id(p) for p in head.parameters()}
+        found = {n: p for n, p in everything.items() if id(p) not in inside}
     elif spec == "all":
         found = everything
     else:
@@ -65,8 +70,8 @@ def select(model: nn.Module, spec: str) -> dict[str, nn.Parameter]:
             pattern = re.compile(spec)
         except re.error as error:
             raise ValueError(
-                "`params` must be 'norm', 'weight_bias', 'head', 'all' or a regular expression, "
-                f"got {shown(spec)} ({told(error)}): correct it."
+                "`params` must be 'norm', 'weight_bias', 'head', 'body', 'all' or a regular "
+                f"expression, got {shown(spec)} ({told(error)}): correct it."
             ) from None
         found = {n: p for n, p in everything.items() if pattern.search(n)}
     once = {id(p): n for n, p in reversed(found.items())}  # a tied parameter has several names

@@ -26,8 +26,9 @@ class Report(dict[str, Any]):
 
     Always there: ``seen`` (images in the batch), ``rejected`` (of these, those with pixels that are
     not finite or features that overflow), ``selected`` (samples in the loss), ``loss``,
-    ``stepped``, ``resets`` (total since wrap or reset). 0-dimensional tensors become Python numbers
-    on reading, whichever way, so that writing a report never waits for a GPU.
+    ``stepped``, ``resets`` (total since wrap or reset). Methods that learn from some samples have
+    ``kept`` (B,) bool too: which ones ``selected`` counts. 0-dimensional tensors become Python
+    numbers on reading, whichever way, so that writing a report never waits for a GPU.
     """
 
     def __iter__(self) -> Iterator[str]:

@@ -104,7 +104,7 @@ def resolve(model: nn.Module, request: Request) -> AdapterConfig:
         ValueError: For unknown names or fields.
     """
     if isinstance(request.recipe, AdapterConfig):
-        return _given_config(request)
+        return _check_slots(_given_config(request), model)
     batch_size = request.batch_size
     if batch_size is not None:
         batch_size = whole_number("batch_size", batch_size, 1, LARGEST)
@@ -120,6 +120,7 @@ def resolve(model: nn.Module, request: Request) -> AdapterConfig:
         seed=request.seed,
         **request.fixed,
     )
+    _check_slots(config, model)
     reader = LogitsReader(request.logits)
     head = find_head(model, reader, request.num_classes, request.features)
     _warn_of_preset(request, head.num_classes)  # a warning may raise: nothing has changed yet
@@ -263,10 +264,20 @@ def _complete(chosen: Chosen, model: nn.Module) -> Chosen:
     complete: Chosen = {slot: chosen.get(slot) for slot in SLOTS}
     for config in list(chosen.values()):
         brought = {} if config is None else component(config.name).brings(config)
-        for slot, name in brought.items():
-            if slot not in chosen and component(name).suits(model):
-                complete[slot] = get_config(name)
+        for slot, value in brought.items():
+            part = get_config(value) if isinstance(value, str) else value
+            if slot not in chosen and component(part.name).suits(model):
+                complete[slot] = part
     return complete
+
+
+def _check_slots(config: AdapterConfig, model: nn.Module) -> AdapterConfig:
+    """Return the config, unless something in a slot does not go with the rest."""
+    slots = {slot: getattr(config, slot) for slot in SLOTS}
+    for part in slots.values():
+        if part is not None:
+            component(part.name).check_slots(part, slots, model)
+    return config
 
 
 def _adjust(chosen: Chosen, request: Request) -> Chosen:

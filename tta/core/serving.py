@@ -233,4 +233,12 @@ class Serving:
             return self._serve_some(x, rest, OVERFLOW, follow)
         logits = some.new_full((len(x), self.network.num_classes), float("nan"))
         logits[good] = some
+        self._spread_figures(good)
         return self._answer(logits, good)
+
+    def _spread_figures(self, good: Tensor) -> None:
+        """Make figures of single images, of the ``good`` ones so far, such of all images (B,)."""
+        if self.update is not None and "kept" in self.update.report:
+            rows = torch.zeros_like(good)
+            rows[good] = self.update.report["kept"]
+            self.update.report["kept"] = rows

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from tta.core.batch_split import Ranks
+from tta.core.hooks import LogitHook
 from tta.core.warn import warn
 
 __all__ = ["Session"]
@@ -28,6 +31,7 @@ class Session:
             tensors.
         warned: The kinds of warning that were given already.
         guard: The guard, which sees every step of the update.
+        logit_hook: By which an output rule makes the logits; None where the linear layer does.
     """
 
     ranks: Ranks | None = None
@@ -38,9 +42,28 @@ class Session:
     reset_point: dict[str, Tensor] = field(default_factory=dict)
     warned: set[str] = field(default_factory=set)
     guard: Any = None
+    logit_hook: LogitHook | None = None
 
     def warn_once(self, kind: str, text: str) -> None:
         """Warn the caller, unless this kind of warning was given before."""
         if kind not in self.warned:
             self.warned.add(kind)
             warn(text)
+
+    @contextmanager
+    def plain_head(self) -> Iterator[None]:
+        """Let the linear layer make the logits itself, as in the source model."""
+        hook = self.logit_hook
+        if hook is not None:
+            hook.active = False
+        try:
+            yield
+        finally:
+            if hook is not None:
+                hook.active = True
+
+    def settle(self) -> None:
+        """Leave what an exception has ended."""
+        self.recording = self.following = False
+        if self.logit_hook is not None:
+            self.logit_hook.active = True

@@ -43,15 +43,21 @@ class SourceStatistics:
         block_covariance_root: Symmetric root of its covariance (d, d), by module name (PEA).
         layer_mean: Mean of the class token after each block (L, D) (FOA).
         layer_std: Its unbiased standard deviation (L, D) (FOA).
+        class_mean: Means of the features of images that are predicted as each class (C, D), under
+            running statistics (PeTTA).
+        class_variance: Unbiased variances of the same (C, D) (PeTTA).
         covariance: Covariance of features within classes (D, D), or (C, D, D) of each (CAFA).
+        label_shift: Network that was fitted on the source, as A1 (Hd, 1 or C), c1 (Hd,), A2 (O, Hd)
+            and c2 (O,) (LSA).
+        source_prior: Class shares of the source (C,) (LSA).
         batches: Source batches ``(images, labels)``, kept for methods that run the model on them,
             in the order given.
 
     Raises:
         TypeError: When an artefact is not a tensor, or a dict of tensors.
-        ValueError: For a wrong number of axes, values that are not finite (except in prototypes,
-            where a class may have no images), negative Fisher information, or features without
-            labels.
+        ValueError: For a wrong number of axes, values that are not finite (except NaN in what has a
+            row for each class, which may have no images), negative Fisher information, or features
+            without labels.
     """
 
     fisher: dict[str, Tensor] | None = None
@@ -68,7 +74,11 @@ class SourceStatistics:
     block_covariance_root: dict[str, Tensor] | None = None
     layer_mean: Tensor | None = None
     layer_std: Tensor | None = None
+    class_mean: Tensor | None = None
+    class_variance: Tensor | None = None
     covariance: Tensor | None = None
+    label_shift: dict[str, Tensor] | None = None
+    source_prior: Tensor | None = None
     batches: Iterable[tuple[Tensor, Tensor]] | None = None
 
     def __post_init__(self) -> None:

@@ -21,7 +21,8 @@ __all__ = [
 ]
 
 BY_PARAMETER = ("fisher", "posterior_mean", "posterior_variance")
-BY_NAME = (*BY_PARAMETER, "block_mean", "block_variance", "block_covariance_root")
+BY_MODULE = ("block_mean", "block_variance", "block_covariance_root")
+BY_NAME = (*BY_PARAMETER, *BY_MODULE, "label_shift")  # dicts of tensors
 SHAPES = {  # of the tensors, as errors name them, by number of axes
     "prototypes": {2: "(C, D)"},
     "features": {2: "(N, D)"},
@@ -31,7 +32,10 @@ SHAPES = {  # of the tensors, as errors name them, by number of axes
     "feature_std": {1: "(D,)"},
     "layer_mean": {2: "(L, D)"},
     "layer_std": {2: "(L, D)"},
+    "class_mean": {2: "(C, D)"},
+    "class_variance": {2: "(C, D)"},
     "covariance": {2: "(D, D)", 3: "(C, D, D)"},
+    "source_prior": {1: "(C,)"},
 }
 
 
@@ -151,13 +155,13 @@ def check_named(name: str, value: Any) -> None:
     """Refuse what is no dict of finite tensors by parameter name."""
     if not isinstance(value, Mapping):
         raise TypeError(
-            f"`{name}` must be a dict of tensors by parameter name, got {type(value).__name__}: "
+            f"`{name}` must be a dict of tensors by name, got {type(value).__name__}: "
             "pass what tta.collect_source returns."
         )
     for key, tensor in value.items():
         if not isinstance(key, str) or not isinstance(tensor, Tensor):
             raise TypeError(
-                f"`{name}` must be a dict of tensors by parameter name, got "
+                f"`{name}` must be a dict of tensors by name, got "
                 f"{type(tensor).__name__} under {shown(key)}: pass what tta.collect_source returns."
             )
         dense(f"{name}[{told(key)}]", tensor)
@@ -189,8 +193,9 @@ def check_tensor(name: str, value: Any) -> None:
             raise TypeError(f"`{name}` must be whole numbers, got {value.dtype}: use .long().")
         return
     real(name, value)
-    wrong = value.isinf() if name == "prototypes" else ~value.isfinite()
-    if bool(wrong.any()):  # a class without images has prototypes of NaN
+    by_class = name in ("prototypes", "class_mean", "class_variance")
+    wrong = value.isinf() if by_class else ~value.isfinite()
+    if bool(wrong.any()):  # a class without images has a row of NaN
         raise ValueError(
             f"`{name}` must be finite, got NaN or infinite values: make it again with "
             "tta.collect_source."

@@ -197,6 +197,7 @@ class AdapterState:
             lazy,
             None if allow_nonfinite else undefined,
             self.ranges(but=""),
+            self.keys_of("image_buffers", but=""),
         )
         self.copy_in(values)
         if as_source:
@@ -208,10 +209,13 @@ class AdapterState:
 
     def copy_in(self, values: Mapping[str, Tensor]) -> None:
         """Copy checked tensors to where they belong."""
+        images = self.keys_of("image_buffers", but="")
         for key, (part, name) in self._resizable().items():
             held = getattr(part, name)
-            if key in values and values[key].shape != held.shape:
-                part._buffers[name] = held.new_empty(values[key].shape)  # names may have dots
+            kind = values[key].dtype if key in images and key in values else held.dtype
+            if key in values and (values[key].shape != held.shape or kind != held.dtype):
+                # Not by register_buffer, since names may have dots.
+                part._buffers[name] = held.new_empty(values[key].shape, dtype=kind)
         copy_tensors(self.tensors(), {k: v for k, v in values.items() if k != "rng"})
         if "rng" in values:
             self.generator.set_state(values["rng"].cpu())

@@ -23,6 +23,7 @@ __all__ = [
 
 SMALL = 1024  # elements; a copy of fewer is not worth a comparison
 LARGEST = 2**63 - 1
+IMAGES = (torch.uint8, torch.float32)  # dtypes of images that a state holds
 OF_THE_MODEL = "model/"
 DROPPED = ("update/kept_share",)  # keys of version 0.1.0 that nothing depends on
 
@@ -68,6 +69,7 @@ def check_state(
     lazy: Collection[str] = (),
     undefined: Collection[str] | None = (),
     ranges: Mapping[str, tuple[int, int]] | None = None,
+    images: Collection[str] = (),
 ) -> None:
     """Refuse a state that does not fit what moves.
 
@@ -80,6 +82,7 @@ def check_state(
         undefined: Keys in which NaN means that there is no value yet; None allows any value
             anywhere.
         ranges: Smallest and largest value of integers; those not named are at least 0.
+        images: Keys of tensors that may be uint8 or float32, whatever they are now.
     """
     for key, value in state.items():
         if key not in moving:
@@ -91,7 +94,10 @@ def check_state(
         if key in lazy and isinstance(value, Tensor):
             empty = 0 in (moving[key].numel(), value.numel())
             fixed = slice(0, 1) if empty else slice(None)
-        _check_tensor(key, value, moving[key], fixed)
+        mine = moving[key]
+        if key in images and isinstance(value, Tensor) and value.dtype in IMAGES:
+            mine = mine.to(value.dtype)
+        _check_tensor(key, value, mine, fixed)
         if key == "rng":
             continue
         if _kind(value) == "whole":
@@ -99,7 +105,7 @@ def check_state(
             if not key.startswith(OF_THE_MODEL):
                 _check_range(key, value, low, high)
         elif undefined is not None:
-            _check_finite(key, value.to(moving[key].dtype), nan=key in undefined)
+            _check_finite(key, value.to(mine.dtype), nan=key in undefined)
     slots = ("update/", "output/")
     for slot in (*slots, *(f"guard/healthy.{slot}" for slot in slots)):
         keys = [k for k in resizable if k.startswith(slot)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -46,6 +46,8 @@ class Update(Component):
     trains_model: ClassVar[bool] = True
     # Whether it learns from every sample of a batch, given margins wide enough.
     learns_from_whole_batch: ClassVar[bool] = True
+    # Whether the parameters are put back to what they were before a call returns.
+    episodic: ClassVar[bool] = False
 
     resets: Tensor  # 0-dimensional: by the method itself, since wrap or the user's last reset
 
@@ -61,7 +63,7 @@ class Update(Component):
         self.optimizer = self._make_optimizer()
 
     @classmethod
-    def brings(cls, config: Any) -> dict[str, str]:
+    def brings(cls, config: Any) -> dict[str, Any]:
         """The default norm and output rules."""
         found = {"norm": cls.default_norm, "output": cls.default_output}
         return {slot: name for slot, name in found.items() if name is not None}
@@ -86,6 +88,22 @@ class Update(Component):
         """Predict without learning, as a frozen adapter does."""
         return self.network(x)
 
+    @classmethod
+    def chooses(
+        cls, config: Any, model: nn.Module, found: Mapping[str, nn.Parameter]
+    ) -> dict[str, nn.Parameter]:
+        """Parameters that the method moves.
+
+        Args:
+            config: The method's config.
+            model: The unwrapped model.
+            found: Those that ``config.params`` selects, less what the method leaves out.
+
+        Raises:
+            ValueError: When the model does not have what the method moves.
+        """
+        return dict(found)
+
     def fit(self, source: SourceStatistics) -> None:
         """Take what the method needs from ``source``; raise ``ValueError`` if it is missing."""
 
@@ -95,6 +113,10 @@ class Update(Component):
     def optimized(self) -> dict[str, nn.Parameter]:
         """What the optimiser moves: the model's chosen parameters, then the method's own."""
         return self.context.parameters | {f"update.{n}": p for n, p in self.named_parameters()}
+
+    def learning_rates(self) -> dict[str, float]:
+        """Learning rates other than ``config.lr``, by the names of :meth:`optimized`."""
+        return {}
 
     def trained(self) -> dict[str, Tensor]:
         """The model's chosen parameters, by their names in a state."""
@@ -182,8 +204,12 @@ class Update(Component):
 
     def _make_optimizer(self) -> Any:
         """Make the optimiser; a method calls this again after making parameters of its own."""
-        params = list(self.optimized().values())
-        return make_optimizer(self.config, params) if self.trains_model else None
+        if not self.trains_model:
+            return None
+        params, own = self.optimized(), self.learning_rates()
+        usual: float = self.config.lr
+        rates = [own.get(name, usual) for name in params]
+        return make_optimizer(self.config, list(params.values()), rates)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Update:
         super()._apply(fn, recurse)

@@ -117,9 +117,8 @@ class SelectiveUpdate(Update):
         limit = config.redundancy_margin
         found = select(selection.logits, self.ema_probs, margin, limit, self.measure)
         count = selection.keep(found.chosen)
-        self.report = Report(
-            reliable=found.reliable, selected=count, loss=float("nan"), stepped=False
-        )
+        self.report = Report(reliable=found.reliable, selected=count, kept=found.chosen)
+        self.report |= {"loss": float("nan"), "stepped": False}
         if count == 0:
             return selection.prediction
         move_average(self.ema_probs, found.mean_probs)

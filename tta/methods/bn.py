@@ -12,7 +12,8 @@ classes, and fails on label-sorted streams, where the batch statistics carry the
 
 Differences: the TENT repository overwrites every layer's eps with 1e-5, which changes models
 whose eps differs; here the layer's own eps stays, and ``official=True`` overwrites it. Running
-statistics are neither read nor updated, except that a batch of one is normalised with them.
+statistics are neither read nor updated, except that a batch of one is normalised with them, unless
+``single_image="batch"`` asks for the statistics over its own places.
 """
 
 from __future__ import annotations
@@ -25,8 +26,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tta.core.batch_split import current_split
+from tta.core.checks import one_of
 from tta.core.config import ComponentConfig
-from tta.core.norm_layers import batch_stats, check_values, evaluate, normalize, too_few_values
+from tta.core.norm_layers import (
+    batch_stats,
+    check_values,
+    evaluate,
+    normalize,
+    one_value,
+    too_few_values,
+)
 from tta.core.norm_rule import NormRule
 from tta.core.registry import register
 
@@ -40,6 +49,11 @@ class BnConfig(ComponentConfig):
     """Fields of ``bn``."""
 
     official: bool = False  # every layer's eps becomes 1e-5
+    single_image: str = "source"  # statistics of a batch of one: "source", or "batch", its own
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of("single_image", self.single_image, ("source", "batch"))
 
 
 @register("bn")
@@ -50,7 +64,8 @@ class BatchNormRule(NormRule):
 
     def forward(self, x: Tensor, base: Any) -> Tensor:
         """Normalise (B, C, ...) with its own statistics, or the source's for a batch of one."""
-        if too_few_values(x) and base.running_mean is not None:
+        few = one_value if self.config.single_image == "batch" else too_few_values
+        if few(x) and base.running_mean is not None:
             self.fell_back = True
             return normalize(x, base.running_mean, base.running_var, base)
         check_values(x)

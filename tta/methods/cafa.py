@@ -114,7 +114,7 @@ class Cafa(Update):
         known = self._known()
         chosen = known[labels]
         count = int(chosen.sum())
-        self.report = Report(selected=count, loss=float("nan"), stepped=False)
+        self.report = Report(selected=count, kept=chosen, loss=float("nan"), stepped=False)
         if count == 0:
             return prediction
         with torch.autocast(x.device.type, enabled=False):

@@ -52,11 +52,10 @@ from tta.core.prediction import Prediction, Report
 from tta.core.random import fork
 from tta.core.registry import register
 from tta.core.source import SourceStatistics
-from tta.core.update import Update
+from tta.methods._source_replay import SourceReplay
 from tta.parts.augment import Augmenter
 from tta.parts.class_moments import class_moments
 from tta.parts.losses import contrastive, symmetric_cross_entropy
-from tta.parts.replay import Replay
 from tta.parts.teachers import OtherWeights
 
 __all__ = ["Rmt", "RmtConfig"]
@@ -94,7 +93,7 @@ _RATE = {"lr": 0.01, "lr_scaling": "linear_below"}
 
 
 @register("rmt")
-class Rmt(Update):
+class Rmt(SourceReplay):
     """Robust mean teacher: symmetric cross-entropy, contrast, source replay."""
 
     Config = RmtConfig
@@ -106,11 +105,10 @@ class Rmt(Update):
     }
     needs_features = True
     injects: ClassVar[tuple[str, ...]] = ("augment",)
-    replays_source: ClassVar[bool] = True
+    without_batches: ClassVar[str] = ", or weight_source=0 and warmup_samples=0"
     artefact_fields: ClassVar[dict[str, Any]] = {"weight_source": 0.0, "warmup_samples": 0}
 
     prototypes: Tensor  # (C, D), NaN for a class without images
-    source_position: Tensor  # 0-dimensional: position of the next source batch
 
     def __init__(self, config: RmtConfig, network: Backbone, context: Context) -> None:
         super().__init__(config, network, context)
@@ -120,8 +118,6 @@ class Rmt(Update):
         self.augmenter = Augmenter(network.model, context)
         self.projector = _projector(size, width, context.generator).to(device)
         self.optimizer = self._make_optimizer()  # again, now with the projector
-        self.replay: Replay | None = None
-        self.register_buffer("source_position", torch.zeros((), dtype=torch.int64))
         self.register_buffer(
             "prototypes",
             torch.full((context.num_classes, size), float("nan"), dtype=torch.float32),
@@ -178,7 +174,7 @@ class Rmt(Update):
 
     def source_loss(self, x: Tensor) -> Tensor:
         """Cross-entropy on the next labelled source batch."""
-        images, labels = self._next_batch(x.device)
+        images, labels = self.next_batch(x.device)
         with frozen_statistics(self.network.wrappers):
             logits = self.network(images).logits
         return F.cross_entropy(logits.float(), labels)
@@ -211,64 +207,29 @@ class Rmt(Update):
         if bool(self.prototypes.isnan().all()):
             raise ValueError("`source` must give at least one class a prototype, got none.")
         if self.config.weight_source > 0 or self.config.warmup_samples > 0:
-            self._keep_batches(source)
+            self.keep_batches(source)
         if self.config.warmup_samples > 0:
             self._warm_up()
 
-    def attach(self, source: SourceStatistics) -> None:
-        """Take the batches to replay again, if the saved adapter could not hold them."""
-        if self.config.weight_source > 0 and self.replay is None:
-            self._keep_batches(source)
+    @property
+    def reads_source(self) -> bool:
+        """Whether the source loss has a weight."""
+        return self.config.weight_source > 0
 
     def source_artefacts(self) -> dict[str, Any]:
         """The prototypes."""
         return {"prototypes": self.prototypes}
-
-    def constants(self) -> dict[str, Tensor]:
-        """``prototypes``, and ``source.<i>.images`` and ``.labels`` of batches that were a list."""
-        found = super().constants()
-        if self.replay is not None and self.replay.in_memory and self.config.weight_source > 0:
-            for i, (images, labels) in enumerate(self.replay.batches):
-                found |= {f"source.{i}.images": images, f"source.{i}.labels": labels}
-        return found
-
-    def load_constants(self, values: dict[str, Tensor]) -> None:
-        """Set what :meth:`constants` returned."""
-        super().load_constants({k: v for k, v in values.items() if not k.startswith("source.")})
-        count = sum(k.startswith("source.") for k in values) // 2
-        pairs = [(values[f"source.{i}.images"], values[f"source.{i}.labels"]) for i in range(count)]
-        if pairs:
-            self.replay = Replay(pairs)
-
-    def survives_reset(self) -> tuple[str, ...]:
-        """Return the position under ``official=True``, whose reset does not rewind it."""
-        return ("source_position",) if self.config.official else ()
 
     def log_probabilities(self, output: Tensor) -> Tensor:
         """Return log-probabilities (B, C); a sum of two models' logits is halved first."""
         output = output.float()
         return super().log_probabilities(output / 2 if self.config.combine == "sum" else output)
 
-    def _keep_batches(self, source: SourceStatistics) -> None:
-        if source.batches is None:
-            raise ValueError(
-                f"`source` must give {self.name} labelled batches for warm-up and replay, got "
-                f"{source.contents or 'nothing'}: pass source= batches or SourceStatistics("
-                "batches=...), or weight_source=0 and warmup_samples=0."
-            )
-        self.replay = Replay(source.batches)
-
     def _together(self, student: Prediction, teacher: Prediction) -> Prediction:
         logits = student.logits.detach() + teacher.logits
         if self.config.combine == "mean":
             logits = logits / 2
         return Prediction(logits, student.features)
-
-    def _next_batch(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        assert self.replay is not None
-        images, labels = self.replay[int(self.source_position)]
-        self.source_position += 1
-        return images.to(device), labels.to(device)
 
     def _warm_up(self) -> None:
         """Train on source images without labels or views, at a linearly rising rate."""
@@ -277,7 +238,7 @@ class Rmt(Update):
         total = config.warmup_samples // len(self.replay[0][0])
         with torch.enable_grad():
             for i in range(total):
-                images, _ = self._next_batch(device)
+                images, _ = self.next_batch(device)
                 student, teacher = self.network(images), self.teacher.predict(images)
                 loss = symmetric_cross_entropy(student.logits, teacher.logits).mean()
                 self._set_rate(config.lr * (i + 1) / total)

@@ -30,8 +30,9 @@ prior, as the authors' code does:
 with B the length of the batch at hand. Differences: one image, or several that are equal in
 diversity or certainty, would give 0/0 in the scaling; here they get 0. The authors' switch for the
 weighting is left out (together with the consistency loss it crashes their code), their switch for
-that loss is ``consistency``. There is no trace to compare with beyond the loss and the
-augmentation, and equation numbers are not given: this follows a description of the authors' code.
+that loss is ``consistency``. Pixels are clipped to [0, 1] before a view is made (and before
+``augment=``), where the authors clip the view alone. Equation numbers are not given: this follows a
+description of the authors' code, and its traces.
 """
 
 from __future__ import annotations
@@ -39,74 +40,36 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from tta.core.backbone import Backbone
-from tta.core.checks import LARGE, fraction, number
-from tta.core.component import Context
-from tta.core.config import CIFAR_ADAM, ComponentConfig, UpdateConfig
-from tta.core.norm_layers import frozen_statistics
+from tta.core.checks import fraction
+from tta.core.config import CIFAR_ADAM, ComponentConfig
 from tta.core.output_rule import Output
-from tta.core.prediction import Prediction, Report
-from tta.core.random import fork
+from tta.core.prediction import Prediction
 from tta.core.registry import register
-from tta.core.update import Update
-from tta.parts.augment import Augmenter
-from tta.parts.losses import entropy, soft_likelihood_ratio, symmetric_cross_entropy
-from tta.parts.selection import move_average
-from tta.parts.teachers import NamedTensors, ensemble
+from tta.methods._certain_diverse import (
+    CertainDiverseConfig,
+    CertainDiverseUpdate,
+    sample_weights,
+)
+from tta.parts.teachers import ensemble
 
 __all__ = ["PriorCorrection", "PriorCorrectionConfig", "Roid", "RoidConfig", "sample_weights"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class RoidConfig(UpdateConfig):
+class RoidConfig(CertainDiverseConfig):
     """Fields of ``roid``."""
 
-    nesterov: bool = True  # SGD only
-    temperature: float = 1 / 3  # T of the weights
-    probs_momentum: float = 0.9  # share of the old q that stays
     source_momentum: float = 0.99  # s, share of the weights that stays
-    consistency: bool = True  # the second loss; without it no mean= and std= are needed
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        number("temperature", self.temperature, 0, LARGE, above=True)
-        fraction("probs_momentum", self.probs_momentum)
         fraction("source_momentum", self.source_momentum)
 
 
-def sample_weights(logits: Tensor, average: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Weigh the samples of a batch by certainty and diversity.
-
-    Args:
-        logits: (B, C).
-        average: q (C,).
-        temperature: T.
-
-    Returns:
-        Weights (B,) in [1, exp(1 / T)], and which samples (B,) are kept.
-
-    Example:
-        >>> weights, kept = sample_weights(torch.zeros(1, 4), torch.full((4,), 0.25), 1 / 3)
-        >>> weights, kept
-        (tensor([1.]), tensor([True]))
-    """
-    diversity = _scaled(1 - F.cosine_similarity(average[None], logits.float().softmax(1), dim=1))
-    certainty = _scaled(-entropy(logits))
-    return torch.exp(diversity * certainty / temperature), diversity >= diversity.mean()
-
-
-def _scaled(values: Tensor) -> Tensor:
-    """Scale values linearly to [0, 1]; all are 0 where all are equal."""
-    low, high = values.aminmax()
-    return (values - low) / (high - low) if bool(high > low) else torch.zeros_like(values)
-
-
 @register("roid")
-class Roid(Update):
+class Roid(CertainDiverseUpdate):
     """Certain and diverse samples, a soft likelihood ratio, weights kept near the source."""
 
     Config = RoidConfig
@@ -115,58 +78,11 @@ class Roid(Update):
         "cifar10": CIFAR_ADAM | {"nesterov": False},
         "cifar100": CIFAR_ADAM | {"nesterov": False},
     }
-    default_output: ClassVar[str | None] = "prior_correction"
-    injects: ClassVar[tuple[str, ...]] = ("augment",)
-    learns_from_whole_batch: ClassVar[bool] = False
 
-    ema_probs: Tensor  # q (C,)
-
-    def __init__(self, config: RoidConfig, network: Backbone, context: Context) -> None:
-        super().__init__(config, network, context)
-        classes = context.num_classes
-        self.register_buffer("ema_probs", torch.full((classes,), 1 / classes, dtype=torch.float32))
-        self.anchor = NamedTensors(
-            {n: p.detach() for n, p in context.parameters.items()}, constant=True
-        )
-        self.augmenter: Augmenter | None = None
-        if config.consistency:
-            self.augmenter = Augmenter(network.model, context, padding="reflect", soften=False)
-
-    def adapt(self, x: Tensor) -> Prediction:
-        """Predict, weigh, step on both losses, draw back to the source."""
-        config = self.config
-        if self.augmenter is not None:
-            self.augmenter.check(x)
-        selection = self.selection_pass(x)
-        logits = selection.logits
-        weights, kept = sample_weights(logits, self.ema_probs, config.temperature)
-        selection.keep(kept)
-        chosen = selection.kept_logits()
-        losses = soft_likelihood_ratio(chosen)
-        self.report = Report(selected=len(chosen), likelihood_ratio=_mean(losses))
-        if self.augmenter is not None:
-            agreement = symmetric_cross_entropy(self._logits_of_view(x[kept]), chosen)
-            losses = losses + agreement
-            self.report["consistency"] = _mean(agreement)
-        loss = (weights[kept] * losses).sum() / (self.context.batch_size or len(x))
-        move_average(self.ema_probs, logits.float().softmax(1).mean(0), config.probs_momentum)
-        stepped = self.step(loss)
-        if stepped:
-            parameters = self.parameters_adapted.values()
-            ensemble(parameters, self.anchor.tensors(), 1 - config.source_momentum)
-        self.report |= {"loss": loss.detach(), "stepped": stepped}
-        return selection.prediction
-
-    def _logits_of_view(self, images: Tensor) -> Tensor:
-        """Logits (N, C) of one augmented view, in a pass of its own."""
-        assert self.augmenter is not None
-        (view,) = self.augmenter.views(images, 1, fork(self.context.generator, images.device))
-        with frozen_statistics(self.network.wrappers):
-            return self.network(view).logits
-
-
-def _mean(losses: Tensor) -> Tensor:
-    return losses.detach().mean()
+    def draw_back(self) -> None:
+        """Pull the weights towards the source's."""
+        parameters = self.parameters_adapted.values()
+        ensemble(parameters, self.anchor.tensors(), 1 - self.config.source_momentum)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -47,12 +47,15 @@ there. On the bundled network the share is never under 1e-4, and in the traces n
 Statistics move by the share a at every update and no faster, so where a domain lasts only a few
 hundred images they do not arrive before it ends; ``robust_bn`` on its own moves with every batch.
 
-Differences: images are kept as 8-bit pixels, in a quarter of the space, which is exact for images
-from 8-bit files and within 1/510 otherwise. The shape of ``update/memory`` is known from the first
-batch on, and images of another size are refused until ``reset``. All norm layers are trained, not
-BatchNorm alone (the mariodoebler repository trains GroupNorm and LayerNorm too). The figures are
-the authors' for CIFAR; those for ImageNet are the mariodoebler repository's. There is no trace to
-compare with, and equation numbers are not given: this follows a description of the authors' code.
+Images are kept as they came; as 8-bit pixels, in a quarter of the space, while all images are such.
+The shape of ``update/memory`` is known from the first batch on, and images of another size are
+refused until ``reset``.
+
+Differences: all norm layers are trained, not BatchNorm alone (the mariodoebler repository trains
+GroupNorm and LayerNorm too). The authors add 1e-6 to probabilities in the entropy of an image,
+which changes no order but in ties, and leave out a last batch of one image. The figures are the
+authors' for CIFAR; those for ImageNet are the mariodoebler repository's. Equation numbers are not
+given: this follows a description of the authors' code, and its traces.
 The authors do not scale the learning rate; below the batch size of the preset it falls with
 ``wrap(batch_size=)`` here (``lr_scaling="none"`` is theirs).
 """
@@ -68,16 +71,13 @@ from torch import Tensor
 from tta.core.backbone import Backbone
 from tta.core.checks import LARGE, LARGEST, fraction, number, whole_number
 from tta.core.component import Context
-from tta.core.config import ComponentConfig, UpdateConfig
+from tta.core.config import ComponentConfig
 from tta.core.prediction import Prediction, Report
 from tta.core.random import fork
 from tta.core.registry import register
-from tta.core.update import Update
+from tta.methods._image_memory import BalancedMemoryConfig, BalancedMemoryUpdate
 from tta.methods._moving_statistics import MovingStatistics
-from tta.parts.augment import Augmenter
-from tta.parts.losses import entropy, soft_cross_entropy
-from tta.parts.memory import Cstu
-from tta.parts.teachers import OtherWeights
+from tta.parts.losses import soft_cross_entropy
 
 __all__ = ["RobustBn", "RobustBnConfig", "Rotta", "RottaConfig"]
 
@@ -107,13 +107,10 @@ class RobustBn(MovingStatistics):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RottaConfig(UpdateConfig):
+class RottaConfig(BalancedMemoryConfig):
     """Fields of ``rotta``."""
 
-    lr: float = 1e-3  # learning rate
-    optimizer: str = "adam"  # "sgd" or "adam"
     teacher_momentum: float = 0.999  # n of the teacher's moving average
-    memory_size: int = 64  # images in the memory
     update_every: int = 64  # images between updates, counted across batches
     timeliness: float = 1.0  # lambda_t, weight of age in what leaves the memory
     uncertainty: float = 1.0  # lambda_u, weight of entropy in what leaves the memory
@@ -121,58 +118,36 @@ class RottaConfig(UpdateConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         fraction("teacher_momentum", self.teacher_momentum)
-        whole_number("memory_size", self.memory_size, 1, LARGEST)
         whole_number("update_every", self.update_every, 1, LARGEST)
         number("timeliness", self.timeliness, 0, LARGE)
         number("uncertainty", self.uncertainty, 0, LARGE)
 
 
 @register("rotta")
-class Rotta(Update):
+class Rotta(BalancedMemoryUpdate):
     """A teacher that predicts, a student that learns from a balanced memory."""
 
     Config = RottaConfig
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         family: {"lr_scaling": "linear_below"} for family in ("imagenet", "cifar10", "cifar100")
     }
-    default_norm: ClassVar[str | None] = "robust_bn"
-    injects: ClassVar[tuple[str, ...]] = ("augment",)
-    learns_from_whole_batch: ClassVar[bool] = False
 
-    memory: Tensor  # (memory_size, C, H, W) uint8 pixels; (memory_size, 0) before the first batch
     offered: Tensor  # 0-dimensional: images offered to the memory so far
 
     def __init__(self, config: RottaConfig, network: Backbone, context: Context) -> None:
-        super().__init__(config, network, context)
-        self.teacher = OtherWeights(network, context.parameters, own_statistics=True)
-        self.augmenter = Augmenter(network.model, context)
-        self.bank = Cstu(
-            config.memory_size, context.num_classes, config.timeliness, config.uncertainty
-        )
-        empty = torch.zeros(config.memory_size, 0, dtype=torch.uint8)
-        self.register_buffer("memory", empty)
+        super().__init__(config, network, context, config.timeliness, config.uncertainty)
         self.register_buffer("offered", torch.zeros((), dtype=torch.int64))
 
     def adapt(self, x: Tensor) -> Prediction:
         """Predict with the teacher, then offer each image to the memory, with updates when due."""
         self.augmenter.check(x)
-        self._check_size(x)
         self.report = Report(selected=0, loss=float("nan"), stepped=False)
         prediction = self.teacher.predict(x)
-        if self.memory.numel() == 0:
-            shape = (len(self.memory), *x.shape[1:])
-            self.memory = torch.zeros(shape, dtype=torch.uint8, device=self.memory.device)
-        labels = prediction.logits.argmax(1).tolist()
-        entropies = entropy(prediction.logits).tolist()
-        pixels = (self.augmenter.pixels(x) * 255).round().to(torch.uint8)
         start = 0
         while start < len(x):
             wait = self.config.update_every - int(self.offered) % self.config.update_every
             end = min(start + wait, len(x))
-            placed = self.bank.offer(labels[start:end], entropies[start:end])
-            if placed:
-                self.context.journal.keep(self.memory, list(placed))
-                self.memory[list(placed)] = pixels[[start + p for p in placed.values()]]
+            self.remember(x[start:end], Prediction(prediction.logits[start:end]))
             self.offered += end - start
             if end - start == wait:
                 self._update(x.dtype)
@@ -180,41 +155,16 @@ class Rotta(Update):
         self.report["remembered"] = (self.bank.labels >= 0).sum()
         return prediction
 
-    def predict(self, x: Tensor) -> Prediction:
-        """Predict with the teacher, without remembering anything."""
-        return self.teacher.predict(x)
-
-    def integer_ranges(self) -> dict[str, tuple[int, int]]:
-        """Range of the bank's labels, which are -1 in empty slots."""
-        return {"bank.labels": (-1, self.context.num_classes - 1)}
-
-    def kept_by_rows(self) -> tuple[str, ...]:
-        """Return ``memory``: it is large, and a batch replaces some of it."""
-        return ("memory",)
-
-    def lazy_buffers(self) -> tuple[str, ...]:
-        """Return ``memory``: the first batch shows how large images are."""
-        return ("memory",)
-
     def _update(self, dtype: torch.dtype) -> None:
         """Take one step of the student on the memory, and move the teacher towards the student."""
-        occupied = self.bank.labels >= 0
-        pixels = self.memory[occupied].float() / 255
-        images = self.augmenter.images(pixels, dtype)
+        images = self.remembered(dtype)
         (view,) = self.augmenter.views(images, 1, fork(self.context.generator, images.device))
         target = self.teacher.learn_statistics(images).logits
         logits = self.network(view).logits
-        weight = torch.sigmoid(-self.bank.ages[occupied].float() / self.config.memory_size)
+        ages = self.bank.ages[self.bank.labels >= 0].float()
+        weight = torch.sigmoid(-ages / self.config.memory_size)
         loss = (weight * soft_cross_entropy(logits, target)).mean()
         stepped = self.step(loss)
         if stepped:
             self.teacher.follow(self.config.teacher_momentum)
         self.report |= {"selected": len(images), "loss": loss.detach(), "stepped": stepped}
-
-    def _check_size(self, x: Tensor) -> None:
-        if self.memory.numel() > 0 and self.memory.shape[1:] != x.shape[1:]:
-            raise ValueError(
-                "`images` must be of the size of those in the memory, "
-                f"{tuple(self.memory.shape[1:])}, got {tuple(x.shape[1:])}: resize them, or call "
-                "reset() first."
-            )

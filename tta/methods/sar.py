@@ -109,10 +109,10 @@ class Sar(LowerLayersUpdate):
         selection = self.selection_pass(x)
         self.leave_out_last()
         margin = config.entropy_margin * self.context.log_classes
-        count = selection.keep(self.measure(selection.logits) < margin)
-        self.report = Report(
-            selected=count, selected_second=0, loss=float("nan"), gradient_norm=0.0, stepped=False
-        )
+        kept = self.measure(selection.logits) < margin
+        count = selection.keep(kept)
+        self.report = Report(selected=count, kept=kept, selected_second=0, gradient_norm=0.0)
+        self.report |= {"loss": float("nan"), "stepped": False}
         if count > 0:
             self._sharp_step(selection, margin)
         if config.official and self.report["selected_second"] == 0:

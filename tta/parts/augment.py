@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ from tta.core.random import CountedDraws
 
 __all__ = [
     "Augmenter",
+    "Recipe",
     "View",
     "blur",
     "draw_view",
@@ -33,6 +34,9 @@ __all__ = [
     "pixel_space",
     "warp",
 ]
+
+# Pixels (B, C, H, W) in [0, 1] to a view of the same shape, in a tensor of its own.
+Recipe: TypeAlias = Callable[[Tensor, CountedDraws], Tensor]
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE, GAMMA = range(5)
 # Ranges of the five operations in the order above: factors, and for hue a share of the colour
@@ -177,19 +181,28 @@ def warp(pixels: Tensor, view: View, margin: int = MARGIN, padding: str = "edge"
     return warped.view(b, c, *warped.shape[2:])
 
 
-def blur(pixels: Tensor, sigma: float) -> Tensor:
-    """Gaussian blur with a kernel of 5, without padding: (B, C, H + 4, W + 4) to (B, C, H, W)."""
-    taps = torch.arange(-MARGIN, MARGIN + 1, dtype=torch.float64)
+def blur(pixels: Tensor, sigma: float, margin: int = MARGIN) -> Tensor:
+    """Gaussian blur without padding, which takes ``margin`` pixels off every side.
+
+    Args:
+        pixels: (B, C, H + 2 margin, W + 2 margin).
+        sigma: In pixels, above 0.
+        margin: Half of the length of the kernel, rounded down.
+
+    Returns:
+        (B, C, H, W).
+    """
+    taps = torch.arange(-margin, margin + 1, dtype=torch.float64)
     kernel = torch.exp(-0.5 * (taps / sigma).square())
     kernel = kernel / kernel.sum()
     # As two products with banded matrices: on a CPU many times faster than a convolution.
-    down, across = (_band(kernel, n - 2 * MARGIN).to(pixels) for n in pixels.shape[2:])
+    down, across = (_band(kernel, n - 2 * margin).to(pixels) for n in pixels.shape[2:])
     return down.t() @ (pixels @ across)
 
 
 def _band(kernel: Tensor, size: int) -> Tensor:
-    """(size + 4, size), whose column j holds the kernel in rows j to j + 4."""
-    band = kernel.new_zeros(size + 2 * MARGIN, size)
+    """(size + n - 1, size), whose column j holds the n numbers of the kernel from row j on."""
+    band = kernel.new_zeros(size + len(kernel) - 1, size)
     for i, weight in enumerate(kernel):
         band.diagonal(-i).fill_(float(weight))
     return band
@@ -334,13 +347,17 @@ class Augmenter(Remembers):
             )
 
     @torch.no_grad()
-    def views(self, x: Tensor, count: int, draws: CountedDraws) -> Iterator[Tensor]:
+    def views(
+        self, x: Tensor, count: int, draws: CountedDraws, recipe: Recipe | None = None
+    ) -> Iterator[Tensor]:
         """Make ``count`` views of ``x``, one by one.
 
         Args:
             x: (B, C, H, W), as the model takes it.
             count: Number of views.
             draws: On the device of ``x``.
+            recipe: Makes a view in place of that of this module, where the caller of ``wrap`` has
+                given none.
 
         Yields:
             (B, C, H, W), as the model takes it.
@@ -349,7 +366,7 @@ class Augmenter(Remembers):
         for _ in range(count):
             # Autocast would do the blur in half precision.
             with torch.autocast(x.device.type, enabled=False):
-                view = self._view(pixels, draws)
+                view = self._view(pixels, draws, recipe or self._recipe)
             yield self.images(view, x.dtype)
 
     def pixels(self, x: Tensor) -> Tensor:
@@ -372,11 +389,14 @@ class Augmenter(Remembers):
         )
         return mean.view(1, -1, 1, 1), std.view(1, -1, 1, 1)
 
-    def _view(self, pixels: Tensor, draws: CountedDraws) -> Tensor:
+    def _view(self, pixels: Tensor, draws: CountedDraws, recipe: Recipe) -> Tensor:
         if self.augment is not None:
             view = self.augment(pixels, self.calls)
             self.calls += 1
             return _checked(view, pixels).clone()
+        return recipe(pixels, draws)
+
+    def _recipe(self, pixels: Tensor, draws: CountedDraws) -> Tensor:
         parameters = draw_view(pixels.shape[2], pixels.shape[3], draws)
         if not self.soften:
             return make_view(pixels, parameters._replace(sigma=0.0), None, self.padding)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tta.core.backbone import Backbone
-from tta.core.norm_layers import normalize_by_batch, with_statistics
+from tta.core.norm_layers import normalize_by_batch, normalize_by_source, with_statistics
+from tta.core.prediction import Prediction
 from tta.core.source import SourceStatistics
 
-__all__ = ["ClassMoments", "class_moments", "mahalanobis", "whitening"]
+__all__ = ["ClassMoments", "class_moments", "mahalanobis", "predicted_moments", "whitening"]
 
 MOST_IMAGES = 100_000
 
@@ -43,13 +45,12 @@ def class_moments(
     """
     classes, size = like.shape
     wide = torch.zeros(classes, size, dtype=torch.float64, device=like.device)
-    total, count, seen = wide, wide.new_zeros(classes), 0
+    total, count = wide, wide.new_zeros(classes)
     products = wide.new_zeros((classes,) * (covariance == "class") + (size, size))
     with with_statistics(network.wrappers, normalize_by_batch):
-        for images, labels in source.iter_batches():
-            found = network(images.to(like.device)).features
-            assert found is not None
-            features, labels = found.double(), labels.to(like.device)
+        for found, labels in _predictions(network, source, like):
+            assert found.features is not None
+            features, labels = found.features.double(), labels.to(like.device)
             total.index_add_(0, labels, features)
             count.index_add_(0, labels, torch.ones_like(labels, dtype=count.dtype))
             if covariance == "tied":
@@ -58,14 +59,6 @@ def class_moments(
                 for c in labels.unique():
                     some = features[labels == c]
                     products[c] += some.t() @ some
-            seen += len(images)
-            if seen > MOST_IMAGES:
-                break
-    if seen == 0:
-        raise ValueError(
-            "`source` must hold at least one batch, got none: pass an iterable of "
-            "(images, labels) that was not read to its end."
-        )
     means = total / count[:, None]
     if covariance is None:
         return ClassMoments(means.float(), None)
@@ -76,6 +69,64 @@ def class_moments(
         spread = products / count.clamp_min(1)[:, None, None]
         spread = spread - there[:, :, None] * there[:, None, :]
     return ClassMoments(means.float(), spread.float())
+
+
+@torch.no_grad()
+def predicted_moments(
+    network: Backbone, source: SourceStatistics, like: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Mean and variance of the classifier's input by predicted class, under running statistics.
+
+    A class that is predicted for fewer than two images has the mean and the variance of all images.
+    Batches are read until they hold more than 100,000 images.
+
+    Args:
+        network: The wrapped model, which gives features.
+        source: Artefacts that include ``batches``.
+        like: (C, D), gives the shape and the model's device.
+
+    Returns:
+        Means and unbiased variances (C, D), float32.
+
+    Raises:
+        ValueError: When there is no batch, or a single image in all.
+    """
+    classes = len(like)
+    rows, labels = [], []
+    with with_statistics(network.wrappers, normalize_by_source):
+        for found, _ in _predictions(network, source, like):
+            assert found.features is not None
+            rows.append(found.features.double())
+            labels.append(found.logits.argmax(1))
+    features, label = torch.cat(rows), torch.cat(labels)
+    if len(features) < 2:
+        raise ValueError(
+            "`source` must hold at least 2 images for a variance of features, got 1: pass more."
+        )
+    variance, mean = torch.var_mean(features, 0)
+    means, variances = mean.repeat(classes, 1), variance.repeat(classes, 1)
+    for c in range(classes):
+        some = features[label == c]
+        if len(some) > 1:
+            variances[c], means[c] = torch.var_mean(some, 0)
+    return means.float(), variances.float()
+
+
+def _predictions(
+    network: Backbone, source: SourceStatistics, like: Tensor
+) -> Iterator[tuple[Prediction, Tensor]]:
+    """Predictions for source batches of up to 100,000 images, with the batches' labels."""
+    seen = 0
+    for images, labels in source.iter_batches():
+        yield network(images.to(like.device)), labels
+        seen += len(images)
+        if seen > MOST_IMAGES:
+            return
+    if seen == 0:
+        raise ValueError(
+            "`source` must hold at least one batch, got none: pass an iterable of "
+            "(images, labels) that was not read to its end."
+        )
 
 
 def whitening(covariance: Tensor, shrinkage: float) -> Tensor:

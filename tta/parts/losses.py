@@ -17,6 +17,7 @@ __all__ = [
     "consistency",
     "contrastive",
     "entropy",
+    "marginal_entropy",
     "opinion_entropy",
     "soft_cross_entropy",
     "soft_likelihood_ratio",
@@ -68,6 +69,27 @@ def opinion_entropy(logits: Tensor, classes: int) -> Tensor:
     unknown = torch.full_like(logits[:, :1], math.log(classes))
     mass = torch.cat([logits, unknown], 1).softmax(1) + 1e-7
     return -(mass * mass.log()).sum(1)
+
+
+def marginal_entropy(log_probs: Tensor) -> Tensor:
+    """Entropy in nats of the prediction that is averaged over views of one image (MEMO).
+
+    Args:
+        log_probs: (V, C), a log-softmax in each row.
+
+    Returns:
+        A scalar in [0, ln C].
+
+    Example:
+        >>> import torch
+        >>> sure = torch.tensor([[1.0, 0.0], [0.0, 1.0]])  # of different classes
+        >>> round(float(marginal_entropy(sure.clamp_min(1e-9).log())), 4)
+        0.6931
+    """
+    log_probs = log_probs.float()
+    mean = log_probs.logsumexp(0) - math.log(len(log_probs))
+    mean = mean.clamp_min(torch.finfo(mean.dtype).min)
+    return -(mean.exp() * mean).sum()
 
 
 def soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:

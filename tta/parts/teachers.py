@@ -47,6 +47,10 @@ class NamedTensors(nn.Module):
 
     def __init__(self, tensors: dict[str, Tensor], constant: bool) -> None:
         super().__init__()
+        self.hold(tensors, constant)
+
+    def hold(self, tensors: dict[str, Tensor], constant: bool) -> None:
+        """Take in clones of more tensors."""
         for name, value in tensors.items():
             # Not by register_buffer, which refuses names with dots; nothing else does.
             self._buffers[name] = value.detach().clone()
@@ -69,7 +73,8 @@ class OtherWeights(NamedTensors):
         network: The wrapped model.
         parameters: The trained parameters by their original names, which are cloned.
         constant: True for a source anchor; False for a teacher, which moves.
-        own_statistics: Whether it also has its own copy of the norm rules' state.
+        own_statistics: Whether it also has its own copy of the norm rules' state, which moves in
+            either case.
     """
 
     def __init__(
@@ -80,8 +85,8 @@ class OtherWeights(NamedTensors):
         own_statistics: bool = False,
     ) -> None:
         state = _norm_state(network.model) if own_statistics else {}
-        tensors = {n: p.detach() for n, p in parameters.items()}
-        super().__init__(tensors | {name: value for name, (_, value) in state.items()}, constant)
+        super().__init__({n: p.detach() for n, p in parameters.items()}, constant)
+        self.hold({name: value for name, (_, value) in state.items()}, constant=False)
         self.network = network
         self.followed = list(parameters.values())
         self.places = network.names(self.followed) + [[now] for now, _ in state.values()]
