@@ -346,11 +346,11 @@ PLACES = {
     "Model": (
         r"tta/core/(adapter|backbone|build|checkpointing|classifier|component|head|input_guard"
         r"|denoiser|draws|first_input|guard|hooks|input_rule|loan|logit_checks|masters|model_buffers|model_checks|norm_layers|outputs|oversight|parameters|serving"
-        r"|update)\.py|tta/parts/chance\.py"
+        r"|update)\.py|tta/parts/(blocks|chance|tokens)\.py"
     ),
     "Source data": (
         r"tta/(collect|core/(fitting|source|source_checks)"
-        r"|parts/(class_moments|label_shift|posterior|prototypes|replay)|methods/\w+)\.py"
+        r"|parts/(class_moments|label_shift|moments|posterior|prototypes|replay)|methods/\w+)\.py"
     ),
     "Several processes": r"tta/(runtime/parallel|core/batch_split)\.py",
     "Serving many streams": (

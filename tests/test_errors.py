@@ -45,7 +45,7 @@ WRAP = [
     (ValueError, r"`mean` and `std` .* got 3 and 2", {"mean": (0.0,) * 3, "std": (1.0,) * 2}),
     (TypeError, r"`params` must be a string, got 3", {"params": 3}),
     (TypeError, r"`optimizer` must be a string, got None", {"optimizer": None}),
-    (ValueError, r"`optimizer` must be one of .* got 'adamw'", {"optimizer": "adamw"}),
+    (ValueError, r"`optimizer` must be one of .* got 'lion'", {"optimizer": "lion"}),
     (TypeError, r"`official` must be True or False, got 'yes'", {"official": "yes"}),
     (TypeError, r"`nesterov` must be True or False, got 1", {"nesterov": 1}),
     (TypeError, r"`lr` must be a number", {"lr": "fast"}),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import tta
 from tests.helpers.batches import BATCH, images
-from tests.helpers.compositions import arguments
+from tests.helpers.compositions import arguments, suiting
 from tests.helpers.nets import tiny
 from tta.core import registry
 from tta.core.guard import LEARN
@@ -20,7 +20,7 @@ from tta.core.health import EVERY, effective_rank
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*preset, made for:UserWarning")
 
-UPDATES = tta.list_methods(slot="update")
+UPDATES = [name for name in tta.list_methods(slot="update") if name in suiting("bn")]
 Script = Callable[[tta.Batch], tta.Verdict]
 
 

@@ -10,6 +10,7 @@ import torch
 import tta
 from tests.helpers.batches import images
 from tests.helpers.wild import wrapped
+from tta.core.registry import component
 
 transformers: Any = pytest.importorskip(
     "transformers", reason="transformers is not installed: pip install 'tta-vision[hf]'"
@@ -52,8 +53,8 @@ def _classifier(kind: str) -> Any:
 @pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize("method", tta.list_methods())
 def test_a_classifier_goes_through_every_recipe_and_back(method: str, kind: str) -> None:
-    if kind != "ResNet" and method in tta.list_methods(slot="norm"):
-        return  # no BatchNorm
+    if not component(method).suits(_classifier(kind)):
+        return
     net, untouched = _classifier(kind), _classifier(kind)
     adapter = wrapped(net, method)
     assert adapter.num_classes == 10

@@ -16,6 +16,7 @@ from torch import nn
 
 import tta
 from tests.helpers.batches import images, source_batches
+from tests.helpers.compositions import suiting
 from tests.helpers.faults import same
 from tests.helpers.nets import tiny
 from tests.helpers.wild import Counting, Normalised, Rnn, in_place, out_of_place, wrapped
@@ -26,7 +27,8 @@ close = torch.testing.assert_close
 
 # Images -------------------------------------------------------------------------------------
 
-RECIPES = tta.list_methods()
+RECIPES = suiting("bn")
+TRAINING = [name for name in RECIPES if getattr(component(name), "trains_model", False)]
 
 
 @pytest.mark.parametrize("way", in_place)
@@ -140,7 +142,7 @@ def test_one_frame_of_1e20_is_rejected_and_the_others_are_right(method: str, fam
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("method", tta.list_methods(slot="update"))
+@pytest.mark.parametrize("method", TRAINING)
 def test_a_model_in_half_precision_learns_as_in_single(method: str, dtype: torch.dtype) -> None:
     """What moves, moves by steps that half precision has no numbers for."""
     if getattr(component(method), "episodic", False):
@@ -289,7 +291,7 @@ def test_gradients_to_images_are_those_of_the_adapted_model(method: str) -> None
     assert not adapter(images(6).requires_grad_()).requires_grad
 
 
-@pytest.mark.parametrize("method", tta.list_methods(slot="update"))
+@pytest.mark.parametrize("method", TRAINING)
 def test_a_model_that_runs_without_a_graph_is_refused_by_whatever_trains(method: str) -> None:
     class NoGraph(nn.Module):
         def __init__(self) -> None:

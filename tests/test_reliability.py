@@ -63,7 +63,7 @@ def test_the_grid_of_the_page_is_the_issue_s():
     names = {cell.method.partition("[")[0].partition("+")[0] for cell in first}
     assert names == set(tta.list_methods(slot="update"))
     images = {cell.method.partition("[")[0]: cell.images for cell in first if not cell.guard}
-    assert [m for m, n in images.items() if n == 20] == ["cotta", "petal", "rmt"]
+    assert [m for m, n in images.items() if n == 20] == ["cotta", "dpcore", "foa", "petal", "rmt"]
     assert set(images.values()) == {20, 50}
     seeds: dict[str, set[int]] = {}
     for cell in first:

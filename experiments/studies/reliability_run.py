@@ -39,6 +39,8 @@ from tta.streams import Stream
 __all__ = ["Runner", "read_results"]
 
 Wrong = NDArray[np.bool_]
+# What is said where a method cannot work on a model at all.
+OTHER_MODEL = ("must find BatchNorm", "must be a vision transformer", "must have blocks")
 WAIT = 0.2  # seconds, while another process appends to the results
 
 
@@ -87,7 +89,7 @@ class Runner:
                 warnings.simplefilter("ignore")  # of settings that the grid has on purpose
                 found = self._find(cell)
         except ValueError as refusal:
-            if "must find BatchNorm" not in str(refusal):
+            if not any(words in str(refusal) for words in OTHER_MODEL):
                 raise
             found = {"refused": str(refusal)}
         seconds = round(time.perf_counter() - start, 2)

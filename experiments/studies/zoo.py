@@ -55,6 +55,8 @@ REASONS = {
     "several outputs": r"`model` must return one tensor",
     "no denoiser": r"`source` must give .* its denoiser",
     "no linear head": r"`model` must make its logits by a linear layer|no linear layer for its",
+    "no class token": r"`model` must be a vision transformer with a class token",
+    "no blocks": r"`model` must have blocks for",
 }
 
 # Thresholds that random weights pass, and as little work as shows that all of it runs.

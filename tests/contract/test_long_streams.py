@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import tta
-from tests.helpers.compositions import LOOSE, given
+from tests.helpers.compositions import LOOSE, given, suiting
 from tests.helpers.nets import cnn
 
 BATCH, SIZE, CLASSES = 2, 8, 4
@@ -28,7 +28,7 @@ def _elements() -> int:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*preset, made for:UserWarning")
-@pytest.mark.parametrize("name", tta.list_methods())
+@pytest.mark.parametrize("name", suiting("bn"))
 def test_memory_does_not_grow_in_2000_batches(name: str) -> None:
     fields = {k: v for k, v in LOOSE.items() if k in tta.get_config(name).to_dict()}
     adapter = tta.wrap(

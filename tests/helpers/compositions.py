@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from functools import cache
 from typing import Any, TypeAlias
 
 from torch import nn
@@ -19,8 +20,6 @@ from tests.helpers.nets import FAMILIES, tiny
 from tta.core.config import SLOTS
 from tta.core.guard import Guard
 from tta.core.input_rule import Input
-from tta.core.norm_layers import batch_norm_layers
-from tta.core.norm_rule import NormRule
 from tta.core.registry import component
 from tta.core.update import Update
 
@@ -41,6 +40,7 @@ __all__ = [
     "given",
     "label",
     "make",
+    "suiting",
 ]
 
 Case: TypeAlias = "tuple[str, dict[str, str]]"  # a norm family, and a component's name in each slot
@@ -50,25 +50,36 @@ def _on_every_family(parts: list[dict[str, str]], families: list[str] | None = N
     return [(f, p) for p in parts for f in families or FAMILIES if _fits((f, p))]
 
 
-_MODELS = {family: tiny(family) for family in FAMILIES}
-_HAVE_BATCH_NORM = {family for family, net in _MODELS.items() if batch_norm_layers(net)}
+@cache
+def suiting(family: str) -> tuple[str, ...]:
+    """Names of the components that can work on a family at all."""
+    net = tiny(family)
+    return tuple(name for name in tta.list_methods() if component(name).suits(net))
 
 
 def _fits(case: Case) -> bool:
-    """Whether the family has the norm layers that the case asks for, and no component refuses."""
+    """Whether the components of the case can work on the family, and with each other."""
     family, parts = case
-    asks = any(issubclass(cls, NormRule) for cls in components(case))
-    if asks and family not in _HAVE_BATCH_NORM:
+    if not all(name in suiting(family) for name in parts.values()):
         return False
     if "norm" not in parts:
         return True
     slots = dict.fromkeys(SLOTS) | {slot: tta.get_config(name) for slot, name in parts.items()}
     try:
         for name in parts.values():
-            component(name).check_slots(tta.get_config(name), slots, _MODELS[family])
+            component(name).check_slots(tta.get_config(name), slots, tiny(family))
     except ValueError:
         return False
     return True
+
+
+def _only_family(parts: dict[str, str]) -> Case:
+    """The case on the family with BatchNorm; without its norm rule elsewhere where that must be."""
+    names = [name for slot, name in parts.items() if slot != "norm"]
+    family = next(f for f in FAMILIES if all(name in suiting(f) for name in names))
+    if not _fits((family, parts)):
+        parts = {slot: name for slot, name in parts.items() if slot != "norm"}
+    return family, parts
 
 
 def components(case: Case) -> list[type[Any]]:
@@ -97,18 +108,15 @@ TRIPLES = _on_every_family(
         for i, u in enumerate(_UPDATES)
         for j, o in enumerate(_OUTPUTS)
     ],
-    ["bn"],
+    ["bn"],  # updates for other families are without a norm rule, and among the pairs
 )
 """A component in all three slots: every pair of components is in one of them."""
 
-GUARDED = _on_every_family(
-    [
-        {"norm": _NORMS[(i + j) % len(_NORMS)], "update": u, "guard": g}
-        for i, u in enumerate(_UPDATES)
-        for j, g in enumerate(_GUARDS)
-    ],
-    ["bn"],
-)
+GUARDED = [
+    _only_family({"norm": _NORMS[(i + j) % len(_NORMS)], "update": u, "guard": g})
+    for i, u in enumerate(_UPDATES)
+    for j, g in enumerate(_GUARDS)
+]
 """Every guard over every update, and over every norm rule with some update."""
 
 FED = _on_every_family(
@@ -169,6 +177,9 @@ LOOSE = {
     "every": 2,
     "threshold": 1.0,
     "passes": 2,
+    "population": 4,
+    "prompts": 2,
+    "steps_new": 2,
     "prior_strength": None,
     "start_confidence": 0.0,
     "queue_size": 3 * BATCH,
@@ -187,7 +198,9 @@ def arguments(parts: dict[str, str]) -> dict[str, Any]:
     chosen: dict[str, Any] = dict(parts)
     for slot, name in parts.items():
         if issubclass(component(name), Update):
-            chosen[slot] = tta.get_config(name, lr=0.05, **_loose(name))
+            config = tta.get_config(name, **_loose(name))
+            rate = {"lr": 0.05} if isinstance(config, tta.UpdateConfig) else {}
+            chosen[slot] = config.override(**rate)
         elif issubclass(component(name), Guard):
             chosen[slot] = tta.get_config(name, **_loose(name))
         elif "views" in tta.get_config(name).to_dict():

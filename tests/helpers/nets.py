@@ -77,6 +77,17 @@ def trace_model(model: dict) -> nn.Module:
         net = BnCnn(model["widths"], classes, **model.get("more", {}))
     elif kind == "gn_cnn":
         net = cnn(model["widths"], lambda c: nn.GroupNorm(model["groups"], c), classes)
+    elif kind == "timm_resnet":
+        from timm.models import resnet
+
+        net: nn.Module = resnet.ResNet(
+            getattr(resnet, model["block"]),
+            model["layers"],
+            num_classes=classes,
+            channels=model["channels"],
+            stem_width=model["stem_width"],
+        )
+        net.maxpool = nn.Identity()
     elif kind == "ln_vit":
         import timm
 

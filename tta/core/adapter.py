@@ -447,15 +447,21 @@ class Adapter(nn.Module):
         return kwargs[name], (), {key: value for key, value in kwargs.items() if key != name}
 
     def _check_writable(self) -> None:
-        """Refuse to write a rule into the model that a plain one cannot hold."""
-        parts = [wrapper.rule for wrapper in self._wrappers.values()][:1]
-        for part in (*parts, self.output, self.input):
-            if part is not None and not part.writable:
+        """Refuse to write into the model what a plain one cannot hold."""
+        parts: list[Any] = [wrapper.rule for wrapper in self._wrappers.values()][:1]
+        parts += [part for part in (self.output, self.input) if part is not None]
+        for part in parts:
+            if not part.writable:
                 raise ValueError(
                     f"`keep` must be False for {part.name}, which a plain model cannot hold, got "
                     "True: wrap with norm='robust_bn' or without an output or input rule, or pass "
                     "keep='parameters'."
                 )
+        if self.update is not None and not (self.update.trains_model or self.update.writable):
+            raise ValueError(
+                f"`keep` must be False for {self.update.name}, which learns nothing that a plain "
+                "model can hold, got True: tta.save the adapter, or wrap with output='foa_shift'."
+            )
 
     @in_turn
     def _set_learning(self, learning: bool) -> None:

@@ -102,16 +102,16 @@ class Backbone:
         self._arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         self._first_pass = False  # whether the next pass is the first of a call
         self._logit_checks = LogitChecks(session, softmax, self.classifier if linear else None)
-        self._handles: list[Any] = []
+        self.handles: list[Any] = []  # of hooks, components' too, that `close` takes off
         self._order_hooks: list[Any] = []
         self._order: list[str] = []
         self.feature_hook: InputHook | None = None
         if session.logit_hook is not None:
-            self._handles.append(head.linear.register_forward_hook(session.logit_hook))
+            self.handles.append(head.linear.register_forward_hook(session.logit_hook))
         self._callee, self._prefix = model, ""
         if features and head.module is not None:
             self.feature_hook = InputHook()
-            self._handles.append(head.module.register_forward_pre_hook(self.feature_hook))
+            self.handles.append(head.module.register_forward_pre_hook(self.feature_hook))
         elif features:
             self._callee, self._prefix = WithFeatures(model, head.function), "model."
         self._other = OtherTensors(self._callee, LogitsReader(0) if self._prefix else reader)
@@ -190,7 +190,7 @@ class Backbone:
             self._learn_first(x, weights)
             with frozen_statistics(self.wrappers):
                 return self._pass(x, weights)
-        hooked = self.feature_hook is not None or bool(self._order_hooks)
+        hooked = bool(self.handles or self._order_hooks)
         self.session.recording = torch.is_grad_enabled()
         lent = self.guard.lend(x)
         args, kwargs = self._arguments
@@ -494,5 +494,5 @@ class Backbone:
     def close(self) -> None:
         """Take all hooks off the model."""
         self.end_watching()
-        for handle in self._handles:
+        for handle in self.handles:
             handle.remove()

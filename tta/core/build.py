@@ -276,8 +276,11 @@ def _trained(
     """The model's parameters that the update trains."""
     if not isinstance(config, UpdateConfig):
         return {}
-    found, cls = select(model, config.params, head.module), component(config.name)
+    cls = component(config.name)
     assert issubclass(cls, Update)
+    if not cls.trains_model:
+        return {}
+    found = select(model, config.params, head.module)
     left_out = cls.leaves_out(config, found)
     if len(left_out) == len(found):
         raise ValueError(

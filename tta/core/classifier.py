@@ -36,6 +36,7 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # A dry run of a large network takes a second or more, so its result is kept for the next wrap.
 _FOUND: WeakKeyDictionary[nn.Module, tuple[tuple[int, ...], nn.Module]] = WeakKeyDictionary()
 PROBE_SIZES = (224, 32, 64, 28, 299)  # of the images that the dry run tries, in pixels
+DECLARED_SIZES = ("img_size", "image_size")  # where a module says what it takes
 
 
 def find_classifier(model: nn.Module, reader: LogitsReader | None = None) -> nn.Module:
@@ -222,12 +223,26 @@ def dry_run(
 def _probe_shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:
     entry = first_layer(model)
     if isinstance(entry, CONVOLUTIONS):
-        for size in PROBE_SIZES:
-            yield (2, entry.in_channels, *(size for _ in range(entry.weight.ndim - 2)))
+        axes = entry.weight.ndim - 2
+        for sizes in (*_declared_sizes(model, axes), *((size,) * axes for size in PROBE_SIZES)):
+            yield (2, entry.in_channels, *sizes)
     for size in PROBE_SIZES:
         yield (2, 3, size, size)
     if isinstance(entry, nn.Linear):
         yield (2, entry.in_features)
+
+
+def _declared_sizes(model: nn.Module, axes: int) -> list[tuple[int, ...]]:
+    """Sizes of images that modules say they take, as vision transformers do."""
+    found: dict[tuple[int, ...], None] = {}
+    for module in model.modules():
+        for name in DECLARED_SIZES:
+            size = getattr(module, name, None)
+            sizes: Any = (size,) * axes if isinstance(size, int) else size
+            whole = isinstance(sizes, (tuple, list)) and len(sizes) == axes
+            if whole and all(isinstance(n, int) and n > 0 for n in sizes):
+                found[tuple(sizes)] = None
+    return list(found)
 
 
 def _dtype(model: nn.Module) -> torch.dtype:

@@ -178,6 +178,9 @@ class Component(nn.Module):
         for name, value in values.items():
             buffers[name].copy_(value)
 
+    def after_reset(self) -> None:
+        """Called when the user's reset has put the buffers back; for what is then drawn anew."""
+
     def survives_reset(self) -> tuple[str, ...]:
         """Buffers that ``reset`` leaves as they are; only ``official=True`` may name some."""
         return ()

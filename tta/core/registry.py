@@ -72,7 +72,7 @@ def register(name: str) -> Callable[[C], C]:
 
 def _check_config(name: str, cls: type[Component]) -> None:
     """Refuse a class whose config is not its own, or cannot be made, written or preset."""
-    kind = next(b.Config for b in reversed(cls.__mro__) if vars(b).get("slot") == cls.slot)
+    kind = next(b.Config for b in cls.__mro__[1:] if vars(b).get("slot") == cls.slot)
     config = cls.Config
     if not (isinstance(config, type) and issubclass(config, kind)) or config is kind:
         raise TypeError(

@@ -45,7 +45,13 @@ class SourceStatistics:
         features: Features as the classifier sees them (N, D), not normalised (AdaNPC).
         feature_labels: Labels of ``features`` (N,), whole numbers (AdaNPC).
         memory_init: First row of AdaNPC's memory in the official code (D,).
-        feature_mean: Mean of the features under running statistics (D,) (NEO, FOA's shift).
+        feature_mean: Mean of the features under running statistics (D,) (NEO, FOA's shift, DPCore).
+        feature_std: Unbiased standard deviation of the features (D,) (DPCore).
+        block_mean: Mean of what each block gives (d,), by module name (PEA).
+        block_variance: Its variance (d,), by module name (PEA).
+        block_covariance_root: Symmetric root of its covariance (d, d), by module name (PEA).
+        layer_mean: Mean of the class token after each block (L, D) (FOA).
+        layer_std: Its unbiased standard deviation (L, D) (FOA).
         class_mean: Means of the features of images that are predicted as each class (C, D), under
             running statistics (PeTTA).
         class_variance: Unbiased variances of the same (C, D) (PeTTA).
@@ -72,6 +78,12 @@ class SourceStatistics:
     feature_labels: Tensor | None = None
     memory_init: Tensor | None = None
     feature_mean: Tensor | None = None
+    feature_std: Tensor | None = None
+    block_mean: dict[str, Tensor] | None = None
+    block_variance: dict[str, Tensor] | None = None
+    block_covariance_root: dict[str, Tensor] | None = None
+    layer_mean: Tensor | None = None
+    layer_std: Tensor | None = None
     class_mean: Tensor | None = None
     class_variance: Tensor | None = None
     covariance: Tensor | None = None

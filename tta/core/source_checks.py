@@ -23,13 +23,17 @@ __all__ = [
 ]
 
 BY_PARAMETER = ("fisher", "posterior_mean", "posterior_variance")
-BY_NAME = (*BY_PARAMETER, "label_shift")  # dicts of tensors
+BY_MODULE = ("block_mean", "block_variance", "block_covariance_root")
+BY_NAME = (*BY_PARAMETER, *BY_MODULE, "label_shift")  # dicts of tensors
 SHAPES = {  # of the tensors, as errors name them, by number of axes
     "prototypes": {2: "(C, D)"},
     "features": {2: "(N, D)"},
     "feature_labels": {1: "(N,)"},
     "memory_init": {1: "(D,)"},
     "feature_mean": {1: "(D,)"},
+    "feature_std": {1: "(D,)"},
+    "layer_mean": {2: "(L, D)"},
+    "layer_std": {2: "(L, D)"},
     "class_mean": {2: "(C, D)"},
     "class_variance": {2: "(C, D)"},
     "covariance": {2: "(D, D)", 3: "(C, D, D)"},

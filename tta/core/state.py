@@ -263,6 +263,8 @@ class AdapterState:
         self._check_layout(self.tensors())
         kept = self.surviving()
         self.copy_in({k: v for k, v in self.session.reset_point.items() if k not in kept})
+        for part in self.parts.values():
+            part.after_reset()
 
     def surviving(self) -> set[str]:
         """Keys that a component declares to survive a reset."""

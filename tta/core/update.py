@@ -19,7 +19,7 @@ from tta.core.selection_pass import RowSelector
 from tta.core.source import SourceStatistics
 from tta.core.state_dict import copy_tensors
 
-__all__ = ["Update"]
+__all__ = ["ForwardUpdate", "Update"]
 
 
 class Update(Component):
@@ -41,6 +41,8 @@ class Update(Component):
     default_output: ClassVar[str | None] = None  # output rule when the caller names none
     default_guard: ClassVar[str] = DEFAULT_GUARD  # guard when the caller says guard=True
     cost: ClassVar[float] = 3.0
+    # Whether parameters of the model move, by one optimiser for the whole stream.
+    trains_model: ClassVar[bool] = True
     # Whether it learns from every sample of a batch, given margins wide enough.
     learns_from_whole_batch: ClassVar[bool] = True
     # Whether the parameters are put back to what they were before a call returns.
@@ -196,8 +198,10 @@ class Update(Component):
         if penalty is not None:
             penalty.backward()
 
-    def _make_optimizer(self) -> torch.optim.Optimizer:
+    def _make_optimizer(self) -> Any:
         """Make the optimiser; a method calls this again after making parameters of its own."""
+        if not self.trains_model:
+            return None
         params, own = self.optimized(), self.learning_rates()
         usual: float = self.config.lr
         rates = [own.get(name, usual) for name in params]
@@ -211,3 +215,19 @@ class Update(Component):
                 if key != "step":  # torch keeps the step count on the CPU
                     slots[key] = fn(value)
         return self
+
+
+class ForwardUpdate(Update):
+    """An update that needs no gradient: what it moves are buffers of its own.
+
+    Its config is made from ``tta.ComponentConfig``, as it has no learning rate.
+    """
+
+    slot = "update"
+    Config = ComponentConfig
+    trains_model = False
+
+    @torch.no_grad()
+    def learn(self, x: Tensor) -> Prediction:
+        """Run one cycle, without a graph."""
+        return self.adapt(x)

@@ -15,7 +15,7 @@ from tta.core.prediction import Prediction
 from tta.core.source import SourceStatistics
 from tta.parts.displacement import ClassDisplacements
 
-__all__ = ["ShiftRule", "take_mean"]
+__all__ = ["MOST_IMAGES", "ShiftRule", "in_logits", "take_mean"]
 
 MOST_IMAGES = 100_000  # of source batches
 
@@ -53,13 +53,7 @@ class ShiftRule(Output):
 
     def shifted(self, prediction: Prediction) -> Tensor:
         """Logits (B, C) for features to which :meth:`offset` is added, in float32."""
-        return prediction.logits.float() + self._in_logits(self.context.classifier)
-
-    def _in_logits(self, classifier: Any) -> Tensor:
-        """What :meth:`offset` adds to the logits (C,)."""
-        offset = self.offset()
-        with torch.autocast(offset.device.type, enabled=False):
-            return F.linear(offset, classifier.weight.flatten(1).float())
+        return prediction.logits.float() + in_logits(self.offset(), self.context.classifier)
 
     @torch.no_grad()
     def write_to(self, base: Any) -> None:
@@ -68,7 +62,7 @@ class ShiftRule(Output):
         Args:
             base: The layer; one without a bias gets one.
         """
-        change = self._in_logits(base)
+        change = in_logits(self.offset(), base)
         if base.bias is None:
             base.bias = nn.Parameter(change.to(base.weight.dtype))
         else:
@@ -87,6 +81,12 @@ class ShiftRule(Output):
                 f"{source.contents or 'nothing'}: pass source batches, or what "
                 f"tta.collect_source(model, loader, for_methods=['{self.name}']) returns."
             )
+
+
+def in_logits(offset: Tensor, classifier: Any) -> Tensor:
+    """What an offset of the features (D,) adds to the logits of a linear layer (C,)."""
+    with torch.autocast(offset.device.type, enabled=False):
+        return F.linear(offset, classifier.weight.flatten(1).float())
 
 
 def take_mean(mean: Tensor, source: SourceStatistics, network: Backbone, name: str) -> str | None:

@@ -23,19 +23,14 @@ def spread(logits: Tensor) -> Tensor:
 
 
 class SpreadGap(nn.Module):
-    """The difference between the spreads of two predictions, averaged over batches.
-
-    Args:
-        span: Images that the average goes back over.
-    """
+    """The difference between the spreads of two predictions, averaged over batches."""
 
     gap: Tensor  # 0-dimensional, in nats
     latest: Tensor  # 0-dimensional, of the last batch
-    images: Tensor  # 0-dimensional, that it is the average of, at most ``span``
+    images: Tensor  # 0-dimensional, that it is the average of, at most ``SPAN``
 
-    def __init__(self, span: int = SPAN) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.span = span
         self.register_buffer("gap", torch.zeros(()))
         self.register_buffer("images", torch.zeros(()))
         self.register_buffer("latest", torch.zeros(()))
@@ -44,7 +39,7 @@ class SpreadGap(nn.Module):
     def see(self, logits: Tensor, other: Tensor) -> None:
         """Take in a batch by its two predictions, both (B, C)."""
         count = len(logits)
-        self.images.copy_((self.images + count).clamp_max(self.span))
+        self.images.copy_((self.images + count).clamp_max(SPAN))
         gap = spread(logits) - spread(other)
         self.latest.copy_(gap if count >= ENOUGH else torch.zeros_like(gap))
         self.gap += count / self.images.clamp_min(count) * (gap - self.gap)
