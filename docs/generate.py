@@ -344,7 +344,7 @@ PLACES = {
     "Model": (
         r"tta/core/(adapter|backbone|build|checkpointing|classifier|component|head|input_guard"
         r"|draws|first_input|guard|hooks|loan|logit_checks|masters|model_buffers|model_checks|norm_layers|outputs|oversight|parameters|serving"
-        r"|update)\.py"
+        r"|update)\.py|tta/parts/chance\.py"
     ),
     "Source data": (
         r"tta/(collect|core/(fitting|source|source_checks)"

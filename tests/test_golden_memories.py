@@ -11,10 +11,17 @@ from torch import Tensor
 import tta
 from tests.helpers.recorded import recordings
 from tests.helpers.traces import Trace
-from tests.helpers.update_traces import check_source, check_state, check_weights, replay
+from tests.helpers.update_traces import (
+    WEIGHTS,
+    check_source,
+    check_state,
+    check_weights,
+    replay,
+)
 
 CMF = recordings("set-d", "cmf_*")
 PETTA = recordings("set-d", "petta_*")
+NOTE = recordings("set-d", "note_*")
 LOGITS = {"atol": 1e-4, "rtol": 1e-4}
 AVERAGES = {"atol": 1e-5, "rtol": 0.0}
 RAW = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
@@ -30,7 +37,7 @@ def _trained(adapter: tta.Adapter, found: dict[str, Tensor]) -> dict[str, Tensor
     return {name: found[name] for name in adapter.parameters_adapted}
 
 
-@_named([*CMF, *PETTA])
+@_named([*CMF, *PETTA, *NOTE])
 def test_source_outputs(path: Path) -> None:
     check_source(Trace(path))
 
@@ -121,3 +128,77 @@ def _check_bank(state: dict[str, Tensor], trace: Trace, t: int) -> None:
     assert ages[held].tolist() == trace.tensor("memory_ages")[t][: len(held)].tolist()
     expected = trace.tensor("memory_entropy")[t][: len(held)]
     close(state["update/bank.entropies"][held], expected, atol=5e-5, rtol=1e-4)
+
+
+@_named(NOTE)
+def test_note(path: Path) -> None:
+    """The trace calls the layers inside of IABN ``_bn``."""
+    trace = Trace(path)
+    p = trace.params
+    norm = tta.get_config("iabn", alpha=p["iabn_k"], momentum=p["bn_momentum"])
+    plain = tta.wrap(trace.model(), norm=norm)
+    for t, x in enumerate(trace.tensor("inputs")):
+        close(plain(x), trace.tensor("source_iabn_outputs")[t], **LOGITS)
+    values = iter([float(v) for row in trace.arrays["draw_value"] for v in row if v == v])
+    orders = iter(trace.tensor("batch_order"))
+
+    def draws(name: str, shape: torch.Size, call: int) -> Tensor:
+        return next(orders) if name == "batch_order" else torch.tensor(next(values))
+
+    config = tta.get_config(
+        "note",
+        memory=p["memory_type"].lower(),
+        memory_size=p["memory_size"],
+        update_every=p["update_every"],
+        epochs=p["epochs"],
+        mini_batch=p["batch_size"],
+        temperature=p["temperature"],
+        **trace.optimizer(),
+    )
+    norm = norm.replace(learned_statistics=p["use_learned_stats"])
+    adapter = tta.wrap(trace.model(), norm=norm, update=config, draws=draws)
+    start = adapter.state()["rng"]
+    images = trace.tensor("inputs").flatten(0, 1)
+    due = trace.arrays["updates_after_sample"].tolist()
+    seen = updates = 0
+    for t, x in enumerate(trace.tensor("inputs")):
+        close(adapter(x), trace.tensor("outputs")[t], **LOGITS)
+        seen += len(x)
+        if adapter.report.updates:
+            updates += 1
+            assert due[updates - 1] == seen
+            _check_memory(adapter, trace, images, updates - 1)
+        if updates == 1:
+            _check_iabn(adapter, trace.group("after_update0"))
+    assert updates == len(due) and next(values, None) is None and next(orders, None) is None
+    assert torch.equal(adapter.state()["rng"], start)  # nothing was drawn
+    _check_iabn(adapter, trace.group("adapted") | trace.group("final"))
+    names = [str(n).replace("._bn", "") for n in trace.arrays["param_names"]]
+    assert list(adapter.parameters_adapted) == names
+    for name, value in trace.group("opt").items():
+        key = name.replace("._bn", "").replace("/", ".")
+        close(adapter.state()[f"optim/{key}"], value, **WEIGHTS)
+
+
+def _check_memory(adapter: tta.Adapter, trace: Trace, images: Tensor, update: int) -> None:
+    bank, state = adapter.update.bank, adapter.state()  # type: ignore[union-attr]
+    close(adapter.report.loss, float(trace.arrays["loss"][update]), atol=5e-5, rtol=1e-4)
+    order = bank.order()
+    expected = trace.arrays["memory_image"][update].tolist()
+    if trace.params["memory_type"] == "FIFO":  # the trace has it by true label
+        expected = sorted(expected)
+    else:
+        labels = trace.tensor("memory_label")[update]
+        assert torch.equal(state["update/bank.labels"][order], labels)
+    assert torch.equal(state["update/memory"][order], images[expected])
+
+
+def _check_iabn(adapter: tta.Adapter, found: dict[str, Tensor]) -> None:
+    expected = {}
+    for name, value in found.items():
+        name = name.replace("._bn", "")
+        if "running_" in name:
+            expected[f"norm/{name.replace('running_', '')}"] = value
+        elif not name.endswith("num_batches_tracked"):
+            expected[f"param/{name}"] = value
+    check_state(adapter, expected, **WEIGHTS)

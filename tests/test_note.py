@@ -14,8 +14,11 @@ from tests.helpers.batches import images
 from tests.helpers.nets import tiny
 from tests.helpers.recorded import GOLDEN, Recorded
 from tta.core.component import Context
+from tta.core.draws import Draws
 from tta.core.norm_layers import learning_pass
 from tta.methods.note import Iabn, IabnConfig
+from tta.parts.chance import Chance
+from tta.parts.memory import Fifo, Pbrs
 from tta.parts.statistics import instance_aware
 
 PIECE = {"atol": 2e-6, "rtol": 2e-6}
@@ -117,3 +120,151 @@ def test_what_a_plain_layer_cannot_hold_is_refused() -> None:
     for field in ({"alpha": -1.0}, {"momentum": 1.5}, {"learned_statistics": 1}):
         with pytest.raises((TypeError, ValueError), match=f"`{next(iter(field))}` must be"):
             tta.get_config("iabn", **field)
+
+
+# The memory ---------------------------------------------------------------------------------
+
+
+def _chance(*values: float) -> tuple[Chance, list[str]]:
+    """Decisions as given, and a list that fills with the names of what was asked for."""
+    asked: list[str] = []
+    answers = iter(values)
+
+    def draws(name: str, shape: torch.Size, call: int) -> torch.Tensor:
+        asked.append(name)
+        assert shape == ()
+        return torch.tensor(next(answers))
+
+    return Chance(Context(num_classes=3, draws=Draws(draws))), asked
+
+
+def _contents(bank: Fifo, names: dict[int, int]) -> list[tuple[int, int]]:
+    """Label and image of each place, in the bank's order."""
+    return [(int(bank.labels[slot]), names[slot]) for slot in bank.order()]
+
+
+def test_the_last_images_stay() -> None:
+    bank, names = Fifo(3, 4), {}
+    for first, labels in ((0, [3, 1]), (2, [0, 0, 2])):
+        placed = bank.offer(labels, _chance()[0])
+        names |= {slot: first + position for slot, position in placed.items()}
+    assert _contents(bank, names) == [(0, 2), (0, 3), (2, 4)]
+
+
+def test_a_reservoir_by_hand() -> None:
+    bank = Pbrs(4, 3)
+    names: dict[int, int] = {}
+
+    def offer(image: int, label: int, *values: float) -> None:
+        chance, asked = _chance(*values)
+        names.update({slot: image for slot in bank.offer([label], chance)})
+        assert asked == ["draw_value"] * len(values)
+
+    for image, label in enumerate([1, 1, 0, 2]):
+        offer(image, label)
+    offer(4, 0, 1, 0)  # class 1 has most: its first image leaves
+    assert _contents(bank, names) == [(0, 2), (0, 4), (1, 1), (2, 3)]
+    offer(5, 2, 0, 1)  # class 0 has most: its second image leaves
+    assert _contents(bank, names) == [(0, 2), (1, 1), (2, 3), (2, 5)]
+    offer(6, 2, 0.6, 1)  # two of class 2 are held and three were seen
+    assert _contents(bank, names) == [(0, 2), (1, 1), (2, 3), (2, 6)]
+    offer(7, 2, 0.6)  # and now four were
+    assert _contents(bank, names) == [(0, 2), (1, 1), (2, 3), (2, 6)]
+    assert bank.seen.tolist() == [2, 2, 4]
+
+
+def test_a_class_is_held_as_often_as_others_in_the_long_run() -> None:
+    bank, generator = Pbrs(12, 3), torch.Generator().manual_seed(0)
+    chance = Chance(Context(num_classes=3, generator=generator))
+    kept: list[int] = []
+    for image in range(600):
+        label = 0 if image % 10 else 1 + image // 10 % 2
+        for slot in bank.offer([label], chance):
+            kept[slot : slot + 1] = [image]
+    assert sorted(bank.labels.tolist()) == [0] * 4 + [1] * 4 + [2] * 4
+    old = [kept[slot] for slot in bank.order()[:4]]
+    assert min(old) < 500  # class 0 is no queue of the last images
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [((7.0,), "one of"), ((1.0, 5.0), "one of")],
+)
+def test_decisions_that_cannot_be_are_refused(values, said: str) -> None:
+    bank = Pbrs(2, 3)
+    bank.offer([1, 1], _chance()[0])
+    with pytest.raises(ValueError, match=f"`draws` must return {said}"):
+        bank.offer([0], _chance(*values)[0])
+    bank = Pbrs(2, 3)
+    bank.offer([1, 1], _chance()[0])
+    with pytest.raises(ValueError, match="a number from 0 to 1"):
+        bank.offer([1], _chance(1.5)[0])
+
+
+# The update ---------------------------------------------------------------------------------
+
+
+def _note(**fields) -> tta.Adapter:
+    config = tta.get_config("note", **{"lr": 0.05, "memory_size": 6, "update_every": 6} | fields)
+    return tta.wrap(tiny("bn"), update=config)
+
+
+def test_an_update_falls_inside_of_a_batch() -> None:
+    """Rows after it see it, as if the batch had come in two."""
+    x = images(0, 10)
+    whole, parts = _note(), _note()
+    found = whole(x)
+    assert whole.report.updates == 1 and whole.report.stepped
+    expected = torch.cat([parts(x[:6]), parts(x[6:])])
+    close(found, expected, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(found[6:], tta.wrap(tiny("bn"), norm="iabn")(x)[6:], atol=1e-3)
+    assert parts.report.updates == 0 and math.isnan(parts.report.loss)
+    for key, value in parts.state().items():
+        if key.startswith(("param/", "norm/")):
+            close(whole.state()[key], value, atol=1e-5, rtol=1e-5)
+
+
+def test_the_loss_by_hand() -> None:
+    adapter = _note(temperature=2.0)
+    reference = tta.wrap(tiny("bn"), norm="iabn")
+    x = images(0, 6)
+    with torch.no_grad(), learning_pass(reference.network.wrappers):
+        p = (reference.network(x).logits / 2).softmax(1)
+    adapter(x)
+    assert float(adapter.report.loss) == pytest.approx(
+        float(-(p * (p + 1e-6).log()).mean()), abs=1e-6
+    )
+    assert adapter.report.selected == adapter.report.remembered == 6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_images_are_kept_as_they_came(dtype: torch.dtype) -> None:
+    """They may lie outside of [0, 1]."""
+    net = tiny("bn").to(dtype)
+    adapter = tta.wrap(net, update=tta.get_config("note", memory_size=6, update_every=6))
+    assert adapter.state()["update/memory"].shape == (6, 0)
+    x = (3 * images(0, 4) - 1).to(dtype)
+    adapter(x)
+    memory = adapter.state()["update/memory"]
+    assert memory.dtype == torch.float32 and torch.equal(memory[:4], x.float())
+    adapter(x)
+    assert adapter.report.updates == 1
+    with pytest.raises(ValueError, match="size of those in the memory"):
+        adapter(images(0, 2)[:, :, :16, :16].to(dtype))
+
+
+def test_an_image_that_overflows_after_an_update_is_rejected() -> None:
+    adapter = _note()
+    x = images(0, 10)
+    x[8] = 1e30
+    with pytest.warns(UserWarning, match="features that overflow"):
+        found = adapter(x)
+    good = [i for i in range(10) if i != 8]
+    assert adapter.report.rejected == 1 and torch.isfinite(found[good]).all()
+    assert int(adapter.state()["update/offered"]) == 9
+
+
+def test_fields_are_checked() -> None:
+    for field in ({"memory": "lifo"}, {"epochs": 0}, {"mini_batch": 0}, {"temperature": 0.0}):
+        with pytest.raises(ValueError, match=f"`{next(iter(field))}` must be"):
+            tta.get_config("note", **field)

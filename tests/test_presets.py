@@ -64,6 +64,8 @@ DEYO = {"entropy_margin": 0.5, "weight_margin": 0.4, "patches": 4, "destroy": "p
 ROTTA = {"memory_size": 64, "update_every": 64, "teacher_momentum": 0.999, "lr_batch_size": 64}
 SIAM = {"alignment_weight": 1.0}
 SHOT = {"lr": 5e-5, "params": "body", "pseudo_threshold": 0.9, "lr_batch_size": 64}
+NOTE = {"memory": "pbrs", "memory_size": 64, "update_every": 64, "epochs": 1, "lr": 1e-4}
+NOTE_IID = {"memory": "fifo", "lr": 1e-3}
 PETTA = {"memory_size": 64, "regulariser": "cosine", "regulariser_weight": 10.0}
 PETTA |= {"teacher_rate": 1e-3, "anchor_weight": 1.0, "consistency_loss": "sce"}
 PETTA |= {"prototype_rate": 0.05, "lr_batch_size": 64}
@@ -152,6 +154,8 @@ SHEETS: dict[str, dict[str, Any]] = {
     "petta.cifar10": ADAM | PETTA,
     "petta.cifar100": ADAM | PETTA,
     "petta.domainnet126": ADAM | PETTA | {"consistency_loss": "ce", "regulariser_weight": 1.0},
+    **{f"note.{data}": ADAM | NOTE for data in ("imagenet", "cifar10", "cifar100")},
+    **{f"note.{data}_iid": ADAM | NOTE | NOTE_IID for data in ("imagenet", "cifar10", "cifar100")},
     "deyo.imagenet": RESNET | DEYO | {"plpd_threshold": 0.3},
     "deyo.imagenet_wild": RESNET | DEYO | {"plpd_threshold": 0.2},
     "deyo.imagenet_vit": VIT | DEYO | {"plpd_threshold": 0.2},
@@ -212,7 +216,11 @@ SCALED_FROM_200 = [
 ]
 # By how much `wrap(batch_size=1)` divides the rate of each preset.
 DIVIDED_BY: dict[float, list[str]] = {
-    1: [f"memo.{tag}" for tag in ("imagenet", "imagenet_vit", "cifar10", "cifar100")],
+    1: [  # updates are as large whatever the batch size
+        *(f"memo.{tag}" for tag in ("imagenet", "imagenet_vit", "cifar10", "cifar100")),
+        *(f"note.{data}" for data in ("imagenet", "cifar10", "cifar100")),
+        *(f"note.{data}_iid" for data in ("imagenet", "cifar10", "cifar100")),
+    ],
     16: [  # twice the rule of the scripts, for single images
         "sar.imagenet",
         "sar.come_imagenet",

@@ -13,7 +13,7 @@ from tests.helpers.batches import images
 from tests.helpers.nets import FAMILIES, tiny
 from tests.helpers.wild import Cosine
 from tta.core.parameters import select
-from tta.methods.shot import information_loss
+from tta.methods.shot_im import information_loss
 
 ROWS = [[2.0, 0.0, -1.0], [0.0, 3.0, 0.0], [0.5, 0.0, 0.0]]
 

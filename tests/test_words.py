@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import tta
-from tests.helpers.batches import images, source_batches
+from tests.helpers.batches import BATCH, images, source_batches
 from tests.helpers.nets import tiny
 from tests.helpers.refusals import refused
 from tta.core.checks import nearest
@@ -89,7 +89,10 @@ def test_warnings_point_at_the_callers_line() -> None:
 def test_a_report_reads_the_same_every_way() -> None:
     adapter = tta.wrap(tiny("bn"), "eata.cifar10", source=source_batches())
     adapter(images(0))
-    report = adapter.report
+    rows = adapter.report.kept  # one figure of each image stays a tensor
+    report = tta.Report({k: v for k, v in adapter.report.raw().items() if k != "kept"})
+    assert rows.shape == (BATCH,) and rows.dtype == torch.bool
+    assert int(rows.sum()) == adapter.report.selected
     assert any(isinstance(v, torch.Tensor) for v in report.raw().values())
     expected = {key: report[key] for key in report}
     assert all(isinstance(v, (bool, int, float)) for v in expected.values())

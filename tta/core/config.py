@@ -114,9 +114,7 @@ class UpdateConfig(ComponentConfig):
     weight_decay: float = 0.0  # of what is trained, added to gradients (AdamW: apart from them)
     nesterov: bool = False  # SGD only
     steps: int = 1  # (forward, update) cycles per batch; the last cycle's forward is returned
-    params: str = (
-        "norm"  # what is trained: "norm", "weight_bias", "head", "body", "all", or a regex
-    )
+    params: str = "norm"  # trained: "norm", "weight_bias", "head", "body", "all" or a regex
     official: bool = False  # reproduce the official code's known defects, see the method's page
 
     def __post_init__(self) -> None:

@@ -67,11 +67,15 @@ class ImageMemoryUpdate(Update):
         """Return ``memory``: images of 8 bits are kept in 8 bits."""
         return ("memory",)
 
-    def check(self, x: Tensor) -> None:
-        """Refuse images that are not of the size of those in the memory.
+    def keep(self, placed: dict[int, int], x: Tensor) -> None:
+        """Write images to the memory.
+
+        Args:
+            placed: For every slot that changes, the position of its image in ``x``.
+            x: (B, ...), as the model takes it.
 
         Raises:
-            ValueError: When they are not.
+            ValueError: When the images are not of the size of those in the memory.
         """
         if self.memory.numel() > 0 and self.memory.shape[1:] != x.shape[1:]:
             raise ValueError(
@@ -79,14 +83,6 @@ class ImageMemoryUpdate(Update):
                 f"{tuple(self.memory.shape[1:])}, got {tuple(x.shape[1:])}: resize them, or call "
                 "reset() first."
             )
-
-    def keep(self, placed: dict[int, int], x: Tensor) -> None:
-        """Write images to the memory.
-
-        Args:
-            placed: For every slot that changes, the position of its image in ``x``.
-            x: (B, ...), as the model takes it.
-        """
         images = self._as_kept(x)
         if placed:
             self.context.journal.keep(self.memory, list(placed))
@@ -169,15 +165,6 @@ class BalancedMemoryUpdate(ImageMemoryUpdate):
             dtype: Of the images that were given.
         """
         return self.images(self.bank.labels >= 0, dtype)
-
-    def check(self, x: Tensor) -> None:
-        """Refuse images that are not of the size of those in the memory, or cannot be augmented.
-
-        Raises:
-            ValueError: When the images are such.
-        """
-        self.augmenter.check(x)
-        super().check(x)
 
     def _pixels(self, x: Tensor) -> Tensor | None:
         """Images in 8 bits, where these hold them but for what a mean and a deviation round."""

@@ -177,7 +177,7 @@ class Petta(BalancedMemoryUpdate):
 
     def adapt(self, x: Tensor) -> Prediction:
         """Predict with the teacher, remember the batch, and take one step on the memory."""
-        self.check(x)
+        self.augmenter.check(x)
         prediction = self.teacher.predict(x)
         self.remember(x, prediction)
         divergence = self._divergence(prediction)

@@ -140,7 +140,7 @@ class Rotta(BalancedMemoryUpdate):
 
     def adapt(self, x: Tensor) -> Prediction:
         """Predict with the teacher, then offer each image to the memory, with updates when due."""
-        self.check(x)
+        self.augmenter.check(x)
         self.report = Report(selected=0, loss=float("nan"), stepped=False)
         prediction = self.teacher.predict(x)
         start = 0

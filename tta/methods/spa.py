@@ -160,6 +160,7 @@ class Spa(Update):
     takes_draws: ClassVar[bool] = True
     cost: ClassVar[float] = 6.0
     learns_from_whole_batch: ClassVar[bool] = False
+    follows_images: ClassVar[bool] = True  # for the noise
     uses_labels = False
 
     alpha: Tensor  # (patches,) a; empty before the first batch
