@@ -6,6 +6,7 @@ model with BatchNorm, a filter that lets samples pass) is read off its class and
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -13,8 +14,11 @@ from torch import nn
 
 import tta
 from tests.helpers.batches import BATCH, surroundings
+from tests.helpers.denoisers import diffusion
 from tests.helpers.nets import FAMILIES, tiny
+from tta.core.config import SLOTS
 from tta.core.guard import Guard
+from tta.core.input_rule import Input
 from tta.core.norm_layers import batch_norm_layers
 from tta.core.norm_rule import NormRule
 from tta.core.registry import component
@@ -23,6 +27,7 @@ from tta.core.update import Update
 __all__ = [
     "ALONE",
     "CASES",
+    "FED",
     "GUARDED",
     "LOOSE",
     "PAIRS",
@@ -33,6 +38,7 @@ __all__ = [
     "Case",
     "arguments",
     "components",
+    "given",
     "label",
     "make",
 ]
@@ -44,13 +50,25 @@ def _on_every_family(parts: list[dict[str, str]], families: list[str] | None = N
     return [(f, p) for p in parts for f in families or FAMILIES if _fits((f, p))]
 
 
-_HAVE_BATCH_NORM = {family for family in FAMILIES if batch_norm_layers(tiny(family))}
+_MODELS = {family: tiny(family) for family in FAMILIES}
+_HAVE_BATCH_NORM = {family for family, net in _MODELS.items() if batch_norm_layers(net)}
 
 
 def _fits(case: Case) -> bool:
-    """Whether the family has the norm layers that the case asks for."""
+    """Whether the family has the norm layers that the case asks for, and no component refuses."""
+    family, parts = case
     asks = any(issubclass(cls, NormRule) for cls in components(case))
-    return not asks or case[0] in _HAVE_BATCH_NORM
+    if asks and family not in _HAVE_BATCH_NORM:
+        return False
+    if "norm" not in parts:
+        return True
+    slots = dict.fromkeys(SLOTS) | {slot: tta.get_config(name) for slot, name in parts.items()}
+    try:
+        for name in parts.values():
+            component(name).check_slots(tta.get_config(name), slots, _MODELS[family])
+    except ValueError:
+        return False
+    return True
 
 
 def components(case: Case) -> list[type[Any]]:
@@ -58,8 +76,8 @@ def components(case: Case) -> list[type[Any]]:
     return [component(name) for name in case[1].values()]
 
 
-_NORMS, _UPDATES, _OUTPUTS, _GUARDS = (
-    tta.list_methods(slot=slot) for slot in ("norm", "update", "output", "guard")
+_NORMS, _UPDATES, _OUTPUTS, _GUARDS, _INPUTS = (
+    tta.list_methods(slot=slot) for slot in ("norm", "update", "output", "guard", "input")
 )
 
 ALONE = _on_every_family([{"recipe": name} for name in tta.list_methods()])
@@ -93,7 +111,20 @@ GUARDED = _on_every_family(
 )
 """Every guard over every update, and over every norm rule with some update."""
 
-CASES = ALONE + PAIRS + TRIPLES + GUARDED
+FED = _on_every_family(
+    [
+        {"input": i, "update": _UPDATES[(5 * k) % len(_UPDATES)], "output": o, "guard": g}
+        for k, (i, o, g) in enumerate(
+            (i, o, g)
+            for i in _INPUTS
+            for o, g in zip(_OUTPUTS, itertools.cycle(_GUARDS), strict=False)
+        )
+    ],
+    ["bn"],
+)
+"""Every input rule with every output rule, some update and some guard."""
+
+CASES = ALONE + PAIRS + TRIPLES + GUARDED + FED
 
 
 def _in_turn(cases: list[Case], key: Callable[[Case], Any], count: int = 1) -> list[Case]:
@@ -160,7 +191,15 @@ def arguments(parts: dict[str, str]) -> dict[str, Any]:
             chosen[slot] = tta.get_config(name, lr=0.05, **_loose(name))
         elif issubclass(component(name), Guard):
             chosen[slot] = tta.get_config(name, **_loose(name))
-    return chosen | surroundings()
+        elif "views" in tta.get_config(name).to_dict():
+            chosen[slot] = tta.get_config(name, views=LOOSE["views"])
+    return chosen | surroundings() | given(parts)
+
+
+def given(parts: dict[str, str]) -> dict[str, Any]:
+    """What no file holds of an adapter: the denoiser of an input rule."""
+    names = [name for name in parts.values() if issubclass(component(name), Input)]
+    return {"input": diffusion(names[0])} if names else {}
 
 
 def make(family: str, parts: dict[str, str], **extra: Any) -> tuple[nn.Module, tta.Adapter]:
