@@ -274,12 +274,15 @@ def test_views_are_asked_for_image_by_image() -> None:
     assert asked[-1][1] == 2 * 2 * 3 + 2 * 3 - 1
 
 
-def test_one_step_by_hand() -> None:
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_steps_by_hand(kind: str) -> None:
     net = tiny("gn")
-    adapter = tta.wrap(tiny("gn"), update=small(steps=2), augment=shifted, **PIXELS)
+    config = small(steps=2, optimizer=kind, weight_decay=0.1)
+    adapter = tta.wrap(tiny("gn"), update=config, augment=shifted, **PIXELS)
     x = images(3, 1)
     found = adapter(x)
-    optimizer, loss = torch.optim.SGD(net.parameters(), lr=0.05), torch.zeros(())
+    make: Any = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[kind]
+    optimizer, loss = make(net.parameters(), lr=0.05, weight_decay=0.1), torch.zeros(())
     for step in range(2):
         views = torch.cat([shifted(x, 3 * step + n) for n in range(3)])
         mean = net(views).softmax(1).mean(0)

@@ -58,6 +58,7 @@ ADACONTRAST = NESTEROV | {
     "teacher_momentum": 0.999,
     "temperature": 0.07,
 }
+SPA = SGD | {"patch_size": 16, "low_fraction": 0.2, "alpha_lr": 1.0, "lr_batch_size": 64}
 GTTA = ADAM_200 | {"lr": 1e-5, "params": "all", "mixup": 1 / 3, "start_confidence": 0.9}
 DEYO = {"entropy_margin": 0.5, "weight_margin": 0.4, "patches": 4, "destroy": "patch"}
 ROTTA = {"memory_size": 64, "update_every": 64, "teacher_momentum": 0.999, "lr_batch_size": 64}
@@ -123,6 +124,10 @@ SHEETS: dict[str, dict[str, Any]] = {
     "rmt.domainnet126": NESTEROV | RMT | {"lr": 0.01, "lr_batch_size": 128, "projection_dim": 0},
     "gtta.cifar10": GTTA,
     "gtta.cifar100": GTTA,
+    "spa.imagenet": SPA
+    | {"lr": 0.0025, "predictor_lr": 0.025, "noise_ratio": 0.1, "mask_ratio": 0.1},
+    "spa.imagenet_vit": SPA
+    | {"lr": 0.01, "predictor_lr": 0.05, "noise_ratio": 0.4, "mask_ratio": 0.2},
     "roid.imagenet": NESTEROV | ROID | {"lr": 2.5e-4, "lr_batch_size": 64},
     "roid.cifar10": ADAM_200 | ROID,
     "roid.cifar100": ADAM_200 | ROID,
@@ -286,6 +291,8 @@ DIVIDED_BY: dict[float, list[str]] = {
         "rmt.imagenet",
         "roid.imagenet",
         "adacontrast.imagenet",
+        "spa.imagenet",
+        "spa.imagenet_vit",
         "rpl.imagenet",
         "santa.imagenet",
         "shot_im.pseudo",

@@ -182,6 +182,7 @@ LOOSE = {
     "steps_new": 2,
     "prior_strength": None,
     "start_confidence": 0.0,
+    "patch_size": 8,
     "queue_size": 3 * BATCH,
     "bank_size": 3 * BATCH,
     "refine_after": BATCH,

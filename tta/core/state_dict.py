@@ -78,7 +78,8 @@ def check_state(
         moving: Everything that moves.
         resizable: Keys whose first axis may have any length; those of one component must all be
             there, with equal lengths.
-        lazy: Keys whose axes after the first may have any length while the tensor is empty.
+        lazy: Keys whose axes after the first, or whose only one, may have any length while the
+            tensor is empty.
         undefined: Keys in which NaN means that there is no value yet; None allows any value
             anywhere.
         ranges: Smallest and largest value of integers; those not named are at least 0.
@@ -93,7 +94,8 @@ def check_state(
         fixed = slice(1, None) if key in resizable else slice(None)
         if key in lazy and isinstance(value, Tensor):
             empty = 0 in (moving[key].numel(), value.numel())
-            fixed = slice(0, 1) if empty else slice(None)
+            # A list of numbers, which has one axis, may have any length itself.
+            fixed = slice(0, min(value.ndim, moving[key].ndim, 2) - 1) if empty else slice(None)
         mine = moving[key]
         if key in images and isinstance(value, Tensor) and value.dtype in IMAGES:
             mine = mine.to(value.dtype)

@@ -47,6 +47,8 @@ class Update(Component):
     learns_from_whole_batch: ClassVar[bool] = True
     # Whether the parameters are put back to what they were before a call returns.
     episodic: ClassVar[bool] = False
+    # Whether it takes gradients with respect to what the model is fed.
+    follows_images: ClassVar[bool] = False
 
     resets: Tensor  # 0-dimensional: by the method itself, since wrap or the user's last reset
 
