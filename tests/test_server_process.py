@@ -64,6 +64,7 @@ def test_a_restart_goes_on_bitwise(tmp_path, capsys) -> None:
         assert any(r.get("event") == "created" and r["stream"] == "a" for r in records)
     with Process(MODEL, *METHOD, *folder) as process:
         assert [batch(process, n) for n in range(3, 6)] == wanted[3:6]
+        assert process.predict("a", npy(frame(6)[0].numpy()))["index"] == 24
         process.signal(signal.SIGINT)
         assert process.wait() == 0
     assert main(["serve", MODEL, "--method", "eta", *folder, "--port", "0"]) == 2
