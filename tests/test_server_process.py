@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import signal
 import socket
 import threading
@@ -19,6 +20,7 @@ import pytest
 import torch
 
 import tta
+from experiments.studies.live import CAMERAS, Live
 from tests.helpers.browser import CHROMIUM, Browser
 from tests.helpers.own_models import net, to_pixels
 from tests.helpers.served import Process, npy, picture, png, safetensors, serving
@@ -64,6 +66,7 @@ def test_a_restart_goes_on_bitwise(tmp_path, capsys) -> None:
         assert any(r.get("event") == "created" and r["stream"] == "a" for r in records)
     with Process(MODEL, *METHOD, *folder) as process:
         assert [batch(process, n) for n in range(3, 6)] == wanted[3:6]
+        assert process.predict("a", npy(frame(6)[0].numpy()))["index"] == 24
         process.signal(signal.SIGINT)
         assert process.wait() == 0
     assert main(["serve", MODEL, "--method", "eta", *folder, "--port", "0"]) == 2
@@ -367,3 +370,10 @@ def test_the_page_shows_streams_live(tmp_path: Path) -> None:
         assert (tmp_path / "page.png").stat().st_size > 10_000
         errors = [text for text in page.said if '"level": "error"' in text and "401" not in text]
         assert not errors and not any("exceptionDetails" in text for text in page.said), page.said
+
+
+@pytest.mark.slow
+def test_the_live_demo_runs(capsys) -> None:
+    right = Live("auto", 0, None, 8.0).execute()
+    assert set(right) == set(CAMERAS) and right["hall"] > 0.5, right
+    assert re.search(r"the page: http://127.0.0.1:\d+/", capsys.readouterr().out)

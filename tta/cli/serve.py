@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME",
-        help="a name, besides those of this machine, under which clients may ask without a token; "
+        help="a name, besides localhost and addresses, under which to ask without a token; "
         "may be repeated; * for any",
     )
     server.add_argument(

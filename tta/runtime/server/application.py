@@ -58,8 +58,8 @@ def application(
         workers: Threads that decode pictures.
         limits: What is refused; None for the defaults of :class:`Limits`.
         token: That requests must bear as ``Authorization: Bearer``; None for none.
-        hosts: Names in ``Host`` under which the server may be asked, besides those of this machine
-            itself. Without a token this keeps pages on other sites from reaching a server on a
+        hosts: Names in ``Host`` under which the server may be asked, besides localhost and
+            addresses. Without a token this keeps pages on other sites from reaching a server on a
             loopback address through their visitors' browsers. None for any.
         thumbnails: Small pictures of its last images that are kept of each stream, for the page.
 

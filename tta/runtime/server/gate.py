@@ -53,7 +53,8 @@ class Gate:
         app: What is behind it.
         limits: Of sizes and times.
         token: That requests must bear; None for none.
-        hosts: Names under which the server may be asked, besides this machine's own; None for any.
+        hosts: Names under which the server may be asked, besides localhost and addresses; None for
+            any.
         stopping: Whether nothing new is taken.
         count: Is told the route and the status of each answer.
         load: Where bytes are counted.
@@ -139,7 +140,8 @@ class Gate:
 
     def _is_known(self, host: str) -> bool:
         name = host.rpartition(":")[0] if not host.endswith("]") and ":" in host else host
-        return is_loopback(name) or name.strip("[]") in (self.hosts or ())
+        # An address is what was typed; a foreign page needs a name that leads here.
+        return name.lower() == "localhost" or bool(_address(name)) or name in (self.hosts or ())
 
 
 class _Call:
@@ -236,9 +238,12 @@ def is_loopback(host: str) -> bool:
     >>> is_loopback("127.0.0.1"), is_loopback("localhost"), is_loopback("0.0.0.0")
     (True, True, False)
     """
-    if host.lower() == "localhost":
-        return True
+    address = _address(host)
+    return host.lower() == "localhost" or (address is not None and address.is_loopback)
+
+
+def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
+        return ipaddress.ip_address(host.strip("[]"))
     except ValueError:
-        return False
+        return None

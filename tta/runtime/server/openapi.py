@@ -41,8 +41,7 @@ PREDICTION: dict[str, Any] = {
     "required": ["stream", "index", "label", "class", "learned", "latency"],
     "properties": {
         "stream": {"type": "string"},
-        "index": {"type": "integer", "description": "Of the image in its stream, from 0 when the "
-                  "server began."},
+        "index": {"type": "integer", "description": "Of the image in its stream, from 0."},
         "label": {"type": "integer"},
         "class": {"type": "string"},
         "probabilities": {"type": "array", "items": {"type": "number"}},

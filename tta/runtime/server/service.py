@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tta.core.adapter import Adapter
 from tta.core.checks import nearest, number, shown, told, whole_number
-from tta.runtime.answers import has_learned, moves, probabilities
 from tta.runtime.pool import StreamPool
 from tta.runtime.server.batching import Batcher, Item
 from tta.runtime.server.events import Events
@@ -21,6 +21,7 @@ from tta.runtime.server.gate import Load
 from tta.runtime.server.limits import STOPPING, Limits, RefusedError
 from tta.runtime.server.metrics import Metrics
 from tta.runtime.server.watch import StreamWatch, plain, words_of
+from tta.runtime.steps import Step, step, taken
 
 __all__ = ["Service"]
 
@@ -62,7 +63,6 @@ class Service:
         self.stopping = False
         self._thumbnails = whole_number("thumbnails", thumbnails, 0, 100)
         self._failure: OSError | None = None  # of writing the streams in the end
-        self._moves: bool | None = None
         self._watches: dict[str, StreamWatch] = {}
         self._closing = threading.Lock()
         rows = whole_number("batch_size", batch_size, 1, 4096)
@@ -271,23 +271,25 @@ class Service:
                 item.future.set_exception(refusal)
 
     def _answer(self, name: str, items: list[Item]) -> None:
-        adapter = self.pool.adapter
+        images = torch.cat([item.image for item in items]).to(self._device())
+
+        def act(adapter: Adapter) -> tuple[int, Step]:
+            first = taken(adapter)
+            return first, step(adapter, images, True, first + len(items))
+
         begun = time.monotonic()
         with self.pool.stream(name, wait=False) as view:
             learning = _bring(view)
-            if self._moves is None:
-                self._moves = moves(view)
             before = _last(view.events)
-            output = self._predict(view, items)
-            health, report, events = view.health, view.report, view.events
-        found = probabilities(adapter, adapter.network.reader.read(output))
-        now = time.monotonic()
-        learned = self._moves and has_learned(health, report, learning)
+            first, done = view.run(act)
+            health, events = view.health, view.events
+        now, found = time.monotonic(), done.probabilities
         watch = self._watch(name)
         watch.frozen = not learning
         finite, labels = found.isfinite().all(1).tolist(), found.argmax(1).tolist()
         answered: list[tuple[Item, dict[str, Any]]] = []
-        for item, row, label, ok in zip(items, found.tolist(), labels, finite, strict=True):
+        rows = zip(items, found.tolist(), labels, finite, strict=True)
+        for index, (item, row, label, ok) in enumerate(rows, first):
             if not ok:
                 watch.failed += 1
                 item.future.set_exception(RefusedError(
@@ -297,11 +299,11 @@ class Service:
                 continue
             answer = {
                 "stream": name,
-                "index": watch.images + len(answered),
+                "index": index,
                 "label": label,
                 "class": self.class_names[label],
                 "probabilities": row,
-                "learned": learned,
+                "learned": done.learned,
                 "latency": now - item.arrived,
             }
             answered.append((item, answer))
@@ -322,10 +324,6 @@ class Service:
                 "the guard of stream %s: %s", shown(name, 60), event["action"],
                 extra={"stream": name, "action": event["action"], "reason": event["reason"]},
             )  # fmt: skip
-
-    def _predict(self, view: Any, items: list[Item]) -> Any:
-        images = torch.cat([item.image for item in items])
-        return view(images.to(self._device()))
 
     def _device(self) -> torch.device:
         first: Tensor | None = next(self.pool.adapter.model.parameters(), None)
