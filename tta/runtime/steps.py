@@ -19,7 +19,7 @@ from tta.runtime.pool import StreamPool
 __all__ = ["Direct", "Lagging", "Pooled", "Server", "Step", "step", "taken"]
 
 # What a state holds that can learn; the rest counts calls, or watches.
-LEARNS = ("param/", "norm/", "update/", "output/", "model/")
+LEARNS = ("param/", "norm/", "update/", "output/", "input/", "model/")
 
 
 @dataclass
