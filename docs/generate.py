@@ -355,6 +355,7 @@ PLACES = {
     "Serving many streams": (
         r"tta/(runtime/(pool|snapshots|stream_\w+)|core/(adapter_sets|parameter_sets|plain_data))\.py"
     ),
+    "Exporting": r"tta/export/\w+\.py",
     "Names, fields and configs": (
         r"tta/(__init__|_moved|cli/methods"
         r"|core/(checks|config|plugins|recipe|registry|resolve))\.py"

@@ -25,7 +25,13 @@ PACKAGES: dict[str, set[str] | None] = {
     "experiments": None,
 }
 # What a plain install lacks, and these files import when they are asked to.
-OPTIONAL = {"tta/streams/strip.py": {"matplotlib"}, "tta/streams/items.py": {"PIL"}}
+OPTIONAL = {
+    "tta/streams/strip.py": {"matplotlib"},
+    "tta/streams/items.py": {"PIL"},
+    "tta/export/onnx_graph.py": {"onnxscript"},
+    "tta/export/trial.py": {"onnxruntime"},
+    "tta/export/run.py": {"onnxruntime", "PIL"},
+}
 
 # The rooms of a package, and which others each may import. The verbs are the files at the top.
 ROOMS: dict[str, dict[str, set[str]]] = {
@@ -37,7 +43,8 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "verbs": {"core"},
         "runtime": {"verbs", "core", "parts"},
         "cli": {"verbs", "core", "parts"},
-        "__init__": {"verbs", "core", "methods", "streams", "runtime"},
+        "export": {"verbs", "core", "parts"},
+        "__init__": {"verbs", "core", "methods", "streams", "runtime", "export"},
         "__main__": {"cli"},
     },
     "experiments": {

@@ -23,8 +23,12 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "corruptions": ("torchvision", "PIL", "corruptions"),
     "plots": ("matplotlib", "PIL"),
     "models": ("torchvision", "PIL", "timm", "models"),
+    "edge": ("onnx", "onnxscript", "onnxruntime"),
 }
-OPTIONAL = ("torchvision", "PIL", "corruptions", "matplotlib", "timm", "models", "experiments")
+OPTIONAL = (
+    *("torchvision", "PIL", "corruptions", "matplotlib", "timm", "models", "experiments"),
+    *NEEDS["edge"],
+)
 NEEDS["experiments"] = OPTIONAL
 
 

@@ -34,6 +34,8 @@ from tta.core.outputs import LogitsReader
 from tta.core.prediction import Prediction
 from tta.core.session import Session
 from tta.core.structure import OtherTensors
+from tta.core.traced_pass import traced_pass
+from tta.core.tracing import is_tracing
 
 __all__ = ["Backbone", "ImagesRefusedError", "KindRefusedError", "RowsOverflowError"]
 
@@ -190,6 +192,8 @@ class Backbone:
             self._learn_first(x, weights)
             with frozen_statistics(self.wrappers):
                 return self._pass(x, weights)
+        if is_tracing():
+            return traced_pass(self, x, self._tensors(weights))
         hooked = self.feature_hook is not None or bool(self._order_hooks)
         self.session.recording = torch.is_grad_enabled()
         lent = self.guard.lend(x)
