@@ -92,11 +92,11 @@ def source_if(
         base: The layer.
         eps: That will be added to the variance; None for the layer's own.
     """
-    more = 0.0 if eps is None else base.eps - eps
-    return (
-        torch.where(condition, base.running_mean.to(mean.dtype), mean),
-        torch.where(condition, base.running_var.to(var.dtype) + more, var),
-    )
+    running = base.running_var.to(var.dtype)
+    if eps is not None and eps != base.eps:
+        running = running + (base.eps - eps)
+    mean = torch.where(condition, base.running_mean.to(mean.dtype), mean)
+    return mean, torch.where(condition, running, var)
 
 
 def source_if_refused(mean: Tensor, var: Tensor, base: Any, eps: float) -> tuple[Tensor, Tensor]:

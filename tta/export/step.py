@@ -15,6 +15,7 @@ from tta.core.tracing import recording, tracing_step
 
 __all__ = ["BATCHES", "Step", "moving_keys", "refuse"]
 
+SMALL = 1 << 16  # elements
 BATCHES = f"{GUARD}monitor.batches"  # what a guard that resets goes by
 
 
@@ -104,6 +105,15 @@ class Step(nn.Module):
         self.undefined = set(adapter._state.keys_of("undefined_as_nan", but=""))
         start = adapter.state()
         self.scalar = [start[key].ndim == 0 for key in keys]
+        # Small tensors are looked at and chosen from as one, since an operation on each of hundreds
+        # would take as long as the network does.
+        self.packed = [
+            i
+            for i, key in enumerate(keys)
+            if start[key].dtype == torch.float32
+            and start[key].numel() <= SMALL
+            and key not in self.undefined
+        ]
         for i, key in enumerate(keys):
             self.register_buffer(f"start_{i}", at_least_1d(start[key]))
 
@@ -115,14 +125,15 @@ class Step(nn.Module):
     def forward(self, images: Tensor, reset: Tensor, state: list[Tensor]) -> tuple[Tensor, ...]:
         adapter: Adapter = self.__dict__["adapter"]
         first = reset.reshape(())
-        state = [torch.where(first, a, b) for a, b in zip(self.start(), state, strict=True)]
-        fine = self._finite(images, state)
+        state = self._choose(first, self.start(), state)
+        fine = self._defined(state)
+        if images.is_floating_point():
+            fine = fine & (images.abs() <= LARGE).all()  # False for NaN
         with recording(adapter), tracing_step(~fine):
             prediction, logits, after = self._serve(adapter, images, state)
-        for key, value in zip(self.keys, after, strict=True):
-            fine = fine & self._defined(key, value)
+        fine = fine & self._defined(after)
         logits = torch.where(fine, logits, prediction.logits)
-        return logits, *(torch.where(fine, a, b) for a, b in zip(after, state, strict=True))
+        return logits, *self._choose(fine, after, state)
 
     def _serve(
         self, adapter: Adapter, images: Tensor, state: list[Tensor]
@@ -163,21 +174,31 @@ class Step(nn.Module):
         named = whole | by_rows
         return [named[key] for key in self.keys]
 
-    def _finite(self, images: Tensor, state: list[Tensor]) -> Tensor:
-        """Whether pixels and state are numbers of a size that leads to no overflow."""
-        fine = torch.ones((), dtype=torch.bool, device=images.device)
-        if images.is_floating_point():
-            fine = (images.abs() <= LARGE).all()  # False for NaN
-        for key, value in zip(self.keys, state, strict=True):
-            fine = fine & self._defined(key, value)
-        return fine
+    def _defined(self, values: list[Tensor]) -> Tensor:
+        """Whether all of the state are numbers, or NaN where that means that there is no value."""
+        fine = torch.ones((), dtype=torch.bool, device=values[0].device if values else None)
+        for i, (key, value) in enumerate(zip(self.keys, values, strict=True)):
+            if i in self.packed or not value.is_floating_point():
+                continue
+            bad = value.isinf() if key in self.undefined else ~value.isfinite()
+            fine = fine & ~bad.any()
+        return fine & self._pack(values).isfinite().all() if self.packed else fine
 
-    def _defined(self, key: str, value: Tensor) -> Tensor:
-        if not value.is_floating_point():
-            return torch.ones((), dtype=torch.bool, device=value.device)
-        if key in self.undefined:
-            return ~value.isinf().any()
-        return value.isfinite().all()
+    def _choose(self, condition: Tensor, yes: list[Tensor], no: list[Tensor]) -> list[Tensor]:
+        """Tensors of the state where a condition holds, and others where not."""
+        found = [
+            a if i in self.packed else torch.where(condition, a, b)
+            for i, (a, b) in enumerate(zip(yes, no, strict=True))
+        ]
+        if self.packed:
+            joined = torch.where(condition, self._pack(yes), self._pack(no))
+            parts = joined.split([yes[i].numel() for i in self.packed])
+            for i, part in zip(self.packed, parts, strict=True):
+                found[i] = part.reshape(yes[i].shape)
+        return found
+
+    def _pack(self, values: list[Tensor]) -> Tensor:
+        return torch.cat([values[i].flatten() for i in self.packed])
 
 
 def at_least_1d(value: Tensor) -> Tensor:
