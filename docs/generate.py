@@ -343,7 +343,7 @@ PLACES = {
         r"tta/parts/(augment|diffusion|join|teachers)\.py|tta/methods/_mean_teacher\.py: `restore_mask`"
     ),
     "Model": (
-        r"tta/core/(adapter|backbone|build|checkpointing|classifier|component|head|input_guard"
+        r"tta/core/(traced_pass|adapter|backbone|build|checkpointing|classifier|component|head|input_guard"
         r"|denoiser|draws|first_input|guard|hooks|input_rule|loan|logit_checks|masters|model_buffers|model_checks|norm_layers|outputs|oversight|parameters|serving"
         r"|update)\.py|tta/parts/chance\.py"
     ),

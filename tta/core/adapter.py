@@ -26,7 +26,7 @@ from tta.core.serving import Serving
 from tta.core.session import Session
 from tta.core.state import AdapterState
 from tta.core.state_dict import check_origin, extra_state
-from tta.core.tracing import is_tracing, recording
+from tta.core.traced_pass import is_tracing, traced_answer
 from tta.core.transaction import Transaction
 from tta.core.turns import Turns, in_turn
 from tta.core.update import Update
@@ -110,7 +110,7 @@ class Adapter(nn.Module):
         """
         network = self._held("no longer holds a model")
         if is_tracing():
-            return self._traced(args, kwargs)
+            return traced_answer(self, *self._images(args, kwargs))
         self._refuse_copies()
         images, args, kwargs = self._images(args, kwargs)
         network.check(images)
@@ -411,17 +411,6 @@ class Adapter(nn.Module):
             raise RuntimeError(f"this adapter was unwrapped and {problem}: wrap the model again.")
         self._transaction.settle()
         return self._network
-
-    def _traced(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What ``torch.export`` records: predictions that nothing is learned from."""
-        if self.session.learning:
-            raise RuntimeError(
-                "`adapter` must be frozen for torch.export, got one that learns: call freeze() "
-                "first, or tta.export.to_onnx, whose graph carries along what is learned."
-            )
-        images, args, kwargs = self._images(args, kwargs)
-        with torch.no_grad(), recording(self), self.network.call(*args, **kwargs):
-            return self._serving.traced(images)[1]
 
     def _refuse_copies(self) -> None:
         """Refuse to be called by what would average gradients over processes."""

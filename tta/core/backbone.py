@@ -34,8 +34,7 @@ from tta.core.outputs import LogitsReader
 from tta.core.prediction import Prediction
 from tta.core.session import Session
 from tta.core.structure import OtherTensors
-from tta.core.traced_pass import traced_pass
-from tta.core.tracing import is_tracing
+from tta.core.traced_pass import is_tracing, traced_pass
 
 __all__ = ["Backbone", "ImagesRefusedError", "KindRefusedError", "RowsOverflowError"]
 
@@ -201,9 +200,7 @@ class Backbone:
         try:
             with without_graphs(hooked):
                 result = self._other(self._tensors(weights), lent[0], *args, **kwargs)
-            features = None
-            if self._prefix:
-                result, features = result
+            result, features = result if self._prefix else (result, None)
             logits = self.reader.read(result)
             self._check_logits(logits, len(x))
             if self.feature_hook is not None:

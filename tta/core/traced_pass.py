@@ -1,4 +1,4 @@
-"""A forward pass that ``torch.export`` records: nothing is checked, as no value is known."""
+"""What ``torch.export`` records of an adapter: nothing is checked, as no value is known."""
 
 from __future__ import annotations
 
@@ -9,8 +9,30 @@ from torch import Tensor
 
 from tta.core.hooks import pooled
 from tta.core.prediction import Prediction
+from tta.core.tracing import is_tracing, recording
 
-__all__ = ["traced_pass"]
+__all__ = ["is_tracing", "traced_answer", "traced_pass"]
+
+
+def traced_answer(adapter: Any, images: Tensor, args: Any, kwargs: Any) -> Any:
+    """What a frozen adapter returns for images (B, ...).
+
+    Raises:
+        RuntimeError: When the adapter learns.
+        ValueError: When it has an input rule.
+    """
+    if adapter.session.learning:
+        raise RuntimeError(
+            "`adapter` must be frozen for torch.export, got one that learns: call freeze() first, "
+            "or tta.export.to_onnx, whose graph carries along what is learned."
+        )
+    if adapter.input is not None:
+        raise ValueError(
+            f"`input` must be empty for torch.export, got {adapter.input.name!r}: export an "
+            "adapter without it."
+        )
+    with torch.no_grad(), recording(adapter), adapter.network.call(*args, **kwargs):
+        return adapter._serving.traced(images)[1]
 
 
 def traced_pass(network: Any, x: Tensor, tensors: dict[str, Tensor]) -> Prediction:

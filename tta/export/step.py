@@ -43,6 +43,11 @@ def refuse(adapter: Any, example: Any) -> None:
             "`adapter` must hold float32 weights to be exported, got trained ones in half "
             "precision: convert the model with model.float() and wrap it again."
         )
+    if adapter.input is not None:
+        raise ValueError(
+            f"`input` must be empty to be exported, got {adapter.input.name!r}: export an adapter "
+            "without it."
+        )
     if adapter.config.shadow:
         raise ValueError(
             "`adapter` must give answers of its own to be exported, got shadow=True: wrap the "
