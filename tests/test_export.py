@@ -32,6 +32,9 @@ SLOTS = [
     {"norm": tta.get_config("robust_bn", official=True)},
     {"norm": "bn_ema"},
     {"norm": "adaptive_bn"},
+    {"norm": "iabn"},
+    {"norm": tta.get_config("iabn", learned_statistics=False)},
+    {"output": "lsa", "source": [(torch.rand(40, *SHAPE), torch.arange(40) % 10)]},
     {"output": "neo"},
     {"output": tta.get_config("neo", balanced=True, momentum=0.1)},
     {"output": "foa_shift"},
@@ -51,20 +54,24 @@ LEARNED = [{"update": "tent"}, {"recipe": "rotta", "mean": (0.0,) * 3, "std": (1
 
 
 def _name(recipe) -> str:
-    parts = [v if isinstance(v, str) else v.name for k, v in recipe.items() if k not in "mean std"]
+    parts = [
+        v if isinstance(v, str) else v.name
+        for k, v in recipe.items()
+        if k not in ("mean", "std", "source")
+    ]
     fields = [
         f"{k}={v}"
         for part in recipe.values()
         if hasattr(part, "to_dict")
         for k, v in part.to_dict().items()
-        if k in ("affinity", "official", "balanced", "ball_radius")
+        if k in ("affinity", "learned_statistics", "official", "balanced", "ball_radius")
         and v != tta.get_config(part.name).to_dict()[k]
     ]
     return "+".join([*parts, *fields])
 
 
 # Some among the slow tests, one of each kind of trouble; the others are for `make soak`.
-CHOSEN = ("unmix_tns", "adaptive_bn+drift", "t3a", "lame", "adanpc", "rotta")
+CHOSEN = ("unmix_tns", "iabn", "adaptive_bn+drift", "t3a", "lame", "adanpc", "rotta")
 SAMPLED = [
     pytest.param(r, marks=pytest.mark.slow if _name(r) in CHOSEN else pytest.mark.soak)
     for r in [*SLOTS, *LEARNED]

@@ -75,5 +75,5 @@ def make(recipe: dict[str, Any], net: Any, width: int = 8, classes: int = 10) ->
     source = tta.SourceStatistics(
         features=torch.randn(60, width, generator=draws), feature_labels=torch.arange(60) % classes
     )
-    given = {key: value for key, value in recipe.items() if key != "recipe"}
-    return tta.wrap(net, recipe.get("recipe"), source=source, **given)
+    given = {"source": source} | {k: v for k, v in recipe.items() if k != "recipe"}
+    return tta.wrap(net, recipe.get("recipe"), **given)

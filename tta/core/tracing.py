@@ -101,7 +101,7 @@ def source_if(
 
 def source_if_refused(mean: Tensor, var: Tensor, base: Any, eps: float) -> tuple[Tensor, Tensor]:
     """Statistics to normalise with, of the source where the graph refuses the batch."""
-    if _now.condition is None or base.running_mean is None:
+    if _now.condition is None or getattr(base, "running_mean", None) is None:
         return mean, var
     _now.used = True
     return source_if(_now.condition, mean, var, base, eps)
