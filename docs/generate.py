@@ -344,7 +344,7 @@ PLACES = {
         r"|tta/methods/_mean_teacher\.py: `restore_mask`"
     ),
     "Model": (
-        r"tta/core/(adapter|backbone|build|checkpointing|classifier|component|head|input_guard"
+        r"tta/core/(traced_pass|adapter|backbone|build|checkpointing|classifier|component|head|input_guard"
         r"|denoiser|draws|first_input|guard|hooks|input_rule|loan|logit_checks|masters|model_buffers|model_checks|norm_layers|outputs|oversight|parameters|serving"
         r"|update)\.py|tta/parts/(blocks|chance|tokens)\.py"
     ),
@@ -356,6 +356,7 @@ PLACES = {
     "Serving many streams": (
         r"tta/(runtime/(pool|snapshots|stream_\w+)|core/(adapter_sets|parameter_sets|plain_data))\.py"
     ),
+    "Exporting": r"tta/export/\w+\.py",
     "Names, fields and configs": (
         r"tta/(__init__|_moved|cli/methods|runtime/method_strings"
         r"|core/(checks|config|plugins|recipe|registry|resolve))\.py"

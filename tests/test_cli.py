@@ -147,7 +147,7 @@ def test_every_public_name_is_there_and_said():
     assert {*tta.__all__, "core", "parts"} <= set(dir(tta))
     assert all(getattr(tta, name) is not None for name in tta.__all__)
     named = [name for names in tta.PLACES.values() for name in names]
-    assert sorted([*named, "__version__", "methods", "runtime", "streams"]) == tta.__all__
+    assert sorted([*named, "__version__", "export", "methods", "runtime", "streams"]) == tta.__all__
     root = os.path.dirname(tta.__file__)  # a module of that name would take its place
     assert not any(os.path.exists(os.path.join(root, f"{name}.py")) for name in named)
 

@@ -25,7 +25,13 @@ PACKAGES: dict[str, set[str] | None] = {
     "experiments": None,
 }
 # What a plain install lacks, and these files import when they are asked to.
-OPTIONAL = {"tta/streams/strip.py": {"matplotlib"}, "tta/core/pictures.py": {"PIL"}}
+OPTIONAL = {
+    "tta/streams/strip.py": {"matplotlib"},
+    "tta/core/pictures.py": {"PIL"},
+    "tta/export/onnx_graph.py": {"onnxscript"},
+    "tta/export/trial.py": {"onnxruntime"},
+    "tta/export/run.py": {"onnxruntime", "PIL"},
+}
 # Rooms whose files may import what extras bring, but within functions alone.
 SERVING = {"tta/runtime", "tta/export", "tta/cli"}
 EXTRAS = {
@@ -49,8 +55,9 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "streams": {"core"},
         "verbs": {"core"},
         "runtime": {"verbs", "core", "parts"},
-        "cli": {"verbs", "core", "parts", "runtime"},
-        "__init__": {"verbs", "core", "methods", "streams", "runtime"},
+        "cli": {"verbs", "core", "parts", "runtime", "export"},
+        "export": {"verbs", "core", "parts"},
+        "__init__": {"verbs", "core", "methods", "streams", "runtime", "export"},
         "__main__": {"cli"},
     },
     "experiments": {

@@ -12,7 +12,7 @@ from tta.core.checks import shown
 from tta.version import __version__
 
 if TYPE_CHECKING:
-    from tta import methods, runtime, streams
+    from tta import export, methods, runtime, streams
     from tta.collect import collect_source
     from tta.core.adapter import Adapter
     from tta.core.config import ComponentConfig, UpdateConfig
@@ -47,6 +47,7 @@ __all__ = [
     "Verdict",
     "__version__",
     "collect_source",
+    "export",
     "get_config",
     "list_methods",
     "load",
@@ -58,7 +59,7 @@ __all__ = [
     "wrap",
 ]
 
-SUBPACKAGES = ("cli", "core", "methods", "parts", "runtime", "streams")
+SUBPACKAGES = ("cli", "core", "export", "methods", "parts", "runtime", "streams")
 PLACES = {  # of the public names; no module at the top has the name of one of them
     "tta.collect": ("collect_source",),
     "tta.core.adapter": ("Adapter",),

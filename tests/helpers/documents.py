@@ -24,10 +24,11 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "plots": ("matplotlib", "PIL"),
     "models": ("torchvision", "PIL", "timm", "models"),
     "serve": ("torchvision", "PIL", "timm", "fastapi", "uvicorn", "prometheus_client"),
+    "edge": ("onnx", "onnxscript", "onnxruntime"),
 }
 SERVING = ("fastapi", "uvicorn", "prometheus_client")
 OPTIONAL = ("torchvision", "PIL", "corruptions", "matplotlib", "timm", "models", "experiments")
-OPTIONAL += SERVING
+OPTIONAL += SERVING + NEEDS["edge"]
 NEEDS["experiments"] = OPTIONAL
 
 

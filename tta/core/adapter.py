@@ -26,6 +26,7 @@ from tta.core.serving import Serving
 from tta.core.session import Session
 from tta.core.state import AdapterState
 from tta.core.state_dict import check_origin, extra_state
+from tta.core.traced_pass import is_tracing, traced_answer
 from tta.core.transaction import Transaction
 from tta.core.turns import Turns, in_turn
 from tta.core.update import Update
@@ -108,6 +109,8 @@ class Adapter(nn.Module):
             RuntimeError: When the adapter was unwrapped.
         """
         network = self._held("no longer holds a model")
+        if is_tracing():
+            return traced_answer(self, *self._images(args, kwargs))
         self._refuse_copies()
         images, args, kwargs = self._images(args, kwargs)
         network.check(images)

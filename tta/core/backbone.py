@@ -34,6 +34,7 @@ from tta.core.outputs import LogitsReader
 from tta.core.prediction import Prediction
 from tta.core.session import Session
 from tta.core.structure import OtherTensors
+from tta.core.traced_pass import is_tracing, traced_pass
 
 __all__ = ["Backbone", "ImagesRefusedError", "KindRefusedError", "RowsOverflowError"]
 
@@ -190,6 +191,8 @@ class Backbone:
             self._learn_first(x, weights)
             with frozen_statistics(self.wrappers):
                 return self._pass(x, weights)
+        if is_tracing():
+            return traced_pass(self, x, self._tensors(weights))
         hooked = bool(self.handles or self._order_hooks)
         self.session.recording = torch.is_grad_enabled()
         lent = self.guard.lend(x)
@@ -197,9 +200,7 @@ class Backbone:
         try:
             with without_graphs(hooked):
                 result = self._other(self._tensors(weights), lent[0], *args, **kwargs)
-            features = None
-            if self._prefix:
-                result, features = result
+            result, features = result if self._prefix else (result, None)
             logits = self.reader.read(result)
             self._check_logits(logits, len(x))
             if self.feature_hook is not None:

@@ -116,6 +116,7 @@ class Component(nn.Module):
     needs_given: ClassVar[bool] = False  # needs a module that the caller alone has
     replays_source: ClassVar[bool] = False  # goes on reading source batches while it adapts
     takes_softmax: ClassVar[bool] = True  # works on a softmax of the logits
+    takes_gradient: ClassVar[bool] = False  # an output rule that back-propagates
     takes_draws: ClassVar[bool] = False  # asks ``context.draws`` before it draws itself
     injects: ClassVar[tuple[str, ...]] = ()  # of wrap's "augment" and "restore_mask"
     writable: ClassVar[bool] = False  # a plain model can hold what it has learned

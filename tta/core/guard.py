@@ -215,6 +215,17 @@ class Guard(Component):
         """Decide after the model has predicted, and has learned unless it was held back."""
         raise NotImplementedError  # pragma: no cover
 
+    def resets_after(self, batches: Tensor) -> Tensor | None:
+        """Whether everything goes back to the reset point after a batch, if that is all it does.
+
+        Args:
+            batches: 0-dimensional, number of batches before this one.
+
+        Returns:
+            0-dimensional bool; None for a guard that looks at more, which no graph can hold.
+        """
+        return None
+
     def see_gradients(self, gradients: Mapping[str, Tensor]) -> None:
         """Look at the gradients of the update's loss, by parameter, before each of its steps."""
 

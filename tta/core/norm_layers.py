@@ -25,6 +25,7 @@ from tta.core.classifier import evaluating
 from tta.core.functional import HOOKS, copy_structure
 from tta.core.norm_rule import NormRule
 from tta.core.session import Session
+from tta.core.tracing import is_tracing, rule_refused, source_if_refused
 
 __all__ = [
     "AdaptiveNorm",
@@ -115,7 +116,14 @@ class AdaptiveNorm(nn.Module):
             self._go_to(now)
 
     def _normalised(self, x: Tensor) -> Tensor:
-        return (self.rule if self.rule.override is None else self.rule.override)(x, self.base)
+        normalise = self.rule if self.rule.override is None else self.rule.override
+        if not is_tracing():
+            return normalise(x, self.base)
+        with rule_refused() as refusal:
+            y = normalise(x, self.base)
+        if refusal.used or refusal.condition is None or self.base.running_mean is None:
+            return y
+        return torch.where(refusal.condition, normalize_by_source(x, self.base), y)
 
     def _now(self, sign: float) -> _Pass:
         remembered = [b.clone() for b in self.rule.buffers()]
@@ -348,6 +356,9 @@ def instance_stats(x: Tensor) -> tuple[Tensor, Tensor]:
     count = math.prod(x.shape[2:])
     wide = torch.promote_types(x.dtype, torch.float32)
     mean = x.mean(axes, dtype=wide)
+    if is_tracing():
+        deviation = x.to(wide) - mean.view(*mean.shape, *(1 for _ in axes))
+        return mean, deviation.square().mean(axes)
     square = torch.linalg.vector_norm(x, dim=axes, dtype=wide).square() / count
     var = square - mean.square()
     if bool((var < LARGE_MEAN * square).any()):
@@ -406,6 +417,7 @@ def pooled_stats(means: Tensor, variances: Tensor, kept: Tensor) -> tuple[Tensor
 
 def evaluate(x: Tensor, mean: Tensor, var: Tensor, base: Any, eps: float) -> Tensor:
     """Run the evaluation kernel, with the affine part in the precision of the statistics (C,)."""
+    mean, var = source_if_refused(mean, var, base, eps)
     weight, bias = base.weight, base.bias
     if weight is not None and weight.dtype != mean.dtype:
         weight, bias = weight.to(mean.dtype), bias.to(mean.dtype)
@@ -428,6 +440,7 @@ def normalize(x: Tensor, mean: Tensor, var: Tensor, base: Any, eps: float | None
     eps = float(base.eps if eps is None else eps)
     if mean.ndim == 1 and not (torch.is_grad_enabled() and mean.requires_grad):
         return evaluate(x, mean, var, base, eps)
+    mean, var = source_if_refused(mean, var, base, eps)
     scale = torch.rsqrt(var + eps)
     if base.weight is not None:
         scale = scale * base.weight

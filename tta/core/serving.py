@@ -85,6 +85,16 @@ class Serving:
         self.seen, self.rejected = len(x), self._bad
         return answer
 
+    def traced(self, x: Tensor) -> tuple[Prediction, Any]:
+        """Answer images in a graph that is being recorded, and learn by the norm and output rules.
+
+        Returns:
+            The prediction before the output rule, and what is returned.
+        """
+        prediction = self.network(x) if self.update is None else self.update.predict(x)
+        scores = prediction.logits if self.output is None else self.output.correct(prediction)
+        return prediction, self._answer(scores.detach().to(prediction.logits.dtype), None)
+
     @property
     def learning(self) -> bool:
         """Whether the adapter is not frozen."""

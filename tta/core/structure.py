@@ -7,6 +7,8 @@ norm rules are the same objects in both, so that the copy takes next to no memor
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -65,6 +67,15 @@ class OtherTensors:
         for held, key, p in self._own:
             if held[key] is not p:
                 held[key] = p
+
+    @contextmanager
+    def afresh(self) -> Iterator[None]:
+        """Within the block use another copy, while the model's tensors stand for others."""
+        before, self._copy = self._copy, None
+        try:
+            yield
+        finally:
+            self._copy = before
 
     def forget(self) -> None:
         """Begin a new copy, since the model was moved to another device or dtype."""

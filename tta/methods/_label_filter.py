@@ -14,6 +14,7 @@ from tta.core.component import Context
 from tta.core.config import ComponentConfig
 from tta.core.output_rule import Output
 from tta.core.prediction import Report
+from tta.core.tracing import is_tracing, scan
 from tta.parts.label_runs import DOUBT, HORIZON, RECENT, LabelRuns
 
 __all__ = ["LabelFilter", "LabelFilterConfig", "filtered"]
@@ -63,6 +64,25 @@ def filtered(probs: Any, before: Any, stay: float) -> tuple[Any, Any]:
     return messages, belief
 
 
+def filtered_in_graph(probs: Tensor, before: Tensor, stay: Tensor) -> tuple[Tensor, Tensor]:
+    """As :func:`filtered`, by loops that a graph can hold."""
+    jump = (1 - stay) / probs.shape[1]
+
+    def forward(belief: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+        message = stay * belief + jump
+        joint = seen * message
+        return joint / joint.sum(), message
+
+    def backward(later: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+        joint = seen * later
+        joint = stay * joint + jump * joint.sum()
+        return joint / joint.sum(), later.clone()
+
+    belief, messages = scan(forward, before, probs)
+    _, later = scan(backward, torch.ones_like(before), probs, reverse=True)
+    return messages * later, belief
+
+
 class LabelFilter(Output):
     """Filters predictions over the order of a stream; see :mod:`tta.methods.persistence`.
 
@@ -90,6 +110,8 @@ class LabelFilter(Output):
         if self.learning:
             self.runs.watch(logits.detach().argmax(1))
         stay = self.runs.persistence()
+        if is_tracing():
+            return self._traced(logits, stay)
         self.report = Report(persistence=stay)
         if stay == 0:
             if self.learning:
@@ -101,3 +123,12 @@ class LabelFilter(Output):
         if self.learning:
             self.belief.copy_(torch.from_numpy(belief))
         return scaled + torch.from_numpy(messages).log().to(scaled)
+
+    def _traced(self, logits: Tensor, stay: Tensor) -> Tensor:
+        """As :meth:`filter`, in a graph."""
+        scaled = logits.float() / self.config.temperature
+        messages, belief = filtered_in_graph(scaled.double().softmax(1), self.belief.double(), stay)
+        if self.learning:
+            self.belief.copy_(torch.where(stay == 0, 1 / len(self.belief), belief))
+        together = scaled + messages.log().to(scaled.dtype)
+        return torch.where(stay == 0, logits.float(), together)

@@ -5,6 +5,7 @@ The rules for bad images and narrow layers are those that :mod:`tta.methods.rott
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -93,7 +94,7 @@ class MovingStatistics(NormRule):
         means, variances = all_instance_stats(x)
         with torch.no_grad():
             kept = self._ordinary(means, variances, base)
-            count = kept.sum() * (x.numel() // (len(x) * x.shape[1]))
+            count = kept.sum() * math.prod(x.shape[2:])
         mean, var = pooled_stats(means, variances, kept)
         if self.unbiased:
             var = var * (count / (count - 1).clamp_min(1))

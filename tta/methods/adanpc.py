@@ -53,6 +53,7 @@ from tta.core.output_rule import Output
 from tta.core.prediction import Prediction, Report
 from tta.core.registry import register
 from tta.core.source import SourceStatistics
+from tta.core.tracing import is_tracing
 from tta.parts.losses import entropy
 from tta.parts.neighbours import vote
 
@@ -275,7 +276,7 @@ class Adanpc(Output):
         """
         count, columns = len(self.source_labels), unit.t()
         features, own = self.source_features.float(), self.memory.float()
-        if torch.is_grad_enabled() and unit.requires_grad:
+        if is_tracing() or (torch.is_grad_enabled() and unit.requires_grad):
             found = torch.cat([features @ columns, own @ columns])
         else:
             found = unit.new_empty(count + len(own), len(unit))
@@ -285,16 +286,21 @@ class Adanpc(Output):
         scale = torch.zeros(len(own), dtype=torch.float32, device=own.device).masked_fill(
             places >= self.remembered, float("-inf")
         )
+        if is_tracing():
+            factors = F.pad(self.source_scale.float(), (0, len(own)), value=1.0)
+            return (found * factors[:, None] + F.pad(scale, (count, 0))[:, None]).t()
         found[:count].mul_(self.source_scale.float()[:, None])
         found[count:].add_(scale[:, None])
         return found.t()
 
-    def _remember(self, unit: Tensor, scores: Tensor) -> int:
+    def _remember(self, unit: Tensor, scores: Tensor) -> Any:
         """Put the confident rows of (B, D) into the memory and return how many these were."""
         if not self.learning:
             return 0
         confidence = (scores.softmax(1) if self.config.official else scores).amax(1)
         chosen = confidence >= self.config.confidence_threshold
+        if is_tracing():
+            return self._remember_whole(unit, scores.argmax(1), chosen)
         rows, labels = unit[chosen], scores[chosen].argmax(1)
         count = len(rows)
         if self.config.official:
@@ -311,12 +317,26 @@ class Adanpc(Output):
         self.remembered += count
         return count
 
+    def _remember_whole(self, unit: Tensor, labels: Tensor, chosen: Tensor) -> Tensor:
+        """As :meth:`_remember`, with every length known: rows that are not chosen go nowhere."""
+        capacity, rank = len(self.memory), chosen.to(torch.int64).cumsum(0)
+        count = rank[-1]
+        stays = chosen & (rank > count - capacity)
+        places = torch.where(stays, (self.remembered + rank - 1) % capacity, capacity)
+        memory = F.pad(self.memory, (0, 0, 0, 1)).index_copy(0, places, unit.to(self.memory.dtype))
+        held = F.pad(self.memory_labels, (0, 1)).index_copy(0, places, labels)
+        self.memory.copy_(memory[:-1])
+        self.memory_labels.copy_(held[:-1])
+        self.remembered += count
+        return count
+
 
 @register("adanpc_bn")
 class AdanpcBn(Adanpc):
     """AdaNPC with a trained scale and shift of the features."""
 
     Config = AdanpcBnConfig
+    takes_gradient: ClassVar[bool] = True
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         **dict.fromkeys(_FAMILIES, _OWN_CHOICE_BN),
         "domainbed": {"official": True},

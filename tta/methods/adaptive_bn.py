@@ -104,10 +104,15 @@ class AdaptiveBn(MovingStatistics):
         chance = self.config.tolerance * self.chance * (self.spread / scale).mean()
         return (1 - chance / far.clamp_min(torch.finfo(far.dtype).tiny)).clamp_min(0)
 
+    def _horizon(self) -> int | Tensor:
+        runs, c = self.signs.persistence > RUNS, self.config
+        if isinstance(runs, Tensor):  # in a graph
+            return torch.where(runs, c.horizon_runs, c.horizon)
+        return c.horizon_runs if runs else c.horizon
+
     def _moved(self, x: Tensor, base: Any) -> tuple[Tensor, Tensor]:
         """Averages (C,) after (B, C, ...), with a graph; the buffers take their values over."""
-        runs = self.signs.persistence > RUNS
-        horizon = self.config.horizon_runs if runs else self.config.horizon
+        horizon = self._horizon()
         means, variances = all_instance_stats(x)
         with torch.no_grad():
             before = torch.cat([self.last[None], means[:-1].to(self.last)])

@@ -18,6 +18,7 @@ code does. The paper's Core loss is not part of this rule.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,7 @@ from tta.core.config import ComponentConfig
 from tta.core.norm_layers import batch_stats, normalize, one_value
 from tta.core.norm_rule import NormRule
 from tta.core.registry import register
+from tta.core.tracing import is_tracing, rows_of, source_if
 
 __all__ = ["AlphaBn", "AlphaBnConfig"]
 
@@ -61,6 +63,8 @@ class AlphaBn(NormRule):
         mean, var = batch_stats(x, self.config.unbiased)
         if self.config.official:
             mean, var = mean.detach(), var.detach()
+        if is_tracing():
+            mean, var = source_if(rows_of(x) * math.prod(x.shape[2:]) < 2, mean, var, base)
         w = self.config.source_weight
         mean = w * base.running_mean + (1 - w) * mean
         var = w * base.running_var + (1 - w) * var

@@ -18,6 +18,7 @@ statistics are neither read nor updated, except that a batch of one is normalise
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,7 @@ from tta.core.norm_layers import (
 )
 from tta.core.norm_rule import NormRule
 from tta.core.registry import register
+from tta.core.tracing import is_tracing, rows_of, source_if
 
 __all__ = ["BatchNormRule", "BnConfig"]
 
@@ -72,6 +74,12 @@ class BatchNormRule(NormRule):
         eps = OFFICIAL_EPS if self.config.official else base.eps
         if current_split() is not None:
             return normalize(x, *batch_stats(x), base, eps)
+        if is_tracing():
+            mean, var = batch_stats(x)
+            if base.running_mean is not None:
+                values = 1 if few is too_few_values else math.prod(x.shape[2:])
+                mean, var = source_if(rows_of(x) * values < 2, mean, var, base, eps)
+            return normalize(x, mean, var, base, eps)
         if not torch.is_grad_enabled() and x.device.type == "cpu" and x.ndim > 2:
             # Statistics, then the evaluation kernel: faster on a CPU than the training kernel.
             mean, var = batch_stats(x)

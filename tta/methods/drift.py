@@ -29,6 +29,7 @@ from tta.core.logit_checks import HEAD_LIMIT
 from tta.core.prediction import Prediction
 from tta.core.registry import register
 from tta.core.source import SourceStatistics
+from tta.core.tracing import count_rows, is_tracing
 from tta.methods._label_filter import LabelFilter, LabelFilterConfig
 from tta.methods._shift import take_mean
 
@@ -75,10 +76,16 @@ class Drift(LabelFilter):
         """Logits (B, C) of shifted features, or what the images say together where labels stay."""
         features = prediction.features
         logits = prediction.logits
-        if bool(self.shifts) and features is not None:
+        known = (
+            is_tracing() and len(self.feature_mean) > 0
+        )  # of what values are, a graph knows nothing
+        if features is not None and (known or bool(self.shifts)):
             if self.learning:
                 self._move(logits.detach(), features.detach())
-            if int(self.head) == MADE_BY_HEAD:
+            if is_tracing():
+                made = self.shifts & (self.head == MADE_BY_HEAD)
+                logits = torch.where(made, logits.float() + self._in_logits(), logits.float())
+            elif int(self.head) == MADE_BY_HEAD:
                 logits = logits.float() + self._in_logits()
         return self.filter(logits)
 
@@ -100,12 +107,15 @@ class Drift(LabelFilter):
 
     @torch.no_grad()
     def _move(self, logits: Tensor, features: Tensor) -> None:
-        if int(self.head) == UNKNOWN:
+        if is_tracing() or int(self.head) == UNKNOWN:
             made = F.linear(features.float(), *self._layer())
             far = (made - logits.float()).abs().max() > HEAD_LIMIT * logits.abs().max()
-            self.head.fill_(OTHER_LOGITS if bool(far) else MADE_BY_HEAD)
-        share = 1 - (1 - 1 / self.config.shift_horizon) ** len(features)
-        self.centre += share * (features.float().mean(0) - self.centre)
+            found = torch.where(far, OTHER_LOGITS, MADE_BY_HEAD)
+            known = ~self.shifts | (self.head != UNKNOWN)
+            self.head.copy_(torch.where(known, self.head, found))
+        share = 1 - (1 - 1 / self.config.shift_horizon) ** count_rows(features)
+        moved = share * (features.float().mean(0) - self.centre)
+        self.centre += torch.where(self.shifts, moved, 0.0) if is_tracing() else moved
 
     def _in_logits(self) -> Tensor:
         """What the shift adds to the logits (C,)."""

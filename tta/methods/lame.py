@@ -30,6 +30,7 @@ from tta.core.config import ComponentConfig
 from tta.core.output_rule import Output
 from tta.core.prediction import Prediction
 from tta.core.registry import register
+from tta.core.tracing import is_tracing, rows_of, while_loop
 
 __all__ = ["Lame", "LameConfig"]
 
@@ -66,6 +67,9 @@ def affinity(features: Tensor, kind: str, neighbours: int, symmetric: bool) -> T
         (B, B) float32; NaN for "rbf" when all features coincide.
     """
     unit = F.normalize(features.float(), dim=1)
+    if is_tracing():
+        weights = _affinity_in_graph(unit, kind, neighbours)
+        return (weights + weights.t()) / 2 if symmetric else weights
     if kind == "linear":
         weights = unit @ unit.t()
     else:
@@ -81,6 +85,21 @@ def affinity(features: Tensor, kind: str, neighbours: int, symmetric: bool) -> T
     return (weights + weights.t()) / 2 if symmetric else weights
 
 
+def _affinity_in_graph(unit: Tensor, kind: str, neighbours: int) -> Tensor:
+    """As :func:`affinity` for features of length 1, for any number of images."""
+    if kind == "linear":
+        return unit @ unit.t()
+    distance = (unit[:, None] - unit[None]).square().sum(2).sqrt()
+    ordered, order = distance.sort(dim=1, stable=True)
+    if kind == "rbf":
+        last = rows_of(unit).clamp_max(neighbours) - 1
+        sigma = ordered.index_select(1, last[None]).mean()
+        return torch.exp(-distance.square() / (2 * sigma.square()))
+    place = torch.ones_like(order).cumsum(1) - 1
+    near = ((place >= 1) & (place <= neighbours)).to(unit.dtype)
+    return torch.zeros_like(distance).scatter(1, order, near)
+
+
 def assign(unary: Tensor, weights: Tensor) -> Tensor:
     """Find the assignment Y by fixed-point iterations.
 
@@ -91,6 +110,8 @@ def assign(unary: Tensor, weights: Tensor) -> Tensor:
     Returns:
         (B, C), the logarithm of the assignment Y.
     """
+    if is_tracing():
+        return _assign_in_graph(unary, weights)
     log_y = (-unary).log_softmax(1)
     before = torch.tensor(float("inf"))
     for i in range(MAX_ITERATIONS):
@@ -102,6 +123,26 @@ def assign(unary: Tensor, weights: Tensor) -> Tensor:
             break
         before = energy
     return log_y
+
+
+def _assign_in_graph(unary: Tensor, weights: Tensor) -> Tensor:
+    """As :func:`assign`, by a loop that a graph can hold."""
+
+    def going_on(i: Tensor, change: Tensor, before: Tensor, _: Tensor) -> Tensor:
+        still = (i < 3) | ~(change <= RELATIVE_ENERGY_CHANGE * before.abs())
+        return still & (i < MAX_ITERATIONS)
+
+    def iterate(i: Tensor, _: Tensor, before: Tensor, log_y: Tensor) -> tuple[Tensor, ...]:
+        pull = weights @ log_y.exp()
+        log_y = (pull - unary).log_softmax(1)
+        y = log_y.exp()
+        energy = (unary * y - pull * y + y * y.clamp_min(1e-20).log()).sum()
+        return i + 1, (energy - before).abs(), energy, log_y
+
+    zero = torch.zeros((), dtype=torch.int64, device=unary.device)
+    energy = unary.new_zeros(())
+    start = (zero, energy, energy.clone(), (-unary).log_softmax(1))
+    return while_loop(going_on, iterate, start)[3]
 
 
 @register("lame")
@@ -117,6 +158,16 @@ class Lame(Output):
         assert prediction.features is not None
         logits = prediction.logits.float()
         weights = affinity(prediction.features, c.affinity, c.neighbours, c.symmetric)
+        if is_tracing():
+            return self._traced(logits, weights)
         if not c.official and (len(weights) == 1 or bool(weights.isnan().any())):
             return logits.log_softmax(1)
         return assign(-torch.log(logits.softmax(1) + 1e-10), weights)
+
+    def _traced(self, logits: Tensor, weights: Tensor) -> Tensor:
+        """The same in a graph: the assignment, or the prediction where there is none."""
+        found = assign(-torch.log(logits.softmax(1) + 1e-10), weights)
+        if self.config.official:
+            return found
+        without = (rows_of(logits) == 1) | weights.isnan().any()
+        return torch.where(without, logits.log_softmax(1), found)

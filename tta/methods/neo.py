@@ -42,6 +42,7 @@ from tta.core.config import ComponentConfig
 from tta.core.prediction import Prediction
 from tta.core.registry import register
 from tta.core.source import SourceStatistics
+from tta.core.tracing import count_rows
 from tta.methods._shift import ShiftRule
 
 __all__ = ["Neo", "NeoConfig"]
@@ -107,11 +108,11 @@ class Neo(ShiftRule):
         assert prediction.features is not None
         features, rate = prediction.features.float(), self.config.momentum
         if rate is None:
-            self.count += len(features)
+            self.count += count_rows(features)
         if self.classes is not None:
             offsets = features - self.feature_mean
             self.classes.move(offsets, prediction.logits.argmax(1), rate or 0.0)
             self.centre.copy_(self.feature_mean + self.classes.mean())
             return
-        weight = len(features) / self.count if rate is None else rate
+        weight = count_rows(features) / self.count if rate is None else rate
         self.centre += weight * (features.mean(0) - self.centre)

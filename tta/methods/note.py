@@ -63,6 +63,7 @@ from tta.core.norm_layers import (
 from tta.core.norm_rule import NormRule
 from tta.core.prediction import Prediction, Report
 from tta.core.registry import register
+from tta.core.tracing import is_tracing, rows_of
 from tta.methods._image_memory import ImageMemoryUpdate
 from tta.parts.chance import Chance
 from tta.parts.memory import Fifo, Pbrs
@@ -110,7 +111,11 @@ class Iabn(NormRule):
         if too_few_values(x):
             self.fell_back = True
             return self._normalised(x, self.mean, self.var, base)
-        return self._normalised(x, *batch_stats(x, unbiased=True), base)
+        mean, var = batch_stats(x, unbiased=True)
+        if is_tracing():
+            few = rows_of(x) < 2
+            mean, var = torch.where(few, self.mean, mean), torch.where(few, self.var, var)
+        return self._normalised(x, mean, var, base)
 
     def learn(self, x: Tensor, base: Any) -> Tensor:
         """Normalise (B, C, ...) by the batch's statistics, towards which those at rest move."""

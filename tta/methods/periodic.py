@@ -15,6 +15,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from tta.core.backbone import Backbone
 from tta.core.checks import LARGEST, whole_number
 from tta.core.component import Context
@@ -47,6 +49,10 @@ class Periodic(Guard):
     def __init__(self, config: PeriodicConfig, network: Backbone, context: Context) -> None:
         super().__init__(config, network, context)
         self.estimator = ConfidenceEstimate()
+
+    def resets_after(self, batches: Tensor) -> Tensor:
+        """As :meth:`judge`, in a graph."""
+        return (batches + 1) % self.config.every == 0
 
     def judge(self, batch: Batch) -> Verdict:
         """Reset after every N-th batch."""

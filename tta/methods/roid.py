@@ -47,6 +47,7 @@ from tta.core.config import CIFAR_ADAM, ComponentConfig
 from tta.core.output_rule import Output
 from tta.core.prediction import Prediction
 from tta.core.registry import register
+from tta.core.tracing import count_rows, is_tracing
 from tta.methods._certain_diverse import (
     CertainDiverseConfig,
     CertainDiverseUpdate,
@@ -99,7 +100,9 @@ class PriorCorrection(Output):
     def correct(self, prediction: Prediction) -> Tensor:
         """Return logits (B, C) times the smoothed prior."""
         logits = prediction.logits.float()
-        samples, classes = logits.shape
+        classes = logits.shape[1]
         share = logits.softmax(1).mean(0)
-        smoothing = max(1 / samples, 1 / classes) / share.max()
+        fewest = count_rows(logits)  # of images and classes
+        fewest = fewest.clamp_max(classes) if is_tracing() else min(fewest, classes)
+        smoothing = 1 / fewest / share.max()
         return logits * (share + smoothing) / (1 + smoothing * classes)

@@ -37,6 +37,7 @@ from tta.core.config import ComponentConfig
 from tta.core.output_rule import Output
 from tta.core.prediction import Prediction, Report
 from tta.core.registry import register
+from tta.core.tracing import is_tracing
 from tta.parts.losses import entropy
 
 __all__ = ["T3a", "T3aConfig"]
@@ -91,10 +92,10 @@ class T3a(Output):
 
     def centroids(self) -> Tensor:
         """Mean directions (C, D); 0 for a class without entries."""
+        if is_tracing():  # free places count as a class of their own
+            return self._directions(self.supports, self._classes())[:-1]
         filled = self.support_labels >= 0
-        directions = F.normalize(self.supports[filled], dim=1)
-        total = directions.new_zeros(self.context.num_classes, directions.shape[1])
-        return F.normalize(total.index_add_(0, self.support_labels[filled], directions), dim=1)
+        return self._directions(self.supports[filled], self.support_labels[filled])
 
     def integer_ranges(self) -> dict[str, tuple[int, int]]:
         """Classes, and -1."""
@@ -105,8 +106,21 @@ class T3a(Output):
         names = ("supports", "support_labels", "support_entropy")
         return names if self.config.filter_size is None else ()
 
+    def _directions(self, rows: Tensor, labels: Tensor) -> Tensor:
+        classes = self.context.num_classes + is_tracing()
+        total = rows.new_zeros(classes, rows.shape[1])
+        return F.normalize(total.index_add_(0, labels, F.normalize(rows, dim=1)), dim=1)
+
+    def _classes(self) -> Tensor:
+        """Labels (S,), with C for a free place, which sorts behind all others."""
+        free = self.support_labels < 0
+        return torch.where(free, self.context.num_classes, self.support_labels)
+
     @torch.no_grad()
     def _take_in(self, features: Tensor, logits: Tensor) -> None:
+        if is_tracing():
+            self._take_in_whole(features, logits)
+            return
         filled = self.support_labels >= 0
         rows = torch.cat([self.supports[filled], features])
         labels = torch.cat([self.support_labels[filled], logits.argmax(1)])
@@ -122,6 +136,26 @@ class T3a(Output):
             order = order[rank < count[labels[order]] - 1]
         found = self._padded(rows[order], labels[order], entropies[order])
         self.supports, self.support_labels, self.support_entropy = found
+
+    def _take_in_whole(self, features: Tensor, logits: Tensor) -> None:
+        """As :meth:`_take_in`, with every length known: places move, and none goes away."""
+        classes, limit = self.context.num_classes, self.config.filter_size
+        assert limit is not None  # the state of others grows, and has no graph
+        rows = torch.cat([self.supports, features])
+        labels = torch.cat([self._classes(), logits.argmax(1)])
+        entropies = torch.cat([self.support_entropy, entropy(logits)])
+        order = entropies.argsort(stable=True)
+        order = order[labels[order].argsort(stable=True)]
+        ones = torch.ones_like(labels)
+        count = torch.zeros(classes + 1, dtype=torch.int64, device=labels.device)
+        count = count.index_add(0, labels, ones)
+        rank = ones.cumsum(0) - 1 - (count.cumsum(0) - count)[labels[order]]
+        free = (rank >= limit) | (labels[order] == classes)
+        last = free.to(torch.int64).argsort(stable=True)[: len(self.supports)]
+        order, free = order[last], free[last]
+        self.supports = torch.where(free[:, None], 0.0, rows[order])
+        self.support_labels = torch.where(free, -1, labels[order])
+        self.support_entropy = torch.where(free, 0.0, entropies[order])
 
     def _padded(self, rows: Tensor, labels: Tensor, entropies: Tensor) -> tuple[Tensor, ...]:
         """The entries, with free places up to S where S is fixed."""

@@ -64,6 +64,7 @@ from tta.core.norm_layers import (
 )
 from tta.core.norm_rule import NormRule
 from tta.core.registry import register
+from tta.core.tracing import count_rows, is_tracing
 
 __all__ = ["UnmixTns", "UnmixTnsConfig"]
 
@@ -204,8 +205,10 @@ class UnmixTns(NormRule):
         fine = (mean + var).isfinite().all(1, keepdim=True)
         p, mean, var = (torch.where(fine, v, 0.0) for v in (p, mean, var))
         if not self.config.official:  # as if the batch had come without bad images
-            p = p * (len(p) / (p.sum(1) > 0).sum().clamp_min(1))
-        rate = self.rate / len(p)
+            p = p * (count_rows(p) / (p.sum(1) > 0).sum().clamp_min(1))
+        rate = self.rate / count_rows(p)
+        if is_tracing():  # it is a tensor then
+            p, rate = p * rate, 1.0
         kept = 1 - rate * p.sum(0)[:, None]
         for components, towards in ((self.means, mean), (self.vars, var)):
             stay = components.to(mean.dtype) * kept

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from tta.core.backbone import Backbone
 from tta.core.component import Context
 from tta.core.config import ComponentConfig
@@ -38,6 +40,10 @@ class Watch(Guard):
     def __init__(self, config: WatchConfig, network: Backbone, context: Context) -> None:
         super().__init__(config, network, context)
         self.estimator = ConfidenceEstimate()
+
+    def resets_after(self, batches: Tensor) -> Tensor:
+        """Never."""
+        return batches < 0
 
     def judge(self, batch: Batch) -> Verdict:
         """Let everything pass."""

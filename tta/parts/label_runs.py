@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from tta.core.tracing import count_rows, is_tracing
 
 __all__ = ["LabelRuns", "persistence"]
 
@@ -13,7 +17,7 @@ NOBODY = -1  # the label before the first image
 ONE_CLASS = 0.999  # chance of a repeat from which a stream of one class cannot be told apart
 
 
-def persistence(repeats: float, shares: Tensor, images: float, doubt: float) -> float:
+def persistence(repeats: Any, shares: Tensor, images: Any, doubt: float) -> Any:
     """How much more often labels repeat than their shares explain.
 
     A label stays with this probability and is else drawn from the shares, if the stream is made so:
@@ -27,12 +31,17 @@ def persistence(repeats: float, shares: Tensor, images: float, doubt: float) -> 
         doubt: k, standard errors that are taken off, so that chance is not taken for persistence.
 
     Returns:
-        lambda, in [0, 1).
+        lambda, in [0, 1); a tensor in a graph.
 
     Example:
         >>> round(persistence(0.55, torch.full((10,), 0.1), 1e9, 0.0), 3)
         0.5
     """
+    if is_tracing():
+        chance = shares.square().sum()
+        error = (chance * (1 - chance) / images.clamp_min(1.0)).sqrt()
+        found = (repeats - chance - doubt * error) / (1 - chance)
+        return torch.where(chance > ONE_CLASS, torch.zeros_like(found), found.clamp_min(0.0))
     chance = float(shares.square().sum())
     if chance > ONE_CLASS:
         return 0.0
@@ -76,18 +85,18 @@ class LabelRuns(nn.Module):
     @torch.no_grad()
     def watch(self, labels: Tensor) -> None:
         """Take in the labels (B,) that were predicted for a batch, in the order of the stream."""
-        count, device = len(labels), self.shares.device
+        device = self.shares.device
         spans = torch.tensor(self.spans, dtype=torch.float64, device=device)
-        share = 1 - (1 - 1 / spans) ** count
+        share = 1 - (1 - 1 / spans) ** count_rows(labels[:, None])
         self.seen += share * (1 - self.seen)
         share = share / self.seen  # an average of few images gives each of them more weight
         found = F.one_hot(labels, self.classes).double().mean(0).to(device)
         self.shares += share[0] * (found - self.shares)
         before = torch.cat([self.last.to(labels.device)[None], labels[:-1]])
         known = before != NOBODY
-        if bool(known.any()):
-            equal = (before == labels)[known].double().mean().to(device)
-            self.repeats += share * (equal - self.repeats)
+        equal = (known & (before == labels)).sum().double() / known.sum().clamp_min(1)
+        moved = share * (equal.to(device) - self.repeats)
+        self.repeats += torch.where(known.any().to(device), moved, 0.0)
         self.last.copy_(labels[-1])
 
     @torch.no_grad()
@@ -103,10 +112,13 @@ class LabelRuns(nn.Module):
         self.seen.zero_()
         self.pause()
 
-    def images(self) -> float:
-        """How many images the averages are of, at most the horizon."""
-        return float(self.seen[0]) * self.spans[0]
+    def images(self) -> Any:
+        """How many images the averages are of, at most the horizon; a tensor in a graph."""
+        seen = self.seen[0]
+        return (seen if is_tracing() else float(seen)) * self.spans[0]
 
-    def persistence(self) -> float:
-        """Lambda in [0, 1), see :func:`persistence`."""
-        return persistence(float(self.repeats.min()), self.shares, self.images(), self.doubt)
+    def persistence(self) -> Any:
+        """Lambda in [0, 1), see :func:`persistence`; a tensor in a graph."""
+        repeats = self.repeats.min()
+        repeats = repeats if is_tracing() else float(repeats)
+        return persistence(repeats, self.shares, self.images(), self.doubt)

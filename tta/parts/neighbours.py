@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tta.core.tracing import is_tracing
+
 __all__ = ["largest", "vote"]
 
 BLOCK = 64  # values in a block, of which the first search reads the largest
@@ -37,10 +39,29 @@ def vote(
         >>> vote(torch.tensor([[0.9, 0.9, 0.1]]), torch.tensor([0, 1, 1]), 2, 2, 0.1)
         tensor([[0.5000, 0.5000]])
     """
-    shares = similarity.new_zeros(len(similarity), classes)
-    if ball_radius <= 1 and bool(similarity.detach().t().amax(0).min() > ball_radius):
-        inside = similarity.masked_fill(similarity < ball_radius, float("-inf"))
-        return shares.index_add(1, labels, (inside / temperature).softmax(1))
+    if ball_radius <= 1:
+        everyone = similarity.detach().t().amax(0).min() > ball_radius
+        if is_tracing():
+            whole = _of_ball(similarity, labels, classes, temperature, ball_radius)
+            some = _of_nearest(similarity, labels, classes, temperature, neighbours)
+            return torch.where(everyone, whole, some)
+        if bool(everyone):
+            return _of_ball(similarity, labels, classes, temperature, ball_radius)
+    return _of_nearest(similarity, labels, classes, temperature, neighbours)
+
+
+def _of_ball(
+    similarity: Tensor, labels: Tensor, classes: int, temperature: float, radius: float
+) -> Tensor:
+    shares = similarity.new_zeros(similarity.shape[0], classes)
+    inside = similarity.masked_fill(similarity < radius, float("-inf"))
+    return shares.index_add(1, labels, (inside / temperature).softmax(1))
+
+
+def _of_nearest(
+    similarity: Tensor, labels: Tensor, classes: int, temperature: float, neighbours: int
+) -> Tensor:
+    shares = similarity.new_zeros(similarity.shape[0], classes)
     nearest, index = largest(similarity, min(neighbours, similarity.shape[1]))
     return shares.scatter_add(1, labels[index], (nearest / temperature).softmax(1))
 

@@ -40,6 +40,9 @@ CHUNK = 256  # images in a joint pass of several views
 class NamedTensors(nn.Module):
     """Tensors by parameter name, as buffers, so that devices, copies and state are generic.
 
+    They lie in a tree of modules like that of the model, since torch.export takes no names with
+    dots.
+
     Args:
         tensors: The tensors, which are cloned.
         constant: Whether they are fixed at wrap rather than part of the state.
@@ -47,19 +50,25 @@ class NamedTensors(nn.Module):
 
     def __init__(self, tensors: dict[str, Tensor], constant: bool) -> None:
         super().__init__()
+        self._places: dict[str, tuple[nn.Module, str]] = {}
         self.hold(tensors, constant)
 
     def hold(self, tensors: dict[str, Tensor], constant: bool) -> None:
         """Take in clones of more tensors."""
         for name, value in tensors.items():
-            # Not by register_buffer, which refuses names with dots; nothing else does.
-            self._buffers[name] = value.detach().clone()
+            *path, key = name.split(".")
+            holder: nn.Module = self
+            for part in path:  # not by setattr: a part may be called as an attribute of this class
+                holder = holder._modules.setdefault(part, nn.Module())  # type: ignore[assignment]
+            holder._buffers[key] = value.detach().clone()
             if constant:
-                self._non_persistent_buffers_set.add(name)
+                holder._non_persistent_buffers_set.add(key)
+            self._places[name] = holder, key
 
     def named(self) -> dict[str, Tensor]:
         """The tensors themselves, in order."""
-        return {name: value for name, value in self._buffers.items() if value is not None}
+        found: Any = {name: held._buffers[key] for name, (held, key) in self._places.items()}
+        return found
 
     def tensors(self) -> list[Tensor]:
         """The tensors of :meth:`named`, without names."""

@@ -1,0 +1,367 @@
+"""Exported graphs do what the adapter does: logits, state, resets, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import tta
+from tests.helpers.exported import Graph, differences, make, stream
+from tests.helpers.nets import tiny
+
+pytest.importorskip("onnxscript")
+pytest.importorskip("onnxruntime")
+
+SHAPE = (3, 16, 16)
+EXAMPLE = torch.rand(2, *SHAPE, generator=torch.Generator().manual_seed(0))
+SLOTS = [
+    {"recipe": "source"},
+    {"norm": "bn"},
+    {"norm": tta.get_config("bn", official=True)},
+    {"norm": "alpha_bn"},
+    {"norm": "unmix_tns"},
+    {"norm": "robust_bn"},
+    {"norm": tta.get_config("robust_bn", official=True)},
+    {"norm": "bn_ema"},
+    {"norm": "adaptive_bn"},
+    {"norm": "iabn"},
+    {"norm": tta.get_config("iabn", learned_statistics=False)},
+    {"output": "lsa", "source": [(torch.rand(40, *SHAPE), torch.arange(40) % 10)]},
+    {"output": "neo"},
+    {"output": tta.get_config("neo", balanced=True, momentum=0.1)},
+    {"output": "foa_shift"},
+    {"output": tta.get_config("t3a", filter_size=3)},
+    {"norm": "bn", "output": "prior_correction"},
+    {"output": "lame"},
+    {"output": tta.get_config("lame", affinity="knn", symmetric=True)},
+    {"output": tta.get_config("lame", affinity="linear")},
+    {"output": tta.get_config("adanpc", capacity=20, neighbours=10)},
+    {"output": tta.get_config("adanpc", capacity=20, ball_radius=0.6)},
+    {"output": "drift"},
+    {"output": "persistence"},
+    {"norm": "adaptive_bn", "output": "drift"},
+    {"norm": "robust_bn", "output": "neo", "guard": tta.get_config("periodic", every=3)},
+]
+LEARNED = [{"update": "tent"}, {"recipe": "rotta", "mean": (0.0,) * 3, "std": (1.0,) * 3}]
+
+
+def _name(recipe) -> str:
+    parts = [
+        v if isinstance(v, str) else v.name
+        for k, v in recipe.items()
+        if k not in ("mean", "std", "source")
+    ]
+    fields = [
+        f"{k}={v}"
+        for part in recipe.values()
+        if hasattr(part, "to_dict")
+        for k, v in part.to_dict().items()
+        if k in ("affinity", "learned_statistics", "official", "balanced", "ball_radius")
+        and v != tta.get_config(part.name).to_dict()[k]
+    ]
+    return "+".join([*parts, *fields])
+
+
+# Some among the slow tests, one of each kind of trouble; the others are for `make soak`.
+CHOSEN = ("unmix_tns", "iabn", "adaptive_bn+drift", "t3a", "lame", "adanpc", "rotta")
+SAMPLED = [
+    pytest.param(r, marks=pytest.mark.slow if _name(r) in CHOSEN else pytest.mark.soak)
+    for r in [*SLOTS, *LEARNED]
+]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """One graph for all quick tests, since making it takes seconds."""
+    adapter = tta.wrap(tiny("bn"), norm="robust_bn", output="neo")
+    for images in stream(3, [4], SHAPE, seed=5):
+        adapter(images)
+    before = adapter.state()
+    folder = tta.export.to_onnx(adapter, tmp_path_factory.mktemp("edge") / "camera", EXAMPLE)
+    after = adapter.state()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    return adapter, folder
+
+
+def test_same_logits_and_state_for_any_batch_size(exported) -> None:
+    adapter, folder = exported
+    graph, start = Graph(folder), adapter.state()
+    found = differences(graph, adapter, stream(12, [1, 4, 16], SHAPE))
+    assert found["logits"] < 1e-5 and found["state"] < 1e-5 and found["decisions"] == 0
+    assert set(graph.keys.values()) == set(start) - {"rng"}
+    moved = graph.by_key()["output/centre"]
+    assert not np.allclose(moved, start["output/centre"].numpy())
+    adapter.load_state(start)
+
+
+def test_reset_starts_from_the_exported_state(exported) -> None:
+    adapter, folder = exported
+    graph, x = Graph(folder), EXAMPLE
+    with adapter.frozen():
+        first = graph(x, reset=True)
+    graph(3 * x)
+    assert not np.array_equal(graph(x), first)
+    assert np.array_equal(graph(x, reset=True), first)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_state_that_is_no_number_is_refused(exported, bad) -> None:
+    """The source answers, and the state stays as it came, until a reset heals it."""
+    _, folder = exported
+    graph = Graph(folder)
+    graph(EXAMPLE)
+    graph.state["state_in_1"] = np.full_like(graph.state["state_in_1"], bad)
+    before = dict(graph.state)
+    with torch.no_grad():
+        source = tiny("bn")(EXAMPLE).numpy()
+    assert np.allclose(graph(EXAMPLE), source, atol=1e-6)
+    assert all(np.array_equal(graph.state[k], before[k], equal_nan=True) for k in before)
+    graph(EXAMPLE, reset=True)
+    assert all(np.isfinite(value).all() for value in graph.state.values())
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])
+def test_images_that_are_no_numbers_teach_nothing(exported, bad) -> None:
+    _, folder = exported
+    graph, x = Graph(folder), EXAMPLE.clone()
+    graph(EXAMPLE)
+    before, x[0, 0, 0, 0] = dict(graph.state), bad
+    with torch.no_grad():
+        source = tiny("bn")(EXAMPLE).numpy()
+    assert np.allclose(graph(x)[1], source[1], atol=1e-6)
+    assert all(np.array_equal(graph.state[k], before[k]) for k in before)
+
+
+def test_the_graph_holds_plain_arithmetic(exported) -> None:
+    import onnx
+
+    _, folder = exported
+    model = onnx.load(str(folder / "model.onnx"))
+    onnx.checker.check_model(model)
+    assert [(o.domain, o.version) for o in model.opset_import] == [("", 18)]
+    modes = [a.i for n in model.graph.node for a in n.attribute if a.name == "training_mode"]
+    assert not any(modes) and not any(n.domain for n in model.graph.node)
+    inputs = {i.name: i.type.tensor_type for i in model.graph.input}
+    assert list(inputs)[:3] == ["images", "reset", "state_in_0"]
+    shape = [d.dim_value or d.dim_param for d in inputs["images"].shape.dim]
+    assert isinstance(shape[0], str) and shape[1:] == list(SHAPE)
+    assert [d.dim_value for d in inputs["reset"].shape.dim] == [1]
+    assert [o.name for o in model.graph.output][:2] == ["logits", "state_out_0"]
+
+
+def test_config_for_triton(exported) -> None:
+    """What its documentation asks of implicit state: names, types and shapes as in the graph."""
+    _, folder = exported
+    text = (folder / "config.pbtxt").read_text()
+    graph = Graph(folder)
+    assert 'name: "camera"' in text and "max_batch_size: 0" in text
+    assert text.count("{") == text.count("}") and text.count("[") == text.count("]")
+    assert "CONTROL_SEQUENCE_START" in text and "bool_false_true: [ false, true ]" in text
+    entry = r'input_name: "(\w+)"\s+output_name: "(\w+)"\s+data_type: TYPE_(\w+)\s+dims: '
+    entry += r"\[ ([\d, ]+) \]"
+    found = re.findall(entry, text)
+    kinds = {"FP32": np.float32, "INT64": np.int64}
+    assert [name for name, *_ in found] == list(graph.state)
+    for name, output, kind, dims in found:
+        value = graph.state[name]
+        assert output == name.replace("_in_", "_out_") and kinds[kind] == value.dtype
+        assert tuple(map(int, dims.split(", "))) == value.shape
+
+
+def test_run_py_over_a_folder(exported, tmp_path) -> None:
+    from PIL import Image
+
+    adapter, folder = exported
+    script = (folder / "run.py").read_text()
+    assert len(script.splitlines()) <= 60
+    assert set(re.findall(r"^\s*(?:import|from) (\w+)", script, re.M)) <= {
+        "argparse", "json", "pathlib", "typing", "numpy", "onnxruntime", "PIL",
+    }  # fmt: skip
+    images = tmp_path / "images"
+    images.mkdir()
+    arrays = [x[0] for x in stream(3, [1], SHAPE)]
+    for i, array in enumerate(arrays):
+        np.save(images / f"{i}.npy", array.numpy())
+    picture = (np.random.default_rng(0).random((20, 24, 3)) * 255).astype(np.uint8)
+    Image.fromarray(picture).save(images / "z.png")
+    command = [sys.executable, folder / "run.py", images, "--state", tmp_path / "state.npz"]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [row["file"] for row in rows] == ["0.npy", "1.npy", "2.npy", "z.png"]
+    start = adapter.state()
+    for row, array in zip(rows, arrays, strict=False):
+        probs = adapter(array[None]).softmax(1)[0]
+        assert row["class"] == int(probs.argmax())
+        assert row["probability"] == pytest.approx(float(probs.max()), abs=2e-4)
+    adapter.load_state(start)
+    kept = dict(np.load(tmp_path / "state.npz"))
+    assert kept["state_in_5"] == start["output/count"].item() + 4
+    subprocess.run(command, capture_output=True, check=True)
+    assert np.load(tmp_path / "state.npz")["state_in_5"] == kept["state_in_5"] + 4
+
+
+def test_what_has_no_graph_is_refused(tmp_path) -> None:
+    with pytest.raises(TypeError, match=r"`adapter` must be one that tta\.wrap returned, got Cnn"):
+        tta.export.to_onnx(tiny("bn"), tmp_path, EXAMPLE)
+    growing = tta.wrap(tiny("bn"), output=tta.get_config("t3a", filter_size=None))
+    with pytest.raises(ValueError, match="fixed shapes to be exported, got 'output/support"):
+        tta.export.to_onnx(growing, tmp_path, EXAMPLE)
+    trained = make({"output": "adanpc_bn"}, tiny("bn"))
+    with pytest.raises(ValueError, match="without gradients to be exported, got 'adanpc_bn'"):
+        tta.export.to_onnx(trained, tmp_path, EXAMPLE)
+    guarded = tta.wrap(tiny("bn"), norm="robust_bn", guard="steady")
+    with pytest.raises(ValueError, match="by the number of batches alone"):
+        tta.export.to_onnx(guarded, tmp_path, EXAMPLE)
+    shadow = tta.wrap(tiny("bn"), norm="robust_bn", shadow=True)
+    with pytest.raises(ValueError, match="shadow=True"):
+        tta.export.to_onnx(shadow, tmp_path, EXAMPLE)
+    assert list(tmp_path.iterdir()) == []
+
+
+class Deciding(nn.Module):
+    """A model that looks at values in Python, which a graph cannot."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = tiny("bn")
+
+    def forward(self, x):
+        return self.net(x) if float(x.mean()) > 0 else self.net(-x)
+
+
+def test_a_model_that_decides_by_values_is_refused_and_stays(tmp_path) -> None:
+    adapter = tta.wrap(Deciding(), norm="robust_bn")
+    before = adapter.state()
+    with pytest.raises(ValueError, match="`adapter` must compute the same way for all values"):
+        tta.export.to_onnx(adapter, tmp_path, EXAMPLE)
+    assert all(torch.equal(value, before[key]) for key, value in adapter.state().items())
+    assert list(tmp_path.iterdir()) == [] and torch.isfinite(adapter(EXAMPLE)).all()
+
+
+def test_torch_export_asks_for_a_frozen_adapter() -> None:
+    adapter = tta.wrap(tiny("bn"), norm="robust_bn", output="neo")
+    with pytest.raises(RuntimeError, match="`adapter` must be frozen"):
+        torch.export.export(adapter, (EXAMPLE,), strict=False)
+    adapter.freeze()
+    free = {"args": ({0: torch.export.Dim.DYNAMIC},)}
+    program = torch.export.export(adapter, (EXAMPLE,), dynamic_shapes=free, strict=False)
+    other = torch.rand(5, *SHAPE)
+    found = program.module()(other)
+    assert torch.allclose(found, adapter(other), atol=1e-6) and not found.requires_grad
+    assert type(adapter.output.report.get("x", 0)) is int  # nothing of the trace stays behind
+
+
+@pytest.mark.parametrize("recipe", SAMPLED, ids=_name)
+def test_torch_export_of_frozen_adapters(recipe) -> None:
+    adapter = make(recipe, tiny("bn"))
+    for images in stream(3, [8], SHAPE):
+        adapter(images)
+    adapter.freeze()
+    free = {"args": ({0: torch.export.Dim.DYNAMIC},)}
+    program = torch.export.export(adapter, (EXAMPLE,), dynamic_shapes=free, strict=False)
+    for size in (2, 7):
+        images = next(stream(1, [size], SHAPE, seed=size))
+        assert torch.allclose(program.module()(images), adapter(images), atol=1e-4)
+
+
+@pytest.mark.parametrize("recipe", SAMPLED, ids=_name)
+def test_every_recipe_over_200_batches(recipe, tmp_path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapter = make(recipe, tiny("bn"))
+        for images in stream(3, [8], SHAPE) if adapter.update is not None else ():
+            adapter(images)
+        if adapter.update is not None:
+            adapter.freeze()
+        start, folder = adapter.state(), tta.export.to_onnx(adapter, tmp_path / "g", EXAMPLE)
+        for size in (1, 16):
+            adapter.load_state(start)
+            found = differences(Graph(folder), adapter, stream(200, [size], SHAPE, seed=size))
+            assert found["logits"] < 1e-3 and found["state"] < 1e-3, found
+            assert found["decisions"] == 0
+    assert (
+        bool(Graph(folder).keys)
+        == any(
+            key != "rng" and not key.startswith(("guard", "param", "update", "optim"))
+            for key in start
+        )
+        or adapter.update is not None
+    )
+
+
+NETWORKS = [  # timm's, of different kinds, with the size of images
+    ("resnet18", 64),
+    ("resnet26t", 64),
+    ("resnext26ts", 64),
+    ("mobilenetv3_small_050", 64),
+    ("mobilenetv2_035", 64),
+    ("efficientnet_lite0", 64),
+    ("mnasnet_small", 64),
+    ("ghostnet_050", 64),
+    ("regnetx_002", 64),
+    ("repvgg_a0", 64),
+    ("hardcorenas_a", 64),
+    ("lcnet_035", 64),
+    ("densenet121", 64),
+    ("vgg11_bn", 64),
+    ("test_vit", 160),
+    ("vit_tiny_patch16_224", 224),
+    ("convnext_atto", 64),
+    ("edgenext_xx_small", 256),
+    ("fasternet_t0", 64),
+    ("mixer_s32_224", 224),
+]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(("name", "size"), NETWORKS, ids=[name for name, _ in NETWORKS])
+def test_networks_of_different_kinds(name, size, tmp_path) -> None:
+    """With random weights, whose statistics come from a few batches; batches of 1 and of 16."""
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    net, shape = timm.create_model(name, num_classes=10), (3, size, size)
+    with torch.no_grad():
+        for images in stream(4, [8], shape):
+            net.train()(images)
+    has_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in net.modules())
+    slots = {"norm": "robust_bn", "output": "neo"} if has_norm else {"output": "neo"}
+    adapter = tta.wrap(net.eval(), **slots)
+    start = adapter.state()
+    folder = tta.export.to_onnx(adapter, tmp_path / "g", torch.randn(1, *shape))
+    for size, batches in ((1, 200), (16, 20)):
+        adapter.load_state(start)
+        found = differences(Graph(folder), adapter, stream(batches, [size], shape, seed=size))
+        assert found["logits"] < 1e-3 and found["state"] < 1e-3, found
+        assert found["decisions"] == 0
+
+
+@pytest.mark.slow
+def test_it_runs_where_there_is_no_torch(exported, tmp_path) -> None:
+    """An empty environment with numpy and onnxruntime, from the package index if it is reached."""
+    _, folder = exported
+    venv = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", venv], check=True)
+    python = venv / "bin" / "python"
+    command = [python, "-m", "pip", "install", "-q", "--retries", "1", "onnxruntime", "numpy"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    if done.returncode:
+        pytest.skip(f"pip cannot install onnxruntime here: {done.stderr.strip()[-200:]}")
+    missing = subprocess.run([python, "-c", "import torch"], capture_output=True)
+    assert missing.returncode
+    images = tmp_path / "images"
+    images.mkdir()
+    for i, image in enumerate(stream(3, [1], SHAPE)):
+        np.save(images / f"{i}.npy", image[0].numpy())
+    own, theirs = (
+        subprocess.run([p, folder / "run.py", images], capture_output=True, text=True, check=True)
+        for p in (sys.executable, python)
+    )
+    assert theirs.stdout == own.stdout and len(own.stdout.splitlines()) == 3

@@ -1,0 +1,58 @@
+"""What ``torch.export`` records of an adapter: nothing is checked, as no value is known."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tta.core.hooks import pooled
+from tta.core.prediction import Prediction
+from tta.core.tracing import is_tracing, recording
+
+__all__ = ["is_tracing", "traced_answer", "traced_pass"]
+
+
+def traced_answer(adapter: Any, images: Tensor, args: Any, kwargs: Any) -> Any:
+    """What a frozen adapter returns for images (B, ...).
+
+    Raises:
+        RuntimeError: When the adapter learns.
+        ValueError: When it has an input rule.
+    """
+    if adapter.session.learning:
+        raise RuntimeError(
+            "`adapter` must be frozen for torch.export, got one that learns: call freeze() first, "
+            "or tta.export.to_onnx, whose graph carries along what is learned."
+        )
+    if adapter.input is not None:
+        raise ValueError(
+            f"`input` must be empty for torch.export, got {adapter.input.name!r}: export an "
+            "adapter without it."
+        )
+    with torch.no_grad(), recording(adapter), adapter.network.call(*args, **kwargs):
+        return adapter._serving.traced(images)[1]
+
+
+def traced_pass(network: Any, x: Tensor, tensors: dict[str, Tensor]) -> Prediction:
+    """One pass of a :class:`~tta.core.backbone.Backbone`.
+
+    Args:
+        network: The backbone.
+        x: Images (B, ...).
+        tensors: In place of the model's own, by name.
+    """
+    args, kwargs = network._arguments
+    hook = network.feature_hook
+    if hook is not None:
+        hook.values = []
+    with network._other.afresh():  # torch.export puts tensors without values into the model
+        result, features = network._other(tensors, x.clone(), *args, **kwargs), None
+    if network._prefix:
+        result, features = result
+    if hook is not None:
+        seen, hook.values = hook.values, []
+        features = torch.cat([pooled(value, network.head.module) for value in seen])
+    network.result = result
+    return Prediction(network.reader.read(result), features)

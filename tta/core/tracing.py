@@ -1,0 +1,140 @@
+"""What differs while ``torch.export`` records an adapter as a graph.
+
+A graph holds no branch on values and none on the number of images, which may be any. Where
+components decide in Python, they decide here by tensors instead; what is computed is the same.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = [
+    "Refusal",
+    "count_rows",
+    "is_tracing",
+    "recording",
+    "rows_of",
+    "rule_refused",
+    "scan",
+    "source_if",
+    "source_if_refused",
+    "tracing_step",
+    "while_loop",
+]
+
+
+class Refusal(threading.local):
+    """Whether the graph refuses a batch or its state, and norm rules use the source's statistics.
+
+    ``used`` tells whether a rule has looked, so that the others are looked after from outside.
+    """
+
+    condition: Tensor | None = None  # 0-dimensional bool
+    used = False
+
+
+_now = Refusal()
+
+
+def is_tracing() -> bool:
+    """Whether this runs to be recorded as a graph, and no value is known."""
+    return torch.compiler.is_exporting()
+
+
+@contextmanager
+def recording(adapter: nn.Module) -> Iterator[None]:
+    """Let nothing stay behind in modules of what they remember of the pass, such as a report."""
+    held = [(vars(module), dict(vars(module))) for module in adapter.modules()]
+    try:
+        yield
+    finally:
+        for attributes, before in held:
+            for key in attributes.keys() - before.keys():
+                del attributes[key]
+            attributes.update(before)
+
+
+@contextmanager
+def tracing_step(refused: Tensor) -> Iterator[None]:
+    """Within the block norm rules normalise as the source does where ``refused`` (a scalar)."""
+    _now.condition = refused
+    try:
+        yield
+    finally:
+        _now.condition = None
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """Number of rows of ``x``, as a 0-dimensional int64 that the graph computes."""
+    return torch.ones_like(x[:, :1].flatten(1)[:, 0], dtype=torch.int64).sum()
+
+
+def count_rows(x: Tensor) -> Any:
+    """``len(x)``: a number, or in a graph a tensor."""
+    return rows_of(x) if is_tracing() else len(x)
+
+
+def source_if(
+    condition: Tensor, mean: Tensor, var: Tensor, base: Any, eps: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """The running statistics of a BatchNorm layer where a condition holds, else those given.
+
+    Args:
+        condition: 0-dimensional bool.
+        mean: (C,) or (B, C).
+        var: Like ``mean``.
+        base: The layer.
+        eps: That will be added to the variance; None for the layer's own.
+    """
+    running = base.running_var.to(var.dtype)
+    if eps is not None and eps != base.eps:
+        running = running + (base.eps - eps)
+    mean = torch.where(condition, base.running_mean.to(mean.dtype), mean)
+    return mean, torch.where(condition, running, var)
+
+
+def source_if_refused(mean: Tensor, var: Tensor, base: Any, eps: float) -> tuple[Tensor, Tensor]:
+    """Statistics to normalise with, of the source where the graph refuses the batch."""
+    if _now.condition is None or getattr(base, "running_mean", None) is None:
+        return mean, var
+    _now.used = True
+    return source_if(_now.condition, mean, var, base, eps)
+
+
+@contextmanager
+def rule_refused() -> Iterator[Refusal]:
+    """Find out whether a norm rule that runs in the block looks after the refusal itself."""
+    _now.used = _now.condition is None
+    yield _now
+
+
+def scan(step: Any, start: Tensor, rows: Tensor, reverse: bool = False) -> tuple[Tensor, Tensor]:
+    """In a graph: a loop over rows.
+
+    Args:
+        step: Takes what is carried and a row; returns what to carry on, and a row of the result.
+        start: What is carried to the first row.
+        rows: (B, ...).
+        reverse: Whether the last row comes first.
+
+    Returns:
+        What is carried in the end, and the result (B, ...).
+    """
+    from torch._higher_order_ops.scan import scan as loop
+
+    found: Any = loop(step, start, rows, reverse=reverse)
+    return found
+
+
+def while_loop(condition: Any, body: Any, carried: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """In a graph: ``while condition(*carried): carried = body(*carried)``."""
+    from torch._higher_order_ops.while_loop import while_loop as loop
+
+    found: Any = loop(condition, body, carried)
+    return found

@@ -1,0 +1,106 @@
+"""``to_onnx``: a folder that runs on a device without torch."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from tta.core.adapter import Adapter
+from tta.core.checks import path_like
+from tta.core.files import replacing_together
+from tta.export.onnx_graph import OPSET, trace, translate
+from tta.export.step import Step, moving_keys, refuse
+from tta.export.trial import check_same, make_batches, rehearse
+from tta.export.triton import pbtxt
+from tta.parts.augment import pixel_space
+from tta.version import __version__
+
+__all__ = ["to_onnx"]
+
+NEEDED = ("onnx", "onnxscript", "onnxruntime")
+SCRIPT = Path(__file__).with_name("run.py")
+
+
+def to_onnx(adapter: Adapter, folder: str | Path, example: Tensor) -> Path:
+    """Write an adapter as an ONNX graph that adapts by itself, with state as inputs and outputs.
+
+    The folder holds
+
+    * ``model.onnx``: inputs ``images`` (B, ...), ``reset`` (1,) bool and ``state_in_0``, ...;
+      outputs ``logits`` (B, C) and ``state_out_0``, ...; the metadata of the model say which key of
+      :meth:`tta.Adapter.state` each number is. Any batch size; a tensor without axes has one of
+      length 1. Where ``reset`` is true, the state to start with counts, whatever came in. Where
+      images or state hold values that are not finite, the source's prediction and the state as
+      it came are returned.
+    * ``state.npz``: the state to start with, which is that of the adapter now, by names of inputs.
+    * ``config.pbtxt``: for Triton, which keeps the state of each stream.
+    * ``run.py``: predicts a folder of images by numpy and onnxruntime.
+
+    Norm rules and output rules go on adapting there. With an update, or while frozen, what is
+    exported is the adapter as it predicts now, and nothing moves. What was fixed at wrap is in the
+    graph.
+
+    Args:
+        adapter: What :func:`tta.wrap` returned; it stays as it is.
+        folder: Made if it does not exist; files of these names in it are replaced.
+        example: Images (B, ...) as the model takes them, by which the graph is recorded and tried.
+
+    Returns:
+        The folder.
+
+    Raises:
+        TypeError: When ``adapter`` is no adapter, or ``example`` no batch of images.
+        ValueError: When something in the model or the recipe has no graph; it is named.
+        ImportError: When the extra "edge" is not installed.
+        OSError: When the folder cannot be written to.
+    """
+    place = path_like("folder", folder)
+    refuse(adapter, example)
+    _check_installed()
+    example = example.detach()
+    step = Step(adapter, moving_keys(adapter)).eval()
+    batches = make_batches(example)
+    answers = rehearse(adapter, batches)  # a model that refuses the images says so itself
+    program = translate(trace(step, example), len(step.keys))
+    program.model.metadata_props.update(_metadata(adapter, step.keys))
+    place.mkdir(parents=True, exist_ok=True)
+    names = ("model.onnx", "state.npz", "config.pbtxt", "run.py")
+    with replacing_together(*(place / name for name in names)) as (model, state, config, script):
+        program.save(str(model))
+        check_same(model, step.start(), batches, answers)
+        with open(state, "wb") as file:
+            start: Any = {f"state_in_{i}": v.cpu().numpy() for i, v in enumerate(step.start())}
+            np.savez(file, **start)
+        config.write_text(pbtxt(place.name, example, adapter.num_classes, step.start()))
+        shutil.copyfile(SCRIPT, script)
+    return place
+
+
+def _check_installed() -> None:
+    for name in NEEDED:
+        try:
+            import_module(name)
+        except ImportError as error:
+            raise ImportError(
+                f"`to_onnx` needs {name}, which is not installed: pip install 'tta-vision[edge]'."
+            ) from error
+
+
+def _metadata(adapter: Adapter, keys: list[str]) -> dict[str, str]:
+    """What the file says of itself: which key of a state each number is, and how to read images."""
+    found = {str(i): key for i, key in enumerate(keys)}
+    found |= {"recipe": adapter.config.label, "opset": str(OPSET), "tta": __version__}
+    space = _pixel_space(adapter)
+    return found | {"mean": json.dumps(space[0]), "std": json.dumps(space[1])}
+
+
+def _pixel_space(adapter: Adapter) -> Any:
+    """Mean and deviation that the model's pixels are normalised with; 0 and 1 where unknown."""
+    config = adapter.config
+    return pixel_space(adapter.model, config.mean, config.std) or ((0.0,), (1.0,))

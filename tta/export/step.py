@@ -1,0 +1,211 @@
+"""One call of an adapter as a function of tensors: images and state in, logits and state out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tta.core.adapter import Adapter
+from tta.core.prediction import Prediction
+from tta.core.serving import LARGE
+from tta.core.state import GUARD, Place
+from tta.core.tracing import recording, tracing_step
+
+__all__ = ["BATCHES", "Step", "moving_keys", "refuse"]
+
+SMALL = 1 << 16  # elements
+BATCHES = f"{GUARD}monitor.batches"  # what a guard that resets goes by
+
+
+def refuse(adapter: Any, example: Any) -> None:
+    """Refuse what no graph can hold, in a sentence that names it.
+
+    Raises:
+        TypeError: When ``adapter`` is no adapter or ``example`` no batch of images.
+        ValueError: When the adapter's recipe or model cannot be exported.
+        RuntimeError: When the adapter was unwrapped.
+    """
+    if not isinstance(adapter, Adapter):
+        raise TypeError(
+            f"`adapter` must be one that tta.wrap returned, got {type(adapter).__name__}: wrap the "
+            "model first."
+        )
+    adapter.network.check(example)
+    if adapter.session.ranks is not None:
+        raise ValueError(
+            "`adapter` must run in one process to be exported, got one that splits its batches: "
+            "export it before tta.runtime.split_batches."
+        )
+    if adapter.network.masters.pairs:
+        raise ValueError(
+            "`adapter` must hold float32 weights to be exported, got trained ones in half "
+            "precision: convert the model with model.float() and wrap it again."
+        )
+    if adapter.input is not None:
+        raise ValueError(
+            f"`input` must be empty to be exported, got {adapter.input.name!r}: export an adapter "
+            "without it."
+        )
+    if adapter.config.shadow:
+        raise ValueError(
+            "`adapter` must give answers of its own to be exported, got shadow=True: wrap the "
+            "model without it, or export the plain model."
+        )
+    if not learns(adapter):
+        return
+    if adapter.output is not None and adapter.output.takes_gradient:
+        raise ValueError(
+            f"`output` must learn without gradients to be exported, got {adapter.output.name!r}: "
+            "freeze() first, or choose another."
+        )
+    growing = adapter._state.resizable_places()
+    if growing:
+        raise ValueError(
+            f"`adapter` must have a state of fixed shapes to be exported, got {min(growing)!r}, "
+            "which grows with the stream: bound it in the component's config, or freeze() first."
+        )
+    guard = adapter.guard
+    if guard is not None and guard.resets_after(torch.zeros((), dtype=torch.int64)) is None:
+        raise ValueError(
+            f"`guard` must decide by the number of batches alone to be exported, got "
+            f"{guard.name!r}, which looks at figures of each batch: wrap with guard=False or "
+            "'periodic', or freeze() first."
+        )
+
+
+def learns(adapter: Adapter) -> bool:
+    """Whether the graph learns: not where learning is off, or takes gradients."""
+    return adapter.session.learning and adapter.update is None
+
+
+def moving_keys(adapter: Adapter) -> list[str]:
+    """Names, in :meth:`tta.Adapter.state`, of what moves in the graph, in their order."""
+    if not learns(adapter):
+        return []
+    keys = [key for key in adapter.state() if key != "rng" and not key.startswith(GUARD)]
+    return keys + ([] if adapter.guard is None else [BATCHES])
+
+
+class Step(nn.Module):
+    """A call as a function, for ``torch.export``.
+
+    It takes images (B, ...), ``reset`` (1,) bool, and a tensor for each key; it returns logits
+    (B, C) and the tensors after the batch. Tensors without axes have one of length 1, since Triton
+    knows no others. Where the images or the state hold what is no number, the logits are the
+    source's and the state is returned as it came.
+
+    Args:
+        adapter: Whose call it is.
+        keys: Of the state, as :func:`moving_keys` gives them.
+    """
+
+    def __init__(self, adapter: Adapter, keys: list[str]) -> None:
+        super().__init__()
+        # The rest of the adapter is no part of this module: what it holds is constant here.
+        self.model, self.output = adapter.model, adapter.output
+        self.__dict__["adapter"] = adapter
+        self.keys = keys
+        self.undefined = set(adapter._state.keys_of("undefined_as_nan", but=""))
+        start = adapter.state()
+        self.scalar = [start[key].ndim == 0 for key in keys]
+        # Small tensors are looked at and chosen from as one, since an operation on each of hundreds
+        # would take as long as the network does.
+        self.packed = [
+            i
+            for i, key in enumerate(keys)
+            if start[key].dtype == torch.float32
+            and start[key].numel() <= SMALL
+            and key not in self.undefined
+        ]
+        for i, key in enumerate(keys):
+            self.register_buffer(f"start_{i}", at_least_1d(start[key]))
+
+    def start(self) -> list[Tensor]:
+        """The state to start with."""
+        found: list[Any] = [getattr(self, f"start_{i}") for i in range(len(self.keys))]
+        return found
+
+    def forward(self, images: Tensor, reset: Tensor, state: list[Tensor]) -> tuple[Tensor, ...]:
+        adapter: Adapter = self.__dict__["adapter"]
+        first = reset.reshape(())
+        state = self._choose(first, self.start(), state)
+        fine = self._defined(state)
+        if images.is_floating_point():
+            fine = fine & (images.abs() <= LARGE).all()  # False for NaN
+        with recording(adapter), tracing_step(~fine):
+            prediction, logits, after = self._serve(adapter, images, state)
+        fine = fine & self._defined(after)
+        logits = torch.where(fine, logits, prediction.logits)
+        return logits, *self._choose(fine, after, state)
+
+    def _serve(
+        self, adapter: Adapter, images: Tensor, state: list[Tensor]
+    ) -> tuple[Prediction, Tensor, list[Tensor]]:
+        """Logits before and after the output rule, and the state after the batch."""
+        places = self._places(adapter)
+        held_before = [held[key] for held, key in places]
+        try:
+            for (held, key), value, scalar in zip(places, state, self.scalar, strict=True):
+                held[key] = (value.reshape(()) if scalar else value).clone()
+            adapter._context.signs.look()
+            with adapter.network.call():
+                prediction, answer = adapter._serving.traced(images)
+            logits = adapter.network.reader.read(answer)
+            after = [at_least_1d(held[key]) for held, key in places]
+        finally:
+            for (held, key), value in zip(places, held_before, strict=True):
+                held[key] = value
+        return prediction, logits, self._guarded(adapter, after)
+
+    def _guarded(self, adapter: Adapter, after: list[Tensor]) -> list[Tensor]:
+        """The state after the guard's reset, if there is a guard."""
+        if adapter.guard is None or BATCHES not in self.keys:
+            return after
+        at = self.keys.index(BATCHES)
+        batches = after[at]
+        resets: Any = adapter.guard.resets_after(batches.reshape(()))
+        start, kept = self.start(), adapter._state.surviving()
+        found = [
+            value if key in kept else torch.where(resets, begin, value)
+            for key, begin, value in zip(self.keys, start, after, strict=True)
+        ]
+        found[at] = batches + 1
+        return found
+
+    def _places(self, adapter: Adapter) -> list[Place]:
+        whole, by_rows = adapter._state.named_places()
+        named = whole | by_rows
+        return [named[key] for key in self.keys]
+
+    def _defined(self, values: list[Tensor]) -> Tensor:
+        """Whether all of the state are numbers, or NaN where that means that there is no value."""
+        fine = torch.ones((), dtype=torch.bool, device=values[0].device if values else None)
+        for i, (key, value) in enumerate(zip(self.keys, values, strict=True)):
+            if i in self.packed or not value.is_floating_point():
+                continue
+            bad = value.isinf() if key in self.undefined else ~value.isfinite()
+            fine = fine & ~bad.any()
+        return fine & self._pack(values).isfinite().all() if self.packed else fine
+
+    def _choose(self, condition: Tensor, yes: list[Tensor], no: list[Tensor]) -> list[Tensor]:
+        """Tensors of the state where a condition holds, and others where not."""
+        found = [
+            a if i in self.packed else torch.where(condition, a, b)
+            for i, (a, b) in enumerate(zip(yes, no, strict=True))
+        ]
+        if self.packed:
+            joined = torch.where(condition, self._pack(yes), self._pack(no))
+            parts = joined.split([yes[i].numel() for i in self.packed])
+            for i, part in zip(self.packed, parts, strict=True):
+                found[i] = part.reshape(yes[i].shape)
+        return found
+
+    def _pack(self, values: list[Tensor]) -> Tensor:
+        return torch.cat([values[i].flatten() for i in self.packed])
+
+
+def at_least_1d(value: Tensor) -> Tensor:
+    """A tensor with an axis where it has none."""
+    return value.reshape(1) if value.ndim == 0 else value
