@@ -451,10 +451,9 @@ class Adapter(nn.Module):
 
     def _check_writable(self) -> None:
         """Refuse to write into the model what a plain one cannot hold."""
-        parts: list[Any] = [wrapper.rule for wrapper in self._wrappers.values()][:1]
-        parts += [part for part in (self.output, self.input) if part is not None]
-        for part in parts:
-            if not part.writable:
+        rules = [wrapper.rule for wrapper in self._wrappers.values()][:1]
+        for part in (*rules, self.output, self.input):
+            if part is not None and not part.writable:
                 raise ValueError(
                     f"`keep` must be False for {part.name}, which a plain model cannot hold, got "
                     "True: wrap with norm='robust_bn' or without an output or input rule, or pass "
