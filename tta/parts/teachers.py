@@ -9,7 +9,7 @@ foreach operations.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from tta.core.backbone import Backbone
 from tta.core.norm_layers import AdaptiveNorm, frozen_statistics
 from tta.core.prediction import Prediction
 from tta.core.random import CountedDraws
+from tta.core.state_dict import copy_tensors
 
 __all__ = [
     "NamedTensors",
@@ -56,6 +57,10 @@ class NamedTensors(nn.Module):
             self._buffers[name] = value.detach().clone()
             if constant:
                 self._non_persistent_buffers_set.add(name)
+
+    def copy(self, values: Mapping[str, Tensor]) -> None:
+        """Take over values by name."""
+        copy_tensors(self.named(), values)
 
     def named(self) -> dict[str, Tensor]:
         """The tensors themselves, in order."""
