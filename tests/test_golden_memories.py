@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 import tta
 from tests.helpers.recorded import recordings
@@ -22,6 +23,7 @@ from tests.helpers.update_traces import (
 CMF = recordings("set-d", "cmf_*")
 PETTA = recordings("set-d", "petta_*")
 NOTE = recordings("set-d", "note_*")
+RESERVOIR = recordings("set-d", "reservoir_*")
 LOGITS = {"atol": 1e-4, "rtol": 1e-4}
 AVERAGES = {"atol": 1e-5, "rtol": 0.0}
 RAW = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
@@ -37,7 +39,7 @@ def _trained(adapter: tta.Adapter, found: dict[str, Tensor]) -> dict[str, Tensor
     return {name: found[name] for name in adapter.parameters_adapted}
 
 
-@_named([*CMF, *PETTA, *NOTE])
+@_named([*CMF, *PETTA, *NOTE, *RESERVOIR])
 def test_source_outputs(path: Path) -> None:
     check_source(Trace(path))
 
@@ -202,3 +204,86 @@ def _check_iabn(adapter: tta.Adapter, found: dict[str, Tensor]) -> None:
         elif not name.endswith("num_batches_tracked"):
             expected[f"param/{name}"] = value
     check_state(adapter, expected, **WEIGHTS)
+
+
+class StyleNet(nn.Module):
+    """The small network in the place of VGG-19's first layers.
+
+    Args:
+        trace: Has its weights.
+    """
+
+    def __init__(self, trace: Trace) -> None:
+        super().__init__()
+        self.weights = trace.group("style_net")
+        self.mean, self.std = (torch.tensor(trace.params[k]).view(1, -1, 1, 1) for k in RAW)
+
+    def _convolved(self, x: Tensor, layer: int) -> Tensor:
+        weight, bias = (self.weights[f"{layer}.{key}"] for key in ("weight", "bias"))
+        return F.conv2d(x, weight, bias, padding=1)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        second = self._convolved(self._convolved((x - self.mean) / self.std, 0).relu(), 2)
+        third = self._convolved(F.max_pool2d(second.relu(), 2), 5)
+        return [second, third, self._convolved(third.relu(), 7)]
+
+
+def _reservoir(trace: Trace, source: tta.SourceStatistics, draws=None) -> tta.Adapter:
+    p, fields = trace.params, trace.optimizer()
+    config = tta.get_config(
+        "reservoir",
+        inner=tta.get_config(trace.hparams["method"].removeprefix("reservoir_"), **fields),
+        clusters=p["max_models"],
+        buffer=p["buffer"],
+        quantile=p["quantile"],
+        sampling=p["sampling"],
+        start="best" if p["init"] == "mi" else "source",
+    )
+    size = p["configured_batch"]
+    return tta.wrap(
+        trace.model(), update=config, source=source, batch_size=size, draws=draws, **RAW
+    )
+
+
+@_named(RESERVOIR)
+def test_reservoir(path: Path) -> None:
+    trace = Trace(path)
+    threshold = trace.tensor("threshold").reshape(())
+    mean = trace.tensor("source_style_mean")[0]
+    net = StyleNet(trace)
+    source = tta.SourceStatistics(style_net=net, style_mean=mean, style_threshold=threshold)
+    places = iter([v for v in trace.arrays["replace_index"].tolist() if v >= 0])
+
+    def draws(name: str, shape: torch.Size, call: int) -> Tensor:
+        assert name == "replace_index" and shape == ()
+        return torch.tensor(next(places))
+
+    adapter = _reservoir(trace, source, draws)
+    figures = {"model_index": "cluster", "num_models": "clusters", "min_dist": "style_distance"}
+    for t in replay(trace, adapter, figures, LOGITS):
+        expected = trace.tensor("model_prob")[t]
+        count = adapter.report.clusters
+        close(adapter.report.weights, expected[:count], **LOGITS)
+        assert expected[count:].isnan().all()
+        before = trace.arrays["num_models"][t - 1] if t else 1
+        assert count - before == trace.arrays["new_cluster"][t]
+    assert next(places, None) is None
+    state, count = adapter.state(), adapter.report.clusters
+    for k in range(count):
+        found = trace.group(f"model{k}_final")
+        check_state(adapter, {f"update/set{k}.{n}": v for n, v in found.items()}, **WEIGHTS)
+    for key, name in (("centroids_final", "centroids"), ("buffer_final", "styles")):
+        expected = trace.tensor(key)
+        close(state[f"update/{name}"][: len(expected)], expected, **AVERAGES)
+        assert state[f"update/{name}"][len(expected) :].isnan().all()
+
+
+@_named(RESERVOIR)
+def test_the_source_styles_of_reservoir(path: Path) -> None:
+    trace = Trace(path)
+    batches = [(x, torch.zeros(len(x), dtype=torch.int64)) for x in trace.tensor("source_inputs")]
+    source = tta.SourceStatistics(style_net=StyleNet(trace), batches=batches)
+    constants = _reservoir(trace, source).constants()
+    close(constants["update/style_mean"], trace.tensor("source_style_mean")[0], **AVERAGES)
+    expected = trace.tensor("threshold").reshape(())
+    close(constants["update/style_threshold"], expected, **AVERAGES)

@@ -100,7 +100,10 @@ def test_skip_holds_back_whatever_moves(recipe: str, when: str) -> None:
     setattr(adapter.guard, when, say("learn"))
     for t in range(8):
         adapter(images(t))
-    assert not before or not same(moving(adapter), before) or forgets(adapter)
+    rules = [layer.rule for layer in adapter.norm_layers.values()]
+    at_rest = adapter.update is None and any(rule.learns_apart for rule in rules)
+    moved = not same(moving(adapter), before)
+    assert not before or at_rest or moved or forgets(adapter)
 
 
 def test_a_skipped_batch_is_answered_by_the_model_as_it_was() -> None:

@@ -71,6 +71,7 @@ SANTA = {
 }
 SIAM = {"alignment_weight": 1.0}
 SHOT = {"lr": 5e-5, "params": "body", "pseudo_threshold": 0.9, "lr_batch_size": 64}
+RESERVOIR = {"clusters": 16, "buffer": 64, "quantile": 0.999, "sampling": "reservoir"}
 NOTE = {"memory": "pbrs", "memory_size": 64, "update_every": 64, "epochs": 1, "lr": 1e-4}
 NOTE_IID = {"memory": "fifo", "lr": 1e-3}
 PETTA = {"memory_size": 64, "regulariser": "cosine", "regulariser_weight": 10.0}
@@ -165,6 +166,10 @@ SHEETS: dict[str, dict[str, Any]] = {
     "petta.cifar10": ADAM | PETTA,
     "petta.cifar100": ADAM | PETTA,
     "petta.domainnet126": ADAM | PETTA | {"consistency_loss": "ce", "regulariser_weight": 1.0},
+    "reservoir.imagenet": RESNET | RESERVOIR,
+    "reservoir.imagenet_vit": VIT | RESERVOIR | {"buffer": 1024},
+    "reservoir.cifar10": ADAM_200 | RESERVOIR,
+    "reservoir.cifar100": ADAM_200 | RESERVOIR,
     **{f"note.{data}": ADAM | NOTE for data in ("imagenet", "cifar10", "cifar100")},
     **{f"note.{data}_iid": ADAM | NOTE | NOTE_IID for data in ("imagenet", "cifar10", "cifar100")},
     "deyo.imagenet": RESNET | DEYO | {"plpd_threshold": 0.3},
@@ -227,6 +232,7 @@ SHEETS: dict[str, dict[str, Any]] = {
 }
 
 SCALED_FROM_200 = [
+    "reservoir",
     "tent",
     "rdumb",
     "sar",
@@ -262,6 +268,7 @@ DIVIDED_BY: dict[float, list[str]] = {
     ],
     32: [
         "tent.imagenet",
+        "reservoir.imagenet",
         "eata.imagenet",
         "eta.imagenet",
         "tent.come_imagenet",
@@ -279,6 +286,7 @@ DIVIDED_BY: dict[float, list[str]] = {
     ],
     64: [
         "tent.imagenet_vit",
+        "reservoir.imagenet_vit",
         "eata.imagenet_vit",
         "eta.imagenet_vit",
         "tent.come_imagenet_vit",

@@ -283,7 +283,7 @@ def test_what_is_collected_for_rmt_is_what_rmt_takes(tmp_path) -> None:
     adapter = tta.wrap(tiny("bn"), short, source=collected, **pixels)
     given = tta.wrap(tiny("bn"), short, source=batches, mean=(0.0,) * 3, std=(1.0,) * 3)
     assert torch.equal(adapter(images(0)), given(images(0)))
-    with pytest.warns(UserWarning, match="`batches` are not saved"):
+    with pytest.warns(UserWarning, match="`batches` is not saved"):
         collected.save(tmp_path / "source.safetensors")
     loaded = tta.SourceStatistics.load(tmp_path / "source.safetensors")
     assert loaded.contents == ["prototypes"]

@@ -15,14 +15,16 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from tta.core.checks import nearest, path_like, shown, told
 from tta.core.denoiser import Diffusion
 from tta.core.source_checks import (
     BY_NAME,
+    MODULES,
     check_denoiser,
     check_iterable,
+    check_module,
     check_named,
     check_tensor,
 )
@@ -30,7 +32,7 @@ from tta.core.warn import warn
 
 __all__ = ["SourceStatistics", "as_source", "preserving_rng"]
 
-NOT_SAVED = ("batches", "denoiser")
+NOT_SAVED = ("batches", "denoiser", *MODULES)
 
 
 @dataclass(kw_only=True, repr=False)
@@ -60,6 +62,11 @@ class SourceStatistics:
             and c2 (O,) (LSA).
         source_prior: Class shares of the source (C,) (LSA).
         denoiser: A :class:`tta.Diffusion` that was trained on the source (DDA, SDA).
+        style_mean: Mean style of source batches (S,) (ReservoirTTA).
+        style_threshold: Distance of styles above which a cluster is new, without axes
+            (ReservoirTTA).
+        style_net: Module from pixels (B, C, H, W) in [0, 1] to a list of maps (B, C_i, ...), whose
+            variances are the style (ReservoirTTA).
         batches: Source batches ``(images, labels)``, kept for methods that run the model on them,
             in the order given.
 
@@ -90,6 +97,9 @@ class SourceStatistics:
     label_shift: dict[str, Tensor] | None = None
     source_prior: Tensor | None = None
     denoiser: Diffusion | None = None
+    style_mean: Tensor | None = None
+    style_threshold: Tensor | None = None
+    style_net: nn.Module | None = None
     batches: Iterable[tuple[Tensor, Tensor]] | None = None
 
     def __post_init__(self) -> None:
@@ -102,6 +112,8 @@ class SourceStatistics:
                 check_iterable("batches", value)
             elif name == "denoiser":
                 check_denoiser(value)
+            elif name in MODULES:
+                check_module(name, value)
             else:
                 check_tensor(name, value)
                 setattr(self, name, value.detach())  # without the caller's graph
@@ -145,7 +157,7 @@ class SourceStatistics:
                 return
 
     def save(self, path: str | Path) -> None:
-        """Write everything except ``batches`` to one safetensors file, and warn if there are any.
+        """Write all tensors to one safetensors file, and warn of what is none.
 
         Raises:
             TypeError: When ``path`` is no path.

@@ -14,14 +14,17 @@ from tta.core.denoiser import Diffusion
 __all__ = [
     "BY_NAME",
     "BY_PARAMETER",
+    "MODULES",
     "check_denoiser",
     "check_iterable",
+    "check_module",
     "check_named",
     "check_parameters",
     "check_tensor",
     "checked",
 ]
 
+MODULES = ("style_net",)
 BY_PARAMETER = ("fisher", "posterior_mean", "posterior_variance")
 BY_MODULE = ("block_mean", "block_variance", "block_covariance_root")
 BY_NAME = (*BY_PARAMETER, *BY_MODULE, "label_shift")  # dicts of tensors
@@ -36,6 +39,8 @@ SHAPES = {  # of the tensors, as errors name them, by number of axes
     "layer_std": {2: "(L, D)"},
     "class_mean": {2: "(C, D)"},
     "class_variance": {2: "(C, D)"},
+    "style_mean": {1: "(S,)"},
+    "style_threshold": {0: "()"},
     "covariance": {2: "(D, D)", 3: "(C, D, D)"},
     "source_prior": {1: "(C,)"},
 }
@@ -159,6 +164,14 @@ def check_iterable(name: str, value: Any) -> None:
         raise TypeError(
             f"`{name}` must be {what}, got {type(value).__name__}: pass a data loader or what "
             "tta.collect_source returns."
+        )
+
+
+def check_module(name: str, value: Any) -> None:
+    """Refuse what is no module."""
+    if not isinstance(value, nn.Module):
+        raise TypeError(
+            f"`{name}` must be a torch.nn.Module, got {type(value).__name__}: write one around it."
         )
 
 

@@ -77,6 +77,7 @@ class Transaction:
                 autocast.restore(modes)
             raise
         self._open = False
+        self.journal.clear()
         return result
 
     def settle(self) -> None:
@@ -120,7 +121,8 @@ class Transaction:
 
     def attributes(self) -> list[dict[str, Any]]:
         """The attributes of components, and of what they hold, that change in a call."""
-        things = [v for part in self.parts for v in (part, *vars(part).values())]
+        parts = [m for part in self.parts for m in part.modules() if isinstance(m, Component)]
+        things = [v for part in parts for v in (part, *vars(part).values())]
         return [vars(thing) for thing in things if isinstance(thing, (Component, Remembers))]
 
     def _put_back_reset_point(self, before: dict[str, Tensor]) -> None:

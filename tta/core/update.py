@@ -43,6 +43,8 @@ class Update(Component):
     cost: ClassVar[float] = 3.0
     # Whether parameters of the model move, by one optimiser for the whole stream.
     trains_model: ClassVar[bool] = True
+    # Whether its weights may be one of several sets, which are exchanged between batches.
+    in_sets: ClassVar[bool] = False
     # Whether it learns from every sample of a batch, given margins wide enough.
     learns_from_whole_batch: ClassVar[bool] = True
     # Whether the parameters are put back to what they were before a call returns.

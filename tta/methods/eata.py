@@ -92,6 +92,7 @@ class Eata(SelectiveUpdate):
     Config = EataConfig
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = _presets(2000.0, 1.0)
     uses_labels = False
+    in_sets: ClassVar[bool] = True
 
     fisher: Tensor  # (P,) flat over the trained parameters
     anchor: Tensor  # (P,) source values

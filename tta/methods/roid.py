@@ -74,6 +74,7 @@ class Roid(CertainDiverseUpdate):
     """Certain and diverse samples, a soft likelihood ratio, weights kept near the source."""
 
     Config = RoidConfig
+    in_sets: ClassVar[bool] = True
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "imagenet": {"lr": 2.5e-4, "lr_scaling": "linear_below"},
         "cifar10": CIFAR_ADAM | {"nesterov": False},

@@ -80,6 +80,7 @@ class Sar(LowerLayersUpdate):
     """Sharpness-aware and reliable entropy minimisation."""
 
     Config = SarConfig
+    in_sets: ClassVar[bool] = True
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "imagenet": _RESNET,
         "imagenet_vit": _VIT,

@@ -52,6 +52,7 @@ class Tent(Update):
     """Entropy minimisation."""
 
     Config = TentConfig
+    in_sets: ClassVar[bool] = True
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "imagenet": _RESNET,
         "imagenet_vit": _VIT,

@@ -9,7 +9,7 @@ foreach operations.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from tta.core.backbone import Backbone
 from tta.core.norm_layers import AdaptiveNorm, frozen_statistics
 from tta.core.prediction import Prediction
 from tta.core.random import CountedDraws
+from tta.core.state_dict import copy_tensors
 
 __all__ = [
     "NamedTensors",
@@ -64,6 +65,10 @@ class NamedTensors(nn.Module):
             if constant:
                 holder._non_persistent_buffers_set.add(key)
             self._places[name] = holder, key
+
+    def copy(self, values: Mapping[str, Tensor]) -> None:
+        """Take over values by name."""
+        copy_tensors(self.named(), values)
 
     def named(self) -> dict[str, Tensor]:
         """The tensors themselves, in order."""
