@@ -7,7 +7,7 @@ PY := $(VENV)/bin/python
 PYTEST := $(PY) -m pytest -q -n 2  # two processes, each with one torch thread
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all soak lint types docs wheel release clean
+.PHONY: help demo demo-live test test-all soak lint types docs wheel release clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -23,6 +23,9 @@ $(VENV)/.ready: pyproject.toml
 
 demo: $(VENV)/.ready  ## the main job: eight methods on 15 corruptions of CIFAR-10
 	$(PY) -m experiments run $(ARGS)
+
+demo-live: $(VENV)/.ready  ## three synthetic cameras on a server; prints its page's address
+	$(PY) -m experiments live $(ARGS)
 
 test: $(VENV)/.ready  ## the quick tests
 	$(PYTEST) -m "not slow" $(ARGS)

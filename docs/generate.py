@@ -64,6 +64,7 @@ STREAMS = (
     "walk",
 )
 SLOTS = {
+    "input": "input rule",
     "norm": "norm rule",
     "update": "update",
     "output": "output rule",
@@ -339,28 +340,31 @@ PLACES = {
         r"|tta/core/build\.py: `\.\.\.` must be given again"
     ),
     "Pixels, augmentation and views": (
-        r"tta/parts/(augment|teachers)\.py|tta/methods/_mean_teacher\.py: `restore_mask`"
+        r"tta/parts/(augment|diffusion|join|teachers)\.py"
+        r"|tta/methods/_mean_teacher\.py: `restore_mask`"
     ),
     "Model": (
         r"tta/core/(adapter|backbone|build|checkpointing|classifier|component|head|input_guard"
-        r"|draws|first_input|guard|hooks|loan|logit_checks|masters|model_buffers|model_checks|norm_layers|outputs|oversight|parameters|serving"
+        r"|denoiser|draws|first_input|guard|hooks|input_rule|loan|logit_checks|masters|model_buffers|model_checks|norm_layers|outputs|oversight|parameters|serving"
         r"|update)\.py|tta/parts/(blocks|chance|tokens)\.py"
     ),
     "Source data": (
         r"tta/(collect|core/(fitting|source|source_checks)"
-        r"|parts/(class_moments|label_shift|moments|posterior|replay)|methods/\w+)\.py"
+        r"|parts/(class_moments|label_shift|moments|posterior|prototypes|replay)|methods/\w+)\.py"
     ),
     "Several processes": r"tta/(runtime/parallel|core/batch_split)\.py",
     "Serving many streams": (
         r"tta/(runtime/(pool|snapshots|stream_\w+)|core/(adapter_sets|parameter_sets|plain_data))\.py"
     ),
     "Names, fields and configs": (
-        r"tta/(__init__|_moved|cli/methods"
+        r"tta/(__init__|_moved|cli/methods|runtime/method_strings"
         r"|core/(checks|config|plugins|recipe|registry|resolve))\.py"
     ),
-    "Streams": r"tta/streams/\w+\.py",
+    "Streams": r"tta/(streams/\w+|core/pictures)\.py",
     "Corruptions": r"corruptions/\w+\.py",
-    "Loading models": r"models/\w+\.py",
+    "Loading models": r"models/\w+\.py|tta/runtime/(checkpoint|libraries|model_strings)\.py",
+    "The server": r"tta/(runtime/server/\w+|cli/serve)\.py",
+    "Frames and commands": r"tta/(runtime|cli)/\w+\.py",
 }
 
 

@@ -86,6 +86,9 @@ COMMANDS = {
         "experiments.studies.stream_switching",
         "what it costs to keep many streams on one model",
     ),
+    "live": Command(
+        "experiments.studies.live", "three synthetic cameras on one server, with its page"
+    ),
     "corruption-errors": Command(
         "experiments.studies.corruption_errors",
         "compare our corruptions with outputs of the published code",

@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-import socket
-import urllib.error
-import urllib.request
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -18,25 +11,23 @@ from typing import Any, Literal, get_args
 import timm
 import torchvision
 from safetensors.torch import load_file
-from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 
 import tta
 from models.bundled import BUNDLED, CIFAR10_CLASSES, FOLDER
 from models.card import SourceCard, of_file
-from models.checkpoint import Weights, fit, read_checkpoint, rows_of
 from tta.core.checks import boolean, nearest, path_like, shown, string
-from tta.core.classifier import find_classifier, num_classes
+from tta.core.classifier import num_classes
 from tta.core.parameters import is_norm
+from tta.runtime.checkpoint import fill, read_checkpoint
+from tta.runtime.libraries import check_library, classes_of, make
 
 __all__ = ["ModelInfo", "list_models", "load"]
 
-LIBRARIES = ("timm", "torchvision")
-SHOWN = 5  # names of a library in an error
-PATIENCE_S = 5.0  # seconds to wait for the first answer of a host
+FROM_LIBRARIES = (
+    "mean", "std", "input_size", "class_names", "weights", "crop", "interpolation"
+)  # fmt: skip
 Match = Literal["name", "order"]
-# Settings of the client by which timm fetches weights; it is needed for timm alone.
-_HUB: Any = importlib.import_module("huggingface_hub.constants")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +61,7 @@ def list_models(pattern: str = "*") -> list[str]:
     library, colon, rest = string("pattern", pattern).partition(":")
     if not colon:
         return sorted(n for n in BUNDLED if fnmatch(n, pattern))
-    _check_library(library)
+    check_library(library)
     if library == "timm":
         return [f"timm:{n}" for n in timm.list_models(rest)]
     names = torchvision.models.list_models(module=torchvision.models)
@@ -129,17 +120,14 @@ def load(
     found = None if checkpoint is None else read_checkpoint(path_like("checkpoint", checkpoint))
     library, colon, rest = name.partition(":")
     if colon:
-        _check_library(library)
-        make = _timm if library == "timm" else _torchvision
-        if found is not None:
-            model, about = make(rest, False, _classes_of(found, make, rest, by_order))
-        else:
-            model, about = make(rest, pretrained, None)
+        check_library(library)
+        classes = None if found is None else classes_of(found, library, rest, by_order)
+        made = make(library, rest, pretrained and found is None, classes)
+        model, about = made.model, {key: getattr(made, key) for key in FROM_LIBRARIES}
     else:
         model, about = _bundled(name, pretrained and found is None)
     if found is not None:
-        about["matched"] = _fill(model, found, name, Path(str(checkpoint)), by_order)
-    if found is not None:
+        about["matched"] = fill(model, found, name, Path(str(checkpoint)), by_order)
         about["weights"] = of_file(Path(str(checkpoint)))
     card = SourceCard(
         model=name,
@@ -153,11 +141,6 @@ def load(
         name=name, num_classes=num_classes(model), norm_types=dict(norms), card=card, **about
     )
     return model.eval(), info
-
-
-def _check_library(library: str) -> None:
-    if library not in LIBRARIES:
-        raise ValueError(f"unknown library {shown(library)}: " + nearest(library, LIBRARIES))
 
 
 def _bundled(name: str, pretrained: bool) -> tuple[nn.Module, dict[str, Any]]:
@@ -184,124 +167,3 @@ def _bundled(name: str, pretrained: bool) -> tuple[nn.Module, dict[str, Any]]:
 
 def _weights(folder: Path) -> list[tuple[str, Tensor]]:
     return list(load_file(str(folder / "weights.safetensors")).items())
-
-
-def _timm(name: str, pretrained: bool, classes: int | None) -> tuple[nn.Module, dict[str, Any]]:
-    known = timm.list_models()
-    if name.partition(".")[0] not in known:
-        raise ValueError(f"unknown timm model {shown(name)}: " + nearest(name, known, SHOWN))
-    extra: dict[str, Any] = {} if classes is None else {"num_classes": classes}
-    host = _HUB.ENDPOINT
-    model = _fetched(
-        f"timm:{name}", pretrained, host, lambda: timm.create_model(name, pretrained, **extra)
-    )
-    cfg = resolve_model_data_config(model)
-    return model, {
-        "mean": tuple(cfg["mean"]),
-        "std": tuple(cfg["std"]),
-        "input_size": tuple(cfg["input_size"]),
-        "class_names": None,
-        "weights": _tag(model) if pretrained else "random",
-        "crop": float(cfg["crop_pct"]),
-        "interpolation": str(cfg["interpolation"]),
-    }
-
-
-def _torchvision(
-    name: str, pretrained: bool, classes: int | None
-) -> tuple[nn.Module, dict[str, Any]]:
-    known = torchvision.models.list_models(module=torchvision.models)
-    if name not in known:
-        raise ValueError(f"unknown torchvision model {shown(name)}: " + nearest(name, known, SHOWN))
-    weights = torchvision.models.get_model_weights(name)["DEFAULT"]
-    extra = {} if classes is None else {"num_classes": classes}
-    model = _fetched(
-        f"torchvision:{name}",
-        pretrained,
-        weights.url,
-        lambda: torchvision.models.get_model(
-            name, weights=weights if pretrained else None, **extra
-        ),
-    )
-    transforms: Any = weights.transforms()
-    size = transforms.crop_size[0]
-    return model, {
-        "mean": tuple(transforms.mean),
-        "std": tuple(transforms.std),
-        "input_size": (3, size, size),
-        "class_names": tuple(weights.meta["categories"]) if classes is None else None,
-        "weights": str(weights) if pretrained else "random",
-        "crop": size / transforms.resize_size[0],
-        "interpolation": transforms.interpolation.value,
-    }
-
-
-def _tag(model: nn.Module) -> str:
-    """The tag of the weights that timm has loaded, its name for the network's only ones if none."""
-    cfg: Any = model.pretrained_cfg
-    return str(cfg.get("tag") or "default")
-
-
-def _fetched(name: str, pretrained: bool, host: str, create: Callable[[], nn.Module]) -> nn.Module:
-    """Make a model, with weights from a cache or the network; without a network, fail at once."""
-    if not pretrained:
-        return create()
-    try:
-        with _offline(not _answers(host)):
-            return create()
-    except Exception as error:
-        raise RuntimeError(
-            f"`name`={shown(name)} must have weights on this machine or that can be fetched from "
-            f"{host}, but fetching failed ({type(error).__name__}): check the network, or name a "
-            f"file of weights as in {name}@PATH."
-        ) from error
-
-
-def _answers(url: str) -> bool:
-    """Whether a host answers at all, even by an error, through the proxies that are set."""
-    try:
-        request = urllib.request.Request(url, method="HEAD")
-        with urllib.request.urlopen(request, timeout=PATIENCE_S):
-            return True
-    except urllib.error.HTTPError:
-        return True
-    except (OSError, ValueError):
-        return False
-
-
-@contextmanager
-def _offline(offline: bool) -> Iterator[None]:
-    """Let libraries read their caches only, instead of trying the network for a minute."""
-    before = _HUB.HF_HUB_OFFLINE, socket.getdefaulttimeout()
-    if offline:
-        _HUB.HF_HUB_OFFLINE = True
-        socket.setdefaulttimeout(PATIENCE_S)
-    try:
-        yield
-    finally:
-        _HUB.HF_HUB_OFFLINE = before[0]
-        socket.setdefaulttimeout(before[1])
-
-
-def _classes_of(found: list[Weights], make: Any, name: str, by_order: bool) -> int | None:
-    """Rows of the classifier's weight in the checkpoint, found by its place in the model."""
-    model, _ = make(name, False, None)
-    expected = model.state_dict()
-    head = find_classifier(model)
-    key = next(n for n, m in model.named_modules() if m is head)
-    keys = [k for k in (f"{key}.weight", f"{key}.fc.weight") if k in expected]
-    return rows_of(keys[0], found, expected, by_order) if keys else None
-
-
-def _fill(model: nn.Module, found: list[Weights], name: str, path: Path, by_order: bool) -> int:
-    """Load weights that fit; returns how many tensors these were."""
-    expected = model.state_dict()
-    state = fit(found, expected, by_order, name, path)
-    model.load_state_dict(expected | state)  # old files lack counters of batches
-    if by_order:
-        warnings.warn(
-            f'match="order": all {len(state)} tensors of {path} have the shapes of {name} in '
-            "order; check the accuracy, since tensors of one shape may have changed places",
-            stacklevel=3,
-        )
-    return len(state)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import socket
-import sys
 import zipfile
 from collections import OrderedDict
 
@@ -13,11 +12,11 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torchvision
 from safetensors.torch import save_file
 
 import models
-
-LOADING = sys.modules["models.load"]
+from tta.runtime import libraries
 
 NAME = "timm:test_resnet"
 
@@ -219,16 +218,16 @@ def test_without_a_network_the_answer_comes_at_once(name, monkeypatch):
         seen.append((huggingface_hub.constants.HF_HUB_OFFLINE, socket.getdefaulttimeout()))
         raise OSError("no network")
 
-    monkeypatch.setattr(LOADING.timm, "create_model", create)
-    monkeypatch.setattr(LOADING.torchvision.models, "get_model", create)
-    monkeypatch.setattr(LOADING, "_answers", lambda host: False)
+    monkeypatch.setattr(timm, "create_model", create)
+    monkeypatch.setattr(torchvision.models, "get_model", create)
+    monkeypatch.setattr(libraries, "_answers", lambda host: False)
     before = huggingface_hub.constants.HF_HUB_OFFLINE, socket.getdefaulttimeout()
     with pytest.raises(RuntimeError, match=rf"`name`='{name}' .* in {name}@PATH\.$") as caught:
         models.load(name)
     assert "pretrained=" not in str(caught.value) and "\n" not in str(caught.value)
-    assert seen == [(True, LOADING.PATIENCE_S)]
+    assert seen == [(True, libraries.PATIENCE_S)]
     assert (huggingface_hub.constants.HF_HUB_OFFLINE, socket.getdefaulttimeout()) == before
-    monkeypatch.setattr(LOADING, "_answers", lambda host: True)
+    monkeypatch.setattr(libraries, "_answers", lambda host: True)
     with pytest.raises(RuntimeError):
         models.load(name)
     assert seen[1] == before
@@ -238,5 +237,5 @@ def test_whether_a_host_answers():
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    assert not LOADING._answers(f"http://127.0.0.1:{port}/weights")
-    assert not LOADING._answers("no address")
+    assert not libraries._answers(f"http://127.0.0.1:{port}/weights")
+    assert not libraries._answers("no address")

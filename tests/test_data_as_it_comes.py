@@ -7,6 +7,7 @@ import json
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from torchvision import datasets
@@ -736,12 +737,12 @@ def test_checkpoints_of_other_names_are_loaded_in_order_when_told_so(tmp_path, m
 
 
 def test_weights_that_cannot_be_fetched_are_said_on_the_command_line(tmp_path, monkeypatch, capsys):
-    loading = importlib.import_module("models.load")
+    loading = importlib.import_module("tta.runtime.libraries")
 
     def create(*args, **keywords):
         raise OSError("no network")
 
-    monkeypatch.setattr(loading.timm, "create_model", create)
+    monkeypatch.setattr(timm, "create_model", create)
     monkeypatch.setattr(loading, "_answers", lambda host: False)
     assert experiment(tmp_path, "--model", "timm:resnet10t")[0] == 2
     (line,) = capsys.readouterr().err.splitlines()

@@ -55,7 +55,7 @@ WRAP = [
     (TypeError, r"`norm` must be a name or a config, got int", {"norm": 3}),
     (TypeError, r"`augment` must be callable, got int: pass", {"augment": 3}),
     (TypeError, r"`restore_mask` must be callable, got str", {"restore_mask": "all"}),
-    (ValueError, r"`augment` must belong to an update that takes it", {"augment": images}),
+    (ValueError, r"`augment` must belong to a component that takes it", {"augment": images}),
 ]
 
 

@@ -18,6 +18,7 @@ from tests.helpers.update_traces import (
     check_weights,
     replay,
 )
+from tta.parts.prototypes import nearest_class
 
 ROID = recordings("set-e", "roid_*")
 ROTTA = recordings("set-e", "rotta_*")
@@ -25,6 +26,8 @@ DEYO = recordings("set-e", "deyo_*")
 RPL = recordings("set-e", "rpl_*")
 SHOT = recordings("set-d", "shot_*")
 ZEROSIAM = recordings("set-e", "zerosiam_*")
+SANTA = recordings("set-e", "santa_*")
+TTAUG = recordings("set-e", "ttaug_*")
 RAW = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 close = torch.testing.assert_close
 
@@ -33,7 +36,7 @@ def _named(paths: list[Path]):
     return pytest.mark.parametrize("path", paths, ids=lambda p: p.stem)
 
 
-@_named([*ROID, *ROTTA, *DEYO, *RPL, *SHOT, *ZEROSIAM])
+@_named([*ROID, *ROTTA, *DEYO, *RPL, *SHOT, *ZEROSIAM, *SANTA, *TTAUG])
 def test_source_outputs(path: Path) -> None:
     check_source(Trace(path))
 
@@ -193,6 +196,56 @@ def test_zerosiam(path: Path) -> None:
     adapter.reset()
     start = adapter.state()["update/predictor.weight"]
     assert torch.equal(start, torch.eye(len(start)))
+
+
+@_named(SANTA)
+def test_santa(path: Path) -> None:
+    trace = Trace(path)
+    p = trace.params
+    config = tta.get_config(
+        "santa",
+        weight_self_training=p["lambda_ce_trg"],
+        weight_contrastive=p["lambda_cont"],
+        temperature=p["temperature"],
+        projection_dim=p["projection_dim"],
+        **trace.optimizer(),
+    )
+    start = {f"projector_init/{n}": v for n, v in trace.group("projector_init").items()}
+    adapter = tta.wrap(
+        trace.model(),
+        update=config,
+        source=tta.SourceStatistics(prototypes=trace.tensor("prototypes")),
+        augment=trace.augment,
+        draws=lambda name, shape, call: start[name],
+        **RAW,
+    )
+    assert torch.equal(adapter.constants()["update/prototypes"], trace.tensor("prototypes"))
+    keys = ("loss_self_training", "loss_contrastive")
+    figures = {"loss": "loss"} | {key: key.removeprefix("loss_") for key in keys}
+    images, nearest = trace.tensor("inputs"), []
+    adapter.network.model.get_submodule("fc").register_forward_pre_hook(
+        lambda _, args: nearest.append(nearest_class(args[0], trace.tensor("prototypes")))
+    )
+    for t in replay(trace, adapter, figures):
+        assert torch.equal(nearest[0], trace.tensor("prototype_index")[t])  # of the first pass
+        nearest.clear()
+    projector = {f"update/projector.{n}": v for n, v in trace.group("projector_final").items()}
+    check_state(adapter, projector, **WEIGHTS)
+    adapter.reset()
+    close(adapter(images[0]), trace.tensor("outputs")[0], **LOGITS)
+
+
+@_named(TTAUG)
+def test_ttaug(path: Path) -> None:
+    """As one batch, and image by image."""
+    trace = Trace(path)
+    p = trace.params
+    images, expected = trace.tensor("inputs"), trace.tensor("outputs")
+    fields = {"views": p["views"], "plain": False, "source_weight": 1 - p["alpha"]}
+    for size in (len(images), 1, 5):
+        adapter = tta.wrap(trace.model(), "ttaug", augment=trace.augment, **fields, **RAW)
+        for x, y in zip(images.split(size), expected.split(size), strict=True):
+            close(adapter(x), y, **LOGITS)
 
 
 def _teacher(adapter: tta.Adapter, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -25,7 +25,20 @@ PACKAGES: dict[str, set[str] | None] = {
     "experiments": None,
 }
 # What a plain install lacks, and these files import when they are asked to.
-OPTIONAL = {"tta/streams/strip.py": {"matplotlib"}, "tta/streams/items.py": {"PIL"}}
+OPTIONAL = {"tta/streams/strip.py": {"matplotlib"}, "tta/core/pictures.py": {"PIL"}}
+# Rooms whose files may import what extras bring, but within functions alone.
+SERVING = {"tta/runtime", "tta/export", "tta/cli"}
+EXTRAS = {
+    "PIL",
+    "timm",
+    "torchvision",
+    "av",
+    "fastapi",
+    "starlette",
+    "uvicorn",
+    "prometheus_client",
+}
+EXTRAS |= {"onnx", "onnxscript", "onnxruntime", "ray"}
 
 # The rooms of a package, and which others each may import. The verbs are the files at the top.
 ROOMS: dict[str, dict[str, set[str]]] = {
@@ -36,7 +49,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "streams": {"core"},
         "verbs": {"core"},
         "runtime": {"verbs", "core", "parts"},
-        "cli": {"verbs", "core", "parts"},
+        "cli": {"verbs", "core", "parts", "runtime"},
         "__init__": {"verbs", "core", "methods", "streams", "runtime"},
         "__main__": {"cli"},
     },
@@ -104,10 +117,32 @@ def test_packages_point_one_way(package: str) -> None:
         tops = {name.partition(".")[0] for name in _imported_names(path)}
         foreign = tops - set(sys.stdlib_module_names) - {package}
         foreign -= OPTIONAL.get(str(path.relative_to(ROOT)), set())
+        if any(path.is_relative_to(ROOT / room) for room in SERVING):
+            foreign -= EXTRAS
         allowed = PACKAGES[package]
         assert "tests" not in foreign, path
         if allowed is not None:
             assert foreign <= allowed, f"{path} imports {sorted(foreign - allowed)}"
+
+
+def test_extras_are_imported_within_functions_alone() -> None:
+    """So that every module of `tta` can be imported by a plain install."""
+    for path in sorted((ROOT / "tta").rglob("*.py")):
+        tree = ast.parse(path.read_text())
+        functions = [
+            n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))
+        ]
+        inside = {id(n) for function in functions for n in ast.walk(function)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                names = {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                names = {str(node.module)}
+            else:
+                continue
+            extras = {name.partition(".")[0] for name in names} & (EXTRAS | {"matplotlib"})
+            typing = "if TYPE_CHECKING:" in path.read_text() and node.col_offset
+            assert not extras or id(node) in inside or typing, f"{path} imports {extras}"
 
 
 @pytest.mark.parametrize("package", ROOMS)
@@ -132,11 +167,11 @@ def test_a_method_imports_no_other_method() -> None:
             assert not others, f"{module} imports {others}"
 
 
-def test_streams_know_checks_alone() -> None:
+def test_streams_know_checks_and_pictures_alone() -> None:
     for module in MODULES:
         if module.startswith("tta.streams"):
             others = {m for m in GRAPH[module] if not m.startswith("tta.streams")}
-            assert others <= {"tta.core.checks"}, f"{module} imports {others}"
+            assert others <= {"tta.core.checks", "tta.core.pictures"}, f"{module} imports {others}"
 
 
 def test_ingredients_register_nothing() -> None:

@@ -61,6 +61,13 @@ ADACONTRAST = NESTEROV | {
 GTTA = ADAM_200 | {"lr": 1e-5, "params": "all", "mixup": 1 / 3, "start_confidence": 0.9}
 DEYO = {"entropy_margin": 0.5, "weight_margin": 0.4, "patches": 4, "destroy": "patch"}
 ROTTA = {"memory_size": 64, "update_every": 64, "teacher_momentum": 0.999, "lr_batch_size": 64}
+SANTA = {
+    "weight_self_training": 1.0,
+    "weight_contrastive": 1.0,
+    "temperature": 0.1,
+    "projection_dim": 128,
+    "params": "norm",
+}
 SIAM = {"alignment_weight": 1.0}
 SHOT = {"lr": 5e-5, "params": "body", "pseudo_threshold": 0.9, "lr_batch_size": 64}
 NOTE = {"memory": "pbrs", "memory_size": 64, "update_every": 64, "epochs": 1, "lr": 1e-4}
@@ -134,6 +141,10 @@ SHEETS: dict[str, dict[str, Any]] = {
     | {"optimizer": "adamw", "lr": 1e-5, "weight_decay": 0.01, "views": 64, "prior_strength": None},
     "memo.cifar10": MEMO | {"lr": 0.005, "views": 32, "prior_strength": None},
     "memo.cifar100": MEMO | {"lr": 0.005, "views": 32, "prior_strength": None},
+    "santa.imagenet": NESTEROV | SANTA | {"lr": 0.01, "lr_batch_size": 64},
+    "santa.cifar10": ADAM_200 | SANTA,
+    "santa.cifar100": ADAM_200 | SANTA,
+    "santa.domainnet126": NESTEROV | SANTA | {"lr": 0.01, "projection_dim": 0},
     "cmf.imagenet": NESTEROV
     | CMF
     | {"lr": 2e-4, "lr_batch_size": 64, "process_noise": 0.00025 * 53_120 / 38_400},
@@ -182,6 +193,7 @@ SHEETS: dict[str, dict[str, Any]] = {
     "bn_ema": {"momentum": 0.1, "official": False},
     "neo": {"momentum": None, "use_source_mean": False, "balanced": False},
     "neo.continual": {"momentum": 0.1},
+    "ttaug": {"views": 32, "plain": True, "source_weight": 0.9},
     "t3a": {"filter_size": 20, "official": False},
     "nhl.imagenet": RESNET | {"tau": 1.0, "eta": 1e-2, "normalise": "none", "modulator": "norm"},
     "nhl.cifar10": ADAM_200,
@@ -218,6 +230,7 @@ SCALED_FROM_200 = [
     "rmt",
     "roid",
     "rpl",
+    "santa",
     "cmf",
     "deyo",
     "cafa",
@@ -274,6 +287,7 @@ DIVIDED_BY: dict[float, list[str]] = {
         "roid.imagenet",
         "adacontrast.imagenet",
         "rpl.imagenet",
+        "santa.imagenet",
         "shot_im.pseudo",
         "cmf.imagenet",
         "cmf.imagenet_vit",
@@ -287,7 +301,7 @@ DIVIDED_BY: dict[float, list[str]] = {
         "petta.cifar100",
         "petta.domainnet126",
     ],
-    128: ["rmt.domainnet126"],
+    128: ["rmt.domainnet126", "santa.domainnet126"],
     200: [
         *(f"{name}.cifar10" for name in SCALED_FROM_200),
         *(f"{name}.cifar100" for name in (*SCALED_FROM_200, "eata", "eta")),

@@ -109,3 +109,34 @@ def test_copies_and_children_have_turns_of_their_own() -> None:
     assert os.waitpid(child, 0)[1] == 0
     done.set()
     holder.join(30)
+
+
+def test_who_looks_from_another_thread_takes_nothing_back() -> None:
+    """A call that is going on in one thread is no interrupted one for another."""
+    adapter, own = (make("bn", {"recipe": "tent"})[1] for _ in range(2))
+    begun, go, seen = threading.Event(), threading.Event(), []
+
+    def wait(*_: object) -> None:
+        begun.set()
+        go.wait(10)
+
+    handle = adapter.model.register_forward_hook(wait)  # before the backward pass
+    caller = threading.Thread(target=lambda: adapter(images(0)))
+    caller.start()
+    begun.wait(10)
+    looks = [
+        threading.Thread(target=lambda: seen.append(adapter.session.learning)),
+        threading.Thread(target=lambda: seen.append(len(adapter.parameters_adapted))),
+    ]
+    for look in looks:
+        look.start()
+        look.join(0.1)
+    go.set()
+    for thread in (caller, *looks):
+        thread.join()
+    handle.remove()
+    adapter(images(1))
+    for number in (0, 1):
+        own(images(number))
+    assert all(map(torch.equal, adapter.state().values(), own.state().values()))
+    assert len(seen) == 2

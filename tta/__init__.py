@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from tta.collect import collect_source
     from tta.core.adapter import Adapter
     from tta.core.config import ComponentConfig, UpdateConfig
+    from tta.core.denoiser import Diffusion
     from tta.core.guard import Batch, Guard, Verdict
+    from tta.core.input_rule import Input
     from tta.core.norm_rule import NormRule
     from tta.core.output_rule import Output
     from tta.core.prediction import Prediction, Report
@@ -32,7 +34,9 @@ __all__ = [
     "AdapterConfig",
     "Batch",
     "ComponentConfig",
+    "Diffusion",
     "Guard",
+    "Input",
     "NormRule",
     "Output",
     "Prediction",
@@ -59,7 +63,9 @@ PLACES = {  # of the public names; no module at the top has the name of one of t
     "tta.collect": ("collect_source",),
     "tta.core.adapter": ("Adapter",),
     "tta.core.config": ("ComponentConfig", "UpdateConfig"),
+    "tta.core.denoiser": ("Diffusion",),
     "tta.core.guard": ("Batch", "Guard", "Verdict"),
+    "tta.core.input_rule": ("Input",),
     "tta.core.norm_rule": ("NormRule",),
     "tta.core.output_rule": ("Output",),
     "tta.core.prediction": ("Prediction", "Report"),

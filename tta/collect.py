@@ -69,9 +69,8 @@ def collect_source(
                 collected.batches = loader
             adapter = wrap(model, recipe, source=loader, **wrap_arguments)
         try:
-            for part in (adapter.update, adapter.output, adapter.guard):
-                found = {} if part is None else part.source_artefacts()
-                for key, value in found.items():
+            for part in adapter.parts.values():
+                for key, value in part.source_artefacts().items():
                     setattr(collected, key, _cloned(value))
         finally:
             adapter.unwrap()

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tta.core.adapter import Adapter
 from tta.core.build import Injected, build
 from tta.core.checks import parsed_json, path_like, shown, told
+from tta.core.denoiser import Diffusion
 from tta.core.files import leftovers_of, replacing_together
 from tta.core.head import FeatureSpec
 from tta.core.outputs import LogitsSpec
@@ -93,6 +94,7 @@ def load(
     folder: str | Path,
     *,
     source: Any = None,
+    input: nn.Module | Diffusion | None = None,
     logits: LogitsSpec = None,
     features: FeatureSpec = None,
 ) -> Adapter:
@@ -103,6 +105,7 @@ def load(
         folder: What :func:`save` wrote.
         source: As for :func:`tta.wrap`; only a method that replays source batches from a data
             loader asks for it (a list of batches is saved with the adapter).
+        input: As for :func:`tta.wrap`, where that was given a module or a denoiser.
         logits: As for :func:`tta.wrap`, where that was given a function, which no file holds.
         features: As for :func:`tta.wrap`, where that was given a module or a function.
 
@@ -125,7 +128,7 @@ def load(
             "not "
             f"one: {told(error)}"
         ) from None
-    injected = Injected(logits=logits, features=features)
+    injected = Injected(logits=logits, features=features, input=input)
     adapter = build(model, config, source, injected, parts["constant"])
     try:
         saved, expected = about["model"], _signature(adapter.model, adapter)

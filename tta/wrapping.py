@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tta.core.adapter import Adapter
 from tta.core.build import Injected, build
 from tta.core.config import ComponentConfig
+from tta.core.denoiser import Diffusion
 from tta.core.draws import GivenDraws
 from tta.core.head import FeatureSpec
 from tta.core.model_checks import check_model
@@ -31,6 +32,7 @@ def wrap(
     update: Choice = None,
     output: Choice = None,
     guard: Choice | bool = None,
+    input: Choice | nn.Module | Diffusion = None,
     source: Any = None,
     batch_size: int | None = None,
     seed: int = 0,
@@ -61,6 +63,9 @@ def wrap(
         output: Replaces the output slot: a name, a config, or "source" for the plain logits.
         guard: Fills the guard slot: a name, a config, True for the update's own choice, or False
             for none.
+        input: Fills the input slot: a name, a config, a module from images to images, or a
+            :class:`tta.Diffusion`; "source" for the images as they come. A module is not part of
+            the config, nor saved.
         source: Source batches ``(images, labels)`` or a :class:`tta.SourceStatistics`, for methods
             that need something from the training data.
         batch_size: Batch size of the stream; learning rates are scaled for it once, unless given
@@ -112,7 +117,7 @@ def wrap(
         torch.Size([8, 10])
     """
     check_model(model)
-    slots = {"norm": norm, "update": update, "output": output, "guard": guard}
+    slots = {"input": input, "norm": norm, "update": update, "output": output, "guard": guard}
     request = Request(
         recipe=recipe,
         slots=slots,
@@ -136,5 +141,6 @@ def wrap(
         logits=logits,
         features=features,
         on_event=on_event,
+        input=input if isinstance(input, (nn.Module, Diffusion)) else None,
     )
     return build(model, config, source, injected)

@@ -39,7 +39,8 @@ def threads_matter(config: tta.AdapterConfig, device: torch.device) -> bool | No
     if device.type != "cpu":
         return None
     parts = config.to_dict()
-    names = [parts[slot]["name"] for slot in SLOTS if parts.get(slot)] or [BASELINE]
+    filled = [parts[slot] for slot in SLOTS if parts.get(slot)]
+    names = [p if isinstance(p, str) else p["name"] for p in filled] or [BASELINE]
     found = [_depending().get(name) for name in names]
     return True if True in found else None if None in found else False
 

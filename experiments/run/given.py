@@ -18,7 +18,6 @@ from experiments.run.method_strings import Method, check_labels, parse_method
 from experiments.run.subject import Subject, normalise
 from models import ModelInfo
 from tta.core.checks import channels, shown
-from tta.core.config import SLOTS
 from tta.core.head import find_head
 from tta.core.outputs import LogitsReader
 from tta.core.parameters import is_norm
@@ -73,9 +72,7 @@ class GivenAdapter(Method):
     def of(cls, adapter: tta.Adapter) -> GivenAdapter:
         """Take the adapter in the state in which it is."""
         config = adapter.config
-        parts = {slot: getattr(config, slot) for slot in SLOTS}
-        slots: dict[str, str | tta.ComponentConfig]
-        slots = {slot: part for slot, part in parts.items() if part is not None}
+        slots: dict[str, str | tta.ComponentConfig] = dict(config.components)
         return cls(config.label, slots, adapter=adapter, start=adapter.state())
 
     @contextmanager

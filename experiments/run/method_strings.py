@@ -1,15 +1,7 @@
-"""Method strings of the command line: ``"eata"``, ``"eata.cifar10"``, ``"unmix_tns+eata+lame"``.
-
-A string stands for keywords of `tta.wrap`. Every component goes to the slot that it belongs to, so
-the order of components does not matter. A component without a preset gets the one that was made for
-the model's number of classes, if it has one. Fields are set in brackets:
-``"eata[lr=1e-3, entropy_margin=0.3]+lame"``.
-"""
+"""Methods of a run, from strings; `tta.runtime.method_strings` says how these are read."""
 
 from __future__ import annotations
 
-import ast
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -19,17 +11,11 @@ from torch import Tensor, nn
 
 import tta
 from experiments.run.subject import Subject
-from tta.core.checks import nearest, shown
 from tta.core.component import Component
-from tta.core.config import SLOTS
-from tta.core.registry import PRESET_CLASSES, component
-from tta.core.resolve import host_update
+from tta.core.registry import component
+from tta.runtime.method_strings import SOURCE, parse_method_string
 
 __all__ = ["Method", "check_labels", "parse_method", "parse_methods"]
-
-PLUS = re.compile(r"\+(?![^\[]*\])")  # but not inside of brackets
-SOURCE = "source"  # the model as it is, the one name that is joined to nothing
-PRESET_OF_CLASSES = {classes: preset for preset, classes in PRESET_CLASSES.items()}
 
 
 @dataclass(frozen=True)
@@ -123,57 +109,7 @@ def parse_method(text: str, classes: int) -> Method:
             of one slot.
     """
     label = text.strip()
-    if label == SOURCE:
-        return Method(label)
-    slot_of = {name: slot for slot in SLOTS for name in tta.list_methods(slot=slot)}
-    slots: dict[str, str | tta.ComponentConfig] = {}
-    overrides: dict[str, Any] = {}
-    for part in PLUS.split(label):
-        name, fields = _fields(part.strip())
-        overrides |= fields
-        base, _, preset = name.partition(".")
-        if base == SOURCE:
-            raise ValueError(
-                f"`methods` has {shown(label)}, but source means no adaptation and is joined to "
-                "nothing: leave it out"
-            )
-        if base not in slot_of:
-            raise ValueError(
-                f"`methods` must be names of components, got {shown(base)}: "
-                + nearest(base, [*slot_of, SOURCE])
-            )
-        slot = slot_of[base]
-        if slot in slots:
-            raise ValueError(
-                f"`methods` has {shown(label)}, where {slots[slot]} and {name} are both {slot} "
-                "components: keep one for each of norm, update and output"
-            )
-        default = PRESET_OF_CLASSES.get(classes)
-        if not preset and f"{base}.{default}" in tta.list_methods(f"{base}.*"):
-            name = f"{base}.{default}"
-        tta.get_config(name, **fields)  # raises for an unknown preset or field
-        slots[slot] = name
-    host = host_update(slots.get("guard"))
-    if host is not None and "update" not in slots:
-        slots["update"] = host  # of the recipe that has the guard's name
-    return Method(label, slots, overrides)
-
-
-def _fields(part: str) -> tuple[str, dict[str, Any]]:
-    """Split ``name[field=value, ...]`` into the name and the fields."""
-    name, bracket, inside = part.partition("[")
-    if not bracket:
-        return part, {}
-    try:
-        call = ast.parse(f"f({inside.removesuffix(']')})", mode="eval").body
-        assert isinstance(call, ast.Call) and not call.args and part.endswith("]")
-        fields = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
-        assert len(fields) == len(call.keywords)  # none given twice
-        return name.strip(), fields
-    except (SyntaxError, ValueError, AssertionError) as error:
-        raise ValueError(
-            f"`methods` must set fields as in tent[lr=1e-3, steps=2], got {shown(part)}"
-        ) from error
+    return Method(label, *parse_method_string(label, classes, "methods"))
 
 
 def _component(choice: str | tta.ComponentConfig) -> type[Component]:

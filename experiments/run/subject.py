@@ -15,7 +15,8 @@ import tta
 from corruptions.pictures import OnError
 from experiments.data import Collection, LabelledSet, open_data
 from experiments.records.config import RunConfig
-from tta.core.checks import shown, told
+from tta.core.checks import shown
+from tta.runtime.model_strings import pick_device
 
 __all__ = ["Subject", "load_subject", "normalise", "pick_device", "subject_arguments"]
 
@@ -75,21 +76,6 @@ class Subject:
         if isinstance(self.source, tta.SourceStatistics):
             return list(self.source.contents)
         return [] if self.source is None else ["batches"]
-
-
-def pick_device(name: str | None) -> torch.device:
-    """The device called `name`; None for CUDA where there is one, else the CPU."""
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"`device` must be one that torch can use here, got {shown(name)} ({told(error)}): "
-            "leave it out to have it chosen"
-        ) from error
-    return device
 
 
 def subject_arguments(config: RunConfig, device: torch.device) -> tuple[Any, ...]:

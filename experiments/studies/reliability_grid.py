@@ -15,10 +15,10 @@ from typing import Any
 
 import tta
 from experiments.records.config import StreamConfig
-from experiments.run.method_strings import PLUS
 from experiments.sweep.benchmark import EXPENSIVE, STREAMS, all_methods, bundled_models
 from tta.core.registry import component
 from tta.core.update import Update
+from tta.runtime.method_strings import PLUS
 
 __all__ = [
     "GRIDS",

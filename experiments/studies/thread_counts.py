@@ -31,6 +31,7 @@ from experiments.run.method_strings import Method, parse_method
 from experiments.run.subject import Subject, load_subject
 from tta.core.checks import whole_number
 from tta.core.files import replacing
+from tta.core.registry import component
 
 __all__ = ["ThreadCounts", "add_flags", "render"]
 
@@ -81,7 +82,8 @@ class ThreadCounts:
         self.batch_size = whole_number("batch-size", batch_size, 2, 10**6)
         self.batches = whole_number("batches", batches, 1, 10**6)
         self.subjects = [load_subject(name, "bundled", CPU) for name in names]
-        others = [name for name in tta.list_methods() if name != BASELINE]
+        known = [n for n in tta.list_methods() if not component(n).needs_given]
+        others = [name for name in known if name != BASELINE]
         self.methods = [BASELINE, *others] if methods is None else methods
         for subject in self.subjects:
             for method in self.methods:

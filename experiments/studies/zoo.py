@@ -53,6 +53,7 @@ REASONS = {
     "all left out": r"`params`=.* must leave .* something to train",
     "no classifier": r"`model` must (be a classifier|have a classifier|return logits of shape)",
     "several outputs": r"`model` must return one tensor",
+    "no denoiser": r"`source` must give .* its denoiser",
     "no linear head": r"`model` must make its logits by a linear layer|no linear layer for its",
     "no class token": r"`model` must be a vision transformer with a class token",
     "no blocks": r"`model` must have blocks for",

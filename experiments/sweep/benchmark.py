@@ -22,12 +22,12 @@ import tta
 from experiments.records.config import BASELINE, RunConfig, StreamConfig
 from experiments.report.benchmark_page import write_page
 from experiments.report.collect import collect, write_compact
-from experiments.run.method_strings import PLUS
 from experiments.run.subject import pick_device
 from experiments.sweep.sweep import Sweep, add_workers, pick_executor
 from experiments.sweep.workers import Outcome
 from tta.core.registry import component
 from tta.core.update import Update
+from tta.runtime.method_strings import PLUS
 
 __all__ = ["Benchmark", "BenchmarkRun", "add_flags"]
 
@@ -138,11 +138,12 @@ def _prepare(args: argparse.Namespace) -> BenchmarkRun:
 
 
 def all_methods() -> list[str]:
-    """Every registered method, and some compositions.
+    """Every registered method that a name is enough for, and some compositions.
 
     The bundled models come without source images, so methods that replay these do without.
     """
-    names = sorted(tta.list_methods(), key=lambda name: name != BASELINE)
+    known = [name for name in tta.list_methods() if not component(name).needs_given]
+    names = sorted(known, key=lambda name: name != BASELINE)
     return [_without_replay(name) for name in names] + list(COMPOSED)
 
 

@@ -23,7 +23,7 @@ from experiments.records.config import BASELINE, SweepConfig
 from experiments.report.collect import collect
 from experiments.report.statistics import over_seeds
 from experiments.run.flags import add_settings, parse_value, settings_flags
-from experiments.run.method_strings import PLUS, parse_method
+from experiments.run.method_strings import parse_method
 from experiments.run.settings import make_sweep
 from experiments.run.subject import load_subject, pick_device, subject_arguments
 from experiments.sweep.sweep import Sweep, add_workers, pick_executor
@@ -31,6 +31,7 @@ from experiments.sweep.workers import Outcome
 from tta.core.checks import shown
 from tta.core.config import UpdateConfig
 from tta.core.files import replacing
+from tta.runtime.method_strings import PLUS
 
 __all__ = ["HELD_OUT", "Tune", "add_flags", "candidates", "with_fields"]
 

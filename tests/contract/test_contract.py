@@ -16,12 +16,14 @@ from tests.helpers.batches import BATCH, images, surroundings
 from tests.helpers.compositions import (
     ALONE,
     CASES,
+    FED,
     SAMPLED_GUARDED,
     SAMPLED_PAIRS,
     SAMPLED_TRIPLES,
     Case,
     arguments,
     components,
+    given,
     label,
     make,
 )
@@ -57,9 +59,9 @@ on_components = on(ALONE)
 # be left out, shared with another or put back in the wrong order.
 on_compositions = on(ALONE, SAMPLED_PAIRS, SAMPLED_TRIPLES)
 # A guard puts back what the others remember, and its own memory must go along with theirs.
-on_guarded = on(ALONE, SAMPLED_PAIRS, SAMPLED_TRIPLES, SAMPLED_GUARDED)
+on_guarded = on(ALONE, SAMPLED_PAIRS, SAMPLED_TRIPLES, SAMPLED_GUARDED, FED)
 # A call that is undone or held back is so by the adapter for all slots: one case has all three.
-on_whole_compositions = on(ALONE, SAMPLED_TRIPLES, SAMPLED_GUARDED)
+on_whole_compositions = on(ALONE, SAMPLED_TRIPLES, SAMPLED_GUARDED, FED)
 
 
 def _same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -146,7 +148,7 @@ def test_state_resumes_bitwise(case, tmp_path) -> None:
     _, other = make(*case)
     other.load_state(saved)
     assert all(torch.equal(a, other(images(t))) for t, a in zip((1, 2), expected, strict=True))
-    from_disk = tta.load(tiny(case[0]), tmp_path)
+    from_disk = tta.load(tiny(case[0]), tmp_path, **given(case[1]))
     assert from_disk.config == adapter.config
     assert all(torch.equal(a, from_disk(images(t))) for t, a in zip((1, 2), expected, strict=True))
     adapter.reset()
@@ -353,7 +355,7 @@ def test_config_round_trip(case) -> None:
     _, adapter = make(*case)
     again = tta.AdapterConfig.from_json(adapter.config.to_json())
     assert again == adapter.config
-    other = tta.wrap(tiny(case[0]), again, source=surroundings()["source"])
+    other = tta.wrap(tiny(case[0]), again, source=surroundings()["source"], **given(case[1]))
     assert torch.equal(adapter(images(0)), other(images(0)))
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import tta
-from tests.helpers.compositions import LOOSE, suiting
+from tests.helpers.compositions import LOOSE, given, suiting
 from tests.helpers.nets import cnn
 
 BATCH, SIZE, CLASSES = 2, 8, 4
@@ -37,6 +37,7 @@ def test_memory_does_not_grow_in_2000_batches(name: str) -> None:
         source=[(_images(90 + i), torch.tensor([i % 2, 2 + i % 2])) for i in range(4)],
         mean=(0.0,),
         std=(1.0,),
+        **given({"recipe": name}),
     )
     figures = {}
     for t in range(LATE):

@@ -16,6 +16,7 @@ import tta
 from tests.fuzz.junk import bent, junk, spoilt, tensor, words
 from tests.fuzz.nets import CLASSES, IMAGE, good, odd
 from tests.fuzz.oracle import Case, Planted, model_of, unchanged
+from tests.helpers.compositions import given
 from tta.core.checks import shown
 
 __all__ = [
@@ -59,6 +60,7 @@ def needed(name: str, rng: Random) -> dict[str, Any]:
         "queue_size": 8,
         "bank_size": 8,
     }
+    found |= given({"recipe": name.partition(".")[0]})
     return found | {key: value for key, value in small.items() if key in fields}
 
 

@@ -6,6 +6,7 @@ model with BatchNorm, a filter that lets samples pass) is read off its class and
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from functools import cache
 from typing import Any, TypeAlias
@@ -14,14 +15,18 @@ from torch import nn
 
 import tta
 from tests.helpers.batches import BATCH, surroundings
+from tests.helpers.denoisers import diffusion
 from tests.helpers.nets import FAMILIES, tiny
+from tta.core.config import SLOTS
 from tta.core.guard import Guard
+from tta.core.input_rule import Input
 from tta.core.registry import component
 from tta.core.update import Update
 
 __all__ = [
     "ALONE",
     "CASES",
+    "FED",
     "GUARDED",
     "LOOSE",
     "PAIRS",
@@ -32,6 +37,7 @@ __all__ = [
     "Case",
     "arguments",
     "components",
+    "given",
     "label",
     "make",
     "suiting",
@@ -44,23 +50,37 @@ def _on_every_family(parts: list[dict[str, str]], families: list[str] | None = N
     return [(f, p) for p in parts for f in families or FAMILIES if _fits((f, p))]
 
 
+_MODELS = {family: tiny(family) for family in FAMILIES}
+
+
 @cache
 def suiting(family: str) -> tuple[str, ...]:
     """Names of the components that can work on a family at all."""
-    net = tiny(family)
+    net = _MODELS[family]
     return tuple(name for name in tta.list_methods() if component(name).suits(net))
 
 
 def _fits(case: Case) -> bool:
-    """Whether the components of the case can work on the family."""
-    return all(name in suiting(case[0]) for name in case[1].values())
+    """Whether the components of the case can work on the family, and none refuses another."""
+    family, parts = case
+    if not all(name in suiting(family) for name in parts.values()):
+        return False
+    if "norm" not in parts:
+        return True
+    slots = dict.fromkeys(SLOTS) | {slot: tta.get_config(name) for slot, name in parts.items()}
+    try:
+        for name in parts.values():
+            component(name).check_slots(tta.get_config(name), slots, _MODELS[family])
+    except ValueError:
+        return False
+    return True
 
 
 def _only_family(parts: dict[str, str]) -> Case:
     """The case on the family with BatchNorm; without its norm rule elsewhere where that must be."""
     names = [name for slot, name in parts.items() if slot != "norm"]
     family = next(f for f in FAMILIES if all(name in suiting(f) for name in names))
-    if not _fits((family, parts)):
+    if family != "bn":
         parts = {slot: name for slot, name in parts.items() if slot != "norm"}
     return family, parts
 
@@ -70,8 +90,8 @@ def components(case: Case) -> list[type[Any]]:
     return [component(name) for name in case[1].values()]
 
 
-_NORMS, _UPDATES, _OUTPUTS, _GUARDS = (
-    tta.list_methods(slot=slot) for slot in ("norm", "update", "output", "guard")
+_NORMS, _UPDATES, _OUTPUTS, _GUARDS, _INPUTS = (
+    tta.list_methods(slot=slot) for slot in ("norm", "update", "output", "guard", "input")
 )
 
 ALONE = _on_every_family([{"recipe": name} for name in tta.list_methods()])
@@ -85,22 +105,39 @@ PAIRS = _on_every_family(
 
 # All triples would be thousands of cases. Each pair of a norm rule and an output rule comes with
 # some update, and one family is enough, because a triple adds little to the pairs that it holds.
-TRIPLES: list[Case] = [
-    ("bn", {"norm": _NORMS[(i + j) % len(_NORMS)], "update": u, "output": o})
-    for i, u in enumerate(_UPDATES)
-    for j, o in enumerate(_OUTPUTS)
-    if u in suiting("bn")  # all others are without a norm rule, and among the pairs
-]
+TRIPLES = _on_every_family(
+    [
+        {"norm": _NORMS[(i + j) % len(_NORMS)], "update": u, "output": o}
+        for i, u in enumerate(_UPDATES)
+        for j, o in enumerate(_OUTPUTS)
+    ],
+    ["bn"],  # an update that works elsewhere alone has no norm rule, and is among the pairs
+)
 """A component in all three slots: every pair of components is in one of them."""
 
 GUARDED = [
-    _only_family({"norm": _NORMS[(i + j) % len(_NORMS)], "update": u, "guard": g})
+    case
     for i, u in enumerate(_UPDATES)
     for j, g in enumerate(_GUARDS)
+    if _fits(case := _only_family({"norm": _NORMS[(i + j) % len(_NORMS)], "update": u, "guard": g}))
 ]
 """Every guard over every update, and over every norm rule with some update."""
 
-CASES = ALONE + PAIRS + TRIPLES + GUARDED
+_ON_BN = [name for name in _UPDATES if name in suiting("bn")]
+FED = _on_every_family(
+    [
+        {"input": i, "update": _ON_BN[(5 * k) % len(_ON_BN)], "output": o, "guard": g}
+        for k, (i, o, g) in enumerate(
+            (i, o, g)
+            for i in _INPUTS
+            for o, g in zip(_OUTPUTS, itertools.cycle(_GUARDS), strict=False)
+        )
+    ],
+    ["bn"],
+)
+"""Every input rule with every output rule, some update and some guard."""
+
+CASES = ALONE + PAIRS + TRIPLES + GUARDED + FED
 
 
 def _in_turn(cases: list[Case], key: Callable[[Case], Any], count: int = 1) -> list[Case]:
@@ -171,7 +208,15 @@ def arguments(parts: dict[str, str]) -> dict[str, Any]:
             chosen[slot] = config.override(**rate)
         elif issubclass(component(name), Guard):
             chosen[slot] = tta.get_config(name, **_loose(name))
-    return chosen | surroundings()
+        elif "views" in tta.get_config(name).to_dict():
+            chosen[slot] = tta.get_config(name, views=LOOSE["views"])
+    return chosen | surroundings() | given(parts)
+
+
+def given(parts: dict[str, str]) -> dict[str, Any]:
+    """What no file holds of an adapter: the denoiser of an input rule."""
+    names = [name for name in parts.values() if issubclass(component(name), Input)]
+    return {"input": diffusion(names[0])} if names else {}
 
 
 def make(family: str, parts: dict[str, str], **extra: Any) -> tuple[nn.Module, tta.Adapter]:

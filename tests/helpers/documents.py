@@ -23,8 +23,11 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "corruptions": ("torchvision", "PIL", "corruptions"),
     "plots": ("matplotlib", "PIL"),
     "models": ("torchvision", "PIL", "timm", "models"),
+    "serve": ("torchvision", "PIL", "timm", "fastapi", "uvicorn", "prometheus_client"),
 }
+SERVING = ("fastapi", "uvicorn", "prometheus_client")
 OPTIONAL = ("torchvision", "PIL", "corruptions", "matplotlib", "timm", "models", "experiments")
+OPTIONAL += SERVING
 NEEDS["experiments"] = OPTIONAL
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import tta
 from tests.helpers.batches import source_batches, surroundings
-from tests.helpers.compositions import LOOSE
+from tests.helpers.compositions import LOOSE, given
 from tests.helpers.nets import tiny
 
 __all__ = [
@@ -38,7 +38,10 @@ def wrapped(net: nn.Module, method: str, dtype: torch.dtype = torch.float32, **m
     if "lr" in fields and "lr" not in more:
         loose["lr"] = 0.05
     source = [(x.to(dtype), y) for x, y in source_batches()]
-    return tta.wrap(net, method, **surroundings() | {"source": source} | loose | more)
+    parts = {"recipe": method.partition(".")[0]}
+    return tta.wrap(
+        net, method, **surroundings() | given(parts) | {"source": source} | loose | more
+    )
 
 
 class Normalised(nn.Module):

@@ -20,7 +20,12 @@ from tta.version import __version__
 
 __all__ = ["COMMANDS", "main"]
 
-COMMANDS = {"methods": "list the components, or show all about one"}
+COMMANDS = {
+    "methods": "list the components, or show all about one",
+    "collect": "make source artefacts from a folder of pictures",
+    "run": "predict the frames of folders, videos and cameras, and adapt to them",
+    "serve": "predict images of many streams over HTTP, each of which adapts by itself",
+}
 ABOUT = "Test-time adaptation of image classifiers."
 BROKEN_PIPE, INTERRUPTED = 141, 130  # exit statuses that shells give for these two signals
 

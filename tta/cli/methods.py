@@ -21,6 +21,7 @@ from tta.core.registry import component, get_config, list_methods
 __all__ = ["add_arguments", "field_meanings", "papers", "run"]
 
 TITLES = {
+    "input": "input rules: what the model is given in place of the images",
     "norm": "norm rules: where a BatchNorm layer takes its statistics from",
     "update": "updates: how parameters move",
     "output": "output rules: what is returned in the end",

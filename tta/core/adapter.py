@@ -13,12 +13,13 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from tta.core.backbone import Backbone
 from tta.core.checks import boolean, shown
-from tta.core.component import Context
-from tta.core.config import SLOTS
+from tta.core.component import Component, Context
 from tta.core.guard import Guard
+from tta.core.input_rule import Input, Inputs
 from tta.core.loan import Loan
 from tta.core.norm_layers import AdaptiveNorm, remove
 from tta.core.output_rule import Output
+from tta.core.outputs import GIVEN
 from tta.core.prediction import Report
 from tta.core.recipe import AdapterConfig
 from tta.core.serving import Serving
@@ -55,6 +56,7 @@ class Adapter(nn.Module):
         update: Update | None,
         output: Output | None,
         guard: Guard | None = None,
+        input_rule: Input | None = None,
         on_event: Callable[[dict[str, Any]], Any] | None = None,
     ) -> None:
         super().__init__()
@@ -64,18 +66,22 @@ class Adapter(nn.Module):
         self.update = update
         self.output = output
         self.guard = guard
+        self.input = input_rule
         self._on_event = on_event
         self._network: Backbone | None = network
         self._context = context
         self._wrappers = wrappers
         network.session.guard = guard
-        slots = (wrappers, update, output, guard)
+        slots = (wrappers, update, output, guard, input_rule)
         self._state = AdapterState(config.label, context.generator, network, *slots)
-        parts = [part for part in (update, output, guard) if part is not None]
-        self._transaction = Transaction(self._state, network, parts, context.journal)
+        self._transaction = Transaction(
+            self._state, network, list(self.parts.values()), context.journal
+        )
         self._serving = Serving(
             network, self._state, wrappers, update, output, self._transaction, guard, config.shadow
         )
+        if input_rule is not None:
+            self._serving.inputs = Inputs(input_rule, network, context.generator)
         trained = None if update is None else context.parameters.values()
         self._loan = Loan(network.model, network.masters.own.values(), trained)
 
@@ -223,7 +229,7 @@ class Adapter(nn.Module):
             )
         if keep is True:
             self._check_writable()
-        elif keep and (self._wrappers or self.output is not None):
+        elif keep and (self._wrappers or self.output is not None or self.input is not None):
             self.session.warn_once(
                 "parameters",
                 f"the parameters were learned under {self.config.label}, and go with the source "
@@ -241,6 +247,8 @@ class Adapter(nn.Module):
             network.masters.give_back(self._state.original)
             network.buffers.give_back()
         self._loan.end()
+        if self.input is not None:
+            self.input.release()
         self._network = None
         del self._modules["model"]
         return model
@@ -283,6 +291,8 @@ class Adapter(nn.Module):
         """Figures of the last batch; see :class:`tta.Report`."""
         figures = {"seen": self._serving.seen, "rejected": self._serving.rejected, "selected": 0}
         figures |= {"loss": float("nan"), "stepped": False, "resets": 0}
+        if self.input is not None:
+            figures |= self.input.report.raw()
         if self.output is not None:
             figures |= self.output.report.raw()
         if self.update is not None:
@@ -323,6 +333,12 @@ class Adapter(nn.Module):
         return [] if self.guard is None else list(self.guard.events)
 
     @property
+    def parts(self) -> dict[str, Component]:
+        """The components by slot, but for norm rules, of which each layer has one."""
+        found = {slot: getattr(self, slot) for slot in ("input", "update", "output", "guard")}
+        return {slot: part for slot, part in found.items() if part is not None}
+
+    @property
     def num_classes(self) -> int:
         """Number of classes of the model."""
         return self._context.num_classes
@@ -351,7 +367,8 @@ class Adapter(nn.Module):
     @property
     def network(self) -> Backbone:
         """The wrapped model as components call it."""
-        return self._held("has no network")
+        with self.turns.lock:  # or what another thread is doing would count as interrupted
+            return self._held("has no network")
 
     @property
     def session(self) -> Session:
@@ -364,11 +381,8 @@ class Adapter(nn.Module):
         return self
 
     def __repr__(self) -> str:
-        filled = [
-            f"{slot}={part.name}"
-            for slot in SLOTS
-            if (part := getattr(self.config, slot)) is not None
-        ]
+        filled = [f"{slot}={part.name}" for slot, part in self.config.components.items()]
+        filled += ["input=given"] if self.config.input == GIVEN else []
         moving = [v for k, v in self._state.tensors().items() if k != "rng"]
         trained = sum(p.numel() for p in self.parameters_adapted.values())
         total = sum(p.numel() for p in self.parameters())
@@ -434,13 +448,12 @@ class Adapter(nn.Module):
 
     def _check_writable(self) -> None:
         """Refuse to write into the model what a plain one cannot hold."""
-        parts: list[Any] = [wrapper.rule for wrapper in self._wrappers.values()][:1]
-        parts += [] if self.output is None else [self.output]
-        for part in parts:
-            if not part.writable:
+        parts = [wrapper.rule for wrapper in self._wrappers.values()][:1]
+        for part in (*parts, self.output, self.input):
+            if part is not None and not part.writable:
                 raise ValueError(
                     f"`keep` must be False for {part.name}, which a plain model cannot hold, got "
-                    "True: wrap with norm='robust_bn' or without an output rule, or pass "
+                    "True: wrap with norm='robust_bn' or without an output or input rule, or pass "
                     "keep='parameters'."
                 )
         if self.update is not None and not (self.update.trains_model or self.update.writable):
@@ -459,7 +472,7 @@ class Adapter(nn.Module):
         self.session.learning = learning
         for wrapper in self._wrappers.values():
             wrapper.rule.learning = learning
-        for part in (self.output, self.guard):
+        for part in (self.input, self.output, self.guard):
             if part is not None:
                 part.learning = learning
 

@@ -64,7 +64,7 @@ class AdapterSets:
         transaction, serving = adapter._transaction, adapter._serving
         self._held: list[tuple[dict[str, Any], set[str] | None]] = [
             *((held, None) for held in transaction.attributes()),
-            (vars(serving), {"seen", "rejected"}),
+            (vars(serving), {"seen", "rejected", "taken"}),
             (vars(adapter._context.draws), {"call"}),
         ]
         self._settle()

@@ -351,6 +351,10 @@ class Backbone:
             for wrapper in self.wrappers:
                 wrapper.passes.clear()
 
+    def check_next(self) -> None:
+        """Check what the next pass of this call gives as that of the first one."""
+        self._first_pass = True
+
     def settle(self) -> None:
         """Leave a call that an exception has ended, at whatever line."""
         self.session.settle()

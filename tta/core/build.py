@@ -6,6 +6,7 @@ Everything that can be refused is refused before the first change to the model; 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,12 +18,14 @@ from tta.core.adapter import Adapter
 from tta.core.backbone import Backbone
 from tta.core.checks import shown
 from tta.core.component import Context
-from tta.core.config import SLOTS, ComponentConfig, UpdateConfig
+from tta.core.config import ComponentConfig, UpdateConfig
+from tta.core.denoiser import Diffusion
 from tta.core.draws import Draws, GivenDraws
 from tta.core.fitting import fit, load_constants
 from tta.core.guard import Guard
 from tta.core.head import Head, find_head
 from tta.core.hooks import LogitHook
+from tta.core.input_rule import GivenInput, Input
 from tta.core.masters import Masters
 from tta.core.model_buffers import ModelBuffers
 from tta.core.model_checks import check_model
@@ -59,6 +62,7 @@ class Injected:
         logits: Takes logits out of what the model returns.
         features: The module that features go into, or a function of model and images.
         on_event: Called with every event of the guard.
+        input: A module for the input slot, or a Diffusion for the rule in it.
     """
 
     augment: Callable[[Tensor, int], Tensor] | None = None
@@ -67,12 +71,11 @@ class Injected:
     logits: Any = None
     features: Any = None
     on_event: Callable[[dict[str, Any]], Any] | None = None
+    input: nn.Module | Diffusion | None = None
 
     def check(self, config: AdapterConfig) -> None:
-        """Refuse what is no function, what the update does not take, and what is missing."""
-        update = config.update
-        cls: Any = None if update is None else component(update.name)
-        for name in ("logits", "features"):
+        """Refuse what is no function, what no component takes, and what is missing."""
+        for name in ("logits", "features", "input"):
             if getattr(config, name) == GIVEN and not callable(getattr(self, name)):
                 raise ValueError(
                     f"`{name}` must be given again, since no file holds what it was, got none: "
@@ -84,7 +87,7 @@ class Injected:
                 raise TypeError(
                     f"`{name}` must be callable, got {type(value).__name__}: pass a function."
                 )
-        names = [part.name for slot in SLOTS if (part := getattr(config, slot)) is not None]
+        names = [part.name for part in config.components.values()]
         if self.draws is not None and not any(component(name).takes_draws for name in names):
             raise ValueError(
                 "`draws` must belong to a component that takes them, got "
@@ -93,10 +96,11 @@ class Injected:
         for name, value in (("augment", self.augment), ("restore_mask", self.restore_mask)):
             if value is None:
                 continue
-            if cls is None or name not in cls.injects:
-                chosen = "no update" if cls is None else repr(cls.name)
+            if not any(name in component(part).injects for part in names):
+                chosen = ", ".join(names) or "no component"
                 raise ValueError(
-                    f"`{name}` must belong to an update that takes it, got {chosen}: leave it out."
+                    f"`{name}` must belong to a component that takes it, got {chosen}: leave it "
+                    "out."
                 )
 
 
@@ -127,6 +131,8 @@ def build(
     injected = Injected() if injected is None else injected
     injected.check(config)
     statistics = as_source(source)
+    if isinstance(injected.input, Diffusion):
+        statistics = dataclasses.replace(statistics, denoiser=injected.input)
     check_parameters(statistics, model)
     with torch.inference_mode(False):
         adapter = _assemble(model, config, injected)
@@ -155,7 +161,7 @@ def _assemble(model: nn.Module, config: AdapterConfig, injected: Injected) -> Ad
     if output is not None and output.makes_logits:
         session.logit_hook = LogitHook(output)
     wrappers: dict[str, AdaptiveNorm] = {}
-    network = None
+    network = rule = None
     try:
         if config.norm is not None:
             wrappers = _insert_norm(model, config.norm, context, session)
@@ -170,17 +176,32 @@ def _assemble(model: nn.Module, config: AdapterConfig, injected: Injected) -> Ad
         guard = None
         if config.guard is not None:
             guard = _component(Guard, config.guard, network, context)
+        rule = _input_rule(config, injected, network, context)
+        if output is not None:
+            output.begin(network)
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        for part in (update, output, guard, *(wrapper.rule for wrapper in wrappers.values())):
+        for part in (rule, update, output, guard, *(wrapper.rule for wrapper in wrappers.values())):
             if part is not None:
                 part.to(device)
-        slots = (wrappers, update, output, guard)
+        slots = (wrappers, update, output, guard, rule)
         return Adapter(config, context, network, *slots, on_event=injected.on_event)
     except BaseException:
+        if rule is not None:
+            rule.release()
         if network is not None:
             network.close()
         remove(model, wrappers)
         raise
+
+
+def _input_rule(
+    config: AdapterConfig, injected: Injected, network: Backbone, context: Context
+) -> Input | None:
+    if isinstance(config.input, ComponentConfig):
+        return _component(Input, config.input, network, context)
+    if isinstance(injected.input, nn.Module) and config.input is not None:
+        return GivenInput(injected.input, network, context)
+    return None
 
 
 def _replaced_layers(model: nn.Module, config: AdapterConfig) -> set[int]:

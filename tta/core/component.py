@@ -113,9 +113,11 @@ class Component(nn.Module):
     wants_features: ClassVar[bool] = False  # reads features where the model has any
     needs_linear_head: ClassVar[bool] = False  # reads the layer that makes logits of features
     uses_labels: ClassVar[bool] = True  # reads the labels of source batches
+    needs_given: ClassVar[bool] = False  # needs a module that the caller alone has
     replays_source: ClassVar[bool] = False  # goes on reading source batches while it adapts
     takes_softmax: ClassVar[bool] = True  # works on a softmax of the logits
     takes_draws: ClassVar[bool] = False  # asks ``context.draws`` before it draws itself
+    injects: ClassVar[tuple[str, ...]] = ()  # of wrap's "augment" and "restore_mask"
     writable: ClassVar[bool] = False  # a plain model can hold what it has learned
     # Fields under which `collect_source` wraps the method, so that only artefacts are computed.
     artefact_fields: ClassVar[dict[str, Any]] = {}
@@ -149,6 +151,9 @@ class Component(nn.Module):
             slots: The configs of all slots.
             model: The unwrapped model.
         """
+
+    def attach(self, source: Any) -> None:
+        """Take from ``source`` what a saved adapter does not hold, or raise if it is not there."""
 
     def source_artefacts(self) -> dict[str, Any]:
         """What :meth:`fit` took from the source, as fields of ``SourceStatistics``."""

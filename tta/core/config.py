@@ -27,7 +27,7 @@ from tta.core.checks import (
 
 __all__ = ["CIFAR_ADAM", "LR_SCALINGS", "SLOTS", "ComponentConfig", "UpdateConfig", "lr_share"]
 
-SLOTS = ("norm", "update", "output", "guard")  # of an adapter
+SLOTS = ("input", "norm", "update", "output", "guard")  # of an adapter
 OPTIMIZERS = ("sgd", "adam", "adamw")
 LR_SCALINGS = ("none", "linear", "linear_below", "small_batch")
 

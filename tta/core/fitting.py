@@ -10,7 +10,6 @@ from torch import Tensor
 from tta.core.adapter import Adapter
 from tta.core.backbone import Backbone, ImagesRefusedError, KindRefusedError
 from tta.core.checks import told
-from tta.core.component import Component
 from tta.core.norm_layers import normalize_by_source, with_statistics
 from tta.core.source import SourceStatistics
 from tta.core.source_checks import checked
@@ -33,7 +32,7 @@ def fit(adapter: Adapter, source: SourceStatistics) -> None:
     source = _checked(adapter, network, source)
     before = {key: v for key, v in adapter.state().items() if key.startswith("norm/")}
     try:
-        for part in (adapter.output, adapter.update, adapter.guard):
+        for part in (adapter.input, adapter.output, adapter.update, adapter.guard):
             if isinstance(part, Update):
                 part.fit(source)
             elif part is not None:
@@ -50,7 +49,7 @@ def fit(adapter: Adapter, source: SourceStatistics) -> None:
     network.buffers.put_back_all()
     for wrapper in wrappers:
         wrapper.rule.fell_back = False  # source batches may have been short
-    used = [part.source_used for part in _parts(adapter).values()]
+    used = [part.source_used for part in adapter.parts.values()]
     words = "; ".join(text for text in used if text) or None
     adapter.config = dataclasses.replace(adapter.config, source=words)
 
@@ -68,7 +67,7 @@ def load_constants(
     Raises:
         ValueError: When constants are missing or do not fit the model.
     """
-    for slot, part in _parts(adapter).items():
+    for slot, part in adapter.parts.items():
         prefix = f"{slot}/"
         mine = {k[len(prefix) :]: v for k, v in constants.items() if k.startswith(prefix)}
         try:
@@ -82,19 +81,14 @@ def load_constants(
                 f"`folder` must hold the constants of {part.name} for this model, but does not "
                 f"({reason}): save the adapter again."
             )
-    if adapter.update is not None:
-        adapter.update.attach(_checked(adapter, adapter.network, source))
-
-
-def _parts(adapter: Adapter) -> dict[str, Component]:
-    """The components that may take something from the source, by slot."""
-    parts = {"update": adapter.update, "output": adapter.output, "guard": adapter.guard}
-    return {slot: part for slot, part in parts.items() if part is not None}
+    source = _checked(adapter, adapter.network, source)
+    for part in adapter.parts.values():
+        part.attach(source)
 
 
 def _checked(adapter: Adapter, network: Backbone, source: SourceStatistics) -> SourceStatistics:
     """Return the same source, with batches that are checked as they are read."""
-    parts = _parts(adapter).values()
+    parts = adapter.parts.values()
     if source.batches is None or not parts:
         return source
     labels = any(part.uses_labels for part in parts)

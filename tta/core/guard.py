@@ -88,6 +88,7 @@ class Batch:
         scores: (B, C) that are to be returned; None before the model has run.
         report: The update's.
         learned: Whether the adapter has learned from the batch.
+        original: The images as they came, where an input rule has changed them.
     """
 
     images: Tensor
@@ -100,13 +101,15 @@ class Batch:
     scores: Tensor | None = None
     report: Report = field(default_factory=Report)
     learned: bool = False
+    original: Tensor | None = None
     passes: int = 0
     _source: Prediction | None = None
 
     def source(self) -> Prediction:
         """Predict with the source model: one forward pass when first asked for."""
         if self._source is None:
-            self._source = self._counted(self.predictor.source)
+            images = self.images if self.original is None else self.original
+            self._source = self._counted(self.predictor.source, images)
         return self._source
 
     @property
@@ -116,11 +119,11 @@ class Batch:
 
     def anchor(self) -> Prediction:
         """Predict with the source's parameters under the present norm rule: one forward pass."""
-        return self._counted(self.predictor.anchor)
+        return self._counted(self.predictor.anchor, self.images)
 
     def predict(self) -> Prediction:
         """Predict with the model as it is now, statistics at rest: one forward pass."""
-        return self._counted(self.predictor.present)
+        return self._counted(self.predictor.present, self.images)
 
     @property
     def averages(self) -> dict[str, float]:
@@ -132,9 +135,9 @@ class Batch:
         seed = context.generator.initial_seed()
         return CountedDraws(seed + (self.step << 32), self.images.device)
 
-    def _counted(self, predict: Callable[[Tensor], Prediction]) -> Prediction:
+    def _counted(self, predict: Callable[[Tensor], Prediction], images: Tensor) -> Prediction:
         self.passes += 1
-        return predict(self.images)
+        return predict(images)
 
 
 class Estimator(nn.Module):

@@ -18,6 +18,7 @@ class Loan:
         model: The model, with its norm layers wrapped.
         own: The model's parameters that are trained, whose gradients are stored until the end.
         trained: The parameters that need gradients; None where nothing is trained.
+        mark: Whether the model counts as wrapped meanwhile.
     """
 
     def __init__(
@@ -25,11 +26,13 @@ class Loan:
         model: nn.Module,
         own: Iterable[nn.Parameter],
         trained: Iterable[nn.Parameter] | None,
+        mark: bool = True,
     ) -> None:
         self._modes = [(m, m.training) for m in model.modules()]
         self._flags = [(p, p.requires_grad) for p in model.parameters()]
         self._gradients = [(p, p.grad) for p in own]
-        for module, _ in self._modes:
+        self._mark = mark
+        for module, _ in self._modes if mark else ():
             module.__dict__[WRAPPED] = True
         for p, _ in self._gradients:
             p.grad = None
@@ -47,4 +50,5 @@ class Loan:
             p.requires_grad_(flag)
         for module, mode in self._modes:
             module.training = mode
-            module.__dict__.pop(WRAPPED, None)
+            if self._mark:
+                module.__dict__.pop(WRAPPED, None)

@@ -60,6 +60,16 @@ class Output(Component):
         """
         raise NotImplementedError  # pragma: no cover
 
+    def begin(self, network: Backbone) -> None:
+        """Look at the wrapped model; called once, when all slots are filled, before :meth:`fit`."""
+
+    def answer(self, x: Tensor, prediction: Prediction) -> Tensor:
+        """Return scores (B, C) for images (B, ...), of which a prediction is made.
+
+        A subclass whose scores depend on more than that prediction writes this one too.
+        """
+        return self.correct(prediction)
+
     def correct(self, prediction: Prediction) -> Tensor:
         """Return scores (B, C) that replace the logits."""
         raise NotImplementedError  # pragma: no cover

@@ -24,7 +24,7 @@ from tta.core.state import AdapterState
 from tta.core.transaction import Transaction
 from tta.core.update import Update
 
-__all__ = ["Oversight", "Passes"]
+__all__ = ["Oversight", "Passes", "without_trace"]
 
 # Figures that `judge` may still change.
 LATE = ("passes", "agreement", "paired_concentration", "source_concentration")
@@ -32,6 +32,20 @@ COUNTS = ("update/resets",)  # what the methods report since wrap, whatever a gu
 PARTLY = ("param/", "norm/", "update/teacher.")  # what moves on a part of the way back
 
 Predict = Callable[[Tensor, bool, bool], tuple[Prediction, Tensor]]
+
+
+@contextmanager
+def without_trace(network: Backbone) -> Iterator[None]:
+    """Let neither statistics nor the model's own buffers move, nor what it returned last."""
+    own = {name: b.clone() for name, b in network.buffers.tensors().items()}
+    result = network.result
+    try:
+        with torch.set_grad_enabled(network.session.following), frozen_statistics(network.wrappers):
+            yield
+    finally:
+        if own:
+            network.buffers.put_back(own)
+        network.result = result
 
 
 class Passes:
@@ -57,7 +71,8 @@ class Passes:
         """Predict with the source's parameters and statistics."""
         network = self.network
         plain = network.session.plain_head()
-        with self._no_trace(), plain, with_statistics(network.wrappers, normalize_by_source):
+        statistics = with_statistics(network.wrappers, normalize_by_source)
+        with without_trace(network), plain, statistics:
             starts = {n: network.buffers.start_of(n) for n in network.buffers.moving}
             if starts:
                 network.buffers.put_back(starts)
@@ -67,12 +82,12 @@ class Passes:
 
     def anchor(self, x: Tensor) -> Prediction:
         """Predict with the source's parameters under the present norm rule."""
-        with self._no_trace():
+        with without_trace(self.network):
             return self.network(x, self._weights())
 
     def present(self, x: Tensor) -> Prediction:
         """Predict as a frozen adapter does."""
-        with self._no_trace():
+        with without_trace(self.network):
             return self.network(x) if self.update is None else self.update.predict(x)
 
     def distance_parts(self) -> tuple[list[Tensor], list[Tensor]]:
@@ -86,21 +101,6 @@ class Passes:
 
     def _weights(self) -> Any:
         return (self.places, self._start()) if self.trained else None
-
-    @contextmanager
-    def _no_trace(self) -> Iterator[None]:
-        """Let neither statistics nor the model's own buffers move, nor what it returned last."""
-        network = self.network
-        own = {name: b.clone() for name, b in network.buffers.tensors().items()}
-        result = network.result
-        follow = network.session.following
-        try:
-            with torch.set_grad_enabled(follow), frozen_statistics(network.wrappers):
-                yield
-        finally:
-            if own:
-                network.buffers.put_back(own)
-            network.result = result
 
 
 class Oversight:
@@ -139,14 +139,22 @@ class Oversight:
         self.passes = Passes(network, update, state.original)
         self.new_events: list[dict[str, Any]] = []  # of this call
 
-    def serve(self, x: Tensor, learning: bool, follow: bool, predict: Predict) -> Tensor:
+    def serve(
+        self,
+        x: Tensor,
+        learning: bool,
+        follow: bool,
+        predict: Predict,
+        original: Tensor | None = None,
+    ) -> Tensor:
         """Predict a batch, learn what the guard lets through, and return what it answers.
 
         Args:
-            x: Images (B, ...).
+            x: Images (B, ...) that the model is given.
             learning: Whether the adapter may learn.
             follow: Whether gradients flow to the images.
             predict: Images, whether to follow and whether to learn -> prediction and scores.
+            original: The images as they came, if an input rule has changed them.
         """
         guard, monitor = self.guard, self.guard.monitor
         self.new_events = []
@@ -156,6 +164,7 @@ class Oversight:
             learning=learning,
             predictor=self.passes,
             monitor=monitor,
+            original=original,
         )
         guard.report = Report()
         held = bool(guard.frozen)

@@ -23,6 +23,7 @@ from tta.core.checks import (
     whole_number,
 )
 from tta.core.config import SLOTS, ComponentConfig
+from tta.core.outputs import GIVEN
 from tta.core.registry import component, config_from_dict
 
 __all__ = ["AdapterConfig"]
@@ -36,6 +37,7 @@ class AdapterConfig:
     part of a config.
     """
 
+    input: ComponentConfig | str | None = None  # "given": a module
     norm: ComponentConfig | None = None
     update: ComponentConfig | None = None
     output: ComponentConfig | None = None
@@ -89,9 +91,8 @@ class AdapterConfig:
         object.__setattr__(self, "std", std)
 
     def _check_activation(self) -> None:
-        for slot in SLOTS:
-            config = getattr(self, slot)
-            if config is None or self.activation == "softmax":
+        for config in self.components.values():
+            if self.activation == "softmax":
                 continue
             if component(config.name).takes_softmax:
                 raise ValueError(
@@ -104,7 +105,14 @@ class AdapterConfig:
     def label(self) -> str:
         """The components in one word, such as "bn+eata"; "source" for none."""
         chosen = (getattr(self, slot) for slot in SLOTS)
-        return "+".join(c.name for c in chosen if c is not None) or "source"
+        names = (c if isinstance(c, str) else c.name for c in chosen if c is not None)
+        return "+".join(names) or "source"
+
+    @property
+    def components(self) -> dict[str, ComponentConfig]:
+        """The configs of the slots that are filled, but for a module in the input slot."""
+        found = {slot: getattr(self, slot) for slot in SLOTS}
+        return {slot: c for slot, c in found.items() if isinstance(c, ComponentConfig)}
 
     def to_dict(self) -> dict[str, Any]:
         """Nested JSON types."""
@@ -164,7 +172,7 @@ class AdapterConfig:
 
 
 def _check_slot(slot: str, value: Any) -> None:
-    if value is None:
+    if value is None or (slot == "input" and value == GIVEN):
         return
     if not isinstance(value, ComponentConfig):
         raise TypeError(

@@ -57,9 +57,8 @@ def register(name: str) -> Callable[[C], C]:
             )
         if cls.slot not in SLOTS and not cls.empties_slots:
             raise TypeError(
-                f"`slot` must be 'norm', 'update', 'output' or 'guard', got {shown(cls.slot)}: "
-                "subclass "
-                "NormRule, Update, Output or Guard."
+                f"`slot` must be 'input', 'norm', 'update', 'output' or 'guard', got "
+                f"{shown(cls.slot)}: subclass Input, NormRule, Update, Output or Guard."
             )
         _check_config(name, cls)
         _check_methods(name, cls)
@@ -133,7 +132,8 @@ def list_methods(pattern: str = "*", slot: str | None = None) -> list[str]:
 
     Args:
         pattern: Shell-style pattern; one with a dot (``"eata.*"``) lists presets.
-        slot: Only components of this slot: "norm", "update", "output" or "guard".
+        slot: Only components of this slot: "input", "norm", "update",
+            "output" or "guard".
 
     Raises:
         TypeError: When ``pattern`` is no string.

@@ -10,8 +10,10 @@ from torch import nn
 
 from tta.core.checks import LARGEST, boolean, nearest, shown, told, whole_number
 from tta.core.config import SLOTS, ComponentConfig
+from tta.core.denoiser import Diffusion
 from tta.core.guard import DEFAULT_GUARD, PLAIN_GUARD, Guard
 from tta.core.head import find_head
+from tta.core.input_rule import DEFAULT_INPUT
 from tta.core.norm_rule import NormRule
 from tta.core.outputs import GIVEN, LogitsReader
 from tta.core.recipe import AdapterConfig
@@ -48,7 +50,7 @@ class Request:
     Args:
         recipe: A name, a component's config, an ``AdapterConfig``, or None.
         slots: What was given for each slot: a name, a config, or None; for the guard also True or
-            False.
+            False, for the input a module or a Diffusion.
         overrides: Fields of the chosen components.
         batch_size: Batch size of the stream.
         seed: Seed of the adapter's generator.
@@ -114,8 +116,9 @@ def resolve(model: nn.Module, request: Request) -> AdapterConfig:
         slot: None if config is None else config.for_batch_size(batch_size)
         for slot, config in _adjust(_complete(chosen, model), request).items()
     }
+    module = isinstance(request.slots.get("input"), nn.Module)
     config = AdapterConfig(
-        **chosen,  # type: ignore[arg-type]
+        **chosen | ({"input": GIVEN} if module else {}),  # type: ignore[arg-type]
         batch_size=batch_size,
         seed=request.seed,
         **request.fixed,
@@ -130,9 +133,19 @@ def resolve(model: nn.Module, request: Request) -> AdapterConfig:
 Chosen = dict[str, ComponentConfig | None]
 
 
+def _fills(slot: str, value: Any, config: AdapterConfig) -> bool:
+    """Whether a value is what a config says was given: a module, or a denoiser for its rule."""
+    if slot != "input":
+        return False
+    if isinstance(value, Diffusion):
+        return isinstance(config.input, ComponentConfig)
+    return isinstance(value, nn.Module) and config.input == GIVEN
+
+
 def _given_config(request: Request) -> AdapterConfig:
     said = request.fixed | dict.fromkeys(("logits", "features", "activation"))
-    others = (*request.slots.values(), request.batch_size, request.health, *said.values())
+    slots = {k: v for k, v in request.slots.items() if not _fills(k, v, request.recipe)}
+    others = (*slots.values(), request.batch_size, request.health, *said.values())
     given = any(value is not None and value is not False for value in others)
     if request.overrides or request.seed != 0 or given:
         raise TypeError(
@@ -146,10 +159,13 @@ def _choose(request: Request) -> Chosen:
     """Configs of the slots that the caller named; a slot named "source" is there as None."""
     chosen: Chosen = {}
     recipe, slots = request.recipe, request.slots
+    if isinstance(slots.get("input"), Diffusion):
+        diffusion = slots["input"]
+        slots = {**slots, "input": diffusion.config or get_config(DEFAULT_INPUT)}
     if recipe is None and all(value in (None, True, False) for value in slots.values()):
         raise ValueError(
-            "`recipe` must name a method, or norm=, update=, output= or guard= must, got none: "
-            "pass one, such as wrap(model, 'tent')."
+            "`recipe` must name a method, or input=, norm=, update=, output= or guard= must, got "
+            "none: pass one, such as wrap(model, 'tent')."
         )
     if _is_source(recipe):
         chosen["norm"] = None
@@ -160,6 +176,8 @@ def _choose(request: Request) -> Chosen:
             chosen["update"] = host
     for slot, value in slots.items():
         if value is None or (slot == "guard" and value is True):  # see `_with_guard`
+            continue
+        if slot == "input" and isinstance(value, nn.Module):  # see `resolve`
             continue
         if _is_source(value) or (slot == "guard" and value is False):
             chosen[slot] = None
@@ -262,7 +280,7 @@ def _override(chosen: Chosen, overrides: Mapping[str, Any]) -> Chosen:
 def _complete(chosen: Chosen, model: nn.Module) -> Chosen:
     """All slots, with what the chosen components bring for those that the caller left open."""
     complete: Chosen = {slot: chosen.get(slot) for slot in SLOTS}
-    for config in list(chosen.values()):
+    for config in [chosen[slot] for slot in SLOTS if slot in chosen]:
         brought = {} if config is None else component(config.name).brings(config)
         for slot, value in brought.items():
             part = get_config(value) if isinstance(value, str) else value

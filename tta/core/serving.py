@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from tta.core.autocast import forget_casts
 from tta.core.backbone import Backbone, RowsOverflowError
 from tta.core.guard import Guard, no_figures
+from tta.core.input_rule import Inputs
 from tta.core.norm_layers import AdaptiveNorm
 from tta.core.output_rule import Output
 from tta.core.oversight import Oversight
@@ -62,8 +64,10 @@ class Serving:
         self.oversight = guard and Oversight(
             network, state, transaction, wrappers, update, output, guard, shadow
         )
+        self.inputs: Inputs | None = None  # if there is an input rule
         self.seen = 0  # images of the last batch that was answered
         self.rejected = 0  # of these, images that nothing was learned from
+        self.taken = 0  # frames of its stream that a pipeline has used up
         self._bad = 0  # images of the present batch that nothing is learned from
 
     def serve(self, x: Tensor, follow: bool) -> Any:
@@ -120,11 +124,8 @@ class Serving:
         own = {} if self.learning else network.buffers.tensors()
         own = {name: b.clone() for name, b in own.items()}
         try:
-            if self.oversight is None:
-                _, logits = self._predict(x, follow, self.learning)
-            else:
-                with self._weights_at_rest() if follow else nullcontext():
-                    logits = self.oversight.serve(x, self.learning, follow, self._predict)
+            with self._weights_at_rest() if follow else nullcontext():
+                logits = self._serve_inputs(x, follow)
         except RowsOverflowError:
             self.transaction.take_back()
             raise
@@ -143,13 +144,26 @@ class Serving:
         network.masters.write_to_model()
         return logits
 
+    def _serve_inputs(self, x: Tensor, follow: bool) -> Tensor:
+        """Predict and learn from what the input rule makes of the images."""
+        images, joined = x, None
+        if self.inputs is not None:
+            images, joined = self.inputs(x, follow, self.learning)
+        predict = partial(self._predict, joined=joined)
+        if self.oversight is None:
+            return predict(images, follow, self.learning)[1]
+        original = None if self.inputs is None else x
+        return self.oversight.serve(images, self.learning, follow, predict, original)
+
     def _forget(self, before: Mapping[str, Tensor]) -> None:
         """Put the model's own buffers back, including those that moved for the first time."""
         found = self.state.notice_model_buffers()
         starts = {name: self.network.buffers.start_of(name) for name in found}
         self.network.buffers.put_back({**before, **starts})
 
-    def _predict(self, x: Tensor, follow: bool, learning: bool) -> tuple[Prediction, Tensor]:
+    def _predict(
+        self, x: Tensor, follow: bool, learning: bool, joined: Tensor | None = None
+    ) -> tuple[Prediction, Tensor]:
         """Predict a batch, and learn from it or not: the prediction, and what is returned of it."""
         forget_casts(x.device.type)  # the cache may have been filled under no_grad
         if self.update is not None and learning:
@@ -166,6 +180,9 @@ class Serving:
                 f"`{getattr(self.update, 'name', 'model')}` must give a tta.Prediction, got "
                 f"{type(prediction).__name__}: correct the component."
             )
+        if self.inputs is not None:
+            with torch.set_grad_enabled(follow):
+                prediction = self.inputs.join(joined, prediction)
         if self.output is None:
             return prediction, prediction.logits if follow else prediction.logits.detach()
         with torch.set_grad_enabled(follow):
@@ -174,7 +191,7 @@ class Serving:
                 prediction = Prediction(
                     prediction.logits.detach(), None if features is None else features.detach()
                 )
-            scores = self.output.correct(prediction)
+            scores = self.output.answer(x, prediction)
         expected = tuple(prediction.logits.shape)
         if not isinstance(scores, Tensor) or tuple(scores.shape) != expected:
             got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__

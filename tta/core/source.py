@@ -18,10 +18,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tta.core.checks import nearest, path_like, shown, told
-from tta.core.source_checks import BY_NAME, check_iterable, check_named, check_tensor
+from tta.core.denoiser import Diffusion
+from tta.core.source_checks import (
+    BY_NAME,
+    check_denoiser,
+    check_iterable,
+    check_named,
+    check_tensor,
+)
 from tta.core.warn import warn
 
 __all__ = ["SourceStatistics", "as_source", "preserving_rng"]
+
+NOT_SAVED = ("batches", "denoiser")
 
 
 @dataclass(kw_only=True, repr=False)
@@ -50,6 +59,7 @@ class SourceStatistics:
         label_shift: Network that was fitted on the source, as A1 (Hd, 1 or C), c1 (Hd,), A2 (O, Hd)
             and c2 (O,) (LSA).
         source_prior: Class shares of the source (C,) (LSA).
+        denoiser: A :class:`tta.Diffusion` that was trained on the source (DDA, SDA).
         batches: Source batches ``(images, labels)``, kept for methods that run the model on them,
             in the order given.
 
@@ -79,6 +89,7 @@ class SourceStatistics:
     covariance: Tensor | None = None
     label_shift: dict[str, Tensor] | None = None
     source_prior: Tensor | None = None
+    denoiser: Diffusion | None = None
     batches: Iterable[tuple[Tensor, Tensor]] | None = None
 
     def __post_init__(self) -> None:
@@ -89,6 +100,8 @@ class SourceStatistics:
                 setattr(self, name, {key: tensor.detach() for key, tensor in value.items()})
             elif name == "batches":
                 check_iterable("batches", value)
+            elif name == "denoiser":
+                check_denoiser(value)
             else:
                 check_tensor(name, value)
                 setattr(self, name, value.detach())  # without the caller's graph
@@ -149,17 +162,17 @@ class SourceStatistics:
             raise IsADirectoryError(
                 f"`path` must be a file, got the folder {path}: name a file in it."
             )
-        if self.batches is not None:
+        for name in (name for name in NOT_SAVED if name in self.contents):
             warn(
-                "`batches` are not saved: give them again after load, by "
-                "dataclasses.replace(statistics, batches=...)."
+                f"`{name}` is not saved: give it again after load, by "
+                f"dataclasses.replace(statistics, {name}=...)."
             )
         tensors: dict[str, Tensor] = {}
         for name in self.contents:
             value = getattr(self, name)
             if name in BY_NAME:
                 tensors |= {f"{name}/{key}": t.contiguous() for key, t in value.items()}
-            elif name != "batches":
+            elif name not in NOT_SAVED:
                 tensors[name] = value.contiguous()
         save_file(tensors, str(path))
 
@@ -185,7 +198,7 @@ class SourceStatistics:
                 f"`path` must be a file of source artefacts, but {path} is no whole safetensors "
                 f"file ({told(error)}): make it with tta.collect_source(...).save(path)."
             ) from None
-        known = [f.name for f in dataclasses.fields(cls) if f.name != "batches"]
+        known = [f.name for f in dataclasses.fields(cls) if f.name not in NOT_SAVED]
         values: dict[str, Any] = {}
         for key, tensor in tensors.items():
             name, _, parameter = key.partition("/")

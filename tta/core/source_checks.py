@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from tta.core.checks import dense, nearest, real, shown, told
+from tta.core.denoiser import Diffusion
 
 __all__ = [
     "BY_NAME",
     "BY_PARAMETER",
+    "check_denoiser",
     "check_iterable",
     "check_named",
     "check_parameters",
@@ -137,6 +139,15 @@ def _check_batch(place: int, batch: Any, check: Callable[[Any], None], classes: 
         raise ValueError(
             f"{where} has labels from {low} to {high}, and this model has {classes} classes: pass "
             f"class numbers from 0 to {classes - 1}."
+        )
+
+
+def check_denoiser(value: Any) -> None:
+    """Refuse what is no denoiser with its noise."""
+    if not isinstance(value, Diffusion):
+        raise TypeError(
+            f"`denoiser` must be a tta.Diffusion, got {type(value).__name__}: pass "
+            "tta.Diffusion(denoiser, betas), with the variances of its training."
         )
 
 

@@ -2,7 +2,7 @@
 
 Names are those of the caller's model: ``param/<name>``, ``norm/<layer>.<buffer>``,
 ``update/<buffer>``, ``optim/<parameter>.<slot>``, ``output/<buffer>``, ``guard/<buffer>``,
-``model/<name>`` (buffers that the model itself changes) and ``rng``.
+``input/<buffer>``, ``model/<name>`` (buffers that the model itself changes) and ``rng``.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ class AdapterState:
         update: The update, or None.
         output: The output rule, or None.
         guard: The guard, or None.
+        input_rule: The input rule, or None.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class AdapterState:
         update: Update | None,
         output: Output | None,
         guard: Guard | None = None,
+        input_rule: Component | None = None,
     ) -> None:
         self.generator = generator
         self.network = network
@@ -65,7 +67,8 @@ class AdapterState:
         self.update = update
         self.norm_rules = {f"norm/{name}.": wrapper.rule for name, wrapper in wrappers.items()}
         self.parts: dict[str, Component] = {}
-        for prefix, part in (("update/", update), ("output/", output), (GUARD, guard)):
+        slots = (("input/", input_rule), ("update/", update), ("output/", output), (GUARD, guard))
+        for prefix, part in slots:
             if part is not None:
                 self.parts[prefix] = part
         trained = {} if update is None else update.trained()

@@ -41,7 +41,6 @@ class Update(Component):
     default_output: ClassVar[str | None] = None  # output rule when the caller names none
     default_guard: ClassVar[str] = DEFAULT_GUARD  # guard when the caller says guard=True
     cost: ClassVar[float] = 3.0
-    injects: ClassVar[tuple[str, ...]] = ()  # of wrap's "augment" and "restore_mask"
     # Whether parameters of the model move, by one optimiser for the whole stream.
     trains_model: ClassVar[bool] = True
     # Whether it learns from every sample of a batch, given margins wide enough.
@@ -106,9 +105,6 @@ class Update(Component):
 
     def fit(self, source: SourceStatistics) -> None:
         """Take what the method needs from ``source``; raise ``ValueError`` if it is missing."""
-
-    def attach(self, source: SourceStatistics) -> None:
-        """Take from ``source`` what a saved adapter does not hold, or raise if it is not there."""
 
     def optimized(self) -> dict[str, nn.Parameter]:
         """What the optimiser moves: the model's chosen parameters, then the method's own."""

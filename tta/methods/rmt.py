@@ -41,7 +41,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from tta.core.backbone import Backbone
 from tta.core.checks import LARGE, LARGEST, fraction, number, one_of, whole_number
@@ -54,8 +54,14 @@ from tta.core.registry import register
 from tta.core.source import SourceStatistics
 from tta.methods._source_replay import SourceReplay
 from tta.parts.augment import Augmenter
-from tta.parts.class_moments import class_moments
-from tta.parts.losses import contrastive, symmetric_cross_entropy
+from tta.parts.losses import symmetric_cross_entropy
+from tta.parts.prototypes import (
+    fill_prototypes,
+    make_projector,
+    nearest_class,
+    prototype_contrast,
+    undefined,
+)
 from tta.parts.teachers import OtherWeights
 
 __all__ = ["Rmt", "RmtConfig"]
@@ -106,23 +112,19 @@ class Rmt(SourceReplay):
     needs_features = True
     injects: ClassVar[tuple[str, ...]] = ("augment",)
     without_batches: ClassVar[str] = ", or weight_source=0 and warmup_samples=0"
+    takes_draws: ClassVar[bool] = True
     artefact_fields: ClassVar[dict[str, Any]] = {"weight_source": 0.0, "warmup_samples": 0}
 
     prototypes: Tensor  # (C, D), NaN for a class without images
 
     def __init__(self, config: RmtConfig, network: Backbone, context: Context) -> None:
         super().__init__(config, network, context)
-        size, width = context.feature_size, config.projection_dim
         device = next(iter(context.parameters.values())).device
         self.teacher = OtherWeights(network, context.parameters)
         self.augmenter = Augmenter(network.model, context)
-        self.projector = _projector(size, width, context.generator).to(device)
+        self.projector = make_projector(context, config.projection_dim, device)
         self.optimizer = self._make_optimizer()  # again, now with the projector
-        self.register_buffer(
-            "prototypes",
-            torch.full((context.num_classes, size), float("nan"), dtype=torch.float32),
-            persistent=False,
-        )
+        self.register_buffer("prototypes", undefined(context), persistent=False)
 
     def adapt(self, x: Tensor) -> Prediction:
         """Learn from teacher, prototypes and source; predict with student and teacher together."""
@@ -160,17 +162,12 @@ class Rmt(SourceReplay):
 
     def nearest(self, features: Tensor) -> Tensor:
         """Class (B,) of the prototype most similar to each of (B, D) by cosine."""
-        unit = F.normalize(features.float(), dim=1)
-        similarity = unit @ F.normalize(self.prototypes.float(), dim=1).t()
-        return similarity.nan_to_num(nan=-2.0).argmax(1)
+        return nearest_class(features, self.prototypes)
 
     def contrast(self, student: Prediction, augmented: Prediction) -> Tensor:
         """Contrastive loss over the prototypes, the features and the features of the view."""
-        assert student.features is not None and augmented.features is not None
-        chosen = self.prototypes[self.nearest(student.features.detach())]
-        own = next(self.projector.parameters(), chosen).dtype  # float32, unless converted
-        vectors = [v.to(own) for v in (chosen, student.features, augmented.features)]
-        return contrastive(self.projector(torch.stack(vectors, dim=1)), self.config.temperature)
+        temperature = self.config.temperature
+        return prototype_contrast(self.projector, self.prototypes, student, augmented, temperature)
 
     def source_loss(self, x: Tensor) -> Tensor:
         """Cross-entropy on the next labelled source batch."""
@@ -185,27 +182,7 @@ class Rmt(SourceReplay):
         Raises:
             ValueError: When prototypes or batches are needed and ``source`` has none.
         """
-        if source.prototypes is not None:
-            given, size = source.prototypes, tuple(self.prototypes.shape)
-            if tuple(given.shape) != size:
-                raise ValueError(
-                    f"`source.prototypes` must be of shape {size}, got {tuple(given.shape)}: make "
-                    "them for this model with "
-                    "tta.collect_source(model, loader, for_methods=['rmt'])."
-                )
-            self.prototypes.copy_(given)
-            self.source_used = "prototypes as given"
-        elif source.batches is not None:
-            self.prototypes.copy_(class_moments(self.network, source, self.prototypes).means)
-            self.source_used = "prototypes from batches"
-        else:
-            raise ValueError(
-                f"`source` must give {self.name} class prototypes, got "
-                f"{source.contents or 'nothing'}: pass prototypes, source batches, or what "
-                "tta.collect_source(model, loader, for_methods=['rmt']) returns."
-            )
-        if bool(self.prototypes.isnan().all()):
-            raise ValueError("`source` must give at least one class a prototype, got none.")
+        self.source_used = fill_prototypes(self.prototypes, source, self.network, self.name)
         if self.config.weight_source > 0 or self.config.warmup_samples > 0:
             self.keep_batches(source)
         if self.config.warmup_samples > 0:
@@ -249,21 +226,3 @@ class Rmt(SourceReplay):
     def _set_rate(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-
-
-def _projector(size: int, width: int, generator: torch.Generator) -> nn.Sequential:
-    """Linear, ReLU, linear, with torch's default initialisation from the adapter's generator."""
-    if width == 0:
-        return nn.Sequential()
-    layers = nn.Sequential(
-        nn.utils.skip_init(nn.Linear, size, width),
-        nn.ReLU(),
-        nn.utils.skip_init(nn.Linear, width, width),
-    )
-    with torch.no_grad():
-        for layer in layers:
-            if isinstance(layer, nn.Linear):
-                bound = layer.in_features**-0.5
-                layer.weight.uniform_(-bound, bound, generator=generator)
-                layer.bias.uniform_(-bound, bound, generator=generator)
-    return layers

@@ -306,13 +306,19 @@ class Augmenter(Remembers):
         context: Gives mean, std and, where there is one, the caller's own ``augment``.
         padding: As for :func:`warp`.
         soften: Whether views are blurred and get noise.
+        clip: Whether pixels are clipped to [0, 1] before a view is made of them.
 
     Raises:
         ValueError: When neither the caller nor the model says how pixels are normalised.
     """
 
     def __init__(
-        self, model: nn.Module, context: Context, padding: str = "edge", soften: bool = True
+        self,
+        model: nn.Module,
+        context: Context,
+        padding: str = "edge",
+        soften: bool = True,
+        clip: bool = True,
     ) -> None:
         space = pixel_space(model, context.mean, context.std)
         if space is None:
@@ -321,7 +327,7 @@ class Augmenter(Remembers):
                 f"because this method augments and {type(model).__name__} has no pretrained_cfg: "
                 "pass wrap(..., mean=..., std=...), 0 and 1 for a model that takes raw pixels."
             )
-        self.padding, self.soften = padding, soften
+        self.padding, self.soften, self.clip = padding, soften, clip
         self.mean, self.std = space
         self.raw = not any(self.mean) and all(s == 1 for s in self.std)
         self.augment: Callable[[Tensor, int], Tensor] | None = context.augment
@@ -374,7 +380,8 @@ class Augmenter(Remembers):
         if x.dtype == torch.uint8:
             return x.float() / 255
         mean, std = self._space(x.device)
-        return (x.float() if self.raw else x.float() * std + mean).clamp(0, 1)
+        pixels = x.float() if self.raw else x.float() * std + mean
+        return pixels.clamp(0, 1) if self.clip else pixels
 
     def images(self, pixels: Tensor, dtype: torch.dtype) -> Tensor:
         """Convert pixels in [0, 1] (B, C, H, W) to what the model takes, perhaps in place."""

@@ -238,14 +238,18 @@ def _start(
     """A G that leaves the layer as it is, whatever the code."""
 
     def uniform(*shape: int) -> Tensor:
-        return torch.rand(*shape, generator=generator).mul(2).sub(1) * inputs**-0.5
+        return (
+            torch.rand(*shape, generator=generator, dtype=torch.float32).mul(2).sub(1)
+            * inputs**-0.5
+        )
 
     count = outputs(classes, width, delta, rank)
     net = {"A1": uniform(hidden, inputs), "c1": uniform(hidden)}
-    net |= {"A2": torch.zeros(count, hidden), "c2": torch.zeros(count)}
+    zeros = torch.zeros(count, hidden + 1, dtype=torch.float32)
+    net |= {"A2": zeros[:, :-1].clone(), "c2": zeros[:, -1].clone()}
     if delta == "low_rank":  # two factors of zero would have gradients of zero
         first = 2 * width + classes * rank
-        normal = torch.randn(rank * width, generator=generator)
+        normal = torch.randn(rank * width, generator=generator, dtype=torch.float32)
         net["c2"][first : first + rank * width] = normal * width**-0.5
     return net
 

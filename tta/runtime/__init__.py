@@ -1,6 +1,18 @@
 """Serving: code that runs adapters, which no method knows of."""
 
+from tta.runtime import server
+from tta.runtime.frames import Source
 from tta.runtime.parallel import split_batches
+from tta.runtime.pipeline import Pipeline, Result
 from tta.runtime.pool import StreamPool
+from tta.runtime.sources import open_source
 
-__all__ = ["StreamPool", "split_batches"]
+__all__ = [
+    "Pipeline",
+    "Result",
+    "Source",
+    "StreamPool",
+    "open_source",
+    "server",
+    "split_batches",
+]

@@ -36,6 +36,7 @@ from tta.core.checks import (
     told,
     whole_number,
 )
+from tta.core.denoiser import Diffusion
 from tta.core.head import FeatureSpec
 from tta.core.outputs import LogitsSpec
 from tta.core.prediction import Report
@@ -106,6 +107,7 @@ class StreamPool:
         capacity: int = 1000,
         interval: float | None = INTERVAL,
         source: Any = None,
+        input: nn.Module | Diffusion | None = None,
         logits: LogitsSpec = None,
         features: FeatureSpec = None,
     ) -> StreamPool:
@@ -118,6 +120,7 @@ class StreamPool:
             capacity: As for the pool.
             interval: As for the pool.
             source: As for :func:`tta.load`.
+            input: As for :func:`tta.load`.
             logits: As for :func:`tta.load`.
             features: As for :func:`tta.load`.
 
@@ -127,7 +130,7 @@ class StreamPool:
             ValueError: When a file is incomplete, or of another model, method or version.
         """
         capacity, interval = _checked(capacity, interval)
-        adapter = load(model, folder, source=source, logits=logits, features=features)
+        adapter = load(model, folder, source=source, input=input, logits=logits, features=features)
         try:
             files = StreamFiles(path_like("folder", folder), adapter.fingerprint)
             if not files.start.is_file():
@@ -275,23 +278,28 @@ class StreamPool:
         finally:
             self._give_back(stream, self)
 
-    def snapshot(self) -> int:
-        """Write all streams that have changed since they were last written.
+    def snapshot(self, name: str | None = None) -> int:
+        """Write all streams that have changed since they were last written, or one of them.
+
+        Args:
+            name: Of the one; None for all.
 
         Returns:
             How many were written.
 
         Raises:
+            KeyError: When there is no such stream.
             RuntimeError: When the pool has no folder, or is closed.
             OSError: When a stream could not be written; the others were.
         """
         store = self._store
         store.check_open()
+        only = None if name is None else [self._known(name)]
         if store.files is None:
             raise RuntimeError(
                 "`folder` must be there for a snapshot, got None: make the pool with a folder."
             )
-        before, written = store.counts["failed"], store.write_changed()
+        before, written = store.counts["failed"], store.write_changed(only=only)
         if store.counts["failed"] > before:
             raise OSError(
                 f"`folder` must be one that can be written to, but {told(store.failure, 160)}: "
@@ -319,10 +327,24 @@ class StreamPool:
         with self._free:
             self._free.notify_all()  # who waits for a stream is told
 
+    def owned(self, name: str) -> bool:
+        """Whether a stream has an owner at this moment."""
+        return self._known(name).owner is not None
+
     @property
     def capacity(self) -> int:
         """Streams that are held in memory."""
         return self._store.capacity
+
+    @property
+    def folder(self) -> Path | None:
+        """Where streams are written."""
+        return None if self._store.files is None else self._store.files.folder
+
+    @property
+    def closed(self) -> bool:
+        """Whether :meth:`close` has ended it."""
+        return self._store.closed
 
     @property
     def counts(self) -> dict[str, int]:
@@ -333,6 +355,9 @@ class StreamPool:
     def failure(self) -> str | None:
         """Why a file could not be written, the last time; None if that never happened."""
         return self._store.failure
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and self._store.find(name) is not None
 
     def __enter__(self) -> StreamPool:
         return self

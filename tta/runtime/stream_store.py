@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -166,13 +166,17 @@ class StreamStore:
                 raise
         return found
 
-    def write_changed(self, stopped: threading.Event | None = None) -> int:
+    def write_changed(
+        self, stopped: threading.Event | None = None, only: Sequence[Stream] | None = None
+    ) -> int:
         """Write all streams that have changed, unless stopped; return how many were written.
+
+        With ``only``, those of them alone.
 
         Streams go on meanwhile; only the copies are taken in turn. Failures are logged and counted.
         """
         written = 0
-        for stream in list(self.streams.values()):
+        for stream in list(self.streams.values()) if only is None else only:
             if stopped is not None and stopped.is_set():
                 break
             if stream.saved == stream.version or self.files is None:

@@ -52,6 +52,15 @@ class StreamView:
         """Predict a batch of this stream, and learn from it unless frozen; as ``Adapter``."""
         return self._run(lambda adapter: adapter(*args, **kwargs))
 
+    def run(self, action: Callable[[Adapter], Result], changes: bool = True) -> Result:
+        """What a function of the adapter does while that holds this stream, for tta.runtime.
+
+        Args:
+            action: What to do; it must not keep the adapter.
+            changes: Whether it may change the stream.
+        """
+        return self._run(action, changes)
+
     @contextmanager
     def frozen(self) -> Iterator[StreamView]:
         """Freeze within a ``with`` block, and restore what was before at its end."""

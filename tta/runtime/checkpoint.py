@@ -14,9 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["Weights", "fit", "read_checkpoint", "rows_of"]
+from tta.core.warn import warn
+
+__all__ = ["Weights", "fill", "fit", "read_checkpoint", "rows_of"]
 
 Weights = Mapping[str, Tensor]
 
@@ -138,6 +140,35 @@ def fit(
         f"`checkpoint` must hold a state dict of {model}, but {path} does not fit "
         f"({_described(best)}): {advice}."
     )
+
+
+def fill(
+    model: nn.Module, found: list[Weights], name: str, path: Path, by_order: bool = False
+) -> int:
+    """Load weights that fit.
+
+    Args:
+        model: What takes them.
+        found: See `read_checkpoint`.
+        name: What errors call the model.
+        path: What errors call the file.
+        by_order: As for `fit`; a warning asks to check the accuracy then.
+
+    Returns:
+        How many tensors these were.
+
+    Raises:
+        ValueError: When they do not fit.
+    """
+    expected = model.state_dict()
+    state = fit(found, expected, by_order, name, path)
+    model.load_state_dict(expected | state)  # old files lack counters of batches
+    if by_order:
+        warn(
+            f'match="order": all {len(state)} tensors of {path} have the shapes of {name} in '
+            "order; check the accuracy, since tensors of one shape may have changed places"
+        )
+    return len(state)
 
 
 def rows_of(key: str, found: list[Weights], expected: Weights, by_order: bool) -> int | None:

@@ -1,0 +1,158 @@
+"""Flags that commands share, and what they make: a model, and an adapter of it.
+
+``--import`` is a flag of every command, and is dealt with before it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tta.core.adapter import Adapter
+    from tta.runtime.model_strings import OpenedModel
+
+__all__ = ["add_method", "add_model", "open_from", "source_from", "whole", "wrap_from"]
+
+METHOD = "auto"
+BATCH_SIZE = 8
+
+
+def add_model(parser: argparse.ArgumentParser, batch_size: int = BATCH_SIZE) -> None:
+    """Add MODEL and the flags that say how it is opened; see :func:`open_from`.
+
+    Args:
+        parser: Of the command.
+        batch_size: Unless the user says another.
+    """
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="timm:NAME, torchvision:NAME, either with @FILE for weights of your own, "
+        "MODULE:CALLABLE for a function that returns a model or (model, transform, class names), "
+        "or the name of a bundled model",
+    )
+    parser.add_argument(
+        "--weights",
+        metavar="FILE",
+        help="a .safetensors or .pt file, as behind @; 'random' for those that the model is made "
+        "with",
+    )
+    parser.add_argument(
+        "--classes", metavar="FILE", help="names of the classes, a line each, in label order"
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: CUDA if there is one)")
+    parser.add_argument(
+        "--batch-size",
+        type=whole(1),
+        default=batch_size,
+        metavar="N",
+        help=f"images of a batch, at most (default: {batch_size})",
+    )
+    parser.add_argument(
+        "--seed", type=whole(0), default=0, metavar="N", help="of all random numbers (default: 0)"
+    )
+
+
+def add_method(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say how a model adapts; see :func:`wrap_from`."""
+    parser.add_argument(
+        "--method",
+        default=METHOD,
+        help="components joined by +, such as unmix_tns+eata+lame, with fields in brackets, such "
+        f"as tent[lr=1e-3] (default: {METHOD})",
+    )
+    parser.add_argument(
+        "--source",
+        metavar="FILE",
+        help="source artefacts, as tta collect makes them (default: those that come with the "
+        "model)",
+    )
+    parser.add_argument(
+        "--folder",
+        metavar="FOLDER",
+        help="where the states of streams are kept, to go on from after a restart",
+    )
+
+
+def whole(low: int, high: int = 2**31 - 1) -> Any:
+    """Make what reads a whole number from ``low`` to ``high``, for ``type=`` of a flag."""
+
+    def read(text: str) -> int:
+        value = int(text) if text.strip().lstrip("+-").isdecimal() else math.nan
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"must be a whole number from {low} to {high}")
+        return int(value)
+
+    return read
+
+
+def open_from(args: argparse.Namespace) -> OpenedModel:
+    """Open MODEL; random weights, if it has these, are those of the seed.
+
+    Raises:
+        As :func:`tta.runtime.model_strings.open_model`.
+    """
+    import torch
+
+    from tta.runtime.model_strings import open_model, read_class_names
+
+    torch.manual_seed(args.seed)
+    names = None if args.classes is None else read_class_names(args.classes)
+    return open_model(args.model, weights=args.weights, device=args.device, class_names=names)
+
+
+def source_from(args: argparse.Namespace, opened: OpenedModel) -> Any:
+    """Source artefacts: those of ``--source``, else those of the model, or None.
+
+    Raises:
+        FileNotFoundError: When the file is not there.
+        ValueError: When it holds something else.
+    """
+    from tta.core.source import SourceStatistics
+
+    if args.source is None:
+        return opened.source
+    if not Path(args.source).is_file():
+        raise FileNotFoundError(
+            f"`source` must be a file of source artefacts, but {args.source} is not there: make it "
+            "with tta collect."
+        )
+    return SourceStatistics.load(args.source)
+
+
+def wrap_from(args: argparse.Namespace, opened: OpenedModel, **further: Any) -> Adapter:
+    """Wrap a model as ``--method`` says.
+
+    Args:
+        args: What was parsed.
+        opened: The model.
+        **further: More arguments of ``tta.wrap``.
+
+    Raises:
+        ValueError: For an unknown method, or what the method lacks.
+    """
+    from tta.core.classifier import num_classes
+    from tta.runtime.method_strings import SOURCE, parse_method_string
+    from tta.wrapping import wrap
+
+    try:
+        classes = num_classes(opened.model)
+    except (TypeError, ValueError):  # no linear layer says it; wrap will
+        classes = 0
+    slots, fields = parse_method_string(args.method, classes)
+    recipe, *_ = *slots.values(), SOURCE  # the first brings what the others leave open
+    return wrap(
+        opened.model,
+        recipe,
+        source=source_from(args, opened),
+        batch_size=args.batch_size,
+        seed=args.seed,
+        mean=opened.mean,
+        std=opened.std,
+        **dict(list(slots.items())[1:]),  # type: ignore[arg-type]
+        **fields,
+        **further,
+    )

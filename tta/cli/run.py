@@ -1,0 +1,354 @@
+"""``tta run``: predictions of a folder, a video, a camera or an address, as JSON lines."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tta.cli.common import add_method, add_model, open_from, whole, wrap_from
+from tta.core.checks import parsed_json, shown, told
+
+if TYPE_CHECKING:
+    from tta.runtime.model_strings import OpenedModel
+    from tta.runtime.pipeline import Pipeline, Result
+    from tta.runtime.pool import StreamPool
+    from tta.runtime.resuming import JsonLines
+
+__all__ = ["add_arguments", "run"]
+
+WORKERS = 2
+QUEUE = 64
+INTERVAL = 10.0  # seconds
+SETTINGS = "run.json"
+SAME = ("model", "weights", "method", "source", "batch_size", "seed")  # to go on with a run
+SHOWN_STREAMS = 3
+CLEAR, END = "\r\x1b[K", "\n"  # of a line on a terminal
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the command."""
+    add_model(parser)
+    add = parser.add_argument
+    add(
+        "sources",
+        metavar="SOURCE",
+        nargs="+",
+        help="a folder of pictures (which may be written to meanwhile), a video, the number of a "
+        "camera, or an address such as rtsp://host/path; several are streams of their own",
+    )
+    add("--out", required=True, metavar="FILE", help="where predictions go, as JSON lines")
+    add_method(parser)
+    add("--fresh", action="store_true", help="begin anew, in place of going on with FILE")
+    add(
+        "--late",
+        choices=("wait", "skip", "drop"),
+        default="wait",
+        help="frames that come too fast: wait for room, skip learning, or drop the oldest too "
+        "(default: wait)",
+    )
+    add("--queue", type=whole(1), default=QUEUE, metavar="N", help="frames that may wait")
+    add("--workers", type=whole(1, 256), default=WORKERS, metavar="N", help="decoding threads")
+    add(
+        "--max-wait",
+        type=_seconds,
+        default=0.05,
+        metavar="S",
+        help="seconds that a frame of a camera waits for its batch to fill (default: 0.05)",
+    )
+    add(
+        "--follow",
+        type=_seconds,
+        default=1.0,
+        metavar="S",
+        help="seconds without a new picture until a folder is complete; inf for never (default: 1)",
+    )
+    add(
+        "--interval",
+        type=_seconds,
+        default=INTERVAL,
+        metavar="S",
+        help=f"seconds between snapshots of what was learned (default: {INTERVAL:g})",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Predict all frames; go on with what an earlier run of the same command has left.
+
+    Raises:
+        ValueError: When FILE or the folder belong to something else, or there were no frames.
+    """
+    from tta.runtime.frames import Several
+    from tta.runtime.pipeline import Pipeline
+    from tta.runtime.resuming import JsonLines, Order, Resumed, written
+    from tta.runtime.sources import open_source
+
+    out = Path(args.out)
+    folder = Path(args.folder or f"{args.out}.state")
+    source = open_source(args.sources, follow=args.follow)
+    opened = open_from(args)
+    with contextlib.ExitStack() as open_now:
+        lines = JsonLines(out, "out")
+        open_now.callback(lines.close)
+        if args.fresh:
+            _clear(folder)
+            lines.clear()
+        _check_settings(args, folder, lines)
+        done = written(lines)
+        events = JsonLines(folder / "events.jsonl", "folder")
+        open_now.callback(events.close)
+        order = Order(folder / "order.jsonl")
+        open_now.callback(order.close)
+        pool = _pool(args, opened, folder)
+        # Frames from the last snapshot on are predicted and learned from again, so that the end is
+        # that of a run without a break; what is written of them is not written again.
+        starts = {name: _taken(pool, name) for name in pool.streams()}
+        again = [Resumed(part, starts if not part.live else done, order)
+                 for part in source.parts()]  # fmt: skip
+        pipeline = Pipeline(
+            pool,
+            Several(again),
+            batch_size=args.batch_size,
+            max_wait=args.max_wait,
+            transform=opened.transform,
+            workers=args.workers,
+            queue=args.queue,
+            late=args.late,
+        )
+        watch = _Watch(pool, pipeline, events, sum(done.values()))
+        try:
+            with _terminable():
+                _write_all(args, pipeline, opened, lines, watch, done)
+        finally:
+            watch.end()
+            pool.close()
+    counts = pipeline.counts
+    if not counts["frames"] and not done:
+        raise ValueError(
+            f"`SOURCE` must give at least one frame, but {told(args.sources[0], 80)} gave none"
+            f"{' that could be read' if counts['failed'] else ''}: check it."
+        )
+    return 0
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not value >= 0:
+        raise argparse.ArgumentTypeError("must be a number of seconds, at least 0")
+    return value
+
+
+def _clear(folder: Path) -> None:
+    """Remove what an earlier run has learned, and nothing else."""
+    if folder.exists() and any(folder.iterdir()) and not (folder / SETTINGS).is_file():
+        raise ValueError(
+            f"`folder` must be one that this command has made to be replaced, but {told(folder)} "
+            "is another: choose another, or remove it."
+        )
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check_settings(args: argparse.Namespace, folder: Path, lines: JsonLines) -> None:
+    """Make the folder of a new run, or see that an old one is of the same command."""
+    place = folder / SETTINGS
+    mine = {name: getattr(args, name) for name in SAME}
+    if not place.exists():
+        if not lines.empty:
+            raise ValueError(
+                f"`out` must be a new file, or one with what was learned beside it, but "
+                f"{told(folder)} is not there: choose another file, or pass --fresh to replace it."
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        from tta.core.files import replacing
+
+        with replacing(place) as part:
+            part.write_text(json.dumps(mine))
+        return
+    try:
+        theirs = parsed_json(place.read_bytes())
+    except ValueError:
+        theirs = None
+    theirs = theirs if isinstance(theirs, dict) else {}
+    for name, value in mine.items():
+        if theirs.get(name) != value:
+            raise ValueError(
+                f"`{name}` must be that of the run in {told(folder, 60)} to go on with it, "
+                f"{shown(theirs.get(name), 50)}, got {shown(value, 50)}: choose another file, or "
+                "pass --fresh to replace it."
+            )
+
+
+def _pool(args: argparse.Namespace, opened: OpenedModel, folder: Path) -> StreamPool:
+    from tta.cli.common import source_from
+    from tta.runtime.pool import StreamPool
+
+    # Snapshots are made between batches whose predictions are written, and by nobody else.
+    most: dict[str, Any] = {"capacity": 2**31 - 1, "interval": None}
+    if (folder / "config.json").exists():
+        source = source_from(args, opened)
+        return StreamPool.open(opened.model, folder, source=source, **most)
+    return StreamPool(wrap_from(args, opened, health=True), folder=folder, **most)
+
+
+def _taken(pool: StreamPool, name: str) -> int:
+    from tta.runtime.steps import taken
+
+    return pool.stream(name).run(taken, False)
+
+
+def _write_all(
+    args: argparse.Namespace,
+    pipeline: Pipeline,
+    opened: OpenedModel,
+    lines: JsonLines,
+    watch: _Watch,
+    done: dict[str, int],
+) -> None:
+    saved = time.monotonic()
+    for results in pipeline.batches():
+        new = [result for result in results if result.index >= done.get(result.stream, 0)]
+        lines.add(*(_line(result, opened) for result in new))
+        watch.look(new)
+        if time.monotonic() - saved >= args.interval:
+            watch.save()
+            saved = time.monotonic()
+
+
+def _line(result: Result, opened: OpenedModel) -> dict[str, Any]:
+    return {
+        "stream": result.stream,
+        "index": result.index,
+        "source": result.source,
+        "label": result.label,
+        "class": opened.class_name(result.label),
+        "probability": float(result.probabilities[result.label]),
+        "learned": result.learned,
+        "latency": round(result.latency, 6),
+    }
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """End by SIGTERM as by Ctrl-C: what was learned is written first."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class _Watch:
+    """The progress line, and health and events in a file.
+
+    Args:
+        pool: Whose streams are watched.
+        pipeline: Which is asked for its counts.
+        events: Where health and events go.
+        before: Predictions of earlier runs.
+    """
+
+    def __init__(
+        self, pool: StreamPool, pipeline: Pipeline, events: JsonLines, before: int
+    ) -> None:
+        self.pool, self.pipeline, self.events, self.before = pool, pipeline, events, before
+        self.written = 0
+        self.begun = time.monotonic()
+        self._health: dict[str, dict[str, Any]] = {}  # of the last batch of each stream
+        self._seen: dict[str, int] = {}  # the last event of each stream
+        self._drawn = 0.0
+        self._live = sys.stderr.isatty()
+
+    def look(self, results: list[Result]) -> None:
+        """Take in a batch whose predictions are written."""
+        self.written += len(results)
+        if results:
+            stream, index = results[-1].stream, results[-1].index
+            view = self.pool.stream(stream)
+            health, events = view.run(lambda a: (_plain(a.health), a.events[-9:]), False)
+            self._health[stream] = {"index": index, **health}
+            for event in events:
+                self._tell(stream, index, event)
+        every = 0.25 if self._live else 10.0
+        if time.monotonic() - self._drawn > every:
+            self._drawn = time.monotonic()
+            self._draw()
+
+    def save(self) -> None:
+        """Write what was learned, and how the streams do; a disk that is full stops nothing."""
+        for stream, health in self._health.items():
+            self.events.add({"stream": stream, "kind": "health", "time": time.time(), **health})
+        self._health.clear()
+        with contextlib.suppress(OSError):  # it is logged
+            self.pool.snapshot()
+
+    def end(self) -> None:
+        """Say how it went."""
+        with contextlib.suppress(OSError, RuntimeError):
+            self.save()
+        self._draw()
+        end = END if self._live else ""
+        if self.written:
+            times = self.pipeline.latencies.items()
+            text = ", ".join(f"{name} {1000 * value:.0f} ms" for name, value in times)
+            end += f"latency {text}\n"
+        print(end, end="", file=sys.stderr)
+
+    def _tell(self, stream: str, index: int, event: dict[str, Any]) -> None:
+        if event["step"] == self._seen.get(stream):
+            return
+        self._seen[stream] = event["step"]
+        figures = _plain(event["figures"])
+        line = {"stream": stream, "kind": "event", "time": time.time(), "index": index}
+        self.events.add(line | {**event, "figures": figures})
+        print(
+            f"{CLEAR if self._live else ''}{stream}, frame {index}: {event['action']}, "
+            f"{event['reason']}",
+            file=sys.stderr,
+        )
+
+    def _draw(self) -> None:
+        counts = self.pipeline.counts
+        seconds = time.monotonic() - self.begun
+        parts = [
+            f"{self.before + self.written:,} predictions, {self.written / seconds:.1f} a second"
+        ]
+        parts += [
+            f"{counts[key]:,} {key}" for key in ("skipped", "dropped", "failed") if counts[key]
+        ]
+        for stream, health in list(self._health.items())[-SHOWN_STREAMS:]:
+            accuracy = health.get("estimated_accuracy")
+            known = isinstance(accuracy, float)
+            text = f"about {accuracy:.0%} right" if known else f"entropy {health['entropy']:.2f}"
+            parts.append(f"{stream}: {text}, {health['action']}")
+        width = shutil.get_terminal_size().columns - 1
+        text = told("; ".join(parts), max(width, 40) if self._live else 300)
+        print(CLEAR + text if self._live else text, file=sys.stderr,
+              end="" if self._live else "\n", flush=True)  # fmt: skip
+
+
+def _plain(figures: Any) -> dict[str, Any]:
+    """Figures as JSON holds them; one that is not finite is None."""
+    found = {}
+    for key, value in figures.items():
+        if isinstance(value, float):
+            value = round(value, 6) if value == value and abs(value) != float("inf") else None
+        found[key] = value if isinstance(value, (str, int, float, bool)) else None
+    return found

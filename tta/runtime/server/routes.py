@@ -1,0 +1,209 @@
+"""The routes of the server.
+
+Annotations of the functions below are read when they are defined, as FastAPI is imported in the
+function around them, so this module has no postponed ones.
+"""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any
+
+from tta.core.checks import shown, told
+from tta.runtime.server import openapi
+from tta.runtime.server.batching import Item
+from tta.runtime.server.decoding import Decoder
+from tta.runtime.server.gate import ClientGoneError
+from tta.runtime.server.limits import Rate, RefusedError
+from tta.runtime.server.page import PAGE, POLICY
+from tta.runtime.server.service import Service
+
+__all__ = ["add_routes"]
+
+ACTIONS = ("freeze", "unfreeze", "reset", "save")
+
+
+def add_routes(app: Any, service: Service, decoder: Decoder, workers: ThreadPoolExecutor) -> None:
+    """Add all routes to an application.
+
+    Args:
+        app: Of FastAPI.
+        service: Does the work.
+        decoder: Of images.
+        workers: Threads that decode.
+    """
+    from fastapi import Request
+    from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+
+    rate = Rate(service.limits.rate)
+    # What waits for the model is apart from what decodes, so that neither holds the other up.
+    waiters = ThreadPoolExecutor(8, thread_name_prefix="tta-server-wait")
+
+    async def blocking(function: Any, *args: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(waiters, function, *args)
+
+    async def decode(name: str, body: bytes, create: bool, arrived: float) -> Item:
+        def work() -> Item:
+            image, small = decoder(body, service.wants_thumbnail(name))
+            return Item(name, image, create, arrived, small)
+
+        return await asyncio.get_running_loop().run_in_executor(workers, work)
+
+    async def check(names: Sequence[str], create: bool) -> None:
+        for name in dict.fromkeys(names):
+            await blocking(service.check_stream, name, create)
+        rate.take({name: names.count(name) for name in names})
+
+    async def answers(request: Request, items: Sequence[Item]) -> list[dict[str, Any]]:
+        """Wait for predictions; when the client goes, what has not begun is taken back."""
+        service.submit(items)
+        waiting = asyncio.gather(*(asyncio.wrap_future(item.future) for item in items))
+        gone = asyncio.ensure_future(_until_gone(request))
+        try:
+            await asyncio.wait({waiting, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not waiting.done():
+                raise ClientGoneError
+            return waiting.result()
+        finally:
+            for task in (waiting, gone):
+                task.cancel()
+                with suppress(asyncio.CancelledError, Exception):
+                    await task
+            for item in items:
+                item.future.cancel()
+
+    @app.post("/v1/predict", **openapi.PREDICT)
+    async def predict(
+        request: Request,
+        stream: str | None = None,
+        create: bool = False,
+        probabilities: bool = True,
+    ) -> Response:
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        several = kind == "multipart/form-data"
+        if several:
+            parts = await _parts(request, service.limits.images)
+            await check([name for name, _ in parts], create)
+        elif stream is None:
+            raise RefusedError(
+                422,
+                "`stream` must say whose image it is, got nothing: add ?stream=ID, or send "
+                "multipart with the streams as names of its fields.",
+            )
+        else:
+            await check([stream], create)  # before the body is read
+            parts = [(stream, await request.body())]
+        arrived = time.monotonic()
+        items = []
+        for number, (name, body) in enumerate(parts):
+            try:
+                items.append(await decode(name, body, create, arrived))
+            except RefusedError as refusal:
+                if several:
+                    refusal.detail = f"image {number}: {refusal.detail}"
+                raise
+        found = await answers(request, items)
+        if not probabilities:
+            found = [{k: v for k, v in one.items() if k != "probabilities"} for one in found]
+        return JSONResponse(found if several else found[0])
+
+    @app.get("/v1/streams", **openapi.LIST)
+    async def list_streams() -> Response:
+        return JSONResponse({"streams": await blocking(service.list)})
+
+    @app.post("/v1/streams", **openapi.CREATE)
+    async def create_named(request: Request) -> Response:
+        try:
+            name = (await request.json())["stream"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            name = None
+        if not isinstance(name, str):
+            raise RefusedError(
+                422, '`body` must be JSON like {"stream": "door"}, got something else: correct it.'
+            )
+        return await create_stream(name)
+
+    @app.post("/v1/streams/{name}", **openapi.CREATE_BY_ID)
+    async def create_stream(name: str) -> Response:
+        made = await blocking(service.create, name)
+        return JSONResponse({"stream": name, "created": made}, 201 if made else 200)
+
+    @app.get("/v1/streams/{name}", **openapi.HEALTH)
+    @app.get("/v1/streams/{name}/health", **openapi.HEALTH)
+    async def health(name: str) -> Response:
+        return JSONResponse(await blocking(service.health, name))
+
+    @app.get("/v1/streams/{name}/frames", **openapi.FRAMES)
+    async def frames(name: str) -> Response:
+        return JSONResponse(await blocking(service.frames, name))
+
+    @app.delete("/v1/streams/{name}", **openapi.DROP)
+    async def drop(name: str) -> Response:
+        await blocking(service.drop, name)
+        return JSONResponse({"stream": name, "dropped": True})
+
+    @app.post("/v1/streams/{name}/{action}", **openapi.CONTROL)
+    async def control(name: str, action: str) -> Response:
+        if action not in ACTIONS:
+            raise RefusedError(
+                404, f"`action` must be one of {', '.join(ACTIONS)}, got {shown(action, 30)}."
+            )
+        return JSONResponse(await blocking(service.control, name, action))
+
+    @app.get("/v1/events", **openapi.EVENTS)
+    async def events(request: Request) -> Response:
+        last = request.headers.get("last-event-id", request.query_params.get("after", ""))
+        listener = service.events.enter(int(last) if last.isdecimal() else None)
+        return StreamingResponse(service.events.listen(listener), media_type="text/event-stream")
+
+    @app.get("/metrics", **openapi.METRICS)
+    async def metrics() -> Response:
+        body, kind = await blocking(service.metrics.text)
+        return Response(body, media_type=kind)
+
+    @app.get("/healthz", **openapi.HEALTHZ)
+    async def healthz() -> Response:
+        alive = service.alive
+        return JSONResponse({"status": "ok" if alive else "dead"}, 200 if alive else 503)
+
+    @app.get("/readyz", **openapi.READYZ)
+    async def readyz() -> Response:
+        ready = service.ready
+        return JSONResponse({"status": "ok" if ready else "stopping"}, 200 if ready else 503)
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        return HTMLResponse(PAGE, headers={"content-security-policy": POLICY})
+
+
+async def _parts(request: Any, most: int) -> list[tuple[str, bytes]]:
+    """The streams and bodies of a request of several images, in their order."""
+    from starlette.exceptions import HTTPException
+
+    try:
+        form = await request.form(max_files=most, max_fields=1)
+    except HTTPException as error:
+        raise RefusedError(
+            413 if "many" in str(error.detail) else 422,
+            f"`body` must be multipart of at most {most} files whose fields are named by their "
+            f"streams, got something else ({told(error.detail)}): correct it.",
+        ) from None
+    try:
+        parts = form.multi_items()
+        if not parts or any(isinstance(value, str) for _, value in parts):
+            raise RefusedError(
+                422,
+                "`body` must hold files, got none, or a field without a file name: send it as "
+                "`curl -F ID=@image.jpg` does.",
+            )
+        return [(name, await value.read()) for name, value in parts]
+    finally:
+        await form.close()
+
+
+async def _until_gone(request: Any) -> None:
+    """Wait until the client closes its connection."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

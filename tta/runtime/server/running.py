@@ -1,0 +1,111 @@
+"""Runs the application by uvicorn until a signal: stop taking, finish, write, end."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import socket
+import threading
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import Any
+
+from tta.core.checks import told
+from tta.runtime.extras import needed
+from tta.runtime.server.gate import is_loopback
+
+__all__ = ["run"]
+
+log = logging.getLogger("tta.runtime.server")
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+GRACE = 30  # seconds for requests that are being answered
+CONNECTIONS = 2000
+
+
+def run(
+    app: Any,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    *,
+    grace: int = GRACE,
+    on_ready: Callable[[str], Any] | None = None,
+) -> None:
+    """Serve until SIGTERM or SIGINT, then close the pool.
+
+    Args:
+        app: What :func:`application` made.
+        host: The address; by default this machine alone can reach it.
+        port: 0 for any that is free.
+        grace: Seconds for the requests that are being answered when a signal comes.
+        on_ready: Is told the address once requests are taken.
+
+    Raises:
+        ImportError: When the extra is not installed.
+        OSError: When the address is taken, or a stream could not be written in the end.
+    """
+    uvicorn = needed("uvicorn", "serve")
+    service = app.state.service
+    try:
+        bound = _bound(host, port)
+        address = _address(bound)
+        if not is_loopback(host):
+            log.warning(
+                "%s can be reached from other machines: use a token, and TLS in front", host
+            )
+
+        class Server(uvicorn.Server):
+            def handle_exit(self, sig: int, frame: Any) -> None:
+                service.stopping = True  # the loop ends what listens; a signal must not wait
+                super().handle_exit(sig, frame)
+
+            async def main_loop(self) -> None:
+                if on_ready is not None:
+                    on_ready(address)
+                await super().main_loop()
+                service.stop()
+
+        config = uvicorn.Config(
+            app, lifespan="on", log_config=None, access_log=False, server_header=False,
+            timeout_graceful_shutdown=grace, limit_concurrency=CONNECTIONS, ws="none",
+        )  # fmt: skip
+        server = app.state.server = Server(config)  # whose `should_exit` ends it from a thread
+        with bound, _quiet_signals():
+            server.run(sockets=[bound])
+    finally:
+        service.close()  # where the server has not come to it
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """A socket at the address."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    bound = socket.socket(family)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((host, port))
+    except (OSError, OverflowError) as error:
+        bound.close()
+        raise OSError(
+            f"`port` must be free at an address of this machine, but {host}:{port} is not "
+            f"({told(getattr(error, 'strerror', None) or error)}): pass another, or 0 for any."
+        ) from error
+    return bound
+
+
+def _address(bound: socket.socket) -> str:
+    host, port = map(str, bound.getsockname()[:2])
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+@contextmanager
+def _quiet_signals() -> Any:
+    """Let uvicorn, which sends itself the signal again in the end, not die of it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,378 @@
+"""What a server does with a pool of streams, whatever protocol asks for it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tta.core.checks import nearest, number, shown, told, whole_number
+from tta.runtime.answers import has_learned, moves, probabilities
+from tta.runtime.pool import StreamPool
+from tta.runtime.server.batching import Batcher, Item
+from tta.runtime.server.events import Events
+from tta.runtime.server.gate import Load
+from tta.runtime.server.limits import STOPPING, Limits, RefusedError
+from tta.runtime.server.metrics import Metrics
+from tta.runtime.server.watch import StreamWatch, plain, words_of
+
+__all__ = ["Service"]
+
+log = logging.getLogger("tta.runtime.server")
+LONGEST_NAME = 200  # characters of a stream's name
+
+
+class Service:
+    """Serves the streams of a pool. Blocks; safe to call from several threads.
+
+    Args:
+        pool: Of the streams.
+        class_names: In the order of labels; None calls them by their numbers.
+        limits: What is refused.
+        batch_size: Images of one stream in a batch, at most.
+        max_wait: Seconds that an image waits for others.
+        thumbnails: Kept of each stream; 0 for none.
+    """
+
+    def __init__(
+        self,
+        pool: StreamPool,
+        class_names: Sequence[str] | None,
+        limits: Limits,
+        batch_size: int,
+        max_wait: float,
+        thumbnails: int,
+    ) -> None:
+        classes = pool.adapter.num_classes
+        if class_names is not None and len(class_names) != classes:
+            raise ValueError(
+                f"`class_names` must be {classes}, as the model has classes, got "
+                f"{len(class_names)}: pass the names of this model, or None."
+            )
+        self.pool, self.limits = pool, limits
+        self.class_names = list(map(str, class_names or range(classes)))
+        self.events = Events(limits.listeners)
+        self.load = Load()
+        self.stopping = False
+        self._thumbnails = whole_number("thumbnails", thumbnails, 0, 100)
+        self._failure: OSError | None = None  # of writing the streams in the end
+        self._moves: bool | None = None
+        self._watches: dict[str, StreamWatch] = {}
+        self._closing = threading.Lock()
+        rows = whole_number("batch_size", batch_size, 1, 4096)
+        wait = number("max_wait", max_wait, 0, 60)
+        gauges = {
+            ("tta_streams", "Streams that are known."): lambda: len(pool.streams()),
+            ("tta_waiting_images", "Images that wait for the model."): lambda: batcher.waiting,
+            ("tta_held_bytes", "Bytes of requests that are being served."): lambda: self.load.size,
+            ("tta_listeners", "Clients that follow events."): lambda: self.events.listening,
+        }
+        self.metrics = Metrics(lambda: list(self._watches.values()), lambda: pool.counts, gauges)
+        self._batcher = batcher = Batcher(self._serve, rows, wait, limits.queue)
+
+    @property
+    def ready(self) -> bool:
+        """Whether images are taken."""
+        return self._batcher.alive and not self.stopping and not self.pool.closed
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread that has the model is there."""
+        return self._batcher.alive
+
+    def check_stream(self, name: str, create: bool = False) -> None:
+        """Refuse a stream that is not there, or a name that none may have.
+
+        Raises:
+            RefusedError: 404, or 422.
+        """
+        if not 0 < len(name) <= LONGEST_NAME or not name.isprintable() or "/" in name:
+            raise RefusedError(
+                422,
+                f"`stream` must be a name of 1 to {LONGEST_NAME} printable characters without a "
+                f"slash, got {shown(name, 60)}: give it another.",
+            )
+        if not create and name not in self.pool:
+            raise RefusedError(
+                404,
+                f"`stream` must be there, got {shown(name, 60)}: create it by POST /v1/streams/ID, "
+                f"or add create=true. {nearest(name, self.pool.streams()[:1000], room=60)}",
+            )
+
+    def wants_thumbnail(self, name: str) -> bool:
+        """Whether a stream's last thumbnail is old enough for another."""
+        watch = self._watches.get(name)
+        return self._thumbnails > 0 if watch is None else watch.wants_thumbnail()
+
+    def submit(self, items: Sequence[Item]) -> None:
+        """Let images wait for their predictions, side by side.
+
+        Raises:
+            RefusedError: 429 when too many wait, 503 after :meth:`close`.
+        """
+        self._batcher.submit(items)
+
+    def create(self, name: str) -> bool:
+        """Make a stream, if it is not there; return whether it was made."""
+        self.check_stream(name, create=True)
+        return self._in_turn(lambda: self._make(name))
+
+    def drop(self, name: str) -> None:
+        """Forget a stream and remove its file."""
+
+        def act() -> None:
+            self.pool.drop(name)
+            self._watches.pop(name, None)
+
+        self._in_turn(act, name)
+        self._tell("dropped", name)
+
+    def control(self, name: str, action: str) -> dict[str, Any]:
+        """Freeze, unfreeze, reset or save a stream, and return its summary."""
+        if action == "save":
+            return self._save(name)
+
+        def act() -> None:
+            with self.pool.stream(name, wait=False) as view:
+                _bring(view)
+                getattr(view, action)()
+                self._watch(name).frozen = not view.session.learning
+
+        self._in_turn(act, name)
+        self._tell(action, name)
+        return self._watch(name).summary()
+
+    def health(self, name: str) -> dict[str, Any]:
+        """What is known of a stream, with its health as it is in the pool."""
+
+        def look() -> tuple[Any, Any, bool]:
+            with self.pool.stream(name, wait=False) as view:
+                learning = _bring(view)
+                return view.health, view.events, learning
+
+        health, events, learning = self._in_turn(look, name)
+        watch = self._watch(name)
+        watch.frozen = not learning
+        told = {"health": plain(health), "events": plain(events[-100:])}
+        return watch.summary() | told
+
+    def list(self) -> list[dict[str, Any]]:
+        """A summary of each stream."""
+        blank = StreamWatch("", 0).summary()
+        watches = dict(self._watches)
+        return [
+            watches[name].summary() if name in watches else blank | {"stream": name}
+            for name in self.pool.streams()
+        ]
+
+    def frames(self, name: str) -> dict[str, Any]:
+        """Thumbnails of a stream's last images, and the history that the page draws."""
+        self.check_stream(name)
+        watch = self._watch(name)
+        return {"stream": name, "frames": watch.frames(), "history": watch.history()}
+
+    def stop(self) -> None:
+        """Say that nothing new is taken, and end what listens to events."""
+        self.stopping = True
+        self.events.close()
+
+    def close(self) -> None:
+        """Stop, serve what waits, and close the pool, which writes the streams.
+
+        Raises:
+            OSError: When a stream could not be written; the pool is closed all the same.
+        """
+        with self._closing:
+            self.stop()
+            self._batcher.stop()
+            try:
+                self.pool.close()  # does nothing when it was closed
+            except OSError as error:
+                self._failure = error
+                self.pool.close(save=False)
+            if self._failure is not None:
+                raise self._failure
+
+    # In the thread that has the model --------------------------------------------------------
+
+    def _in_turn(self, action: Callable[[], Any], name: str | None = None) -> Any:
+        """Do something between two rounds; with ``name``, to a stream that must be there."""
+        if name is not None:
+            self.check_stream(name)
+        try:
+            return self._batcher.run(action).result()
+        except RefusedError:
+            raise
+        except Exception as error:
+            raise self._refusal(error, name) from error
+
+    def _save(self, name: str) -> dict[str, Any]:
+        self.check_stream(name)
+        if self.pool.folder is None:
+            raise RefusedError(
+                409,
+                "`folder` must be there to save a stream, but this server has none: start it with "
+                "--folder.",
+            )
+        try:
+            written = self.pool.snapshot(name)  # beside the model; only the copy takes a turn
+        except OSError as error:
+            raise RefusedError(507, str(error)) from error
+        except (KeyError, RuntimeError) as error:
+            raise self._refusal(error, name) from error
+        return self._watch(name).summary() | {"written": written}
+
+    def _make(self, name: str) -> bool:
+        if name in self.pool:
+            return False
+        most = self.limits.streams
+        if self.pool.folder is None:
+            most = min(most, self.pool.capacity)
+        if len(self.pool.streams()) >= most:
+            raise RefusedError(
+                429,
+                f"`stream` must be one of at most {most}, got a new one: delete one that is not "
+                "needed, by DELETE /v1/streams/ID.",
+            )
+        self.pool.stream(name, create=True)
+        self._watch(name)
+        self._tell("created", name)
+        return True
+
+    def _serve(self, items: list[Item]) -> None:
+        """Serve a round: the images of one stream are one batch of it."""
+        by_stream: dict[str, list[Item]] = {}
+        for item in items:
+            by_stream.setdefault(item.stream, []).append(item)
+        for name, mine in by_stream.items():
+            for _, run in groupby(mine, lambda item: (item.image.shape, item.image.dtype)):
+                self._serve_batch(name, list(run))
+
+    def _serve_batch(self, name: str, items: list[Item]) -> None:
+        try:
+            if any(item.create for item in items):
+                self._make(name)
+            self._answer(name, items)
+        except Exception as error:
+            if len(items) > 1 and not isinstance(error, (RefusedError, KeyError, MemoryError)):
+                for item in items:  # so that one image that fails does so alone
+                    self._serve_batch(name, [item])
+                return
+            refusal = error if isinstance(error, RefusedError) else self._refusal(error, name)
+            if name in self._watches:
+                self._watches[name].failed += len(items)
+            for item in items:
+                item.future.set_exception(refusal)
+
+    def _answer(self, name: str, items: list[Item]) -> None:
+        adapter = self.pool.adapter
+        begun = time.monotonic()
+        with self.pool.stream(name, wait=False) as view:
+            learning = _bring(view)
+            if self._moves is None:
+                self._moves = moves(view)
+            before = _last(view.events)
+            output = self._predict(view, items)
+            health, report, events = view.health, view.report, view.events
+        found = probabilities(adapter, adapter.network.reader.read(output))
+        now = time.monotonic()
+        learned = self._moves and has_learned(health, report, learning)
+        watch = self._watch(name)
+        watch.frozen = not learning
+        finite, labels = found.isfinite().all(1).tolist(), found.argmax(1).tolist()
+        answered: list[tuple[Item, dict[str, Any]]] = []
+        for item, row, label, ok in zip(items, found.tolist(), labels, finite, strict=True):
+            if not ok:
+                watch.failed += 1
+                item.future.set_exception(RefusedError(
+                    422, "`image` must have values that the model can take, got ones whose "
+                    "features overflow: nothing was learned from it; correct its scale."
+                ))  # fmt: skip
+                continue
+            answer = {
+                "stream": name,
+                "index": watch.images + len(answered),
+                "label": label,
+                "class": self.class_names[label],
+                "probabilities": row,
+                "learned": learned,
+                "latency": now - item.arrived,
+            }
+            answered.append((item, answer))
+        figures = dict(health)
+        due = watch.note([(answer, item.thumbnail) for item, answer in answered], figures)
+        metrics = self.metrics
+        metrics.batch_seconds.observe(now - begun)
+        metrics.batch_rows.observe(len(items))
+        for item, answer in answered:
+            metrics.latency.observe(answer["latency"])
+            item.future.set_result(answer)
+        if due:
+            point = watch.history()[-1]
+            self.events.publish("health", watch.summary() | {"point": point}, keep=False)
+        for event in events[-1:] if _last(events) != before else []:
+            self.events.publish("guard", {"stream": name, "at": time.time(), **plain(event)})
+            log.info(
+                "the guard of stream %s: %s", shown(name, 60), event["action"],
+                extra={"stream": name, "action": event["action"], "reason": event["reason"]},
+            )  # fmt: skip
+
+    def _predict(self, view: Any, items: list[Item]) -> Any:
+        images = torch.cat([item.image for item in items])
+        return view(images.to(self._device()))
+
+    def _device(self) -> torch.device:
+        first: Tensor | None = next(self.pool.adapter.model.parameters(), None)
+        return torch.device("cpu") if first is None else first.device
+
+    def _watch(self, name: str) -> StreamWatch:
+        return self._watches.setdefault(name, StreamWatch(name, self._thumbnails))
+
+    def _tell(self, what: str, name: str) -> None:
+        data = {"stream": name, "at": time.time(), "what": what}
+        self.events.publish("stream", data)
+        log.info("stream %s: %s", shown(name, 60), what, extra={"stream": name, "event": what})
+
+    def _refusal(self, error: Exception, name: str | None) -> RefusedError:
+        """An error of the pool or of the model, as what the client is told."""
+        words = told(words_of(error), 300)
+        if self.pool.closed:
+            return RefusedError(503, STOPPING)
+        if isinstance(error, KeyError):  # dropped meanwhile
+            return RefusedError(404, words)
+        if isinstance(error, RuntimeError) and name in self.pool and self.pool.owned(str(name)):
+            return RefusedError(409, words, 1.0)
+        if isinstance(error, (ValueError, TypeError)):
+            return RefusedError(422, words)
+        if isinstance(error, OSError):
+            reason = told(error.strerror or error)
+            return RefusedError(
+                507,
+                f"`folder` must be one that can be written to, but it cannot ({reason}): mend it, "
+                "and try again; the streams go on.",
+            )
+        log.error("stream %s", shown(name, 60), exc_info=error, extra={"stream": name})
+        return RefusedError(500, f"the model failed ({type(error).__name__}: {told(error, 200)}).")
+
+
+def _bring(view: Any) -> bool:
+    """Let the adapter hold a stream; return whether it learns.
+
+    Raises:
+        RefusedError: When its file is damaged, or of another model.
+    """
+    try:
+        return view.session.learning
+    except (ValueError, OSError) as error:
+        raise RefusedError(409, told(error, 300)) from error
+
+
+def _last(events: Sequence[dict[str, Any]]) -> Any:
+    """What tells the last event of a guard from the one before."""
+    return events and (len(events), events[-1]["step"], events[-1]["action"])

@@ -1,0 +1,156 @@
+"""What becomes of one batch: predicted and learned from in turn, by stream, or side by side."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tta.core.adapter import Adapter
+from tta.runtime.pool import StreamPool
+
+__all__ = ["Direct", "Lagging", "Pooled", "Server", "Step", "step", "taken"]
+
+# What a state holds that can learn; the rest counts calls, or watches.
+LEARNS = ("param/", "norm/", "update/", "output/", "model/")
+
+
+@dataclass
+class Step:
+    """What a batch gave.
+
+    Args:
+        probabilities: (B, C) float32 on the CPU; NaN for rows without a prediction.
+        learned: Whether something that moves has learned from it.
+    """
+
+    probabilities: Tensor
+    learned: bool
+
+
+def step(adapter: Adapter, images: Tensor, learn: bool, used: int) -> Step:
+    """Serve a batch; the caller has the turn.
+
+    Args:
+        adapter: Frozen or not.
+        images: (B, ...), as the model takes them.
+        learn: Whether it may be learned from.
+        used: Frames of the stream that are used up with this batch.
+    """
+    learned = learn and adapter.session.learning and can_learn(adapter)
+    with nullcontext() if learn else adapter.frozen():
+        answer = adapter(images)
+    adapter._serving.taken = used
+    scores = answer if isinstance(answer, Tensor) else adapter.network.reader.read(answer)
+    action = "learn" if adapter.guard is None else adapter.guard.figures.get("action", "learn")
+    return Step(_probabilities(adapter, scores), learned and action == "learn")
+
+
+def taken(adapter: Adapter) -> int:
+    """Frames of its stream that are used up; see :func:`step`."""
+    return adapter._serving.taken
+
+
+def can_learn(adapter: Adapter) -> bool:
+    """Whether anything moves that learns."""
+    return any(key.startswith(LEARNS) for key in adapter._state.tensors())
+
+
+def _probabilities(adapter: Adapter, scores: Tensor) -> Tensor:
+    if adapter.config.activation == "sigmoid":
+        return scores.detach().float().sigmoid().cpu()
+    last = adapter.update if adapter.output is None else adapter.output
+    logs = F.log_softmax(scores.float(), 1) if last is None else last.log_probabilities(scores)
+    return logs.detach().float().exp().cpu()
+
+
+class Server:
+    """Serves batches, in the thread that asks for results."""
+
+    def serve(self, stream: str, images: Tensor, learn: bool, used: int) -> Step:
+        """Serve a batch of one stream; arguments as of :func:`step`."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """End what goes on beside."""
+
+
+class Direct(Server):
+    """One adapter, which predicts and learns in turn."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        self.adapter = adapter
+
+    def serve(self, stream: str, images: Tensor, learn: bool, used: int) -> Step:
+        """Serve a batch; all streams are one."""
+        with self.adapter.turns:
+            return step(self.adapter, images, learn, used)
+
+
+class Pooled(Server):
+    """A stream of a pool for each stream."""
+
+    def __init__(self, pool: StreamPool) -> None:
+        self.pool = pool
+
+    def serve(self, stream: str, images: Tensor, learn: bool, used: int) -> Step:
+        """Serve a batch by its stream, which is made if it is not there."""
+        with self.pool.stream(stream, create=True) as view:
+            return view.run(lambda adapter: step(adapter, images, learn, used))
+
+
+class Lagging(Server):
+    """A copy predicts, and the adapter learns in a thread, behind by a bounded number of batches.
+
+    Args:
+        adapter: Nobody else may call it meanwhile.
+        staleness: How many batches may be predicted whose predecessors are not learned from.
+    """
+
+    def __init__(self, adapter: Adapter, staleness: int) -> None:
+        self.adapter, self.staleness = adapter, staleness
+        self.learns, self.session = can_learn(adapter), adapter.session
+        self.copy = copy.deepcopy(adapter)
+        self.copy.freeze()
+        self._learner = ThreadPoolExecutor(1, thread_name_prefix="tta-learn")
+        self._behind: list[Future[None]] = []
+        self._lock = threading.Lock()
+        self._new: dict[str, Tensor] | None = None
+
+    def serve(self, stream: str, images: Tensor, learn: bool, used: int) -> Step:
+        """Predict a batch at once, as soon as learning is not too far behind."""
+        while self._behind and (self._behind[0].done() or len(self._behind) > self.staleness):
+            self._behind.pop(0).result()  # raises what went wrong there
+        with self._lock:
+            new, self._new = self._new, None
+        if new is not None:
+            self.copy.load_state(new, allow_nonfinite=True)
+        found = step(self.copy, images, True, used)
+        learn = learn and self.learns and self.session.learning
+        if learn:
+            self._behind.append(self._learner.submit(self._learn, images, used))
+        return Step(found.probabilities, learn)
+
+    def close(self) -> None:
+        """Wait for what is still to be learned."""
+        self._learner.shutdown()
+        for future in self._behind:
+            error = future.exception()
+            if error is not None:
+                raise error
+        self._behind.clear()
+
+    @torch.inference_mode(False)
+    def _learn(self, images: Tensor, used: int) -> None:
+        with self.adapter.turns:
+            step(self.adapter, images, True, used)
+            state: dict[str, Any] = self.adapter.state()
+        with self._lock:
+            self._new = state
