@@ -133,7 +133,7 @@ def test_after_kills_the_file_is_that_of_a_run_without_one(out, tmp_path):
     command = ["run", f"{OWN}:slow", str(place), str(clip), "--out", str(file), *FLAGS]
     command += ["--interval", "0.2", "--batch-size", "4"]
     kills = 0
-    while not killed(command, chance.uniform(0.2, 2.0), tmp_path / "log"):
+    while not killed(command, chance.uniform(0.2, 1.0), tmp_path / "log"):
         kills += 1
         assert kills < 100
     assert kills >= 2
@@ -162,6 +162,30 @@ def test_a_signal_ends_it_with_all_that_was_learned(out, tmp_path):
     assert pool.stream("yard").run(lambda adapter: adapter._serving.taken) == 6
     pool.close()
     assert not [t for t in threading.enumerate() if t.name.startswith("tta-")]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_batch_whose_lines_are_not_written_counts_for_nothing(out, tmp_path, monkeypatch, error):
+    """The disk is full, or somebody is impatient; the next run writes what is missing."""
+    place, file = folder(tmp_path / "yard", 30), tmp_path / "out.jsonl"
+    command = ["run", f"{OWN}:named", place, "--out", file, *FLAGS, "--batch-size", 4]
+    add, room = JsonLines.add, [3]
+
+    def fail(self, *objects):
+        if self.name == "out":
+            room[0] -= 1
+            if not room[0]:
+                raise error
+        add(self, *objects)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(JsonLines, "add", fail)
+        assert out(*command)[0] == (2 if isinstance(error, OSError) else 130)
+    assert len(lines(file)) == 8
+    assert out(*command)[0] == 0
+    whole = tmp_path / "whole.jsonl"
+    command[4] = whole
+    assert out(*command)[0] == 0 and lines(file) == lines(whole)
 
 
 def test_what_is_not_of_the_same_run_is_refused(out, tmp_path):

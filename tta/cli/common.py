@@ -14,7 +14,14 @@ if TYPE_CHECKING:
     from tta.core.adapter import Adapter
     from tta.runtime.model_strings import OpenedModel
 
-__all__ = ["add_method", "add_model", "open_from", "source_from", "whole", "wrap_from"]
+__all__ = [
+    "add_method",
+    "add_model",
+    "open_from",
+    "source_from",
+    "whole",
+    "wrap_from",
+]
 
 METHOD = "auto"
 BATCH_SIZE = 8

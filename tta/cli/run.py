@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["add_arguments", "run"]
 
+INTERRUPTED = 130  # exit status that shells give for the signal
 WORKERS = 2
 QUEUE = 64
 INTERVAL = 10.0  # seconds
@@ -123,13 +124,17 @@ def run(args: argparse.Namespace) -> int:
             queue=args.queue,
             late=args.late,
         )
-        watch = _Watch(pool, pipeline, events, sum(done.values()))
+        watch = _Watch(pool, pipeline, events, sum(done.values()), starts)
         try:
-            with _terminable():
+            with _ended_by_signals(pipeline) as signals:
                 _write_all(args, pipeline, opened, lines, watch, done)
+            watch.finished = True
         finally:
             watch.end()
-            pool.close()
+            # A batch that an error came after, and whose lines are not written, must not count.
+            pool.close(save=watch.all_written())
+    if signals:
+        return INTERRUPTED
     counts = pipeline.counts
     if not counts["frames"] and not done:
         raise ValueError(
@@ -219,7 +224,7 @@ def _write_all(
     for results in pipeline.batches():
         new = [result for result in results if result.index >= done.get(result.stream, 0)]
         lines.add(*(_line(result, opened) for result in new))
-        watch.look(new)
+        watch.look(results, len(new))
         if time.monotonic() - saved >= args.interval:
             watch.save()
             saved = time.monotonic()
@@ -239,20 +244,30 @@ def _line(result: Result, opened: OpenedModel) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """End by SIGTERM as by Ctrl-C: what was learned is written first."""
+def _ended_by_signals(pipeline: Pipeline) -> Iterator[list[int]]:
+    """Take no more frames after Ctrl-C or SIGTERM, and finish what is begun; a second one ends it.
+
+    Yields:
+        The signals that have come.
+    """
+    came: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield came
         return
 
-    def stop(*_: Any) -> None:
-        raise KeyboardInterrupt
+    def stop(number: int, _: Any) -> None:
+        if came:
+            raise KeyboardInterrupt
+        came.append(number)
+        # Not here, as this thread may be in the middle of what closing waits for.
+        threading.Thread(target=pipeline.close, name="tta-close", daemon=True).start()
 
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield came
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class _Watch:
@@ -263,26 +278,38 @@ class _Watch:
         pipeline: Which is asked for its counts.
         events: Where health and events go.
         before: Predictions of earlier runs.
+        starts: Frames of each stream that these have used up.
     """
 
     def __init__(
-        self, pool: StreamPool, pipeline: Pipeline, events: JsonLines, before: int
+        self,
+        pool: StreamPool,
+        pipeline: Pipeline,
+        events: JsonLines,
+        before: int,
+        starts: dict[str, int],
     ) -> None:
         self.pool, self.pipeline, self.events, self.before = pool, pipeline, events, before
         self.written = 0
+        self.finished = False  # with all batches
         self.begun = time.monotonic()
+        self._begun_at = starts
         self._health: dict[str, dict[str, Any]] = {}  # of the last batch of each stream
         self._seen: dict[str, int] = {}  # the last event of each stream
+        self._taken: dict[str, int] = {}  # frames of each stream whose lines are written
         self._drawn = 0.0
         self._live = sys.stderr.isatty()
 
-    def look(self, results: list[Result]) -> None:
-        """Take in a batch whose predictions are written."""
-        self.written += len(results)
+    def look(self, results: list[Result], new: int) -> None:
+        """Take in a batch whose predictions are written, so many of them now."""
+        from tta.runtime.steps import taken
+
+        self.written += new
         if results:
             stream, index = results[-1].stream, results[-1].index
-            view = self.pool.stream(stream)
-            health, events = view.run(lambda a: (_plain(a.health), a.events[-9:]), False)
+            health, events, self._taken[stream] = self.pool.stream(stream).run(
+                lambda a: (_plain(a.health), a.events[-9:], taken(a)), False
+            )
             self._health[stream] = {"index": index, **health}
             for event in events:
                 self._tell(stream, index, event)
@@ -299,10 +326,21 @@ class _Watch:
         with contextlib.suppress(OSError):  # it is logged
             self.pool.snapshot()
 
+    def all_written(self) -> bool:
+        """Whether all predictions are written of what the streams have learned since they began."""
+        from tta.runtime.steps import taken
+
+        known = self._begun_at | self._taken
+        return self.finished or all(
+            self.pool.stream(name).run(taken, False) == known.get(name, 0)
+            for name in self.pool.streams()
+        )
+
     def end(self) -> None:
         """Say how it went."""
-        with contextlib.suppress(OSError, RuntimeError):
-            self.save()
+        if self.all_written():
+            with contextlib.suppress(OSError):
+                self.save()
         self._draw()
         end = END if self._live else ""
         if self.written:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any
@@ -157,9 +157,9 @@ class Pipeline:
         Raises:
             RuntimeError: When this was called before.
         """
-        return (result for results in self.batches() for result in results)
+        return _flat(self.batches())
 
-    def batches(self) -> Iterator[list[Result]]:
+    def batches(self) -> Generator[list[Result], None, None]:
         """The results of each batch, in place of those of each frame.
 
         When a list is given, its stream has learned from that batch and from none after it.
@@ -199,7 +199,7 @@ class Pipeline:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _batches(self) -> Iterator[list[Result]]:
+    def _batches(self) -> Generator[list[Result], None, None]:
         server = self._make()
         try:
             self._intake.start()
@@ -258,6 +258,14 @@ class Pipeline:
                 f"`staleness` must be 0 for a pool, got {staleness}: its streams take turns on one "
                 "model; pass an adapter, or a pipeline for each."
             )
+
+
+def _flat(batches: Generator[list[Result], None, None]) -> Iterator[Result]:
+    try:
+        for results in batches:
+            yield from results
+    finally:
+        batches.close()
 
 
 class _Images:
