@@ -59,6 +59,7 @@ class SourceStatistics:
         label_shift: Network that was fitted on the source, as A1 (Hd, 1 or C), c1 (Hd,), A2 (O, Hd)
             and c2 (O,) (LSA).
         source_prior: Class shares of the source (C,) (LSA).
+        consistency: Weights and biases of L element-wise maps on features (2, L, D) (ITTA).
         denoiser: A :class:`tta.Diffusion` that was trained on the source (DDA, SDA).
         batches: Source batches ``(images, labels)``, kept for methods that run the model on them,
             in the order given.
@@ -89,6 +90,7 @@ class SourceStatistics:
     covariance: Tensor | None = None
     label_shift: dict[str, Tensor] | None = None
     source_prior: Tensor | None = None
+    consistency: Tensor | None = None
     denoiser: Diffusion | None = None
     batches: Iterable[tuple[Tensor, Tensor]] | None = None
 

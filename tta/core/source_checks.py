@@ -38,6 +38,7 @@ SHAPES = {  # of the tensors, as errors name them, by number of axes
     "class_variance": {2: "(C, D)"},
     "covariance": {2: "(D, D)", 3: "(C, D, D)"},
     "source_prior": {1: "(C,)"},
+    "consistency": {3: "(2, L, D)"},
 }
 
 
