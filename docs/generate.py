@@ -350,7 +350,7 @@ PLACES = {
     ),
     "Source data": (
         r"tta/(collect|core/(fitting|source|source_checks)"
-        r"|parts/(class_moments|label_shift|moments|posterior|prototypes|replay)|methods/\w+)\.py"
+        r"|parts/(class_moments|itta|label_shift|moments|posterior|prototypes|replay)|methods/\w+)\.py"
     ),
     "Several processes": r"tta/(runtime/parallel|core/batch_split)\.py",
     "Serving many streams": (

@@ -29,6 +29,7 @@ close = torch.testing.assert_close
 
 RECIPES = suiting("bn")
 TRAINING = [name for name in RECIPES if getattr(component(name), "trains_model", False)]
+UPDATES: dict[str, Any] = {name: component(name) for name in tta.list_methods(slot="update")}
 
 
 @pytest.mark.parametrize("way", in_place)
@@ -125,7 +126,7 @@ def test_grey_images_and_a_model_that_makes_three_channels_of_them() -> None:
 @pytest.mark.parametrize("family", ["bn", "ln"])
 @pytest.mark.parametrize("method", RECIPES)
 def test_one_frame_of_1e20_is_rejected_and_the_others_are_right(method: str, family: str) -> None:
-    if family == "ln" and method in tta.list_methods(slot="norm"):
+    if not component(method).suits(tiny(family)):
         return
     adapter, without = wrapped(tiny(family), method), wrapped(tiny(family), method)
     x = images(0)
@@ -598,6 +599,10 @@ def test_a_model_of_every_kind_goes_through_every_recipe_and_back(method: str, k
     net = KINDS[kind]().eval()
     if kind == "two heads" and method in tta.list_methods(slot="norm"):
         return
+    if not component(method).suits(net):
+        with pytest.raises(ValueError, match=r"`(model|blocks|norm)`"):
+            wrapped(net, method)
+        return
     before = copy.deepcopy(net.state_dict())
     adapter = wrapped(net, method)
     start, outputs, stepped = adapter.state(), [], False
@@ -608,13 +613,18 @@ def test_a_model_of_every_kind_goes_through_every_recipe_and_back(method: str, k
         assert same(now, {key: value.nan_to_num(9.0) for key, value in start.items()})
         assert adapter.unwrap() is net and same(net.state_dict(), before)
         return
+    if kind == "ensemble" and method in UPDATES and method not in TRAINING:
+        with pytest.raises(ValueError, match="`blocks` must name modules on the way"):
+            adapter(images(0))
+        return
     for t in range(2):
         outputs.append(adapter(images(t)))
         stepped |= bool(adapter.report.get("stepped"))
     assert all(o.shape == (8, 10) and o.isfinite().all() for o in outputs)
     now = adapter.state()
     stepped &= not getattr(adapter.update, "episodic", False)  # which puts parameters back
-    assert stepped == any(not torch.equal(now[k], start[k]) for k in now if k[:6] == "param/")
+    own = "param/" if method in TRAINING or method not in UPDATES else "update/block"
+    assert stepped == any(not torch.equal(now[k], start[k]) for k in now if k.startswith(own))
     other = copy.deepcopy(adapter)
     assert torch.equal(other(images(5)), adapter(images(5)))
     adapter.reset()

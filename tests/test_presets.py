@@ -61,6 +61,15 @@ ADACONTRAST = NESTEROV | {
 SPA = SGD | {"patch_size": 16, "low_fraction": 0.2, "alpha_lr": 1.0, "lr_batch_size": 64}
 GTTA = ADAM_200 | {"lr": 1e-5, "params": "all", "mixup": 1 / 3, "start_confidence": 0.9}
 DEYO = {"entropy_margin": 0.5, "weight_margin": 0.4, "patches": 4, "destroy": "patch"}
+ITTA = {
+    "optimizer": "adam",
+    "lr": 5e-6,
+    "weight_decay": 0.0,
+    "block_depth": 5,
+    "consistency_depth": 10,
+    "coin": 0.5,
+    "beta": 0.1,
+}
 ROTTA = {"memory_size": 64, "update_every": 64, "teacher_momentum": 0.999, "lr_batch_size": 64}
 SANTA = {
     "weight_self_training": 1.0,
@@ -208,6 +217,9 @@ SHEETS: dict[str, dict[str, Any]] = {
     "nhl.imagenet": RESNET | {"tau": 1.0, "eta": 1e-2, "normalise": "none", "modulator": "norm"},
     "nhl.cifar10": ADAM_200,
     "nhl.cifar100": ADAM_200,
+    "itta": ITTA | {"loss_scale": 0.1},
+    "itta.domainbed": ITTA | {"loss_scale": 1e-6},
+    "itta.domainnet": ITTA | {"loss_scale": 0.1},
     "lsa": {"code": None, "delta": "full", "prior_momentum": 0.9, "floor": 1e-6},
     "foa_shift": {"momentum": 0.1, "balanced": False},
     "dpcore.imagenet": {

@@ -76,7 +76,7 @@ ORDER = (
     "rdumb", "deyo", "eta", "rmt", "petal", "robust_bn", "core", "cafa", "adanpc", "adanpc_bn",
     "prior_correction", "neo", "foa_shift", "bn_ema", "t3a", "rpl", "shot_im", "zerosiam",
     "cmf", "petta", "iabn", "note", "reservoir", "lsa", "nhl", "dda", "sda", "santa", "ttaug",
-    "foa", "dpcore", "pea", "memo", "adacontrast", "gtta", "spa",
+    "foa", "dpcore", "pea", "memo", "adacontrast", "gtta", "spa", "itta",
 )  # fmt: skip
 FIXED = {name: place for place, name in enumerate(ORDER)}
 

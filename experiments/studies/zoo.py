@@ -54,6 +54,8 @@ REASONS = {
     "no classifier": r"`model` must (be a classifier|have a classifier|return logits of shape)",
     "several outputs": r"`model` must return one tensor",
     "no denoiser": r"`source` must give .* its denoiser",
+    "no plain convolution": r"`model` must begin with a plain nn.Conv2d",
+    "no stages": r"`blocks` must name",
     "no linear head": r"`model` must make its logits by a linear layer|no linear layer for its",
     "no class token": r"`model` must be a vision transformer with a class token",
     "no blocks": r"`model` must have blocks for",

@@ -10,6 +10,7 @@ import torch
 import tta
 from tests.helpers.compositions import LOOSE, given, suiting
 from tests.helpers.nets import cnn
+from tta.core.registry import component
 
 BATCH, SIZE, CLASSES = 2, 8, 4
 EARLY, LATE = 200, 2_000
@@ -31,8 +32,9 @@ def _elements() -> int:
 @pytest.mark.parametrize("name", suiting("bn"))
 def test_memory_does_not_grow_in_2000_batches(name: str) -> None:
     fields = {k: v for k, v in LOOSE.items() if k in tta.get_config(name).to_dict()}
+    widths = (4,) if component(name).suits(cnn((4,), torch.nn.BatchNorm2d, CLASSES)) else (4, 4)
     adapter = tta.wrap(
-        cnn((4,), torch.nn.BatchNorm2d, CLASSES),
+        cnn(widths, torch.nn.BatchNorm2d, CLASSES),
         tta.get_config(name).replace(**fields) if fields else name,
         source=[(_images(90 + i), torch.tensor([i % 2, 2 + i % 2])) for i in range(4)],
         mean=(0.0,),

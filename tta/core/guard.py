@@ -278,7 +278,7 @@ class Guard(Component):
 
     def lazy_buffers(self) -> tuple[str, ...]:
         """As in what a snapshot is of."""
-        return self._as_kept("lazy_buffers")
+        return () if self._kept is None else tuple(HEALTHY + k for k in self._kept.lazy_keys())
 
     def image_buffers(self) -> tuple[str, ...]:
         """As in what a snapshot is of."""

@@ -70,9 +70,16 @@ class ParameterSets:
 
     @torch.no_grad()
     def put(self, one: ParameterSet) -> None:
-        """Put a set in place. Where shapes differ, new tensors take the places of the old ones."""
+        """Put a set in place.
+
+        Where shapes differ, new tensors take the places of old ones; parameters stay.
+        """
         for (held, key), (shape, _, _) in zip(self._held, one.form.kinds, strict=True):
-            if held[key].shape != shape:
+            if held[key].shape == shape:
+                continue
+            if isinstance(held[key], torch.nn.Parameter):
+                held[key].data = held[key].data.new_empty(shape)  # the optimiser's own, too
+            else:
                 held[key] = held[key].new_empty(shape)
         one.form.put(one.flats, [held[key] for held, key in self._held])
         for name, (held, key) in self.moved.items():

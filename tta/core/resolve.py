@@ -291,7 +291,7 @@ def _complete(chosen: Chosen, model: nn.Module) -> Chosen:
 
 def _check_slots(config: AdapterConfig, model: nn.Module) -> AdapterConfig:
     """Return the config, unless something in a slot does not go with the rest."""
-    slots = {slot: getattr(config, slot) for slot in SLOTS}
+    slots = {slot: config.components.get(slot) for slot in SLOTS}
     for part in slots.values():
         if part is not None:
             component(part.name).check_slots(part, slots, model)

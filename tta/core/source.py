@@ -61,6 +61,7 @@ class SourceStatistics:
         label_shift: Network that was fitted on the source, as A1 (Hd, 1 or C), c1 (Hd,), A2 (O, Hd)
             and c2 (O,) (LSA).
         source_prior: Class shares of the source (C,) (LSA).
+        consistency: Weights and biases of L element-wise maps on features (2, L, D) (ITTA).
         denoiser: A :class:`tta.Diffusion` that was trained on the source (DDA, SDA).
         style_mean: Mean style of source batches (S,) (ReservoirTTA).
         style_threshold: Distance of styles above which a cluster is new, without axes
@@ -96,6 +97,7 @@ class SourceStatistics:
     covariance: Tensor | None = None
     label_shift: dict[str, Tensor] | None = None
     source_prior: Tensor | None = None
+    consistency: Tensor | None = None
     denoiser: Diffusion | None = None
     style_mean: Tensor | None = None
     style_threshold: Tensor | None = None

@@ -43,6 +43,7 @@ SHAPES = {  # of the tensors, as errors name them, by number of axes
     "style_threshold": {0: "()"},
     "covariance": {2: "(D, D)", 3: "(C, D, D)"},
     "source_prior": {1: "(C,)"},
+    "consistency": {3: "(2, L, D)"},
 }
 
 

@@ -153,6 +153,10 @@ class AdapterState:
             for name in getattr(part, trait)()
         ]
 
+    def lazy_keys(self, but: str = GUARD) -> list[str]:
+        """Keys of what is empty until the first batch, except those of one slot."""
+        return [*self.keys_of("lazy_buffers", but), *self._lazy_own()]
+
     def ranges(self, but: str = GUARD) -> dict[str, tuple[int, int]]:
         """Smallest and largest whole numbers by key, except those of one slot."""
         return {
@@ -191,7 +195,7 @@ class AdapterState:
         named = ((current_name(str(key)), value) for key, value in state.items())
         values = {key: value for key, value in named if key is not None}
         self._take_up_model_buffers(values)
-        lazy = set(self.keys_of("lazy_buffers", but=""))
+        lazy = set(self.lazy_keys(but=""))
         undefined = set(self.keys_of("undefined_as_nan", but=""))
         check_state(
             values,
@@ -219,6 +223,9 @@ class AdapterState:
             if key in values and (values[key].shape != held.shape or kind != held.dtype):
                 # Not by register_buffer, since names may have dots.
                 part._buffers[name] = held.new_empty(values[key].shape, dtype=kind)
+        for key, own in self._lazy_own().items():
+            if key in values and values[key].shape != own.shape:
+                own.data = own.new_empty(values[key].shape)  # of the optimiser, too
         copy_tensors(self.tensors(), {k: v for k, v in values.items() if k != "rng"})
         if "rng" in values:
             self.generator.set_state(values["rng"].cpu())
@@ -276,7 +283,7 @@ class AdapterState:
 
     def _check_layout(self, tensors: Mapping[str, Tensor]) -> None:
         """Refuse buffers that are other ones than at wrap, which a component may only declare."""
-        start, free = self.session.reset_point, self._resizable()
+        start, free = self.session.reset_point, {*self._resizable(), *self._lazy_own()}
         for key, value in tensors.items():
             if not start or key in free or key == "rng":
                 continue
@@ -302,3 +309,13 @@ class AdapterState:
             for prefix, part in self._components().items()
             for name in (*part.resizable_buffers(), *part.lazy_buffers())
         }
+
+    def _lazy_own(self) -> dict[str, Tensor]:
+        """The update's own parameters that are empty until the first batch, and their moments."""
+        found: dict[str, Tensor] = {}
+        for name in () if self.update is None else self.update.lazy_parameters():
+            p = self.update.get_parameter(name)  # type: ignore[union-attr]
+            slots = self.update.optimizer.state.get(p, {})  # type: ignore[union-attr]
+            found[f"update/{name}"] = p
+            found |= {f"optim/update.{name}.{k}": v for k, v in slots.items() if k != "step"}
+        return found

@@ -118,6 +118,18 @@ class Update(Component):
         """Learning rates other than ``config.lr``, by the names of :meth:`optimized`."""
         return {}
 
+    def lazy_parameters(self) -> tuple[str, ...]:
+        """Own parameters that are empty, but for their first axis, until the first batch."""
+        return ()
+
+    def give_shape(self, name: str, value: Tensor) -> None:
+        """Fill a lazy parameter, and give the optimiser's moments of it their shape."""
+        p = self.get_parameter(name)
+        p.data = value
+        for key, slot in self.optimizer.state.get(p, {}).items():
+            if key != "step":
+                slot.data = torch.zeros_like(value)
+
     def trained(self) -> dict[str, Tensor]:
         """The model's chosen parameters, by their names in a state."""
         return {f"param/{name}": p.detach() for name, p in self.context.parameters.items()}
@@ -204,9 +216,9 @@ class Update(Component):
 
     def _make_optimizer(self) -> Any:
         """Make the optimiser; a method calls this again after making parameters of its own."""
-        if not self.trains_model:
-            return None
         params, own = self.optimized(), self.learning_rates()
+        if not params:
+            return None
         usual: float = self.config.lr
         rates = [own.get(name, usual) for name in params]
         return make_optimizer(self.config, list(params.values()), rates)

@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 from tta.core.backbone import Backbone
-from tta.core.checks import fraction, number, one_of, whole_number
+from tta.core.checks import fraction, number, one_of, shown, told, whole_number
 from tta.core.classifier import CONVOLUTIONS
 from tta.core.component import Context
 from tta.core.config import ComponentConfig
@@ -178,10 +178,11 @@ class Lsa(Output):
         delta = self.config.delta
         if not fits or label_shift.rank_of(count[0], classes, width, delta) is None:
             wanted = label_shift.outputs(classes, width, delta, self.config.rank)
+            got = ", ".join(f"{n} {s}" for n, s in shapes.items())
             raise ValueError(
-                "`source.label_shift` must hold A1 (Hd, 1) or (Hd, C), c1, A2 and c2 for "
-                f"{classes} classes and {width} features, {wanted} outputs with delta={delta!r}, "
-                f"got {', '.join(f'{n} {s}' for n, s in shapes.items())}: make it for this model."
+                "`source.label_shift` must hold A1, c1, A2 and c2 with 1 or "
+                f"{classes} inputs and {wanted} outputs for this model with delta="
+                f"{shown(delta, 20)}, got {told(got)}: make it with tta.collect_source."
             )
 
     def _fit(self, source: SourceStatistics, network: Backbone) -> tuple[dict[str, Tensor], Tensor]:

@@ -96,6 +96,11 @@ class Nhl(Update):
             )
 
     @classmethod
+    def suits(cls, model: nn.Module) -> bool:
+        """Whether the model begins with a plain convolution."""
+        return _is_plain(model, first_layer(model))
+
+    @classmethod
     def brings(cls, config: Any) -> dict[str, Any]:
         """Batch statistics, of a single image too: the source's do not fit filters that move."""
         return {"norm": get_config("bn", single_image="batch")}
@@ -155,10 +160,14 @@ class Nhl(Update):
         return usage
 
 
-def _check_entry(model: nn.Module, entry: Any) -> None:
+def _is_plain(model: nn.Module, entry: Any) -> bool:
     plain = isinstance(entry, nn.Conv2d) and type(entry).forward is nn.Conv2d.forward
     plain = plain and entry.groups == 1 and set(entry.dilation) == {1}
-    if not plain or not any(entry.weight is p for p in model.parameters()):
+    return plain and any(entry.weight is p for p in model.parameters())
+
+
+def _check_entry(model: nn.Module, entry: Any) -> None:
+    if not _is_plain(model, entry):
         got = "none" if entry is None else f"a {type(entry).__name__}"
         got += " of its own kind" if isinstance(entry, nn.Conv2d) else ""
         raise ValueError(
