@@ -22,6 +22,7 @@ __all__ = ["COMMANDS", "main"]
 
 COMMANDS = {
     "methods": "list the components, or show all about one",
+    "export": "write a model that adapts as a graph that runs without torch",
     "collect": "make source artefacts from a folder of pictures",
     "run": "predict the frames of folders, videos and cameras, and adapt to them",
     "serve": "predict images of many streams over HTTP, each of which adapts by itself",

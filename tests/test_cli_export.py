@@ -1,0 +1,31 @@
+"""``tta export``: from a MODEL string to a folder that runs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.helpers.exported import Graph
+from tta.cli import main
+
+pytest.importorskip("onnxscript")
+
+
+@pytest.mark.slow
+def test_a_model_becomes_a_folder(tmp_path, capsys) -> None:
+    model, out = "timm:test_resnet", tmp_path / "camera"
+    command = ["export", model, "--weights", "random", "--method", "robust_bn", "--out", str(out)]
+    assert main(command) == 0
+    assert "model.onnx" in capsys.readouterr().out
+    graph = Graph(out)
+    size = graph.session.get_inputs()[0].shape
+    assert graph(torch.randn(2, *size[1:])).shape == (2, 1000)
+    assert graph.session.get_modelmeta().custom_metadata_map["mean"] != "[0.0]"
+
+
+def test_a_mistake_is_said_in_a_sentence(tmp_path, capsys) -> None:
+    model, out = "timm:test_resnet", tmp_path / "camera"
+    command = ["export", model, "--weights", "random", "--method", "t3a[filter_size=None]"]
+    assert main([*command, "--out", str(out)]) == 2
+    assert "`adapter` must have a state of fixed shapes" in capsys.readouterr().err
+    assert not out.exists()
