@@ -49,7 +49,7 @@ def test_patterns_and_slots_choose(out):
     listed = {line.split()[0] for line in text.splitlines() if line.startswith("  ")}
     assert (
         listed
-        == {"adaptive_bn", "alpha_bn", "bn", "robust_bn"}
+        == {"adaptive_bn", "alpha_bn", "bn", "iabn", "robust_bn"}
         == set(tta.list_methods("*bn", slot="norm"))
     )
     _, text, _ = out("methods", "eata.*")
