@@ -69,13 +69,14 @@ LOOSE: dict[str, dict[str, Any]] = {
         "redundancy_margin": 10.0,
         "confidence_threshold": 10.0,
         "views": 2,
+        "population": 3,
         "warmup_samples": 0,
         "posterior_epochs": 2,
         "reset_threshold": 0.0,
         "plpd_threshold": -1.0,
         "update_every": BATCH,
     },
-    "output": {"confidence_threshold": 0.0},
+    "output": {"confidence_threshold": 0.0, "views": 2},
 }
 
 
@@ -336,7 +337,9 @@ def _adapt(net: nn.Module, size: int, recipe: str) -> str:
                     return "logits are not finite"
             after = _figures(adapter)
         # Behind layer scales of 1e-5 it may be momentum alone that moves.
-        return ADAPTS if after != before or not before else "nothing moved"
+        rests = getattr(component(recipe), "episodic", False)  # parameters are put back
+        rests |= getattr(component(recipe), "learns_apart", False)  # an update would move it
+        return ADAPTS if after != before or not before or rests else "nothing moved"
     finally:
         adapter.unwrap()
 
