@@ -30,6 +30,7 @@ from experiments.records.progress import Progress
 from tta.core.checks import told
 from tta.core.classifier import find_classifier
 from tta.core.files import replacing
+from tta.core.norm_layers import batch_norm_layers
 from tta.core.parameters import is_norm
 from tta.core.registry import component
 from tta.core.state_dict import checksum
@@ -285,7 +286,7 @@ def _give_statistics(net: nn.Module, size: int) -> None:
 
     Deep ones would fade to nothing or overflow with them.
     """
-    layers: list[Any] = list(tta.core.norm_layers.batch_norm_layers(net).values())
+    layers: list[Any] = list(batch_norm_layers(net).values())
     momenta = [layer.momentum for layer in layers]
     for layer in layers:
         layer.momentum = 1.0
