@@ -12,6 +12,7 @@ from torch import nn
 
 import tta
 from tests.helpers.batches import images, source_batches
+from tests.helpers.compositions import arguments, suiting
 from tests.helpers.nets import tiny
 from tests.helpers.wild import RETURNS, Cosine, Returns, wrapped
 
@@ -36,6 +37,28 @@ def test_logits_are_those_of_the_same_model_that_returns_a_tensor(
     assert torch.isnan(read(result)).any(1).nonzero().flatten().tolist() == [2]
     for value in _items(result):
         assert len(value) == 8
+
+
+class WithMeans(nn.Module):
+    """A network that also returns a figure of each image."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"logits": self.net(x), "means": x.mean((1, 2, 3))}
+
+
+@pytest.mark.parametrize("name", tta.list_methods(slot="update"))
+def test_what_else_the_model_returns_is_of_the_images_that_were_given(name: str) -> None:
+    """Not of views, selected images or a memory, which go through the model too."""
+    family = next(f for f in ("gn", "bn", "ln") if name in suiting(f))
+    net = WithMeans(tiny(family))
+    adapter = tta.wrap(net, **arguments({"update": name}))
+    for t, count in enumerate((8, 5)):
+        x = images(t, count)
+        assert torch.equal(adapter(x)["means"], x.mean((1, 2, 3))), t
 
 
 def _items(result: Any) -> list[torch.Tensor]:

@@ -97,7 +97,7 @@ class Backbone:
         self.masters = masters
         self.buffers = buffers
         self.guard = InputGuard()
-        self.result: Any = None  # what the model returned in its last pass
+        self.result: Any = None  # what the model returned for the images
         self.wrappers = [m for m in model.modules() if isinstance(m, AdaptiveNorm)]
         self.entry = first_layer(model)
         self._arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
@@ -215,7 +215,8 @@ class Backbone:
             if self.feature_hook is not None:
                 self.feature_hook.values = []
         self.guard.take_back(x, lent)
-        self.result = result
+        if self.session.belongs(x):
+            self.result = result
         if self.session.serving:
             self._warn_of_small_batch()
             if self._first_pass:

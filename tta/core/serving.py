@@ -159,11 +159,17 @@ class Serving:
         images, joined = x, None
         if self.inputs is not None:
             images, joined = self.inputs(x, follow, self.learning)
-        predict = partial(self._predict, joined=joined)
+        predict = partial(self._answered, joined=joined)
         if self.oversight is None:
             return predict(images, follow, self.learning)[1]
         original = None if self.inputs is None else x
         return self.oversight.serve(images, self.learning, follow, predict, original)
+
+    def _answered(
+        self, x: Tensor, follow: bool, learning: bool, joined: Tensor | None
+    ) -> tuple[Prediction, Tensor]:
+        with self.network.session.answering(x):
+            return self._predict(x, follow, learning, joined)
 
     def _forget(self, before: Mapping[str, Tensor]) -> None:
         """Put the model's own buffers back, including those that moved for the first time."""
@@ -229,7 +235,7 @@ class Serving:
                 p.requires_grad_(True)
 
     def _answer(self, logits: Tensor, rows: Tensor | None) -> Any:
-        """Return what the model returned in its last pass, with these logits in it."""
+        """Return what the model returned for the images, with these logits in it."""
         result = self.network.result
         return logits if result is None else self.network.reader.replace(result, logits, rows)
 

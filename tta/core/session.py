@@ -32,6 +32,8 @@ class Session:
         warned: The kinds of warning that were given already.
         guard: The guard, which sees every step of the update.
         logit_hook: By which an output rule makes the logits; None where the linear layer does.
+        answered: The images that are being answered; None outside of an answer.
+        passed: Whether a pass of all of these was made.
     """
 
     ranks: Ranks | None = None
@@ -43,12 +45,34 @@ class Session:
     warned: set[str] = field(default_factory=set)
     guard: Any = None
     logit_hook: LogitHook | None = None
+    answered: Tensor | None = None
+    passed: bool = False
 
     def warn_once(self, kind: str, text: str) -> None:
         """Warn the caller, unless this kind of warning was given before."""
         if kind not in self.warned:
             self.warned.add(kind)
             warn(text)
+
+    @contextmanager
+    def answering(self, x: Tensor) -> Iterator[None]:
+        """Within the block, images (B, ...) are answered."""
+        self.answered, self.passed = x, False
+        try:
+            yield
+        finally:
+            self.answered = None
+
+    def belongs(self, x: Tensor) -> bool:
+        """Whether what the model returns for ``x`` is of the images that are being answered.
+
+        Passes of other images (views, some rows, a memory) count only until there is one of these.
+        """
+        if self.answered is None:
+            return True
+        own = x.shape == self.answered.shape and x.data_ptr() == self.answered.data_ptr()
+        found, self.passed = own or not self.passed, own or self.passed
+        return found
 
     @contextmanager
     def plain_head(self) -> Iterator[None]:

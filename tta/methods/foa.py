@@ -190,7 +190,7 @@ class Foa(ForwardUpdate):
     def adapt(self, x: Tensor) -> Prediction:
         """Run all candidates, answer with the best one, and move search and shift."""
         candidates = self._candidates()
-        fitness, means, best, chosen = [], [], 0, None
+        fitness, means, best, chosen, result = [], [], 0, None, None
         for i, prompts in enumerate(candidates):
             prediction, tokens = self.tokens.run_reading(
                 self.network, x, prompts.view(-1, self.tokens.width)
@@ -198,8 +198,9 @@ class Foa(ForwardUpdate):
             fitness.append(self._fitness(prediction.logits, tokens))
             means.append(tokens[-1].mean(0))
             if chosen is None or bool(fitness[i] < fitness[best]):
-                best, chosen = i, prediction
+                best, chosen, result = i, prediction, self.network.result
         assert chosen is not None
+        self.network.result = result
         values = torch.stack(fitness)
         prediction = self._shifted(chosen)
         self.report = Report(selected=len(x), loss=values[best], fitness=values, best=best)
