@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -46,6 +47,12 @@ def test_two_steps_of_the_filter() -> None:
         close(adapter.state()[f"update/hidden.{NAME}"], hidden, atol=1e-6, rtol=0)
         assert float(adapter.state()["update/hidden_variance"]) == pytest.approx(variance, abs=1e-6)
     assert not torch.equal(hidden, source)
+
+
+def test_where_no_weight_moves_there_is_no_gain() -> None:
+    adapter = _cmf(lr=0.0)
+    adapter(images(0))
+    assert math.isnan(adapter.report.gain) and not adapter.report.stepped
 
 
 def test_weights_are_drawn_to_the_hidden_model() -> None:

@@ -91,7 +91,7 @@ def test_one_image_teaches_nothing_without_a_confident_label() -> None:
         adapter(images(0, 1))
         after = adapter.state()
         assert adapter.report.stepped == stepped == (adapter.report.selected == 1)
-        assert adapter.report.confident == 1
+        assert adapter.report.confident == 1 and math.isnan(adapter.report.loss) != stepped
         moved = [k for k in before if not torch.equal(before[k], after[k])]
         assert bool(moved) == stepped
 

@@ -100,6 +100,24 @@ def adapter_with(family: str = "ln", config: Any = None, **more: Any) -> tta.Ada
     return tta.wrap(tiny(family), update=config or small(), **PIXELS | more)
 
 
+def test_answered_draws_take_nothing_from_the_generator() -> None:
+    asked: list[str] = []
+
+    def answer(name: str, shape: torch.Size, call: int) -> Tensor | None:
+        asked.append(name)
+        return torch.zeros(shape) if answers else None
+
+    adapter = adapter_with(draws=answer)
+    start, answers = adapter.state()["rng"], True
+    adapter(images(0))
+    assert torch.equal(adapter.state()["rng"], start)
+    assert int(adapter.report.kept.sum()) == adapter.report.selected
+    answers = False
+    adapter(images(1))
+    assert not torch.equal(adapter.state()["rng"], start)
+    assert asked == ["frequency_keep", "patch_noise"] * 2
+
+
 @pytest.mark.parametrize("shape", [(6, 6), (7, 5), (8, 9)])
 def test_masks_of_amplitudes_are_symmetric(shape: tuple[int, int]) -> None:
     x = torch.rand(2, 3, *shape, generator=torch.Generator().manual_seed(0))

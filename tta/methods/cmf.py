@@ -30,6 +30,7 @@ object in their code. Equation numbers are not given: this follows the authors' 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -40,6 +41,7 @@ from tta.core.backbone import Backbone
 from tta.core.checks import fraction
 from tta.core.component import Context
 from tta.core.config import CIFAR_ADAM
+from tta.core.prediction import Prediction
 from tta.core.registry import register
 from tta.methods._certain_diverse import CertainDiverseConfig, CertainDiverseUpdate
 from tta.parts.teachers import NamedTensors, ensemble
@@ -104,6 +106,12 @@ class Cmf(CertainDiverseUpdate):
         self.hidden = NamedTensors(self.anchor.named(), constant=False)
         device = self.ema_probs.device
         self.register_buffer("hidden_variance", torch.zeros((), device=device))
+
+    def adapt(self, x: Tensor) -> Prediction:
+        """As ROID; ``report.gain`` is NaN where no weight moved."""
+        prediction = super().adapt(x)
+        self.report.setdefault("gain", math.nan)
+        return prediction
 
     def draw_back(self) -> None:
         """Predict and update the hidden model, and pull the weights towards it."""

@@ -25,6 +25,7 @@ learned from one image without a confident label, unless ``official=True``.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -102,6 +103,7 @@ class ShotIm(Update):
             loss = loss + config.pseudo_weight * losses.sum() / count.clamp_min(1)
         pseudo = config.pseudo_weight > 0 and bool(count > 0)
         learns = len(x) > 1 or pseudo or config.official
-        self.report = Report(selected=len(x) if learns else 0, confident=count, loss=loss.detach())
-        self.report["stepped"] = learns and self.step(loss)
+        self.report = Report(selected=0, confident=count, loss=math.nan, stepped=False)
+        if learns:
+            self.report |= {"selected": len(x), "loss": loss.detach(), "stepped": self.step(loss)}
         return prediction

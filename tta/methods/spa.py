@@ -47,7 +47,7 @@ from tta.core.component import Context
 from tta.core.config import LR_SCALINGS, ComponentConfig, UpdateConfig, lr_share
 from tta.core.norm_layers import frozen_statistics
 from tta.core.prediction import Prediction, Report
-from tta.core.random import CountedDraws, fork
+from tta.core.random import fork
 from tta.core.registry import component, config_from_dict, get_config, register
 from tta.core.source import SourceStatistics
 from tta.core.update import Update
@@ -206,25 +206,25 @@ class Spa(Update):
         config = self.config
         self.augmenter.check(x)
         self._begin(x)
-        draws = fork(self.context.generator, x.device)
         with torch.set_grad_enabled(config.auxiliary is not None):
             prediction = self.network(x)
         target = prediction.logits.detach().float()
         signed = self.augmenter.pixels(x) * 2 - 1
         alpha = self.alpha.clone().requires_grad_()
         with torch.autocast(x.device.type, enabled=False):  # views in full precision
-            first = self._without_amplitudes(signed, draws)
-            second = noise_patches(signed, alpha, self._noise(signed, draws))
-        losses, counts = [], []
-        for view in (first, second):
+            views = self._views(signed, alpha)
+        losses, kept = [], []
+        for view in views:
             images = self.augmenter.images((view + 1) / 2, x.dtype)
             with frozen_statistics(self.network.wrappers):
                 seen = self._logits(self.network(images).features)
             less_sure = target.softmax(1).amax(1) > seen.detach().softmax(1).amax(1)
-            counts.append(int(less_sure.sum()))
+            kept.append(less_sure)
             losses.append(_divergence(target, seen, less_sure))
+        counts = [int(rows.sum()) for rows in kept]
         self.report = Report(
             selected=counts[0],
+            kept=kept[0],
             selected_second=counts[1],
             frequency_loss=losses[0].detach() if counts[0] else math.nan,
             noise_loss=losses[1].detach() if counts[1] else math.nan,
@@ -297,22 +297,24 @@ class Spa(Update):
                 "reset() first."
             )
 
-    def _without_amplitudes(self, signed: Tensor, draws: CountedDraws) -> Tensor:
-        share = self.config.low_fraction
+    def _views(self, signed: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+        """The images (B, C, H, W) in [-1, 1] without some amplitudes, and with noise."""
+        config, channels, device = self.config, signed.shape[1], signed.device
         height, width = signed.shape[2:]
-        rows, columns = low_frequencies(height, width, share)
-        sides = (rows.stop - rows.start, columns.stop - columns.start)
-        shape = torch.Size((*signed.shape[:2], *sides))
-        kept = self.context.draws.ask("frequency_keep", shape, torch.bool, signed.device)
-        if kept is None:
-            kept = draws.uniforms(*shape) >= self.config.mask_ratio
-        return mask_amplitudes(signed, kept, share)
-
-    def _noise(self, signed: Tensor, draws: CountedDraws) -> Tensor:
-        side = self.config.patch_size
-        shape = torch.Size((len(self.alpha), signed.shape[1], side, side))
-        noise = self.context.draws.ask("patch_noise", shape, torch.float32, signed.device)
-        return draws.normals(*shape) if noise is None else noise
+        squares = low_frequencies(height, width, config.low_fraction)
+        sides = [found.stop - found.start for found in squares]
+        shape = torch.Size((len(signed), channels, *sides))
+        kept = self.context.draws.ask("frequency_keep", shape, torch.bool, device)
+        side = config.patch_size
+        patches = torch.Size((len(alpha), channels, side, side))
+        noise = self.context.draws.ask("patch_noise", patches, torch.float32, device)
+        if kept is None or noise is None:
+            draws = fork(self.context.generator, device)
+            own = draws.uniforms(*shape) >= config.mask_ratio
+            kept = own if kept is None else kept
+            noise = draws.normals(*patches) if noise is None else noise
+        first = mask_amplitudes(signed, kept, config.low_fraction)
+        return first, noise_patches(signed, alpha, noise)
 
     def _logits(self, features: Tensor | None) -> Tensor:
         """Logits (B, C) of the features of a view, by way of the predictor."""
