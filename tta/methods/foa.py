@@ -227,8 +227,8 @@ class Foa(ForwardUpdate):
             self._draw_start()
 
     def survives_reset(self) -> tuple[str, ...]:
-        """Under ``official=True`` the count of drawn prompts, so that none are drawn twice."""
-        return ("starts",) if self.config.official else ()
+        """Under ``official=True`` the prompts, which are new ones then, and the count of these."""
+        return ("best", "starts") if self.config.official else ()
 
     def undefined_as_nan(self) -> tuple[str, ...]:
         """There is no shift before the first batch."""
