@@ -180,6 +180,18 @@ def test_a_call_that_fails_leaves_the_inner_update_as_it_was() -> None:
     assert (dict(vars(inner.selection_pass)), list(inner.parameters_adapted)) == before
 
 
+def test_the_first_set_is_never_undefined() -> None:
+    adapter = _reservoir("eta")
+    name = next(iter(adapter.parameters_adapted))
+    state = adapter.state()
+    with pytest.raises(ValueError, match="`state`"):
+        adapter.load_state(
+            {f"update/set0.{name}": torch.full_like(state[f"param/{name}"], torch.nan)}
+        )
+    for key in (f"update/set1.{name}", "update/set0.inner.ema_probs"):
+        adapter.load_state({key: torch.full_like(state[key], torch.nan)})
+
+
 def test_fields_of_the_inner_update() -> None:
     config = tta.get_config("reservoir", inner="eata.cifar10", lr=0.5)
     assert config.inner.lr == config.lr == 0.5 and config.inner.lr_scaling == "none"

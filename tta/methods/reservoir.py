@@ -278,8 +278,10 @@ class Reservoir(Update):
 
     def undefined_as_nan(self) -> tuple[str, ...]:
         """What belongs to clusters and styles that there are not yet."""
-        sets = [f"set{k}.{name}" for k in range(self.config.clusters) for name in self._live()]
+        # The first cluster is there from the start.
+        sets = [f"set{k}.{name}" for k in range(1, self.config.clusters) for name in self._live()]
         inner = [f"{INNER}{name}" for name in self.inner.undefined_as_nan()]
+        inner += [f"set0.{name}" for name in inner]
         return ("centroids", "styles", *sets, *inner)
 
     def integer_ranges(self) -> dict[str, tuple[int, int]]:
