@@ -31,7 +31,7 @@ linear layers, in a pass with the source's weights and statistics. ``style_mean`
 1,000 styles, as the authors do.
 
 ``draws=`` is asked for ``replace_index``, without axes, whenever the buffer is full: the place in
-it, or a number above it for none, below the number of styles seen.
+it, or any number above it for none.
 
 A set holds the trained parameters, the optimiser's state and the inner update's averages, each
 ``update/set<k>.<name>``; rows and sets of clusters that there are not yet are NaN. Of the inner
@@ -404,7 +404,8 @@ class Reservoir(Update):
             self.styles[: held - 1] = self.styles[1:held].clone()
             self.styles[held - 1] = style
         else:
-            place = Chance(self.context).pick("replace_index", range(int(self.seen)))
+            options = range(int(self.seen))
+            place = Chance(self.context).pick("replace_index", options, open_end=True)
             if place < capacity:
                 self.styles[place] = style
         if int(self.seen) > FORGET * capacity:

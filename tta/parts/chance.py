@@ -46,12 +46,13 @@ class Chance:
             )
         return given
 
-    def pick(self, name: str, options: Sequence[int]) -> int:
+    def pick(self, name: str, options: Sequence[int], open_end: bool = False) -> int:
         """One of several whole numbers.
 
         Args:
             name: Of the draw.
-            options: The numbers, at least one.
+            options: The numbers in ascending order, at least one.
+            open_end: Whether the caller's may be higher than all of them.
 
         Raises:
             ValueError: When the caller's is none of them.
@@ -59,7 +60,8 @@ class Chance:
         given = self._ask(name)
         if given is None:
             return options[int(self._numbers().numbers(1)[0] * len(options))]
-        if given not in options:
+        higher = open_end and given > options[-1] and given.is_integer()
+        if given not in options and not higher:
             raise ValueError(
                 f"`draws` must return one of {shown(list(options), 60)} for {shown(name)}, got "
                 f"{given}: correct the function."
