@@ -346,7 +346,7 @@ PLACES = {
     "Model": (
         r"tta/core/(traced_pass|adapter|backbone|build|checkpointing|classifier|component|head|input_guard"
         r"|denoiser|draws|first_input|guard|hooks|input_rule|loan|logit_checks|masters|model_buffers|model_checks|norm_layers|outputs|oversight|parameters|serving"
-        r"|update)\.py|tta/parts/(blocks|chance|tokens)\.py"
+        r"|update)\.py|tta/parts/(blocks|chance|dropout|tokens)\.py"
     ),
     "Source data": (
         r"tta/(collect|core/(fitting|source|source_checks)"

@@ -67,6 +67,7 @@ def test_trace(path: Path, monkeypatch) -> None:
         labels = torch.where(seen[u][0] == NONE, -1, seen[u][0])
         assert torch.equal(labels, trace.tensor("pseudo_labels")[t])
         assert adapter.report.selected == int((labels >= 0).sum())
+        assert torch.equal(adapter.report["kept"], labels >= 0)
         assert torch.equal(seen[u][1], trace.tensor("mix_index")[u])
         close(adapter.state()["update/confidence"], trace.tensor("avg_conf")[t], **LOSSES)
     state = adapter.state()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import tta
 from tests.helpers.batches import BATCH, images
@@ -470,6 +470,33 @@ def test_aetta_on_features_needs_one_pass() -> None:
         assert torch.equal(adapter(images(t)), plain(images(t)))
     assert adapter.health["passes"] == 1
     assert 0 <= adapter.health["estimated_accuracy"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("place", "match"),
+    [("gives", "that give a tensor, but 'gives' gives tuple"), ("apart", "calls, got 'apart'")],
+)
+def test_places_without_an_activation_are_refused(place: str, match: str) -> None:
+    class Pair(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, int]:
+            return x, 0
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.gives, self.apart = nn.Conv2d(3, 2, 1), Pair(), nn.ReLU()
+            self.head = nn.Linear(2 * 8 * 8, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.gives(self.first(x))[0].flatten(1))
+
+    guard = tta.get_config("aetta", places=(place,))
+    adapter = tta.wrap(Net().eval(), "source", guard=guard)
+    before = adapter.state()
+    with pytest.raises(ValueError, match=f"`places` must name modules .*{match}"):
+        adapter(torch.rand(4, 3, 8, 8))
+    for key, value in adapter.state().items():
+        assert torch.equal(value.nan_to_num(), before[key].nan_to_num())
 
 
 @pytest.mark.parametrize(

@@ -237,6 +237,9 @@ def test_refusals() -> None:
         tta.wrap(tiny("bn"), "itta", source=_source(9))
     with pytest.raises(ValueError, match="`blocks` must name at least two modules"):
         tta.get_config("itta", blocks=("layer1",))
+    for blocks in ("layer1", 2):
+        with pytest.raises(TypeError, match="`blocks` must be names of modules"):
+            tta.get_config("itta", blocks=blocks)
     adapter = tta.wrap(tiny("bn"), "itta", blocks=("layer1", "fc"), source=_source())
     with pytest.raises(ValueError, match=r"`blocks` must name modules that give maps"):
         adapter(images(0))

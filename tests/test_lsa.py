@@ -243,8 +243,11 @@ def test_refusals() -> None:
         tta.wrap(tiny("gn"), "lsa", source=tta.SourceStatistics(label_shift=made.label_shift))
     with pytest.raises(ValueError, match=r"`source.label_shift` must hold A1"):
         tta.wrap(tiny("gn"), "lsa", source=made, delta="bias")
-    with pytest.raises(ValueError, match=r"`source.label_shift` must hold A1"):
+    with pytest.raises(ValueError, match=r"A1, c1, A2 and c2 with 10 inputs"):
         tta.wrap(tiny("gn"), "lsa", source=made, code="vector")
+    made.source_prior = torch.ones(10) / 10  # for which the scalar that they take is not defined
+    with pytest.raises(ValueError, match="`code` must be 'vector' for a source whose classes"):
+        tta.wrap(tiny("gn"), "lsa", source=made)
     made.source_prior = torch.ones(3) / 3
     with pytest.raises(ValueError, match=r"`source.source_prior` must be the shares of 10 classes"):
         tta.wrap(tiny("gn"), "lsa", source=made)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 
 import tta
@@ -442,3 +445,22 @@ def _rate(name: str, batch_size: int | None) -> float:
     update = tta.wrap(tiny("gn"), name, batch_size=batch_size).config.update
     assert isinstance(update, UpdateConfig) and math.isfinite(update.lr)
     return update.lr
+
+
+@pytest.mark.parametrize("name", tta.list_methods())
+def test_numbers_of_numpy_are_held_as_numbers_that_json_knows(name: str) -> None:
+    config = tta.get_config(name)
+    given: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if type(value) in (int, float):
+            given[field.name] = (np.int64 if isinstance(value, int) else np.float64)(value)
+    changed = config.replace(**given)
+    for key in given:
+        assert type(getattr(changed, key)) is type(getattr(config, key)), key
+    json.dumps(changed.to_dict())
+
+
+def test_a_number_of_numpy_where_the_default_is_none() -> None:
+    for name, field in (("neo", "momentum"), ("unmix_tns", "momentum"), ("pea", "drift_limit")):
+        assert type(getattr(tta.get_config(name, **{field: np.float32(0.5)}), field)) is float

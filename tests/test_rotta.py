@@ -428,3 +428,12 @@ def test_a_memory_of_another_length_is_refused() -> None:
             adapter.load_state({"update/memory": torch.zeros(rows, 3, 16, 16, dtype=torch.uint8)})
     with pytest.raises(ValueError, match=r"must be torch\.uint8 or convert to it"):
         adapter.load_state({"update/memory": torch.zeros(8, 3, 16, 16).cfloat()})
+
+
+def test_keywords_reach_the_norm_rule_that_it_brings() -> None:
+    adapter = tta.wrap(tiny("bn"), "rotta.cifar10", batch_weight=0.25, official=True, **RAW)
+    assert adapter.config.norm == tta.get_config("robust_bn", batch_weight=0.25)
+    assert adapter.config.update is not None and adapter.config.update.official
+    for norm in ("source", "bn"):
+        with pytest.raises(ValueError, match="`batch_weight` is not a field of"):
+            tta.wrap(tiny("bn"), "rotta.cifar10", norm=norm, batch_weight=0.25, **RAW)

@@ -98,7 +98,7 @@ def wrap(
             the two agree, and estimates of both. Costs a forward pass.
         on_event: Called with each of ``adapter.events`` at the end of the call that it belongs to.
             Not part of the config, nor saved.
-        **overrides: Fields of the chosen components.
+        **overrides: Fields of the chosen components, or of what these bring.
 
     Returns:
         The adapter. ``adapter.unwrap()`` gives the model back, bit for bit.

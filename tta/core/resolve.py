@@ -111,10 +111,13 @@ def resolve(model: nn.Module, request: Request) -> AdapterConfig:
     if batch_size is not None:
         batch_size = whole_number("batch_size", batch_size, 1, LARGEST)
     chosen = _with_companions(_with_guard(_choose(request), request), request, model)
-    chosen = _override(chosen, request.overrides)
+    named = {key: v for key, v in request.overrides.items() if _owners(chosen, key)}
+    others = {key: v for key, v in request.overrides.items() if key not in named}
+    # A field that what the caller named does not have may be one of what that brings.
+    complete = _override(_complete(_override(chosen, named), model), others)
     chosen = {
         slot: None if config is None else config.for_batch_size(batch_size)
-        for slot, config in _adjust(_complete(chosen, model), request).items()
+        for slot, config in _adjust(complete, request).items()
     }
     module = isinstance(request.slots.get("input"), nn.Module)
     config = AdapterConfig(
@@ -254,13 +257,21 @@ def _as_config(argument: str, value: Any) -> ComponentConfig:
     )
 
 
+def _fields(config: ComponentConfig | None) -> set[str]:
+    return set() if config is None else set(config.to_dict()) - {"name"}
+
+
+def _owners(chosen: Chosen, key: str) -> list[str]:
+    """The slots whose components have a field."""
+    return [slot for slot, config in chosen.items() if key in _fields(config)]
+
+
 def _override(chosen: Chosen, overrides: Mapping[str, Any]) -> Chosen:
     """Give each keyword to the one chosen component that has such a field."""
     for key, value in overrides.items():
-        fields = {s: set(c.to_dict()) - {"name"} for s, c in chosen.items() if c is not None}
-        owners = [slot for slot, names in fields.items() if key in names]
+        owners = _owners(chosen, key)
         if not owners:
-            known = sorted(set().union(*fields.values()))
+            known = sorted(set().union(*(_fields(c) for c in chosen.values())))
             raise ValueError(
                 f"`{told(key, 40)}` is not a field of {_label(chosen)} and not an argument of "
                 "wrap: " + nearest(key, [*known, *ARGUMENTS], room=120)

@@ -78,6 +78,7 @@ class AdanpcConfig(ComponentConfig):
     official: bool = False  # random first row, memory without limit, second softmax
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         whole_number("neighbours", self.neighbours, 1, LARGEST)
         number("temperature", self.temperature, 0, LARGE, above=True)
         number("confidence_threshold", self.confidence_threshold, 0, LARGE)

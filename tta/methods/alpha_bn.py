@@ -43,6 +43,7 @@ class AlphaBnConfig(ComponentConfig):
     official: bool = False  # no gradient through the statistics
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         fraction("source_weight", self.source_weight)
         boolean("unbiased", self.unbiased)
         boolean("official", self.official)

@@ -84,6 +84,7 @@ class FoaShiftConfig(ComponentConfig):
     balanced: bool = False  # every predicted class counts once (ours)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         fraction("momentum", self.momentum)
         boolean("balanced", self.balanced)
 

@@ -102,8 +102,9 @@ class Gtta(SourceReplay):
         sure, labels = probs.max(1)
         move_average(self.confidence, sure.mean(), KEPT)
         labels = torch.where(sure >= self.confidence.sqrt(), labels, NONE)
-        count = int((labels != NONE).sum())
-        self.report = Report(selected=count, loss=float("nan"), stepped=False)
+        kept = labels != NONE
+        count = int(kept.sum())
+        self.report = Report(selected=count, kept=kept, loss=float("nan"), stepped=False)
         for _ in range(self.config.steps - 1):
             self._steps(x, probs, labels, count)
             with torch.no_grad(), frozen_statistics(self.network.wrappers):

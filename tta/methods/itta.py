@@ -47,6 +47,7 @@ from tta.core.registry import register
 from tta.core.source import SourceStatistics
 from tta.core.update import Update
 from tta.parts import itta as parts
+from tta.parts.blocks import block_names
 
 __all__ = ["Itta", "IttaConfig"]
 
@@ -73,10 +74,8 @@ class IttaConfig(UpdateConfig):
         whole_number("block_depth", self.block_depth, 1, 1000)
         fraction("coin", self.coin)
         number("beta", self.beta, 1e-3, LARGE)
-        if self.blocks is None:
-            return
-        object.__setattr__(self, "blocks", tuple(self.blocks))
-        if len(self.blocks) < 2 or not all(isinstance(name, str) for name in self.blocks):
+        block_names("blocks", self.blocks)
+        if self.blocks is not None and len(self.blocks) < 2:
             raise ValueError(
                 f"`blocks` must name at least two modules, got {shown(self.blocks)}: name the "
                 "stages of the network."

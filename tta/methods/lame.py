@@ -48,6 +48,7 @@ class LameConfig(ComponentConfig):
     official: bool = False  # NaN where the bandwidth is 0; lone images pull at themselves
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         one_of("affinity", self.affinity, ("rbf", "knn", "linear"))
         whole_number("neighbours", self.neighbours, 1, LARGEST)
         boolean("symmetric", self.symmetric)

@@ -180,10 +180,13 @@ class Lsa(Output):
             wanted = label_shift.outputs(classes, width, delta, self.config.rank)
             got = ", ".join(f"{n} {s}" for n, s in shapes.items())
             raise ValueError(
-                "`source.label_shift` must hold A1, c1, A2 and c2 with 1 or "
-                f"{classes} inputs and {wanted} outputs for this model with delta="
-                f"{shown(delta, 20)}, got {told(got)}: make it with tta.collect_source."
+                "`source.label_shift` must hold A1, c1, A2 and c2 with "
+                f"{' or '.join(str(count) for (count,) in expected)} inputs and {wanted} outputs "
+                f"for this model with delta={shown(delta, 20)}, got {told(got)}: make it with "
+                "tta.collect_source."
             )
+        kind = "scalar" if inputs == (1,) else "vector"
+        label_shift.encode(prior, prior, kind, self.config.floor)  # where it is not defined
 
     def _fit(self, source: SourceStatistics, network: Backbone) -> tuple[dict[str, Tensor], Tensor]:
         """Fit G on features under running statistics; also the source's class shares (C,)."""

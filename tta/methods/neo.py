@@ -57,6 +57,7 @@ class NeoConfig(ComponentConfig):
     balanced: bool = False  # every predicted class counts once (ours)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.momentum is not None:
             fraction("momentum", self.momentum)
         boolean("use_source_mean", self.use_source_mean)

@@ -51,6 +51,7 @@ class T3aConfig(ComponentConfig):
     official: bool = False  # with filter_size=None drops the last of each class at every batch
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.filter_size is not None:
             whole_number("filter_size", self.filter_size, 1, LARGEST)
         boolean("official", self.official)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tta.core.checks import shown
 from tta.core.random import CountedDraws
 
 __all__ = ["dropped", "dropping", "keep_mask"]
@@ -45,10 +46,20 @@ def dropping(
         places: Names of modules that give out a tensor.
         rate: Share of the elements to drop.
         mask: Place and activation -> mask of its shape, True = kept.
+
+    Raises:
+        ValueError: When a module gives out something else, or was not called.
     """
+    left = dict.fromkeys(places)
 
     def hook(place: str) -> Callable[..., Tensor]:
-        def drop(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        def drop(module: nn.Module, args: Any, output: Any) -> Tensor:
+            if not isinstance(output, Tensor):
+                raise ValueError(
+                    f"`places` must name modules that give a tensor, but {shown(place)} gives "
+                    f"{type(output).__name__}: name others."
+                )
+            left.pop(place, None)
             return dropped(output, mask(place, output), rate)
 
         return drop
@@ -56,6 +67,11 @@ def dropping(
     handles = [model.get_submodule(place).register_forward_hook(hook(place)) for place in places]
     try:
         yield
+        if left:
+            raise ValueError(
+                f"`places` must name modules that the model calls, got {shown(next(iter(left)))}, "
+                "which it does not: name others."
+            )
     finally:
         for handle in handles:
             handle.remove()
