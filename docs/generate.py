@@ -6,7 +6,8 @@
 * ``docs/catalogue.md``: a section for each scenario, made of its note in ``docs/notes/streams/``,
   its options and its picture. ``--pictures`` draws the pictures again, which needs matplotlib.
 * ``docs/decisions/index.md``: the list of decisions.
-* The parts of ``docs/which_method.md`` and ``docs/troubleshooting.md`` between their markers.
+* The parts of ``README.md``, ``docs/composition.md``, ``docs/which_method.md`` and
+  ``docs/troubleshooting.md`` between their markers.
 
 A test fails when a file is not what this writes.
 """
@@ -19,6 +20,7 @@ import inspect
 import json
 import re
 import sys
+import textwrap
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -63,6 +65,13 @@ STREAMS = (
     "single",
     "walk",
 )
+DECIDES = {
+    "input": "what the model is given in place of the images",
+    "norm": "where BatchNorm layers take their statistics from",
+    "update": "how parameters move",
+    "output": "what is returned in the end",
+    "guard": "what is kept of what was learned, and who answers",
+}
 SLOTS = {
     "input": "input rule",
     "norm": "norm rule",
@@ -82,22 +91,45 @@ def pages() -> dict[Path, str]:
         **{METHODS / f"{name}.md": _method(name, record) for name in names},
         DOCS / "catalogue.md": _catalogue(),
         DOCS / "decisions" / "index.md": _decisions(),
-        DOCS / "which_method.md": _filled("which_method.md", "record", _best(record)),
+        ROOT / "README.md": _filled(ROOT / "README.md", "components", _counts()),
+        DOCS / "composition.md": _filled(DOCS / "composition.md", "slots", _slots()),
+        DOCS / "which_method.md": _filled(DOCS / "which_method.md", "record", _best(record)),
         DOCS / "troubleshooting.md": _troubleshooting(),
         DOCS / "reliability.md": reliability_page.render(reliability.committed_results()),
     }
 
 
-def _filled(page: str, marker: str, text: str) -> str:
+def _filled(page: Path, marker: str, text: str) -> str:
     """A page with new text between its markers."""
-    markdown.check_marks(DOCS / page, marker)
-    return markdown.put_between((DOCS / page).read_text(), marker, f"{text}\n")
+    markdown.check_marks(page, marker)
+    return markdown.put_between(page.read_text(), marker, f"{text}\n")
 
 
 def _table(header: tuple[str, ...], rows: list[tuple[str, ...]], align: str | None = None) -> str:
     """A table as text; without ``align``, which has a letter a column, all goes to the left."""
     cells = [[markdown.escape(cell) for cell in row] for row in rows]
     return "\n".join(markdown.table(header, cells, align or "l" * len(header)))
+
+
+def _counts() -> str:
+    """The README's entry on `tta/`, with the number of components of each slot."""
+    counts = [f"{len(tta.list_methods(slot=slot))} {SLOTS[slot]}s" for slot in DECIDES]
+    text = (
+        f"* **`tta/`**: the adapter and its components: {', '.join(counts[:-1])} and {counts[-1]}, "
+        "in any combination, on any `torch.nn.Module` classifier that returns logits. Reset, save "
+        "and resume are exact; nothing is copied but what moves."
+    )
+    return textwrap.fill(text, 116, subsequent_indent="  ", break_on_hyphens=False)
+
+
+def _slots() -> str:
+    """The slots, and the components of each."""
+    rows = []
+    for slot, decides in DECIDES.items():
+        names = ", ".join(f"`{name}`" for name in tta.list_methods(slot=slot))
+        names += ", or any module from images to images" if slot == "input" else ""
+        rows.append((f"`{slot}`", decides, names))
+    return _table(("slot", "decides", "components"), rows)
 
 
 # Methods

@@ -135,6 +135,28 @@ def test_every_file_has_its_place_in_troubleshooting(generate: Any) -> None:
             assert not sentence.startswith(("`images`", "`source", "`folder`")), sentence
 
 
+def test_no_page_calls_a_component_missing_that_is_there() -> None:
+    there = {*tta.list_methods()}
+    for page in PAGES:
+        for line in page.read_text().splitlines():
+            if "not in this version" in line or "not here" in line:
+                told = {name for name in re.findall(r"`(\w+)`", line) if name in there}
+                assert not told, f"{page.name}: {line}"
+
+
+def test_no_line_of_prose_stands_twice() -> None:
+    """What is left when two versions of a line are merged by keeping both."""
+    for page in (*PAGES, ROOT / "CHANGELOG.md"):
+        text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+        # Generated lists and lines of figures begin alike; what is written by hand does not.
+        prose = [
+            x[:50] for x in text.splitlines() if len(x) > 60 and not re.match(r"[|]|\* `|\d", x)
+        ]
+        twice = {start for start in prose if prose.count(start) > 1}
+        if page.parent != DOCS / "methods" and page.name != "catalogue.md":
+            assert not twice, f"{page.name}: {twice}"
+
+
 # Figures
 
 

@@ -5,9 +5,13 @@ Each test is a range of numbers of cases. `python -m tests.fuzz NUMBER` shows on
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from tests.fuzz import cases
 from tests.fuzz.cases import SURFACES, look_at, make
+from tests.fuzz.oracle import Case
 
 QUICK, SLOW, SOAK = 500, 5_000, 100_000
 PART = 250  # cases of one test: a soak that was cut off goes on behind the last whole one
@@ -41,6 +45,15 @@ def test_a_case_depends_on_its_number_alone() -> None:
     assert len(kinds) > len(SURFACES) // 2
     for number in (39, 3, 17):
         assert _without_places(make(number).words) == _without_places(told[number])
+
+
+def test_what_a_case_writes_to_a_relative_path_goes_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cases, "make", lambda _: Case("save", lambda: Path("-").write_text("x")))
+    assert look_at(0) is None
+    assert Path.cwd() == tmp_path and not list(tmp_path.iterdir())
 
 
 def _without_places(words: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 import warnings
 from collections.abc import Callable
 from random import Random
@@ -39,7 +41,15 @@ def make(number: int) -> Case:
 
 
 def look_at(number: int) -> str | None:
-    """Run the case of a number; what is wrong with it, in words."""
-    case = make(number)
-    problem = problem_of(case)
+    """Run the case of a number; what is wrong with it, in words.
+
+    Paths of cases may be relative, so that they are run in a folder that goes afterwards.
+    """
+    case, before = make(number), os.getcwd()
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
+        os.chdir(folder)
+        try:
+            problem = problem_of(case)
+        finally:
+            os.chdir(before)
     return None if problem is None else f"{case.words}\n{problem}"
