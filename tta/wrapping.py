@@ -47,6 +47,7 @@ def wrap(
     activation: str = "softmax",
     health: bool = False,
     shadow: bool = False,
+    window: int | None = None,
     on_event: Callable[[dict[str, Any]], Any] | None = None,
     **overrides: Any,
 ) -> Adapter:
@@ -96,6 +97,9 @@ def wrap(
         health: Fill ``adapter.health`` without a guard.
         shadow: Answer with the source model and learn beside it; ``adapter.health`` shows how far
             the two agree, and estimates of both. Costs a forward pass.
+        window: For streams of single images or small batches: every call runs the model on the last
+            ``window`` images, at least 2, of which its own are the last, and answers for its own.
+            A call then costs as much as a batch of that size.
         on_event: Called with each of ``adapter.events`` at the end of the call that it belongs to.
             Not part of the config, nor saved.
         **overrides: Fields of the chosen components.
@@ -132,6 +136,7 @@ def wrap(
         activation=activation,
         health=health,
         shadow=shadow,
+        window=window,
     )
     config = resolve(model, request)
     injected = Injected(

@@ -47,6 +47,7 @@ from tta.core.session import Session
 from tta.core.source import as_source
 from tta.core.source_checks import check_parameters
 from tta.core.update import Update
+from tta.core.window import Window
 
 __all__ = ["Injected", "build"]
 
@@ -180,11 +181,19 @@ def _assemble(model: nn.Module, config: AdapterConfig, injected: Injected) -> Ad
         if output is not None:
             output.begin(network)
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        for part in (rule, update, output, guard, *(wrapper.rule for wrapper in wrappers.values())):
+        window = None if config.window is None else Window(config.window, context.journal)
+        for part in (
+            rule,
+            update,
+            output,
+            guard,
+            window,
+            *(wrapper.rule for wrapper in wrappers.values()),
+        ):
             if part is not None:
                 part.to(device)
         slots = (wrappers, update, output, guard, rule)
-        return Adapter(config, context, network, *slots, on_event=injected.on_event)
+        return Adapter(config, context, network, *slots, injected.on_event, window)
     except BaseException:
         if rule is not None:
             rule.release()

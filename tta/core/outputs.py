@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tta.core.checks import shown, told
 
-__all__ = ["GIVEN", "LogitsReader", "LogitsSpec", "joined"]
+__all__ = ["GIVEN", "LogitsReader", "LogitsSpec", "joined", "last_rows"]
 
 LogitsSpec = str | int | Callable[[Any], Tensor] | None
 DEFAULT_NAME = "logits"  # the name in most libraries
@@ -102,6 +102,17 @@ def joined(results: Sequence[Any]) -> Any:
     keys = _keys(last)
     values = {key: _joined([_item(result, key) for result in results]) for key in keys}
     return _with_items(last, values) if keys else _joined(results)
+
+
+def last_rows(result: Any, rows: int, count: int) -> Any:
+    """What a model returned for ``rows`` images, as for the last ``count`` of these."""
+    if count == rows:
+        return result
+    if isinstance(result, Tensor):
+        return result[-count:] if result.ndim > 0 and len(result) == rows else result
+    keys = _keys(result)
+    values = {key: last_rows(_item(result, key), rows, count) for key in keys}
+    return _with_items(result, values) if keys else result
 
 
 def _joined(values: Sequence[Any]) -> Any:

@@ -52,6 +52,7 @@ class AdapterConfig:
     features: str | None = None  # module that they go into; "given": a module or a function
     activation: str = "softmax"  # what the logits are for: "softmax" or "sigmoid"
     shadow: bool = False  # the source answers, while the rest learns beside it
+    window: int | None = None  # images that a call runs the model on, if more than its own
 
     def __post_init__(self) -> None:
         for slot in SLOTS:
@@ -68,6 +69,9 @@ class AdapterConfig:
         if self.num_classes is not None:
             whole_number("num_classes", self.num_classes, 1, LARGEST)
         self._check_activation()
+        if self.window is not None:
+            object.__setattr__(self, "window", whole_number("window", self.window, 2, LARGEST))
+            self._check_window()
         boolean("shadow", self.shadow)
         if self.shadow and self.guard is None:
             raise ValueError(
@@ -99,6 +103,15 @@ class AdapterConfig:
                     f"`activation` must be 'softmax' for {config.name}, which takes a softmax of "
                     f"the logits, got {shown(self.activation)}: for a model whose classes do not "
                     "exclude each other, norm rules alone remain."
+                )
+
+    def _check_window(self) -> None:
+        for config in self.components.values():
+            if component(config.name).counts_images:
+                raise ValueError(
+                    f"`window` must be left out for {config.name}, which remembers or counts "
+                    f"images and would be shown each of them again, got {self.window}: give it "
+                    "single images without, or use another component."
                 )
 
     @property

@@ -39,6 +39,7 @@ ARGUMENTS = (
     "activation",
     "health",
     "shadow",
+    "window",
     "on_event",
 )
 
@@ -62,6 +63,7 @@ class Request:
         activation: What the logits are for, "softmax" or "sigmoid".
         health: Whether to fill ``health`` without a guard.
         shadow: Whether the source answers.
+        window: Images that a call runs the model on.
     """
 
     recipe: Any = None
@@ -77,6 +79,7 @@ class Request:
     activation: Any = "softmax"
     health: Any = False
     shadow: Any = False
+    window: Any = None
 
     @property
     def fixed(self) -> dict[str, Any]:
@@ -91,6 +94,7 @@ class Request:
             "features": self.features if module else GIVEN,
             "activation": self.activation,
             "shadow": boolean("shadow", self.shadow),
+            "window": self.window,
         }
 
 
