@@ -311,8 +311,9 @@ def _adjust(chosen: Chosen, request: Request) -> Chosen:
         return chosen
     rule = component(norm.name)
     assert issubclass(rule, NormRule)
-    fields = rule.update_fields(norm)
-    if "lr_scaling" in fields and update.to_dict()["lr_scaling"] == "none":
+    known = update.to_dict()
+    fields = {key: v for key, v in rule.update_fields(norm).items() if key in known}
+    if "lr_scaling" in fields and known["lr_scaling"] == "none":
         fields |= {"lr_scaling": "none"}  # the caller's choice, or the preset's
     return chosen | {"update": update.replace(**fields)}
 
