@@ -344,7 +344,7 @@ PLACES = {
         r"|tta/methods/_mean_teacher\.py: `restore_mask`"
     ),
     "Model": (
-        r"tta/core/(adapter|arguments|backbone|build|checkpointing|classifier|component|head|input_guard"
+        r"tta/core/(adapter|arguments|backbone|budget|frugal|memory_use|build|checkpointing|classifier|component|head|input_guard"
         r"|denoiser|draws|first_input|guard|hooks|input_rule|loan|logit_checks|masters|model_buffers|model_checks|norm_layers|outputs|oversight|parameters|serving"
         r"|update|window)\.py|tta/parts/(blocks|chance|tokens)\.py"
     ),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tta.core.adapter import Adapter
+from tta.core.budget import within_budget
 from tta.core.build import Injected, build
 from tta.core.config import ComponentConfig
 from tta.core.denoiser import Diffusion
@@ -48,6 +49,7 @@ def wrap(
     health: bool = False,
     shadow: bool = False,
     window: int | None = None,
+    memory_budget: int | None = None,
     on_event: Callable[[dict[str, Any]], Any] | None = None,
     **overrides: Any,
 ) -> Adapter:
@@ -100,6 +102,10 @@ def wrap(
         window: For streams of single images or small batches: every call runs the model on the last
             ``window`` images, at least 2, of which its own are the last, and answers for its own.
             A call then costs as much as a batch of that size.
+        memory_budget: Bytes that weights, state and a batch at its peak may take. Several forms of
+            the recipe are tried on random images until one fits: micro-batches where no image
+            affects another, activation checkpointing, then only late layers are adapted; a warning
+            and ``adapter.config`` say which. Give ``batch_size=`` with it.
         on_event: Called with each of ``adapter.events`` at the end of the call that it belongs to.
             Not part of the config, nor saved.
         **overrides: Fields of the chosen components.
@@ -148,4 +154,6 @@ def wrap(
         on_event=on_event,
         input=input if isinstance(input, (nn.Module, Diffusion)) else None,
     )
+    if memory_budget is not None:
+        config, source = within_budget(model, config, source, injected, memory_budget)
     return build(model, config, source, injected)

@@ -22,6 +22,7 @@ from tta.core.config import ComponentConfig, UpdateConfig
 from tta.core.denoiser import Diffusion
 from tta.core.draws import Draws, GivenDraws
 from tta.core.fitting import fit, load_constants
+from tta.core.frugal import Frugal
 from tta.core.guard import Guard
 from tta.core.head import Head, find_head
 from tta.core.hooks import LogitHook
@@ -159,6 +160,8 @@ def _assemble(model: nn.Module, config: AdapterConfig, injected: Injected) -> Ad
     context = _context(model, config, head, masters, buffers, injected)
     output = None if config.output is None else _component(Output, config.output, context)
     session = Session()
+    if config.micro_batch is not None or config.checkpointing:
+        session.frugal = Frugal(config.micro_batch, config.checkpointing)
     if output is not None and output.makes_logits:
         session.logit_hook = LogitHook(output)
     wrappers: dict[str, AdaptiveNorm] = {}

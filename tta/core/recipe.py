@@ -26,7 +26,9 @@ from tta.core.config import SLOTS, ComponentConfig
 from tta.core.outputs import GIVEN
 from tta.core.registry import component, config_from_dict
 
-__all__ = ["AdapterConfig"]
+__all__ = ["MOST_BYTES", "AdapterConfig"]
+
+MOST_BYTES = 2**53  # of a budget
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +54,9 @@ class AdapterConfig:
     features: str | None = None  # module that they go into; "given": a module or a function
     activation: str = "softmax"  # what the logits are for: "softmax" or "sigmoid"
     shadow: bool = False  # the source answers, while the rest learns beside it
+    memory_budget: int | None = None  # bytes, in which the recipe was made to fit by these two
+    micro_batch: int | None = None  # images that go through the model at once for an update
+    checkpointing: bool = False  # blocks run again in the backward pass, so as to keep less
     window: int | None = None  # images that a call runs the model on, if more than its own
 
     def __post_init__(self) -> None:
@@ -73,6 +78,11 @@ class AdapterConfig:
             object.__setattr__(self, "window", whole_number("window", self.window, 2, LARGEST))
             self._check_window()
         boolean("shadow", self.shadow)
+        boolean("checkpointing", self.checkpointing)
+        for name, most in (("memory_budget", MOST_BYTES), ("micro_batch", LARGEST)):
+            if getattr(self, name) is not None:
+                whole = whole_number(name, getattr(self, name), 1, most)
+                object.__setattr__(self, name, whole)
         if self.shadow and self.guard is None:
             raise ValueError(
                 "`shadow` must come with a guard, which sees both predictions, got none: pass "

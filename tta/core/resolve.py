@@ -40,6 +40,7 @@ ARGUMENTS = (
     "health",
     "shadow",
     "window",
+    "memory_budget",
     "on_event",
 )
 

@@ -32,6 +32,7 @@ class Session:
         warned: The kinds of warning that were given already.
         guard: The guard, which sees every step of the update.
         logit_hook: By which an output rule makes the logits; None where the linear layer does.
+        frugal: How passes that record a graph save memory; None where they do not.
     """
 
     ranks: Ranks | None = None
@@ -43,6 +44,7 @@ class Session:
     warned: set[str] = field(default_factory=set)
     guard: Any = None
     logit_hook: LogitHook | None = None
+    frugal: Any = None
 
     def warn_once(self, kind: str, text: str) -> None:
         """Warn the caller, unless this kind of warning was given before."""
