@@ -344,7 +344,7 @@ PLACES = {
         r"|tta/methods/_mean_teacher\.py: `restore_mask`"
     ),
     "Model": (
-        r"tta/core/(adapter|arguments|backbone|budget|frugal|memory_use|build|checkpointing|classifier|component|head|input_guard"
+        r"tta/core/(adapter|arguments|backbone|budget|frugal|memory_use|setting|build|checkpointing|classifier|component|head|input_guard"
         r"|denoiser|draws|first_input|guard|hooks|input_rule|loan|logit_checks|masters|model_buffers|model_checks|norm_layers|outputs|oversight|parameters|serving"
         r"|update|window)\.py|tta/parts/(blocks|chance|tokens)\.py"
     ),
@@ -357,7 +357,7 @@ PLACES = {
         r"tta/(runtime/(pool|snapshots|stream_\w+)|core/(adapter_sets|parameter_sets|plain_data))\.py"
     ),
     "Names, fields and configs": (
-        r"tta/(__init__|_moved|cli/methods|runtime/method_strings"
+        r"tta/(__init__|_moved|tuning|cli/methods|runtime/method_strings"
         r"|core/(checks|config|plugins|recipe|registry|resolve))\.py"
     ),
     "Streams": r"tta/(streams/\w+|core/pictures)\.py",

@@ -19,6 +19,7 @@ from tta.core.model_checks import check_model
 from tta.core.outputs import LogitsSpec
 from tta.core.recipe import AdapterConfig
 from tta.core.resolve import Request, resolve
+from tta.core.setting import Setting
 
 __all__ = ["wrap"]
 
@@ -50,6 +51,7 @@ def wrap(
     shadow: bool = False,
     window: int | None = None,
     memory_budget: int | None = None,
+    setting: Setting | None = None,
     on_event: Callable[[dict[str, Any]], Any] | None = None,
     **overrides: Any,
 ) -> Adapter:
@@ -106,6 +108,7 @@ def wrap(
             the recipe are tried on random images until one fits: micro-batches where no image
             affects another, activation checkpointing, then only late layers are adapted; a warning
             and ``adapter.config`` say which. Give ``batch_size=`` with it.
+        setting: What :func:`tta.tune` found to be fastest on this device.
         on_event: Called with each of ``adapter.events`` at the end of the call that it belongs to.
             Not part of the config, nor saved.
         **overrides: Fields of the chosen components.
@@ -143,6 +146,7 @@ def wrap(
         health=health,
         shadow=shadow,
         window=window,
+        setting=setting,
     )
     config = resolve(model, request)
     injected = Injected(

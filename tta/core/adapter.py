@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -70,6 +70,7 @@ class Adapter(nn.Module):
         self.guard = guard
         self.input = input_rule
         self.window = window
+        self.compiled = False  # by the adapter, for `setting`
         self._on_event = on_event
         self._network: Backbone | None = network
         self._context = context
@@ -131,7 +132,12 @@ class Adapter(nn.Module):
             self._context.draws.call += 1
             return answer
 
-        with torch.inference_mode(False):
+        setting = self.config.setting
+        images = images if setting is None else setting.images(images)
+        with (
+            setting.running(images.device.type) if setting else nullcontext(),
+            torch.inference_mode(False),
+        ):
             answer = self._transaction.run(serve, learning)
         self._publish_events()
         return answer
@@ -253,6 +259,8 @@ class Adapter(nn.Module):
             network.masters.give_back(self._state.original)
             network.buffers.give_back()
         self._loan.end()
+        if self.compiled:
+            model.__dict__.pop("_compiled_call_impl", None)
         if self.input is not None:
             self.input.release()
         self._network = None

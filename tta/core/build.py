@@ -196,7 +196,12 @@ def _assemble(model: nn.Module, config: AdapterConfig, injected: Injected) -> Ad
             if part is not None:
                 part.to(device)
         slots = (wrappers, update, output, guard, rule)
-        return Adapter(config, context, network, *slots, injected.on_event, window)
+        adapter = Adapter(config, context, network, *slots, injected.on_event, window)
+        mode = None if config.setting is None else config.setting.compile
+        if mode is not None and getattr(model, "_compiled_call_impl", None) is None:
+            model.compile(mode=mode)
+            adapter.compiled = True
+        return adapter
     except BaseException:
         if rule is not None:
             rule.release()

@@ -25,6 +25,7 @@ from tta.core.checks import (
 from tta.core.config import SLOTS, ComponentConfig
 from tta.core.outputs import GIVEN
 from tta.core.registry import component, config_from_dict
+from tta.core.setting import Setting
 
 __all__ = ["MOST_BYTES", "AdapterConfig"]
 
@@ -57,6 +58,7 @@ class AdapterConfig:
     memory_budget: int | None = None  # bytes, in which the recipe was made to fit by these two
     micro_batch: int | None = None  # images that go through the model at once for an update
     checkpointing: bool = False  # blocks run again in the backward pass, so as to keep less
+    setting: Setting | None = None  # how passes run on the device
     window: int | None = None  # images that a call runs the model on, if more than its own
 
     def __post_init__(self) -> None:
@@ -83,6 +85,11 @@ class AdapterConfig:
             if getattr(self, name) is not None:
                 whole = whole_number(name, getattr(self, name), 1, most)
                 object.__setattr__(self, name, whole)
+        if self.setting is not None and not isinstance(self.setting, Setting):
+            raise TypeError(
+                f"`setting` must be a tta.Setting, got {type(self.setting).__name__}: pass what "
+                "tta.tune gave."
+            )
         if self.shadow and self.guard is None:
             raise ValueError(
                 "`shadow` must come with a guard, which sees both predictions, got none: pass "
@@ -142,7 +149,7 @@ class AdapterConfig:
         result: dict[str, Any] = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, ComponentConfig):
+            if isinstance(value, (ComponentConfig, Setting)):
                 value = value.to_dict()
             result[field.name] = list(value) if isinstance(value, tuple) else value
         return result
@@ -163,7 +170,7 @@ class AdapterConfig:
                     f"`{told(key)}` is not a key of an adapter config: " + nearest(key, known)
                 )
             if isinstance(value, Mapping):
-                value = config_from_dict(value)
+                value = Setting.from_dict(value) if key == "setting" else config_from_dict(value)
             values[key] = tuple(value) if isinstance(value, list) else value
         return cls(**values)
 

@@ -40,6 +40,7 @@ ARGUMENTS = (
     "health",
     "shadow",
     "window",
+    "setting",
     "memory_budget",
     "on_event",
 )
@@ -65,6 +66,7 @@ class Request:
         health: Whether to fill ``health`` without a guard.
         shadow: Whether the source answers.
         window: Images that a call runs the model on.
+        setting: How passes run on the device.
     """
 
     recipe: Any = None
@@ -81,6 +83,7 @@ class Request:
     health: Any = False
     shadow: Any = False
     window: Any = None
+    setting: Any = None
 
     @property
     def fixed(self) -> dict[str, Any]:
@@ -96,6 +99,7 @@ class Request:
             "activation": self.activation,
             "shadow": boolean("shadow", self.shadow),
             "window": self.window,
+            "setting": self.setting,
         }
 
 
