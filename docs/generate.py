@@ -376,9 +376,11 @@ PLACES = {
         r"|tta/methods/_mean_teacher\.py: `restore_mask`"
     ),
     "Model": (
-        r"tta/core/(traced_pass|adapter|backbone|build|checkpointing|classifier|component|head|input_guard"
-        r"|denoiser|draws|first_input|guard|hooks|input_rule|loan|logit_checks|masters|model_buffers|model_checks|norm_layers|outputs|oversight|parameters|serving"
-        r"|update)\.py|tta/parts/(blocks|chance|dropout|tokens)\.py"
+        r"tta/core/(adapter|arguments|backbone|budget|build|checkpointing|classifier|component"
+        r"|denoiser|draws|first_input|frugal|guard|head|hooks|input_guard|input_rule|loan"
+        r"|logit_checks|masters|memory_use|model_buffers|model_checks|norm_layers|outputs|oversight"
+        r"|parameters|serving|setting|traced_pass|update|window)\.py"
+        r"|tta/parts/(blocks|chance|dropout|tokens)\.py"
     ),
     "Source data": (
         r"tta/(collect|core/(fitting|source|source_checks)"
@@ -390,7 +392,7 @@ PLACES = {
     ),
     "Exporting": r"tta/export/\w+\.py",
     "Names, fields and configs": (
-        r"tta/(__init__|_moved|cli/methods|runtime/method_strings"
+        r"tta/(__init__|_moved|tuning|cli/methods|runtime/method_strings"
         r"|core/(checks|config|plugins|recipe|registry|resolve))\.py"
     ),
     "Streams": r"tta/(streams/\w+|core/pictures)\.py",

@@ -437,3 +437,82 @@ def test_keywords_reach_the_norm_rule_that_it_brings() -> None:
     for norm in ("source", "bn"):
         with pytest.raises(ValueError, match="`batch_weight` is not a field of"):
             tta.wrap(tiny("bn"), "rotta.cifar10", norm=norm, batch_weight=0.25, **RAW)
+
+
+# Spread updates -----------------------------------------------------------------------------
+
+
+def _alike(one: dict[str, Tensor], other: dict[str, Tensor], start: str) -> float:
+    return max(float((v - other[k]).abs().max()) for k, v in one.items() if k.startswith(start))
+
+
+def test_a_whole_batch_at_once_is_no_part() -> None:
+    plain, spread = _rotta(), _rotta(spread=True)
+    for t in range(3):
+        x = _pixels(t, 64)
+        assert torch.equal(plain(x), spread(x))
+    state = spread.state()
+    assert all(torch.equal(v, state[k]) for k, v in plain.state().items())
+    assert float(state["update/gradients.layer1.1.weight"].abs().sum()) == 0
+
+
+def test_parts_sum_to_the_gradient_of_the_whole() -> None:
+    """Where no image affects another and the memory stays, the parts are the plain update."""
+
+    def make(**fields) -> tta.Adapter:
+        # Every class gets what comes first: after 8 images, later ones are no better.
+        fields = {"memory_size": 8, "update_every": 8, "uncertainty": 0.0, "timeliness": 0.0}
+        config = tta.get_config("rotta.cifar10", lr=0.02, **fields, **more)
+        return tta.wrap(tiny("gn"), update=config, norm="source", augment=lambda x, _: x, **RAW)
+
+    more: dict = {}
+    plain = make()
+    more = {"spread": True}
+    spread = make()
+    first = _pixels(3, 8)
+    for adapter in (plain, spread):  # fills the memory: the update on it is a whole one
+        adapter(first)
+    assert _alike(plain.state(), spread.state(), "param/") == 0
+    later = _pixels(4, 8)
+    plain(later)
+    stepped = []
+    for i in range(0, 8, 2):
+        spread(later[i : i + 2])
+        stepped.append(spread.report.stepped)
+        assert spread.report.selected <= 2
+    assert stepped == [False, False, False, True]
+    assert spread.report.loss > 0
+    # Images age while the update is under way, which is all that differs.
+    moved = max(float(v.std()) for k, v in plain.state().items() if k.startswith("param/"))
+    assert 0 <= _alike(plain.state(), spread.state(), "param/") < 0.2 * max(moved, 0.02)
+
+
+def test_statistics_move_in_parts_as_far_as_in_one() -> None:
+    """Parts of constant statistics: one move of share a, or eight of its eighth parts."""
+    one, parts = (tta.wrap(tiny("bn"), "robust_bn") for _ in range(2))
+    from tta.core.norm_layers import part_of_batch
+
+    x = _pixels(0, 1)
+    with torch.no_grad():
+        one.model.layer1(x)
+        with part_of_batch(parts.norm_layers.values(), 1 / 8):
+            for _ in range(8):
+                parts.model.layer1(x)
+    key = "norm/layer1.1.mean"
+    close(one.state()[key], parts.state()[key], atol=1e-6, rtol=1e-5)
+
+
+def test_a_spread_update_goes_on_from_a_state_between_its_parts() -> None:
+    fields = {"spread": True, "update_every": 6, "memory_size": 6}
+    adapter, other = (tta.wrap(tiny("bn"), "rotta.cifar10", **fields, **RAW) for _ in range(2))
+    for t in range(4):
+        adapter(_pixels(t, 1))
+    state = adapter.state()
+    assert int(state["update/swept"]) == 4 and 0 < int(state["update/summed"]) <= 4
+    assert float(state["update/gradients.layer1.1.weight"].abs().sum()) > 0
+    other.load_state(state)
+    for t in range(4, 9):
+        assert torch.equal(adapter(_pixels(t, 1)), other(_pixels(t, 1)))
+    assert all(torch.equal(v, other.state()[k]) for k, v in adapter.state().items())
+    adapter.reset()
+    assert int(adapter.state()["update/swept"]) == 0

@@ -24,9 +24,11 @@ if TYPE_CHECKING:
     from tta.core.prediction import Prediction, Report
     from tta.core.recipe import AdapterConfig
     from tta.core.registry import get_config, list_methods, register
+    from tta.core.setting import Setting
     from tta.core.source import SourceStatistics
     from tta.core.update import Update
     from tta.saving import load, save
+    from tta.tuning import tune
     from tta.wrapping import wrap
 
 __all__ = [
@@ -41,6 +43,7 @@ __all__ = [
     "Output",
     "Prediction",
     "Report",
+    "Setting",
     "SourceStatistics",
     "Update",
     "UpdateConfig",
@@ -56,6 +59,7 @@ __all__ = [
     "runtime",
     "save",
     "streams",
+    "tune",
     "wrap",
 ]
 
@@ -72,9 +76,11 @@ PLACES = {  # of the public names; no module at the top has the name of one of t
     "tta.core.prediction": ("Prediction", "Report"),
     "tta.core.recipe": ("AdapterConfig",),
     "tta.core.registry": ("get_config", "list_methods", "register"),
+    "tta.core.setting": ("Setting",),
     "tta.core.source": ("SourceStatistics",),
     "tta.core.update": ("Update",),
     "tta.saving": ("load", "save"),
+    "tta.tuning": ("tune",),
     "tta.wrapping": ("wrap",),
 }
 

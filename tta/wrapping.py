@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tta.core.adapter import Adapter
+from tta.core.budget import within_budget
 from tta.core.build import Injected, build
 from tta.core.config import ComponentConfig
 from tta.core.denoiser import Diffusion
@@ -18,6 +19,7 @@ from tta.core.model_checks import check_model
 from tta.core.outputs import LogitsSpec
 from tta.core.recipe import AdapterConfig
 from tta.core.resolve import Request, resolve
+from tta.core.setting import Setting
 
 __all__ = ["wrap"]
 
@@ -47,6 +49,9 @@ def wrap(
     activation: str = "softmax",
     health: bool = False,
     shadow: bool = False,
+    window: int | None = None,
+    memory_budget: int | None = None,
+    setting: Setting | None = None,
     on_event: Callable[[dict[str, Any]], Any] | None = None,
     **overrides: Any,
 ) -> Adapter:
@@ -96,6 +101,14 @@ def wrap(
         health: Fill ``adapter.health`` without a guard.
         shadow: Answer with the source model and learn beside it; ``adapter.health`` shows how far
             the two agree, and estimates of both. Costs a forward pass.
+        window: For streams of single images or small batches: every call runs the model on the last
+            ``window`` images, at least 2, of which its own are the last, and answers for its own.
+            A call then costs as much as a batch of that size.
+        memory_budget: Bytes that weights, state and a batch at its peak may take. Several forms of
+            the recipe are tried on random images until one fits: micro-batches where no image
+            affects another, activation checkpointing, then only late layers are adapted; a warning
+            and ``adapter.config`` say which. Give ``batch_size=`` with it.
+        setting: What :func:`tta.tune` found to be fastest on this device.
         on_event: Called with each of ``adapter.events`` at the end of the call that it belongs to.
             Not part of the config, nor saved.
         **overrides: Fields of the chosen components, or of what these bring.
@@ -132,6 +145,8 @@ def wrap(
         activation=activation,
         health=health,
         shadow=shadow,
+        window=window,
+        setting=setting,
     )
     config = resolve(model, request)
     injected = Injected(
@@ -143,4 +158,6 @@ def wrap(
         on_event=on_event,
         input=input if isinstance(input, (nn.Module, Diffusion)) else None,
     )
+    if memory_budget is not None:
+        config, source = within_budget(model, config, source, injected, memory_budget)
     return build(model, config, source, injected)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from inspect import signature
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
+from tta.core.arguments import check_without_tensors, split_arguments
 from tta.core.backbone import Backbone
 from tta.core.checks import boolean, shown
 from tta.core.component import Component, Context
@@ -30,6 +30,7 @@ from tta.core.traced_pass import is_tracing, traced_answer
 from tta.core.transaction import Transaction
 from tta.core.turns import Turns, in_turn
 from tta.core.update import Update
+from tta.core.window import WINDOW, Window
 
 __all__ = ["Adapter"]
 
@@ -59,6 +60,7 @@ class Adapter(nn.Module):
         guard: Guard | None = None,
         input_rule: Input | None = None,
         on_event: Callable[[dict[str, Any]], Any] | None = None,
+        window: Window | None = None,
     ) -> None:
         super().__init__()
         self.turns = Turns()
@@ -68,12 +70,14 @@ class Adapter(nn.Module):
         self.output = output
         self.guard = guard
         self.input = input_rule
+        self.window = window
+        self.compiled = False  # by the adapter, for `setting`
         self._on_event = on_event
         self._network: Backbone | None = network
         self._context = context
         self._wrappers = wrappers
         network.session.guard = guard
-        slots = (wrappers, update, output, guard, input_rule)
+        slots = (wrappers, update, output, guard, input_rule, window)
         self._state = AdapterState(config.label, context.generator, network, *slots)
         self._transaction = Transaction(
             self._state, network, list(self.parts.values()), context.journal
@@ -83,6 +87,7 @@ class Adapter(nn.Module):
         )
         if input_rule is not None:
             self._serving.inputs = Inputs(input_rule, network, context.generator)
+        self._serving.window = window
         trained = None if update is None else context.parameters.values()
         self._loan = Loan(network.model, network.masters.own.values(), trained)
 
@@ -112,8 +117,10 @@ class Adapter(nn.Module):
         if is_tracing():
             return traced_answer(self, *self._images(args, kwargs))
         self._refuse_copies()
-        images, args, kwargs = self._images(args, kwargs)
+        images, args, kwargs = split_arguments(self.model, args, kwargs)
         network.check(images)
+        if self.window is not None:
+            check_without_tensors(args, kwargs)
         if self.model.training:
             self.model.eval()
         learning = network.session.learning
@@ -128,7 +135,12 @@ class Adapter(nn.Module):
             self._context.draws.call += 1
             return answer
 
-        with torch.inference_mode(False):
+        setting = self.config.setting
+        images = images if setting is None else setting.images(images)
+        with (
+            setting.running(images.device.type) if setting else nullcontext(),
+            torch.inference_mode(False),
+        ):
             answer = self._transaction.run(serve, learning)
         self._publish_events()
         return answer
@@ -250,6 +262,8 @@ class Adapter(nn.Module):
             network.masters.give_back(self._state.original)
             network.buffers.give_back()
         self._loan.end()
+        if self.compiled:
+            model.__dict__.pop("_compiled_call_impl", None)
         if self.input is not None:
             self.input.release()
         self._network = None
@@ -337,8 +351,9 @@ class Adapter(nn.Module):
 
     @property
     def parts(self) -> dict[str, Component]:
-        """The components by slot, but for norm rules, of which each layer has one."""
-        found = {slot: getattr(self, slot) for slot in ("input", "update", "output", "guard")}
+        """The components by slot, but for norm rules, of which each layer has one; the window."""
+        slots = ("input", "update", "output", "guard", WINDOW)
+        found = {slot: getattr(self, slot) for slot in slots}
         return {slot: part for slot, part in found.items() if part is not None}
 
     @property
@@ -432,22 +447,6 @@ class Adapter(nn.Module):
             self.guard.events.append(event)
             if self._on_event is not None:
                 self._on_event(event)
-
-    def _images(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
-        """Split the arguments into the images and the model's other arguments."""
-        if args:
-            return args[0], args[1:], kwargs
-        parameters = list(signature(self.model.forward).parameters.values())
-        name = parameters[0].name if parameters else "images"
-        name = name if name in kwargs else "images"
-        if name not in kwargs:
-            raise TypeError(
-                "`images` must be the first argument, or go by the name of the model's first "
-                f"parameter, got {', '.join(kwargs) or 'nothing'}: pass adapter(images)."
-            )
-        return kwargs[name], (), {key: value for key, value in kwargs.items() if key != name}
 
     def _check_writable(self) -> None:
         """Refuse to write into the model what a plain one cannot hold."""

@@ -115,7 +115,8 @@ class Backbone:
             self.handles.append(head.module.register_forward_pre_hook(self.feature_hook))
         elif features:
             self._callee, self._prefix = WithFeatures(model, head.function), "model."
-        self._other = OtherTensors(self._callee, LogitsReader(0) if self._prefix else reader)
+        own_reader = LogitsReader(0) if self._prefix else reader
+        self._other = OtherTensors(self._callee, own_reader, session.frugal)
         places = functional.names(model, [p for _, p in masters.pairs])
         self._master_places = [
             (names, master, p.dtype)

@@ -22,6 +22,7 @@ from tta.core.config import ComponentConfig, UpdateConfig
 from tta.core.denoiser import Diffusion
 from tta.core.draws import Draws, GivenDraws
 from tta.core.fitting import fit, load_constants
+from tta.core.frugal import Frugal
 from tta.core.guard import Guard
 from tta.core.head import Head, find_head
 from tta.core.hooks import LogitHook
@@ -47,6 +48,7 @@ from tta.core.session import Session
 from tta.core.source import as_source
 from tta.core.source_checks import check_parameters
 from tta.core.update import Update
+from tta.core.window import Window
 
 __all__ = ["Injected", "build"]
 
@@ -158,6 +160,8 @@ def _assemble(model: nn.Module, config: AdapterConfig, injected: Injected) -> Ad
     context = _context(model, config, head, masters, buffers, injected)
     output = None if config.output is None else _component(Output, config.output, context)
     session = Session()
+    if config.micro_batch is not None or config.checkpointing:
+        session.frugal = Frugal(config.micro_batch, config.checkpointing)
     if output is not None and output.makes_logits:
         session.logit_hook = LogitHook(output)
     wrappers: dict[str, AdaptiveNorm] = {}
@@ -180,11 +184,24 @@ def _assemble(model: nn.Module, config: AdapterConfig, injected: Injected) -> Ad
         if output is not None:
             output.begin(network)
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        for part in (rule, update, output, guard, *(wrapper.rule for wrapper in wrappers.values())):
+        window = None if config.window is None else Window(config.window, context.journal)
+        for part in (
+            rule,
+            update,
+            output,
+            guard,
+            window,
+            *(wrapper.rule for wrapper in wrappers.values()),
+        ):
             if part is not None:
                 part.to(device)
         slots = (wrappers, update, output, guard, rule)
-        return Adapter(config, context, network, *slots, on_event=injected.on_event)
+        adapter = Adapter(config, context, network, *slots, injected.on_event, window)
+        mode = None if config.setting is None else config.setting.compile
+        if mode is not None and getattr(model, "_compiled_call_impl", None) is None:
+            model.compile(mode=mode)
+            adapter.compiled = True
+        return adapter
     except BaseException:
         if rule is not None:
             rule.release()

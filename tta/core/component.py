@@ -118,6 +118,7 @@ class Component(nn.Module):
     takes_softmax: ClassVar[bool] = True  # works on a softmax of the logits
     takes_gradient: ClassVar[bool] = False  # an output rule that back-propagates
     takes_draws: ClassVar[bool] = False  # asks ``context.draws`` before it draws itself
+    counts_images: ClassVar[bool] = False  # remembers or counts images one by one
     injects: ClassVar[tuple[str, ...]] = ()  # of wrap's "augment" and "restore_mask"
     writable: ClassVar[bool] = False  # a plain model can hold what it has learned
     # Fields under which `collect_source` wraps the method, so that only artefacts are computed.

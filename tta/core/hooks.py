@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tta.core.checkpointing import is_recomputation
 from tta.core.classifier import size_in
 
 __all__ = ["CallOrderHook", "InputHook", "LogitHook", "pooled"]
@@ -18,7 +19,8 @@ class InputHook:
         self.values: list[Tensor] = []  # of a pass, one for every call
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self.values.append(args[0])
+        if not is_recomputation():  # of a checkpointed part, whose input was seen before
+            self.values.append(args[0])
 
 
 class LogitHook:

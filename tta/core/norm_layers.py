@@ -44,6 +44,7 @@ __all__ = [
     "normalize_by_batch",
     "normalize_by_source",
     "one_value",
+    "part_of_batch",
     "pooled_stats",
     "remove",
     "rows_independent",
@@ -218,6 +219,22 @@ def frozen_statistics(wrappers: Iterable[AdaptiveNorm]) -> Iterator[None]:
     finally:
         for rule, learning in before:
             rule.learning = learning
+
+
+@contextmanager
+def part_of_batch(wrappers: Iterable[AdaptiveNorm], share: float) -> Iterator[None]:
+    """Within the block, passes hold this share, in (0, 1], of images that are learned from at once.
+
+    Rules that average over batches move by so much less that all parts together move them as far.
+    """
+    rules = [wrapper.rule for wrapper in wrappers]
+    for rule in rules:
+        rule.part_size = share
+    try:
+        yield
+    finally:
+        for rule in rules:
+            rule.part_size = 1.0
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tta.core.checks import shown, told
 
-__all__ = ["GIVEN", "LogitsReader", "LogitsSpec", "joined"]
+__all__ = ["GIVEN", "LogitsReader", "LogitsSpec", "joined", "last_rows"]
 
 LogitsSpec = str | int | Callable[[Any], Tensor] | None
 DEFAULT_NAME = "logits"  # the name in most libraries
@@ -93,22 +93,40 @@ class LogitsReader:
         return _with_items(result, values | {place: logits})
 
 
-def joined(results: Sequence[Any]) -> Any:
-    """What a model returned for several images, each a batch of its own, as for one batch.
+def joined(results: Sequence[Any], rows: Sequence[int] | None = None) -> Any:
+    """What a model returned for parts of a batch, as for one batch.
 
-    Tensors with a single row are joined along it; whatever else there is stays that of the last.
+    Tensors with a row for each image are joined along it; whatever else there is stays that of the
+    last.
+
+    Args:
+        results: What it returned for each part.
+        rows: Images of each part; None for one each.
     """
+    rows = [1] * len(results) if rows is None else rows
     last = results[-1]
-    keys = _keys(last)
-    values = {key: _joined([_item(result, key) for result in results]) for key in keys}
-    return _with_items(last, values) if keys else _joined(results)
+    keys = [] if isinstance(last, Tensor) else _keys(last)
+    values = {key: _joined([_item(result, key) for result in results], rows) for key in keys}
+    return _with_items(last, values) if keys else _joined(results, rows)
 
 
-def _joined(values: Sequence[Any]) -> Any:
+def last_rows(result: Any, rows: int, count: int) -> Any:
+    """What a model returned for ``rows`` images, as for the last ``count`` of these."""
+    if count == rows:
+        return result
+    if isinstance(result, Tensor):
+        return result[-count:] if result.ndim > 0 and len(result) == rows else result
+    keys = _keys(result)
+    values = {key: last_rows(_item(result, key), rows, count) for key in keys}
+    return _with_items(result, values) if keys else result
+
+
+def _joined(values: Sequence[Any], rows: Sequence[int]) -> Any:
     last = values[-1]
     if isinstance(last, (tuple, list)):
-        return joined(values)
-    if all(isinstance(v, Tensor) and v.ndim > 0 and len(v) == 1 for v in values):
+        return joined(values, rows)
+    pairs = zip(values, rows, strict=True)
+    if all(isinstance(v, Tensor) and v.ndim > 0 and len(v) == n for v, n in pairs):
         return torch.cat(list(values))
     return last
 

@@ -25,8 +25,11 @@ from tta.core.checks import (
 from tta.core.config import SLOTS, ComponentConfig
 from tta.core.outputs import GIVEN
 from tta.core.registry import component, config_from_dict
+from tta.core.setting import Setting
 
-__all__ = ["AdapterConfig"]
+__all__ = ["MOST_BYTES", "AdapterConfig"]
+
+MOST_BYTES = 2**53  # of a budget
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +55,11 @@ class AdapterConfig:
     features: str | None = None  # module that they go into; "given": a module or a function
     activation: str = "softmax"  # what the logits are for: "softmax" or "sigmoid"
     shadow: bool = False  # the source answers, while the rest learns beside it
+    memory_budget: int | None = None  # bytes, in which the recipe was made to fit by these two
+    micro_batch: int | None = None  # images that go through the model at once for an update
+    checkpointing: bool = False  # blocks run again in the backward pass, so as to keep less
+    setting: Setting | None = None  # how passes run on the device
+    window: int | None = None  # images that a call runs the model on, if more than its own
 
     def __post_init__(self) -> None:
         for slot in SLOTS:
@@ -68,7 +76,20 @@ class AdapterConfig:
         if self.num_classes is not None:
             whole_number("num_classes", self.num_classes, 1, LARGEST)
         self._check_activation()
+        if self.window is not None:
+            object.__setattr__(self, "window", whole_number("window", self.window, 2, LARGEST))
+            self._check_window()
         boolean("shadow", self.shadow)
+        boolean("checkpointing", self.checkpointing)
+        for name, most in (("memory_budget", MOST_BYTES), ("micro_batch", LARGEST)):
+            if getattr(self, name) is not None:
+                whole = whole_number(name, getattr(self, name), 1, most)
+                object.__setattr__(self, name, whole)
+        if self.setting is not None and not isinstance(self.setting, Setting):
+            raise TypeError(
+                f"`setting` must be a tta.Setting, got {type(self.setting).__name__}: pass what "
+                "tta.tune gave."
+            )
         if self.shadow and self.guard is None:
             raise ValueError(
                 "`shadow` must come with a guard, which sees both predictions, got none: pass "
@@ -101,6 +122,15 @@ class AdapterConfig:
                     "exclude each other, norm rules alone remain."
                 )
 
+    def _check_window(self) -> None:
+        for config in self.components.values():
+            if component(config.name).counts_images:
+                raise ValueError(
+                    f"`window` must be left out for {config.name}, which remembers or counts "
+                    f"images and would be shown each of them again, got {self.window}: give it "
+                    "single images without, or use another component."
+                )
+
     @property
     def label(self) -> str:
         """The components in one word, such as "bn+eata"; "source" for none."""
@@ -119,7 +149,7 @@ class AdapterConfig:
         result: dict[str, Any] = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, ComponentConfig):
+            if isinstance(value, (ComponentConfig, Setting)):
                 value = value.to_dict()
             result[field.name] = list(value) if isinstance(value, tuple) else value
         return result
@@ -140,7 +170,7 @@ class AdapterConfig:
                     f"`{told(key)}` is not a key of an adapter config: " + nearest(key, known)
                 )
             if isinstance(value, Mapping):
-                value = config_from_dict(value)
+                value = Setting.from_dict(value) if key == "setting" else config_from_dict(value)
             values[key] = tuple(value) if isinstance(value, list) else value
         return cls(**values)
 

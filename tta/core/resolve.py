@@ -39,6 +39,9 @@ ARGUMENTS = (
     "activation",
     "health",
     "shadow",
+    "window",
+    "setting",
+    "memory_budget",
     "on_event",
 )
 
@@ -62,6 +65,8 @@ class Request:
         activation: What the logits are for, "softmax" or "sigmoid".
         health: Whether to fill ``health`` without a guard.
         shadow: Whether the source answers.
+        window: Images that a call runs the model on.
+        setting: How passes run on the device.
     """
 
     recipe: Any = None
@@ -77,6 +82,8 @@ class Request:
     activation: Any = "softmax"
     health: Any = False
     shadow: Any = False
+    window: Any = None
+    setting: Any = None
 
     @property
     def fixed(self) -> dict[str, Any]:
@@ -91,6 +98,8 @@ class Request:
             "features": self.features if module else GIVEN,
             "activation": self.activation,
             "shadow": boolean("shadow", self.shadow),
+            "window": self.window,
+            "setting": self.setting,
         }
 
 
@@ -318,8 +327,9 @@ def _adjust(chosen: Chosen, request: Request) -> Chosen:
         return chosen
     rule = component(norm.name)
     assert issubclass(rule, NormRule)
-    fields = rule.update_fields(norm)
-    if "lr_scaling" in fields and update.to_dict()["lr_scaling"] == "none":
+    known = update.to_dict()
+    fields = {key: v for key, v in rule.update_fields(norm).items() if key in known}
+    if "lr_scaling" in fields and known["lr_scaling"] == "none":
         fields |= {"lr_scaling": "none"}  # the caller's choice, or the preset's
     return chosen | {"update": update.replace(**fields)}
 

@@ -17,11 +17,13 @@ from tta.core.guard import Guard, no_figures
 from tta.core.input_rule import Inputs
 from tta.core.norm_layers import AdaptiveNorm
 from tta.core.output_rule import Output
+from tta.core.outputs import last_rows
 from tta.core.oversight import Oversight
 from tta.core.prediction import Prediction, Report
 from tta.core.state import AdapterState
 from tta.core.transaction import Transaction
 from tta.core.update import Update
+from tta.core.window import Window
 
 __all__ = ["Serving"]
 
@@ -65,8 +67,10 @@ class Serving:
             network, state, transaction, wrappers, update, output, guard, shadow
         )
         self.inputs: Inputs | None = None  # if there is an input rule
+        self.window: Window | None = None  # if the model sees the last images too
         self.seen = 0  # images of the last batch that was answered
         self.rejected = 0  # of these, images that nothing was learned from
+        self._whole = 0  # images that the model was last run on, with those of the window
         self.taken = 0  # frames of its stream that a pipeline has used up
         self._bad = 0  # images of the present batch that nothing is learned from
 
@@ -135,7 +139,7 @@ class Serving:
         own = {name: b.clone() for name, b in own.items()}
         try:
             with self._weights_at_rest() if follow else nullcontext():
-                logits = self._serve_inputs(x, follow)
+                logits = self._serve_beside(x, follow)
         except RowsOverflowError:
             self.transaction.take_back()
             raise
@@ -153,6 +157,27 @@ class Serving:
             self._forget(own)
         network.masters.write_to_model()
         return logits
+
+    def _serve_beside(self, x: Tensor, follow: bool) -> Tensor:
+        """Predict and learn from the last images and ``x``, and return the logits of ``x``."""
+        if self.window is None:
+            return self._serve_inputs(x, follow)
+        held = self.window.beside(x)
+        self._whole = len(held) + len(x)
+        try:
+            logits = self._serve_inputs(torch.cat([held, x]), follow)
+        except RowsOverflowError as error:
+            if len(held) == 0 or bool(error.rows[len(held) :].any()):
+                raise RowsOverflowError(error.rows[len(held) :]) from error
+            # The weights have moved so that images overflow which had not: go on without these.
+            self.transaction.take_back()
+            self._whole = len(x)
+            logits = self._serve_inputs(x, follow)
+        if self.update is not None and "kept" in self.update.report:
+            self.update.report["kept"] = self.update.report["kept"][-len(x) :]
+        if self.learning:
+            self.window.push(x)
+        return logits[-len(x) :]
 
     def _serve_inputs(self, x: Tensor, follow: bool) -> Tensor:
         """Predict and learn from what the input rule makes of the images."""
@@ -237,7 +262,12 @@ class Serving:
     def _answer(self, logits: Tensor, rows: Tensor | None) -> Any:
         """Return what the model returned for the images, with these logits in it."""
         result = self.network.result
-        return logits if result is None else self.network.reader.replace(result, logits, rows)
+        if result is None:
+            return logits
+        if self.window is not None:
+            own = len(logits) if rows is None else int(rows.sum())
+            result = last_rows(result, self._whole, own)
+        return self.network.reader.replace(result, logits, rows)
 
     def _serve_some(self, x: Tensor, good: Tensor, problem: str, follow: bool) -> Any:
         count = int((~good).sum())

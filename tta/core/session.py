@@ -34,6 +34,7 @@ class Session:
         logit_hook: By which an output rule makes the logits; None where the linear layer does.
         answered: The images that are being answered; None outside of an answer.
         passed: Whether a pass of all of these was made.
+        frugal: How passes that record a graph save memory; None where they do not.
     """
 
     ranks: Ranks | None = None
@@ -47,6 +48,7 @@ class Session:
     logit_hook: LogitHook | None = None
     answered: Tensor | None = None
     passed: bool = False
+    frugal: Any = None
 
     def warn_once(self, kind: str, text: str) -> None:
         """Warn the caller, unless this kind of warning was given before."""

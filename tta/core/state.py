@@ -2,7 +2,8 @@
 
 Names are those of the caller's model: ``param/<name>``, ``norm/<layer>.<buffer>``,
 ``update/<buffer>``, ``optim/<parameter>.<slot>``, ``output/<buffer>``, ``guard/<buffer>``,
-``input/<buffer>``, ``model/<name>`` (buffers that the model itself changes) and ``rng``.
+``input/<buffer>``, ``window/<buffer>``, ``model/<name>`` (buffers that the model itself changes)
+and ``rng``.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from tta.core.state_dict import (
     current_name,
 )
 from tta.core.update import Update
+from tta.core.window import WINDOW
 
 __all__ = ["AdapterState", "Place"]
 
@@ -48,6 +50,7 @@ class AdapterState:
         output: The output rule, or None.
         guard: The guard, or None.
         input_rule: The input rule, or None.
+        window: The last images, or None.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class AdapterState:
         output: Output | None,
         guard: Guard | None = None,
         input_rule: Component | None = None,
+        window: Component | None = None,
     ) -> None:
         self.generator = generator
         self.network = network
@@ -67,7 +71,13 @@ class AdapterState:
         self.update = update
         self.norm_rules = {f"norm/{name}.": wrapper.rule for name, wrapper in wrappers.items()}
         self.parts: dict[str, Component] = {}
-        slots = (("input/", input_rule), ("update/", update), ("output/", output), (GUARD, guard))
+        slots = (
+            ("input/", input_rule),
+            ("update/", update),
+            ("output/", output),
+            (GUARD, guard),
+            (f"{WINDOW}/", window),
+        )
         for prefix, part in slots:
             if part is not None:
                 self.parts[prefix] = part
@@ -141,8 +151,9 @@ class AdapterState:
         return [*self.network.model.parameters(), *masters, *own]
 
     def moving(self) -> dict[str, Tensor]:
-        """The tensors that a guard may put back: all but its own, and the generator's."""
-        return {k: v for k, v in self.tensors().items() if not k.startswith(GUARD) and k != "rng"}
+        """The tensors that a guard may put back: what was learned, and not what was seen."""
+        others = (GUARD, f"{WINDOW}/")
+        return {k: v for k, v in self.tensors().items() if not k.startswith(others) and k != "rng"}
 
     def keys_of(self, trait: str, but: str = GUARD) -> list[str]:
         """Keys of buffers that their component names in ``trait``, except those of one slot."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from tta.core import functional
 from tta.core.classifier import dry_run
+from tta.core.frugal import Frugal
 from tta.core.norm_layers import AdaptiveNorm, with_statistics
 from tta.core.outputs import LogitsReader
 
@@ -32,9 +34,13 @@ class OtherTensors:
     Args:
         model: The model, with its norm layers wrapped.
         reader: Takes logits out of what it returns.
+        frugal: How passes that record a graph are run; None for as they come.
     """
 
-    def __init__(self, model: nn.Module, reader: LogitsReader) -> None:
+    def __init__(
+        self, model: nn.Module, reader: LogitsReader, frugal: Frugal | None = None
+    ) -> None:
+        self.frugal = frugal
         self.model = model
         self.reader = reader
         self._copy: nn.Module | None = None
@@ -53,6 +59,13 @@ class OtherTensors:
 
     def __call__(self, tensors: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         """Return what the model returns with ``tensors`` in place of its own, by name."""
+        if self.frugal is not None and torch.is_grad_enabled():
+            return self.frugal(
+                partial(self._run, tensors), self.model, not tensors, *args, **kwargs
+            )
+        return self._run(tensors, *args, **kwargs)
+
+    def _run(self, tensors: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         if not tensors:
             return self.model(*args, **kwargs)
         self.prepare()

@@ -46,6 +46,7 @@ class ImageMemoryUpdate(Update):
         context: What is known at wrap.
     """
 
+    counts_images: ClassVar[bool] = True
     # (memory_size, 0) before the first batch, then (memory_size, C, H, W): uint8 pixels while all
     # images are such, and else float32 as the model takes them
     memory: Tensor

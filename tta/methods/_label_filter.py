@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -90,6 +90,8 @@ class LabelFilter(Output):
         config: The component's config.
         context: What is known at wrap.
     """
+
+    counts_images: ClassVar[bool] = True
 
     belief: Tensor  # (C,), a after the last image
 

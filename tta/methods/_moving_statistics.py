@@ -74,7 +74,7 @@ class MovingStatistics(NormRule):
 
     def moved(self, x: Tensor, base: Any) -> tuple[Tensor, Tensor]:
         """Mean and variance (C,) after (B, C, ...), with a graph, which the averages take over."""
-        a = self.rate
+        a = self.rate if self.part_size == 1 else 1 - (1 - self.rate) ** self.part_size
         if self.config.official:
             mean, var, enough = *batch_stats(x, self.unbiased), None
         else:

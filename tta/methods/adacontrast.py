@@ -101,6 +101,7 @@ class Adacontrast(Update):
     """Labels refined by neighbours, and contrast with a queue of other labels."""
 
     Config = AdacontrastConfig
+    counts_images: ClassVar[bool] = True
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "imagenet": {"lr_scaling": "linear_below"},
         "cifar10": _CIFAR,

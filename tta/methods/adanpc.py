@@ -114,6 +114,7 @@ class Adanpc(Output):
     """A vote over a memory of source and confident test features."""
 
     Config = AdanpcConfig
+    counts_images: ClassVar[bool] = True
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         **dict.fromkeys(_FAMILIES, _OWN_CHOICE),
         "domainbed": {"official": True},

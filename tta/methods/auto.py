@@ -88,6 +88,7 @@ class Auto(Guard):
     """Hands over to the source where statistics that moved have made predictions poorer."""
 
     Config = AutoConfig
+    counts_images: ClassVar[bool] = True
     companions: ClassVar[dict[str, str]] = {"norm": "adaptive_bn", "output": "drift"}
     cost = 0.1
 

@@ -18,6 +18,12 @@ the memory, the student on one view of it, and the statistics of each move with 
 other passes use the statistics as they are. The class :class:`tta.parts.memory.Cstu` decides which
 image goes to which slot.
 
+``spread=True`` (ours, off by default) spreads an update over the batches before it, so that no call
+takes much longer than another: after k of ``update_every`` images, the first k / update_every of
+the memory's slots have been learned from as they were then. Gradients are summed until the update
+is due; the statistics of teacher and student move with each part, by so much less that all parts
+move them as far as one. One batch of ``update_every`` images or more does what it does without.
+
 With ``steps`` above 1, every batch is offered to the memory that many times.
 
 Used on its own, the norm rule ``robust_bn`` moves with every batch. Gradients flow through the
@@ -72,12 +78,14 @@ from tta.core.backbone import Backbone
 from tta.core.checks import LARGE, LARGEST, fraction, number, whole_number
 from tta.core.component import Context
 from tta.core.config import ComponentConfig
+from tta.core.norm_layers import part_of_batch
 from tta.core.prediction import Prediction, Report
 from tta.core.random import fork
 from tta.core.registry import register
 from tta.methods._image_memory import BalancedMemoryConfig, BalancedMemoryUpdate
 from tta.methods._moving_statistics import MovingStatistics
 from tta.parts.losses import soft_cross_entropy
+from tta.parts.teachers import NamedTensors
 
 __all__ = ["RobustBn", "RobustBnConfig", "Rotta", "RottaConfig"]
 
@@ -114,6 +122,7 @@ class RottaConfig(BalancedMemoryConfig):
     update_every: int = 64  # images between updates, counted across batches
     timeliness: float = 1.0  # lambda_t, weight of age in what leaves the memory
     uncertainty: float = 1.0  # lambda_u, weight of entropy in what leaves the memory
+    spread: bool = False  # ours: an update in parts, over the batches before it
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -133,10 +142,24 @@ class Rotta(BalancedMemoryUpdate):
     }
 
     offered: Tensor  # 0-dimensional: images offered to the memory so far
+    swept: Tensor  # 0-dimensional: slots that the coming update has been through; with ``spread``
+    summed: Tensor  # 0-dimensional: images in them
+    loss_sum: Tensor  # 0-dimensional: of their losses
 
     def __init__(self, config: RottaConfig, network: Backbone, context: Context) -> None:
         super().__init__(config, network, context, config.timeliness, config.uncertainty)
         self.register_buffer("offered", torch.zeros((), dtype=torch.int64))
+        if config.spread:
+            zeros = {n: torch.zeros_like(p) for n, p in context.parameters.items()}
+            self.gradients = NamedTensors(zeros, constant=False)
+            self.register_buffer("swept", torch.zeros((), dtype=torch.int64))
+            self.register_buffer("summed", torch.zeros((), dtype=torch.int64))
+            self.register_buffer("loss_sum", torch.zeros(()))
+
+    def integer_ranges(self) -> dict[str, tuple[int, int]]:
+        """Those of the bank, and how many slots there are."""
+        size = self.config.memory_size
+        return super().integer_ranges() | {"swept": (0, size), "summed": (0, size)}
 
     def adapt(self, x: Tensor) -> Prediction:
         """Predict with the teacher, then offer each image to the memory, with updates when due."""
@@ -149,7 +172,9 @@ class Rotta(BalancedMemoryUpdate):
             end = min(start + wait, len(x))
             self.remember(x[start:end], Prediction(prediction.logits[start:end]))
             self.offered += end - start
-            if end - start == wait:
+            if self.config.spread:
+                self._learn_from_part(x.dtype)
+            elif end - start == wait:
                 self._update(x.dtype)
             start = end
         self.report["remembered"] = (self.bank.labels >= 0).sum()
@@ -168,3 +193,49 @@ class Rotta(BalancedMemoryUpdate):
         if stepped:
             self.teacher.follow(self.config.teacher_momentum)
         self.report |= {"selected": len(images), "loss": loss.detach(), "stepped": stepped}
+
+    def _learn_from_part(self, dtype: torch.dtype) -> None:
+        """Learn from as much of the memory as is due by now, and step where all of it is."""
+        every, size = self.config.update_every, self.config.memory_size
+        done = int(self.offered) % every or every
+        first, last = int(self.swept), size * done // every
+        if first == 0 and last == size:
+            self._update(dtype)
+            return
+        slots = first + torch.nonzero(self.bank.labels[first:last] >= 0).flatten()
+        if len(slots) > 0:
+            self._sum_gradients(slots, dtype)
+        self.swept.fill_(last)
+        if done == every:
+            self._step_on_sums()
+
+    def _sum_gradients(self, slots: Tensor, dtype: torch.dtype) -> None:
+        images = self.images(slots, dtype)
+        (view,) = self.augmenter.views(images, 1, fork(self.context.generator, images.device))
+        share = len(slots) / int((self.bank.labels >= 0).sum())
+        with part_of_batch(self.network.wrappers, share):
+            target = self.teacher.learn_statistics(images).logits
+            logits = self.network(view).logits
+            weight = torch.sigmoid(-self.bank.ages[slots].float() / self.config.memory_size)
+            loss = (weight * soft_cross_entropy(logits, target)).sum()
+            parameters = list(self.context.parameters.values())
+            found = torch.autograd.grad(loss, parameters, allow_unused=True)
+        with torch.no_grad():
+            for total, gradient in zip(self.gradients.tensors(), found, strict=True):
+                if gradient is not None:
+                    total += gradient
+            self.loss_sum += loss.detach()
+            self.summed += len(slots)
+        self.report["selected"] = self.report["selected"] + len(slots)
+
+    def _step_on_sums(self) -> None:
+        count = int(self.summed)
+        if count > 0:
+            loss = self.loss_sum / count
+            stepped = self.step(loss, [total / count for total in self.gradients.tensors()])
+            if stepped:
+                self.teacher.follow(self.config.teacher_momentum)
+            self.report |= {"loss": loss, "stepped": stepped}
+        with torch.no_grad():
+            for total in (*self.gradients.tensors(), self.swept, self.summed, self.loss_sum):
+                total.zero_()

@@ -34,6 +34,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -82,6 +83,8 @@ class Steady(Guard):
     Config = SteadyConfig
     wants_features = False
     cost = 0.1
+
+    counts_images: ClassVar[bool] = True
 
     age: Tensor  # 0-dimensional, batches learned from since learning began
     hold: Tensor  # 0-dimensional, batches left of the pause

@@ -65,6 +65,7 @@ class T3a(Output):
     needs_features: ClassVar[bool] = True
     needs_linear_head: ClassVar[bool] = True
     uses_labels: ClassVar[bool] = False
+    counts_images: ClassVar[bool] = True
 
     supports: Tensor  # (S, D), S = C K; all entries without K
     support_labels: Tensor  # (S,) int64, -1 where there is no entry

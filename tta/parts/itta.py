@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from scipy.special import betaincinv
 from torch import Tensor, nn
 
+from tta.core.batch_split import current_split
 from tta.core.checks import told
 from tta.core.classifier import evaluating, find_classifier
 from tta.core.draws import Draws
@@ -85,14 +86,19 @@ def mix_style(u: Tensor, mixing: Mixing) -> Tensor:
     """Give images mean and deviation of maps that lie between theirs and another image's.
 
     Args:
-        u: Maps (B, c, H, W).
-        mixing: Shares and partners. No gradient flows through means and deviations.
+        u: Maps (B, c, H, W), of a rank's share where the batch is split over ranks.
+        mixing: Shares and partners of the whole batch. No gradient flows through means and
+            deviations.
     """
     var, mean = torch.var_mean(u.detach().float(), dim=(2, 3), keepdim=True)
     deviation = (var + EPS).sqrt()
-    lam = mixing.lam.view(-1, 1, 1, 1)
-    mixed_mean = lam * mean + (1 - lam) * mean[mixing.perm]
-    mixed_deviation = lam * deviation + (1 - lam) * deviation[mixing.perm]
+    lam, perm, split = mixing.lam.view(-1, 1, 1, 1), mixing.perm, current_split()
+    means, deviations = mean, deviation  # of all images
+    if split is not None:
+        means, deviations = split.gather(mean), split.gather(deviation)
+        lam, perm = lam[split.own], perm[split.own]
+    mixed_mean = lam * mean + (1 - lam) * means[perm]
+    mixed_deviation = lam * deviation + (1 - lam) * deviations[perm]
     return ((u - mean) / deviation * mixed_deviation + mixed_mean).to(u.dtype)
 
 

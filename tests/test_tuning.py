@@ -1,0 +1,78 @@
+"""`tta.tune` and `wrap(..., setting=)`."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+import tta
+from tests.helpers.batches import images
+from tests.helpers.nets import tiny
+
+
+def test_a_setting_goes_to_json_and_back() -> None:
+    setting = tta.Setting(memory_format="channels_last", precision="bfloat16", threads=1)
+    assert tta.Setting.from_dict(setting.to_dict()) == setting
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setting.threads = 2  # type: ignore[misc]
+    with pytest.raises(ValueError, match="not a key of a setting"):
+        tta.Setting.from_dict({"thread": 1})
+    for field, value in {"memory_format": "nhwc", "precision": "int8", "threads": 0}.items():
+        with pytest.raises(ValueError, match=f"^`{field}` must"):
+            tta.Setting(**{field: value})
+
+
+def test_an_adapter_runs_with_its_setting(tmp_path) -> None:
+    setting = tta.Setting(memory_format="channels_last", precision="bfloat16", threads=1)
+    net, seen = tiny("bn"), []
+    adapter = tta.wrap(net, "tent.cifar10", setting=setting)
+    hook = net.layer1.register_forward_hook(  # type: ignore[union-attr]
+        lambda _, args, __: seen.append(
+            (
+                args[0].is_contiguous(memory_format=torch.channels_last),
+                torch.is_autocast_enabled("cpu"),
+                torch.get_num_threads(),
+            )
+        )
+    )
+    before = torch.get_num_threads()
+    adapter(images(0))
+    hook.remove()
+    assert seen[0] == (True, True, 1)
+    assert torch.get_num_threads() == before and not torch.is_autocast_enabled("cpu")
+    tta.save(adapter, tmp_path)
+    other = tta.load(tiny("bn"), tmp_path)
+    assert other.config.setting == setting
+    assert torch.equal(other(images(1)), adapter(images(1)))
+    with pytest.raises(TypeError, match=r"^`setting` must be a tta.Setting"):
+        tta.wrap(tiny("bn"), "tent.cifar10", setting={"threads": 1})  # type: ignore[arg-type]
+
+
+def test_channels_last_changes_rounding_alone() -> None:
+    setting = tta.Setting(memory_format="channels_last")
+    one, other = (tta.wrap(tiny("bn"), "tent.cifar10", setting=s) for s in (None, setting))
+    for t in range(3):
+        torch.testing.assert_close(one(images(t)), other(images(t)), atol=1e-4, rtol=1e-4)
+
+
+def test_tuning_leaves_the_model_and_keeps_within_its_time() -> None:
+    net = tiny("bn")
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    assert tta.tune(net, images(0), budget_s=0) == tta.Setting()
+    found = tta.tune(net, images(0), budget_s=0.3)
+    assert isinstance(found, tta.Setting)
+    if found != tta.Setting():
+        assert found.speedup is not None and found.speedup > 1
+        assert found.agreement is not None and found.agreement >= 0.99
+        assert found.difference is not None and found.difference >= 0
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    assert tta.wrap(net, "bn", setting=found)(images(0)).shape == (8, 10)
+
+
+def test_other_arguments_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"^`example` must be a tensor"):
+        tta.tune(tiny("bn"), [1.0])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^`budget_s` must"):
+        tta.tune(tiny("bn"), images(0), budget_s=-1)

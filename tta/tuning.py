@@ -1,0 +1,120 @@
+"""``tune``: which setting is fastest on this device for the passes that recipes make."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import statistics
+import time
+import warnings
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from tta.core.checks import number
+from tta.core.parameters import select
+from tta.core.setting import Setting
+from tta.wrapping import wrap
+
+__all__ = ["tune"]
+
+BATCHES = 6  # of the stream over which decisions are compared
+LEAST_AGREEMENT = {"float32": 0.999, "bfloat16": 0.99, "float16": 0.99}
+GAIN = 1.03  # speed-up below which a change is not worth it
+
+
+def tune(model: nn.Module, example: Tensor, budget_s: float = 60) -> Setting:
+    """Find the fastest setting for this model on this device by measuring.
+
+    Memory formats, thread counts (on a CPU), precisions and compilation are tried one after the
+    other, each on top of what was fastest so far. What is timed is a call of an adapter that
+    minimises entropy, forward and backward. A change is taken when it is faster by 3 % and agrees
+    with the plain one over a short adapted stream: decisions equal for 99.9 % of images in float32,
+    for 99 % in half precision.
+
+    Args:
+        model: A classifier, unwrapped; it is left as it was.
+        example: A batch as the model will get it (B, ...), on its device.
+        budget_s: Seconds that may be spent, about; the plain setting is always measured.
+
+    Returns:
+        The setting, for ``wrap(..., setting=)``, with what was measured in it.
+
+    Raises:
+        TypeError: When an argument is of the wrong kind.
+        ValueError: When the model does not take the example.
+    """
+    number("budget_s", budget_s, 0, 86400)
+    if not isinstance(example, Tensor):
+        raise TypeError(
+            f"`example` must be a tensor, got {type(example).__name__}: pass a batch of images."
+        )
+    end = time.monotonic() + budget_s
+    recipe = _recipe(model)
+    best = Setting()
+    plain, decisions = _run(model, example, recipe, best)
+    fastest, found = plain, best
+    for change in _changes(example):
+        if time.monotonic() >= end:
+            break
+        candidate = dataclasses.replace(best, **change)
+        try:
+            seconds, logits = _run(model, example, recipe, candidate)
+        except Exception:  # whatever a kernel or a compiler that is not there raises
+            continue
+        difference = float((logits - decisions).abs().max())
+        agreement = float((logits.argmax(1) == decisions.argmax(1)).float().mean())
+        if seconds * GAIN < fastest and agreement >= LEAST_AGREEMENT[candidate.precision]:
+            fastest, best = seconds, candidate
+            found = dataclasses.replace(
+                best, speedup=plain / seconds, difference=difference, agreement=agreement
+            )
+    return found
+
+
+def _recipe(model: nn.Module) -> str:
+    try:
+        select(model, "norm")
+    except ValueError:
+        return "source"
+    return "tent"
+
+
+def _changes(example: Tensor) -> Iterator[dict[str, object]]:
+    if example.ndim == 4:
+        yield {"memory_format": "channels_last"}
+    if example.device.type == "cpu":
+        most, threads = os.cpu_count() or 1, 1
+        while threads <= most:
+            if threads != torch.get_num_threads():
+                yield {"threads": threads}
+            threads *= 2
+    yield {"precision": "bfloat16"}
+    yield {"compile": "default"}
+
+
+def _run(model: nn.Module, x: Tensor, recipe: str, setting: Setting) -> tuple[float, Tensor]:
+    """Median seconds of a call, and the logits (N, C) of a short adapted stream."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of presets for another number of classes
+        adapter = wrap(model, recipe, batch_size=len(x), setting=setting)
+        try:
+            adapter(x)  # warms up
+            adapter.reset()
+            found, seconds = [], []
+            for t in range(BATCHES):
+                batch = x.roll(t, -1) * (1 - 0.05 * t) if x.is_floating_point() else x.roll(t, -1)
+                _wait(x)
+                started = time.perf_counter()
+                found.append(adapter(batch).float().cpu())
+                _wait(x)
+                seconds.append(time.perf_counter() - started)
+        finally:
+            adapter.unwrap()
+    return statistics.median(seconds), torch.cat(found)
+
+
+def _wait(x: Tensor) -> None:
+    if x.device.type == "cuda":
+        torch.cuda.synchronize(x.device)
