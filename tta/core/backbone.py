@@ -414,7 +414,8 @@ class Backbone:
         pixels before that layer accept others, so a batch is not refused beforehand.
         """
         final = (ImagesRefusedError, KindRefusedError, RowsOverflowError, torch.OutOfMemoryError)
-        reason = self._misfit(x)
+        own = isinstance(error, ValueError) and str(error).startswith("`")  # words of a hook
+        reason = None if own else self._misfit(x)
         if reason is None and x.dtype == torch.uint8 and type(error) is RuntimeError:
             return KindRefusedError(
                 "`images` must be floating point for this model, got torch.uint8: pass what it "
