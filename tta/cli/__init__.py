@@ -25,6 +25,7 @@ COMMANDS = {
     "export": "write a model that adapts as a graph that runs without torch",
     "collect": "make source artefacts from a folder of pictures",
     "run": "predict the frames of folders, videos and cameras, and adapt to them",
+    "bench": "time recipes on a model and a device, with memory and passes",
     "serve": "predict images of many streams over HTTP, each of which adapts by itself",
 }
 ABOUT = "Test-time adaptation of image classifiers."

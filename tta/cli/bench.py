@@ -1,0 +1,183 @@
+"""``tta bench``: what recipes cost on the user's own model and device."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import sys
+import time
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from tta.cli.common import add_method, add_model, open_from, whole, wrap_from
+from tta.core.checks import sentence
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from tta.core.adapter import Adapter
+    from tta.runtime.model_strings import OpenedModel
+
+__all__ = ["add_arguments", "run"]
+
+ROUNDS = 30
+WARM_UP = 2  # calls of each recipe that are not timed
+SOURCE_IMAGES = 16  # random ones, where the user has none
+ALL = "all"
+PERCENTILES = (50, 95, 99)
+COLUMNS = ("p50 ms", "p95 ms", "p99 ms", "ratio", "peak MB", "forwards", "backwards")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the command."""
+    add_model(parser, 1)
+    add_method(parser)
+    parser.set_defaults(method=ALL)
+    add = parser.add_argument
+    add("--rounds", type=whole(1), default=ROUNDS, metavar="N",
+        help=f"timed calls of each recipe (default: {ROUNDS})")  # fmt: skip
+    add("--size", type=whole(1), metavar="PIXELS",
+        help="of the images (default: what the model declares, else 224)")  # fmt: skip
+    add("--window", type=whole(2), metavar="N", help="images of a call, as wrap(window=) has it")
+    add("--tune", action="store_true", help="find the fastest setting first, and run with it")
+    add("--tune-seconds", type=whole(1), default=60, metavar="S",
+        help="to find it (default: 60)")  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure and print a table.
+
+    Raises:
+        ValueError: When the model does not take such images, or ``--method`` cannot be wrapped.
+    """
+    import torch
+
+    from tta.core.registry import component, list_methods
+
+    opened = open_from(args)
+    model = opened.model.eval()
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    shape = _shape(model, args)
+    batches = [torch.rand(shape, generator=torch.Generator().manual_seed(args.seed + t)).to(device)
+               for t in range(4)]  # fmt: skip
+    further: dict[str, Any] = {} if args.window is None else {"window": args.window}
+    opened = _with_what_methods_ask(opened, args, shape, device)
+    if args.tune:
+        from tta.tuning import tune
+
+        further["setting"] = tune(model, batches[0], args.tune_seconds)
+        print(f"setting: {further['setting']}")
+    print(f"{tuple(shape)} on {device}, {torch.get_num_threads()} threads, {args.rounds} rounds")
+    print(f"{'':24}" + "".join(f"{name:>10}" for name in COLUMNS))
+    with torch.no_grad():
+        plain = _measured(model, model, batches, args.rounds)
+    base = plain["times"][50]
+    _print("plain forward", plain, base)
+    names = [args.method] if args.method != ALL else list_methods("*")
+    left_out: dict[str, str] = {}
+    for name in names:
+        if args.method == ALL and not component(name).slot and not component(name).empties_slots:
+            continue
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                adapter = wrap_from(_with(args, name), opened, **further)
+                try:
+                    _print(name, _measured(adapter, model, batches, args.rounds), base)
+                finally:
+                    adapter.unwrap()
+        except (ValueError, TypeError, RuntimeError) as error:
+            if len(names) == 1:
+                raise
+            left_out[name] = sentence(error)
+    for name, reason in left_out.items():
+        print(f"left out: {name}: {reason}", file=sys.stderr)
+    return 0
+
+
+def _with(args: argparse.Namespace, method: str) -> argparse.Namespace:
+    found = copy.copy(args)
+    found.method = method
+    return found
+
+
+def _with_what_methods_ask(
+    opened: OpenedModel, args: argparse.Namespace, shape: tuple[int, ...], device: torch.device
+) -> OpenedModel:
+    """Random source images and pixels as they come, where the user has none: costs are the same."""
+    import torch
+
+    from tta.core.classifier import num_classes
+
+    more: dict[str, Any] = {}
+    if opened.mean is None:
+        more |= {"mean": (0.0,), "std": (1.0,)}
+    if args.source is None and opened.source is None:
+        chance = torch.Generator().manual_seed(args.seed)
+        images = torch.rand((SOURCE_IMAGES, *shape[1:]), generator=chance)
+        try:
+            labels = torch.randint(num_classes(opened.model), (SOURCE_IMAGES,), generator=chance)
+            more["source"] = [(images.to(device), labels.to(device))]
+        except (TypeError, ValueError):  # nobody knows the classes
+            pass
+    return dataclasses.replace(opened, **more)
+
+
+def _shape(model: Any, args: argparse.Namespace) -> tuple[int, ...]:
+    from tta.core.budget import example_shape
+    from tta.core.recipe import AdapterConfig
+    from tta.core.source import SourceStatistics
+
+    shape = example_shape(model, AdapterConfig(batch_size=args.batch_size), SourceStatistics())
+    if args.size is not None:
+        shape = (*shape[:2], *(args.size for _ in shape[2:]))
+    return shape
+
+
+def _measured(
+    subject: Adapter | Any, model: Any, batches: list[Tensor], rounds: int
+) -> dict[str, Any]:
+    """Percentiles of seconds, the peak of memory, and images through the model for each image."""
+    import numpy as np
+    import torch
+
+    from tta.core.memory_use import PeakBytes, held_bytes
+    from tta.core.passes import Passes
+
+    device = batches[0].device
+    for t in range(WARM_UP):
+        subject(batches[t % len(batches)])
+    seconds = []
+    passes = Passes(model)
+    try:
+        for t in range(rounds):
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            started = time.perf_counter()
+            subject(batches[t % len(batches)])
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds.append(time.perf_counter() - started)
+    finally:
+        passes.close()
+    with PeakBytes(device) as peak:
+        subject(batches[0])
+    held = [*model.parameters(), *model.buffers()]
+    if subject is not model:
+        held += subject.state().values()
+    images = rounds * len(batches[0])
+    return {
+        "times": {p: float(np.percentile(seconds, p)) for p in PERCENTILES},
+        "bytes": held_bytes(held) + peak.read(),
+        "forwards": passes.forward / images,
+        "backwards": passes.backward / images,
+    }
+
+
+def _print(name: str, found: dict[str, Any], base: float) -> None:
+    times = found["times"]
+    figures = [1000 * times[p] for p in PERCENTILES] + [times[50] / base, found["bytes"] / 1e6]
+    figures += [found["forwards"], found["backwards"]]
+    print(f"{name:24}" + "".join(f"{value:10.2f}" for value in figures), flush=True)
