@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.helpers.exported import Graph
+from tests.helpers.nets import tiny
 from tta.cli import main
 
 pytest.importorskip("onnxscript")
@@ -21,6 +22,18 @@ def test_a_model_becomes_a_folder(tmp_path, capsys) -> None:
     size = graph.session.get_inputs()[0].shape
     assert graph(torch.randn(2, *size[1:])).shape == (2, 1000)
     assert graph.session.get_modelmeta().custom_metadata_map["mean"] != "[0.0]"
+
+
+def test_without_a_method_it_is_auto_without_its_guard(tmp_path, capsys) -> None:
+    out = tmp_path / "camera"
+    assert main(["export", "tests.test_cli_export:net", "--out", str(out)]) == 0
+    assert "warning: auto is exported without its guard" in capsys.readouterr().err
+    assert Graph(out).session.get_modelmeta().custom_metadata_map["recipe"] == "adaptive_bn+drift"
+
+
+def net() -> torch.nn.Module:
+    """What the MODEL string above names."""
+    return tiny("bn")
 
 
 def test_a_mistake_is_said_in_a_sentence(tmp_path, capsys) -> None:

@@ -212,6 +212,29 @@ def test_what_is_not_of_the_same_run_is_refused(out, tmp_path):
     assert (other / "precious").exists() and file.read_bytes() == before
 
 
+def test_a_command_that_is_refused_leaves_and_takes_no_file(out, tmp_path):
+    place, file = folder(tmp_path / "yard", 2), tmp_path / "out.jsonl"
+    command = ["run", f"{OWN}:named", place, "--out", file]
+    assert out(*command, "--method", "tnet")[0] == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"yard"}
+    assert out(*command, "--method", "neo")[0] == 0
+    before = file.read_bytes()
+    assert out(*command, "--fresh", "--method", "tnet")[0] == 2
+    assert file.read_bytes() == before and (tmp_path / "out.jsonl.state" / "run.json").is_file()
+
+
+def test_a_run_without_a_prediction_is_an_error_and_binds_no_other(out, tmp_path):
+    place, file = tmp_path / "yard", tmp_path / "out.jsonl"
+    place.mkdir()
+    (place / "a.png").write_bytes(b"no picture")
+    command = ["run", f"{OWN}:named", place, "--out", file]
+    status, _, errors = out(*command, "--method", "bn")
+    assert status == 2 and "gave none that could be predicted: check it." in errors
+    picture(0).save(place / "b.png")
+    assert out(*command, "--method", "neo")[0] == 0
+    assert [line["index"] for line in lines(file)] == [1]
+
+
 def test_an_empty_folder_and_mistakes_are_said_in_one_sentence(out, tmp_path):
     (tmp_path / "empty").mkdir()
     file = tmp_path / "out.jsonl"

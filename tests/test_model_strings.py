@@ -115,6 +115,7 @@ def test_class_names_from_a_file(tmp_path):
         (f"{OWN}:nothing", "has no attribute 'nothing'"),
         (f"{OWN}:number", "which is a int"),
         (f"{OWN}:broken", "returned str: correct it"),
+        (f"{OWN}:raising", "raised KeyError ('gone'): correct it"),
         (":", "MODULE:CALLABLE"),
         ("", "known here"),
     ],

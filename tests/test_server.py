@@ -396,6 +396,12 @@ def test_who_may_ask() -> None:
             server.refused(403, "`Origin`", answer)
 
 
+def test_what_is_no_number_of_an_event_is_refused() -> None:
+    with serving() as server:
+        for after in ("x", "-1", "\u00b2"):
+            server.refused(422, "`after`", server.get("/v1/events", params={"after": after}))
+
+
 def test_events_are_heard_while_and_after_they_happen() -> None:
     adapter = tta.wrap(tiny("bn"), "tent.cifar10", guard=tta.get_config("periodic", every=2))
     with serving(adapter) as server:

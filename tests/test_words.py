@@ -23,6 +23,7 @@ NAN, INF = float("nan"), float("inf")
 def test_names_that_are_known_come_in_one_order() -> None:
     assert nearest("q", {"b", "c", "a"}) == "Known: a, b, c."
     assert nearest("q", ["b", "a"]) == "Known: b, a."
+    assert nearest("q", []) == "Known: none."
     many = [f"name{i}" for i in range(100)]
     assert nearest("name77", many, limit=3).endswith(" and 97 more.")
     texts = {

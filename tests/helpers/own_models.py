@@ -45,3 +45,8 @@ def slow():
 
 def broken():
     return "no model"
+
+
+def raising() -> nn.Module:
+    """Fails."""
+    raise KeyError("gone")

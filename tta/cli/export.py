@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from tta.cli.common import add_method, add_model, open_from, wrap_from
+from tta.cli.common import METHOD, add_method, add_model, open_from, wrap_from
+from tta.core.warn import warn
 
 __all__ = ["add_arguments", "run"]
 
@@ -32,7 +33,10 @@ def run(args: argparse.Namespace) -> int:
     from tta.export import to_onnx
 
     opened = open_from(args)
-    adapter = wrap_from(args, opened)
+    bare = args.method.partition("[")[0].strip() == METHOD
+    adapter = wrap_from(args, opened, **({"guard": False} if bare else {}))
+    if bare:
+        warn(f"{METHOD} is exported without its guard, which looks at figures of each batch.")
     picture = Image.effect_noise((LARGEST, LARGEST), 64).convert("RGB")
     example = opened.transform(picture)[None]
     device = next(adapter.model.parameters()).device

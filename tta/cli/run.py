@@ -18,6 +18,7 @@ from tta.cli.common import add_method, add_model, open_from, whole, wrap_from
 from tta.core.checks import parsed_json, shown, told
 
 if TYPE_CHECKING:
+    from tta.core.adapter import Adapter
     from tta.runtime.model_strings import OpenedModel
     from tta.runtime.pipeline import Pipeline, Result
     from tta.runtime.pool import StreamPool
@@ -30,6 +31,7 @@ WORKERS = 2
 QUEUE = 64
 INTERVAL = 10.0  # seconds
 SETTINGS = "run.json"
+STREAMS = "streams"  # in the folder, what each has learned
 SAME = ("model", "weights", "method", "source", "batch_size", "seed")  # to go on with a run
 SHOWN_STREAMS = 3
 CLEAR, END = "\r\x1b[K", "\n"  # of a line on a terminal
@@ -96,10 +98,13 @@ def run(args: argparse.Namespace) -> int:
     folder = Path(args.folder or f"{args.out}.state")
     source = open_source(args.sources, follow=args.follow)
     opened = open_from(args)
+    begins = args.fresh or _nothing_in(folder, out)
+    # What is refused here leaves no file behind, and takes none away.
+    adapter = wrap_from(args, opened, health=True) if begins else None
     with contextlib.ExitStack() as open_now:
         lines = JsonLines(out, "out")
         open_now.callback(lines.close)
-        if args.fresh:
+        if begins and (args.fresh or (folder / SETTINGS).is_file()):
             _clear(folder)
             lines.clear()
         _check_settings(args, folder, lines)
@@ -108,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
         open_now.callback(events.close)
         order = Order(folder / "order.jsonl")
         open_now.callback(order.close)
-        pool = _pool(args, opened, folder)
+        pool = _pool(args, opened, folder, adapter)
         # Frames from the last snapshot on are predicted and learned from again, so that the end is
         # that of a run without a break; what is written of them is not written again.
         starts = {name: _taken(pool, name) for name in pool.streams()}
@@ -136,10 +141,10 @@ def run(args: argparse.Namespace) -> int:
     if signals:
         return INTERRUPTED
     counts = pipeline.counts
-    if not counts["frames"] and not done:
+    if not done and not counts["learned"] + counts["skipped"]:
         raise ValueError(
             f"`SOURCE` must give at least one frame, but {told(args.sources[0], 80)} gave none"
-            f"{' that could be read' if counts['failed'] else ''}: check it."
+            f"{' that could be predicted' if counts['failed'] else ''}: check it."
         )
     return 0
 
@@ -152,6 +157,12 @@ def _seconds(text: str) -> float:
     if not value >= 0:
         raise argparse.ArgumentTypeError("must be a number of seconds, at least 0")
     return value
+
+
+def _nothing_in(folder: Path, out: Path) -> bool:
+    """Whether no earlier run has predicted or learned anything."""
+    predicted = out.is_file() and out.stat().st_size > 0
+    return not predicted and not any((folder / STREAMS).glob("*"))
 
 
 def _clear(folder: Path) -> None:
@@ -194,16 +205,19 @@ def _check_settings(args: argparse.Namespace, folder: Path, lines: JsonLines) ->
             )
 
 
-def _pool(args: argparse.Namespace, opened: OpenedModel, folder: Path) -> StreamPool:
+def _pool(
+    args: argparse.Namespace, opened: OpenedModel, folder: Path, adapter: Adapter | None
+) -> StreamPool:
     from tta.cli.common import source_from
     from tta.runtime.pool import StreamPool
 
     # Snapshots are made between batches whose predictions are written, and by nobody else.
     most: dict[str, Any] = {"capacity": 2**31 - 1, "interval": None}
-    if (folder / "config.json").exists():
+    if (folder / "config.json").exists() and adapter is None:
         source = source_from(args, opened)
         return StreamPool.open(opened.model, folder, source=source, **most)
-    return StreamPool(wrap_from(args, opened, health=True), folder=folder, **most)
+    adapter = adapter or wrap_from(args, opened, health=True)
+    return StreamPool(adapter, folder=folder, **most)
 
 
 def _taken(pool: StreamPool, name: str) -> int:

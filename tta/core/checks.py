@@ -134,7 +134,7 @@ def nearest(name: str, known: Iterable[str], limit: int = 40, room: int = ROOM) 
     hint = f"did you mean {shown(close[0], room)}? " if close else ""
     fit = min(limit, _how_many_fit(known, room))
     if len(known) <= fit:
-        return f"{hint}Known: {', '.join(known)}."
+        return f"{hint}Known: {', '.join(known) or 'none'}."
     ranked = difflib.get_close_matches(name, known, n=limit, cutoff=0.0)
     ranked = ranked[: max(1, _how_many_fit(ranked, room))]
     listed = ", ".join(name for name in known if name in ranked)

@@ -114,8 +114,8 @@ def open_model(
 
     Raises:
         TypeError: When an argument is of the wrong kind.
-        ValueError: For an unknown name, a function that returns something else, weights that do not
-            fit, or another number of class names than classes.
+        ValueError: For an unknown name, a function that raises or returns something else, weights
+            that do not fit, or another number of class names than classes.
         FileNotFoundError: When the file of weights is not there.
         ImportError: When a library is not installed.
         RuntimeError: When weights cannot be fetched.
@@ -208,7 +208,7 @@ def _from_function(module: str, name: str, text: str, place: str | Path | None) 
         function: Any = import_module(module)
         for part in name.split("."):
             function = getattr(function, part)
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
+    except Exception as error:  # whatever a module of the user's raises, SyntaxError too
         raise ValueError(
             f"`model` must be timm:NAME, torchvision:NAME or MODULE:CALLABLE, got {shown(text)} "
             f"({told(error)}): run where MODULE can be imported, or correct the name."
@@ -218,7 +218,13 @@ def _from_function(module: str, name: str, text: str, place: str | Path | None) 
             f"`model` must name a function or a class, got {shown(text)}, which is a "
             f"{type(function).__name__}: define a function that returns the model."
         )
-    given = function()
+    try:
+        given = function()
+    except Exception as error:
+        raise ValueError(
+            f"`model` must be a function that returns a model, but {shown(text)} raised "
+            f"{type(error).__name__} ({told(error)}): correct it."
+        ) from error
     parts: tuple[Any, ...] = given if isinstance(given, tuple) else (given,)
     model, transform, names, *more = *parts, *(None,) * max(0, 3 - len(parts))
     fits = not more and (transform is None or callable(transform))

@@ -155,7 +155,13 @@ def add_routes(app: Any, service: Service, decoder: Decoder, workers: ThreadPool
     @app.get("/v1/events", **openapi.EVENTS)
     async def events(request: Request) -> Response:
         last = request.headers.get("last-event-id", request.query_params.get("after", ""))
-        listener = service.events.enter(int(last) if last.isdecimal() else None)
+        if last and not (last.isascii() and last.isdecimal()):
+            raise RefusedError(
+                422,
+                f"`after` must be the number of an event, got {shown(last, 30)}: pass 0 for all "
+                "that are kept.",
+            )
+        listener = service.events.enter(int(last) if last else None)
         return StreamingResponse(service.events.listen(listener), media_type="text/event-stream")
 
     @app.get("/metrics", **openapi.METRICS)
