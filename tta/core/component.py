@@ -117,6 +117,7 @@ class Component(nn.Module):
     replays_source: ClassVar[bool] = False  # goes on reading source batches while it adapts
     takes_softmax: ClassVar[bool] = True  # works on a softmax of the logits
     takes_gradient: ClassVar[bool] = False  # an output rule that back-propagates
+    splits: ClassVar[bool] = True  # works where several processes share a batch
     takes_draws: ClassVar[bool] = False  # asks ``context.draws`` before it draws itself
     counts_images: ClassVar[bool] = False  # remembers or counts images one by one
     injects: ClassVar[tuple[str, ...]] = ()  # of wrap's "augment" and "restore_mask"

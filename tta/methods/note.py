@@ -175,6 +175,7 @@ class Note(ImageMemoryUpdate):
     default_norm: ClassVar[str | None] = "iabn"
     learns_from_whole_batch: ClassVar[bool] = False
     takes_draws: ClassVar[bool] = True
+    splits: ClassVar[bool] = False  # its results with two processes are not those of one
 
     offered: Tensor  # 0-dimensional: images offered to the memory so far
 

@@ -27,6 +27,7 @@ import torch.distributed as dist
 from tta.core.adapter import Adapter
 from tta.core.batch_split import Ranks
 from tta.core.norm_layers import rows_independent
+from tta.core.registry import component
 from tta.core.state_dict import checksum
 
 __all__ = ["split_batches"]
@@ -47,8 +48,9 @@ def split_batches(adapter: Adapter, group: Any = None) -> Adapter:
 
     Raises:
         RuntimeError: When ``torch.distributed`` is not set up.
-        ValueError: When ranks hold different adapters, this process is not of the group, or the
-            model mixes the rows of a batch where no rule can see it.
+        ValueError: When a component works in one process alone, ranks hold different adapters,
+            this process is not of the group, or the model mixes the rows of a batch where no rule
+            can see it.
     """
     if not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError(
@@ -56,6 +58,12 @@ def split_batches(adapter: Adapter, group: Any = None) -> Adapter:
             "torch.distributed.init_process_group() first, under torchrun."
         )
     session = adapter.session
+    for name in (part.name for part in adapter.config.components.values()):
+        if not component(name).splits:
+            raise ValueError(
+                f"`adapter` must be of components that work in several processes, got {name}: run "
+                "it in one process."
+            )
     if adapter.config.norm is None and not rows_independent(adapter.model):
         raise ValueError(
             "`adapter` must have a norm rule where BatchNorm layers have no running statistics, "
