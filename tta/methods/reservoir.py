@@ -163,6 +163,7 @@ class Reservoir(Update):
     }
     injects: ClassVar[tuple[str, ...]] = ("augment",)
     learns_from_whole_batch: ClassVar[bool] = False
+    splits: ClassVar[bool] = False  # ranks would wait for each other where clusters differ
     takes_draws: ClassVar[bool] = True
     uses_labels: ClassVar[bool] = False
     cost: ClassVar[float] = 5.0

@@ -157,6 +157,7 @@ class Spa(Update):
     }
     needs_features = True
     needs_linear_head = True
+    splits: ClassVar[bool] = False  # its results with two processes are not those of one
     takes_draws: ClassVar[bool] = True
     cost: ClassVar[float] = 6.0
     learns_from_whole_batch: ClassVar[bool] = False
