@@ -65,7 +65,13 @@ def close(a: torch.Tensor, b: torch.Tensor, limit: float) -> bool:
 
 
 def _mild(value: Any) -> Any:
-    """A margin that all samples pass but whose weights are not exp(20): else rounding is all."""
+    """A margin that all samples pass but whose weights are not exp(20): else rounding is all.
+
+    And plain steps where all weights are trained: Adam's are as large for a gradient that is
+    nothing but rounding, as that of a convolution's scale before a norm layer is.
+    """
+    if getattr(value, "params", "norm") != "norm" and value.optimizer == "adam":
+        value = value.replace(optimizer="sgd")
     margin = hasattr(value, "redundancy_margin")
     return value.replace(entropy_margin=1.01) if margin else value
 

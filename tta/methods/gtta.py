@@ -80,7 +80,6 @@ class Gtta(SourceReplay):
     """Source images mixed with like test images, then sure predictions as labels."""
 
     Config = GttaConfig
-    splits: ClassVar[bool] = False  # its results with two processes are not those of one
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {"cifar10": _CIFAR, "cifar100": _CIFAR}
     cost: ClassVar[float] = 7.0
     learns_from_whole_batch: ClassVar[bool] = False

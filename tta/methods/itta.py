@@ -107,7 +107,6 @@ class Itta(Update):
     default_norm: ClassVar[str | None] = None
     needs_features: ClassVar[bool] = True
     trains_model: ClassVar[bool] = False
-    splits: ClassVar[bool] = False  # its results with two processes are not those of one
     takes_draws: ClassVar[bool] = True
     takes_softmax: ClassVar[bool] = False
     cost: ClassVar[float] = 4.0
