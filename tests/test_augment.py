@@ -145,9 +145,9 @@ def test_what_is_refused() -> None:
         tta.wrap(tiny("bn"), "cotta.cifar10")
     net = tiny("bn")
     assert not any(m._forward_pre_hooks for m in net.modules())
-    with pytest.raises(ValueError, match=r"`augment`.*'tent'"):
+    with pytest.raises(ValueError, match=r"`augment`.*got bn, tent"):
         tta.wrap(net, "tent.cifar10", augment=lambda x, i: x)
-    with pytest.raises(ValueError, match=r"`restore_mask`.*'rmt'"):
+    with pytest.raises(ValueError, match=r"`restore_mask`.*got bn, rmt"):
         tta.wrap(net, "rmt.cifar10", source=source_batches(), restore_mask=lambda n, s: s, **space)
     with pytest.raises(TypeError, match=r"`augment` must be callable"):
         tta.wrap(net, "cotta.cifar10", augment=3, **space)  # type: ignore[arg-type]

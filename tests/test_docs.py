@@ -410,7 +410,7 @@ def test_what_pages_load_is_there(site: Path) -> None:
 def test_the_reference_has_the_comments_of_fields(site: Path) -> None:
     text = (site / "api" / "components.html").read_text()
     for comment in (
-        "Adam only; its eps is 1e-8",
+        "their eps is 1e-8",
         "Length of the features",
         "on top of its forward pass",
     ):

@@ -170,7 +170,8 @@ def test_a_model_in_half_precision_learns_as_in_single(method: str, dtype: torch
         return sum(int((after[key] != first[key]).sum()) for key in trained)
 
     assert moved(now_single, start_single) > 0
-    assert moved(now, start) >= 0.7 * moved(now_single, start_single)
+    # Adam moves even what has a gradient of rounding alone, which half precision makes 0.
+    assert moved(now, start) >= 0.6 * moved(now_single, start_single)
     for key in trained:  # the model computes with the rounded values
         assert torch.equal(objects[key.partition("/")[2]], now[key].to(dtype))
     back = dict(half.unwrap().named_parameters())

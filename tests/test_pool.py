@@ -16,7 +16,7 @@ from torch import nn
 
 import tta
 from tests.helpers.batches import images
-from tests.helpers.compositions import ALONE, GUARDED, Case, label, make
+from tests.helpers.compositions import ALONE, GUARDED, Case, given, label, make
 from tests.helpers.faults import Counting, Fault, same
 from tests.helpers.nets import tiny
 from tests.helpers.refusals import refused
@@ -86,7 +86,7 @@ def test_interleaved_streams_over_a_disk_are_bitwise_those_served_alone(
     shared = interleave(case, 24, tmp_path / "pool", seed=1)
     assert shared.counts["restored"] > 4 and shared.counts["failed"] == 0
     shared.close()
-    again = StreamPool.open(tiny(case[0]), tmp_path / "pool", interval=None)
+    again = StreamPool.open(tiny(case[0]), tmp_path / "pool", interval=None, **given(case[1]))
     assert sorted(again.streams()) == sorted(shared.streams())
 
 

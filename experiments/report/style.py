@@ -64,7 +64,7 @@ COLOURS = (
     "#882255", "#999933", "#332288", "#44AA99", "#661100", "#AA4499", "#117733", "#88CCEE",
     "#DDCC77", "#CC6677",
 )  # fmt: skip
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "h", "<", ">", "*")
 LINES = ("-", "--", "-.", ":")
 LOOKS = len(COLOURS) * len(MARKERS)  # all are different, as the two numbers have no common divisor
 

@@ -141,7 +141,7 @@ def list_methods(pattern: str = "*", slot: str | None = None) -> list[str]:
 
     Example:
         >>> list_methods("*bn", slot="norm")
-        ['adaptive_bn', 'alpha_bn', 'bn', 'robust_bn']
+        ['adaptive_bn', 'alpha_bn', 'bn', 'iabn', 'robust_bn']
     """
     string("pattern", pattern)
     if slot is not None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tta.core.adapter import Adapter
+from tta.core.checks import shown
 from tta.core.prediction import Prediction
 from tta.core.serving import LARGE
 from tta.core.state import GUARD, Place
@@ -45,8 +46,8 @@ def refuse(adapter: Any, example: Any) -> None:
         )
     if adapter.input is not None:
         raise ValueError(
-            f"`input` must be empty to be exported, got {adapter.input.name!r}: export an adapter "
-            "without it."
+            f"`input` must be empty to be exported, got {shown(adapter.input.name)}: export an "
+            "adapter without it."
         )
     if adapter.config.shadow:
         raise ValueError(
@@ -57,8 +58,8 @@ def refuse(adapter: Any, example: Any) -> None:
         return
     if adapter.output is not None and adapter.output.takes_gradient:
         raise ValueError(
-            f"`output` must learn without gradients to be exported, got {adapter.output.name!r}: "
-            "freeze() first, or choose another."
+            f"`output` must learn without gradients to be exported, got "
+            f"{shown(adapter.output.name)}: freeze() first, or choose another."
         )
     growing = adapter._state.resizable_places()
     if growing:

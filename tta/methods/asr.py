@@ -111,8 +111,8 @@ class Asr(Guard):
 
     def penalty(self) -> Tensor | None:
         """The distance from the averages of former segments, in the metric of Fisher."""
-        if int(self.segments) == 0:
-            return None
+        if int(self.segments) == 0 or not self.context.parameters:
+            return None  # or the update moves parameters of its own alone
         fisher, mean = self.fisher.named(), self.mean.named()
         parts = [
             (fisher[name] * (p - mean[name]).square()).sum()

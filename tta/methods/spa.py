@@ -182,7 +182,9 @@ class Spa(Update):
                 f"{shown(self.augmenter.std, 40)}: leave official out."
             )
         size, device = context.feature_size, next(iter(context.parameters.values())).device
-        self.predictor: Any = nn.utils.skip_init(nn.Linear, size, size, bias=False, device=device)
+        self.predictor: Any = nn.utils.skip_init(
+            nn.Linear, size, size, bias=False, device=device, dtype=torch.float32
+        )
         with torch.no_grad():
             self.predictor.weight.copy_(torch.eye(size))
         for name in ("alpha", "alpha_momentum"):

@@ -42,6 +42,7 @@ def instance_aware(
         (B, C, ...) of x's dtype. Gradients flow into everything.
 
     Example:
+        >>> import torch
         >>> x, zeros, ones = torch.randn(2, 3, 8, 8), torch.zeros(3), torch.ones(3)
         >>> y = instance_aware(x, zeros, ones, None, None, alpha=1e6, eps=0.0)
         >>> torch.allclose(y, x)
