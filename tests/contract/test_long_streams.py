@@ -29,7 +29,13 @@ def _elements() -> int:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*preset, made for:UserWarning")
-@pytest.mark.parametrize("name", suiting("bn"))
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.soak] if number % 6 else [])
+        for number, name in enumerate(suiting("bn"))
+    ],
+)
 def test_memory_does_not_grow_in_2000_batches(name: str) -> None:
     fields = {k: v for k, v in LOOSE.items() if k in tta.get_config(name).to_dict()}
     widths = (4,) if component(name).suits(cnn((4,), torch.nn.BatchNorm2d, CLASSES)) else (4, 4)

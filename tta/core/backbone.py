@@ -1,7 +1,6 @@
 """The wrapped model as methods see it: a function from images to logits and features.
 
-Features are the input of the classifier (:mod:`tta.core.head`), averaged over space where that is a
-convolution. A hook reads them, so that no model has to be split.
+Features are the input of the classifier (:mod:`tta.core.head`), as a hook reads them.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ class ImagesRefusedError(ValueError):
 
 
 class KindRefusedError(TypeError):
-    """The model raised on numbers of a kind that its first layer does not take, such as uint8."""
+    """The model raised on numbers of a kind that its first layer does not take, as uint8."""
 
 
 class RowsOverflowError(ArithmeticError):
@@ -156,8 +155,7 @@ class Backbone:
 
         Args:
             x: Images (B, ...), as the model takes them.
-            weights: What :meth:`names` returned, and the tensors to use under these names; None for
-                the model's own.
+            weights: What :meth:`names` returned, and tensors for these names; None for the own.
 
         Returns:
             Logits (B, C), and features (B, D) if predictions carry any.

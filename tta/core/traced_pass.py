@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tta.core.checks import shown
 from tta.core.hooks import pooled
 from tta.core.prediction import Prediction
 from tta.core.tracing import is_tracing, recording
@@ -28,7 +29,7 @@ def traced_answer(adapter: Any, images: Tensor, args: Any, kwargs: Any) -> Any:
         )
     if adapter.input is not None:
         raise ValueError(
-            f"`input` must be empty for torch.export, got {adapter.input.name!r}: export an "
+            f"`input` must be empty for torch.export, got {shown(adapter.input.name)}: export an "
             "adapter without it."
         )
     with torch.no_grad(), recording(adapter), adapter.network.call(*args, **kwargs):

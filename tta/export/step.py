@@ -64,14 +64,15 @@ def refuse(adapter: Any, example: Any) -> None:
     growing = adapter._state.resizable_places()
     if growing:
         raise ValueError(
-            f"`adapter` must have a state of fixed shapes to be exported, got {min(growing)!r}, "
+            "`adapter` must have a state of fixed shapes to be exported, got "
+            f"{shown(min(growing))}, "
             "which grows with the stream: bound it in the component's config, or freeze() first."
         )
     guard = adapter.guard
     if guard is not None and guard.resets_after(torch.zeros((), dtype=torch.int64)) is None:
         raise ValueError(
             f"`guard` must decide by the number of batches alone to be exported, got "
-            f"{guard.name!r}, which looks at figures of each batch: wrap with guard=False or "
+            f"{shown(guard.name)}, which looks at figures of each batch: wrap with guard=False or "
             "'periodic', or freeze() first."
         )
 

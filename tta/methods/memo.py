@@ -40,7 +40,7 @@ import torch
 from torch import Tensor, nn
 
 from tta.core.backbone import Backbone, RowsOverflowError
-from tta.core.checks import LARGE, number, whole_number
+from tta.core.checks import LARGE, number, shown, whole_number
 from tta.core.component import Context
 from tta.core.config import ComponentConfig, UpdateConfig
 from tta.core.logit_checks import overflow
@@ -124,7 +124,7 @@ class Memo(Update):
             raise ValueError(
                 "`norm` must be left out with prior_strength="
                 f"{config.prior_strength:g}, which is a rule of its own, got "
-                f"{'source' if given is None else given.name!r}: pass prior_strength=None, or "
+                f"{shown('source' if given is None else given.name)}: pass prior_strength=None, or "
                 "leave norm out."
             )
 

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from tta.core.backbone import Backbone, RowsOverflowError
-from tta.core.checks import fraction, whole_number
+from tta.core.checks import fraction, shown, whole_number
 from tta.core.config import ComponentConfig
 from tta.core.output_rule import Output
 from tta.core.prediction import Prediction
@@ -91,7 +91,7 @@ class TtAug(Output):
         if given != config.norm and component(MIXED).suits(model):
             raise ValueError(
                 "`norm` must be left out with ttaug, whose source_weight is a rule of its own, got "
-                f"{'source' if given is None else given.name!r}: leave norm out."
+                f"{shown('source' if given is None else given.name)}: leave norm out."
             )
 
     def begin(self, network: Backbone) -> None:
