@@ -223,6 +223,9 @@ def test_what_has_no_graph_is_refused(tmp_path) -> None:
     shadow = tta.wrap(tiny("bn"), norm="robust_bn", shadow=True)
     with pytest.raises(ValueError, match="shadow=True"):
         tta.export.to_onnx(shadow, tmp_path, EXAMPLE)
+    windowed = tta.wrap(tiny("bn"), "bn", window=4)
+    with pytest.raises(ValueError, match="`window` must be left out"):
+        tta.export.to_onnx(windowed, tmp_path, EXAMPLE)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -39,6 +39,11 @@ def refuse(adapter: Any, example: Any) -> None:
             "`adapter` must run in one process to be exported, got one that splits its batches: "
             "export it before tta.runtime.split_batches."
         )
+    if adapter.config.window is not None:
+        raise ValueError(
+            f"`window` must be left out of an adapter to be exported, got {adapter.config.window}: "
+            "wrap the model without it, and hand the graph whole batches."
+        )
     if adapter.network.masters.pairs:
         raise ValueError(
             "`adapter` must hold float32 weights to be exported, got trained ones in half "
