@@ -115,7 +115,7 @@ class Adapter(nn.Module):
         """
         network = self._held("no longer holds a model")
         if is_tracing():
-            return traced_answer(self, *self._images(args, kwargs))
+            return traced_answer(self, *split_arguments(self.model, args, kwargs))
         self._refuse_copies()
         images, args, kwargs = split_arguments(self.model, args, kwargs)
         network.check(images)
