@@ -47,7 +47,8 @@ class Transaction:
     ) -> None:
         self.state = state
         self.network = network
-        self.parts = parts
+        # Those inside of others too; none comes later.
+        self.parts = [m for part in parts for m in part.modules() if isinstance(m, Component)]
         self.journal = journal
         self._open = False  # whether something may have to be taken back
         self._copies = _Copies([], [])
@@ -121,8 +122,7 @@ class Transaction:
 
     def attributes(self) -> list[dict[str, Any]]:
         """The attributes of components, and of what they hold, that change in a call."""
-        parts = [m for part in self.parts for m in part.modules() if isinstance(m, Component)]
-        things = [v for part in parts for v in (part, *vars(part).values())]
+        things = [v for part in self.parts for v in (part, *vars(part).values())]
         return [vars(thing) for thing in things if isinstance(thing, (Component, Remembers))]
 
     def _put_back_reset_point(self, before: dict[str, Tensor]) -> None:
@@ -211,14 +211,14 @@ class _Copies:
             if held[key] is not tensor and id(held) not in but:
                 held[key] = tensor
         mine = [i for i, (held, _) in enumerate(self._places) if id(held) not in but]
+        for i in mine:
+            if self._tensors[i].shape != self._shapes[i]:  # a parameter that got its shape now
+                self._tensors[i].data = torch.empty_like(self._copies[i])
         _copy([self._tensors[i] for i in mine], [self._copies[i] for i in mine])
 
 
 def _copy(to: list[Tensor], of: list[Tensor]) -> None:
     """Copy tensors, those of one device in one call."""
-    for mine, copy in zip(to, of, strict=True):
-        if mine.shape != copy.shape:  # a parameter that the call gave its shape
-            mine.data = copy.clone()
     devices = {t.device for t in to}
     for device in devices:
         some = [i for i, t in enumerate(to) if t.device == device] if len(devices) > 1 else None
