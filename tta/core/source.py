@@ -30,7 +30,7 @@ from tta.core.source_checks import (
 )
 from tta.core.warn import warn
 
-__all__ = ["SourceStatistics", "as_source", "preserving_rng"]
+__all__ = ["SourceStatistics", "as_source", "missing_artefact", "preserving_rng"]
 
 NOT_SAVED = ("batches", "denoiser", *MODULES)
 
@@ -248,6 +248,25 @@ def preserving_rng(batches: Iterable[Any]) -> Iterator[Any]:
             inside = torch.get_rng_state()
             torch.set_rng_state(outside)
         yield batch
+
+
+def missing_artefact(
+    source: SourceStatistics, method: str, what: str, instead: str = "source batches"
+) -> ValueError:
+    """What to raise where a source gives a method nothing to work with.
+
+    Args:
+        source: The source.
+        method: The method's name.
+        what: That it needs, in words.
+        instead: What may be passed in its place, besides what ``collect_source`` returns.
+    """
+    contents = source.contents
+    return ValueError(
+        f"`source` must give {method} {what}, got {shown(contents) if contents else 'nothing'}: "
+        f"pass {instead}, or what tta.collect_source(model, loader, for_methods=['{method}']) "
+        "returns."
+    )
 
 
 def as_source(source: Any) -> SourceStatistics:

@@ -12,7 +12,7 @@ from tta.core.backbone import Backbone
 from tta.core.component import Context
 from tta.core.output_rule import Output
 from tta.core.prediction import Prediction
-from tta.core.source import SourceStatistics
+from tta.core.source import SourceStatistics, missing_artefact
 from tta.parts.displacement import ClassDisplacements
 
 __all__ = ["MOST_IMAGES", "ShiftRule", "in_logits", "take_mean"]
@@ -76,11 +76,7 @@ class ShiftRule(Output):
         """
         self.source_used = take_mean(self.feature_mean, source, network, self.name)
         if self.source_used is None:
-            raise ValueError(
-                f"`source` must give {self.name} the mean of the features, got "
-                f"{source.contents or 'nothing'}: pass source batches, or what "
-                f"tta.collect_source(model, loader, for_methods=['{self.name}']) returns."
-            )
+            raise missing_artefact(source, self.name, "the mean of the features")
 
 
 def in_logits(offset: Tensor, classifier: Any) -> Tensor:

@@ -52,7 +52,7 @@ from tta.core.config import ComponentConfig
 from tta.core.output_rule import Output
 from tta.core.prediction import Prediction, Report
 from tta.core.registry import register
-from tta.core.source import SourceStatistics
+from tta.core.source import SourceStatistics, missing_artefact
 from tta.core.tracing import is_tracing
 from tta.parts.losses import entropy
 from tta.parts.neighbours import vote
@@ -162,11 +162,7 @@ class Adanpc(Output):
             features, labels = self._measure(source, network)
             self.source_used = "features from batches"
         else:
-            raise ValueError(
-                f"`source` must give {self.name} labelled features, got "
-                f"{source.contents or 'nothing'}: pass source batches, or what "
-                f"tta.collect_source(model, loader, for_methods=['{self.name}']) returns."
-            )
+            raise missing_artefact(source, self.name, "labelled features")
         width = self.context.feature_size
         labels = labels.flatten().to(torch.int64)
         inside = bool((labels >= 0).all() and (labels < self.context.num_classes).all())

@@ -38,7 +38,7 @@ from tta.core.component import Context
 from tta.core.config import CIFAR_ADAM, UpdateConfig
 from tta.core.prediction import Prediction, Report
 from tta.core.registry import register
-from tta.core.source import SourceStatistics
+from tta.core.source import SourceStatistics, missing_artefact
 from tta.core.update import Update
 from tta.parts.class_moments import class_moments, mahalanobis, whitening
 
@@ -139,11 +139,7 @@ class Cafa(Update):
             given = {"prototypes": means, "covariance": spread}
             self.source_used = "class moments from batches"
         else:
-            raise ValueError(
-                f"`source` must give {self.name} prototypes and covariance of the classes, got "
-                f"{source.contents or 'nothing'}: pass source batches, or what "
-                "tta.collect_source(model, loader, for_methods=['cafa']) returns."
-            )
+            raise missing_artefact(source, self.name, "prototypes and covariance of the classes")
         for name, value in given.items():
             self._take(name, value)
         if not bool(self._known().any()):

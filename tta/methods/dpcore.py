@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from tta.core.backbone import Backbone
-from tta.core.checks import LARGE, LARGEST, fraction, number, shown, whole_number
+from tta.core.checks import LARGE, LARGEST, fraction, number, whole_number
 from tta.core.component import Context
 from tta.core.config import UpdateConfig
 from tta.core.optimizer import make_optimizer
@@ -45,7 +45,7 @@ from tta.core.source import SourceStatistics
 from tta.core.update import Update
 from tta.parts.blocks import block_names
 from tta.parts.losses import entropy
-from tta.parts.moments import RunningMoments
+from tta.parts.moments import RunningMoments, fill_moments
 from tta.parts.tokens import MOST_PROMPTS, TokenPrompts, takes_prompts, uniform_start
 
 __all__ = ["Dpcore", "DpcoreConfig"]
@@ -174,33 +174,17 @@ class Dpcore(Update):
                 when prompts have no meaning in this model.
         """
         self.tokens.check(self.network)
-        if source.feature_mean is not None and source.feature_std is not None:
-            given = (source.feature_mean, source.feature_std)
-            for name, value in zip(("feature_mean", "feature_std"), given, strict=True):
-                held = getattr(self, name)
-                if value.shape != held.shape:
-                    raise ValueError(
-                        f"`source.{name}` must be of shape {tuple(held.shape)}, as this model's "
-                        f"features, got {tuple(value.shape)}: make it with "
-                        f"tta.collect_source(model, loader, for_methods=['{self.name}'])."
-                    )
-                held.copy_(value)
-            self.source_used = "feature_mean and feature_std as given"
-        elif source.batches is not None:
-            self._measure(source)
-        else:
-            raise ValueError(
-                f"`source` must give {self.name} feature_mean and feature_std, got "
-                f"{shown(source.contents) if source.contents else 'nothing'}: pass source batches, "
-                f"or what tta.collect_source(model, loader, for_methods=['{self.name}']) returns."
-            )
+        held = self.source_artefacts()
+        self.source_used = fill_moments(
+            held, source, self.name, "as this model's features", self._measure
+        )
 
     def source_artefacts(self) -> dict[str, Any]:
         """Mean and deviation of the features."""
         return {"feature_mean": self.feature_mean, "feature_std": self.feature_std}
 
     @torch.no_grad()
-    def _measure(self, source: SourceStatistics) -> None:
+    def _measure(self, source: SourceStatistics) -> str:
         sure, whole = RunningMoments(), RunningMoments()
         limit = self.context.log_classes / 2 - 1
         for images, _ in source.iter_batches(MOST_READ):
@@ -215,7 +199,7 @@ class Dpcore(Update):
         self.feature_mean.copy_(used.mean())
         self.feature_std.copy_(used.variance().sqrt())
         words = " of low entropy" if used is sure else ""
-        self.source_used = f"features of {used.count} images{words}"
+        return f"features of {used.count} images{words}"
 
     def _moments(self, prediction: Prediction) -> tuple[Tensor, Tensor]:
         """Mean and unbiased deviation (D,) of the features; of one image NaN for the latter."""

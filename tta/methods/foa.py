@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from tta.core.backbone import Backbone
-from tta.core.checks import LARGE, boolean, fraction, number, seed, shown, whole_number
+from tta.core.checks import LARGE, boolean, fraction, number, seed, whole_number
 from tta.core.component import Context
 from tta.core.config import ComponentConfig
 from tta.core.prediction import Prediction, Report
@@ -44,7 +44,7 @@ from tta.methods._shift import MOST_IMAGES, ShiftRule, in_logits
 from tta.parts import cma
 from tta.parts.blocks import block_names
 from tta.parts.losses import entropy
-from tta.parts.moments import RunningMoments
+from tta.parts.moments import RunningMoments, fill_moments
 from tta.parts.tokens import MOST_PROMPTS, TokenPrompts, takes_prompts, uniform_start
 
 __all__ = ["Foa", "FoaConfig", "FoaShift", "FoaShiftConfig"]
@@ -243,40 +243,24 @@ class Foa(ForwardUpdate):
                 when prompts have no meaning in this model.
         """
         self.tokens.check(self.network)
-        if source.layer_mean is not None and source.layer_std is not None:
-            given = (source.layer_mean, source.layer_std)
-            for name, value in zip(("layer_mean", "layer_std"), given, strict=True):
-                held = getattr(self, name)
-                if value.shape != held.shape:
-                    raise ValueError(
-                        f"`source.{name}` must be of shape {tuple(held.shape)}, blocks and width "
-                        f"of this model, got {tuple(value.shape)}: make it with "
-                        f"tta.collect_source(model, loader, for_methods=['{self.name}'])."
-                    )
-                held.copy_(value)
-            self.source_used = "layer_mean and layer_std as given"
-        elif source.batches is not None:
-            self._measure(source)
-        else:
-            raise ValueError(
-                f"`source` must give {self.name} layer_mean and layer_std, got "
-                f"{shown(source.contents) if source.contents else 'nothing'}: pass source batches, "
-                f"or what tta.collect_source(model, loader, for_methods=['{self.name}']) returns."
-            )
+        held = self.source_artefacts()
+        self.source_used = fill_moments(
+            held, source, self.name, "blocks and width of this model", self._measure
+        )
 
     def source_artefacts(self) -> dict[str, Any]:
         """Mean and deviation of the class tokens."""
         return {"layer_mean": self.layer_mean, "layer_std": self.layer_std}
 
     @torch.no_grad()
-    def _measure(self, source: SourceStatistics) -> None:
+    def _measure(self, source: SourceStatistics) -> str:
         moments = RunningMoments()
         for images, _ in source.iter_batches(MOST_IMAGES):
             _, tokens = self.tokens.run_reading(self.network, images.to(self.layer_mean.device))
             moments.add(tokens.transpose(0, 1))
         self.layer_mean.copy_(moments.mean())
         self.layer_std.copy_(moments.variance().sqrt())
-        self.source_used = f"class tokens of {moments.count} images"
+        return f"class tokens of {moments.count} images"
 
     def _candidates(self) -> Tensor:
         """All that is run in this batch (K + 1, P * D), the former best last."""

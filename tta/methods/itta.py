@@ -44,7 +44,7 @@ from tta.core.config import UpdateConfig
 from tta.core.norm_layers import frozen_statistics
 from tta.core.prediction import Prediction, Report
 from tta.core.registry import register
-from tta.core.source import SourceStatistics
+from tta.core.source import SourceStatistics, missing_artefact
 from tta.core.update import Update
 from tta.parts import itta as parts
 from tta.parts.blocks import block_names
@@ -168,10 +168,8 @@ class Itta(Update):
             self._hold(w)
             self.source_used = f"consistency from {count} source batches"
         else:
-            raise ValueError(
-                "`source` must give itta its consistency loss, got "
-                f"{source.contents or 'nothing'}: pass source batches with labels, or what "
-                "tta.collect_source(model, loader, for_methods=['itta']) returns."
+            raise missing_artefact(
+                source, self.name, "its consistency loss", "source batches with labels"
             )
 
     def source_artefacts(self) -> dict[str, Any]:

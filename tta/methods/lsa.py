@@ -45,7 +45,7 @@ from tta.core.config import ComponentConfig
 from tta.core.output_rule import Output
 from tta.core.prediction import Prediction, Report
 from tta.core.registry import register
-from tta.core.source import SourceStatistics
+from tta.core.source import SourceStatistics, missing_artefact
 from tta.parts import label_shift
 
 __all__ = ["Lsa", "LsaConfig"]
@@ -131,10 +131,8 @@ class Lsa(Output):
         elif source.batches is not None:
             given, prior = self._fit(source, network)
         else:
-            raise ValueError(
-                f"`source` must give {self.name} its fitted network, got "
-                f"{source.contents or 'nothing'}: pass source batches with labels, or what "
-                "tta.collect_source(model, loader, for_methods=['lsa']) returns."
+            raise missing_artefact(
+                source, self.name, "its fitted network", "source batches with labels"
             )
         self._hold({**given, "source_prior": prior})
 

@@ -43,7 +43,7 @@ from tta.core.config import ComponentConfig
 from tta.core.outputs import LogitsReader
 from tta.core.prediction import Prediction, Report
 from tta.core.registry import register
-from tta.core.source import SourceStatistics
+from tta.core.source import SourceStatistics, missing_artefact
 from tta.core.update import ForwardUpdate
 from tta.parts.blocks import Block, block_names, channel_axis, find_blocks
 from tta.parts.losses import entropy
@@ -185,11 +185,7 @@ class Pea(ForwardUpdate):
         elif source.batches is not None:
             self._measure(source)
         else:
-            raise ValueError(
-                f"`source` must give {self.name} {', '.join(ARTEFACTS)}, got "
-                f"{shown(source.contents) if source.contents else 'nothing'}: pass source batches, "
-                f"or what tta.collect_source(model, loader, for_methods=['{self.name}']) returns."
-            )
+            raise missing_artefact(source, self.name, ", ".join(ARTEFACTS))
 
     def source_artefacts(self) -> dict[str, Any]:
         """Mean, variance and root of the covariance of each block, by its name."""

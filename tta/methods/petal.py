@@ -42,7 +42,7 @@ from tta.core.checks import LARGE, fraction, number, one_of, shown, whole_number
 from tta.core.component import Context
 from tta.core.prediction import Prediction
 from tta.core.registry import register
-from tta.core.source import SourceStatistics
+from tta.core.source import SourceStatistics, missing_artefact
 from tta.methods._mean_teacher import ConsistencyConfig, ConsistencyUpdate, presets
 from tta.parts.posterior import diagonal_swag, prior
 from tta.parts.teachers import NamedTensors, low_values, restore
@@ -135,10 +135,11 @@ class Petal(ConsistencyUpdate):
                 self.network, self.parameters_adapted, source.batches, self.config.posterior_epochs
             )
         if variance is None:
-            raise ValueError(
-                f"`source` must give {self.name} the posterior of the source weights, got "
-                f"{source.contents or 'nothing'}: pass posterior_variance, source batches, or what "
-                "tta.collect_source(model, loader, for_methods=['petal']) returns."
+            raise missing_artefact(
+                source,
+                self.name,
+                "the posterior of the source weights",
+                "posterior_variance, source batches",
             )
         self.source_used = "posterior" if source.batches is None else "posterior from batches"
         self._take("posterior_variance", variance)

@@ -50,7 +50,7 @@ from tta.core.component import Context
 from tta.core.prediction import Prediction, Report
 from tta.core.random import fork
 from tta.core.registry import register
-from tta.core.source import SourceStatistics
+from tta.core.source import SourceStatistics, missing_artefact
 from tta.methods._image_memory import BalancedMemoryConfig, BalancedMemoryUpdate
 from tta.parts.class_moments import predicted_moments
 from tta.parts.losses import soft_cross_entropy, symmetric_cross_entropy
@@ -162,10 +162,8 @@ class Petta(BalancedMemoryUpdate):
             mean, variance = predicted_moments(self.network, source, self.prototypes)
             self.source_used = "class means and variances from source images"
         else:
-            raise ValueError(
-                "`source` must give petta the means and variances of features by class, got "
-                f"{source.contents or 'nothing'}: pass source batches, or what "
-                "tta.collect_source(model, loader, for_methods=['petta']) returns."
+            raise missing_artefact(
+                source, self.name, "the means and variances of features by class"
             )
         self.class_variance.copy_(_filled(variance, variance.nanmean(0)))
         self.class_mean.copy_(_filled(mean, mean.nanmean(0)))

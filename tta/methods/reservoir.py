@@ -60,7 +60,7 @@ from tta.core.config import UpdateConfig
 from tta.core.norm_layers import frozen_statistics, normalize_by_source, with_statistics
 from tta.core.prediction import Prediction, Report
 from tta.core.registry import component, config_from_dict, get_config, register
-from tta.core.source import SourceStatistics
+from tta.core.source import SourceStatistics, missing_artefact
 from tta.core.state_dict import copy_tensors
 from tta.core.update import Update
 from tta.parts.augment import Augmenter
@@ -222,11 +222,7 @@ class Reservoir(Update):
         mean, threshold, used = source.style_mean, source.style_threshold, "style as given"
         if mean is None or threshold is None:
             if source.batches is None:
-                raise ValueError(
-                    "`source` must give reservoir the styles of source batches, got "
-                    f"{source.contents or 'nothing'}: pass source batches, or what "
-                    "tta.collect_source(model, loader, for_methods=['reservoir']) returns."
-                )
+                raise missing_artefact(source, self.name, "the styles of source batches")
             styles = self._source_styles(source)
             used = f"style of {len(styles)} batches"
             styles = styles[torch.arange(max(STYLES, len(styles))) % len(styles)]

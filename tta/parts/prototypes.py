@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tta.core.backbone import Backbone
 from tta.core.component import Context
 from tta.core.prediction import Prediction
-from tta.core.source import SourceStatistics
+from tta.core.source import SourceStatistics, missing_artefact
 from tta.parts.class_moments import class_moments
 from tta.parts.losses import contrastive
 
@@ -53,11 +53,7 @@ def fill_prototypes(
         prototypes.copy_(class_moments(network, source, prototypes).means)
         used = "prototypes from batches"
     else:
-        raise ValueError(
-            f"`source` must give {name} class prototypes, got "
-            f"{source.contents or 'nothing'}: pass prototypes, source batches, or what "
-            f"tta.collect_source(model, loader, for_methods=['{name}']) returns."
-        )
+        raise missing_artefact(source, name, "class prototypes", "prototypes, source batches")
     if bool(prototypes.isnan().all()):
         raise ValueError("`source` must give at least one class a prototype, got none.")
     return used
