@@ -35,22 +35,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from tta.core.backbone import Backbone
-from tta.core.checks import LARGE, fraction, number, one_of, shown, whole_number
+from tta.core.checks import LARGE, fraction, number, shown, whole_number
 from tta.core.component import Context
-from tta.core.config import LR_SCALINGS, ComponentConfig, UpdateConfig, lr_share
+from tta.core.config import ComponentConfig
 from tta.core.norm_layers import frozen_statistics
 from tta.core.prediction import Prediction, Report
 from tta.core.random import fork
 from tta.core.registry import component, config_from_dict, get_config, register
 from tta.core.source import SourceStatistics
-from tta.core.update import Update
+from tta.methods._predictor import PredictorConfig, PredictorUpdate
 from tta.methods._selective import SelectiveConfig, SelectiveUpdate, select, weighted_entropy
 from tta.methods._uncertainty import UncertaintyConfig, uncertainty
 from tta.parts.augment import Augmenter
@@ -59,20 +59,17 @@ from tta.parts.selection import move_average
 
 __all__ = ["Spa", "SpaConfig"]
 
-Self = TypeVar("Self", bound="SpaConfig")
-
 AUXILIARY_WEIGHT = 0.1
 ALPHA_MOMENTUM = 0.9
 OFFICIAL_START = 0.4  # mean square of a at wrap in the authors' code, whatever the ratio
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpaConfig(UpdateConfig):
+class SpaConfig(PredictorConfig):
     """Fields of ``spa``."""
 
     lr: float = 0.01  # learning rate of the norm layers
     predictor_lr: float = 0.05  # learning rate of the predictor P
-    predictor_lr_scaling: str = "none"  # of predictor_lr by batch_size, as lr_scaling
     noise_ratio: float = 0.4  # r, mean share a^2 of noise in a patch
     mask_ratio: float = 0.2  # probability that an amplitude is left out
     low_fraction: float = 0.2  # side of the low square as a share of the spectrum's
@@ -82,12 +79,10 @@ class SpaConfig(UpdateConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        number("predictor_lr", self.predictor_lr, 0, LARGE)
         for name in ("noise_ratio", "mask_ratio", "low_fraction"):
             fraction(name, getattr(self, name))
         whole_number("patch_size", self.patch_size, 1, 10_000)
         number("alpha_lr", self.alpha_lr, 0, LARGE)
-        one_of("predictor_lr_scaling", self.predictor_lr_scaling, LR_SCALINGS)
         if isinstance(self.auxiliary, dict):  # as to_dict() wrote it
             object.__setattr__(self, "auxiliary", config_from_dict(self.auxiliary))
         given = self.auxiliary
@@ -118,19 +113,6 @@ class SpaConfig(UpdateConfig):
         own = given.to_dict() if isinstance(given, ComponentConfig) else given
         return found | {"auxiliary": own}
 
-    def override(self: Self, **changes: Any) -> Self:
-        """Replace fields; a rate that the caller names is never scaled."""
-        named = {"predictor_lr_scaling": "none"} if "predictor_lr" in changes else {}
-        return super().override(**named | changes)
-
-    def for_batch_size(self: Self, batch_size: int | None) -> Self:
-        """Scale both rates, each by its own rule."""
-        rule = self.predictor_lr_scaling
-        share = 1.0 if batch_size is None else lr_share(rule, batch_size, self.lr_batch_size)
-        rate = self.predictor_lr * share
-        scaled = super().for_batch_size(batch_size)
-        return scaled.replace(predictor_lr=rate, predictor_lr_scaling="none")
-
 
 def _selects(config: Any) -> bool:
     """Whether a config is that of a method of entropy that selects samples."""
@@ -141,7 +123,7 @@ _SCALED = {"lr_scaling": "linear_below", "predictor_lr_scaling": "linear_below"}
 
 
 @register("spa")
-class Spa(Update):
+class Spa(PredictorUpdate):
     """Geometry-keeping views, taught by the clean one."""
 
     Config = SpaConfig
@@ -155,8 +137,6 @@ class Spa(Update):
         },
         "imagenet_vit": {"lr": 0.01, "predictor_lr": 0.05, **_SCALED},
     }
-    needs_features = True
-    needs_linear_head = True
     splits: ClassVar[bool] = False  # its results with two processes are not those of one
     takes_draws: ClassVar[bool] = True
     cost: ClassVar[float] = 6.0
@@ -181,16 +161,9 @@ class Spa(Update):
                 f"[-1, 1], got {shown(self.augmenter.mean, 40)} and "
                 f"{shown(self.augmenter.std, 40)}: leave official out."
             )
-        size, device = context.feature_size, next(iter(context.parameters.values())).device
-        self.predictor: Any = nn.utils.skip_init(
-            nn.Linear, size, size, bias=False, device=device, dtype=torch.float32
-        )
-        with torch.no_grad():
-            self.predictor.weight.copy_(torch.eye(size))
         for name in ("alpha", "alpha_momentum"):
             self.register_buffer(name, torch.zeros(0, dtype=torch.float32))
         self.register_buffer("begun", torch.zeros((), dtype=torch.int64))
-        self.optimizer = self._make_optimizer()  # again, now with the predictor
         self.penalty_weight = 0.0
         self._artefacts: dict[str, Any] = {}
         if (host := self._selective_host()) is not None:
@@ -199,10 +172,6 @@ class Spa(Update):
         if host is not None and self.penalty_weight > 0:
             for name, value in _constants(host).items():
                 self.register_buffer(name, value.clone(), persistent=False)
-
-    def learning_rates(self) -> dict[str, float]:
-        """That of the predictor."""
-        return {"update.predictor.weight": self.config.predictor_lr}
 
     def adapt(self, x: Tensor) -> Prediction:
         """Predict, degrade, learn where a view is less sure, and move the noise against that."""

@@ -30,15 +30,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from tta.core.backbone import Backbone
-from tta.core.checks import LARGE, number, one_of
-from tta.core.component import Context
-from tta.core.config import LR_SCALINGS, UpdateConfig, lr_share
+from tta.core.checks import LARGE, number
 from tta.core.prediction import Prediction, Report
 from tta.core.registry import register
-from tta.core.update import Update
+from tta.methods._predictor import PredictorConfig, PredictorUpdate
 from tta.parts.losses import entropy
 
 __all__ = ["Zerosiam", "ZerosiamConfig", "symmetric_divergence"]
@@ -47,36 +44,22 @@ Self = TypeVar("Self", bound="ZerosiamConfig")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ZerosiamConfig(UpdateConfig):
+class ZerosiamConfig(PredictorConfig):
     """Fields of ``zerosiam``."""
 
     lr: float = 2.5e-3  # learning rate of the norm layers
-    predictor_lr: float = 0.025  # learning rate of P
-    predictor_lr_scaling: str = "none"  # of predictor_lr by batch_size, as lr_scaling
     alignment_weight: float = 1.0  # a of the divergence between the branches
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        number("predictor_lr", self.predictor_lr, 0, LARGE)
-        one_of("predictor_lr_scaling", self.predictor_lr_scaling, LR_SCALINGS)
         number("alignment_weight", self.alignment_weight, 0, LARGE)
-
-    def override(self: Self, **changes: Any) -> Self:
-        """Replace fields; a rate that the caller names is never scaled."""
-        named = {"predictor_lr_scaling": "none"} if "predictor_lr" in changes else {}
-        return super().override(**named | changes)
 
     def for_batch_size(self: Self, batch_size: int | None) -> Self:
         """Scale both rates, each by its own rule."""
-        rule = self.predictor_lr_scaling
-        share = 1.0 if batch_size is None else lr_share(rule, batch_size, self.lr_batch_size)
-        share *= _doubled(rule, batch_size)
         scaled = super().for_batch_size(batch_size)
-        return scaled.replace(
-            lr=scaled.lr * _doubled(self.lr_scaling, batch_size),
-            predictor_lr=self.predictor_lr * share,
-            predictor_lr_scaling="none",
-        )
+        rates = ((scaled.lr, self.lr_scaling), (scaled.predictor_lr, self.predictor_lr_scaling))
+        lr, predictor_lr = (rate * _doubled(rule, batch_size) for rate, rule in rates)
+        return scaled.replace(lr=lr, predictor_lr=predictor_lr)
 
 
 def _doubled(rule: str, batch_size: int | None) -> float:
@@ -110,7 +93,7 @@ def _preset(rule: str, lr: float, predictor_lr: float) -> dict[str, Any]:
 
 
 @register("zerosiam")
-class Zerosiam(Update):
+class Zerosiam(PredictorUpdate):
     """Entropy of a branch with a predictor, held near the plain branch."""
 
     Config = ZerosiamConfig
@@ -121,21 +104,6 @@ class Zerosiam(Update):
         "imagenet_convnext": _preset("linear", 10 * 2.5e-5, 100 * 2.5e-5),
         "imagenet_swin": _preset("linear", 10 * 5e-5, 50 * 5e-5),
     }
-    needs_features: ClassVar[bool] = True
-    needs_linear_head: ClassVar[bool] = True
-
-    def __init__(self, config: ZerosiamConfig, network: Backbone, context: Context) -> None:
-        super().__init__(config, network, context)
-        size = context.feature_size
-        device = next(iter(context.parameters.values())).device
-        # Not by nn.Linear's own start, which would advance the global generator.
-        self.predictor: Any = nn.utils.skip_init(nn.Linear, size, size, bias=False, device=device)
-        nn.init.eye_(self.predictor.weight)
-        self.optimizer = self._make_optimizer()  # again, now with the predictor
-
-    def learning_rates(self) -> dict[str, float]:
-        """That of the predictor."""
-        return {"update.predictor.weight": self.config.predictor_lr}
 
     def adapt(self, x: Tensor) -> Prediction:
         """Predict, then one step on entropy and alignment of the predictor's branch."""
