@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tta.core import functional
 from tta.core.batch_split import Split
+from tta.core.checks import is_final
 from tta.core.classifier import CONVOLUTIONS, first_layer
 from tta.core.compiled import without_graphs
 from tta.core.head import Head, WithFeatures
@@ -412,8 +413,9 @@ class Backbone:
         pixels before that layer accept others, so a batch is not refused beforehand.
         """
         final = (ImagesRefusedError, KindRefusedError, RowsOverflowError, torch.OutOfMemoryError)
-        own = isinstance(error, ValueError) and str(error).startswith("`")  # words of a hook
-        reason = None if own else self._misfit(x)
+        if not isinstance(error, Exception) or isinstance(error, final) or is_final(error):
+            return None
+        reason = self._misfit(x)
         if reason is None and x.dtype == torch.uint8 and type(error) is RuntimeError:
             return KindRefusedError(
                 "`images` must be floating point for this model, got torch.uint8: pass what it "
@@ -424,9 +426,7 @@ class Backbone:
                 f"`images` must be {self.entry.weight.dtype} like the model, got {x.dtype}: "
                 "convert one of them, or call under torch.autocast."
             )
-        if reason is None or not isinstance(error, Exception) or isinstance(error, final):
-            return None
-        return ImagesRefusedError(reason)
+        return None if reason is None else ImagesRefusedError(reason)
 
     def _cast_apart(self, x: Tensor) -> bool:  # autocast leaves what is float64 as it is
         wide = self.entry is not None and self.entry.weight.dtype == torch.float64

@@ -27,6 +27,7 @@ __all__ = [
     "channels",
     "dense",
     "fraction",
+    "is_final",
     "mapping",
     "nearest",
     "number",
@@ -112,6 +113,15 @@ def told(text: Any, most: int = SHOWN) -> str:
     line = line.encode("utf-8", "backslashreplace").decode()  # half of a pair of surrogates
     line = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in line)
     return line if len(line) <= most else f"{line[: most - 3]}..."
+
+
+def is_final(error: BaseException) -> bool:
+    """Whether an error is a sentence of ours, which names an argument, and can stay as it is.
+
+    Not so what is found wrong with the figures of channels: where images have another number of
+    channels, that is the reason.
+    """
+    return str(error).startswith("`") and not str(error).startswith("`mean`")
 
 
 def nearest(name: str, known: Iterable[str], limit: int = 40, room: int = ROOM) -> str:

@@ -144,11 +144,7 @@ class Serving:
             self.transaction.take_back()
             raise
         except Exception as error:
-            # A sentence of ours names an argument, and stays; but for what an update finds wrong
-            # with the figures of the channels, where the number of channels may be why.
-            ours = str(error).startswith("`") and not str(error).startswith("`mean`")
-            refusal = None if ours else network.refusal(error, x)
-            if refusal is None:
+            if (refusal := network.refusal(error, x)) is None:
                 raise
             raise refusal from error
         if self.learning:
