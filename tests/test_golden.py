@@ -10,6 +10,7 @@ import torch
 
 from tests.helpers.trace_keys import figures
 from tests.helpers.traces import TRACES, Trace
+from tests.helpers.update_traces import check_source
 
 LOGITS = {"atol": 5e-5, "rtol": 1e-5}
 SECOND_ORDER = {"atol": 1e-9, "rtol": 1e-4}  # Adam's exp_avg_sq and Fisher values: relative
@@ -26,12 +27,7 @@ def _one_thread():
 
 @pytest.mark.parametrize("path", TRACES, ids=lambda p: p.stem)
 def test_source_outputs(path: Path) -> None:
-    """The model is rebuilt as it was; everything else rests on that."""
-    trace = Trace(path)
-    net = trace.model()
-    with torch.no_grad():
-        for x, expected in zip(trace.tensor("inputs"), trace.tensor("source_outputs"), strict=True):
-            torch.testing.assert_close(net(x), expected, atol=1e-5, rtol=1e-5)
+    check_source(Trace(path))
 
 
 @pytest.mark.parametrize("path", TRACES, ids=lambda p: p.stem)

@@ -10,6 +10,7 @@ import tta
 from tests.helpers.recorded import GOLDEN
 from tests.helpers.trace_keys import figures
 from tests.helpers.traces import Trace
+from tests.helpers.update_traces import check_source
 from tta.parts.estimates import dropout_error
 
 close = torch.testing.assert_close
@@ -41,10 +42,7 @@ def _asr(trace: Trace) -> tta.Adapter:
 def test_asr(path) -> None:
     """Outputs, resets, what stays of them, Fisher, means, penalties."""
     trace = Trace(path)
-    with torch.no_grad():
-        source = trace.tensor("source_outputs")
-        for x, expected in zip(trace.tensor("inputs"), source, strict=True):
-            close(trace.model()(x), expected, atol=1e-5, rtol=1e-5)
+    check_source(trace)
     adapter, first = _asr(trace), int(trace.arrays["first_reset_after_batch"])
     resets = 0
     for t, x in enumerate(trace.tensor("inputs")):

@@ -9,6 +9,7 @@ import torch
 
 import tta
 from tests.helpers.traces import GOLDEN, Trace
+from tests.helpers.update_traces import check_source
 
 LOGITS = {"atol": 5e-5, "rtol": 1e-4}
 CENTRES = {"atol": 1e-5, "rtol": 0.0}
@@ -32,11 +33,7 @@ def _batches(trace: Trace, adapter: tta.Adapter):
 
 @pytest.mark.parametrize("path", [*NEO, *FOA_SHIFT, *BN_EMA], ids=lambda p: p.stem)
 def test_source_outputs(path: Path) -> None:
-    trace = Trace(path)
-    net = trace.model()
-    with torch.no_grad():
-        for x, expected in zip(trace.tensor("inputs"), trace.tensor("source_outputs"), strict=True):
-            close(net(x), expected, atol=1e-5, rtol=1e-5)
+    check_source(Trace(path))
 
 
 @pytest.mark.parametrize("path", NEO, ids=lambda p: p.stem)

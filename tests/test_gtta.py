@@ -15,6 +15,7 @@ import tta
 from tests.helpers.batches import images, source_batches
 from tests.helpers.nets import tiny
 from tests.helpers.traces import GOLDEN, Trace
+from tests.helpers.update_traces import check_source
 from tta.methods.gtta import NONE, Gtta
 
 OUTPUTS: dict[str, Any] = {"atol": 5e-4, "rtol": 1e-4}
@@ -32,9 +33,7 @@ def open_to_all(**fields: Any) -> Any:
 @pytest.mark.parametrize("path", TRACES, ids=lambda p: p.stem)
 def test_trace(path: Path, monkeypatch) -> None:
     trace = Trace(path)
-    with torch.no_grad():
-        for x, expected in zip(trace.tensor("inputs"), trace.tensor("source_outputs"), strict=True):
-            close(trace.model()(x), expected, atol=1e-5, rtol=1e-5)
+    check_source(trace)
     seen: list[tuple[Tensor, Tensor]] = []
     steps, partners = Gtta._steps, Gtta._partners
 
