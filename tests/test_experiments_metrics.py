@@ -14,10 +14,11 @@ import tta
 from experiments.records.file import plain as plain_types
 from experiments.run.cost import Passes, PeakMemory
 from experiments.run.method_strings import parse_method
-from experiments.run.metrics import METRICS, SMALLEST, Metric, log_probabilities, score
+from experiments.run.metrics import METRICS, SMALLEST, Metric, score
 from experiments.run.scoring import iter_evaluate
 from experiments.run.totals import BINS, Totals
 from tests.helpers.nets import tiny
+from tta.core.component import log_probabilities
 
 CPU = torch.device("cpu")
 

@@ -17,11 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
-
-import tta
 
 __all__ = [
     "METRICS",
@@ -29,7 +26,6 @@ __all__ = [
     "Metric",
     "Predictions",
     "Scores",
-    "log_probabilities",
     "score",
 ]
 
@@ -131,20 +127,6 @@ METRICS: dict[str, Metric] = {
         ),
     )
 }
-
-
-def log_probabilities(adapter: tta.Adapter, output: Tensor) -> Tensor:
-    """Log-probabilities (B, C) float32 on the CPU that an adapter's output stands for.
-
-    The component that made the output says how it is read; the plain model's output is logits.
-
-    Args:
-        adapter: The adapter that returned the output.
-        output: (B, C).
-    """
-    last = adapter.update if adapter.output is None else adapter.output
-    logs = F.log_softmax(output.float(), 1) if last is None else last.log_probabilities(output)
-    return logs.cpu()
 
 
 @dataclass

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from experiments.records.health import batch_health
 from experiments.run.cost import Passes, PeakMemory, Timer
-from experiments.run.metrics import Scores, log_probabilities, score
+from experiments.run.metrics import Scores, score
 from experiments.run.totals import Totals
 from tta import Adapter
+from tta.core.component import log_probabilities
 from tta.core.prediction import Report
 from tta.streams import Batch, Stream
 from tta.streams.reading import read_ahead
@@ -189,7 +190,7 @@ def _score(adapter: Adapter, block: Sequence[_Predicted], totals: Totals) -> lis
     """Compute the figures of some batches, and add them to the totals."""
     output = torch.cat([predicted.output for predicted in block])
     labels = torch.cat([predicted.batch.labels for predicted in block]).cpu()
-    together = score(output.argmax(1).cpu(), log_probabilities(adapter, output), labels)
+    together = score(output.argmax(1).cpu(), log_probabilities(adapter, output).cpu(), labels)
     steps, stop = [], 0
     for predicted in block:
         batch, report = predicted.batch, predicted.report

@@ -27,7 +27,7 @@ from tta.core.config import ComponentConfig
 from tta.core.draws import Draws
 from tta.core.journal import Journal
 
-__all__ = ["Component", "Context", "Remembers"]
+__all__ = ["Component", "Context", "Remembers", "log_probabilities"]
 
 
 @dataclass
@@ -211,3 +211,16 @@ class Component(nn.Module):
     def image_buffers(self) -> tuple[str, ...]:
         """Lazy buffers that are uint8 or float32, as the images are that came."""
         return ()
+
+
+def log_probabilities(adapter: Any, output: Tensor) -> Tensor:
+    """Log-probabilities (B, C) in float32 that the output of an adapter stands for.
+
+    The component that made the output says how it is read; the plain model's output is logits.
+
+    Args:
+        adapter: The adapter that returned the output.
+        output: (B, C).
+    """
+    last = adapter.update if adapter.output is None else adapter.output
+    return F.log_softmax(output.float(), 1) if last is None else last.log_probabilities(output)

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tta.core.adapter import Adapter
+from tta.core.component import log_probabilities
 from tta.runtime.pool import StreamPool
 
 __all__ = ["Direct", "Lagging", "Pooled", "Server", "Step", "step", "taken"]
@@ -66,9 +66,7 @@ def can_learn(adapter: Adapter) -> bool:
 def _probabilities(adapter: Adapter, scores: Tensor) -> Tensor:
     if adapter.config.activation == "sigmoid":
         return scores.detach().float().sigmoid().cpu()
-    last = adapter.update if adapter.output is None else adapter.output
-    logs = F.log_softmax(scores.float(), 1) if last is None else last.log_probabilities(scores)
-    return logs.detach().float().exp().cpu()
+    return log_probabilities(adapter, scores).detach().exp().cpu()
 
 
 class Server:
