@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tta.core.adapter import Adapter
 from tta.core.build import Injected, build
 from tta.core.checks import told, whole_number
-from tta.core.classifier import CONVOLUTIONS, evaluating, first_layer
+from tta.core.classifier import CONVOLUTIONS, declared_sizes, evaluating, first_layer
 from tta.core.config import UpdateConfig
 from tta.core.memory_use import PeakBytes, held_bytes
 from tta.core.recipe import MOST_BYTES, AdapterConfig
@@ -102,11 +102,8 @@ def example_shape(
     if isinstance(entry, nn.Linear):
         return (rows, entry.in_features)
     axes = entry.weight.ndim - 2 if isinstance(entry, CONVOLUTIONS) else 2
-    for module in model.modules():
-        size = getattr(module, "img_size", getattr(module, "image_size", None))
-        size = (size,) * axes if isinstance(size, int) else size
-        if isinstance(size, (tuple, list)) and len(size) == axes:
-            return (rows, getattr(entry, "in_channels", 3), *size)
+    if sizes := declared_sizes(model, axes):
+        return (rows, getattr(entry, "in_channels", 3), *sizes[0])
     for name in ("pretrained_cfg", "default_cfg"):
         said = getattr(model, name, None)
         size = said.get("input_size") if isinstance(said, dict) else None

@@ -22,6 +22,7 @@ from tta.core.outputs import LogitsReader
 
 __all__ = [
     "DryRun",
+    "declared_sizes",
     "dry_run",
     "evaluating",
     "feature_size",
@@ -224,7 +225,7 @@ def _probe_shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:
     entry = first_layer(model)
     if isinstance(entry, CONVOLUTIONS):
         axes = entry.weight.ndim - 2
-        for sizes in (*_declared_sizes(model, axes), *((size,) * axes for size in PROBE_SIZES)):
+        for sizes in (*declared_sizes(model, axes), *((size,) * axes for size in PROBE_SIZES)):
             yield (2, entry.in_channels, *sizes)
     for size in PROBE_SIZES:
         yield (2, 3, size, size)
@@ -232,7 +233,7 @@ def _probe_shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:
         yield (2, entry.in_features)
 
 
-def _declared_sizes(model: nn.Module, axes: int) -> list[tuple[int, ...]]:
+def declared_sizes(model: nn.Module, axes: int) -> list[tuple[int, ...]]:
     """Sizes of images that modules say they take, as vision transformers do."""
     found: dict[tuple[int, ...], None] = {}
     for module in model.modules():
