@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 import tta
 from tests.helpers.batches import images, source_batches, surroundings
 from tests.helpers.nets import tiny
+from tta.core import registry
 from tta.core.component import Context
 from tta.core.prediction import Prediction
 from tta.methods._label_filter import filtered
@@ -260,7 +262,7 @@ def steady_on(net: nn.Module, **fields: Any) -> tta.Adapter:
 def test_steady_goes_back_where_an_update_loses_classes() -> None:
     """With a learning rate that ruins the network: without a guard it ends with few classes."""
     plain = tta.wrap(_Named(nn.GroupNorm(1, 3), 2.0).eval(), "tent", lr=0.05, batch_size=64)
-    guarded = steady_on(_Named(nn.GroupNorm(1, 3), 2.0).eval())
+    guarded = steady_on(_Named(nn.GroupNorm(1, 3), 2.0).eval(), pause=4)
     right = {"plain": 0, "guarded": 0}
     labels = labels_of(0.0, 64 * 60).split(64)
     for part in labels:
@@ -273,6 +275,46 @@ def test_steady_goes_back_where_an_update_loses_classes() -> None:
     assert resets and any(e["action"] == "skip" for e in guarded.events)
     assert right["guarded"] > source - 0.08 * 64 * 60
     assert right["plain"] < source - 0.2 * 64 * 60
+
+
+def test_an_update_that_falls_behind_at_first_goes_on_beside_the_source(monkeypatch) -> None:
+    """Its parameters are far from the source's for 16 batches, and better than these afterwards."""
+    monkeypatch.setattr(registry, "_COMPONENTS", dict(registry._COMPONENTS))
+
+    @dataclass(frozen=True, kw_only=True)
+    class SwingConfig(tta.UpdateConfig):
+        """Fields of ``swing``."""
+
+        lr: float = 1.0
+        momentum: float = 0.0
+
+    class Swing(tta.Update):
+        Config = SwingConfig
+
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+
+        def adapt(self, x: Tensor) -> Prediction:
+            prediction = self.network(x)
+            target = 4.0 if int(self.count) < 16 else 0.0
+            bias = self.context.parameters["norm.bias"]
+            self.step((bias - target).square().sum() / 2)
+            self.count += 1
+            return prediction
+
+    tta.register("swing")(Swing)
+    net = _Named(nn.GroupNorm(1, 3), 2.0).eval()
+    nn.init.constant_(net.norm.bias, 1.0)
+    adapter = tta.wrap(net, "swing", guard="steady", batch_size=64)
+    answers = []
+    for part in labels_of(0.0, 64 * 60).split(64):
+        adapter(named(part))
+        answers.append(adapter.health["action"])
+    assert "reset" not in answers and answers[-1] == "learn"
+    beside = answers.count("source")
+    assert 16 < beside < 40  # longer than it was behind, since a trend must show that it is not
+    assert float(adapter.state()["param/norm.bias"].abs().max()) == 0.0  # it went on learning
 
 
 def test_steady_takes_back_a_step_that_was_made_of_few_images() -> None:

@@ -11,12 +11,18 @@ an update was behind the source where this difference was below zero, and ahead 
 on networks of all norm layers.
 
     g = H(mean_b p_b) - H(mean_b p_b'),   p' by the source's parameters under the same norm rule
-    averaged g < -margin ln C: back to the reset point, and no learning for ``pause`` batches
+    averaged g < -margin ln C, and below 0 over ``TREND`` images: the update has fallen behind
 
-The pause doubles with every such failure, and halves when learning has gone well for four pauses.
+Some updates fall behind at first and are far ahead later, and nobody can tell these from the others
+when it happens. So an update that has fallen behind goes on beside the source: it learns, and the
+source's parameters answer. Once g is above 0 over ``TREND`` images its own answers are given again.
+If that takes more than two pauses it goes back to the reset point, and nothing is learned for
+``pause`` batches. The pause doubles with every such failure, and halves when learning has gone well
+for four pauses.
+
 The source's parameters are asked on eight of the first 16 batches after learning began and on every
 ``every``-th from then on: 4 % of the cost of an update that makes a forward and a backward pass.
-After a failure they are asked on every batch at first, and then on every second.
+While they answer they are asked on every batch, and after a failure on every second.
 
 Batch statistics fail in another way, where classes come in runs: they make every batch look mixed.
 There the source model itself is asked from time to time, and its predictions show the runs (see
@@ -54,6 +60,8 @@ EARLY = (1, 2, 3, 4, 6, 8, 12, 16)  # batches after learning began on which the 
 WARY = 2  # batches between comparisons after a failure
 ALONE = 2.5  # margins by which a single batch must fall behind
 LONGEST = 4096  # batches of a pause
+TREND = 768  # images over which the update must be behind, or ahead again
+BESIDE = 2  # pauses for which an update that fell behind may go on beside the source
 RUNS, NO_RUNS = 0.05, 0.01  # persistence of labels at which the source begins and ends to answer
 
 
@@ -88,6 +96,7 @@ class Steady(Guard):
 
     age: Tensor  # 0-dimensional, batches learned from since learning began
     hold: Tensor  # 0-dimensional, batches left of the pause
+    beside: Tensor  # 0-dimensional, batches left in which the update learns beside the source
     pause: Tensor  # 0-dimensional, length of the next pause
     images: Tensor  # 0-dimensional, since the last step
     runs_seen: Tensor  # 0-dimensional bool: the source answers, as labels come in runs
@@ -97,10 +106,12 @@ class Steady(Guard):
         whole = torch.int64
         self.register_buffer("age", torch.zeros((), dtype=whole))
         self.register_buffer("hold", torch.zeros((), dtype=whole))
+        self.register_buffer("beside", torch.zeros((), dtype=whole))
         self.register_buffer("pause", torch.tensor(config.pause))
         self.register_buffer("images", torch.zeros((), dtype=whole))
         self.register_buffer("runs_seen", torch.zeros((), dtype=torch.bool))
         self.gap = SpreadGap()  # to the source's parameters
+        self.trend = SpreadGap(TREND)  # the same, over more images
         self.source_gap = SpreadGap()  # to the source model, with its own statistics
         self.runs = LabelRuns(context.num_classes)
         self.trains = bool(context.parameters)
@@ -139,9 +150,15 @@ class Steady(Guard):
             if self.runs.persistence() > RUNS:
                 self.runs_seen.fill_(True)
                 return Verdict(action="source", reason="labels come in runs", undo=True)
-        if self.trains and self._due(age, 1):
+        if self.trains and (int(self.beside) > 0 or self._due(age, 1)):
             anchor = batch.anchor() if self.mixes else batch.source()
             self.gap.see(batch.prediction.logits, anchor.logits)
+            self.trend.see(batch.prediction.logits, anchor.logits)
+            if int(self.beside) > 0:
+                return self._beside(anchor.logits)
+            if self._behind(self.gap, self.config.margin) and self.trend.mean() < 0:
+                self.beside.copy_(BESIDE * self.pause)
+                return self._beside(anchor.logits)
         return self._verdict()
 
     def _due(self, age: int, slower: int) -> bool:
@@ -161,26 +178,45 @@ class Steady(Guard):
         self._begin_pause(LONGEST)
         return Verdict(action="skip", reason=f"a step was made of {count} images")
 
+    def _behind(self, gap: SpreadGap, margin: float) -> float:
+        """How far the update is behind, in nats; 0 if by no more than the margin."""
+        behind = max(-gap.mean(), -gap.last() / ALONE)
+        return behind if behind > margin * math.log(self.context.num_classes) else 0.0
+
+    def _beside(self, answer: Tensor) -> Verdict:
+        """Let an update that has fallen behind go on, while its answers are not given."""
+        if self.trend.mean() > 0:
+            self.beside.zero_()
+            self.gap.forget()
+            self.age.fill_(EARLY[-1] + 1)
+            return LEARN
+        self.beside -= 1
+        if int(self.beside) == 0:
+            return self._failed(-self.trend.mean())
+        reason = "learns beside the source, which shows more classes"
+        return Verdict(action="source", reason=reason, answer=answer)
+
     def _verdict(self) -> Verdict:
-        config, largest = self.config, math.log(self.context.num_classes)
-        gaps = ((self.gap, config.margin), (self.source_gap, config.source_margin))
-        for gap, margin in gaps:
-            behind = max(-gap.mean(), -gap.last() / ALONE)
-            if behind > margin * largest:
-                self._begin_pause(int(self.pause))
-                self.pause.mul_(2).clamp_(max=LONGEST)
-                reason = f"{behind:.2f} nats fewer classes than the source"
-                return Verdict(action="reset", reason=reason)
+        if behind := self._behind(self.source_gap, self.config.source_margin):
+            return self._failed(behind)
         if int(self.age) > 4 * int(self.pause) and int(self.pause) > self.config.pause:
             self.pause.copy_(torch.div(self.pause, 2, rounding_mode="floor"))
             self.age.fill_(EARLY[-1] + 1)
         return LEARN
 
+    def _failed(self, behind: float) -> Verdict:
+        """Go back to the start, and learn nothing for a while."""
+        self._begin_pause(int(self.pause))
+        self.pause.mul_(2).clamp_(max=LONGEST)
+        reason = f"{behind:.2f} nats fewer classes than the source"
+        return Verdict(action="reset", reason=reason)
+
     def _begin_pause(self, batches: int) -> None:
         self.hold.fill_(batches)
+        self.beside.zero_()
         self.age.zero_()
-        self.gap.forget()
-        self.source_gap.forget()
+        for gap in (self.gap, self.trend, self.source_gap):
+            gap.forget()
 
     def _wait_for_the_end_of_runs(self, batch: Batch) -> Verdict:
         """Watch the source's predictions, and begin anew when they come in no runs any more."""

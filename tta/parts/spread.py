@@ -23,14 +23,19 @@ def spread(logits: Tensor) -> Tensor:
 
 
 class SpreadGap(nn.Module):
-    """The difference between the spreads of two predictions, averaged over batches."""
+    """The difference between the spreads of two predictions, averaged over batches.
+
+    Args:
+        span: Images that the average goes back over.
+    """
 
     gap: Tensor  # 0-dimensional, in nats
     latest: Tensor  # 0-dimensional, of the last batch
-    images: Tensor  # 0-dimensional, that it is the average of, at most ``SPAN``
+    images: Tensor  # 0-dimensional, that it is the average of, at most ``span``
 
-    def __init__(self) -> None:
+    def __init__(self, span: int = SPAN) -> None:
         super().__init__()
+        self.span = span
         self.register_buffer("gap", torch.zeros(()))
         self.register_buffer("images", torch.zeros(()))
         self.register_buffer("latest", torch.zeros(()))
@@ -39,7 +44,7 @@ class SpreadGap(nn.Module):
     def see(self, logits: Tensor, other: Tensor) -> None:
         """Take in a batch by its two predictions, both (B, C)."""
         count = len(logits)
-        self.images.copy_((self.images + count).clamp_max(SPAN))
+        self.images.copy_((self.images + count).clamp_max(self.span))
         gap = spread(logits) - spread(other)
         self.latest.copy_(gap if count >= ENOUGH else torch.zeros_like(gap))
         self.gap += count / self.images.clamp_min(count) * (gap - self.gap)
