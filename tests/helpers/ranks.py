@@ -21,6 +21,8 @@ import tta
 from tests.helpers.batches import images
 from tests.helpers.compositions import arguments
 from tests.helpers.nets import tiny
+from tta.core.config import UpdateConfig
+from tta.core.registry import component
 from tta.runtime.parallel import split_batches
 
 __all__ = ["SIZES", "all_cases", "close", "copies", "in_turn", "outcome", "refusals", "run_ranks"]
@@ -67,10 +69,12 @@ def close(a: torch.Tensor, b: torch.Tensor, limit: float) -> bool:
 def _mild(value: Any) -> Any:
     """A margin that all samples pass but whose weights are not exp(20): else rounding is all.
 
-    And plain steps where all weights are trained: Adam's are as large for a gradient that is
-    nothing but rounding, as that of a convolution's scale before a norm layer is.
+    And plain steps where more is trained than the model's norm layers: Adam's are as large for a
+    gradient that is nothing but rounding, as that of a scale before a norm layer is.
     """
-    if getattr(value, "params", "norm") != "norm" and value.optimizer == "adam":
+    own = isinstance(value, UpdateConfig) and not component(value.name).trains_model
+    adam = getattr(value, "optimizer", None) == "adam"
+    if adam and (own or value.params != "norm"):
         value = value.replace(optimizer="sgd")
     margin = hasattr(value, "redundancy_margin")
     return value.replace(entropy_margin=1.01) if margin else value

@@ -227,9 +227,9 @@ def one_of(name: str, value: Any, allowed: Iterable[str]) -> str:
             f"`{name}` must be one of {words}, got {shown(value)}; pass one of these words"
         )
     if value not in allowed:
-        raise ValueError(
-            f"`{name}` must be one of {words}, got {shown(value)}; {nearest(value, allowed)}"
-        )
+        close = difflib.get_close_matches(value[:100], allowed, n=1, cutoff=0.5)
+        do = f"did you mean {shown(close[0], ROOM)}?" if close else "pass one of these words."
+        raise ValueError(f"`{name}` must be one of {words}, got {shown(value)}; {do}")
     return value
 
 

@@ -151,7 +151,7 @@ class Itta(Update):
             width = self.context.feature_size
             w, count = parts.identity(self.config.consistency_depth, width), 0
             device = next((p.device for p in self.network.model.parameters()), w.device)
-            batches = ((x.to(device), y.to(device)) for x, y in source.iter_batches())
+            batches = ((x.to(device), y.to(device)) for x, y in self._checked(source))
             seed = int(torch.randint(2**62, (), generator=self.context.generator))
             learned = parts.learn(
                 self.network.model,
@@ -179,6 +179,14 @@ class Itta(Update):
     def load_constants(self, values: dict[str, Tensor]) -> None:
         """Set what ``constants`` returned."""
         self._hold(values["consistency"])
+
+    def _checked(self, source: SourceStatistics) -> Iterator[tuple[Tensor, Tensor]]:
+        """Source batches, of which the first passes the network: it refuses in words."""
+        for number, (x, y) in enumerate(source.iter_batches()):
+            if number == 0:
+                with torch.no_grad():
+                    self.network(x)
+            yield x, y
 
     def _hold(self, consistency: Tensor) -> None:
         width = self.context.width
