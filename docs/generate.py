@@ -398,6 +398,7 @@ PLACES = {
     "Streams": r"tta/(streams/\w+|core/pictures)\.py",
     "Corruptions": r"corruptions/\w+\.py",
     "Loading models": r"models/\w+\.py|tta/runtime/(checkpoint|libraries|model_strings)\.py",
+    "A device and a cloud": r"tta/runtime/cloud/\w+\.py",
     "The server": r"tta/(runtime/server/\w+|cli/serve)\.py",
     "Frames and commands": r"tta/(runtime|cli)/\w+\.py",
 }

@@ -86,6 +86,9 @@ COMMANDS = {
         "experiments.studies.stream_switching",
         "what it costs to keep many streams on one model",
     ),
+    "cloud": Command(
+        "experiments.studies.cloud", "error of a device against the share of images that it sends"
+    ),
     "live": Command(
         "experiments.studies.live", "three synthetic cameras on one server, with its page"
     ),
