@@ -6,6 +6,7 @@ import copy
 import http.server
 import math
 import pickle
+import random
 import socket
 import threading
 import time
@@ -187,6 +188,31 @@ def test_uploads_that_are_none(tensors: dict[str, Tensor]) -> None:
     with pytest.raises(MessageError):
         cloud.exchange(_saved(**good | tensors))
     assert cloud.counts == {"images": 0, "updates": 0, "refused": 1}
+
+
+def test_damaged_messages_are_refused_or_whole() -> None:
+    rng = random.Random(0)
+    kinds: list[tuple[Any, bytes]] = [
+        (Upload, upload(0, 2).to_bytes()),
+        (Downlink, Downlink(torch.rand(3, 4, 4), {"bn.weight": torch.rand(5)}, (1, 2)).to_bytes()),
+    ]
+    refusals = 0
+    for number in range(600):
+        kind, message = kinds[number % 2]
+        damaged = bytearray(message)
+        for _ in range(rng.randint(1, 3)):
+            # Most of a message is pixels, and the header is what a reader could trip over.
+            damaged[rng.randrange(min(len(damaged), 300))] = rng.randrange(256)
+        if rng.random() < 0.2:
+            del damaged[rng.randrange(len(damaged)) :]
+        try:
+            found = kind.from_bytes(bytes(damaged))
+        except MessageError as error:
+            refusals += 1
+            assert len(str(error)) <= 300 and "\n" not in str(error)
+        else:
+            assert len(found.to_bytes()) <= len(message)
+    assert refusals > 300
 
 
 # The device

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -231,7 +232,7 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         path: Where the PNG goes.
     """
     figure, axes = make_figure(4.6)
-    lines = {TEACHER: ":", "device alone": "-", "device with bn": "--", "device with tent": "-."}
+    lines = {TEACHER: ":", "device alone": "-", "device with tent": "--"}
     start = next(row["error"] for row in rows if row["run"] == "device alone")
     for run, style in lines.items():
         error = next(row["error"] for row in rows if row["run"] == run)
@@ -251,7 +252,8 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     axes.set_ylim(0, 1.15 * max(100 * row["error"] for row in rows))
     axes.set_xlabel("budget: images that may be sent (%)")
     tidy(axes, "both")
-    with_title(figure, f"Error against upload budget\n{_about(rows)}", "error (%)")
+    about = textwrap.fill(_about(rows), 120)
+    with_title(figure, f"Error against upload budget\n{about}", "error (%)")
     with_legend(figure, axes)
     figure.savefig(path)
 
