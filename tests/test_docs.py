@@ -123,8 +123,10 @@ def test_troubleshooting_has_every_sentence(generate: Any) -> None:
 
 def test_every_file_has_its_place_in_troubleshooting(generate: Any) -> None:
     """No pattern takes what it was not made for; what is about the model stands there."""
-    with pytest.raises(ValueError, match=r"tta/core/new_room\.py: name the file"):
-        generate.place_of("tta/core/new_room.py", "`model` must be old, got a new one.")
+    with pytest.raises(ValueError, match=r"tta/new_room\.py: name the file"):
+        generate.place_of("tta/new_room.py", "`model` must be old, got a new one.")
+    new = [f"tta/{room}/new.py" for room in ("core", "parts", "methods")]
+    assert [generate.place_of(p, "`x` must be y") for p in new] == ["Model"] * 2 + ["Source data"]
     places = {(p, s): generate.place_of(p, s) for p, _, s in generate.messages()}
     assert set(places.values()) == set(generate.PLACES)
     for (path, sentence), place in places.items():
