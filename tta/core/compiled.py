@@ -19,6 +19,7 @@ import torch
 
 __all__ = ["without_graphs"]
 
+
 class _Visit:
     """A pass that runs without graphs now."""
 
