@@ -102,6 +102,21 @@ def test_same_logits_and_state_for_any_batch_size(exported) -> None:
     adapter.load_state(start)
 
 
+def test_images_far_outside_are_left_out_there_too(exported) -> None:
+    """One of four, then all of the batch."""
+    adapter, folder = exported
+    graph, start = Graph(folder), adapter.state()
+    for rows in ([1], [0, 1, 2, 3], []):
+        images = next(stream(1, [4], SHAPE, seed=len(rows)))
+        images[rows] *= 500
+        before = adapter.state()
+        found = differences(graph, adapter, [images])
+        assert found["logits"] < 1e-4 and found["state"] < 1e-4 and found["decisions"] == 0
+        moved = not torch.equal(before["norm/layer1.1.mean"], adapter.state()["norm/layer1.1.mean"])
+        assert moved == (len(rows) < 4)
+    adapter.load_state(start)
+
+
 def test_reset_starts_from_the_exported_state(exported) -> None:
     adapter, folder = exported
     graph, x = Graph(folder), EXAMPLE

@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
         ImportError: When the extra "edge" is not installed.
         OSError: When the folder cannot be written to.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     from tta.export import to_onnx
 
@@ -48,13 +48,11 @@ def run(args: argparse.Namespace) -> int:
     if bare:
         warn(f"{METHOD} is exported without its guard, which looks at figures of each batch.")
     picture = Image.effect_noise((LARGEST, LARGEST), 64).convert("RGB")
-    transform, device = opened.transform, next(adapter.model.parameters()).device
+    device = next(adapter.model.parameters()).device
+    transform: Any = opened.transform
     example = transform(picture)[None]
     if example.shape[-1] == LARGEST:  # a transform that leaves pictures as large as they are
-
-        def transform(picture: Any) -> Any:
-            return opened.transform(ImageOps.fit(picture, (SIZE, SIZE)))
-
+        transform = _fitted(transform)
         example = transform(picture)[None]
     calibration = None if args.int8 is None else _calibration(args, transform, device)
     folder = to_onnx(adapter, args.out, example.to(device), calibration=calibration)
@@ -63,6 +61,12 @@ def run(args: argparse.Namespace) -> int:
     for file in sorted(folder.iterdir()):
         print(f"{file}  {file.stat().st_size / 1e6:.2f} MB")
     return 0
+
+
+def _fitted(transform: Any) -> Any:
+    from PIL import ImageOps
+
+    return lambda picture: transform(ImageOps.fit(picture, (SIZE, SIZE)))
 
 
 def _calibration(args: argparse.Namespace, transform: Any, device: Any) -> PictureLoader:
