@@ -109,7 +109,7 @@ class MovingStatistics(NormRule):
         ordinary = (energies <= ahead.limit).to(y.dtype).sum(1, keepdim=True)
         kept = ordinary >= 0.5 * x.shape[1]  # (B, 1)
         # Where no image is kept, all have the average's statistics, and count as one image each.
-        total = torch.where(kept, 1 / rate, NOTHING).sum()  # images, by the rate
+        total = torch.where(kept, 1 / rate, NOTHING / rate).sum()  # images, by the rate
         weight = total.reciprocal()
         shift = torch.where(kept, offsets, 0.0).sum(0) * weight
         energy = torch.where(kept, energies, ahead.var_of_nothing).sum(0) * weight
