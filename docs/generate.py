@@ -379,7 +379,7 @@ PLACES = {
         r"tta/core/(adapter|arguments|backbone|budget|build|checkpointing|classifier|component"
         r"|denoiser|draws|first_input|frugal|guard|head|hooks|input_guard|input_rule|loan"
         r"|logit_checks|masters|memory_use|model_buffers|model_checks|norm_layers|outputs|oversight"
-        r"|parameters|serving|setting|traced_pass|update|window)\.py"
+        r"|norm_streams|parameters|serving|setting|traced_pass|update|window)\.py"
         r"|tta/parts/(blocks|chance|dropout|tokens)\.py"
     ),
     "Source data": (
@@ -388,7 +388,8 @@ PLACES = {
     ),
     "Several processes": r"tta/(runtime/parallel|core/batch_split)\.py",
     "Serving many streams": (
-        r"tta/(runtime/(pool|snapshots|stream_\w+)|core/(adapter_sets|parameter_sets|plain_data))\.py"
+        r"tta/(runtime/(lockstep|pool|shared_pass|side_by_side|snapshots|stream_\w+)"
+        r"|core/(adapter_sets|parameter_sets|plain_data|turns|twins))\.py"
     ),
     "Exporting": r"tta/export/\w+\.py",
     "Names, fields and configs": (
