@@ -382,7 +382,8 @@ PLACES = {
     ),
     "Several processes": r"tta/(runtime/parallel|core/batch_split)\.py",
     "Serving many streams": (
-        r"tta/(runtime/(pool|snapshots|stream_\w+)|core/(adapter_sets|parameter_sets|plain_data))\.py"
+        r"tta/(runtime/(lockstep|pool|shared_pass|side_by_side|snapshots|stream_\w+)"
+        r"|core/(adapter_sets|parameter_sets|plain_data|turns|twins))\.py"
     ),
     "Exporting": r"tta/export/\w+\.py",
     "Names, fields and configs": (
