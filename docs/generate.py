@@ -390,7 +390,7 @@ PLACES = {
         r"|tta/core/build\.py: `\.\.\.` must be given again"
     ),
     "Pixels, augmentation and views": (
-        r"tta/parts/(augment|diffusion|join|teachers)\.py"
+        r"tta/parts/(augment|diffusion|join|prompts|teachers)\.py"
         r"|tta/methods/_mean_teacher\.py: `restore_mask`"
     ),
     "Model": r"tta/(core|parts)/\w+\.py",

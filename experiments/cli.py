@@ -86,6 +86,10 @@ COMMANDS = {
         "experiments.studies.stream_switching",
         "what it costs to keep many streams on one model",
     ),
+    "edge-int8": Command(
+        "experiments.studies.edge_int8",
+        "the errors of exported graphs in 8 bits, beside float32",
+    ),
     "live": Command(
         "experiments.studies.live", "three synthetic cameras on one server, with its page"
     ),
