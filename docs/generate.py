@@ -30,6 +30,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 import tta  # noqa: E402
+from docs.situations import needs_rows, split_note, stream_rows  # noqa: E402
 from experiments.records import markdown  # noqa: E402
 from experiments.studies import reliability, reliability_page  # noqa: E402
 from tta.cli.methods import field_meanings  # noqa: E402
@@ -93,10 +94,27 @@ def pages() -> dict[Path, str]:
         DOCS / "decisions" / "index.md": _decisions(),
         ROOT / "README.md": _filled(ROOT / "README.md", "components", _counts()),
         DOCS / "composition.md": _filled(DOCS / "composition.md", "slots", _slots()),
-        DOCS / "which_method.md": _filled(DOCS / "which_method.md", "record", _best(record)),
+        DOCS / "which_method.md": _which(record),
         DOCS / "troubleshooting.md": _troubleshooting(),
         DOCS / "reliability.md": reliability_page.render(reliability.committed_results()),
     }
+
+
+def _which(record: Record) -> str:
+    """The page that says which method to take, with its tables."""
+    page = DOCS / "which_method.md"
+    text = page.read_text()
+    for marker, table in (
+        ("needs", _table(("what you have", "components"), needs_rows())),
+        (
+            "streams",
+            _table(("your stream", "made for it", "not for it"), stream_rows(record, MODELS)),
+        ),
+        ("record", _best(record)),
+    ):
+        markdown.check_marks(page, marker)
+        text = markdown.put_between(text, marker, f"{table}\n")
+    return text
 
 
 def _filled(page: Path, marker: str, text: str) -> str:
@@ -138,7 +156,7 @@ def _slots() -> str:
 def _method(name: str, record: Record) -> str:
     cls = component(name)
     title, reference, idea, rest = _split_docstring(sys.modules[cls.__module__])
-    note = (METHOD_NOTES / f"{name}.md").read_text().strip()
+    note = split_note((METHOD_NOTES / f"{name}.md").read_text())[0].strip()
     own_module = cls.__module__.rpartition(".")[2] == name
     about = inspect.getdoc(cls) or ""
     lines = [f"# `{name}`", "", NOTE, "", f"*{SLOTS[cls.slot].capitalize()}.* {about}", ""]
