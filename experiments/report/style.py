@@ -78,7 +78,6 @@ ORDER = (
     "prior_correction", "neo", "foa_shift", "bn_ema", "t3a", "rpl", "shot_im", "zerosiam",
     "cmf", "petta", "iabn", "note", "reservoir", "lsa", "nhl", "dda", "sda", "santa", "ttaug",
     "foa", "dpcore", "pea", "memo", "adacontrast", "gtta", "spa", "itta",
-    "prompt",
 )  # fmt: skip
 
 
