@@ -89,6 +89,10 @@ COMMANDS = {
     "cloud": Command(
         "experiments.studies.cloud", "error of a device against the share of images that it sends"
     ),
+    "edge-int8": Command(
+        "experiments.studies.edge_int8",
+        "the errors of exported graphs in 8 bits, beside float32",
+    ),
     "live": Command(
         "experiments.studies.live", "three synthetic cameras on one server, with its page"
     ),

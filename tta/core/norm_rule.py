@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -31,6 +31,8 @@ class NormRule(Component):
     needs_source_stats: ClassVar[bool] = False  # the layer must have running statistics
     # Whether the rule moves in no pass but those of `learning_pass`, by `learn`.
     learns_apart: ClassVar[bool] = False
+    # Whether no channel's result depends on another channel, and buffers end in the channels.
+    channelwise: ClassVar[bool] = False
 
     def __init__(self, config: Any, base: Any, context: Context) -> None:
         super().__init__(config)
@@ -52,6 +54,13 @@ class NormRule(Component):
     def update_fields(cls, config: Any) -> dict[str, Any]:
         """Fields for an update on top of this rule that is named without a learning rate."""
         return {}
+
+    @classmethod
+    def begin_graph(cls, layers: Sequence[tuple[Any, Any]]) -> None:
+        """Called when a graph is recorded, before the pass, with all rules and their layers.
+
+        What a rule computes of its state alone can be one operation for all layers here.
+        """
 
     @property
     def learns_first(self) -> bool:

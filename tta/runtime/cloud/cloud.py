@@ -351,6 +351,8 @@ def _copy(model: Any) -> nn.Module:
         for key in [key for key, hook in hooks.items() if isinstance(hook, InputHook)]:
             del hooks[key]  # an adapter's, which would keep features for ever
     check_model(found)
+    if any(p.dtype in (torch.float16, torch.bfloat16) for p in found.parameters()):
+        found = found.float()  # halves are too coarse for what an update adds
     return found.eval().requires_grad_(False)
 
 
