@@ -675,6 +675,23 @@ def test_a_model_that_an_adapter_has_can_be_copied_without_norm_rules() -> None:
         refused(ValueError, "`model` must not be wrapped", lambda g=given: Cloud(g, teacher()))
 
 
+def test_models_in_half_precision() -> None:
+    net = tiny("gn").to(torch.bfloat16)
+    cloud = Cloud(net, teacher(), batch_size=8, downlink="norms")
+    tent = tta.get_config("tent", lr=0.0)
+    adapter = tta.wrap(copy.deepcopy(net), input="prompt", update=tent, **PIXELS)
+    adapter.freeze()
+    device = Device(adapter, cloud, budget=1.0)
+    for t in range(3):
+        assert device(images(t).to(torch.bfloat16)).dtype == torch.bfloat16
+    assert device.counts["updates"] == 2 and device.status == "ok"
+    beside = Cloud(net.float(), teacher(), batch_size=8, downlink="norms")
+    for t in range(3):  # the copy learns in float32
+        levels = (images(t).to(torch.bfloat16).float() * 255).round().to(torch.uint8)
+        beside.exchange(Upload(levels, torch.full((8,), 0.5)).to_bytes())
+    assert cloud.report.supervised == pytest.approx(float(beside.report.supervised), rel=1e-5)
+
+
 def test_a_cloud_is_of_one_size_of_images() -> None:
     cloud = small_cloud()
     cloud.exchange(upload(0, 2).to_bytes())

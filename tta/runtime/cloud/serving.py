@@ -83,6 +83,11 @@ class Serving:
         began.wait(STARTING_S)
         if self._failed is not None:
             raise self._failed
+        if not self.address:
+            raise TimeoutError(
+                f"`port` must be served within {STARTING_S:g} s, but {host}:{port} is not yet: try "
+                "again when the machine is less busy."
+            )
 
     def wait(self, timeout: float | None = None) -> None:
         """Return when it has ended, or after so many seconds."""
