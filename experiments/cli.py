@@ -86,6 +86,10 @@ COMMANDS = {
         "experiments.studies.stream_switching",
         "what it costs to keep many streams on one model",
     ),
+    "edge-cost": Command(
+        "experiments.studies.edge_cost",
+        "latency and memory of exported graphs beside the plain model's",
+    ),
     "edge-int8": Command(
         "experiments.studies.edge_int8",
         "the errors of exported graphs in 8 bits, beside float32",

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from experiments.records.rows import Rows
+from experiments.studies.edge_cost import EdgeCost
 from experiments.studies.edge_int8 import DOMAINS, EdgeInt8
 
 
@@ -46,3 +47,27 @@ def test_errors_in_8_bits_go_on_where_they_stopped(tmp_path, capsys) -> None:
     capsys.readouterr()
     study().execute()
     assert "float32" not in capsys.readouterr().out  # nothing was measured
+
+
+@pytest.mark.slow
+def test_costs_are_those_of_processes_without_torch(tmp_path, capsys) -> None:
+    pytest.importorskip("onnxscript")
+    page, results = tmp_path / "edge.md", tmp_path / "rows.jsonl"
+    page.write_text("<!-- cost -->\n<!-- /cost -->\n")
+
+    def study(*methods):
+        return EdgeCost(["test_resnet"], methods, 8, 32, results=results, page=page)
+
+    study("source").execute()
+    study("source", "neo").execute()
+    rows = {row["method"]: row for row in map(json.loads, results.read_text().splitlines())}
+    assert list(rows) == ["plain model", "source", "neo"]
+    for row in rows.values():
+        assert 0 < row["p50"] <= row["p95"] <= row["p99"] and row["file"] > 1e4
+        assert 20 < row["peak"] < 400  # torch alone takes more
+        assert row["peak_ratio"] < 1.3
+    assert rows["plain model"]["p50_ratio"] == 1 and rows["plain model"]["processor"] > 0
+    assert page.read_text().count("| `test_resnet` |") == 3
+    capsys.readouterr()
+    study("source", "neo").execute()
+    assert "exporting" not in capsys.readouterr().out
