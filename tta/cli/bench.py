@@ -10,7 +10,7 @@ import time
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from tta.cli.common import add_method, add_model, open_from, whole, wrap_from
+from tta.cli.common import add_method, add_model, open_from, whole, wrap_arguments, wrap_from
 from tta.core.checks import sentence
 
 if TYPE_CHECKING:
@@ -67,7 +67,10 @@ def run(args: argparse.Namespace) -> int:
     if args.tune:
         from tta.tuning import tune
 
-        further["setting"] = tune(model, batches[0], args.tune_seconds)
+        recipe, arguments = wrap_arguments(args, opened) if args.method != ALL else (None, {})
+        further["setting"] = tune(
+            model, batches[0], args.tune_seconds, recipe=recipe, **(arguments | further)
+        )
         print(f"setting: {further['setting']}")
     print(f"{tuple(shape)} on {device}, {torch.get_num_threads()} threads, {args.rounds} rounds")
     print(f"{'':24}" + "".join(f"{name:>10}" for name in COLUMNS))
