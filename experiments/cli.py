@@ -86,6 +86,10 @@ COMMANDS = {
         "experiments.studies.stream_switching",
         "what it costs to keep many streams on one model",
     ),
+    "device-cost": Command(
+        "experiments.studies.device_cost",
+        "what recipes cost a device's CPU, by tta bench on small networks",
+    ),
     "edge-cost": Command(
         "experiments.studies.edge_cost",
         "latency and memory of exported graphs beside the plain model's",
