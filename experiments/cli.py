@@ -89,6 +89,14 @@ COMMANDS = {
     "cloud": Command(
         "experiments.studies.cloud", "error of a device against the share of images that it sends"
     ),
+    "device-cost": Command(
+        "experiments.studies.device_cost",
+        "what recipes cost a device's CPU, by tta bench on small networks",
+    ),
+    "edge-cost": Command(
+        "experiments.studies.edge_cost",
+        "latency and memory of exported graphs beside the plain model's",
+    ),
     "edge-int8": Command(
         "experiments.studies.edge_int8",
         "the errors of exported graphs in 8 bits, beside float32",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,17 @@ def test_one_recipe_is_measured_beside_the_plain_forward(out) -> None:
     plain, tent = rows.values()
     assert plain[3] == 1 and plain[5:] == [1, 0] and tent[5:] == [1, 1]
     assert tent[0] <= tent[1] <= tent[2] and tent[4] > plain[4] > 0
+
+
+def test_rows_go_to_a_file_too(out, tmp_path) -> None:
+    file = tmp_path / "rows.jsonl"
+    before = torch.get_num_threads()
+    for _ in range(2):
+        _, text, _ = out("--method", "bn", "--rounds", "2", "--out", str(file), "--threads", "1")
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [row["method"] for row in rows] == ["plain forward", "bn"] * 2
+    assert rows[-1]["ratio"] == pytest.approx(_rows(text)["bn"][3], abs=0.006)
+    assert "1 threads" in text and torch.get_num_threads() == before
 
 
 def test_a_window_costs_its_passes(out) -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from experiments.records.rows import Rows
+from experiments.studies.device_cost import DeviceCost
+from experiments.studies.edge_cost import EdgeCost
 from experiments.studies.edge_int8 import DOMAINS, EdgeInt8
 
 
@@ -46,3 +49,54 @@ def test_errors_in_8_bits_go_on_where_they_stopped(tmp_path, capsys) -> None:
     capsys.readouterr()
     study().execute()
     assert "float32" not in capsys.readouterr().out  # nothing was measured
+
+
+def test_recipes_on_a_device_are_measured_once(tmp_path, capsys) -> None:
+    page, results = tmp_path / "budgets.md", tmp_path / "rows.jsonl"
+    page.write_text("<!-- device -->\n<!-- /device -->\n")
+    before = torch.get_num_threads()
+
+    def study(methods, again=False):
+        more = {"again": again, "results": results, "page": page}
+        return DeviceCost(["test_resnet"], methods, [1, 2], [1], 3, 32, **more)
+
+    study(["source"]).execute()
+    study(["source", "robust_bn+tent"]).execute()
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    assert [(r["method"], r["batch"], r["backwards"]) for r in rows] == [
+        ("source", 1, 0), ("source", 2, 0), ("robust_bn+tent", 1, 1), ("robust_bn+tent", 2, 1),
+    ]  # fmt: skip
+    assert rows[2]["peak MB"] > rows[0]["peak MB"] and rows[2]["ratio"] > 1
+    assert torch.get_num_threads() == before
+    assert "batch 1, 1 thread | batch 2, 1 thread" in page.read_text()
+    capsys.readouterr()
+    study(["source"]).execute()
+    assert "ratio" not in capsys.readouterr().out
+    study(["source"], again=True).execute()
+    assert capsys.readouterr().out.count("ratio") == 2
+    with pytest.raises(ValueError, match="tentt"):
+        study(["tentt"])
+
+
+@pytest.mark.slow
+def test_costs_are_those_of_processes_without_torch(tmp_path, capsys) -> None:
+    pytest.importorskip("onnxscript")
+    page, results = tmp_path / "edge.md", tmp_path / "rows.jsonl"
+    page.write_text("<!-- cost -->\n<!-- /cost -->\n")
+
+    def study(*methods):
+        return EdgeCost(["test_resnet"], methods, 8, 32, results=results, page=page)
+
+    study("source").execute()
+    study("source", "neo").execute()
+    rows = {row["method"]: row for row in map(json.loads, results.read_text().splitlines())}
+    assert list(rows) == ["plain model", "source", "neo"]
+    for row in rows.values():
+        assert 0 < row["p50"] <= row["p95"] <= row["p99"] and row["file"] > 1e4
+        assert 20 < row["peak"] < 400  # torch alone takes more
+        assert row["peak_ratio"] < 1.3
+    assert rows["plain model"]["p50_ratio"] == 1 and rows["plain model"]["processor"] > 0
+    assert page.read_text().count("| `test_resnet` |") == 3
+    capsys.readouterr()
+    study("source", "neo").execute()
+    assert "exporting" not in capsys.readouterr().out

@@ -10,6 +10,7 @@ import torch
 import tta
 from tests.helpers.batches import images
 from tests.helpers.nets import tiny
+from tta.core.passes import Passes
 
 
 def test_a_setting_goes_to_json_and_back() -> None:
@@ -76,3 +77,26 @@ def test_other_arguments_are_refused() -> None:
         tta.tune(tiny("bn"), [1.0])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^`budget_s` must"):
         tta.tune(tiny("bn"), images(0), budget_s=-1)
+
+
+def test_the_passes_of_a_recipe_are_those_that_are_timed() -> None:
+    """A recipe without gradients makes no backward pass, its fields and slots are wrap's."""
+    net = tiny("bn")
+    counted = Passes(net)
+    tta.tune(net, images(0), budget_s=0, recipe="bn", output="lame", neighbours=2)
+    assert counted.forward > 0 and counted.backward == 0
+    tta.tune(net, images(0), budget_s=0)
+    assert counted.backward > 0
+    before = counted.backward
+    tta.tune(net, images(0), budget_s=0, norm="robust_bn")  # slots alone have no update
+    tta.tune(net, images(0), budget_s=0, recipe=tta.wrap(tiny("bn"), "bn").config)
+    assert counted.backward == before
+    forward = counted.forward
+    tta.tune(net, images(0), budget_s=0, recipe="bn", window=16)
+    assert counted.forward - forward > 7 * 8
+    counted.close()
+    with pytest.raises(ValueError, match="tentt"):
+        tta.tune(net, images(0), budget_s=0, recipe="tentt")
+    with pytest.raises(TypeError, match=r"^`setting` must be left out"):
+        tta.tune(net, images(0), budget_s=0, setting=tta.Setting())
+    assert tta.wrap(net, "bn")(images(0)).shape == (8, 10)

@@ -7,13 +7,17 @@ import os
 import statistics
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tta.core.adapter import Adapter
 from tta.core.checks import number
+from tta.core.config import SLOTS, ComponentConfig
 from tta.core.parameters import select
+from tta.core.recipe import AdapterConfig
 from tta.core.setting import Setting
 from tta.wrapping import wrap
 
@@ -24,12 +28,19 @@ LEAST_AGREEMENT = {"float32": 0.999, "bfloat16": 0.99, "float16": 0.99}
 GAIN = 1.03  # speed-up below which a change is not worth it
 
 
-def tune(model: nn.Module, example: Tensor, budget_s: float = 60) -> Setting:
+def tune(
+    model: nn.Module,
+    example: Tensor,
+    budget_s: float = 60,
+    *,
+    recipe: str | ComponentConfig | AdapterConfig | None = None,
+    **arguments: Any,
+) -> Setting:
     """Find the fastest setting for this model on this device by measuring.
 
     Memory formats, thread counts (on a CPU), precisions and compilation are tried one after the
-    other, each on top of what was fastest so far. What is timed is a call of an adapter that
-    minimises entropy, forward and backward. A change is taken when it is faster by 3 % and agrees
+    other, each on top of what was fastest so far. What is timed is a call of an adapter of the
+    recipe, with the passes that it makes. A change is taken when it is faster by 3 % and agrees
     with the plain one over a short adapted stream: decisions equal for 99.9 % of images in float32,
     for 99 % in half precision.
 
@@ -37,30 +48,49 @@ def tune(model: nn.Module, example: Tensor, budget_s: float = 60) -> Setting:
         model: A classifier, unwrapped; it is left as it was.
         example: A batch as the model will get it (B, ...), on its device.
         budget_s: Seconds that may be spent, about; the plain setting is always measured.
+        recipe: As for :func:`tta.wrap`. By default the passes are those of a step that minimises
+            entropy, forward and backward, or a forward pass where the model has no norm layer; or
+            those of the slots alone, where ``arguments`` fill some.
+        **arguments: Further ones of :func:`tta.wrap`: slots, fields, ``source``, ``mean``, and so
+            on. The adapter is made anew for each setting, so ``source`` should hold artefacts
+            rather than batches from which they are made each time.
 
     Returns:
         The setting, for ``wrap(..., setting=)``, with what was measured in it.
 
     Raises:
         TypeError: When an argument is of the wrong kind.
-        ValueError: When the model does not take the example.
+        ValueError: When the model does not take the example, or :func:`tta.wrap` refuses the
+            recipe or the arguments.
     """
     number("budget_s", budget_s, 0, 86400)
     if not isinstance(example, Tensor):
         raise TypeError(
             f"`example` must be a tensor, got {type(example).__name__}: pass a batch of images."
         )
+    if "setting" in arguments:
+        raise TypeError(
+            "`setting` must be left out, got one: it is what tune looks for; give its fields to "
+            "tta.Setting yourself to use another."
+        )
     end = time.monotonic() + budget_s
-    recipe = _recipe(model)
+    if recipe is None and not set(SLOTS) & arguments.keys():
+        recipe = _recipe(model)
+
+    def make(setting: Setting) -> Adapter:
+        if isinstance(recipe, AdapterConfig):
+            return wrap(model, dataclasses.replace(recipe, setting=setting), **arguments)
+        return wrap(model, recipe, **{"batch_size": len(example), "setting": setting, **arguments})
+
     best = Setting()
-    plain, decisions = _run(model, example, recipe, best)
+    plain, decisions = _run(make, example, best)
     fastest, found = plain, best
     for change in _changes(example):
         if time.monotonic() >= end:
             break
         candidate = dataclasses.replace(best, **change)
         try:
-            seconds, logits = _run(model, example, recipe, candidate)
+            seconds, logits = _run(make, example, candidate)
         except Exception:  # whatever a kernel or a compiler that is not there raises
             continue
         difference = float((logits - decisions).abs().max())
@@ -94,11 +124,11 @@ def _changes(example: Tensor) -> Iterator[dict[str, object]]:
     yield {"compile": "default"}
 
 
-def _run(model: nn.Module, x: Tensor, recipe: str, setting: Setting) -> tuple[float, Tensor]:
+def _run(make: Callable[[Setting], Adapter], x: Tensor, setting: Setting) -> tuple[float, Tensor]:
     """Median seconds of a call, and the logits (N, C) of a short adapted stream."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of presets for another number of classes
-        adapter = wrap(model, recipe, batch_size=len(x), setting=setting)
+        adapter = make(setting)
         try:
             adapter(x)  # warms up
             adapter.reset()

@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import json
 import sys
 import time
 import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tta.cli.common import add_method, add_model, open_from, whole, wrap_from
+from tta.cli.common import add_method, add_model, open_from, whole, wrap_arguments, wrap_from
 from tta.core.checks import sentence
 
 if TYPE_CHECKING:
@@ -20,12 +23,12 @@ if TYPE_CHECKING:
     from tta.core.adapter import Adapter
     from tta.runtime.model_strings import OpenedModel
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["COLUMNS", "PLAIN", "add_arguments", "measured_rows", "run"]
 
 ROUNDS = 30
 WARM_UP = 2  # calls of each recipe that are not timed
 SOURCE_IMAGES = 16  # random ones, where the user has none
-ALL = "all"
+ALL, PLAIN = "all", "plain forward"
 PERCENTILES = (50, 95, 99)
 COLUMNS = ("p50 ms", "p95 ms", "p99 ms", "ratio", "peak MB", "forwards", "backwards")
 
@@ -41,6 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--size", type=whole(1), metavar="PIXELS",
         help="of the images (default: what the model declares, else 224)")  # fmt: skip
     add("--window", type=whole(2), metavar="N", help="images of a call, as wrap(window=) has it")
+    add("--threads", type=whole(1, 1024), metavar="N", help="of torch (default: as they are)")
+    add("--out", metavar="FILE", help="where a line of JSON is added for each row")
     add("--tune", action="store_true", help="find the fastest setting first, and run with it")
     add("--tune-seconds", type=whole(1), default=60, metavar="S",
         help="to find it (default: 60)")  # fmt: skip
@@ -52,6 +57,48 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError: When the model does not take such images, or ``--method`` cannot be wrapped.
     """
+    out = None if args.out is None else Path(args.out)
+    for row in measured_rows(args, print):
+        if "left_out" in row:
+            print(f"left out: {row['method']}: {row['left_out']}", file=sys.stderr)
+            continue
+        values = (row[name] for name in COLUMNS)
+        print(f"{row['method']:24}" + "".join(f"{v:10.2f}" for v in values), flush=True)
+        if out is not None:
+            with out.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+    return 0
+
+
+def measured_rows(
+    args: argparse.Namespace, say: Callable[[str], Any] = lambda _: None
+) -> Iterator[dict[str, Any]]:
+    """What the command measures: the plain forward pass first, then each recipe.
+
+    Args:
+        args: What was parsed.
+        say: Takes lines of text that go before the rows.
+
+    Yields:
+        A row with ``method`` and the figures of ``COLUMNS``, or with the reason in ``left_out``;
+        these come last.
+
+    Raises:
+        ValueError: When the model does not take such images, or ``--method`` cannot be wrapped.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    try:
+        yield from _rows(args, say)
+    finally:
+        if args.threads is not None:
+            torch.set_num_threads(before)
+
+
+def _rows(args: argparse.Namespace, say: Callable[[str], Any]) -> Iterator[dict[str, Any]]:
     import torch
 
     from tta.core.registry import component, list_methods
@@ -67,16 +114,19 @@ def run(args: argparse.Namespace) -> int:
     if args.tune:
         from tta.tuning import tune
 
-        further["setting"] = tune(model, batches[0], args.tune_seconds)
-        print(f"setting: {further['setting']}")
-    print(f"{tuple(shape)} on {device}, {torch.get_num_threads()} threads, {args.rounds} rounds")
-    print(f"{'':24}" + "".join(f"{name:>10}" for name in COLUMNS))
+        recipe, arguments = wrap_arguments(args, opened) if args.method != ALL else (None, {})
+        further["setting"] = tune(
+            model, batches[0], args.tune_seconds, recipe=recipe, **(arguments | further)
+        )
+        say(f"setting: {further['setting']}")
+    say(f"{tuple(shape)} on {device}, {torch.get_num_threads()} threads, {args.rounds} rounds")
+    say(f"{'':24}" + "".join(f"{name:>10}" for name in COLUMNS))
     with torch.no_grad():
         plain = _measured(model, model, batches, args.rounds)
-    base = plain["times"][50]
-    _print("plain forward", plain, base)
+    base = plain["p50 ms"]
+    yield {"method": PLAIN, **plain, "ratio": 1.0}
     names = [args.method] if args.method != ALL else list_methods("*")
-    left_out: dict[str, str] = {}
+    left_out: list[dict[str, Any]] = []
     for name in names:
         if args.method == ALL and not component(name).slot and not component(name).empties_slots:
             continue
@@ -85,16 +135,15 @@ def run(args: argparse.Namespace) -> int:
                 warnings.simplefilter("ignore")
                 adapter = wrap_from(_with(args, name), opened, **further)
                 try:
-                    _print(name, _measured(adapter, model, batches, args.rounds), base)
+                    found = _measured(adapter, model, batches, args.rounds)
                 finally:
                     adapter.unwrap()
+            yield {"method": name, **found, "ratio": found["p50 ms"] / base}
         except (ValueError, TypeError, RuntimeError) as error:
             if len(names) == 1:
                 raise
-            left_out[name] = sentence(error)
-    for name, reason in left_out.items():
-        print(f"left out: {name}: {reason}", file=sys.stderr)
-    return 0
+            left_out.append({"method": name, "left_out": sentence(error)})
+    yield from left_out
 
 
 def _with(args: argparse.Namespace, method: str) -> argparse.Namespace:
@@ -139,7 +188,7 @@ def _shape(model: Any, args: argparse.Namespace) -> tuple[int, ...]:
 def _measured(
     subject: Adapter | Any, model: Any, batches: list[Tensor], rounds: int
 ) -> dict[str, Any]:
-    """Percentiles of seconds, the peak of memory, and images through the model for each image."""
+    """Percentiles of time, the peak of memory, and images through the model for each image."""
     import numpy as np
     import torch
 
@@ -169,15 +218,8 @@ def _measured(
         held += subject.state().values()
     images = rounds * len(batches[0])
     return {
-        "times": {p: float(np.percentile(seconds, p)) for p in PERCENTILES},
-        "bytes": held_bytes(held) + peak.read(),
+        **{f"p{p} ms": 1000 * float(np.percentile(seconds, p)) for p in PERCENTILES},
+        "peak MB": (held_bytes(held) + peak.read()) / 1e6,
         "forwards": passes.forward / images,
         "backwards": passes.backward / images,
     }
-
-
-def _print(name: str, found: dict[str, Any], base: float) -> None:
-    times = found["times"]
-    figures = [1000 * times[p] for p in PERCENTILES] + [times[50] / base, found["bytes"] / 1e6]
-    figures += [found["forwards"], found["backwards"]]
-    print(f"{name:24}" + "".join(f"{value:10.2f}" for value in figures), flush=True)

@@ -20,6 +20,7 @@ __all__ = [
     "open_from",
     "source_from",
     "whole",
+    "wrap_arguments",
     "wrap_from",
 ]
 
@@ -130,6 +131,32 @@ def source_from(args: argparse.Namespace, opened: OpenedModel) -> Any:
     return SourceStatistics.load(args.source)
 
 
+def wrap_arguments(args: argparse.Namespace, opened: OpenedModel) -> tuple[Any, dict[str, Any]]:
+    """What ``--method`` and its kin say to ``tta.wrap``: the recipe, and arguments by name.
+
+    Raises:
+        ValueError: For an unknown method.
+    """
+    from tta.core.classifier import num_classes
+    from tta.runtime.method_strings import SOURCE, parse_method_string
+
+    try:
+        classes = num_classes(opened.model)
+    except (TypeError, ValueError):  # no linear layer says it; wrap will
+        classes = 0
+    slots, fields = parse_method_string(args.method, classes)
+    recipe, *_ = *slots.values(), SOURCE  # the first brings what the others leave open
+    return recipe, {
+        "source": source_from(args, opened),
+        "batch_size": args.batch_size,
+        "seed": args.seed,
+        "mean": opened.mean,
+        "std": opened.std,
+        **dict(list(slots.items())[1:]),
+        **fields,
+    }
+
+
 def wrap_from(args: argparse.Namespace, opened: OpenedModel, **further: Any) -> Adapter:
     """Wrap a model as ``--method`` says.
 
@@ -141,25 +168,7 @@ def wrap_from(args: argparse.Namespace, opened: OpenedModel, **further: Any) -> 
     Raises:
         ValueError: For an unknown method, or what the method lacks.
     """
-    from tta.core.classifier import num_classes
-    from tta.runtime.method_strings import SOURCE, parse_method_string
     from tta.wrapping import wrap
 
-    try:
-        classes = num_classes(opened.model)
-    except (TypeError, ValueError):  # no linear layer says it; wrap will
-        classes = 0
-    slots, fields = parse_method_string(args.method, classes)
-    recipe, *_ = *slots.values(), SOURCE  # the first brings what the others leave open
-    return wrap(
-        opened.model,
-        recipe,
-        source=source_from(args, opened),
-        batch_size=args.batch_size,
-        seed=args.seed,
-        mean=opened.mean,
-        std=opened.std,
-        **dict(list(slots.items())[1:]),  # type: ignore[arg-type]
-        **fields,
-        **further,
-    )
+    recipe, arguments = wrap_arguments(args, opened)
+    return wrap(opened.model, recipe, **(arguments | further))
