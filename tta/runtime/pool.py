@@ -58,9 +58,9 @@ class StreamPool:
     While it has the adapter, the adapter itself refuses calls. All methods may be called from
     several threads. ``counts`` says how many streams were created, evicted (from memory to a file)
     and restored, and how many files were written (``snapshots``) or could not be (``failed``);
-    ``failure`` is the last reason, in words. ``batched`` says whether the streams of a mixed batch go
-    through the model in one pass where that is possible; set it to False for results that are bit
-    for bit those of serving them one by one.
+    ``failure`` is the last reason, in words. ``batched`` says whether the streams of a mixed batch
+    go through the model in one pass where that is possible; set it to False for results that are
+    bit for bit those of serving them one by one.
 
     Args:
         adapter: As it is now, it is the beginning of every new stream.

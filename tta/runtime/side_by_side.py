@@ -52,10 +52,9 @@ class SideBySide:
             try:
                 return self._run_together(list(streams), action)
             except ApartError as error:
-                self.reason = str(error)
+                self._serve_apart(str(error))
             except GuestError:
-                self.reason = "a function that it is given calls the adapter"
-            log.info("streams of a mixed batch are served one by one: %s", self.reason)
+                self._serve_apart("a function that it is given calls the adapter")
         return self.store.run_each(streams, action)
 
     @torch.inference_mode(False)
@@ -66,8 +65,12 @@ class SideBySide:
                 try:
                     self._make()
                 except ApartError as error:
-                    self.reason = str(error)
+                    self._serve_apart(str(error))
         return self.reason
+
+    def _serve_apart(self, reason: str) -> None:
+        self.reason = reason
+        log.info("streams of a mixed batch are served one by one: %s", reason)
 
     @torch.inference_mode(False)
     def _run_together(self, names: Sequence[str], action: Action) -> list[Any]:
@@ -85,7 +88,9 @@ class SideBySide:
                 with store.calling(some):
                     found += self._call(some, seats, action)
         if self._declined and not self.passes:
-            self.reason = "a component watches layers that would run once, or gives them weights"
+            self._serve_apart(
+                "a component watches layers that would run once, or gives them weights"
+            )
         return found
 
     def _make(self) -> None:
