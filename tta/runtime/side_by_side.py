@@ -57,6 +57,10 @@ class SideBySide:
                 self._serve_apart("a function that it is given calls the adapter")
         return self.store.run_each(streams, action)
 
+    def close(self) -> None:
+        """Let go of the twins."""
+        self._seats, self._shared = [], None
+
     @torch.inference_mode(False)
     def find_out(self) -> str | None:
         """Why streams are served one by one, as far as that can be known without images."""
@@ -138,7 +142,7 @@ class SideBySide:
             return lockstep.run([partial(_meet, seat.adapter, s.name, action) for s, seat in pairs])
         finally:
             if lockstep.left:  # their threads may still hold the seats
-                self._seats, self._shared = [], None
+                self.close()
 
     def _serve(self, wishes: list[Any]) -> None:
         """Answer what calls want: passes of one kind at once, or gradients."""
