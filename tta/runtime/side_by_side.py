@@ -21,7 +21,7 @@ from tta.core.turns import GuestError
 from tta.core.twins import TwinSets
 from tta.runtime.lockstep import Gradients, Lockstep, Member, Pass
 from tta.runtime.shared_pass import ApartError, SharedPass
-from tta.runtime.stream_store import Seat, Stream, StreamStore
+from tta.runtime.stream_store import Before, Seat, Stream, StreamStore
 
 __all__ = ["SideBySide"]
 
@@ -78,23 +78,21 @@ class SideBySide:
 
     @torch.inference_mode(False)
     def _run_together(self, names: Sequence[str], action: Action) -> list[Any]:
+        with self.store.turn():
+            return self.store.all_or_none(lambda before: self._groups(names, action, before))
+
+    def _groups(self, names: Sequence[str], action: Action, before: Before) -> list[Any]:
         store, found = self.store, []
-        with store.turn(), store.all_or_none() as before:
-            self._make()
-            size = min(MOST, store.capacity)
-            for at in range(0, len(names), size):
-                some = [store.streams[name] for name in names[at : at + size]]
-                seats = self._seated(some)
-                before += [
-                    (stream, seat.sets.take().copy())
-                    for stream, seat in zip(some, seats, strict=True)
-                ]
-                with store.calling(some):
-                    found += self._call(some, seats, action)
+        self._make()
+        size = min(MOST, store.capacity)
+        for at in range(0, len(names), size):
+            some = [store.streams[name] for name in names[at : at + size]]
+            seats = self._seated(some)
+            for stream, seat in zip(some, seats, strict=True):
+                before.append((stream, seat.sets.take().copy()))
+            found += store.call(some, partial(self._call, some, seats, action))
         if self._declined and not self.passes:
-            self._serve_apart(
-                "a component watches layers that would run once, or gives them weights"
-            )
+            self._serve_apart("a component watches layers that would run once, or gives weights")
         return found
 
     def _make(self) -> None:
