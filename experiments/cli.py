@@ -90,6 +90,13 @@ COMMANDS = {
         "experiments.studies.mixed_batches",
         "what it gains to serve many streams in one pass of the model",
     ),
+    "cloud": Command(
+        "experiments.studies.cloud", "error of a device against the share of images that it sends"
+    ),
+    "edge-int8": Command(
+        "experiments.studies.edge_int8",
+        "the errors of exported graphs in 8 bits, beside float32",
+    ),
     "live": Command(
         "experiments.studies.live", "three synthetic cameras on one server, with its page"
     ),

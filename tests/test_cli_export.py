@@ -31,6 +31,25 @@ def test_without_a_method_it_is_auto_without_its_guard(tmp_path, capsys) -> None
     assert Graph(out).session.get_modelmeta().custom_metadata_map["recipe"] == "adaptive_bn+drift"
 
 
+def test_in_8_bits_by_the_pictures_of_a_folder(tmp_path, capsys) -> None:
+    from PIL import Image
+
+    out, pictures = tmp_path / "camera", tmp_path / "pictures"
+    pictures.mkdir()
+    for n in range(5):
+        Image.effect_noise((40, 30), 20 * (n + 1)).convert("RGB").save(pictures / f"{n}.png")
+    (pictures / "5.png").write_bytes(b"no picture")
+    command = ["export", "tests.test_cli_export:net", "--method", "neo", "--out", str(out)]
+    assert main([*command, "--int8", str(tmp_path / "none")]) == 2
+    assert "`FOLDER` must be a folder of pictures" in capsys.readouterr().err
+    assert main([*command, "--int8", str(pictures)]) == 0
+    assert "1 pictures that cannot be read" in capsys.readouterr().err
+    graph = Graph(out)
+    assert graph.session.get_modelmeta().custom_metadata_map["precision"] == "int8"
+    size = graph.session.get_inputs()[0].shape
+    assert graph(torch.rand(2, *size[1:])).shape == (2, 10)
+
+
 def net() -> torch.nn.Module:
     """What the MODEL string above names."""
     return tiny("bn")

@@ -309,7 +309,8 @@ def test_artefacts_are_those_of_collect_source(out, tmp_path):
 
 
 def test_class_folders_go_by_name_number_or_place(out, tmp_path):
-    from tta.cli.collect import _chosen, _labels
+    from tta.cli.collect import _labels
+    from tta.cli.pictures import choose_pictures
 
     model, names = own_models.net(), own_models.NAMES
     some = {"kind 7": ["a"], "kind 2": ["b"]}
@@ -323,9 +324,9 @@ def test_class_folders_go_by_name_number_or_place(out, tmp_path):
     with pytest.raises(ValueError, match="as cafa reads labels"):
         _labels({"": ["a"]}, model, None, ["eata", "cafa"])
     files = {str(n): [f"{n}-{i}" for i in range(5)] for n in range(10)}
-    chosen = _chosen(files, {str(n): n for n in range(10)}, 20, 0)
+    chosen = choose_pictures(files, {str(n): n for n in range(10)}, 20, 0)
     assert sorted(label for _, label in chosen) == sorted([*range(10)] * 2)
-    assert chosen == _chosen(files, {str(n): n for n in range(10)}, 20, 0)
+    assert chosen == choose_pictures(files, {str(n): n for n in range(10)}, 20, 0)
 
 
 def test_what_collect_refuses(out, tmp_path):

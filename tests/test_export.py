@@ -102,6 +102,21 @@ def test_same_logits_and_state_for_any_batch_size(exported) -> None:
     adapter.load_state(start)
 
 
+def test_images_far_outside_are_left_out_there_too(exported) -> None:
+    """One of four, then all of the batch."""
+    adapter, folder = exported
+    graph, start = Graph(folder), adapter.state()
+    for rows in ([1], [0, 1, 2, 3], []):
+        images = next(stream(1, [4], SHAPE, seed=len(rows)))
+        images[rows] *= 500
+        before = adapter.state()
+        found = differences(graph, adapter, [images])
+        assert found["logits"] < 1e-4 and found["state"] < 1e-4 and found["decisions"] == 0
+        moved = not torch.equal(before["norm/layer1.1.mean"], adapter.state()["norm/layer1.1.mean"])
+        assert moved == (len(rows) < 4)
+    adapter.load_state(start)
+
+
 def test_reset_starts_from_the_exported_state(exported) -> None:
     adapter, folder = exported
     graph, x = Graph(folder), EXAMPLE
@@ -226,6 +241,76 @@ def test_what_has_no_graph_is_refused(tmp_path) -> None:
     windowed = tta.wrap(tiny("bn"), "bn", window=4)
     with pytest.raises(ValueError, match="`window` must be left out"):
         tta.export.to_onnx(windowed, tmp_path, EXAMPLE)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_setting_is_none_of_the_graph(tmp_path) -> None:
+    """What is in half precision in torch is in float32 there."""
+    setting = tta.Setting(precision="bfloat16", memory_format="channels_last")
+    adapter = tta.wrap(tiny("bn"), output="neo", setting=setting)
+    graph = Graph(tta.export.to_onnx(adapter, tmp_path, EXAMPLE))
+    assert adapter.config.setting == setting
+    plain = tta.wrap(tiny("bn"), output="neo")
+    found = differences(graph, plain, stream(3, [4], SHAPE))
+    assert found["logits"] < 1e-5 and found["decisions"] == 0
+
+
+@pytest.fixture(scope="module")
+def in_8_bits(tmp_path_factory):
+    adapter = tta.wrap(tiny("bn"), norm="bn_ema", output="neo")
+    images = [(x, torch.zeros(len(x))) for x in stream(30, [8], SHAPE, seed=3)]
+    folder = tmp_path_factory.mktemp("int8")
+    return adapter, tta.export.to_onnx(adapter, folder, EXAMPLE, calibration=images)
+
+
+@pytest.mark.slow
+def test_the_network_is_quantised_and_what_adapts_is_not(in_8_bits) -> None:
+    import onnx
+
+    adapter, folder = in_8_bits
+    model = onnx.load(str(folder / "model.onnx"))
+    made_by = {output: node for node in model.graph.node for output in node.output}
+    kinds = [node.op_type for node in model.graph.node]
+    weights = {t.name: t for t in model.graph.initializer}
+    for node in model.graph.node:
+        from_8_bits = [made_by[i].op_type == "DequantizeLinear" for i in node.input if i in made_by]
+        if node.op_type == "Conv":
+            assert all(from_8_bits)
+            scales = weights[made_by[node.input[1]].input[1]].dims
+            assert list(scales) == [weights[made_by[node.input[1]].input[0]].dims[0]]
+        elif node.op_type == "BatchNormalization":  # its statistics are in float32
+            assert from_8_bits == [True, False, False][: len(from_8_bits)]
+    assert kinds.count("Conv") == 2 and kinds.count("QuantizeLinear") >= 4
+    noted = {p.key: p.value for p in model.metadata_props}
+    assert noted["precision"] == "int8" and not any(key.startswith("onnx") for key in noted)
+    graph = Graph(folder)
+    assert set(graph.keys.values()) == set(adapter.state()) - {"rng"}
+    start, gap = adapter.state(), 0.0
+    for images in stream(20, [8], SHAPE, seed=3):
+        own, theirs = adapter(images).numpy(), graph(images)
+        gap = max(gap, float(np.abs(own - theirs).max() / np.abs(own).max()))
+    assert 1e-6 < gap < 0.5
+    for key, value in graph.by_key().items():
+        assert np.allclose(value, adapter.state()[key].numpy().reshape(value.shape), atol=0.1), key
+    adapter.load_state(start)
+    bad = EXAMPLE.clone()
+    bad[0] = np.nan
+    before = dict(graph.state)
+    graph(bad)
+    assert all(np.array_equal(graph.state[k], before[k]) for k in before)
+
+
+def test_what_cannot_calibrate_is_refused(tmp_path) -> None:
+    adapter = tta.wrap(tiny("bn"), output="neo")
+    for calibration, kind, message in (
+        (EXAMPLE, TypeError, "`calibration` must give batches of images, got Tensor"),
+        ([[1.0]], TypeError, "`calibration` must give tensors, got float"),
+        ([], ValueError, "`calibration` must hold at least one image, got none"),
+        ([EXAMPLE[..., :8]], ValueError, "`calibration` must hold images like the example"),
+        ([EXAMPLE / 0], ValueError, "`calibration` must hold finite pixels"),
+    ):
+        with pytest.raises(kind, match=message):
+            tta.export.to_onnx(adapter, tmp_path, EXAMPLE, calibration=calibration)
     assert list(tmp_path.iterdir()) == []
 
 

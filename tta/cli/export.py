@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+from typing import Any
 
 from tta.cli.common import METHOD, add_method, add_model, open_from, wrap_from
+from tta.cli.pictures import PictureLoader, choose_pictures, picture_files
 from tta.core.warn import warn
 
 __all__ = ["add_arguments", "run"]
 
 LARGEST = 1024  # pixels on a side
 SIZE = 224  # of images, where the model does not say
+IMAGES = 128  # that ranges for 8 bits are taken from
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,6 +22,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add_method(parser)
     parser.add_argument("--out", required=True, metavar="FOLDER", help="where the graph goes")
+    parser.add_argument(
+        "--int8",
+        metavar="FOLDER",
+        help=f"run the network in 8 bits, by its ranges on up to {IMAGES} pictures of this folder, "
+        "such as some of the training data; what adapts stays in float32",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -38,11 +48,28 @@ def run(args: argparse.Namespace) -> int:
     if bare:
         warn(f"{METHOD} is exported without its guard, which looks at figures of each batch.")
     picture = Image.effect_noise((LARGEST, LARGEST), 64).convert("RGB")
-    example = opened.transform(picture)[None]
     device = next(adapter.model.parameters()).device
+    transform: Any = opened.transform
+    example = transform(picture)[None]
     if example.shape[-1] == LARGEST:  # a transform that leaves pictures as large as they are
-        example = opened.transform(picture.resize((SIZE, SIZE)))[None]
-    folder = to_onnx(adapter, args.out, example.to(device))
+        transform = _fitted(transform)
+        example = transform(picture)[None]
+    calibration = None if args.int8 is None else _calibration(args, transform, device)
+    folder = to_onnx(adapter, args.out, example.to(device), calibration=calibration)
+    if calibration is not None:
+        calibration.end()
     for file in sorted(folder.iterdir()):
         print(f"{file}  {file.stat().st_size / 1e6:.2f} MB")
     return 0
+
+
+def _fitted(transform: Any) -> Any:
+    from PIL import ImageOps
+
+    return lambda picture: transform(ImageOps.fit(picture, (SIZE, SIZE)))
+
+
+def _calibration(args: argparse.Namespace, transform: Any, device: Any) -> PictureLoader:
+    files = picture_files(Path(args.int8))
+    chosen = choose_pictures(files, dict.fromkeys(files, 0), IMAGES, args.seed)
+    return PictureLoader(chosen, transform, args.batch_size, device)

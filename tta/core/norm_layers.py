@@ -28,9 +28,11 @@ from tta.core.session import Session
 from tta.core.tracing import is_tracing, rule_refused, source_if_refused
 
 __all__ = [
+    "FAR_OUTSIDE",
     "AdaptiveNorm",
     "batch_norm_layers",
     "batch_stats",
+    "begin_graph",
     "check_values",
     "evaluate",
     "far_outside",
@@ -48,6 +50,7 @@ __all__ = [
     "pooled_stats",
     "remove",
     "rows_independent",
+    "run_kernel",
     "too_few_values",
     "with_statistics",
 ]
@@ -434,11 +437,24 @@ def pooled_stats(means: Tensor, variances: Tensor, kept: Tensor) -> tuple[Tensor
 
 def evaluate(x: Tensor, mean: Tensor, var: Tensor, base: Any, eps: float) -> Tensor:
     """Run the evaluation kernel, with the affine part in the precision of the statistics (C,)."""
-    mean, var = source_if_refused(mean, var, base, eps)
+    return run_kernel(x, *source_if_refused(mean, var, base, eps), base, eps)
+
+
+def run_kernel(x: Tensor, mean: Tensor, var: Tensor, base: Any, eps: float) -> Tensor:
+    """As :func:`evaluate`, of statistics in which a graph's refusal is taken into account."""
     weight, bias = base.weight, base.bias
     if weight is not None and weight.dtype != mean.dtype:
         weight, bias = weight.to(mean.dtype), bias.to(mean.dtype)
     return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
+
+
+def begin_graph(wrappers: Iterable[AdaptiveNorm]) -> None:
+    """Call ``NormRule.begin_graph`` for the rules of all layers, kind by kind."""
+    kinds: dict[type[NormRule], list[tuple[NormRule, nn.Module]]] = {}
+    for wrapper in wrappers:
+        kinds.setdefault(type(wrapper.rule), []).append((wrapper.rule, wrapper.base))
+    for kind, layers in kinds.items():
+        kind.begin_graph(layers)
 
 
 def normalize(x: Tensor, mean: Tensor, var: Tensor, base: Any, eps: float | None = None) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -54,6 +54,13 @@ class NormRule(Component):
     def update_fields(cls, config: Any) -> dict[str, Any]:
         """Fields for an update on top of this rule that is named without a learning rate."""
         return {}
+
+    @classmethod
+    def begin_graph(cls, layers: Sequence[tuple[Any, Any]]) -> None:
+        """Called when a graph is recorded, before the pass, with all rules and their layers.
+
+        What a rule computes of its state alone can be one operation for all layers here.
+        """
 
     @property
     def learns_first(self) -> bool:

@@ -18,7 +18,9 @@ __all__ = [
     "Refusal",
     "count_rows",
     "is_tracing",
+    "look_after_refusal",
     "recording",
+    "refusal",
     "rows_of",
     "rule_refused",
     "scan",
@@ -105,6 +107,16 @@ def source_if_refused(mean: Tensor, var: Tensor, base: Any, eps: float) -> tuple
         return mean, var
     _now.used = True
     return source_if(_now.condition, mean, var, base, eps)
+
+
+def refusal() -> Tensor | None:
+    """Whether the graph refuses the batch (0-dimensional bool); None where nothing is refused."""
+    return _now.condition
+
+
+def look_after_refusal() -> None:
+    """Say that the rule that runs has taken :func:`refusal` into account."""
+    _now.used = True
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from torch import Tensor
 from tta.core.adapter import Adapter
 from tta.core.checks import path_like
 from tta.core.files import replacing_together
-from tta.export.onnx_graph import OPSET, trace, translate
+from tta.export.onnx_graph import OPSET, forget_origin, trace, translate
+from tta.export.quantise import calibration_batches, network_nodes, quantise
 from tta.export.step import Step, moving_keys, refuse
 from tta.export.trial import check_same, make_batches, rehearse
 from tta.export.triton import pbtxt
@@ -27,7 +29,13 @@ NEEDED = ("onnx", "onnxscript", "onnxruntime")
 SCRIPT = Path(__file__).with_name("run.py")
 
 
-def to_onnx(adapter: Adapter, folder: str | Path, example: Tensor) -> Path:
+def to_onnx(
+    adapter: Adapter,
+    folder: str | Path,
+    example: Tensor,
+    *,
+    calibration: Iterable[Any] | None = None,
+) -> Path:
     """Write an adapter as an ONNX graph that adapts by itself, with state as inputs and outputs.
 
     The folder holds
@@ -44,19 +52,26 @@ def to_onnx(adapter: Adapter, folder: str | Path, example: Tensor) -> Path:
 
     Norm rules and output rules go on adapting there. With an update, or while frozen, what is
     exported is the adapter as it predicts now, and nothing moves. What was fixed at wrap is in the
-    graph.
+    graph. A ``setting`` is not: the graph is in float32, and its runtime has threads of its own.
+
+    With ``calibration`` the convolutions and linear layers of the network are quantised to 8 bits
+    by onnxruntime, activations by the range that they have on these images. Norm layers that
+    adapt, the output rule and the state stay in float32.
 
     Args:
         adapter: What :func:`tta.wrap` returned; it stays as it is.
         folder: Made if it does not exist; files of these names in it are replaced.
         example: Images (B, ...) as the model takes them, by which the graph is recorded and tried.
+        calibration: Batches of images of the source (B, ...), or of (images, labels), about 100
+            images in all; None for a graph in float32.
 
     Returns:
         The folder.
 
     Raises:
-        TypeError: When ``adapter`` is no adapter, or ``example`` no batch of images.
-        ValueError: When something in the model or the recipe has no graph; it is named.
+        TypeError: When ``adapter`` is no adapter, or an argument holds no images.
+        ValueError: When something in the model or the recipe has no graph; it is named. Or when
+            ``calibration`` has no images like the example.
         ImportError: When the extra "edge" is not installed.
         OSError: When the folder cannot be written to.
     """
@@ -64,16 +79,21 @@ def to_onnx(adapter: Adapter, folder: str | Path, example: Tensor) -> Path:
     refuse(adapter, example)
     _check_installed()
     example = example.detach()
+    source_images = None if calibration is None else calibration_batches(calibration, example)
     step = Step(adapter, moving_keys(adapter)).eval()
     batches = make_batches(example)
     answers = rehearse(adapter, batches)  # a model that refuses the images says so itself
     program = translate(trace(step, example), len(step.keys))
+    nodes = network_nodes(program.model.graph)
+    forget_origin(program.model.graph)
     program.model.metadata_props.update(_metadata(adapter, step.keys))
     place.mkdir(parents=True, exist_ok=True)
     names = ("model.onnx", "state.npz", "config.pbtxt", "run.py")
     with replacing_together(*(place / name for name in names)) as (model, state, config, script):
         program.save(str(model))
         check_same(model, step.start(), batches, answers)
+        if source_images is not None:
+            quantise(model, nodes, source_images, step.start())
         with open(state, "wb") as file:
             start: Any = {f"state_in_{i}": v.cpu().numpy() for i, v in enumerate(step.start())}
             np.savez(file, **start)

@@ -11,7 +11,7 @@ from torch import Tensor
 from tta.core.checks import told
 from tta.export.step import Step
 
-__all__ = ["OPSET", "trace", "translate"]
+__all__ = ["OPSET", "forget_origin", "trace", "translate"]
 
 OPSET = 18
 TRACED = 5  # rows of the batch that is traced
@@ -75,6 +75,19 @@ def translate(program: Any, states: int) -> Any:
             f"refuses ({told(_first_cause(error))}): export it as torch.export.export does, or "
             "replace that operator."
         ) from error
+
+
+def forget_origin(graph: Any) -> None:
+    """Take out what the exporter notes beside nodes: lines of source code, paths of this machine.
+
+    It is as long as the graph of a small network.
+    """
+    graph.metadata_props.clear()
+    values = [*graph.inputs, *graph.initializers.values()]
+    for node in graph:
+        values += node.outputs
+    for noted in (*graph, *values):
+        noted.metadata_props.clear()
 
 
 def _first_cause(error: BaseException) -> BaseException:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from tta.core.adapter import Adapter
 from tta.core.checks import shown
+from tta.core.norm_layers import begin_graph
 from tta.core.prediction import Prediction
 from tta.core.serving import LARGE
 from tta.core.state import GUARD, Place
@@ -137,15 +138,25 @@ class Step(nn.Module):
     def forward(self, images: Tensor, reset: Tensor, state: list[Tensor]) -> tuple[Tensor, ...]:
         adapter: Adapter = self.__dict__["adapter"]
         first = reset.reshape(())
-        state = self._choose(first, self.start(), state)
-        fine = self._defined(state)
+        joined = torch.where(first, self._pack(self.start()), self._pack(state))
+        state = [
+            value if i in self.packed else torch.where(first, begin, value)
+            for i, (begin, value) in enumerate(zip(self.start(), state, strict=True))
+        ]
+        state = self._unpack(joined, state)
+        fine = self._defined(joined, state)
         if images.is_floating_point():
-            fine = fine & (images.abs() <= LARGE).all()  # False for NaN
+            fine = fine & (torch.linalg.vector_norm(images) <= LARGE)  # False for NaN
         with recording(adapter), tracing_step(~fine):
             prediction, logits, after = self._serve(adapter, images, state)
-        fine = fine & self._defined(after)
+        joined_after = self._pack(after)
+        fine = fine & self._defined(joined_after, after)
         logits = torch.where(fine, logits, prediction.logits)
-        return logits, *self._choose(fine, after, state)
+        after = [
+            value if i in self.packed else torch.where(fine, value, old)
+            for i, (value, old) in enumerate(zip(after, state, strict=True))
+        ]
+        return logits, *self._unpack(torch.where(fine, joined_after, joined), after)
 
     def _serve(
         self, adapter: Adapter, images: Tensor, state: list[Tensor]
@@ -157,6 +168,7 @@ class Step(nn.Module):
             for (held, key), value, scalar in zip(places, state, self.scalar, strict=True):
                 held[key] = (value.reshape(()) if scalar else value).clone()
             adapter._context.signs.look()
+            begin_graph(adapter._wrappers.values())
             with adapter.network.call():
                 prediction, answer = adapter._serving.traced(images)
             logits = adapter.network.reader.read(answer)
@@ -186,31 +198,30 @@ class Step(nn.Module):
         named = whole | by_rows
         return [named[key] for key in self.keys]
 
-    def _defined(self, values: list[Tensor]) -> Tensor:
+    def _defined(self, joined: Tensor, values: list[Tensor]) -> Tensor:
         """Whether all of the state are numbers, or NaN where that means that there is no value."""
-        fine = torch.ones((), dtype=torch.bool, device=values[0].device if values else None)
+        fine = joined.abs().sum() < torch.inf  # False for NaN
         for i, (key, value) in enumerate(zip(self.keys, values, strict=True)):
             if i in self.packed or not value.is_floating_point():
                 continue
             bad = value.isinf() if key in self.undefined else ~value.isfinite()
             fine = fine & ~bad.any()
-        return fine & self._pack(values).isfinite().all() if self.packed else fine
-
-    def _choose(self, condition: Tensor, yes: list[Tensor], no: list[Tensor]) -> list[Tensor]:
-        """Tensors of the state where a condition holds, and others where not."""
-        found = [
-            a if i in self.packed else torch.where(condition, a, b)
-            for i, (a, b) in enumerate(zip(yes, no, strict=True))
-        ]
-        if self.packed:
-            joined = torch.where(condition, self._pack(yes), self._pack(no))
-            parts = joined.split([yes[i].numel() for i in self.packed])
-            for i, part in zip(self.packed, parts, strict=True):
-                found[i] = part.reshape(yes[i].shape)
-        return found
+        return fine
 
     def _pack(self, values: list[Tensor]) -> Tensor:
-        return torch.cat([values[i].flatten() for i in self.packed])
+        """All small tensors in one (N,); a zero where there is none."""
+        small = [values[i].flatten() for i in self.packed]
+        return torch.cat(small) if small else torch.zeros(())
+
+    def _unpack(self, joined: Tensor, values: list[Tensor]) -> list[Tensor]:
+        """The tensors, of which the small ones are taken out of what :meth:`_pack` returned."""
+        if not self.packed:
+            return values
+        found = list(values)
+        parts = joined.split([values[i].numel() for i in self.packed])
+        for i, part in zip(self.packed, parts, strict=True):
+            found[i] = part.reshape(values[i].shape)
+        return found
 
 
 def at_least_1d(value: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,7 +42,10 @@ def make_batches(example: Tensor) -> list[Tensor]:
 
 
 def rehearse(adapter: Adapter, batches: Sequence[Tensor]) -> list[Tensor]:
-    """What the adapter would return for each batch, (B, C); it is as before afterwards."""
+    """What the adapter would return for each batch, (B, C); it is as before afterwards.
+
+    Without its setting, as a precision or a memory format of torch's passes is none of the graph's.
+    """
     found: list[Tensor] = []
     session, guard, draws = adapter.session, adapter.guard, adapter._context.draws
     warned, call = set(session.warned), draws.call
@@ -56,6 +60,7 @@ def rehearse(adapter: Adapter, batches: Sequence[Tensor]) -> list[Tensor]:
         with warnings.catch_warnings(), recording(adapter), torch.no_grad():
             warnings.simplefilter("ignore")
             adapter._on_event = None
+            adapter.config = dataclasses.replace(adapter.config, setting=None)
             adapter._transaction.run(run)
     except _Over:
         pass

@@ -6,7 +6,8 @@ The rules for bad images and narrow layers are those that :mod:`tta.methods.rott
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from tta.core.batch_split import current_split
 from tta.core.component import Context
 from tta.core.norm_layers import (
+    FAR_OUTSIDE,
     batch_stats,
     far_outside,
     instance_stats,
@@ -21,10 +23,23 @@ from tta.core.norm_layers import (
     normalize,
     one_value,
     pooled_stats,
+    run_kernel,
 )
 from tta.core.norm_rule import NormRule
+from tta.core.tracing import look_after_refusal, refusal
 
 __all__ = ["MovingStatistics", "all_instance_stats"]
+
+NOTHING = 1e-12  # weight of an image that is left out beside those that are not
+
+
+class _Ahead(NamedTuple):
+    """What a graph computes of a layer's averages before it sees the images; each (C,)."""
+
+    minus_mean: Tensor  # of the source's mean where the graph refuses the batch; also below
+    var_of_nothing: Tensor  # the variance by the weight of an image that is left out
+    rest_of_var: Tensor  # what stays of the variance
+    limit: Tensor  # of the energy of ordinary images
 
 
 class MovingStatistics(NormRule):
@@ -52,6 +67,61 @@ class MovingStatistics(NormRule):
         self.register_buffer("mean", base.running_mean.detach().to(wide, copy=True))
         self.register_buffer("var", base.running_var.detach().to(wide, copy=True))
         self.fixed = not config.official and is_narrow(base)
+        self.ahead: _Ahead | None = None
+
+    @classmethod
+    def begin_graph(cls, layers: Sequence[tuple[Any, Any]]) -> None:
+        """Compute of the averages of all layers at once what a graph needs before the images."""
+        if cls.forward is not MovingStatistics.forward or cls.moved is not MovingStatistics.moved:
+            return
+        layers = [
+            (r, b)
+            for r, b in layers
+            if r.learning and r.rate > 0 and not (r.fixed or r.config.official)
+        ]
+        if not layers:
+            return
+        rules, bases = zip(*layers, strict=True)
+        source = [
+            torch.cat([getattr(b, f"running_{key}") for b in bases]) for key in ("mean", "var")
+        ]
+        mean, var = (torch.cat([getattr(r, key) for r in rules]) for key in ("mean", "var"))
+        eps = torch.cat([torch.full_like(r.var, b.eps) for r, b in layers])
+        limit = FAR_OUTSIDE * (torch.maximum(var, source[1].to(var)) + eps)
+        if (refused := refusal()) is not None:
+            mean = torch.where(refused, source[0].to(mean), mean)
+            var = torch.where(refused, source[1].to(var), var)
+            limit = torch.where(refused, -1.0, limit)  # which no image is below
+        sizes, rate = [len(r.var) for r in rules], rules[0].rate
+        packed = (-mean, NOTHING * var, (1 - rate) * var, limit)
+        for rule, *parts in zip(rules, *(v.split(sizes) for v in packed), strict=True):
+            rule.ahead = _Ahead(*parts)
+
+    def _in_graph(self, x: Tensor, base: Any, ahead: _Ahead) -> Tensor:
+        """As :meth:`forward`, by few operations, whose number is what costs time on small layers.
+
+        The layer is seen from the average's mean. An image's energy is then a mean of squares, and
+        variances lose no digits without a pass over deviations from the image's own mean.
+        """
+        rate, axes = self.rate, list(range(2, x.ndim))
+        y = x + ahead.minus_mean.view(-1, *(1 for _ in axes))
+        offsets, energies = y.mean(axes), (y * y).mean(axes)  # (B, C)
+        ordinary = (energies <= ahead.limit).to(y.dtype).sum(1, keepdim=True)
+        kept = ordinary >= 0.5 * x.shape[1]  # (B, 1)
+        # Where no image is kept, all have the average's statistics, and count as one image each.
+        total = torch.where(kept, 1 / rate, NOTHING / rate).sum()  # images, by the rate
+        weight = total.reciprocal()
+        shift = torch.where(kept, offsets, 0.0).sum(0) * weight
+        energy = torch.where(kept, energies, ahead.var_of_nothing).sum(0) * weight
+        spread = (energy - shift * shift * (1 / rate)).relu()  # times the rate
+        if self.unbiased:
+            values = total * (rate * math.prod(x.shape[2:]))
+            spread = spread * torch.where(values > 1, values / (values - 1), 1.0)
+        var = ahead.rest_of_var + spread
+        self.mean.copy_(self.mean + shift)
+        self.var.copy_(var)
+        look_after_refusal()
+        return run_kernel(y, shift, var, base, base.eps)
 
     @property
     def rate(self) -> float:
@@ -70,6 +140,8 @@ class MovingStatistics(NormRule):
         self.fell_back = self.fell_back or alone
         if alone or self.fixed or not self.learning:
             return normalize(x, self.mean, self.var, base)
+        if self.ahead is not None and math.prod(x.shape[2:]) > 1:
+            return self._in_graph(x, base, self.ahead)
         return normalize(x, *self.moved(x, base), base)
 
     def moved(self, x: Tensor, base: Any) -> tuple[Tensor, Tensor]:

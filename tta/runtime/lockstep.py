@@ -155,7 +155,7 @@ class Lockstep:
 
     def __init__(self, serve: Callable[[list[Any]], None], turns: Turns) -> None:
         self.serve, self.turns = serve, turns
-        # Queues and threads of C: a signal that raises between two lines of Python, such as those of
+        # Queues and threads of C: a signal that raises between two lines of Python, as those of
         # a semaphore or of Thread.start, would leave a lock held that somebody waits for.
         self.back: SimpleQueue[None] = SimpleQueue()
         self.ended = False

@@ -1,0 +1,54 @@
+"""Rows of a table that is measured bit by bit: one JSON object a line, found by some of its fields.
+
+A study that is stopped keeps what it has, and measures what is left when it is started again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tta.core.files import replacing
+
+__all__ = ["Rows"]
+
+
+class Rows:
+    """The rows of a file.
+
+    Args:
+        path: Of the file, which need not be there yet.
+        keys: Fields that tell rows apart.
+
+    Raises:
+        ValueError: When the file holds something else.
+    """
+
+    def __init__(self, path: Path, keys: Sequence[str]) -> None:
+        self.path, self.keys = path, tuple(keys)
+        lines = path.read_text().splitlines() if path.is_file() else []
+        try:
+            self.rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
+            self._places = {self._key(row): at for at, row in enumerate(self.rows)}
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"`{path}` must hold rows with {', '.join(self.keys)}, but does not: restore it, "
+                "or remove it to measure all again"
+            ) from error
+
+    def get(self, key: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The row of this key, if it was measured."""
+        at = self._places.get(self._key(key))
+        return None if at is None else self.rows[at]
+
+    def put(self, row: Mapping[str, Any]) -> None:
+        """Add a row, or replace the one of its key, and write the file."""
+        at = self._places.setdefault(self._key(row), len(self.rows))
+        self.rows[at : at + 1] = [dict(row)]
+        with replacing(self.path) as part:
+            part.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+
+    def _key(self, row: Mapping[str, Any]) -> tuple[Any, ...]:
+        return tuple(row[name] for name in self.keys)
