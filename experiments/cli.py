@@ -86,6 +86,10 @@ COMMANDS = {
         "experiments.studies.stream_switching",
         "what it costs to keep many streams on one model",
     ),
+    "mixed": Command(
+        "experiments.studies.mixed_batches",
+        "what it gains to serve many streams in one pass of the model",
+    ),
     "cloud": Command(
         "experiments.studies.cloud", "error of a device against the share of images that it sends"
     ),
