@@ -86,6 +86,9 @@ COMMANDS = {
         "experiments.studies.stream_switching",
         "what it costs to keep many streams on one model",
     ),
+    "cloud": Command(
+        "experiments.studies.cloud", "error of a device against the share of images that it sends"
+    ),
     "edge-int8": Command(
         "experiments.studies.edge_int8",
         "the errors of exported graphs in 8 bits, beside float32",

@@ -104,6 +104,19 @@ def test_it_is_state_that_moves_by_loading_alone(tmp_path: Path) -> None:
     assert torch.equal(adapter(images(0)), y)
 
 
+def test_it_can_be_loaded_and_reset_in_inference_mode() -> None:
+    adapter = tta.wrap(tiny("gn"), input="prompt", **PIXELS)
+    with torch.inference_mode():
+        adapter.load_state({"input/prompt": offsets()})
+    y = adapter(images(0))
+    with torch.inference_mode():
+        assert torch.equal(adapter(images(0)), y)
+        adapter.reset()
+        adapter(images(0))
+    adapter.load_state({"input/prompt": offsets()})
+    assert torch.equal(adapter(images(0)), y)
+
+
 def test_zeros_suit_any_size_and_a_prompt_its_own() -> None:
     adapter = tta.wrap(tiny("gn"), input="prompt", **PIXELS)
     small = torch.rand(2, 3, 16, 16)

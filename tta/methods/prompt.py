@@ -15,9 +15,9 @@ So this is a **classification version of our own design** in the spirit of the p
 of it can be compared with one of theirs.
 
 In the adapter nothing moves by itself: the prompt is the state ``input/prompt``, zero until
-``load_state`` sets it. It is held in pixels in [0, 1], whatever the
-normalisation of the model is, and takes the size of the images at the first batch that is learned
-from or by what is loaded. A prompt of zeros suits images of any size.
+``load_state`` or :class:`tta.runtime.cloud.Device` sets it (docs/cloud.md). It is held in pixels in
+[0, 1], whatever the normalisation of the model is, and takes the size of the images at the first
+batch that is learned from, or by what is loaded. A prompt of zeros suits images of any size.
 """
 
 from __future__ import annotations

@@ -7,15 +7,16 @@ pixels; a prompted pixel stays in [0, 1].
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from tta.core.checks import shown
 
-__all__ = ["add_prompt", "check_pixels", "frame_mask", "levels_of"]
+__all__ = ["Space", "add_prompt", "check_pixels", "frame_mask", "levels_of"]
 
-Space = tuple[Sequence[float], Sequence[float]]
+Space: TypeAlias = "tuple[Sequence[float], Sequence[float]]"
 
 
 def frame_mask(shape: Sequence[int], width: int | None) -> Tensor:
