@@ -30,6 +30,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 import tta  # noqa: E402
+from docs.situations import needs_rows, split_note, stream_rows  # noqa: E402
 from experiments.records import markdown  # noqa: E402
 from experiments.studies import reliability, reliability_page  # noqa: E402
 from tta.cli.methods import field_meanings  # noqa: E402
@@ -93,10 +94,27 @@ def pages() -> dict[Path, str]:
         DOCS / "decisions" / "index.md": _decisions(),
         ROOT / "README.md": _filled(ROOT / "README.md", "components", _counts()),
         DOCS / "composition.md": _filled(DOCS / "composition.md", "slots", _slots()),
-        DOCS / "which_method.md": _filled(DOCS / "which_method.md", "record", _best(record)),
+        DOCS / "which_method.md": _which(record),
         DOCS / "troubleshooting.md": _troubleshooting(),
         DOCS / "reliability.md": reliability_page.render(reliability.committed_results()),
     }
+
+
+def _which(record: Record) -> str:
+    """The page that says which method to take, with its tables."""
+    page = DOCS / "which_method.md"
+    text = page.read_text()
+    for marker, table in (
+        ("needs", _table(("what you have", "components"), needs_rows())),
+        (
+            "streams",
+            _table(("your stream", "made for it", "not for it"), stream_rows(record, MODELS)),
+        ),
+        ("record", _best(record)),
+    ):
+        markdown.check_marks(page, marker)
+        text = markdown.put_between(text, marker, f"{table}\n")
+    return text
 
 
 def _filled(page: Path, marker: str, text: str) -> str:
@@ -138,7 +156,7 @@ def _slots() -> str:
 def _method(name: str, record: Record) -> str:
     cls = component(name)
     title, reference, idea, rest = _split_docstring(sys.modules[cls.__module__])
-    note = (METHOD_NOTES / f"{name}.md").read_text().strip()
+    note = split_note((METHOD_NOTES / f"{name}.md").read_text())[0].strip()
     own_module = cls.__module__.rpartition(".")[2] == name
     about = inspect.getdoc(cls) or ""
     lines = [f"# `{name}`", "", NOTE, "", f"*{SLOTS[cls.slot].capitalize()}.* {about}", ""]
@@ -363,8 +381,8 @@ def _decisions() -> str:
 
 # Troubleshooting
 
-# Where a sentence belongs: the first pattern that fits "FILE: SENTENCE" from its start. Every file
-# is named, so that a new one makes `place_of` ask for its place.
+# Where a sentence belongs: the first pattern that fits "FILE: SENTENCE" from its start. That of
+# `REST` is tried last: it takes what no other pattern names.
 PLACES = {
     "State, saving and unwrapping": (
         r"tta/(saving|core/(state|state_dict|prediction|files))\.py"
@@ -372,23 +390,18 @@ PLACES = {
         r"|tta/core/build\.py: `\.\.\.` must be given again"
     ),
     "Pixels, augmentation and views": (
-        r"tta/parts/(augment|diffusion|join|teachers)\.py"
+        r"tta/parts/(augment|diffusion|join|prompts|teachers)\.py"
         r"|tta/methods/_mean_teacher\.py: `restore_mask`"
     ),
-    "Model": (
-        r"tta/core/(adapter|arguments|backbone|budget|build|checkpointing|classifier|component"
-        r"|denoiser|draws|first_input|frugal|guard|head|hooks|input_guard|input_rule|loan"
-        r"|logit_checks|masters|memory_use|model_buffers|model_checks|norm_layers|outputs|oversight"
-        r"|parameters|serving|setting|traced_pass|update|window)\.py"
-        r"|tta/parts/(blocks|chance|dropout|tokens)\.py"
-    ),
+    "Model": r"tta/(core|parts)/\w+\.py",
     "Source data": (
         r"tta/(collect|core/(fitting|source|source_checks)"
         r"|parts/(class_moments|itta|label_shift|moments|posterior|prototypes|replay)|methods/\w+)\.py"
     ),
     "Several processes": r"tta/(runtime/parallel|core/batch_split)\.py",
     "Serving many streams": (
-        r"tta/(runtime/(pool|snapshots|stream_\w+)|core/(adapter_sets|parameter_sets|plain_data))\.py"
+        r"tta/(runtime/(lockstep|pool|shared_pass|side_by_side|snapshots|stream_\w+)"
+        r"|core/(adapter_sets|parameter_sets|plain_data|turns|twins))\.py"
     ),
     "Exporting": r"tta/export/\w+\.py",
     "Names, fields and configs": (
@@ -398,9 +411,11 @@ PLACES = {
     "Streams": r"tta/(streams/\w+|core/pictures)\.py",
     "Corruptions": r"corruptions/\w+\.py",
     "Loading models": r"models/\w+\.py|tta/runtime/(checkpoint|libraries|model_strings)\.py",
+    "A device and a cloud": r"tta/runtime/cloud/\w+\.py",
     "The server": r"tta/(runtime/server/\w+|cli/serve)\.py",
     "Frames and commands": r"tta/(runtime|cli)/\w+\.py",
 }
+REST = "Model"
 
 
 def place_of(path: str, sentence: str) -> str:
@@ -409,8 +424,8 @@ def place_of(path: str, sentence: str) -> str:
     Raises:
         ValueError: When no pattern fits the file that says it.
     """
-    for place, pattern in PLACES.items():
-        if re.match(pattern, f"{path}: {sentence}"):
+    for place in sorted(PLACES, key=lambda place: place == REST):
+        if re.match(PLACES[place], f"{path}: {sentence}"):
             return place
     raise ValueError(f"`PLACES` must have a place for the sentences of {path}: name the file there")
 

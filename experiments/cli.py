@@ -94,6 +94,9 @@ COMMANDS = {
         "experiments.studies.edge_cost",
         "latency and memory of exported graphs beside the plain model's",
     ),
+    "cloud": Command(
+        "experiments.studies.cloud", "error of a device against the share of images that it sends"
+    ),
     "edge-int8": Command(
         "experiments.studies.edge_int8",
         "the errors of exported graphs in 8 bits, beside float32",

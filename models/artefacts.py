@@ -122,11 +122,12 @@ def save_half(tensors: dict[str, Tensor], path: Path, wide: tuple[str, ...] = ()
         wide: Prefixes of names whose values are too small for float16 (variances, Fisher
             information) and go to bfloat16, which has the exponent of float32.
 
-    The covariance keeps all its digits: it is to be inverted.
+    The covariance keeps all its digits, since it is to be inverted, and so does ITTA's consistency
+    loss, which training moves by less than float16 can tell from 1.
     """
 
     def stored(name: str, t: Tensor) -> Tensor:
-        if not t.is_floating_point() or name == "covariance":
+        if not t.is_floating_point() or name in ("covariance", "consistency"):
             return t
         return t.to(torch.bfloat16 if name.startswith(wide) else torch.float16)
 

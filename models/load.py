@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import tta
-from models.bundled import BUNDLED, CIFAR10_CLASSES, FOLDER
+from models.bundled import BUNDLED, CIFAR10_CLASSES, FOLDER, known
 from models.card import SourceCard, of_file
 from tta.core.checks import boolean, nearest, path_like, shown, string
 from tta.core.classifier import num_classes
@@ -78,8 +78,8 @@ def load(
     """Load a classifier in eval mode.
 
     Args:
-        name: A bundled name, "timm:<name>" or "torchvision:<name>"; "<name>@<path>" is short for
-            ``checkpoint=<path>``.
+        name: A bundled name, also of one that ``models.train --itta`` has left, "timm:<name>" or
+            "torchvision:<name>"; "<name>@<path>" is short for ``checkpoint=<path>``.
         pretrained: Whether to load weights (of the library's default tag); False gives random
             ones. Weights of timm and torchvision are fetched by those libraries.
         checkpoint: A local ``.safetensors`` or ``.pt`` file with a state dict for this
@@ -144,10 +144,11 @@ def load(
 
 
 def _bundled(name: str, pretrained: bool) -> tuple[nn.Module, dict[str, Any]]:
-    if name not in BUNDLED:
-        options = [*BUNDLED, "timm:<name>", "torchvision:<name>"]
+    builders = known()
+    if name not in builders:
+        options = [*builders, "timm:<name>", "torchvision:<name>"]
         raise ValueError(f"unknown model {shown(name)}: " + nearest(name, options))
-    model, folder = BUNDLED[name](), FOLDER / name
+    model, folder = builders[name](), FOLDER / name
     source = None
     if pretrained:
         weights = {k: v.float() if v.is_floating_point() else v for k, v in _weights(folder)}

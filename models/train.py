@@ -7,6 +7,9 @@ from a generator seeded by (seed, epoch), an interrupted training ends where an 
 would. At the end the weights, the source artefacts and the training log go to
 ``models/weights/NAME``. The test images are used to report accuracy only; no epoch is chosen by
 them.
+
+With ``--itta`` a finished network is trained further together with ITTA's consistency loss, see
+`models.train_itta`. That gives a network of its own, ``NAME_itta``.
 """
 
 from __future__ import annotations
@@ -17,17 +20,18 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from models import train_itta
 from models.artefacts import collect, save_half, swag
-from models.bundled import BUNDLED, FOLDER
+from models.bundled import BUNDLED, FOLDER, ITTA
+from models.training_images import accuracy, augmented, padded, read_cifar10
 from tta.core.files import replacing
 
-__all__ = ["accuracy", "main", "read_cifar10", "train"]
+__all__ = ["main", "train"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,55 +68,6 @@ RECIPES = {
 }
 
 
-def read_cifar10(path: str | Path) -> dict[str, Tensor]:
-    """Read CIFAR-10 from an ``.npz`` or a torchvision folder.
-
-    Returns:
-        ``train_images`` (50000, 3, 32, 32) uint8, ``train_labels`` (50000,) int64, and ``test_*``.
-    """
-    path = Path(path)
-    if path.is_dir():
-        from torchvision.datasets import CIFAR10
-
-        arrays = {}
-        for split in ("train", "test"):
-            data = CIFAR10(str(path), train=split == "train", download=False)
-            arrays[f"{split}_images"] = data.data
-            arrays[f"{split}_labels"] = np.array(data.targets)
-    else:
-        with np.load(path) as file:
-            arrays = {key: file[key] for key in file.files}
-    return {
-        key: torch.from_numpy(array).permute(0, 3, 1, 2).contiguous()
-        if key.endswith("images")
-        else torch.from_numpy(array.astype(np.int64))
-        for key, array in arrays.items()
-    }
-
-
-def augmented(padded: Tensor, index: Tensor, generator: torch.Generator) -> Tensor:
-    """Random 32 x 32 crops of images padded by 4, mirrored half of the time, in [0, 1]."""
-    count = len(index)
-    offset = torch.randint(0, 9, (2, count, 1), generator=generator)
-    steps = torch.arange(32)
-    rows, cols = offset[0] + steps, offset[1] + steps
-    mirror = torch.rand(count, 1, generator=generator) < 0.5
-    cols = torch.where(mirror, cols.flip(1), cols)
-    # Indexing this way puts channels last in memory, which convolutions on a CPU prefer.
-    crops = padded[index[:, None, None], :, rows[:, :, None], cols[:, None, :]]
-    return crops.permute(0, 3, 1, 2).float() / 255
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 500) -> float:
-    """Share of correct predictions of a model in eval mode; images (N, 3, H, W) uint8."""
-    correct = 0
-    for start in range(0, len(images), batch_size):
-        part = slice(start, start + batch_size)
-        correct += int((model(images[part].float() / 255).argmax(1) == labels[part]).sum())
-    return correct / len(images)
-
-
 def train(name: str, data: dict[str, Tensor], work: Path, epochs: int | None, seed: int) -> None:
     """Train ``name`` with its recipe, going on from ``work/<name>.pt`` if that is there."""
     recipe = RECIPES[name]
@@ -138,7 +93,7 @@ def train(name: str, data: dict[str, Tensor], work: Path, epochs: int | None, se
         groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW(groups, lr=recipe.lr, weight_decay=recipe.weight_decay)
     images, labels = data["train_images"], data["train_labels"]
-    padded = F.pad(images.float(), (4, 4, 4, 4), mode="reflect").to(torch.uint8)
+    bordered = padded(images)
     steps_per_epoch = len(images) // recipe.batch_size
     starts = {0: cycles[0], cycles[0][0]: cycles[-1]}  # first epoch of each cycle
     scheduler = _one_cycle(optimizer, recipe, cycles[0], steps_per_epoch)
@@ -163,7 +118,7 @@ def train(name: str, data: dict[str, Tensor], work: Path, epochs: int | None, se
         running = 0.0
         for step in range(steps_per_epoch):
             index = order[step * recipe.batch_size : (step + 1) * recipe.batch_size]
-            x = augmented(padded, index, generator)
+            x = augmented(bordered, index, generator)
             if not recipe.channels_last:
                 x = x.contiguous()
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=recipe.bfloat16):
@@ -210,7 +165,7 @@ def _one_cycle(
 
 def export(name: str, data: dict[str, Tensor], work: Path, command: str) -> None:
     """Write weights in half precision, source artefacts and the training log of a finished run."""
-    recipe = RECIPES[name]
+    recipe = RECIPES[name.removesuffix(ITTA)]
     saved = torch.load(work / f"{name}.pt", weights_only=True)
     log = json.loads(saved["log"]) | {"command": command, "averaged": recipe.average}
     folder, scratch = FOLDER / name, work / f"{name}-swag"
@@ -225,6 +180,7 @@ def export(name: str, data: dict[str, Tensor], work: Path, command: str) -> None
     # Artefacts are those of the weights as stored, which half precision has rounded.
     source = collect(_rounded(name, weights), images, labels, log["seed"])
     source.posterior_mean, source.posterior_variance = posterior
+    source.consistency = saved.get("consistency")
     source.save(folder / "source.safetensors")
     tensors = load_file(str(folder / "source.safetensors"))
     save_half(tensors, folder / "source.safetensors", ("fisher", "posterior_variance"))
@@ -235,7 +191,7 @@ def export(name: str, data: dict[str, Tensor], work: Path, command: str) -> None
 
 def _rounded(name: str, weights: dict[str, Tensor]) -> nn.Module:
     """The model in eval mode with weights as half precision stores them."""
-    model = BUNDLED[name]()
+    model = BUNDLED[name.removesuffix(ITTA)]()
     model.load_state_dict(
         {k: v.half().float() if v.is_floating_point() else v for k, v in weights.items()}
     )
@@ -250,13 +206,27 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, help="default: the recipe's")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, help="torch threads (default: all cores)")
+    parser.add_argument("--itta", action="store_true", help="train NAME_itta from what NAME is")
+    parser.add_argument("--itta-epochs", type=int, default=3, help="of it (default: %(default)s)")
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.itta_epochs < 1:
+        parser.error(f"`--itta-epochs` must be 1 or more, got {args.itta_epochs}: the default is 3")
+    if args.itta and (refused := train_itta.refusal(args.name)):
+        parser.error(refused)
     args.work.mkdir(parents=True, exist_ok=True)
-    data = read_cifar10(args.data)
-    train(args.name, data, args.work, args.epochs, args.seed)
-    export(args.name, data, args.work, f"python -m models.train {args.name} --seed {args.seed}")
+    data, command = read_cifar10(args.data), f"python -m models.train {args.name}"
+    if not args.itta:
+        train(args.name, data, args.work, args.epochs, args.seed)
+        export(args.name, data, args.work, f"{command} --seed {args.seed}")
+        return
+    if (args.work / f"{args.name}.pt").exists():  # perhaps of a training that was cut off
+        train(args.name, data, args.work, args.epochs, args.seed)
+    recipe = RECIPES[args.name]
+    train_itta.train(args.name, data, args.work, args.itta_epochs, args.seed, recipe.batch_size)
+    command += f" --itta --itta-epochs {args.itta_epochs} --seed {args.seed}"
+    export(f"{args.name}{ITTA}", data, args.work, command)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,26 @@ from tta.core.random import CountedDraws
 from tta.parts.augment import Augmenter
 from tta.parts.contrast_views import strong_view, weak_view
 
+# What the keys of its traces are, see `tests/helpers/trace_keys.py`.
+TRACE_KEYS = {
+    "set-e": {
+        "arrays": {
+            r"queue_(labels_)?init": "wrap: draws=",
+            "refined": "report.refined",
+            "bank_ptr": "state: update/bank_position",
+            "bank_size": "state: update/bank_count",
+            "queue_ptr": "state: update/queue_position",
+            r"queue(_labels)?_final": "state: update/queue, .queue_labels",
+            r"bank_(features|probs)_final": "state: update/bank_features, .bank_probs",
+        },
+        "hparams": {
+            "params.queue_size": "field: queue_size, bank_size",
+            r"params\.(refine_after|seen_at_start)": "field: refine_after is their difference",
+            "params.weights": "field: weight_classification, weight_instance, weight_diversity",
+        },
+    },
+}
+
 OUTPUTS: dict[str, Any] = {"atol": 5e-4, "rtol": 1e-4}
 LOSSES: dict[str, Any] = {"atol": 5e-5, "rtol": 1e-4}
 WEIGHTS: dict[str, Any] = {"atol": 5e-5, "rtol": 0.0}

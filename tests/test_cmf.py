@@ -13,6 +13,29 @@ from tests.helpers.batches import images
 from tests.helpers.nets import tiny
 from tta.methods.cmf import gain
 
+# What the keys of its traces are, see `tests/helpers/trace_keys.py`.
+TRACE_KEYS = {
+    "set-d": {
+        "arrays": {
+            "beta": "report.gain",
+            "hidden_var": "state: update/hidden_variance",
+            r"model_after_step0": "state: param/<name>",
+            r"hidden_(after_step0|final)": "state: update/hidden.<name>",
+        },
+        "hparams": {
+            "params.alpha": "field: hidden_momentum",
+            "params.gamma": "field: ensemble_momentum",
+            "params.q": "field: process_noise",
+            r"params\.(Q|trainable)": "none: what process_noise was made of",
+            "params.type": "none: both types are one",
+            "params.momentum_probs": "field: probs_momentum",
+            "params.precision": "none: float32 here",
+            "params.use_consistency": "field: consistency",
+            "params.use_prior_correction": "wrap: output, the one that the update brings",
+        },
+    },
+}
+
 RAW: dict[str, Any] = {"mean": (0.0,), "std": (1.0,)}
 NAME = "layer1.1.weight"
 close = torch.testing.assert_close

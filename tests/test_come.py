@@ -16,6 +16,21 @@ from tests.helpers.traces import GOLDEN, Trace
 from tests.helpers.wild import wrapped
 from tta.parts.losses import opinion_entropy
 
+# What the keys of its traces are, see `tests/helpers/trace_keys.py`.
+TRACE_KEYS = {
+    "set-d": {
+        "arrays": {
+            "entropy_second": "none: of the second pass, whose kept rows are counted",
+            "ema": "state: update/ema",
+            "n_reliable": "report.reliable; sar: report.selected",
+        },
+        "hparams": {
+            "params.K": "field: opinion_classes",
+            "params.uniform": "none: K in words",
+        },
+    },
+}
+
 TRACES = sorted((GOLDEN / "set-d").glob("come_*.npz"))
 LOGITS = {"atol": 5e-5, "rtol": 1e-4}
 WEIGHTS = {"atol": 5e-5, "rtol": 0.0}

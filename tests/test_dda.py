@@ -18,6 +18,30 @@ from tests.helpers.recorded import GOLDEN, Recorded
 from tta.parts import join as joining
 from tta.parts.diffusion import lowpass_matrix, shorten
 
+# What the keys of its traces are, see `tests/helpers/trace_keys.py`.
+TRACE_KEYS = {
+    "set-d": {
+        "arrays": {
+            "denoiser": "wrap: input=",
+            "ref": "stream: images in [-1, 1]",
+            r"noise_q|noise_p": "wrap: draws=",
+            r"x_start_loop|samples|sample_rows|pred_xstart": "none: steps on the way to final",
+            r"lowpass_(ref|matrix)": "piece: diffusion.lowpass_matrix",
+            "model_times": "output: what the denoiser is asked",
+            r"alphas_cumprod_respaced|betas_respaced|timestep_map": "piece: diffusion.shorten",
+        },
+        "hparams": {
+            "params.N": "field: steps",
+            "params.D": "field: scale",
+            "params.scale": "field: guidance",
+            "params.respacing": "field: respacing",
+            r"params\.(diffusion_steps|schedule)": "wrap: betas of input=",
+            r"params\.(learn_sigma|variance|size)": "none: shapes say it",
+            "params.clip": "none: always",
+        },
+    },
+}
+
 TRACES = sorted((GOLDEN / "set-d").glob("dda_*.npz"))
 PIXELS: dict[str, Any] = {"mean": (0.0,), "std": (1.0,)}
 close = torch.testing.assert_close

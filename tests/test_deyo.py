@@ -16,6 +16,28 @@ from tta.methods import deyo
 from tta.parts.losses import entropy
 from tta.parts.occlusion import occlude, random_orders, shuffle_patches, shuffle_pixels
 
+# What the keys of its traces are, see `tests/helpers/trace_keys.py`.
+TRACE_KEYS = {
+    "set-e": {
+        "arrays": {
+            "plpd": "none: the counts depend on it",
+            "reliable": "none: counted in n_reliable",
+            "selected": "report.kept",
+            "n_reliable": "report.reliable",
+            "n_selected": "report.selected",
+            "patch_order": "wrap: draws=",
+        },
+        "hparams": {
+            r"params\.(entropy_margin|weight_margin|plpd_threshold)": "field: of the same name",
+            "params.aug_type": "field: destroy",
+            "params.patch_len": "field: patches",
+            "params.occlusion_size": "field: occlusion, its share of the side",
+            r"params\.(row_start|column_start)": "none: the middle",
+            r"params\.(reweight|filter)_(ent|plpd)": "none: always 1, the others are not offered",
+        },
+    },
+}
+
 close = torch.testing.assert_close
 
 

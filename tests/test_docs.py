@@ -113,6 +113,52 @@ def test_pictures_of_streams_can_be_drawn_again(
     assert drawn == set(tta.streams.list_scenarios())
 
 
+def test_every_component_is_on_the_page_that_tells_which_to_take(generate: Any) -> None:
+    """In the tables of what it needs, and by stream wherever its note says so."""
+    from docs import situations
+
+    text = (DOCS / "which_method.md").read_text()
+    needed, streams = (
+        text.split(f"<!-- {mark} -->")[1].split(f"<!-- /{mark} -->")[0]
+        for mark in ("needs", "streams")
+    )
+    for name in tta.list_methods():
+        note = (generate.METHOD_NOTES / f"{name}.md").read_text()
+        assert situations.MARK.match(note), f"{name}: the first line says for which streams it is"
+        _, good, bad = situations.split_note(note)
+        link = f"[`{name}`](methods/{name}.md)"
+        assert needed.count(link) == 3, name  # gradients or not, source or not, networks
+        assert streams.count(link) == len(good) + len(bad), name
+        assert (DOCS / "methods" / f"{name}.md").is_file()
+    needs = situations.needs()
+    assert needs["tent"].gradient and not needs["tent"].source
+    assert needs["foa"].networks == ("a class token",) and not needs["foa"].gradient
+    assert needs["eata"].source and not needs["eta"].source
+    assert needs["bn"].networks == ("BatchNorm",) and needs["dda"].given
+    assert needs["itta"].networks == ("BatchNorm", "GroupNorm")
+    with pytest.raises(ValueError, match="must name situations"):
+        situations.split_note("<!-- for: sorted; not for:  -->\n\ntext")
+    with pytest.raises(ValueError, match="must name situations"):
+        situations.split_note("<!-- for: single; not for: single -->\n\ntext")
+    assert situations.split_note("text") == ("text", [], [])
+
+
+def test_figures_by_stream_are_those_of_the_record() -> None:
+    from docs import situations
+
+    record = {("a", "continual", "source"): 40.0, ("a", "continual", "bn"): 30.04}
+    record |= {("b", "mixed", "source"): 50.0, ("b", "mixed", "bn"): 51.0}
+    rows = {
+        words: (good, bad)
+        for words, good, bad in situations.stream_rows(record, {"a": "", "b": ""})
+    }
+    assert (
+        "[`bn`](methods/bn.md) (-10.0, -)," in rows["shuffled classes, one domain for a while"][0]
+    )
+    assert "[`bn`](methods/bn.md) (-, +1.0)," in rows["several domains in a batch"][0]
+    assert "(" not in rows["very long, or domains come back"][0].replace("(methods", "")
+
+
 def test_troubleshooting_has_every_sentence(generate: Any) -> None:
     text = (DOCS / "troubleshooting.md").read_text()
     found = generate.messages()
@@ -123,8 +169,10 @@ def test_troubleshooting_has_every_sentence(generate: Any) -> None:
 
 def test_every_file_has_its_place_in_troubleshooting(generate: Any) -> None:
     """No pattern takes what it was not made for; what is about the model stands there."""
-    with pytest.raises(ValueError, match=r"tta/core/new_room\.py: name the file"):
-        generate.place_of("tta/core/new_room.py", "`model` must be old, got a new one.")
+    with pytest.raises(ValueError, match=r"tta/new_room\.py: name the file"):
+        generate.place_of("tta/new_room.py", "`model` must be old, got a new one.")
+    new = [f"tta/{room}/new.py" for room in ("core", "parts", "methods")]
+    assert [generate.place_of(p, "`x` must be y") for p in new] == ["Model"] * 2 + ["Source data"]
     places = {(p, s): generate.place_of(p, s) for p, _, s in generate.messages()}
     assert set(places.values()) == set(generate.PLACES)
     for (path, sentence), place in places.items():

@@ -14,6 +14,44 @@ from tests.helpers.nets import tiny
 from tests.helpers.trace_keys import figures
 from tests.helpers.traces import GOLDEN, Trace
 
+# Its presets, as the papers have them, see `tests/test_presets.py`.
+PRESETS = {
+    "dpcore.imagenet": {
+        "lr": 0.1,
+        "optimizer": "adamw",
+        "weight_decay": 0.01,
+        "prompts": 8,
+        "temperature": 3.0,
+        "core_momentum": 0.999,
+        "known_ratio": 0.8,
+        "steps_new": 50,
+        "steps_known": 1,
+    },
+}
+
+# What the keys of its traces are, see `tests/helpers/trace_keys.py`.
+TRACE_KEYS = {
+    "set-d": {
+        "arrays": {
+            "loss_raw": "report.loss_plain",
+            "loss_weighted": "report.loss_weighted",
+            "loss_last": "report.loss",
+            "in_core": "report.known",
+            "core_size": "report.core_size",
+            "core_weights": "none: the prompts that they mix depend on them",
+            r"core\d": "state: update/core_mean, core_std, core_prompts, by row",
+        },
+        "hparams": {
+            "params.tau": "field: temperature",
+            "params.ema_alpha": "field: core_momentum",
+            "params.rho": "field: known_ratio",
+            r"params\.steps_(new|known)": "field: of the same name",
+            "params.lambda": "none: always 1",
+            r"optimizer\.(eps|note)": "none: the default, in words",
+        },
+    },
+}
+
 pytestmark = pytest.mark.filterwarnings("ignore:.*preset, made for:UserWarning")
 LIMIT = {"atol": 2e-4, "rtol": 1e-4}
 close = torch.testing.assert_close

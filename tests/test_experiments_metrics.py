@@ -232,7 +232,7 @@ def test_outputs_in_a_tensor_that_a_model_uses_again_are_scored_as_they_were() -
 def test_a_block_does_not_hold_the_images_of_its_batches(monkeypatch) -> None:
     held = []
 
-    def look(adapter, block, totals):
+    def look(adapter, block, totals, clock):
         held.extend(p.batch.images.untyped_storage().nbytes() for p in block)
         return []
 

@@ -62,9 +62,25 @@ def test_outputs_of_one_and_of_more_threads_are_compared(monkeypatch):
     assert set(_measure("lame", threads=3)["recipes"]) == {"lame"}  # others were with two
 
 
+def test_what_needs_source_images_or_a_denoiser_gets_some():
+    found = _measure("petta", "dda[steps=1]", "rmt", "foa")["recipes"]
+    for name in ("petta", "dda[steps=1]", "rmt"):
+        assert all(row is not None for row in found[name].values()), name
+    # It fits neither network: that is no measurement, and is not said to be one.
+    assert set(found["foa"].values()) == {None}
+    page = thread_counts.PAGE.read_text()
+    assert "Not measured, as they fit none of these networks: `foa`." in page
+    assert "`foa`" not in page.partition("Not measured")[0]
+
+
+def test_every_component_is_measured_unless_some_are_named():
+    assert set(thread_counts.ThreadCounts([], None, 2, 1, 4).methods) == set(tta.list_methods())
+
+
 def test_results_say_what_was_measured(tmp_path):
     rows = {"tent": False, "bn": True, "source": True}
     recipes = {name: {"net": {"same": same}, "other": None} for name, same in rows.items()}
+    recipes["cafa"] = {"net": None}  # on no network
     environment.THREADS.write_text(json.dumps({"recipes": recipes}))
     arguments = ["run", "--images", "20", "--corruptions", "fog", "--quiet", "--device", "cpu"]
     arguments += ["--methods", "source", "bn", "tent", "bn+tent", "lame", "lame+tent"]
@@ -77,10 +93,12 @@ def test_results_say_what_was_measured(tmp_path):
     assert header["hardware"]["torch_threads"] == 1
     config = tta.wrap(tiny("bn"), "bn").config
     assert threads_matter(config, torch.device("cuda")) is None
+    assert "cafa" not in environment._depending()
 
 
 def test_the_committed_table_is_that_of_the_figures():
     figures = json.loads(THREADS.read_text())
+    # A component that is new is measured by `python -m experiments threads --methods NAME`.
     assert set(figures["recipes"]) <= set(tta.list_methods())
     table = thread_counts.render(figures)
     assert f"<!-- threads -->\n{table}<!-- /threads -->" in PAGE.read_text()

@@ -19,6 +19,37 @@ from tta.parts import cma
 from tta.parts.losses import entropy
 from tta.parts.moments import RunningMoments
 
+# Its presets, as the papers have them, see `tests/test_presets.py`.
+PRESETS = {
+    "foa": {"prompts": 3, "population": 27, "sigma": 1.0, "search_seed": 2020},
+    "foa.imagenet": {"fitness_weight": 0.4},
+    "foa.imagenet_r": {"fitness_weight": 0.2},
+    "foa_shift": {"momentum": 0.1, "balanced": False},
+}
+
+# What the keys of its traces are, see `tests/helpers/trace_keys.py`.
+TRACE_KEYS = {
+    "set-d": {
+        "arrays": {
+            "hist_after": "state: update/shift, output/shift; source_mean less this",
+            "candidates": "wrap: draws=, but for the last, the former best",
+            "fitness": "report.fitness",
+            "best_index": "report.best",
+            "shift_before": "state: update/shift, before the batch",
+            "best_prompt_after": "state: update/best",
+            "es_mean_after": "state: update/search_mean",
+            "es_sigma_after": "state: update/search_sigma",
+            "rank_slack": "none: provenance",
+        },
+        "hparams": {
+            "params.popsize": "field: population",
+            "params.fitness_lambda": "field: fitness_weight",
+            "params.sigma0": "field: sigma",
+            "params.cma_seed": "field: search_seed",
+        },
+    },
+}
+
 pytestmark = pytest.mark.filterwarnings("ignore:.*preset, made for:UserWarning")
 LOGITS = {"atol": 5e-5, "rtol": 1e-4}
 FITNESS = {"atol": 1e-3, "rtol": 0.0}

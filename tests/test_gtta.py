@@ -18,6 +18,20 @@ from tests.helpers.traces import GOLDEN, Trace
 from tests.helpers.update_traces import check_source
 from tta.methods.gtta import NONE, Gtta
 
+# What the keys of its traces are, see `tests/helpers/trace_keys.py`.
+TRACE_KEYS = {
+    "set-e": {
+        "arrays": {
+            "avg_conf": "state: update/confidence",
+            "mix_index": "output: partners of the source images",
+            r"loss_(source|target)": "report.source, report.loss",
+        },
+        "hparams": {
+            "params.lambda_mixup": "field: mixup",
+        },
+    },
+}
+
 OUTPUTS: dict[str, Any] = {"atol": 5e-4, "rtol": 1e-4}
 LOSSES: dict[str, Any] = {"atol": 5e-5, "rtol": 1e-4}
 WEIGHTS: dict[str, Any] = {"atol": 5e-5, "rtol": 0.0}

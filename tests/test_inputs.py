@@ -60,7 +60,7 @@ def test_an_input_alone_and_the_slots_by_name() -> None:
         expected = net(images(0).clamp(0.2, 0.8))
     adapter = tta.wrap(net, input=_flip())
     assert torch.equal(adapter(images(0)), expected)
-    assert tta.list_methods(slot="input") == ["dda", "sda"]
+    assert tta.list_methods(slot="input") == ["dda", "prompt", "sda"]
     assert tta.AdapterConfig.from_json(adapter.config.to_json()) == adapter.config
     assert "input=given" in repr(adapter)
 

@@ -18,6 +18,28 @@ from tta.core.draws import Draws
 from tta.core.random import CountedDraws
 from tta.parts import itta as parts
 
+# What the keys of its traces are, see `tests/helpers/trace_keys.py`.
+TRACE_KEYS = {
+    "set-c": {
+        "arrays": {
+            "consistency": "source: consistency",
+            "draw": "wrap: draws=",
+            r"theta_(after1|final)": "state: update/block<k>.weight and .bias",
+            r"consistency_(init|after1|final)|net_(after1|final)": "piece: itta.learn",
+            r"loss_(cla|reg|reg_step)|penalty": "piece: itta.learn",
+            "grad1": "none: the penalty and what follows depend on it",
+        },
+        "hparams": {
+            r"f32_vs_f64\..*|subseed|accuracy|max_(output|theta)_change|domains": "none: "
+            "provenance",
+            "widths": "model: see tests.helpers.traces_sheet",
+            r"consistency_depth|block_depth|loss_scale": "field: of the same name",
+            "test_lr": "field: lr",
+            r"weight_decay|consistency_lr|penalty_factor": "piece: itta.learn",
+        },
+    },
+}
+
 OUTPUTS = {"atol": 5e-5, "rtol": 0.0}
 NET = {"atol": 2e-5, "rtol": 0.0}
 TEST = sorted(FOLDER.glob("itta_test_*.npz"))

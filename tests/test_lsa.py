@@ -17,6 +17,33 @@ from tests.helpers.wild import Cosine
 from tta.parts import label_shift
 from tta.parts.losses import entropy
 
+# Its presets, as the papers have them, see `tests/test_presets.py`.
+PRESETS = {
+    "lsa": {"code": None, "delta": "full", "prior_momentum": 0.9, "floor": 1e-6},
+}
+
+# What the keys of its traces are, see `tests/helpers/trace_keys.py`.
+TRACE_KEYS = {
+    "set-c": {
+        "arrays": {
+            "adapter": "source: label_shift",
+            "source_prior": "source: source_prior; lsa_train: piece",
+            "plain_outputs": "output: of the linear layer as it is",
+            "features": "output: what the classifier is fed; lsa_train: piece",
+            "code": "report.code",
+            "estimate": "state: output/estimate",
+            r"classifier|batch_index|target_priors|init|final|codes": "piece: label_shift.fit",
+            "anchor": "none: target_priors in words",
+        },
+        "hparams": {
+            "host": "wrap: update",
+            "mapping": "field: code",
+            "floor": "field: floor",
+            "momentum_prior": "field: prior_momentum",
+        },
+    },
+}
+
 OUTPUTS = {"atol": 5e-5, "rtol": 0.0}
 REST = {"atol": 2e-5, "rtol": 0.0}
 STREAMS = [FOLDER / "lsa_none.npz", FOLDER / "lsa_tent.npz"]

@@ -20,6 +20,23 @@ from tta.methods.memo import Memo
 from tta.parts import augmix
 from tta.parts.losses import marginal_entropy
 
+# What the keys of its traces are, see `tests/helpers/trace_keys.py`.
+TRACE_KEYS = {
+    "set-d": {
+        "arrays": {
+            "view_logits_first": "output: the model on the views",
+            r"adapted_(first|last)": "state: param/<name>, before it is put back",
+        },
+        "hparams": {
+            "optimizer.state": "none: official=True in words",
+            "params.views": "field: views",
+            "params.niter": "field: steps",
+            "params.bn_prior_strength": "field: prior_strength",
+            "params.script": "none: provenance",
+        },
+    },
+}
+
 LOGITS: dict[str, Any] = {"atol": 2e-4, "rtol": 1e-4}
 WEIGHTS: dict[str, Any] = {"atol": 5e-5, "rtol": 0.0}
 PIECES: dict[str, Any] = {"atol": 2e-6, "rtol": 0.0}

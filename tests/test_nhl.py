@@ -16,6 +16,20 @@ from tests.helpers.traces_sheet import FOLDER, SheetTrace
 from tta.core.first_input import first_input
 from tta.parts.hebbian import delta
 
+# What the keys of its traces are, see `tests/helpers/trace_keys.py`.
+TRACE_KEYS = {
+    "set-c": {
+        "arrays": {
+            "outputs_before": "output: of the pass whose entropy is minimised",
+            "usage": "report.usage",
+            "param_names": "report: list(adapter.update.optimized())",
+        },
+        "hparams": {
+            r"strides|steps|tau|eta|normalise|modulator|momentum": "field: of the same name",
+        },
+    },
+}
+
 LIMIT = {"atol": 2e-5, "rtol": 0.0}
 TRACES = sorted(FOLDER.glob("nhl_*.npz"))
 close = torch.testing.assert_close

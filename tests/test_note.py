@@ -21,6 +21,31 @@ from tta.parts.chance import Chance
 from tta.parts.memory import Fifo, Pbrs
 from tta.parts.statistics import instance_aware
 
+# What the keys of its traces are, see `tests/helpers/trace_keys.py`.
+TRACE_KEYS = {
+    "set-d": {
+        "arrays": {
+            "source_iabn_outputs": "output: the model with iabn before it learns",
+            "after_update0": "state: param/<name> and norm/<layer>.mean, .var",
+            "draw_kind": "none: what draw_value decides",
+            r"draw_value|batch_order": "wrap: draws=",
+            "memory_image": "state: update/memory, in the bank's order",
+            r"memory_label": "state: update/bank.labels; FIFO: none, true labels",
+            "updates_after_sample": "report.updates",
+        },
+        "hparams": {
+            "params.iabn_k": "field: alpha of iabn",
+            "params.bn_momentum": "field: momentum of iabn",
+            "params.use_learned_stats": "field: learned_statistics of iabn",
+            "params.memory_type": "field: memory",
+            "params.update_every": "field: update_every",
+            "params.epochs": "field: epochs",
+            "params.batch_size": "field: mini_batch",
+            "params.skip_thres": "none: no mini-batch of the traces is so small",
+        },
+    },
+}
+
 PIECE = {"atol": 2e-6, "rtol": 2e-6}
 close = torch.testing.assert_close
 

@@ -15,6 +15,36 @@ from tests.helpers.nets import tiny
 from tests.helpers.traces import GOLDEN, Trace
 from tta.methods.pea import recoloured
 
+# Its presets, as the papers have them, see `tests/test_presets.py`.
+PRESETS = {
+    "pea": {"views": 2, "views_per_pass": 1, "crop": 0.9, "rate": 0.02, "drift_rate": 0.2},
+    "pea.imagenet": {"entropy_limit": 1.0},
+    "pea.cifar100": {"entropy_limit": 0.5},
+}
+
+# What the keys of its traces are, see `tests/helpers/trace_keys.py`.
+TRACE_KEYS = {
+    "set-e": {
+        "arrays": {
+            "source_var": "source: block_variance",
+            "source_cov_sqrt": "source: block_covariance_root",
+            "blocks": "report: the order of the blocks, block<k> for blocks.<k>",
+            "block_weights": "report.block_weights: all blocks",
+            "drift_spike": "report.spikes: all blocks and passes",
+            "spike_reset_after": "report.resets: its growth",
+            "domain_mean_final": "state: update/mean.<block>",
+            "domain_cov_final": "state: update/covariance.<block>",
+        },
+        "hparams": {
+            "params.gamma": "field: drift_limit",
+            "params.entropy_threshold": "field: entropy_limit",
+            "params.variants_per_pass": "field: views_per_pass",
+            "params.center_crop_ratio": "field: crop",
+            "params.weights_from_cls_only": "field: class_token_weights",
+        },
+    },
+}
+
 pytestmark = pytest.mark.filterwarnings("ignore:.*preset, made for:UserWarning")
 LIMIT = {"atol": 5e-4, "rtol": 1e-4}
 TRACES = sorted((GOLDEN / "set-e").glob("pea_*.npz"))

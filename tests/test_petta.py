@@ -15,6 +15,36 @@ from tests.helpers.batches import images, source_batches
 from tests.helpers.nets import tiny
 from tta.methods.petta import distance_from
 
+# What the keys of its traces are, see `tests/helpers/trace_keys.py`.
+TRACE_KEYS = {
+    "set-d": {
+        "arrays": {
+            "source_variance": "source: class_variance",
+            "divergence": "report.divergence",
+            "alpha": "report.teacher_rate",
+            "reg_loss": "report.regulariser",
+            "cls_loss": "report.consistency",
+            "anchor_loss": "report.anchor",
+            r"memory_(labels|ages|entropy)": "state: update/bank.*, class by class, the oldest "
+            "first",
+            "prototypes_final": "state: update/prototypes",
+            r"student_(after_step0|final)": "state: param/<name>",
+            r"teacher_(after_step0|final)": "state: update/teacher.<name>",
+            r"bn_(student|teacher|anchor)_final": "state: norm/ or update/<who>., .mean and .var",
+        },
+        "hparams": {
+            "params.lambda_0": "field: regulariser_weight",
+            "params.alpha_0": "field: teacher_rate",
+            "params.anchor_weight": "field: anchor_weight",
+            "params.regularizer": "field: regulariser",
+            "params.loss": "field: consistency_loss",
+            "params.prototype_rate": "field: prototype_rate",
+            "params.rbn_batch_weight": "field: batch_weight of robust_bn",
+            r"params\.adaptive_(lambda|alpha)": "none: always True, the others are not offered",
+        },
+    },
+}
+
 RAW: dict[str, Any] = {"mean": (0.0,), "std": (1.0,)}
 close = torch.testing.assert_close
 

@@ -195,6 +195,7 @@ def test_each_stream_finds_out_which_layers_come_last() -> None:
 
 def test_a_mixed_batch_is_its_streams_one_by_one() -> None:
     shared, single = pool(), pool()
+    shared.batched = False
     rows = ["b", "a", "b", "c", "a", "b", "c", "a"]
     for number in range(3):
         logits = shared(images(number), rows, create=number == 0)
@@ -202,11 +203,13 @@ def test_a_mixed_batch_is_its_streams_one_by_one() -> None:
             mine = [i for i, row in enumerate(rows) if row == name]
             with single.stream(name, create=True) as view:
                 assert torch.equal(logits[mine], view(images(number)[mine]))
-    assert shared.batched is False and sorted(shared.streams()) == sorted(NAMES)
+    assert shared.one_by_one == "`batched` is False" and sorted(shared.streams()) == sorted(NAMES)
 
 
-def test_a_mixed_batch_that_fails_has_not_happened() -> None:
+@pytest.mark.parametrize("batched", [True, False])
+def test_a_mixed_batch_that_fails_has_not_happened(batched: bool) -> None:
     shared = pool()
+    shared.batched = batched
     rows = ["a", "a", "b", "b", "b", "c", "c", "c"]
     shared(images(0), rows[:5] + ["a"] * 3, create=True)
 
@@ -214,11 +217,12 @@ def test_a_mixed_batch_that_fails_has_not_happened() -> None:
         return {name: shared.stream(name).state() for name in shared.streams()}
 
     before = states()
-    with Counting() as counting:
-        expected = shared(images(1), rows, create=True)
-    shared.drop("c")
-    for name in "ab":
-        shared.stream(name).load_state(before[name])
+    for _ in range(2):  # the first batch of three streams may take preparations
+        with Counting() as counting:
+            expected = shared(images(1), rows, create=True)
+        shared.drop("c")
+        for name in "ab":
+            shared.stream(name).load_state(before[name])
     for at in range(counting.count // 2, counting.count, 97):
         with pytest.raises(Fault), Counting(at):
             shared(images(1), rows, create=True)

@@ -1,4 +1,7 @@
-"""Presets say what the papers' settings are, with learning rates for any batch size."""
+"""Presets say what the papers' settings are, with learning rates for any batch size.
+
+A method's test may have its lines of both tables, as literals ``PRESETS`` and ``DIVIDED_BY``.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ import pytest
 
 import tta
 from experiments.run.method_strings import parse_method
+from tests.helpers.declared import declared
 from tests.helpers.nets import tiny
 from tta.core.config import UpdateConfig
 from tta.core.registry import component
@@ -223,25 +227,6 @@ SHEETS: dict[str, dict[str, Any]] = {
     "itta": ITTA | {"loss_scale": 0.1},
     "itta.domainbed": ITTA | {"loss_scale": 1e-6},
     "itta.domainnet": ITTA | {"loss_scale": 0.1},
-    "lsa": {"code": None, "delta": "full", "prior_momentum": 0.9, "floor": 1e-6},
-    "foa_shift": {"momentum": 0.1, "balanced": False},
-    "dpcore.imagenet": {
-        "lr": 0.1,
-        "optimizer": "adamw",
-        "weight_decay": 0.01,
-        "prompts": 8,
-        "temperature": 3.0,
-        "core_momentum": 0.999,
-        "known_ratio": 0.8,
-        "steps_new": 50,
-        "steps_known": 1,
-    },
-    "pea": {"views": 2, "views_per_pass": 1, "crop": 0.9, "rate": 0.02, "drift_rate": 0.2},
-    "pea.imagenet": {"entropy_limit": 1.0},
-    "pea.cifar100": {"entropy_limit": 0.5},
-    "foa": {"prompts": 3, "population": 27, "sigma": 1.0, "search_seed": 2020},
-    "foa.imagenet": {"fitness_weight": 0.4},
-    "foa.imagenet_r": {"fitness_weight": 0.2},
     "lame": {"affinity": "rbf", "neighbours": 5, "symmetric": False},
     "adanpc.domainbed": {"neighbours": 100, "temperature": 0.1, "confidence_threshold": 0.1},
 }
@@ -337,6 +322,12 @@ DIVIDED_BY: dict[float, list[str]] = {
         *(f"{name}.cifar100" for name in (*SCALED_FROM_200, "eata", "eta")),
     ],
 }
+
+for _own in declared("PRESETS").values():
+    SHEETS |= _own
+for _own in declared("DIVIDED_BY").values():
+    for _factor, _names in _own.items():
+        DIVIDED_BY.setdefault(_factor, []).extend(_names)
 
 
 @pytest.mark.parametrize("name", SHEETS)

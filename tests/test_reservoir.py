@@ -14,6 +14,36 @@ from tests.helpers.batches import images, source_batches
 from tests.helpers.nets import tiny
 from tta.parts.style import assignments, cluster_loss, style_of, style_threshold
 
+# What the keys of its traces are, see `tests/helpers/trace_keys.py`.
+TRACE_KEYS = {
+    "set-d": {
+        "arrays": {
+            "style_net": "source: style_net",
+            "source_style_mean": "source: style_mean",
+            "threshold": "source: style_threshold",
+            "model_prob": "report.weights",
+            "style": "none: min_dist depends on it",
+            "model_index": "report.cluster",
+            "num_models": "report.clusters",
+            "new_cluster": "report.clusters: its growth",
+            "replace_index": "wrap: draws=",
+            r"(entropy|marginal)_loss": "none: the centroids depend on them",
+            "min_dist": "report.style_distance",
+            "centroids_final": "state: update/centroids",
+            "buffer_final": "state: update/styles",
+            r"model\d_final": "state: update/set<k>.<name>",
+        },
+        "hparams": {
+            "params.max_models": "field: clusters",
+            "params.buffer": "field: buffer",
+            r"params\.(per_domain|ensembling|style|style_idx|centroid_optimizer)": "none: as here",
+            "params.quantile": "field: quantile",
+            "params.sampling": "field: sampling",
+            "params.init": "field: start, 'best' for 'mi'",
+        },
+    },
+}
+
 RAW: dict[str, Any] = {"mean": (0.0,), "std": (1.0,)}
 NAME = "layer1.1.weight"
 close = torch.testing.assert_close

@@ -19,6 +19,22 @@ from tta.parts.augment import Augmenter, draw_view, make_view
 from tta.parts.losses import soft_likelihood_ratio
 from tta.parts.teachers import ensemble
 
+# What the keys of its traces are, see `tests/helpers/trace_keys.py`.
+TRACE_KEYS = {
+    "set-e": {
+        "arrays": {
+            "kept": "report.kept",
+            "sample_weights": "none: the loss depends on them",
+            "ema_probs": "state: update/ema_probs",
+        },
+        "hparams": {
+            "params.configured_batch": "wrap: batch_size",
+            "params.use_consistency": "field: consistency",
+            "params.use_prior_correction": "wrap: output",
+        },
+    },
+}
+
 RAW = {"mean": (0.0,), "std": (1.0,)}
 close = torch.testing.assert_close
 

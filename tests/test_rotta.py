@@ -14,6 +14,25 @@ from tests.helpers.batches import images, source_batches
 from tests.helpers.nets import tiny
 from tta.parts.memory import Cstu
 
+# What the keys of its traces are, see `tests/helpers/trace_keys.py`.
+TRACE_KEYS = {
+    "set-e": {
+        "arrays": {
+            "memory_labels": "state: update/bank.labels",
+            "memory_ages": "state: update/bank.ages",
+            "memory_entropy": "state: update/bank.entropies",
+            "memory_image": "state: update/memory",
+            "updates_after": "call: when loss has a new entry",
+        },
+        "hparams": {
+            r"params\.(memory_size|update_every)": "field: of the same name",
+            "params.nu": "field: 1 - teacher_momentum",
+            "params.lambda_t": "field: timeliness",
+            "params.lambda_u": "field: uncertainty",
+        },
+    },
+}
+
 RAW = {"mean": (0.0,), "std": (1.0,)}
 close = torch.testing.assert_close
 

@@ -13,6 +13,25 @@ from tests.helpers.batches import images, source_batches
 from tests.helpers.nets import affine, batch_statistics, tiny
 from tta.parts.losses import contrastive
 
+# What the keys of its traces are, see `tests/helpers/trace_keys.py`.
+TRACE_KEYS = {
+    "set-e": {
+        "arrays": {
+            "prototypes": "source: prototypes; constant: update/prototypes",
+            "projector_init": "wrap: draws=",
+            "projector_final": "state: update/projector.<name>",
+            "prototype_index": "output: nearest prototype of the features",
+            "loss_self_training": "report.self_training",
+            "loss_contrastive": "report.contrastive",
+        },
+        "hparams": {
+            "params.lambda_ce_trg": "field: weight_self_training",
+            "params.lambda_cont": "field: weight_contrastive",
+            "params.projection_dim": "field: of the same name",
+        },
+    },
+}
+
 RAW: dict[str, Any] = {"mean": (0.0,), "std": (1.0,)}
 close = torch.testing.assert_close
 

@@ -19,6 +19,27 @@ from tests.helpers.wild import Cosine
 from tta.parts.degraded_views import low_frequencies, mask_amplitudes, noise_patches
 from tta.parts.losses import entropy
 
+# What the keys of its traces are, see `tests/helpers/trace_keys.py`.
+TRACE_KEYS = {
+    "set-d": {
+        "arrays": {
+            r"frequency_keep|patch_noise": "wrap: draws=",
+            r"low_(rows|cols)": "piece: low_frequencies",
+            "alpha_after": "state: update/alpha",
+            "consistency": "report.frequency_loss and .noise_loss",
+            r"view_(frequency|noise)_(first|last)": "output: what the model is fed",
+        },
+        "hparams": {
+            "optimizer.lr_predictor": "field: predictor_lr",
+            r"params\.(noise_ratio|low_fraction|patch_size|alpha_lr)": "field: of the same name",
+            "params.freq_mask_ratio": "field: mask_ratio",
+            "params.alpha_momentum": "none: always 0.9",
+            "params.aux": "field: auxiliary",
+            "params.constants_replaced": "none: in words",
+        },
+    },
+}
+
 LOGITS: dict[str, Any] = {"atol": 2e-4, "rtol": 1e-4}
 WEIGHTS: dict[str, Any] = {"atol": 5e-5, "rtol": 0.0}
 PIXELS: dict[str, Any] = {"mean": (0.0,) * 3, "std": (1.0,) * 3}

@@ -3,7 +3,7 @@
 import json
 import random
 import sys
-from itertools import chain
+from itertools import chain, islice
 
 import numpy as np
 import pytest
@@ -41,8 +41,8 @@ def same(a, b):
         torch.equal(a.images, b.images)
         and torch.equal(a.labels, b.labels)
         and torch.equal(a.index, b.index)
-        and (a.step, a.domains, a.severities, a.reset, a.late, a.adapt, a.visit)
-        == (b.step, b.domains, b.severities, b.reset, b.late, b.adapt, b.visit)
+        and (a.step, a.domains, a.severities, a.reset, a.late, a.adapt, a.visit, a.latency)
+        == (b.step, b.domains, b.severities, b.reset, b.late, b.adapt, b.visit, b.latency)
     )
 
 
@@ -229,6 +229,65 @@ def test_declared_clock_and_stopwatch():
     assert result == "answer" and stream.stopwatch.ratio > 0
 
 
+def turns(count, **fields):
+    return list(islice(streams.Clock(**fields).turns(), count))
+
+
+def test_batches_wait_and_the_oldest_is_evicted():
+    # Batch 0 takes 0 to 2, batch 1 waits from 1 and takes 2 to 4. At 4, batches 2 and 3 have come
+    # and one may wait: 2 is evicted. Batch 3 takes 4 to 6, and so on.
+    found = turns(7, ratio=2.0, queue=1)
+    assert [turn.late for turn in found] == [False, False, True, False, True, False, True]
+    assert [turn.latency for turn in found] == [2.0, 3.0, 1.0, 3.0, 1.0, 3.0, 1.0]
+    # Two may wait, batches come at half the pace: every answer takes 1.5 arrivals.
+    found = turns(7, ratio=3.0, eta=0.5, queue=2)
+    assert [turn.late for turn in found] == [False] * 5 + [True, False]
+    assert [turn.latency for turn in found[:5]] == [3.0, 4.0, 5.0, 6.0, 7.0]
+    # Nobody waits for a method that is in time, and a stream that waits has no queue.
+    assert not any(turn.late for turn in turns(50, ratio=1.0, queue=0))
+    assert {turn.latency for turn in turns(9, ratio=9.0, eta=0.0, queue=1)} == {9.0}
+
+
+@pytest.mark.parametrize("ratio", [0.5, 1.0, 2.0, 2.5, 30.0])
+@pytest.mark.parametrize("eta", [0.0, 0.1, 0.7, 1.0])
+def test_without_a_queue_the_clock_is_that_of_alfarra(ratio, eta):
+    clock = streams.Clock(ratio=ratio, eta=eta)
+    period = clock.delay(ratio) + 1
+    assert [turn.late for turn in islice(clock.turns(), 200)] == [
+        k % period != 0 for k in range(200)
+    ]
+    assert clock.is_late(101) is (101 % period != 0)
+
+
+def test_learning_ends_when_its_time_is_used_up():
+    # Each batch that is learned from uses two plain forwards more than a plain one.
+    learns = [True, True, True, False, False, False]
+    found = turns(6, ratio=3.0, eta=0.0, overhead=5.0)
+    assert [turn.learns for turn in found] == learns and not any(turn.late for turn in found)
+    assert [turn.latency for turn in found] == [3.0, 3.0, 3.0, 1.0, 1.0, 1.0]
+    clock = {"ratio": 3.0, "eta": 0.0, "overhead": 5.0}
+    assert [b.adapt for b in build(clock=clock)][:6] == learns
+    assert [b.adapt for b in build(clock=clock).from_step(2)][:4] == learns[2:]
+    assert not any(turn.learns for turn in turns(3, ratio=3.0, overhead=0.0))
+    # A frozen method is in time again.
+    late = [turn.late for turn in turns(6, ratio=3.0, overhead=2.0)]
+    assert late == [False, True, True, False, False, False]
+
+
+def test_a_stopwatch_does_as_a_declared_clock():
+    for fields in ({}, {"queue": 1}, {"queue": 2, "eta": 0.5}, {"overhead": 5.0, "queue": 1}):
+        stream = build(clock={"measured": True, **fields})
+        found = []
+        for batch in stream:
+            if batch.adapt:
+                stream.stopwatch.report(adaptive=3.0, plain=1.0)
+            assert batch.latency is None
+            found.append((batch.late, batch.adapt, stream.stopwatch.latency))
+        assert found == turns(len(found), ratio=3.0, **fields), fields
+    assert stream.stopwatch.spent == 6.0
+    assert not streams.Stopwatch(stream.clock, spent=5.0).learns
+
+
 def test_a_preview_can_be_drawn(tmp_path, monkeypatch):
     stream = build("gradual", domains=["fog", "sn$w$"], severities=[1, 5], batch_size=50)
     drawn = []
@@ -343,6 +402,9 @@ WRONG = [
     ),
     (ValueError, r"`clock` has no field `etta`; did you mean 'eta'", {"clock": {"etta": 1}}),
     (ValueError, r"`ratio` must be given", {"clock": {"eta": 1.0}}),
+    (ValueError, r"`queue` must be", {"clock": {"ratio": 2.0, "queue": -1}}),
+    (ValueError, r"`overhead` must be", {"clock": {"ratio": 2.0, "overhead": -1.0}}),
+    (ValueError, r"`half_life` must be", {"clock": {"ratio": 2.0, "half_life": 0.0}}),
     (
         ValueError,
         r"`eta` must be a number of at least 0 and at most 1",

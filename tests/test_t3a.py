@@ -17,6 +17,21 @@ from tests.helpers.traces import GOLDEN, Trace
 from tests.helpers.wild import Cosine
 from tta.parts.losses import entropy
 
+# What the keys of its traces are, see `tests/helpers/trace_keys.py`.
+TRACE_KEYS = {
+    "set-d": {
+        "arrays": {
+            "features": "output: what the classifier is fed",
+            r"warmup_(supports|labels|entropy)": "state: output/support*, after wrap",
+            "support_count": "state: output/support_labels, counted",
+            r"support(s|_labels|_entropy)_final": "state: output/support*",
+        },
+        "hparams": {
+            "params.filter_K": "field: filter_size, None for -1",
+        },
+    },
+}
+
 LOGITS = {"atol": 5e-5, "rtol": 1e-4}
 TRACES = sorted((GOLDEN / "set-d").glob("t3a_*.npz"))
 close = torch.testing.assert_close

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import sys
 import threading
 import warnings
 from typing import Any
@@ -15,6 +16,7 @@ from torch import nn
 import tta
 from tests.helpers.batches import images, source_batches
 from tests.helpers.nets import tiny
+from tta.core import compiled
 from tta.core.classifier import find_classifier
 from tta.core.compiled import without_graphs
 
@@ -425,6 +427,53 @@ def test_graphs_are_left_alone_until_the_last_thread_leaves() -> None:
         thread.join()
     net(torch.ones(1, 2))
     assert calls == [1]
+
+
+def test_an_exception_at_any_line_does_not_turn_graphs_off_for_good() -> None:
+    calls: list[int] = []
+
+    def backend(graph, inputs):
+        calls.append(1)
+        return graph.forward
+
+    code = without_graphs.__wrapped__.__code__
+
+    def interrupted(at: int) -> bool:
+        """Whether there are so many lines; at the last of them an exception was raised."""
+        left = at
+
+        def trace(frame, event, arg):
+            nonlocal left
+            if frame.f_code is not code:
+                return None
+            if event != "line" or compiled._lock.locked():
+                return trace  # no signal comes between the end of a block and the lock's release
+            left -= 1
+            if left < 0:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            with without_graphs():
+                pass
+        except KeyboardInterrupt:
+            return True
+        finally:
+            sys.settrace(before)
+        return False
+
+    lines = 0
+    while interrupted(lines):
+        lines += 1
+        with without_graphs():
+            pass
+        torch.compiler.reset()  # else the graph of the last one is found
+        torch.compile(nn.Linear(2, 2), backend=backend)(torch.ones(1, 2))
+        assert len(calls) == lines, lines
+    assert lines > 4
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,22 @@ from tests.helpers.nets import tiny
 from tests.helpers.wild import Cosine
 from tta.methods.zerosiam import symmetric_divergence
 
+# What the keys of its traces are, see `tests/helpers/trace_keys.py`.
+TRACE_KEYS = {
+    "set-e": {
+        "arrays": {
+            "entropy_online": "report.entropy",
+            "alignment": "report.alignment",
+            "predictor_after": "state: update/predictor.weight",
+        },
+        "hparams": {
+            "params.alignment_weight": "field: of the same name",
+            "params.lr_predictor": "field: predictor_lr",
+            "params.episodic": "none: always False",
+        },
+    },
+}
+
 pytestmark = pytest.mark.filterwarnings("ignore:.*preset, made for:UserWarning")
 
 

@@ -52,6 +52,7 @@ def _depending() -> dict[str, bool]:
     return {
         name: not all(row["same"] for row in found.values() if row)
         for name, found in recipes.items()
+        if any(found.values())  # of networks that it fits
     }
 
 

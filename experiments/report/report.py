@@ -12,7 +12,15 @@ from experiments.records.config import BASELINE
 from experiments.report.collect import Result, Setting, by_setting, collect, file_name
 from experiments.report.page import Page, Section
 from experiments.report.statistics import LEVEL, difference, verdict
-from experiments.report.tables import HEALTH_NOTES, NOTES, Table, csv_rows, overview, setting_table
+from experiments.report.tables import (
+    HEALTH_NOTES,
+    NOTES,
+    TIME_NOTES,
+    Table,
+    csv_rows,
+    overview,
+    setting_table,
+)
 from tta.core.files import replacing
 
 __all__ = ["Report", "about_lines", "add_flags", "describe"]
@@ -59,7 +67,11 @@ class Report:
         self._write("results.csv", csv_rows(self.results))
         sections = [self._overview(), *(self._setting(s) for s in self.settings), *self._heat()]
         health = any(result.expected is not None for result in self.results)
-        notes = NOTES | (HEALTH_NOTES if health else {})
+        notes = {**NOTES, **(HEALTH_NOTES if health else {})}
+        found = {
+            name for result in self.results for name, v in result.summary.items() if v is not None
+        }
+        notes |= {name: words for name, words in TIME_NOTES.items() if name in found}
         page = Page(self.title, about_lines(self.results), sections, notes)
         path = self._write("index.html", page.html())
         results, settings = _count(self.results, "result"), _count(self.settings, "setting")

@@ -17,6 +17,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+import tta
 from experiments.records.config import BASELINE
 
 __all__ = [
@@ -68,8 +69,8 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "h", "<", ">", "*")
 LINES = ("-", "--", "-.", ":")
 LOOKS = len(COLOURS) * len(MARKERS)  # all are different, as the two numbers have no common divisor
 
-# The place of a method here is its look for good, in figures of any time: add names at the end.
-# Whatever is not here, such as another composition, has its look from the letters of its label.
+# The place of a method here is its look for good, in figures of any time. The other components have
+# theirs from the letters of their names, as has whatever else there is, such as a composition.
 ORDER = (
     "bn", "alpha_bn", "tent", "eata", "unmix_tns", "lame", "unmix_tns+eata",  # those of the demo
     "sar", "rotta", "cotta", "roid",
@@ -78,7 +79,6 @@ ORDER = (
     "cmf", "petta", "iabn", "note", "reservoir", "lsa", "nhl", "dda", "sda", "santa", "ttaug",
     "foa", "dpcore", "pea", "memo", "adacontrast", "gtta", "spa", "itta",
 )  # fmt: skip
-FIXED = {name: place for place, name in enumerate(ORDER)}
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Look:
 def looks_of(methods: Iterable[str]) -> dict[str, Look]:
     """A look for each method, which depends on its name, whatever other methods there are.
 
-    Two labels that are not in `ORDER` may ask for the same look; then one of them has the next one
+    Two labels that are no components may ask for the same look; then one of them has the next one
     that is free.
 
     Args:
@@ -109,20 +109,29 @@ def looks_of(methods: Iterable[str]) -> dict[str, Look]:
     True
     """
     names = [name for name in dict.fromkeys(methods) if name != BASELINE]
-    places = {name: FIXED[name] for name in names if name in FIXED}
+    fixed = {name: place for place, name in enumerate(ORDER)}
+    for name in tta.list_methods():
+        if name not in fixed and name != BASELINE:
+            fixed[name] = _free_place(name, set(fixed.values()))
+    places = {name: fixed[name] for name in names if name in fixed}
     for name in names:  # a method alone with other fields looks as without them
-        place = FIXED.get(_without_fields(name).partition(".")[0])
+        place = fixed.get(_without_fields(name).partition(".")[0])
         if place is not None and place not in places.values():
             places.setdefault(name, place)
-    taken = set(places.values())
-    free = LOOKS - len(ORDER)
+    taken = set(fixed.values())
     for name in sorted(set(names) - set(places)):
-        wanted = zlib.crc32(name.encode())
-        asked = [len(ORDER) + (wanted + step) % free for step in range(free)]
-        places[name] = next((place for place in asked if place not in taken), asked[0])
+        places[name] = _free_place(name, taken)
         taken.add(places[name])
     looks = {name: _look(places[name]) for name in names}
     return {BASELINE: Look(BLACK, MARKERS[0], LINES[0])} | looks
+
+
+def _free_place(name: str, taken: set[int]) -> int:
+    """The place that the letters of a name ask for, or the next one that is free."""
+    free = LOOKS - len(ORDER)
+    wanted = zlib.crc32(name.encode())
+    asked = [len(ORDER) + (wanted + step) % free for step in range(free)]
+    return next((place for place in asked if place not in taken), asked[0])
 
 
 def _look(place: int) -> Look:

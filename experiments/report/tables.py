@@ -15,7 +15,7 @@ from experiments.records.config import BASELINE
 from experiments.report.collect import Result, Setting, by_setting
 from experiments.report.statistics import Estimate, difference, over_seeds
 
-__all__ = ["HEALTH_NOTES", "NOTES", "Table", "csv_rows", "overview", "setting_table"]
+__all__ = ["HEALTH_NOTES", "NOTES", "TIME_NOTES", "Table", "csv_rows", "overview", "setting_table"]
 
 NOTES = {
     "error": "mean over the domains of the share of errors, in %",
@@ -39,6 +39,15 @@ NOTES = {
 HEALTH_NOTES = {
     "estimate off": "mean absolute error of estimates of accuracy without labels, in points, over "
     "windows of 500 images",
+}
+
+LOWEST = ("error", "worst", "NLL", "Brier", "ECE")  # columns in which the lowest is the best
+
+# Of streams with a clock, see `experiments.run.utilities`.
+TIME_NOTES = {
+    "discrete": "share of images answered rightly and in time, in %; late ones are wrong",
+    "continuous": "right answers, each worth 1 / (1 + latency / half-life), as a share in %",
+    "amortised": "share of right answers when learning ends with its extra time, in %",
 }
 
 NOTHING = "-"  # a cell without a figure
@@ -159,6 +168,8 @@ def setting_table(methods: Mapping[str, Sequence[Result]]) -> Table:
     add("used", figure("used"))
     add("resets", figure("resets"))
     add("late", lambda r: over_seeds(r, lambda x: x.summary["late"] / x.summary["images"]))
+    for name in TIME_NOTES:  # of streams with a clock that asks for them
+        add(name, lambda results, name=name: over_seeds(results, lambda r: r.summary.get(name)))
     add("fwd, bwd", _passes)
     add("img/s", figure("images_per_second"))
     add("MB", lambda r: over_seeds(r, lambda x: x.summary["peak_memory"] / 2**20))
@@ -169,9 +180,10 @@ def setting_table(methods: Mapping[str, Sequence[Result]]) -> Table:
     for number, (header, cells) in enumerate(columns.items(), 1):
         for row, cell in zip(table.rows, cells, strict=True):
             row.append(_show(header, cell))
-        if header in ("error", "worst", "NLL", "Brier", "ECE") and len(cells) > 1:
+        if header in (*LOWEST, *TIME_NOTES) and len(cells) > 1:
             means = {i: c.mean for i, c in enumerate(cells) if isinstance(c, Estimate)}
-            table.best |= {(i, number) for i in means if means[i] == min(means.values())}
+            best = (min if header in LOWEST else max)(means.values(), default=0.0)
+            table.best |= {(i, number) for i in means if means[i] == best}
     return table.without_empty_columns()
 
 
@@ -197,11 +209,12 @@ def overview(results: Sequence[Result]) -> dict[str, Table]:
 
 def csv_rows(results: Sequence[Result]) -> str:
     """One line per method, stream and seed, with all figures; errors as shares."""
-    names = [
+    names = dict.fromkeys(
         key
-        for key, value in results[0].summary.items()
+        for result in results
+        for key, value in result.summary.items()
         if key not in ("kind", "stream", "method") and not isinstance(value, (dict, list))
-    ]
+    )
     domains = list(dict.fromkeys(d for r in results for d in r.summary["domain_errors"]))
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
@@ -240,7 +253,7 @@ def _passes(results: Sequence[Result]) -> str:
     return ", ".join(f"{count.mean:.2f}" for count in counts if count is not None)
 
 
-_PERCENT = {"error", "vs source", "worst", "ECE", "used", "late", "estimate off"}
+_PERCENT = {"error", "vs source", "worst", "ECE", "used", "late", "estimate off", *TIME_NOTES}
 _DIGITS = {"NLL": 2, "Brier": 3, "conc.": 2, "resets": 0, "img/s": 0, "MB": 0}
 
 

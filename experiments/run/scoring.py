@@ -18,7 +18,7 @@ from experiments.run.totals import Totals
 from tta import Adapter
 from tta.core.component import log_probabilities
 from tta.core.prediction import Report
-from tta.streams import Batch, Stream
+from tta.streams import Batch, Clock, Stopwatch, Stream
 from tta.streams.reading import read_ahead
 
 __all__ = ["Images", "Step", "clean_error", "iter_evaluate"]
@@ -70,6 +70,7 @@ class _Predicted:
         timer: Has timed the adapter's work.
         forwards: Images through the model.
         backwards: Images through the model's backward pass.
+        latency: Time to the answer in plain forwards; None without a clock.
         was_reset: Whether the adapter was reset before this batch because the stream said so.
         health: What the batch's line holds of the adapter's health.
         images: See `Step`.
@@ -82,6 +83,7 @@ class _Predicted:
     timer: Timer
     forwards: int
     backwards: int
+    latency: float | None
     was_reset: bool
     health: dict[str, Any]
     images: Tensor | None
@@ -116,6 +118,8 @@ def iter_evaluate(
     memory, passes = PeakMemory(device), Passes(adapter.model)
     block: list[_Predicted] = []
     rest = stream.from_step(totals.batches)
+    if rest.clock is not None and rest.stopwatch is not None:
+        rest.stopwatch = Stopwatch(rest.clock, totals.utilities.spent)
     begun, end = time.perf_counter(), totals.batches + len(rest)
     try:
         for predicted in _iter_predict(adapter, rest, device, preprocess, passes):
@@ -125,7 +129,9 @@ def iter_evaluate(
                 totals.peak_memory = max(totals.peak_memory, memory.read())
             full = len(block) == BLOCK_BATCHES or time.perf_counter() - begun >= BLOCK_SECONDS
             if full or done == end or (every is not None and done % every == 0):
-                yield _score(adapter, block, totals), totals
+                if rest.stopwatch is not None:
+                    totals.utilities.spent = rest.stopwatch.spent
+                yield _score(adapter, block, totals, rest.clock), totals
                 block, begun = [], time.perf_counter()
     finally:
         passes.close()
@@ -154,6 +160,7 @@ def _iter_predict(
             timer,
             passes.forward,
             passes.backward,
+            batch.latency if stream.stopwatch is None else stream.stopwatch.latency,
             was_reset,
             batch_health(adapter.health, batch.visit),
             images,
@@ -186,7 +193,9 @@ def _logits(adapter: Adapter, images: Tensor) -> Tensor:
     return result if isinstance(result, Tensor) else adapter.network.reader.read(result)
 
 
-def _score(adapter: Adapter, block: Sequence[_Predicted], totals: Totals) -> list[Step]:
+def _score(
+    adapter: Adapter, block: Sequence[_Predicted], totals: Totals, clock: Clock | None
+) -> list[Step]:
     """Compute the figures of some batches, and add them to the totals."""
     output = torch.cat([predicted.output for predicted in block])
     labels = torch.cat([predicted.batch.labels for predicted in block]).cpu()
@@ -213,6 +222,10 @@ def _score(adapter: Adapter, block: Sequence[_Predicted], totals: Totals) -> lis
             **predicted.health,
         }
         totals.add(row, scores, batch.domains, batch.severities)
+        if clock is not None and predicted.latency is not None:
+            row["latency"] = predicted.latency
+            right = ~scores.values["error"].astype(bool)
+            totals.utilities.add(clock, right, batch.late, predicted.latency)
         totals.forwards += predicted.forwards
         totals.backwards += predicted.backwards
         tally = totals.by_domain.get(batch.domain)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from experiments.run.metrics import METRICS, Scores
+from experiments.run.utilities import Utilities
 from tta.streams.sources import CLEAN
 
 __all__ = ["BINS", "Calibration", "Tally", "Totals"]
@@ -139,6 +140,7 @@ class Totals:
         concentration: Sum over batches.
         peak_memory: Bytes.
         clean_before: Error on clean images before the stream; None where there are none.
+        utilities: Figures in which time counts, of streams with a clock.
         calibration: Confidences of all predictions.
     """
 
@@ -155,6 +157,7 @@ class Totals:
     concentration: float = 0.0
     peak_memory: int = 0
     clean_before: float | None = None
+    utilities: Utilities = field(default_factory=Utilities)
     calibration: Calibration = field(default_factory=Calibration)
 
     @property
@@ -220,6 +223,7 @@ class Totals:
             "backwards": self.backwards / self.images,
             "peak_memory": self.peak_memory,
             "clean_error_before": self.clean_before,
+            **self.utilities.summary(),
         }
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -227,6 +231,7 @@ class Totals:
         numbers = {name: getattr(self, name) for name in self.__dataclass_fields__}
         del numbers["calibration"]
         numbers["everything"] = vars(self.everything)
+        numbers["utilities"] = vars(self.utilities)
         numbers["by_domain"] = {name: vars(tally) for name, tally in self.by_domain.items()}
         numbers["metrics"] = list(METRICS)
         return numbers, self.calibration.tensors()
@@ -246,6 +251,7 @@ class Totals:
                 + (", ".join(metrics) if metrics else "those of an earlier version")
             )
         numbers["everything"] = Tally(**numbers["everything"])
+        numbers["utilities"] = Utilities(**numbers["utilities"])
         numbers["by_domain"] = {name: Tally(**v) for name, v in numbers["by_domain"].items()}
         calibration = Calibration([tensors["confidences"]], [tensors["right"]])
         return cls(**numbers, calibration=calibration)

@@ -25,7 +25,7 @@ from experiments.records.progress import Progress
 from experiments.run.domains import corrupt_set
 from experiments.run.flags import number_of_images
 from experiments.run.subject import load_subject, pick_device
-from models.bundled import BUNDLED, FOLDER
+from models.bundled import FOLDER, known
 from tta.core.checks import nearest, shown
 from tta.core.files import replacing
 
@@ -81,9 +81,9 @@ class Card:
         folder: str | Path | None = None,
         quiet: bool = False,
     ) -> None:
-        if name not in BUNDLED:
-            known = nearest(name, BUNDLED)
-            raise ValueError(f"`name` must be a bundled model, got {shown(name)}: {known}")
+        if name not in known():
+            advice = nearest(name, known())
+            raise ValueError(f"`name` must be a bundled model, got {shown(name)}: {advice}")
         self.folder = FOLDER / name if folder is None else Path(folder)
         self.subject = load_subject(name, data, device)
         clean = self.subject.clean

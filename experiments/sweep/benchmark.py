@@ -29,7 +29,7 @@ from tta.core.registry import component
 from tta.core.update import Update
 from tta.runtime.method_strings import PLUS
 
-__all__ = ["Benchmark", "BenchmarkRun", "add_flags"]
+__all__ = ["Benchmark", "BenchmarkRun", "add_flags", "without_replay"]
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "experiments" / "results" / "record.jsonl"
@@ -144,10 +144,10 @@ def all_methods() -> list[str]:
     """
     known = [name for name in tta.list_methods() if not component(name).needs_given]
     names = sorted(known, key=lambda name: name != BASELINE)
-    return [_without_replay(name) for name in names] + list(COMPOSED)
+    return [without_replay(name) for name in names] + list(COMPOSED)
 
 
-def _without_replay(name: str) -> str:
+def without_replay(name: str) -> str:
     """The method as a string, with the fields that switch a replay of source images off."""
     found = component(name)
     if not (issubclass(found, Update) and found.replays_source):

@@ -164,8 +164,8 @@ def streams(rng: Random) -> Case:
 BUILD: dict[str, Any] = {
     "severity": 5, "batch_size": 4, "seed": 1, "labels": [0, 1, 2, 3] * 5, "shared_order": True,
     "shuffle_domains": True, "num_samples": 8, "reset": "start", "last_batch": "keep",
-    "clock": {"ratio": 3.0, "eta": 1.0}, "window": 4, "schedule": "in_turn", "select": "zipf",
-    "arrange": "dirichlet",
+    "clock": {"ratio": 3.0, "queue": 1, "overhead": 9.0}, "window": 4, "schedule": "in_turn",
+    "select": "zipf", "arrange": "dirichlet",
 }  # fmt: skip
 
 

@@ -210,8 +210,9 @@ def arguments(parts: dict[str, str]) -> dict[str, Any]:
 
 
 def given(parts: dict[str, str]) -> dict[str, Any]:
-    """What no file holds of an adapter: the denoiser of an input rule."""
-    names = [name for name in parts.values() if issubclass(component(name), Input)]
+    """What no file holds of an adapter: the denoiser of an input rule that needs one."""
+    rules = [component(name) for name in parts.values() if issubclass(component(name), Input)]
+    names = [rule.name for rule in rules if rule.prompt_buffer is None]  # a prompt needs none
     return {"input": diffusion(names[0])} if names else {}
 
 

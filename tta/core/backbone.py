@@ -196,10 +196,10 @@ class Backbone:
         hooked = bool(self.handles or self._order_hooks)
         self.session.recording = torch.is_grad_enabled()
         lent = self.guard.lend(x)
-        args, kwargs = self._arguments
+        (args, kwargs), tensors = self._arguments, self._tensors(weights)
         try:
             with without_graphs(hooked):
-                result = self._other(self._tensors(weights), lent[0], *args, **kwargs)
+                result = self.session.run(self._other, tensors, lent[0], *args, **kwargs)
             result, features = result if self._prefix else (result, None)
             logits = self.reader.read(result)
             self._check_logits(logits, len(x))

@@ -7,19 +7,39 @@ default not against its hooks. Passes whose hooks matter therefore run without g
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from threading import Lock
 from typing import Any
+from weakref import WeakSet
 
 import torch
 
 __all__ = ["without_graphs"]
 
+
+class _Visit:
+    """A pass that runs without graphs now."""
+
+
 _lock = Lock()
-_inside = 0  # passes that run without graphs now, in whatever thread
+# In whatever thread. References are weak, since an exception that a signal raises may skip the line
+# that takes a visit out: it then ends with the frame that holds it, and is no one's for ever.
+_inside: WeakSet[_Visit] = WeakSet()
 _stance: Any = None
+
+
+def _free() -> None:
+    """In a forked process: no other thread is there to give the lock back, or to leave."""
+    global _lock
+    _lock = Lock()
+    _inside.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_free)
 
 
 @contextmanager
@@ -28,20 +48,21 @@ def without_graphs(needed: bool = True) -> Iterator[None]:
 
     Within a compiled function that calls the adapter, nothing can be switched, so nothing is.
     """
-    global _inside, _stance
+    global _stance
     if not needed or "torch._dynamo" not in sys.modules:  # then nothing has been compiled
         yield
         return
+    visit = _Visit()
     with _lock:
-        if _inside == 0:
+        if _stance is None:
             with suppress(RuntimeError):
                 _stance = torch.compiler.set_stance("force_eager")
-        _inside += 1
+        _inside.add(visit)
     try:
         yield
     finally:
         with _lock:
-            _inside -= 1
-            if _inside == 0 and _stance is not None:
+            _inside.discard(visit)
+            if not _inside and _stance is not None:
                 _stance.__exit__(None, None, None)
                 _stance = None

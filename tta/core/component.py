@@ -113,7 +113,7 @@ class Component(nn.Module):
     wants_features: ClassVar[bool] = False  # reads features where the model has any
     needs_linear_head: ClassVar[bool] = False  # reads the layer that makes logits of features
     uses_labels: ClassVar[bool] = True  # reads the labels of source batches
-    needs_given: ClassVar[bool] = False  # needs a module that the caller alone has
+    needs_given: ClassVar[bool] = False  # does nothing without what the caller alone has
     replays_source: ClassVar[bool] = False  # goes on reading source batches while it adapts
     takes_softmax: ClassVar[bool] = True  # works on a softmax of the logits
     takes_gradient: ClassVar[bool] = False  # an output rule that back-propagates

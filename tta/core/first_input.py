@@ -37,7 +37,8 @@ def first_input(network: Backbone, x: Tensor) -> Tensor:
         ValueError: When the model does not call that layer.
     """
     session = network.session
-    ranks, session.ranks = session.ranks, None
+    ranks, meeting = session.ranks, session.meeting
+    session.ranks = session.meeting = None
     handle = network.entry.register_forward_pre_hook(_stop)
     try:
         with frozen_statistics(network.wrappers), without_graphs():
@@ -46,7 +47,7 @@ def first_input(network: Backbone, x: Tensor) -> Tensor:
         return reached.value.detach()
     finally:
         handle.remove()
-        session.ranks = ranks
+        session.ranks, session.meeting = ranks, meeting
     raise ValueError(
         f"`model` must call its first layer for a method that moves it, but this "
         f"{type(network.model).__name__} does not call its {type(network.entry).__name__}: use "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,8 @@ class Input(Component):
     # Whether the images as they came are classified too, and what is made of both predictions:
     # "logits" joins them by `join`, "images" mixes the images by `fuse`, which are classified.
     joins: str | None = None
+    # The buffer that holds a prompt (C, H, W), which a cloud side may set: see tta.runtime.cloud.
+    prompt_buffer: ClassVar[str | None] = None
 
     def __init__(self, config: Any, network: Backbone, context: Context) -> None:
         super().__init__(config)

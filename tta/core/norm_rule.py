@@ -31,6 +31,8 @@ class NormRule(Component):
     needs_source_stats: ClassVar[bool] = False  # the layer must have running statistics
     # Whether the rule moves in no pass but those of `learning_pass`, by `learn`.
     learns_apart: ClassVar[bool] = False
+    # Whether no channel's result depends on another channel, and buffers end in the channels.
+    channelwise: ClassVar[bool] = False
 
     def __init__(self, config: Any, base: Any, context: Context) -> None:
         super().__init__(config)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tta.core.checks import shown, told
 
-__all__ = ["GIVEN", "LogitsReader", "LogitsSpec", "joined", "last_rows"]
+__all__ = ["GIVEN", "LogitsReader", "LogitsSpec", "joined", "last_rows", "some_rows"]
 
 LogitsSpec = str | int | Callable[[Any], Tensor] | None
 DEFAULT_NAME = "logits"  # the name in most libraries
@@ -112,12 +112,15 @@ def joined(results: Sequence[Any], rows: Sequence[int] | None = None) -> Any:
 
 def last_rows(result: Any, rows: int, count: int) -> Any:
     """What a model returned for ``rows`` images, as for the last ``count`` of these."""
-    if count == rows:
-        return result
+    return result if count == rows else some_rows(result, rows, lambda t: t[-count:])
+
+
+def some_rows(result: Any, rows: int, choose: Callable[[Tensor], Tensor]) -> Any:
+    """What a model returned for ``rows`` images, as for some of these."""
     if isinstance(result, Tensor):
-        return result[-count:] if result.ndim > 0 and len(result) == rows else result
+        return choose(result) if result.ndim > 0 and len(result) == rows else result
     keys = _keys(result)
-    values = {key: last_rows(_item(result, key), rows, count) for key in keys}
+    values = {key: some_rows(_item(result, key), rows, choose) for key in keys}
     return _with_items(result, values) if keys else result
 
 

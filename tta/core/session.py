@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from tta.core.batch_split import Ranks
 from tta.core.hooks import LogitHook
 from tta.core.warn import warn
 
-__all__ = ["Session"]
+__all__ = ["Meeting", "Session"]
+
+
+class Meeting(Protocol):
+    """Where adapters that share weights meet, so that a pass of several of them is one."""
+
+    def run(
+        self, run: Callable[..., Any], tensors: dict[str, Tensor], x: Tensor, *args: Any, **kw: Any
+    ) -> Any:
+        """Return what ``run(tensors, x, *args, **kw)`` would; see ``Session.run``."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Do as ``loss.backward()``."""
+
+    def gradients(self, loss: Tensor, inputs: Sequence[Tensor]) -> list[Tensor | None]:
+        """Gradients of a loss; see ``Session.gradients``."""
+        ...
 
 
 @dataclass
@@ -35,6 +52,7 @@ class Session:
         answered: The images that are being answered; None outside of an answer.
         passed: Whether a pass of all of these was made.
         frugal: How passes that record a graph save memory; None where they do not.
+        meeting: Where passes of several adapters become one; None where each runs its own.
     """
 
     ranks: Ranks | None = None
@@ -49,6 +67,36 @@ class Session:
     answered: Tensor | None = None
     passed: bool = False
     frugal: Any = None
+    meeting: Meeting | None = None
+
+    def run(
+        self, run: Callable[..., Any], tensors: dict[str, Tensor], x: Tensor, *args: Any, **kw: Any
+    ) -> Any:
+        """Return what the model returns for ``x``, alone or in one pass with other adapters.
+
+        Args:
+            run: Runs the model: takes all that follows.
+            tensors: Stand in for the model's own, by name.
+            x: Images (B, ...).
+            *args: Further arguments of the model.
+            **kw: Further arguments of the model.
+        """
+        if self.meeting is None:
+            return run(tensors, x, *args, **kw)
+        return self.meeting.run(run, tensors, x, *args, **kw)
+
+    def backward(self, loss: Tensor) -> None:
+        """Back-propagate a scalar; every loss of a pass of the model comes here or below."""
+        if self.meeting is None:
+            loss.backward()
+        else:
+            self.meeting.backward(loss)
+
+    def gradients(self, loss: Tensor, inputs: Sequence[Tensor]) -> list[Tensor | None]:
+        """Gradients of a scalar with respect to each input; None for one without effect."""
+        if self.meeting is None:
+            return list(torch.autograd.grad(loss, inputs, allow_unused=True))
+        return self.meeting.gradients(loss, inputs)
 
     def warn_once(self, kind: str, text: str) -> None:
         """Warn the caller, unless this kind of warning was given before."""

@@ -57,6 +57,11 @@ class OtherTensors:
             self._copy = _trusted_copy(self.model, self.reader)
             self._in_place = self._copy is None
 
+    @property
+    def copied(self) -> bool:
+        """Whether the model has a copy that can be relied on; known after :meth:`prepare`."""
+        return self._in_place is False
+
     def __call__(self, tensors: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         """Return what the model returns with ``tensors`` in place of its own, by name."""
         if self.frugal is not None and torch.is_grad_enabled():

@@ -64,6 +64,9 @@ class Transaction:
         """
         if self._open and self._in_progress():  # a hook of the caller's calls the adapter
             return action()
+        if torch.is_inference_mode_enabled():  # in which no tensor is made that can be changed
+            with torch.inference_mode(False):
+                return self.run(action, learning)
         self.settle()
         modes, grad = autocast.modes(), torch.is_grad_enabled()
         self._begin(learning)

@@ -9,10 +9,16 @@ import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-__all__ = ["Turns", "in_turn"]
+__all__ = ["GuestError", "Turns", "guest", "in_turn"]
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 _all: weakref.WeakSet[Turns] = weakref.WeakSet()
+# Of a thread that works for the one who has the turn: `of`, the turns that it must not wait for.
+guest = threading.local()
+
+
+class GuestError(RuntimeError):
+    """A thread asked for a turn that the one it works for has."""
 
 
 class Turns:
@@ -49,6 +55,8 @@ def in_turn(method: Method) -> Method:
         # The lock itself, since a signal that raises comes between two lines of Python, such as
         # those of __enter__, and would leave it held.
         turns = self.turns
+        if getattr(guest, "of", None) is turns:
+            raise GuestError(turns.reserved)
         with turns.lock:
             if turns.reserved and not turns.admitted:
                 raise RuntimeError(turns.reserved)

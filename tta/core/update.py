@@ -175,7 +175,7 @@ class Update(Component):
             )
         self.optimizer.zero_grad()  # gradients that somebody else has left there
         if gradients is None:
-            loss.backward()
+            self.network.session.backward(loss)
             for p in self.left_out:
                 p.grad = None
         else:

@@ -10,15 +10,14 @@ from torch import Tensor
 
 from tta.core import random
 from tta.core.backbone import Backbone
-from tta.core.checks import LARGE, number, one_of, whole_number
+from tta.core.checks import LARGE, number, whole_number
 from tta.core.component import Context
 from tta.core.config import ComponentConfig
 from tta.core.denoiser import Diffusion
-from tta.core.input_rule import Input
 from tta.core.source import SourceStatistics
+from tta.methods._joined_input import JoinedInput, check_join
 from tta.parts.augment import pixel_space
 from tta.parts.diffusion import project, shorten
-from tta.parts.join import FUSIONS, JOINS, fuse, join
 
 __all__ = ["Projection", "ProjectionConfig"]
 
@@ -46,11 +45,10 @@ class ProjectionConfig(ComponentConfig):
             )
         number("scale", self.scale, 1, LARGE)
         number("guidance", self.guidance, 0, LARGE)
-        if self.join is not None:
-            one_of("join", self.join, (*JOINS, *FUSIONS))
+        check_join(self.join)
 
 
-class Projection(Input):
+class Projection(JoinedInput):
     """Projects images by a diffusion model; see :mod:`tta.parts.diffusion`."""
 
     Config = ProjectionConfig
@@ -61,8 +59,6 @@ class Projection(Input):
 
     def __init__(self, config: Any, network: Backbone, context: Context) -> None:
         super().__init__(config, network, context)
-        if config.join is not None:
-            self.joins = "images" if config.join in FUSIONS else "logits"
         self._space = pixel_space(network.model, context.mean, context.std)
         self._diffusion: list[Diffusion] = []  # one, when it is known; copied with its modules
 
@@ -138,14 +134,6 @@ class Projection(Input):
         """Logits of the images as they came, by a classifier that was given for them."""
         classifier = self._diffusion[0].classifier
         return None if classifier is None else self.network.reader.read(classifier(images))
-
-    def join(self, logits: Tensor, other: Tensor) -> Tensor:
-        """As the field ``join`` says."""
-        return join(logits, other, self.config.join)
-
-    def fuse(self, images: Tensor, others: Tensor, logits: Tensor, other: Tensor) -> Tensor:
-        """As the field ``join`` says."""
-        return fuse(images, others, logits, other, self.config.join)
 
     def _denoise(self, x: Tensor, times: Tensor) -> Tensor:
         """What the denoiser says, in the precision of its own weights."""

@@ -56,6 +56,7 @@ class AlphaBn(NormRule):
 
     Config = AlphaBnConfig
     needs_source_stats = True
+    channelwise = True
 
     def forward(self, x: Tensor, base: Any) -> Tensor:
         """Normalise (B, C, ...) with the mixture; with one value per channel, with the source's."""

@@ -63,6 +63,7 @@ class BatchNormRule(NormRule):
     """Statistics of the batch at hand."""
 
     Config = BnConfig
+    channelwise = True
 
     def forward(self, x: Tensor, base: Any) -> Tensor:
         """Normalise (B, C, ...) with its own statistics, or the source's for a batch of one."""

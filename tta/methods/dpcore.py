@@ -239,7 +239,7 @@ class Dpcore(Update):
                     "`model` must let gradients flow from its features to prompts, got features "
                     "without a graph: take no_grad, detach or requires_grad_(False) out of it."
                 )
-            (prompts.grad,) = torch.autograd.grad(loss, [prompts])
+            (prompts.grad,) = self.network.session.gradients(loss, [prompts])
             optimizer.step()
         assert prediction.features is not None
         prediction = Prediction(prediction.logits.detach(), prediction.features.detach())

@@ -38,6 +38,7 @@ from torch import Tensor, nn
 
 from tta.core import random
 from tta.core.backbone import Backbone
+from tta.core.batch_split import current_split
 from tta.core.checks import LARGE, fraction, number, shown, whole_number
 from tta.core.component import Context
 from tta.core.config import UpdateConfig
@@ -182,8 +183,8 @@ class Itta(Update):
 
     def _checked(self, source: SourceStatistics) -> Iterator[tuple[Tensor, Tensor]]:
         """Source batches, of which the first passes the network: it refuses in words."""
-        for number, (x, y) in enumerate(source.iter_batches()):
-            if number == 0:
+        for step, (x, y) in enumerate(source.iter_batches()):
+            if step == 0:
                 with torch.no_grad():
                     self.network(x)
             yield x, y
@@ -287,4 +288,7 @@ class Itta(Update):
                 f"{shown(self._names[k], 40)} were {tuple(block.weight.shape[1:])}, got "
                 f"{tuple(u.shape[1:])}: resize them, or reset."
             )
-        return parts.maps(u.float(), block.weight, block.bias)
+        weights, split = [block.weight, block.bias], current_split()
+        if split is not None and torch.is_grad_enabled():
+            weights = split.share(weights)
+        return parts.maps(u.float(), *weights)

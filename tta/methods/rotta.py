@@ -219,7 +219,7 @@ class Rotta(BalancedMemoryUpdate):
             weight = torch.sigmoid(-self.bank.ages[slots].float() / self.config.memory_size)
             loss = (weight * soft_cross_entropy(logits, target)).sum()
             parameters = list(self.context.parameters.values())
-            found = torch.autograd.grad(loss, parameters, allow_unused=True)
+            found = self.network.session.gradients(loss, parameters)
         with torch.no_grad():
             for total, gradient in zip(self.gradients.tensors(), found, strict=True):
                 if gradient is not None:

@@ -129,7 +129,7 @@ class Sar(LowerLayersUpdate):
     def _sharp_step(self, selection: SelectionPass, margin: float) -> None:
         parameters = list(self.parameters_adapted.values())
         first = self.measure(selection.kept_logits()).mean()
-        climb = _gradients(first, parameters)
+        climb = self._gradients(first, parameters)
         with perturbed(parameters, climb, self.config.rho) as norm:
             entropies = self.measure(selection.again())
             kept = entropies.detach() < margin
@@ -138,7 +138,7 @@ class Sar(LowerLayersUpdate):
             if count == 0:
                 return
             loss = entropies[kept].mean()
-            gradients = _gradients(loss, parameters)
+            gradients = self._gradients(loss, parameters)
         move_average(self.ema, loss.detach())
         self.report |= {"loss": loss.detach(), "stepped": self.step(loss, gradients)}
 
@@ -147,7 +147,8 @@ class Sar(LowerLayersUpdate):
         zeros = [torch.zeros_like(p) for p in self.parameters_adapted.values()]
         self.report["stepped"] = self.step(torch.zeros((), device=self.ema.device), zeros)
 
-
-def _gradients(loss: Tensor, parameters: list[Any]) -> list[Tensor]:
-    found = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
-    return list(found)
+    def _gradients(self, loss: Tensor, parameters: list[Any]) -> list[Tensor]:
+        """Gradients of a loss; zeros for a parameter without effect."""
+        found = self.network.session.gradients(loss, parameters)
+        pairs = zip(found, parameters, strict=True)
+        return [torch.zeros_like(p) if g is None else g for g, p in pairs]

@@ -201,6 +201,7 @@ def learn(
     train_model: bool = True,
     seed: int = 0,
     reader: LogitsReader | None = None,
+    optimizers: dict[str, Any] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Train a network and its consistency loss in turn; one update for each batch.
 
@@ -222,6 +223,8 @@ def learn(
         train_model: Whether the network is trained; False learns w alone.
         seed: Of the draws.
         reader: Takes logits out of what the model returns.
+        optimizers: States of both optimisers: taken up where it is not empty, and filled when the
+            batches end, so that the next call goes on where this one stopped.
 
     Yields:
         ``loss_cla`` and ``loss_reg`` of the second pass, ``loss_reg_step`` of the first (NaN
@@ -246,6 +249,9 @@ def learn(
     w = consistency.detach().clone().requires_grad_()
     of_model = torch.optim.Adam(everything, lr=lr, weight_decay=weight_decay)
     of_w = torch.optim.Adam([w], lr=consistency_lr)
+    both = {"model": of_model, "consistency": of_w}
+    for name, state in (optimizers or {}).items():
+        both[name].load_state_dict(state)
     try:
         for p in everything:
             p.requires_grad_(True)
@@ -285,6 +291,8 @@ def learn(
             found |= {"penalty": penalty.detach(), "consistency": w.detach().clone()}
             yield found
     finally:
+        if optimizers is not None:
+            optimizers |= {name: optimizer.state_dict() for name, optimizer in both.items()}
         for p, flag in zip(everything, flags, strict=True):
             p.requires_grad_(flag)
 

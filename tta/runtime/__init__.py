@@ -1,6 +1,6 @@
 """Serving: code that runs adapters, which no method knows of."""
 
-from tta.runtime import server
+from tta.runtime import cloud, server
 from tta.runtime.frames import Source
 from tta.runtime.parallel import split_batches
 from tta.runtime.pipeline import Pipeline, Result
@@ -12,6 +12,7 @@ __all__ = [
     "Result",
     "Source",
     "StreamPool",
+    "cloud",
     "open_source",
     "server",
     "split_batches",

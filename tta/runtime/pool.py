@@ -16,7 +16,7 @@ any interleaving gives each stream, bit for bit, what it would have had alone.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from tta.core.denoiser import Diffusion
 from tta.core.head import FeatureSpec
 from tta.core.outputs import LogitsSpec
 from tta.core.prediction import Report
+from tta.runtime.side_by_side import SideBySide
 from tta.runtime.snapshots import Snapshots
 from tta.runtime.stream_files import StreamFiles
 from tta.runtime.stream_store import Stream, StreamStore, load_file
@@ -57,7 +58,9 @@ class StreamPool:
     While it has the adapter, the adapter itself refuses calls. All methods may be called from
     several threads. ``counts`` says how many streams were created, evicted (from memory to a file)
     and restored, and how many files were written (``snapshots``) or could not be (``failed``);
-    ``failure`` is the last reason, in words.
+    ``failure`` is the last reason, in words. ``batched`` says whether the streams of a mixed batch
+    go through the model in one pass where that is possible; set it to False for results that are
+    bit for bit those of serving them one by one.
 
     Args:
         adapter: As it is now, it is the beginning of every new stream.
@@ -152,9 +155,10 @@ class StreamPool:
         self, adapter: Adapter, capacity: int, files: StreamFiles | None, interval: float | None
     ) -> None:
         self.adapter = adapter
-        self.batched = False  # rows of several streams go through the model stream by stream
+        self.batched = True
         self._free = threading.Condition()  # of owners
         self._store = StreamStore(adapter, capacity, files)
+        self._beside = SideBySide(self._store)
         self._snapshots = None
         if files is not None and interval is not None:
             self._snapshots = Snapshots(self._store, interval)
@@ -193,8 +197,9 @@ class StreamPool:
     def __call__(self, images: Tensor, streams: Sequence[str], create: bool = False) -> Tensor:
         """Predict a batch whose rows belong to several streams.
 
-        The rows of one stream are one batch of it, in their order. When a call raises, no stream
-        has changed and none was created.
+        The rows of one stream are one batch of it, in their order. Results are those of serving the
+        streams one by one, up to rounding; see ``batched`` and :attr:`one_by_one`. When a call
+        raises, no stream has changed and none was created.
 
         Args:
             images: (B, ...), as the model takes them.
@@ -230,7 +235,7 @@ class StreamPool:
                 owned.enter_context(self.stream(name, create))
             unused = [s for name in new if (s := self._store.streams[name]).version == 0]
             try:
-                found = self._store.run_each(
+                found = self.run_each(
                     rows, lambda a, name: a(images if len(rows) == 1 else images[rows[name]])
                 )
             except BaseException:
@@ -243,6 +248,30 @@ class StreamPool:
         for mine, part in zip(rows.values(), parts, strict=True):
             logits[mine] = part
         return logits
+
+    def run_each(
+        self, streams: Mapping[str, Any], action: Callable[[Adapter, str], Any]
+    ) -> list[Any]:
+        """What a function of adapter and name does to each stream, for tta.runtime.
+
+        For all of them, or for none where it raises; in one pass as a mixed batch is.
+
+        Args:
+            streams: Names of streams that are there, and that the caller owns.
+            action: What to do; it must not keep the adapter.
+        """
+        return (self._beside if self.batched else self._store).run_each(streams, action)
+
+    @property
+    def one_by_one(self) -> str | None:
+        """Why the streams of a mixed batch are served one after the other, in words.
+
+        None where they go through the model together. What only shows when images are there, such
+        as a model that does not keep their rows apart, is known after the first mixed batch.
+        """
+        if not self.batched:
+            return "`batched` is False"
+        return self._beside.find_out()
 
     def streams(self) -> list[str]:
         """The names of all streams, in memory and in the folder."""

@@ -14,9 +14,10 @@ from torch import Tensor
 from tta.core.adapter import Adapter
 from tta.core.adapter_sets import AdapterSet, AdapterSets
 from tta.core.checks import shown, told
+from tta.core.turns import guest
 from tta.runtime.stream_files import StreamFiles
 
-__all__ = ["Stream", "StreamStore", "load_file"]
+__all__ = ["Seat", "Stream", "StreamStore", "load_file"]
 
 log = logging.getLogger("tta.runtime")
 Result = TypeVar("Result")
@@ -24,10 +25,14 @@ RESERVED = (
     "`adapter` must not be used while a StreamPool has it, whose streams it holds one after the "
     "other: use pool.stream(name), or close() the pool first."
 )
+INSIDE = (
+    "`pool` must not be used by a function that the adapter calls within a call, got such a use: "
+    "keep what it is given, and use the pool afterwards."
+)
 
 
 class Stream:
-    """What is known of one stream. It is in the adapter, in ``kept``, or in its file."""
+    """What is known of one stream. It is in a seat, in ``kept``, or in its file."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -35,6 +40,27 @@ class Stream:
         self.version = 0  # calls that may have changed it
         self.saved = -1  # the version in its file; -1 for none
         self.owner: tuple[int, int] | None = None  # its view and thread, by id
+        self.seat: Seat | None = None
+
+
+class Seat:
+    """An adapter, or a twin of it, that holds one stream at a time.
+
+    Args:
+        sets: Of that adapter.
+    """
+
+    def __init__(self, sets: AdapterSets) -> None:
+        self.adapter, self.sets = sets.adapter, sets
+        self.stream: Stream | None = None  # the last one; there as long as it says so too
+
+    def set_aside(self) -> None:
+        """Take the stream out that is there; another one must be put in next."""
+        stream = self.stream
+        if stream is not None and stream.seat is self:
+            stream.kept = self.sets.take()
+            stream.seat = None
+        self.stream = None
 
 
 class StreamStore:
@@ -55,7 +81,7 @@ class StreamStore:
         self.streams: dict[str, Stream] = {}
         self.in_memory: dict[str, Stream] = {}  # the least recently used first
         self.closed = False
-        self._current: Stream | None = None  # which the adapter holds; None if it holds none whole
+        self.seat = Seat(self.sets)  # of the adapter itself
         self._inside = False  # whether a call is going on
         self._disk = threading.RLock()  # taken after the turn, never before it
         adapter.turns.reserved = RESERVED
@@ -65,9 +91,9 @@ class StreamStore:
     def close(self) -> None:
         """Give the adapter back as it was."""
         with self.turn():
-            self._current = None
-            self.sets.put_first()
             self.closed = True
+            self.seat.stream = None
+            self.sets.put_first()
             self.adapter.turns.reserved = ""
 
     def check_open(self) -> None:
@@ -78,12 +104,11 @@ class StreamStore:
     @contextmanager
     def turn(self) -> Iterator[None]:
         """Have the model alone."""
+        if getattr(guest, "of", None) is self.adapter.turns:
+            raise RuntimeError(INSIDE)
         with self.adapter.turns.lock:
             if self._inside:  # by this thread, as it has the lock
-                raise RuntimeError(
-                    "`pool` must not be used by a function that the adapter calls within a call, "
-                    "got such a use: keep what it is given, and use the pool afterwards."
-                )
+                raise RuntimeError(INSIDE)
             yield
 
     def find(self, name: str) -> Stream | None:
@@ -121,8 +146,7 @@ class StreamStore:
                     self.files.remove(self.files.place(stream.name))
                 del self.streams[stream.name]
                 self.in_memory.pop(stream.name, None)
-            if self._current is stream:
-                self._current = None
+            stream.seat = None
 
     def run(
         self, stream: Stream, action: Callable[[Adapter], Result], changes: bool = True
@@ -135,8 +159,9 @@ class StreamStore:
             changes: Whether it may change the stream.
         """
         with self.turn():
-            self._bring(stream)
-            return self._act(stream, action, changes)
+            self.bring(stream)
+            with self.calling([stream] if changes else []):
+                return action(self.adapter)
 
     def run_each(
         self, streams: Mapping[str, Any], action: Callable[[Adapter, str], Any]
@@ -148,23 +173,40 @@ class StreamStore:
             action: Also takes the name.
         """
         found, names = [], list(streams)
-        with self.turn():
-            before: list[tuple[Stream, AdapterSet]] = []
-            try:
-                for name in names:
-                    stream = self.streams[name]
-                    self._bring(stream)
-                    if name != names[-1]:  # of the last one, a call takes itself back
-                        before.append((stream, self.sets.take().copy()))
-                    found.append(self._act(stream, lambda a, name=name: action(a, name), True))
-            except BaseException:
-                for stream, one in before:
-                    if self._current is stream:
-                        self._current = None
-                    stream.kept = one
-                    self.in_memory[stream.name] = stream
-                raise
+        with self.turn(), self.all_or_none() as before:
+            for name in names:
+                stream = self.streams[name]
+                self.bring(stream)
+                if name != names[-1]:  # of the last one, a call takes itself back
+                    before.append((stream, self.sets.take().copy()))
+                with self.calling([stream]):
+                    found.append(action(self.adapter, name))
         return found
+
+    @contextmanager
+    def all_or_none(self) -> Iterator[list[tuple[Stream, AdapterSet]]]:
+        """Where the block is left by an exception, put streams back to the sets in the list."""
+        before: list[tuple[Stream, AdapterSet]] = []
+        try:
+            yield before
+        except BaseException:
+            for stream, one in before:
+                stream.kept = one
+                stream.seat = None
+                self.in_memory[stream.name] = stream
+            raise
+
+    @contextmanager
+    def calling(self, changed: Sequence[Stream]) -> Iterator[None]:
+        """Within the block the adapter may be called, which may change these streams."""
+        turns = self.adapter.turns
+        for stream in changed:  # before, as an exception may come at any line
+            stream.version += 1
+        self._inside = turns.admitted = True
+        try:
+            yield
+        finally:
+            self._inside = turns.admitted = False
 
     def write_changed(
         self, stopped: threading.Event | None = None, only: Sequence[Stream] | None = None
@@ -183,8 +225,8 @@ class StreamStore:
                 continue
             with self.turn():
                 one, version = stream.kept, stream.version
-                if stream is self._current:
-                    one = self.sets.take()
+                if stream.seat is not None:
+                    one = stream.seat.sets.take()
                 one = None if one is None or self.closed else one.copy()
             written += one is not None and self._write(stream, one, version)
         return written
@@ -213,18 +255,9 @@ class StreamStore:
         stream.saved = stream.version
         return stream
 
-    def _act(self, stream: Stream, action: Callable[[Adapter], Result], changes: bool) -> Result:
-        turns = self.adapter.turns
-        if changes:  # before, as an exception may come at any line
-            stream.version += 1
-        self._inside = turns.admitted = True
-        try:
-            return action(self.adapter)
-        finally:
-            self._inside = turns.admitted = False
-
-    def _bring(self, stream: Stream) -> None:
-        """Let the adapter hold a stream."""
+    def bring(self, stream: Stream, seat: Seat | None = None) -> None:
+        """Let the adapter hold a stream, or the one of another seat; the caller has the turn."""
+        seat = seat or self.seat
         self.check_open()
         name = stream.name
         if self.streams.get(name) is not stream:
@@ -232,25 +265,22 @@ class StreamStore:
                 f"`stream` must be one of the pool's, but {shown(name, 60)} was dropped: ask the "
                 "pool for it again, with create=True."
             )
-        if self._current is not stream:
-            content = None if stream.kept is not None else self._read(name)
-            self._set_aside()
-            if content is None:
-                assert stream.kept is not None
-                self.sets.put(stream.kept)
-            else:
-                path, tensors, about = content
+        if stream.seat is not seat:
+            if stream.seat is not None:
+                stream.seat.set_aside()
+            if stream.kept is None:
+                path, tensors, about = self._read(name)
+                self.seat.set_aside()
                 load_file(path, self.sets, tensors, about)
                 self.counts["restored"] += 1
-            self._current, stream.kept = stream, None
+                stream.kept = self.sets.take() if seat is not self.seat else None
+            if stream.kept is not None:
+                seat.set_aside()
+                seat.sets.put(stream.kept)
+            seat.stream = stream
+            stream.seat, stream.kept = seat, None
         self.in_memory[name] = self.in_memory.pop(name, stream)  # now the last one
         self._make_room(stream)
-
-    def _set_aside(self) -> None:
-        """Take the stream out of the adapter that it holds; another one must be put in next."""
-        if self._current is not None:
-            self._current.kept = self.sets.take()
-            self._current = None
 
     def _read(self, name: str) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
         assert self.files is not None
@@ -261,8 +291,8 @@ class StreamStore:
         """Write the least recently used streams, but this one, until there are few enough."""
         while len(self.in_memory) > self.capacity:
             oldest = next(other for other in self.in_memory.values() if other is not stream)
-            if oldest is self._current:
-                self._set_aside()
+            if oldest.seat is not None:
+                oldest.seat.set_aside()
             assert oldest.kept is not None
             if oldest.saved != oldest.version:
                 self._write(oldest, oldest.kept, oldest.version)

@@ -26,11 +26,14 @@ class Batch:
         severities: Severity of each row.
         reset: Reset the model before this batch: the scenario says so.
         late: The clock says that the method was busy when this batch came.
-        adapt: Whether to learn from this batch. False when late, and between the steps of a
-            windowed stream: predict then with the latest model, without adapting.
+        adapt: Whether to learn from this batch. False when late, when the clock's time for learning
+            is used up, and between the steps of a windowed stream: predict then with the latest
+            model, without adapting.
         visit: Number of the visit to a domain that the first row belongs to.
         window: (W, 3, H, W) the last images up to this one, newest last; fewer than W at the
             start and after a reset; None unless the stream was built with `window`.
+        latency: Time from arrival to answer by a clock with a declared ratio, in plain forwards;
+            None without one, and with a measured one, whose `Stopwatch.latency` knows afterwards.
     """
 
     images: Tensor
@@ -46,6 +49,7 @@ class Batch:
     adapt: bool
     visit: int
     window: Tensor | None = None
+    latency: float | None = None
 
     def __len__(self) -> int:
         """Return the number of samples."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tta.core.checks import LARGEST, whole_number
 from tta.streams.batch import MIXED, Batch
-from tta.streams.clock import Clock, Stopwatch
+from tta.streams.clock import Clock, Stopwatch, Turn
 from tta.streams.draws import Draws
 from tta.streams.items import concatenate
 from tta.streams.plan import Plan, Rows
@@ -142,8 +142,10 @@ class Stream:
 
     def __iter__(self) -> Iterator[Batch]:
         """Make the batches one by one."""
-        if self.stopwatch is not None:
-            self.stopwatch.restart()
+        watch = self.stopwatch
+        if watch is not None:
+            watch.restart()
+        turns = None if self.clock is None else self.clock.turns(self._start)
         recent: deque[Tensor] = deque(maxlen=self._window or 1)
         for rows, read in self._read():
             step = rows.step
@@ -153,11 +155,13 @@ class Stream:
                 recent.extend(
                     self._images(self._plan.rows(s), {}) for s in range(step - back, step)
                 )
-            if self.stopwatch is not None:
-                late = self.stopwatch.tick()
-            else:
-                late = self.clock is not None and self.clock.is_late(step)
-            yield self._batch(rows, read, late, recent)
+            turn = Turn(late=False, learns=True, latency=None)
+            if watch is not None:
+                late = watch.tick()
+                turn = Turn(late, watch.learns and not late, None)
+            elif turns is not None:
+                turn = next(turns)
+            yield self._batch(rows, read, turn, recent)
 
     def _read(self) -> Iterator[tuple[Rows, dict[int, Images]]]:
         """Iterate over rows and the images that were read ahead, by number of the condition."""
@@ -176,12 +180,12 @@ class Stream:
             }
 
     def _batch(
-        self, rows: Rows, read: dict[int, Images], late: bool, recent: deque[Tensor]
+        self, rows: Rows, read: dict[int, Images], turn: Turn, recent: deque[Tensor]
     ) -> Batch:
         images = self._images(rows, read)
         names = [c.domain for c in rows.conditions]
         levels = [c.severity for c in rows.conditions]
-        window, adapt = None, not late
+        window, adapt = None, turn.learns
         if self._window is not None:
             if rows.since_reset == 0:
                 recent.clear()
@@ -198,10 +202,11 @@ class Stream:
             domains=tuple(names[i] for i in rows.which),
             severities=tuple(levels[i] for i in rows.which),
             reset=rows.reset,
-            late=late,
+            late=turn.late,
             adapt=adapt,
             visit=rows.visit,
             window=window,
+            latency=turn.latency,
         )
 
     def _labels(self, rows: Rows) -> Ints:

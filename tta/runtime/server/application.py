@@ -21,7 +21,7 @@ from tta.runtime.server.openapi import DESCRIPTION
 from tta.runtime.server.service import Service
 from tta.version import __version__
 
-__all__ = ["application"]
+__all__ = ["application", "check_token"]
 
 log = logging.getLogger("tta.runtime.server")
 LONGEST_TOKEN = 1000
@@ -80,11 +80,7 @@ def application(
             f"`pool` must be a StreamPool, got {type(pool).__name__}: pass "
             "tta.runtime.StreamPool(adapter)."
         )
-    if token is not None and (not 0 < len(token) <= LONGEST_TOKEN or not token.isascii()):
-        raise ValueError(
-            f"`token` must be 1 to {LONGEST_TOKEN} ASCII characters, got {len(token)} characters: "
-            "make one by `openssl rand -hex 32`."
-        )
+    check_token(token)
     limits = Limits() if limits is None else limits
     threads = ThreadPoolExecutor(whole_number("workers", workers, 1, 256), "tta-server-decode")
     decoder = Decoder(transform, shape, _dtype(pool), limits)
@@ -124,6 +120,15 @@ def application(
 
     add_routes(app, service, decoder, threads)
     return app
+
+
+def check_token(token: str | None) -> None:
+    """Refuse what no header can carry."""
+    if token is not None and (not 0 < len(token) <= LONGEST_TOKEN or not token.isascii()):
+        raise ValueError(
+            f"`token` must be 1 to {LONGEST_TOKEN} ASCII characters, got {len(token)} characters: "
+            "make one by `openssl rand -hex 32`."
+        )
 
 
 def _dtype(pool: StreamPool) -> torch.dtype:
