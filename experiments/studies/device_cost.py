@@ -106,13 +106,15 @@ class DeviceCost:
 
     def execute(self) -> Path:
         """Measure what is left, and write the page; returns it."""
-        for key in self.keys:
-            old = self.rows.get(key)
-            if self.again or old is None or any(old[k] != v for k, v in self.about.items()):
-                row = key | self.about | self._measure(key)
-                self.rows.put(row)
-                print(row, flush=True)
-        markdown.write_between(self.page, MARK, render(self.rows.rows))
+        try:
+            for key in self.keys:
+                old = self.rows.get(key)
+                if self.again or old is None or any(old[k] != v for k, v in self.about.items()):
+                    row = key | self.about | self._measure(key)
+                    self.rows.put(row)
+                    print(row, flush=True)
+        finally:  # what an interrupted run has measured is shown too
+            markdown.write_between(self.page, MARK, render(self.rows.rows))
         print(f"{self.rows.path}\n{self.page}")
         return self.page
 

@@ -99,12 +99,14 @@ class EdgeCost:
 
     def execute(self) -> Path:
         """Measure what is left, and write the page; returns it."""
-        for network in self.networks:
-            keys = [{"network": network, "method": m} for m in (PLAIN, *self.methods)]
-            left = [key["method"] for key in keys if self.again or not self._measured(key)]
-            if left:
-                self._measure(network, [PLAIN, *(m for m in left if m != PLAIN)])
-        markdown.write_between(self.page, MARK, render(self.rows.rows))
+        try:
+            for network in self.networks:
+                keys = [{"network": network, "method": m} for m in (PLAIN, *self.methods)]
+                left = [key["method"] for key in keys if self.again or not self._measured(key)]
+                if left:
+                    self._measure(network, [PLAIN, *(m for m in left if m != PLAIN)])
+        finally:  # what an interrupted run has measured is shown too
+            markdown.write_between(self.page, MARK, render(self.rows.rows))
         print(f"{self.rows.path}\n{self.page}")
         return self.page
 

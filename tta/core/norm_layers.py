@@ -354,9 +354,12 @@ def batch_stats(x: Tensor, unbiased: bool = False) -> tuple[Tensor, Tensor]:
     if split is not None:
         count = count // len(x) * split.rows
         means, variances = split.gather(means), split.gather(variances)
-    mean = means.mean(0)
-    # Variance within images plus variance between them; both are positive, so nothing cancels.
-    var = variances.mean(0) + (means - mean).square().mean(0)
+    if split is None and not is_tracing() and len(x) == 1:
+        mean, var = means[0], variances[0]
+    else:
+        mean = means.mean(0)
+        # Variance within images plus that between them; both are positive, so nothing cancels.
+        var = variances.mean(0) + (means - mean).square().mean(0)
     return mean, var * (count / (count - 1)) if unbiased else var
 
 
@@ -374,14 +377,18 @@ def instance_stats(x: Tensor) -> tuple[Tensor, Tensor]:
         var, mean = torch.var_mean(x.float(), dim=axes, correction=0)
         return mean, var
     count = math.prod(x.shape[2:])
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = x.dtype if x.dtype == torch.float64 else torch.float32
     mean = x.mean(axes, dtype=wide)
     if is_tracing():
         deviation = x.to(wide) - mean.view(*mean.shape, *(1 for _ in axes))
         return mean, deviation.square().mean(axes)
-    square = torch.linalg.vector_norm(x, dim=axes, dtype=wide).square() / count
-    var = square - mean.square()
-    if bool((var < LARGE_MEAN * square).any()):
+    norm, squared_mean = torch.linalg.vector_norm(x, dim=axes, dtype=wide), mean.square()
+    minus_var = torch.addcmul(squared_mean, norm, norm, value=-1 / count)
+    # A number that multiplies or is added costs as much as an operation, but for these arguments.
+    lost = torch.add(squared_mean, minus_var, alpha=1 / LARGE_MEAN - 1)  # above 0: too few digits
+    if float(lost.detach().max()) <= 0:
+        var = minus_var.neg()
+    else:
         deviation = x - mean.view(*mean.shape, *(1 for _ in axes)).to(x.dtype)
         norm = torch.linalg.vector_norm(deviation, dim=axes, dtype=wide)
         var = norm.square() / count
@@ -414,8 +421,10 @@ def far_outside(means: Tensor, variances: Tensor, centre: Tensor, reference: Ten
     Returns:
         (B,) bool.
     """
-    ordinary = (means - centre).square() + variances <= FAR_OUTSIDE * reference
-    return 2 * ordinary.sum(1) < means.shape[1]
+    offsets = means - centre
+    energies = torch.addcmul(variances, offsets, offsets)
+    ordinary = torch.sub(energies, reference, alpha=FAR_OUTSIDE) <= 0
+    return ordinary.sum(1) < 0.5 * means.shape[1]
 
 
 def pooled_stats(means: Tensor, variances: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:

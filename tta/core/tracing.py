@@ -6,6 +6,8 @@ components decide in Python, they decide here by tensors instead; what is comput
 
 from __future__ import annotations
 
+import functools
+import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,8 +18,10 @@ from torch import Tensor, nn
 
 __all__ = [
     "Refusal",
+    "all_finite",
     "count_rows",
     "is_tracing",
+    "look",
     "look_after_refusal",
     "recording",
     "refusal",
@@ -150,3 +154,21 @@ def while_loop(condition: Any, body: Any, carried: tuple[Tensor, ...]) -> tuple[
 
     found: Any = loop(condition, body, carried)
     return found
+
+
+def look(condition: Tensor) -> bool | None:
+    """A 0-dimensional bool's value where it is there at once: not on a GPU, and in no graph.
+
+    What is true of nearly every batch is then looked at, in place of operations for the others.
+    """
+    return bool(condition) if condition.device.type == "cpu" and not is_tracing() else None
+
+
+def all_finite(*values: Tensor) -> bool | None:
+    """Whether all of some tensors are finite, of one shape are finite, where :func:`look` can say.
+
+    Those whose sum is too large for their dtype count as infinite.
+    """
+    if values[0].device.type != "cpu" or is_tracing():
+        return None
+    return math.isfinite(float(functools.reduce(torch.add, values).detach().sum()))

@@ -26,7 +26,7 @@ from tta.core.norm_layers import (
     run_kernel,
 )
 from tta.core.norm_rule import NormRule
-from tta.core.tracing import look_after_refusal, refusal
+from tta.core.tracing import all_finite, is_tracing, look, look_after_refusal, refusal
 
 __all__ = ["MovingStatistics", "all_instance_stats"]
 
@@ -152,21 +152,32 @@ class MovingStatistics(NormRule):
         else:
             mean, var, enough = self._ordinary_stats(x, base)
         mean, var = (1 - a) * self.mean + a * mean, (1 - a) * self.var + a * var
-        if enough is not None:
+        if enough is not None and look(enough) is not True:
             mean, var = torch.where(enough, mean, self.mean), torch.where(enough, var, self.var)
         with torch.no_grad():
-            # Finite pixels may overflow; such a batch would spoil the averages for good.
-            fine = mean.isfinite() & var.isfinite()
-            self.mean.copy_(torch.where(fine, mean, self.mean))
-            self.var.copy_(torch.where(fine, var, self.var))
+            if all_finite(mean, var):
+                self.mean.copy_(mean)
+                self.var.copy_(var)
+            else:
+                # Finite pixels may overflow; such a batch would spoil the averages for good.
+                fine = mean.isfinite() & var.isfinite()
+                self.mean.copy_(torch.where(fine, mean, self.mean))
+                self.var.copy_(torch.where(fine, var, self.var))
         return mean, var
 
-    def _ordinary_stats(self, x: Tensor, base: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Batch statistics without bad images, and whether more than one value is left for each."""
+    def _ordinary_stats(self, x: Tensor, base: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Batch statistics without bad images, and whether more than one value is left for each.
+
+        None says that they are.
+        """
         means, variances = all_instance_stats(x)
+        count = math.prod(x.shape[2:])
         with torch.no_grad():
             kept = self._ordinary(means, variances, base)
-            count = kept.sum() * math.prod(x.shape[2:])
+            if not is_tracing() and len(means) == 1 and look(kept[0]) and count > 1:
+                var = variances[0] * (count / (count - 1)) if self.unbiased else variances[0]
+                return means[0], var, None
+            count = kept.sum() * count
         mean, var = pooled_stats(means, variances, kept)
         if self.unbiased:
             var = var * (count / (count - 1).clamp_min(1))

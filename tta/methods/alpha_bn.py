@@ -22,6 +22,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tta.core.checks import boolean, fraction
@@ -68,6 +69,6 @@ class AlphaBn(NormRule):
         if is_tracing():
             mean, var = source_if(rows_of(x) * math.prod(x.shape[2:]) < 2, mean, var, base)
         w = self.config.source_weight
-        mean = w * base.running_mean + (1 - w) * mean
-        var = w * base.running_var + (1 - w) * var
+        mean = torch.add(w * base.running_mean, mean, alpha=1 - w)
+        var = torch.add(w * base.running_var, var, alpha=1 - w)
         return normalize(x, mean, var, base)

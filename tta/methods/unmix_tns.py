@@ -64,7 +64,7 @@ from tta.core.norm_layers import (
 )
 from tta.core.norm_rule import NormRule
 from tta.core.registry import register
-from tta.core.tracing import count_rows, is_tracing
+from tta.core.tracing import all_finite, count_rows, is_tracing, look
 
 __all__ = ["UnmixTns", "UnmixTnsConfig"]
 
@@ -172,9 +172,12 @@ class UnmixTns(NormRule):
             means, variances = self.means.to(mean.dtype), self.vars.to(mean.dtype)
             similarity = F.normalize(mean, dim=1) @ F.normalize(means, dim=1).t()
             p = (similarity / self.config.temperature).softmax(1)  # (B, K)
-        if not self.config.official:  # nothing of bad images is mixed in
+        whole = self.config.official
+        if not whole:  # nothing of bad images is mixed in
             bad = self._bad(mean.detach(), var.detach(), means, variances, base)[:, None]
-            p, mean, var = (torch.where(bad, 0.0, v) for v in (p, mean, var))
+            whole = look(bad.any()) is False
+            if not whole:
+                p, mean, var = (torch.where(bad, 0.0, v) for v in (p, mean, var))
         k, rest = len(self.means), 1 - p
         # Averages over k of M and of V + M^2, expanded so that nothing of size (B, K, C) is made; p
         # sums to one, or it and the image's own statistics are 0. There are few operations, since
@@ -186,25 +189,33 @@ class UnmixTns(NormRule):
         second = torch.addcmul(second, p.square().sum(1, keepdim=True), mean.square()) / k
         y = normalize(x, mixed_mean, torch.addcmul(second, mixed_mean, mixed_mean, value=-1), base)
         if self.learning:
-            self._move(p, mean.detach(), var.detach())
+            self._move(p, mean.detach(), var.detach(), whole)
         return y
 
     @staticmethod
     def _bad(mean: Tensor, var: Tensor, means: Tensor, variances: Tensor, base: Any) -> Tensor:
         """Find the images (B,) that are far outside the mixture of all components."""
-        mixture = variances.mean(0) + means.var(0, correction=0)
+        centre = means.mean(0)
+        second = variances.mean(0) + means.square().mean(0)
+        mixture = torch.addcmul(second, centre, centre, value=-1)
         reference = torch.maximum(mixture, base.running_var) + base.eps
-        return far_outside(mean, var, means.mean(0), reference)
+        return far_outside(mean, var, centre, reference)
 
     @torch.no_grad()
-    def _move(self, p: Tensor, mean: Tensor, var: Tensor) -> None:
-        """Move all components towards the images, in proportion to similarity, divided by B."""
+    def _move(self, p: Tensor, mean: Tensor, var: Tensor, whole: bool) -> None:
+        """Move all components towards the images, in proportion to similarity, divided by B.
+
+        With ``whole`` no image was left out.
+        """
         if (split := current_split()) is not None:  # the other ranks' images too
             p, mean, var = (split.gather(v) for v in (p, mean, var))
+            whole = self.config.official
         # Finite pixels may overflow; such an image would spoil the components for good.
-        fine = (mean + var).isfinite().all(1, keepdim=True)
-        p, mean, var = (torch.where(fine, v, 0.0) for v in (p, mean, var))
-        if not self.config.official:  # as if the batch had come without bad images
+        if not all_finite(mean, var):
+            fine = (mean + var).isfinite().all(1, keepdim=True)
+            p, mean, var = (torch.where(fine, v, 0.0) for v in (p, mean, var))
+            whole = self.config.official
+        if not whole:  # as if the batch had come without bad images
             p = p * (count_rows(p) / (p.sum(1) > 0).sum().clamp_min(1))
         rate = self.rate / count_rows(p)
         if is_tracing():  # it is a tensor then
