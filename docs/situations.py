@@ -135,7 +135,7 @@ def needs_rows() -> list[tuple[str, str]]:
         ("gradients", those(lambda n: n.gradient)),
         ("nothing of the source", those(lambda n: not n.source and not n.given)),
         ("source images, or artefacts of them", those(lambda n: n.source)),
-        ("a module of your own, such as a denoiser", those(lambda n: n.given)),
+        ("what you alone have: a denoiser, a prompt", those(lambda n: n.given)),
         ("any network", those(lambda n: n.networks == every)),
     ]
     kinds = dict.fromkeys(n.networks for n in found.values() if n.networks != every)

@@ -86,6 +86,13 @@ COMMANDS = {
         "experiments.studies.stream_switching",
         "what it costs to keep many streams on one model",
     ),
+    "mixed": Command(
+        "experiments.studies.mixed_batches",
+        "what it gains to serve many streams in one pass of the model",
+    ),
+    "cloud": Command(
+        "experiments.studies.cloud", "error of a device against the share of images that it sends"
+    ),
     "device-cost": Command(
         "experiments.studies.device_cost",
         "what recipes cost a device's CPU, by tta bench on small networks",
@@ -93,9 +100,6 @@ COMMANDS = {
     "edge-cost": Command(
         "experiments.studies.edge_cost",
         "latency and memory of exported graphs beside the plain model's",
-    ),
-    "cloud": Command(
-        "experiments.studies.cloud", "error of a device against the share of images that it sends"
     ),
     "edge-int8": Command(
         "experiments.studies.edge_int8",

@@ -75,8 +75,8 @@ def test_outputs_are_those_of_a_loop_bit_for_bit(kind, workers):
     assert 0 < pipeline.latencies["p50"] <= pipeline.latencies["p99"]
 
 
-@pytest.mark.parametrize("queue", [1, 64])
-def test_each_stream_of_a_pool_gets_what_it_gets_alone(queue):
+@pytest.mark.parametrize(("queue", "together"), [(1, False), (64, False), (64, True)])
+def test_each_stream_of_a_pool_gets_what_it_gets_alone(queue, together):
     """However the streams come mixed, in full batches."""
     chance = np.random.default_rng(0)
     own = {name: FRAMES[n : n + 24] for n, name in enumerate("abc")}
@@ -87,11 +87,17 @@ def test_each_stream_of_a_pool_gets_what_it_gets_alone(queue):
         mixed.append((name, own[name][places[name]]))
         places[name] += 1
     with StreamPool(adapter()) as pool:
-        results = list(Pipeline(pool, mixed, batch_size=4, queue=queue, workers=2))
+        pipeline = Pipeline(pool, mixed, batch_size=4, queue=queue, workers=2, together=together)
+        results = list(pipeline)
+        assert (pool._beside.passes > 0) == together and pipeline.counts["learned"] == 72
         for name, frames in own.items():
             mine = [result for result in results if result.stream == name]
             assert [result.index for result in mine] == list(range(24))
             expected, one = alone(frames, 4)
+            if together:
+                assert (probabilities(mine) - expected).abs().max() < 1e-4
+                assert torch.equal(probabilities(mine).argmax(1), expected.argmax(1))
+                continue
             assert torch.equal(probabilities(mine), expected), name
             assert same(pool.stream(name).state(), one.state())
 

@@ -91,6 +91,29 @@ def test_several_images_are_one_batch_of_each_stream() -> None:
         assert "probabilities" not in short[0] and "label" in short[0]
 
 
+def test_streams_of_one_round_go_through_the_model_together() -> None:
+    names = ["a", "b", "c"]
+    with serving(max_wait=2.0) as server, ThreadPoolExecutor(6) as threads:
+        for name in names:
+            server.post(f"/v1/streams/{name}")
+        server.post("/v1/streams/c/freeze")
+        own = {name: alone() for name in names}
+        own["c"].freeze()
+        for number in range(2):
+            sent = [(name, 10 * number + i) for i in range(2) for name in names]
+            told = list(threads.map(lambda one: server.predict(one[0], png(picture(one[1]))), sent))
+            for name in names:
+                mine = [(seed, t) for (n, seed), t in zip(sent, told, strict=True) if n == name]
+                mine.sort(key=lambda pair: pair[1]["index"])
+                wanted = own[name](pixels(*(seed for seed, _ in mine))).softmax(1).tolist()
+                assert [t["index"] for _, t in mine] == [2 * number, 2 * number + 1]
+                for (_, t), row in zip(mine, wanted, strict=True):
+                    assert t["probabilities"] == pytest.approx(row, abs=1e-4)
+                    assert t["learned"] == (name != "c") and t["label"] == int(np.argmax(row))
+        assert server.pool._beside.passes == 2
+        assert "tta_batch_rows_count 2.0" in server.get("/metrics").text
+
+
 def test_batches_form_across_requests_until_the_deadline() -> None:
     with serving(max_wait=20.0, batch_size=4) as server, ThreadPoolExecutor(4) as threads:
         bodies = [png(picture(i)) for i in range(4)]

@@ -45,6 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="seconds that an image waits for others to join its batch (0.01)",
     )  # fmt: skip
     server.add_argument(
+        "--one-by-one", action="store_true",
+        help="run the model for each stream by itself, for results that are bit for bit its own",
+    )  # fmt: skip
+    server.add_argument(
         "--workers", type=whole(1, 256), default=2, metavar="N", help="threads that decode (2)"
     )
     server.add_argument(
@@ -109,8 +113,10 @@ def run(args: argparse.Namespace) -> int:
     token = _token(args.token_file)
     with logging_to_stderr(args.log, args.log_level):
         opened = open_from(args)
+        pool = pool_from(args, opened)
+        pool.batched = not args.one_by_one
         app = application(
-            pool_from(args, opened),
+            pool,
             opened.transform,
             opened.class_names,
             batch_size=args.batch_size,

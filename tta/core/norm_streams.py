@@ -54,7 +54,7 @@ def normalize_streams(
     if forward is nn.GroupNorm.forward:
         groups = len(layers) * first.num_groups
         weight, bias = (_flat(layers, weights, name) for name in ("weight", "bias"))
-        return F.group_norm(x.flatten(1, 2), groups, weight, bias, first.eps).view(x.shape)
+        return F.group_norm(x.flatten(1, 2), groups, weight, bias, first.eps).reshape(x.shape)
     if forward is nn.LayerNorm.forward:
         return _scaled(layers, weights, F.layer_norm(x, first.normalized_shape, eps=first.eps))
     return None
@@ -115,7 +115,7 @@ def _by_rules(
                     buffer.copy_(part)  # type: ignore[union-attr]
         for one in rules:
             one.fell_back = joint.fell_back
-    return first._finished(y.flatten(0, 1)).view(x.shape) if first.finish else y
+    return first._finished(y.flatten(0, 1)).reshape(x.shape) if first.finish else y
 
 
 def _by_channels(
@@ -129,4 +129,4 @@ def _by_channels(
     names = ("weight", "bias", "running_mean", "running_var")
     flat = {name: _flat(bases, weights, prefix + name) for name in names}
     base = SimpleNamespace(**flat, eps=bases[0].eps, affine=flat["weight"] is not None)
-    return normalise(x.flatten(1, 2), base).view(x.shape)
+    return normalise(x.flatten(1, 2), base).reshape(x.shape)

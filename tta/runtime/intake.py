@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -99,13 +99,30 @@ class Intake:
         with self._changed:
             while not self.stopped:
                 now = time.monotonic()
-                found, wait = self._due(now)
+                found, wait = self._due(now, ())
                 if found is not None:
                     return found
                 if self._count == 0 and all(reader.ended for reader in self._readers):
                     return None
                 self._changed.wait(wait)
         return None
+
+    def take_beside(self, batch: Batch, most: int) -> list[Batch]:
+        """This batch, and those of other streams that may go now, without waiting for one.
+
+        Args:
+            batch: What :meth:`take` gave.
+            most: Batches, at most.
+        """
+        found = [batch]
+        with self._changed:
+            while len(found) < most and not self.stopped:
+                taken = [one.frames[0].stream for one in found]
+                more, _ = self._due(time.monotonic(), taken)
+                if more is None:
+                    break
+                found.append(more)
+        return found
 
     def close(self) -> None:
         """End all threads that can be ended; one that a user's iterable holds ends with that."""
@@ -177,14 +194,19 @@ class Intake:
 
     # Batches
 
-    def _due(self, now: float) -> tuple[Batch | None, float]:
-        """The batch that waits longest, if one may go; else how long to wait at most."""
+    def _due(self, now: float, but: Collection[str]) -> tuple[Batch | None, float]:
+        """The batch that waits longest, if one may go; else how long to wait at most.
+
+        Args:
+            now: By ``time.monotonic``.
+            but: Streams that are left out.
+        """
         best = oldest = None
         wait = POLL_S
         settled = True  # nothing that has come is being decoded
-        for line in self._waiting.values():
+        for name, line in self._waiting.items():
             ready, closed = self._ready(line)
-            if not line:
+            if not line or name in but:
                 continue
             all_ready = ready == len(line)
             due = ready == self.batch_size or closed

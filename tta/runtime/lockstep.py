@@ -7,10 +7,11 @@ is served together, in the thread that started them.
 
 from __future__ import annotations
 
+import _thread
 import contextvars
-import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -79,9 +80,10 @@ class Member:
         self.result: Any = None
         self.error: BaseException | None = None
         self.done = False
-        self.thread = threading.Thread(target=self._live, name="tta-lockstep", daemon=True)
+        self.begun = False
+        self.end: SimpleQueue[None] = SimpleQueue()  # filled when the thread has ended
         self._lockstep, self._action = lockstep, action
-        self._go = threading.Semaphore(0)
+        self._go: SimpleQueue[None] = SimpleQueue()
         self._context = contextvars.copy_context()
         self._modes = autocast.modes()
         self._device: AbstractContextManager[Any] = nullcontext()
@@ -90,7 +92,7 @@ class Member:
 
     def go_on(self) -> None:
         """Let it run until it wants something, or ends."""
-        self._go.release()
+        self._go.put(None)
 
     def run(
         self, run: Callable[..., Any], tensors: dict[str, Tensor], x: Tensor, *args: Any, **kw: Any
@@ -111,7 +113,8 @@ class Member:
         return self._ask(Gradients(self, loss, inputs))
 
     def _live(self) -> None:
-        self._go.acquire()
+        self.begun = True
+        self._go.get()
         try:
             if not self._lockstep.ended:
                 guest.of = self._lockstep.turns
@@ -120,7 +123,8 @@ class Member:
             self.error = error
         finally:
             self.done = True
-            self._lockstep.back.release()
+            self._lockstep.back.put(None)
+            self.end.put(None)
 
     def _act(self) -> None:
         autocast.restore(self._modes)
@@ -131,8 +135,8 @@ class Member:
         lockstep = self._lockstep
         if not lockstep.ended:
             self.wish = wish
-            lockstep.back.release()
-            self._go.acquire()
+            lockstep.back.put(None)
+            self._go.get()
         if lockstep.ended:
             raise _Ended
         self.wish = None
@@ -151,7 +155,9 @@ class Lockstep:
 
     def __init__(self, serve: Callable[[list[Any]], None], turns: Turns) -> None:
         self.serve, self.turns = serve, turns
-        self.back = threading.Semaphore(0)
+        # Queues and threads of C: a signal that raises between two lines of Python, as those of
+        # a semaphore or of Thread.start, would leave a lock held that somebody waits for.
+        self.back: SimpleQueue[None] = SimpleQueue()
         self.ended = False
         self.left = True  # whether threads may be there after `run`
 
@@ -160,12 +166,12 @@ class Lockstep:
         members = [Member(self, i, action) for i, action in enumerate(actions)]
         try:
             for member in members:
-                member.thread.start()
+                _thread.start_new_thread(member._live, ())
             going = members
             while going:
                 for member in going:
                     member.go_on()
-                    self.back.acquire()
+                    self.back.get()
                     if member.error is not None:
                         raise member.error
                 going = self._serve([member for member in members if not member.done])
@@ -186,6 +192,6 @@ class Lockstep:
         for member in members:
             member.go_on()
         for member in members:
-            if member.thread.ident is not None:
-                member.thread.join()
+            if member.begun:
+                member.end.get()
         self.left = False

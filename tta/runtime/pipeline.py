@@ -27,7 +27,7 @@ from tta.core.checks import LARGE, boolean, number, one_of, shown, told, whole_n
 from tta.core.pictures import as_rgb, is_picture
 from tta.runtime.extras import needed
 from tta.runtime.frames import EXTRA, IterableSource, Source
-from tta.runtime.intake import LATE, Batch, Intake
+from tta.runtime.intake import LATE, Arrived, Batch, Intake
 from tta.runtime.model_strings import own_transform
 from tta.runtime.pool import StreamPool
 from tta.runtime.sources import open_source
@@ -37,6 +37,7 @@ __all__ = ["Pipeline", "Result"]
 
 MOST_WORKERS = 256
 MOST_STALE = 1000
+MOST_TOGETHER = 32  # streams
 REMEMBERED = 10_000  # latencies
 
 
@@ -93,6 +94,9 @@ class Pipeline:
             learns in a thread, so what methods return after a step of their own is not returned.
         graphs: CUDA graphs, on a GPU.
         on_result: Called with each result before it is given.
+        together: Whether batches of several streams of a pool that may go at the same time go
+            through the model in one pass, where the pool can (``pool.one_by_one``). Results are
+            then those of a loop over each stream up to rounding, else bit for bit.
 
     Raises:
         TypeError: When an argument is of the wrong kind.
@@ -121,6 +125,7 @@ class Pipeline:
         staleness: int = 0,
         graphs: bool = False,
         on_result: Callable[[Result], Any] | None = None,
+        together: bool = False,
     ) -> None:
         pool = adapter_or_pool if isinstance(adapter_or_pool, StreamPool) else None
         adapter = adapter_or_pool if pool is None else pool.adapter
@@ -147,6 +152,12 @@ class Pipeline:
             apart=pool is not None,
         )
         self._make: Callable[[], Server] = lambda: _server(adapter, pool, staleness)
+        self._together = boolean("together", together)
+        if together and pool is None:
+            raise ValueError(
+                "`together` must be False for an adapter, whose frames are one stream, got True: "
+                "pass a StreamPool, or leave it out."
+            )
         self._on_result = on_result
         self._latencies: deque[float] = deque(maxlen=REMEMBERED)
         self._begun = threading.Lock()
@@ -201,27 +212,48 @@ class Pipeline:
 
     def _batches(self) -> Generator[list[Result], None, None]:
         server = self._make()
+        pool = server.pool if isinstance(server, Pooled) and self._together else None
         try:
             self._intake.start()
             while (batch := self._intake.take()) is not None:
-                yield self._serve(server, batch)
+                mixed = pool is not None and pool.one_by_one is None
+                batches = self._intake.take_beside(batch, MOST_TOGETHER) if mixed else [batch]
+                done = self._serve_each(server, batches) if len(batches) > 1 else None
+                for number, one in enumerate(batches):
+                    yield self._serve(server, one) if done is None else done[number]
         finally:
             self.close()
             server.close()
 
     def _serve(self, server: Server, batch: Batch) -> list[Result]:
         """The results of a batch."""
-        frames, counts = batch.frames, self._intake.counts
-        stream = frames[0].stream
+        stream, frames = batch.frames[0].stream, batch.frames
         try:
-            images = self._images.stack([frame.image.result() for frame in frames])
-            step = server.serve(stream, images, not batch.late, frames[-1].index + 1)
+            step = server.serve(stream, *self._arguments(batch))
         except (ValueError, TypeError) as error:
             if not str(error).startswith("`images`"):
                 raise
             self._intake.fail(stream, told(error, 200), len(frames))
             return []
-        now = time.monotonic()
+        return self._results(frames, step)
+
+    def _serve_each(self, server: Server, batches: list[Batch]) -> list[list[Result]] | None:
+        """The results of batches of several streams; None where each is to be served by itself."""
+        assert isinstance(server, Pooled)
+        try:
+            steps = server.serve_each({b.frames[0].stream: self._arguments(b) for b in batches})
+        except Exception:  # which is one batch's, and comes again
+            return None
+        return [self._results(b.frames, step) for b, step in zip(batches, steps, strict=True)]
+
+    def _arguments(self, batch: Batch) -> tuple[Tensor, bool, int]:
+        """Images, whether they are learned from, and frames of the stream that are then used up."""
+        frames = batch.frames
+        images = self._images.stack([frame.image.result() for frame in frames])
+        return images, not batch.late, frames[-1].index + 1
+
+    def _results(self, frames: list[Arrived], step: Step) -> list[Result]:
+        counts, now = self._intake.counts, time.monotonic()
         made = [self._result(frame, step, row, now) for row, frame in enumerate(frames)]
         results = [result for result in made if result is not None]
         counts["learned" if step.learned else "skipped"] += len(results)

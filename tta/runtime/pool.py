@@ -351,6 +351,7 @@ class StreamPool:
         if save and store.files is not None:
             self.snapshot()
         store.close()
+        self._beside.close()
         if self._snapshots is not None:
             self._snapshots.stop()
         with self._free:

@@ -310,7 +310,9 @@ def _check(adapter: Adapter) -> None:
     with session.plain_head():
         network._prepare()
     network._order[:] = order
+    setting = adapter.config.setting
     problems = {
+        "its setting chooses the number of threads": bool(setting and setting.threads),
         "its batches are split over processes": session.ranks is not None,
         "it has a memory budget": session.frugal is not None,
         "its features come from a function": bool(network._prefix),

@@ -21,7 +21,7 @@ from tta.core.turns import GuestError
 from tta.core.twins import TwinSets
 from tta.runtime.lockstep import Gradients, Lockstep, Member, Pass
 from tta.runtime.shared_pass import ApartError, SharedPass
-from tta.runtime.stream_store import Seat, Stream, StreamStore
+from tta.runtime.stream_store import Before, Seat, Stream, StreamStore
 
 __all__ = ["SideBySide"]
 
@@ -52,11 +52,14 @@ class SideBySide:
             try:
                 return self._run_together(list(streams), action)
             except ApartError as error:
-                self.reason = str(error)
+                self._serve_apart(str(error))
             except GuestError:
-                self.reason = "a function that it is given calls the adapter"
-            log.info("streams of a mixed batch are served one by one: %s", self.reason)
+                self._serve_apart("a function that it is given calls the adapter")
         return self.store.run_each(streams, action)
+
+    def close(self) -> None:
+        """Let go of the twins."""
+        self._seats, self._shared = [], None
 
     @torch.inference_mode(False)
     def find_out(self) -> str | None:
@@ -66,26 +69,30 @@ class SideBySide:
                 try:
                     self._make()
                 except ApartError as error:
-                    self.reason = str(error)
+                    self._serve_apart(str(error))
         return self.reason
+
+    def _serve_apart(self, reason: str) -> None:
+        self.reason = reason
+        log.info("streams of a mixed batch are served one by one: %s", reason)
 
     @torch.inference_mode(False)
     def _run_together(self, names: Sequence[str], action: Action) -> list[Any]:
+        with self.store.turn():
+            return self.store.all_or_none(lambda before: self._groups(names, action, before))
+
+    def _groups(self, names: Sequence[str], action: Action, before: Before) -> list[Any]:
         store, found = self.store, []
-        with store.turn(), store.all_or_none() as before:
-            self._make()
-            size = min(MOST, store.capacity)
-            for at in range(0, len(names), size):
-                some = [store.streams[name] for name in names[at : at + size]]
-                seats = self._seated(some)
-                before += [
-                    (stream, seat.sets.take().copy())
-                    for stream, seat in zip(some, seats, strict=True)
-                ]
-                with store.calling(some):
-                    found += self._call(some, seats, action)
+        self._make()
+        size = min(MOST, store.capacity)
+        for at in range(0, len(names), size):
+            some = [store.streams[name] for name in names[at : at + size]]
+            seats = self._seated(some)
+            for stream, seat in zip(some, seats, strict=True):
+                before.append((stream, seat.sets.take().copy()))
+            found += store.call(some, partial(self._call, some, seats, action))
         if self._declined and not self.passes:
-            self.reason = "a component watches layers that would run once, or gives them weights"
+            self._serve_apart("a component watches layers that would run once, or gives weights")
         return found
 
     def _make(self) -> None:
@@ -133,7 +140,7 @@ class SideBySide:
             return lockstep.run([partial(_meet, seat.adapter, s.name, action) for s, seat in pairs])
         finally:
             if lockstep.left:  # their threads may still hold the seats
-                self._seats, self._shared = [], None
+                self.close()
 
     def _serve(self, wishes: list[Any]) -> None:
         """Answer what calls want: passes of one kind at once, or gradients."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import threading
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,6 +103,17 @@ class Pooled(Server):
         """Serve a batch by its stream, which is made if it is not there."""
         with self.pool.stream(stream, create=True) as view:
             return view.run(lambda adapter: step(adapter, images, learn, used))
+
+    def serve_each(self, batches: Mapping[str, tuple[Tensor, bool, int]]) -> list[Step]:
+        """Serve a batch of each of several streams, in one pass where the pool can.
+
+        Args:
+            batches: Images, and the other arguments of :func:`step`, by stream.
+        """
+        with ExitStack() as owned:
+            for stream in sorted(batches):
+                owned.enter_context(self.pool.stream(stream, create=True))
+            return self.pool.run_each(batches, lambda adapter, name: step(adapter, *batches[name]))
 
 
 class Lagging(Server):

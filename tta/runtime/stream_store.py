@@ -17,7 +17,7 @@ from tta.core.checks import shown, told
 from tta.core.turns import guest
 from tta.runtime.stream_files import StreamFiles
 
-__all__ = ["Seat", "Stream", "StreamStore", "load_file"]
+__all__ = ["Before", "Seat", "Stream", "StreamStore", "load_file"]
 
 log = logging.getLogger("tta.runtime")
 Result = TypeVar("Result")
@@ -61,6 +61,9 @@ class Seat:
             stream.kept = self.sets.take()
             stream.seat = None
         self.stream = None
+
+
+Before = list[tuple[Stream, AdapterSet]]
 
 
 class StreamStore:
@@ -160,8 +163,7 @@ class StreamStore:
         """
         with self.turn():
             self.bring(stream)
-            with self.calling([stream] if changes else []):
-                return action(self.adapter)
+            return self.call([stream] if changes else [], lambda: action(self.adapter))
 
     def run_each(
         self, streams: Mapping[str, Any], action: Callable[[Adapter, str], Any]
@@ -172,23 +174,32 @@ class StreamStore:
             streams: Their names.
             action: Also takes the name.
         """
-        found, names = [], list(streams)
-        with self.turn(), self.all_or_none() as before:
+        names = list(streams)
+
+        def each(before: Before) -> list[Any]:
+            found = []
             for name in names:
                 stream = self.streams[name]
                 self.bring(stream)
                 if name != names[-1]:  # of the last one, a call takes itself back
                     before.append((stream, self.sets.take().copy()))
-                with self.calling([stream]):
-                    found.append(action(self.adapter, name))
-        return found
+                found.append(self.call([stream], lambda name=name: action(self.adapter, name)))
+            return found
 
-    @contextmanager
-    def all_or_none(self) -> Iterator[list[tuple[Stream, AdapterSet]]]:
-        """Where the block is left by an exception, put streams back to the sets in the list."""
-        before: list[tuple[Stream, AdapterSet]] = []
+        with self.turn():
+            return self.all_or_none(each)
+
+    # No context managers by generators here: one that an interruption leaves would end its block
+    # when it is collected, in the middle of something else.
+
+    def all_or_none(self, action: Callable[[Before], Result]) -> Result:
+        """Return what a function does; where it raises, put streams back to the sets in its list.
+
+        The caller has the turn.
+        """
+        before: Before = []
         try:
-            yield before
+            return action(before)
         except BaseException:
             for stream, one in before:
                 stream.kept = one
@@ -196,15 +207,14 @@ class StreamStore:
                 self.in_memory[stream.name] = stream
             raise
 
-    @contextmanager
-    def calling(self, changed: Sequence[Stream]) -> Iterator[None]:
-        """Within the block the adapter may be called, which may change these streams."""
+    def call(self, changed: Sequence[Stream], action: Callable[[], Result]) -> Result:
+        """Return what a function does that may call the adapter, and change these streams."""
         turns = self.adapter.turns
         for stream in changed:  # before, as an exception may come at any line
             stream.version += 1
         self._inside = turns.admitted = True
         try:
-            yield
+            return action()
         finally:
             self._inside = turns.admitted = False
 

@@ -46,10 +46,10 @@ class Metrics:
         )
         self.batch_seconds = histogram(
             "tta_batch_seconds",
-            "The model's time for the images of one stream in a round.",
+            "The model's time for a batch: images of one stream in a round, or of several streams.",
             SECONDS,
         )
-        self.batch_rows = histogram("tta_batch_rows", "Images of one stream in a round.", ROWS)
+        self.batch_rows = histogram("tta_batch_rows", "Images in such a batch.", ROWS)
         self.registry.register(
             _Collector(needed("prometheus_client.core", "serve"), watches, pool_counts, gauges)
         )

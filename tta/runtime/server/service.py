@@ -6,7 +6,8 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from itertools import groupby
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -246,13 +247,43 @@ class Service:
         return True
 
     def _serve(self, items: list[Item]) -> None:
-        """Serve a round: the images of one stream are one batch of it."""
-        by_stream: dict[str, list[Item]] = {}
+        """Serve a round: the images of one stream are one batch of it, if they have one shape."""
+        by_stream: dict[str, list[list[Item]]] = {}
         for item in items:
-            by_stream.setdefault(item.stream, []).append(item)
-        for name, mine in by_stream.items():
-            for _, run in groupby(mine, lambda item: (item.image.shape, item.image.dtype)):
-                self._serve_batch(name, list(run))
+            batches = by_stream.setdefault(item.stream, [])
+            if batches and _shape(batches[-1][0]) == _shape(item):
+                batches[-1].append(item)
+            else:
+                batches.append([item])
+        if len(by_stream) > 1 and self.pool.one_by_one is None:
+            first = {name: batches[0] for name, batches in by_stream.items()}
+            if self._serve_together(first):
+                by_stream = {name: batches[1:] for name, batches in by_stream.items()}
+        for name, batches in by_stream.items():
+            for batch in batches:
+                self._serve_batch(name, batch)
+
+    def _serve_together(self, batches: dict[str, list[Item]]) -> bool:
+        """Serve a batch of each of several streams in one pass; False where it cannot be done.
+
+        Nothing has happened then but that streams were made, and each is served by itself.
+        """
+        begun = time.monotonic()
+        acts = {name: self._act(items) for name, items in batches.items()}
+        try:
+            for name, items in batches.items():
+                if any(item.create for item in items):
+                    self._make(name)
+            with ExitStack() as owned:
+                for name in batches:
+                    owned.enter_context(self.pool.stream(name, wait=False))
+                found = self.pool.run_each(acts, lambda adapter, name: acts[name](adapter))
+        except Exception:
+            return False
+        self._observe(begun, sum(map(len, batches.values())))
+        for (name, items), served in zip(batches.items(), found, strict=True):
+            self._settle(name, items, served)
+        return True
 
     def _serve_batch(self, name: str, items: list[Item]) -> None:
         try:
@@ -271,25 +302,39 @@ class Service:
                 item.future.set_exception(refusal)
 
     def _answer(self, name: str, items: list[Item]) -> None:
-        images = torch.cat([item.image for item in items]).to(self._device())
-
-        def act(adapter: Adapter) -> tuple[int, Step]:
-            first = taken(adapter)
-            return first, step(adapter, images, True, first + len(items))
-
         begun = time.monotonic()
         with self.pool.stream(name, wait=False) as view:
-            learning = _bring(view)
-            before = _last(view.events)
-            first, done = view.run(act)
-            health, events = view.health, view.events
+            _bring(view)
+            served = view.run(self._act(items))
+        self._observe(begun, len(items))
+        self._settle(name, items, served)
+
+    def _act(self, items: list[Item]) -> Callable[[Adapter], _Served]:
+        """What a batch does to an adapter that holds its stream."""
+
+        def act(adapter: Adapter) -> _Served:
+            images = torch.cat([item.image for item in items]).to(self._device())
+            learning, before = adapter.session.learning, _last(adapter.events)
+            first = taken(adapter)
+            done = step(adapter, images, True, first + len(items))
+            return _Served(learning, before, first, done, adapter.health, adapter.events)
+
+        return act
+
+    def _observe(self, begun: float, rows: int) -> None:
+        self.metrics.batch_seconds.observe(time.monotonic() - begun)
+        self.metrics.batch_rows.observe(rows)
+
+    def _settle(self, name: str, items: list[Item], served: _Served) -> None:
+        """Give each request its answer, and tell who watches."""
+        done, events = served.step, served.events
         now, found = time.monotonic(), done.probabilities
         watch = self._watch(name)
-        watch.frozen = not learning
+        watch.frozen = not served.learning
         finite, labels = found.isfinite().all(1).tolist(), found.argmax(1).tolist()
         answered: list[tuple[Item, dict[str, Any]]] = []
         rows = zip(items, found.tolist(), labels, finite, strict=True)
-        for index, (item, row, label, ok) in enumerate(rows, first):
+        for index, (item, row, label, ok) in enumerate(rows, served.first):
             if not ok:
                 watch.failed += 1
                 item.future.set_exception(RefusedError(
@@ -307,18 +352,15 @@ class Service:
                 "latency": now - item.arrived,
             }
             answered.append((item, answer))
-        figures = dict(health)
+        figures = dict(served.health)
         due = watch.note([(answer, item.thumbnail) for item, answer in answered], figures)
-        metrics = self.metrics
-        metrics.batch_seconds.observe(now - begun)
-        metrics.batch_rows.observe(len(items))
         for item, answer in answered:
-            metrics.latency.observe(answer["latency"])
+            self.metrics.latency.observe(answer["latency"])
             item.future.set_result(answer)
         if due:
             point = watch.history()[-1]
             self.events.publish("health", watch.summary() | {"point": point}, keep=False)
-        for event in events[-1:] if _last(events) != before else []:
+        for event in events[-1:] if _last(events) != served.before else []:
             self.events.publish("guard", {"stream": name, "at": time.time(), **plain(event)})
             log.info(
                 "the guard of stream %s: %s", shown(name, 60), event["action"],
@@ -357,6 +399,31 @@ class Service:
             )
         log.error("stream %s", shown(name, 60), exc_info=error, extra={"stream": name})
         return RefusedError(500, f"the model failed ({type(error).__name__}: {told(error, 200)}).")
+
+
+@dataclass
+class _Served:
+    """What a batch gave, and what its stream was and is.
+
+    Args:
+        learning: Whether the stream is not frozen.
+        before: The last event of its guard before the batch, by :func:`_last`.
+        first: Images of the stream before the batch.
+        step: The predictions.
+        health: As of the adapter, afterwards.
+        events: As of the adapter, afterwards.
+    """
+
+    learning: bool
+    before: Any
+    first: int
+    step: Step
+    health: Any
+    events: list[dict[str, Any]]
+
+
+def _shape(item: Item) -> tuple[Any, ...]:
+    return item.image.shape, item.image.dtype
 
 
 def _bring(view: Any) -> bool:
