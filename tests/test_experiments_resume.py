@@ -140,17 +140,22 @@ def test_figures_do_not_depend_on_how_many_batches_are_scored_at_once(tmp_path, 
     "method",
     [
         "bn",
-        "tent",
         "eata",
         "rdumb",
-        "sar",
         "cotta",
-        "petal",
-        "rmt[warmup_samples=40]",
         "adanpc",
-        "adanpc_bn",
         "unmix_tns+lame",
-        "alpha_bn+tent",
+        *(
+            pytest.param(method, marks=pytest.mark.soak)
+            for method in (
+                "tent",
+                "sar",
+                "petal",
+                "rmt[warmup_samples=40]",
+                "adanpc_bn",
+                "alpha_bn+tent",
+            )
+        ),
     ],
 )
 def test_killed_at_many_points_with_any_method(tmp_path, monkeypatch, method):

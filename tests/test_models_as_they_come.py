@@ -135,7 +135,10 @@ def test_one_frame_of_1e20_is_rejected_and_the_others_are_right(method: str, fam
     result = adapter(x)
     if adapter.config.norm is not None or family == "ln":  # source statistics: all is finite
         assert torch.equal(result[rest], without(images(0)[rest]))
-        assert adapter.report["rejected"] == 1 and result[3].isnan().all()
+        if method == "prompt":  # which cuts pixels off at the ends of their range
+            assert adapter.report["rejected"] == 0 and result.isfinite().all()
+        else:
+            assert adapter.report["rejected"] == 1 and result[3].isnan().all()
         assert torch.equal(adapter(images(1)), without(images(1)))
     else:
         assert result.isfinite().all() and adapter(images(1)).isfinite().all()

@@ -19,8 +19,10 @@ SLOW = [
     "timm:deit_tiny_distilled_patch16_224",  # two heads whose mean is the prediction
     "timm:coat_tiny",  # modules that are used in several places
     "torchvision:squeezenet1_1",  # no norm layers, a convolution as classifier
-    "torchvision:inception_v3",  # an auxiliary head
-    "torchvision:swin_t",
+    *(
+        pytest.param(name, marks=pytest.mark.soak)  # as long as all the others
+        for name in ("torchvision:inception_v3", "torchvision:swin_t")  # an auxiliary head; windows
+    ),
 ]
 
 

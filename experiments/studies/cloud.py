@@ -32,7 +32,7 @@ from experiments.records import markdown
 from experiments.records.environment import describe_environment
 from experiments.report.style import make_figure, styled, tidy, with_legend, with_title
 from experiments.sweep.benchmark import bundled_models
-from tta.core.checks import fraction, whole_number
+from tta.core.checks import fraction, shown, whole_number
 from tta.runtime.cloud import Cloud, Device
 
 __all__ = ["CloudStudy", "Setting", "add_flags", "draw", "render"]
@@ -107,7 +107,10 @@ class CloudStudy:
     def __init__(self, setting: Setting) -> None:
         unknown = set(setting.domains) - set(corruptions.list_corruptions(extra=True))
         if unknown:
-            raise ValueError(f"`domains` must be corruptions, got {sorted(unknown)[0]!r}: see list")
+            got = sorted(unknown)[0]
+            raise ValueError(
+                f"`domains` must be corruptions, got {shown(got)}: see docs/corruptions.md."
+            )
         self.setting = setting
         self._data: list[tuple[Tensor, Tensor]] = []
 

@@ -382,13 +382,10 @@ def instance_stats(x: Tensor) -> tuple[Tensor, Tensor]:
     if is_tracing():
         deviation = x.to(wide) - mean.view(*mean.shape, *(1 for _ in axes))
         return mean, deviation.square().mean(axes)
-    norm, squared_mean = torch.linalg.vector_norm(x, dim=axes, dtype=wide), mean.square()
-    minus_var = torch.addcmul(squared_mean, norm, norm, value=-1 / count)
-    # A number that multiplies or is added costs as much as an operation, but for these arguments.
-    lost = torch.add(squared_mean, minus_var, alpha=1 / LARGE_MEAN - 1)  # above 0: too few digits
-    if float(lost.detach().max()) <= 0:
-        var = minus_var.neg()
-    else:
+    square = torch.linalg.vector_norm(x, dim=axes, dtype=wide).square() / count
+    var = square - mean.square()
+    lost = torch.sub(var, square, alpha=LARGE_MEAN)  # below 0: too few digits
+    if not float(lost.detach().min()) >= 0:
         deviation = x - mean.view(*mean.shape, *(1 for _ in axes)).to(x.dtype)
         norm = torch.linalg.vector_norm(deviation, dim=axes, dtype=wide)
         var = norm.square() / count

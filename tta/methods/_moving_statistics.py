@@ -174,7 +174,9 @@ class MovingStatistics(NormRule):
         count = math.prod(x.shape[2:])
         with torch.no_grad():
             kept = self._ordinary(means, variances, base)
-            if not is_tracing() and len(means) == 1 and look(kept[0]) and count > 1:
+            # Not where a gradient is wanted, whose rounding Adam's first steps would magnify.
+            single = len(means) == 1 and count > 1 and not means.requires_grad
+            if single and not is_tracing() and look(kept[0]):
                 var = variances[0] * (count / (count - 1)) if self.unbiased else variances[0]
                 return means[0], var, None
             count = kept.sum() * count
