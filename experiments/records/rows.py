@@ -6,10 +6,12 @@ A study that is stopped keeps what it has, and measures what is left when it is 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from experiments.records import markdown
 from tta.core.files import replacing
 
 __all__ = ["Rows"]
@@ -42,6 +44,28 @@ class Rows:
         """The row of this key, if it was measured."""
         at = self._places.get(self._key(key))
         return None if at is None else self.rows[at]
+
+    def measured(self, key: Mapping[str, Any], about: Mapping[str, Any]) -> bool:
+        """Whether the row of this key is there, with the same values of ``about``."""
+        row = self.get(key)
+        return row is not None and all(row[name] == value for name, value in about.items())
+
+    @contextmanager
+    def shown_on(
+        self, page: Path, mark: str, render: Callable[[Sequence[dict[str, Any]]], str]
+    ) -> Iterator[None]:
+        """Write the rows to a page when the block ends, by whatever: what is measured is shown.
+
+        Args:
+            page: Its file.
+            mark: Of the generated part.
+            render: Gives that part.
+        """
+        try:
+            yield
+        finally:
+            markdown.write_between(page, mark, render(self.rows))
+        print(f"{self.path}\n{page}")
 
     def put(self, row: Mapping[str, Any]) -> None:
         """Add a row, or replace the one of its key, and write the file."""

@@ -119,8 +119,9 @@ class CloudStudy:
         setting = self.setting
         told = vars(setting) | {"domains": list(setting.domains)}
         told = {key: told[key] for key in ("device", "teacher", "images", "domains")}
-        rows = [row for row in _read() if {key: row[key] for key in told} == told]
-        if rows != _read():  # of another setting
+        found = _read()
+        rows = [row for row in found if {key: row[key] for key in told} == told]
+        if rows != found:  # some are of another setting
             FIGURES.unlink()
         done = {(row["run"], row["budget"]) for row in rows}
         before = torch.get_num_threads()

@@ -106,16 +106,12 @@ class DeviceCost:
 
     def execute(self) -> Path:
         """Measure what is left, and write the page; returns it."""
-        try:
+        with self.rows.shown_on(self.page, MARK, render):
             for key in self.keys:
-                old = self.rows.get(key)
-                if self.again or old is None or any(old[k] != v for k, v in self.about.items()):
+                if self.again or not self.rows.measured(key, self.about):
                     row = key | self.about | self._measure(key)
                     self.rows.put(row)
                     print(row, flush=True)
-        finally:  # what an interrupted run has measured is shown too
-            markdown.write_between(self.page, MARK, render(self.rows.rows))
-        print(f"{self.rows.path}\n{self.page}")
         return self.page
 
     def _measure(self, key: Mapping[str, Any]) -> dict[str, Any]:

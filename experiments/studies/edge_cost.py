@@ -31,17 +31,17 @@ from experiments.records import markdown
 from experiments.records.environment import describe_environment
 from experiments.records.rows import Rows
 from experiments.run.method_strings import parse_method
+from experiments.studies.device_cost import NETWORKS
 from tta.core.checks import LARGEST, whole_number
 from tta.export.onnx_graph import OPSET
 
-__all__ = ["NETWORKS", "PLAIN", "RECIPES", "EdgeCost", "add_flags", "render"]
+__all__ = ["PLAIN", "RECIPES", "EdgeCost", "add_flags", "render"]
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "edge.md"
 RESULTS = ROOT / "experiments" / "results" / "edge_cost.jsonl"
 SCRIPT = Path(__file__).with_name("edge_process.py")
 MARK = "cost"  # of the page's generated part
-NETWORKS = ("mobilenetv3_small_050", "efficientnet_lite0", "resnet18")
 PLAIN = "plain model"
 RECIPES = ("source", "robust_bn", "neo", "bn", "alpha_bn", "unmix_tns")
 ROUNDS = 4  # processes of each graph, over which the calls are spread
@@ -99,20 +99,14 @@ class EdgeCost:
 
     def execute(self) -> Path:
         """Measure what is left, and write the page; returns it."""
-        try:
+        about = {"size": self.size, "calls": self.calls}
+        with self.rows.shown_on(self.page, MARK, render):
             for network in self.networks:
                 keys = [{"network": network, "method": m} for m in (PLAIN, *self.methods)]
-                left = [key["method"] for key in keys if self.again or not self._measured(key)]
+                left = [k["method"] for k in keys if self.again or not self.rows.measured(k, about)]
                 if left:
                     self._measure(network, [PLAIN, *(m for m in left if m != PLAIN)])
-        finally:  # what an interrupted run has measured is shown too
-            markdown.write_between(self.page, MARK, render(self.rows.rows))
-        print(f"{self.rows.path}\n{self.page}")
         return self.page
-
-    def _measured(self, key: Mapping[str, Any]) -> bool:
-        row = self.rows.get(key)
-        return row is not None and (row["size"], row["calls"]) == (self.size, self.calls)
 
     def _measure(self, network: str, methods: Sequence[str]) -> None:
         """Export and run some of a network's graphs; the plain one is among them."""

@@ -85,18 +85,15 @@ class EdgeInt8:
 
     def execute(self) -> Path:
         """Measure what is left, and write the page; returns it."""
-        try:
+        about = {"images": self.images}
+        with self.rows.shown_on(self.page, MARK, render):
             for subject in self.subjects:
                 for method in self.methods:
                     key = {"model": subject.name, "method": method}
-                    old = self.rows.get(key)
-                    if old is None or old["images"] != self.images or self.again:
-                        row = key | {"images": self.images} | self._measure(subject, method)
+                    if self.again or not self.rows.measured(key, about):
+                        row = key | about | self._measure(subject, method)
                         self.rows.put(row)
                         print(row, flush=True)
-        finally:  # what an interrupted run has measured is shown too
-            markdown.write_between(self.page, MARK, render(self.rows.rows))
-        print(f"{self.rows.path}\n{self.page}")
         return self.page
 
     def _measure(self, subject: Subject, text: str) -> dict[str, Any]:
