@@ -14,7 +14,7 @@ import numbers
 import os
 import reprlib
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
@@ -140,8 +140,7 @@ def nearest(name: str, known: Iterable[str], limit: int = 40, room: int = ROOM) 
     """
     name = name[:100] if isinstance(name, str) else shown(name)
     known = sorted(known) if isinstance(known, AbstractSet) else list(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f"did you mean {shown(close[0], room)}? " if close else ""
+    hint = f"{found} " if (found := _did_you_mean(name, known, room)) else ""
     fit = min(limit, _how_many_fit(known, room))
     if len(known) <= fit:
         return f"{hint}Known: {', '.join(known) or 'none'}."
@@ -149,6 +148,12 @@ def nearest(name: str, known: Iterable[str], limit: int = 40, room: int = ROOM) 
     ranked = ranked[: max(1, _how_many_fit(ranked, room))]
     listed = ", ".join(name for name in known if name in ranked)
     return f"{hint}Known: {told(listed, room)} and {len(known) - len(ranked)} more."
+
+
+def _did_you_mean(name: str, known: Sequence[str], room: int = ROOM) -> str:
+    """A question for the known name that is closest; empty where none is close."""
+    close = difflib.get_close_matches(name[:100], known, n=1, cutoff=0.5)
+    return f"did you mean {shown(close[0], room)}?" if close else ""
 
 
 def _how_many_fit(names: list[str], room: int) -> int:
@@ -227,8 +232,7 @@ def one_of(name: str, value: Any, allowed: Iterable[str]) -> str:
             f"`{name}` must be one of {words}, got {shown(value)}; pass one of these words"
         )
     if value not in allowed:
-        close = difflib.get_close_matches(value[:100], allowed, n=1, cutoff=0.5)
-        do = f"did you mean {shown(close[0], ROOM)}?" if close else "pass one of these words."
+        do = _did_you_mean(value, allowed) or "pass one of these words."
         raise ValueError(f"`{name}` must be one of {words}, got {shown(value)}; {do}")
     return value
 
