@@ -446,7 +446,7 @@ def test_an_exception_at_any_line_does_not_turn_graphs_off_for_good() -> None:
             nonlocal left
             if frame.f_code is not code:
                 return None
-            if event != "line" or compiled._lock.locked():
+            if event != "line" or compiled._turns.lock._is_owned():
                 return trace  # no signal comes between the end of a block and the lock's release
             left -= 1
             if left < 0:

@@ -11,11 +11,12 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from threading import Lock
 from typing import Any
 from weakref import WeakSet
 
 import torch
+
+from tta.core.turns import Turns
 
 __all__ = ["without_graphs"]
 
@@ -24,22 +25,15 @@ class _Visit:
     """A pass that runs without graphs now."""
 
 
-_lock = Lock()
+_turns = Turns()
 # In whatever thread. References are weak, since an exception that a signal raises may skip the line
 # that takes a visit out: it then ends with the frame that holds it, and is no one's for ever.
 _inside: WeakSet[_Visit] = WeakSet()
 _stance: Any = None
 
 
-def _free() -> None:
-    """In a forked process: no other thread is there to give the lock back, or to leave."""
-    global _lock
-    _lock = Lock()
-    _inside.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_free)
+if hasattr(os, "register_at_fork"):  # other threads, which would leave, are not in the child
+    os.register_at_fork(after_in_child=_inside.clear)
 
 
 @contextmanager
@@ -53,7 +47,7 @@ def without_graphs(needed: bool = True) -> Iterator[None]:
         yield
         return
     visit = _Visit()
-    with _lock:
+    with _turns.lock:
         if _stance is None:
             with suppress(RuntimeError):
                 _stance = torch.compiler.set_stance("force_eager")
@@ -61,7 +55,7 @@ def without_graphs(needed: bool = True) -> Iterator[None]:
     try:
         yield
     finally:
-        with _lock:
+        with _turns.lock:
             _inside.discard(visit)
             if not _inside and _stance is not None:
                 _stance.__exit__(None, None, None)
