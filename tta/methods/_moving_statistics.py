@@ -175,8 +175,8 @@ class MovingStatistics(NormRule):
         with torch.no_grad():
             kept = self._ordinary(means, variances, base)
             # Not where a gradient is wanted, whose rounding Adam's first steps would magnify.
-            single = len(means) == 1 and count > 1 and not means.requires_grad
-            if single and not is_tracing() and look(kept[0]):
+            plain = not is_tracing() and not means.requires_grad
+            if plain and count > 1 and len(means) == 1 and look(kept[0]):
                 var = variances[0] * (count / (count - 1)) if self.unbiased else variances[0]
                 return means[0], var, None
             count = kept.sum() * count
