@@ -70,6 +70,11 @@ class Output(Component):
         """
         return self.correct(prediction)
 
+    @property
+    def runs_model(self) -> bool:
+        """Whether scores depend on more than a prediction, by an :meth:`answer` of its own."""
+        return type(self).answer is not Output.answer
+
     def correct(self, prediction: Prediction) -> Tensor:
         """Return scores (B, C) that replace the logits."""
         raise NotImplementedError  # pragma: no cover

@@ -12,7 +12,7 @@ from tta.core.hooks import pooled
 from tta.core.prediction import Prediction
 from tta.core.tracing import is_tracing, recording
 
-__all__ = ["is_tracing", "traced_answer", "traced_pass"]
+__all__ = ["either", "is_tracing", "traced_answer", "traced_pass"]
 
 
 def traced_answer(adapter: Any, images: Tensor, args: Any, kwargs: Any) -> Any:
@@ -32,8 +32,28 @@ def traced_answer(adapter: Any, images: Tensor, args: Any, kwargs: Any) -> Any:
             f"`input` must be empty for torch.export, got {shown(adapter.input.name)}: export an "
             "adapter without it."
         )
+    if adapter.output is not None and adapter.output.runs_model:
+        raise ValueError(
+            f"`output` must take the model's prediction as it is for torch.export, got "
+            f"{shown(adapter.output.name)}, which runs the model on images that it draws: leave it "
+            "out."
+        )
     with torch.no_grad(), recording(adapter), adapter.network.call(*args, **kwargs):
         return adapter._serving.traced(images)[1]
+
+
+def either(condition: Tensor, one: Prediction, other: Prediction) -> Prediction:
+    """One of two predictions, where a graph computes which.
+
+    Args:
+        condition: 0-dimensional bool; true for ``one``.
+        one: A prediction.
+        other: For the same images.
+    """
+    logits = torch.where(condition, one.logits, other.logits)
+    if one.features is None or other.features is None:
+        return Prediction(logits)
+    return Prediction(logits, torch.where(condition, one.features, other.features))
 
 
 def traced_pass(network: Any, x: Tensor, tensors: dict[str, Tensor]) -> Prediction:

@@ -25,6 +25,7 @@ __all__ = [
     "look_after_refusal",
     "recording",
     "refusal",
+    "rows_before",
     "rows_of",
     "rule_refused",
     "scan",
@@ -79,6 +80,15 @@ def tracing_step(refused: Tensor) -> Iterator[None]:
 def rows_of(x: Tensor) -> Tensor:
     """Number of rows of ``x``, as a 0-dimensional int64 that the graph computes."""
     return torch.ones_like(x[:, :1].flatten(1)[:, 0], dtype=torch.int64).sum()
+
+
+def rows_before(first: Tensor, rows: Tensor) -> Tensor:
+    """The row before each of ``rows`` (B, ...), which is ``first`` for the first one.
+
+    Written as ``rows[:-1]``, a graph would hold for 3 rows or more, since a slice of 0 or of 1 is
+    not like others to ``torch.export``.
+    """
+    return torch.cat([first.to(rows)[None], rows])[:-1]
 
 
 def count_rows(x: Tensor) -> Any:

@@ -17,7 +17,7 @@ from tta.core.checks import path_like
 from tta.core.files import replacing_together
 from tta.export.onnx_graph import OPSET, forget_origin, trace, translate
 from tta.export.quantise import calibration_batches, network_nodes, quantise
-from tta.export.step import Step, moving_keys, refuse
+from tta.export.step import to_function
 from tta.export.trial import check_same, make_batches, rehearse
 from tta.export.triton import pbtxt
 from tta.parts.augment import pixel_space
@@ -76,11 +76,10 @@ def to_onnx(
         OSError: When the folder cannot be written to.
     """
     place = path_like("folder", folder)
-    refuse(adapter, example)
+    step = to_function(adapter, example)
     _check_installed()
     example = example.detach()
     source_images = None if calibration is None else calibration_batches(calibration, example)
-    step = Step(adapter, moving_keys(adapter)).eval()
     batches = make_batches(example)
     answers = rehearse(adapter, batches)  # a model that refuses the images says so itself
     program = translate(trace(step, example), len(step.keys))

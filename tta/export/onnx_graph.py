@@ -30,8 +30,7 @@ def trace(step: Step, example: Tensor) -> Any:
     # A length of 1, or of 1 less 1 row, would be taken for fixed.
     images = example[torch.arange(TRACED) % len(example)]
     reset = torch.ones(1, dtype=torch.bool, device=images.device)
-    state = [value.clone() for value in step.start()]  # the same tensors would stay one
-    arguments = (images, reset, state)
+    arguments = (images, reset, step.start())
     free = ({0: torch.export.Dim.DYNAMIC}, None, [None] * len(step.keys))
     try:
         with torch.no_grad():

@@ -15,7 +15,7 @@ from tta.core.serving import LARGE
 from tta.core.state import GUARD, Place
 from tta.core.tracing import recording, tracing_step
 
-__all__ = ["BATCHES", "Step", "moving_keys", "refuse"]
+__all__ = ["BATCHES", "Step", "moving_keys", "refuse", "to_function"]
 
 SMALL = 1 << 16  # elements
 BATCHES = f"{GUARD}monitor.batches"  # what a guard that resets goes by
@@ -54,6 +54,12 @@ def refuse(adapter: Any, example: Any) -> None:
         raise ValueError(
             f"`input` must be empty to be exported, got {shown(adapter.input.name)}: export an "
             "adapter without it."
+        )
+    if adapter.output is not None and adapter.output.runs_model:
+        raise ValueError(
+            "`output` must take the model's prediction as it is to be exported, got "
+            f"{shown(adapter.output.name)}, which runs the model on images that it draws: leave it "
+            "out."
         )
     if adapter.config.shadow:
         raise ValueError(
@@ -96,6 +102,32 @@ def moving_keys(adapter: Adapter) -> list[str]:
     return keys + ([] if adapter.guard is None else [BATCHES])
 
 
+def to_function(adapter: Adapter, example: Tensor) -> Step:
+    """Give the call of an adapter as a module whose state goes in and comes out.
+
+    It is what :func:`tta.export.to_onnx` records, for ``torch.export.export`` and what takes its
+    programs, such as AOTInductor and ExecuTorch. ``module(images, reset, state)`` returns logits
+    (B, C) and then the tensors of the state after the batch; ``images`` are (B, ...), ``reset`` is
+    (1,) bool, ``state`` a list of tensors. ``module.keys`` says which key of
+    :meth:`tta.Adapter.state` each of them is, ``module.start()`` gives the state to start with.
+    What adapts, what is frozen and what is refused is as for :func:`tta.export.to_onnx`.
+
+    The module is there to be recorded, with ``strict=False``, rather than called. It holds the
+    adapter's own weights, so record it before the adapter learns on or is unwrapped.
+
+    Args:
+        adapter: What :func:`tta.wrap` returned; it stays as it is.
+        example: Images (B, ...) as the model takes them.
+
+    Raises:
+        TypeError: When ``adapter`` is no adapter or ``example`` no batch of images.
+        ValueError: When the recipe or the model has no graph; it is named.
+        RuntimeError: When the adapter was unwrapped.
+    """
+    refuse(adapter, example)
+    return Step(adapter, moving_keys(adapter)).eval()
+
+
 class Step(nn.Module):
     """A call as a function, for ``torch.export``.
 
@@ -131,17 +163,20 @@ class Step(nn.Module):
             self.register_buffer(f"start_{i}", at_least_1d(start[key]))
 
     def start(self) -> list[Tensor]:
-        """The state to start with."""
+        """The state to start with, in the order of ``keys``."""
+        return [value.clone() for value in self._start()]
+
+    def _start(self) -> list[Tensor]:
         found: list[Any] = [getattr(self, f"start_{i}") for i in range(len(self.keys))]
         return found
 
     def forward(self, images: Tensor, reset: Tensor, state: list[Tensor]) -> tuple[Tensor, ...]:
         adapter: Adapter = self.__dict__["adapter"]
         first = reset.reshape(())
-        joined = torch.where(first, self._pack(self.start()), self._pack(state))
+        joined = torch.where(first, self._pack(self._start()), self._pack(state))
         state = [
             value if i in self.packed else torch.where(first, begin, value)
-            for i, (begin, value) in enumerate(zip(self.start(), state, strict=True))
+            for i, (begin, value) in enumerate(zip(self._start(), state, strict=True))
         ]
         state = self._unpack(joined, state)
         fine = self._defined(joined, state)
@@ -185,7 +220,7 @@ class Step(nn.Module):
         at = self.keys.index(BATCHES)
         batches = after[at]
         resets: Any = adapter.guard.resets_after(batches.reshape(()))
-        start, kept = self.start(), adapter._state.surviving()
+        start, kept = self._start(), adapter._state.surviving()
         found = [
             value if key in kept else torch.where(resets, begin, value)
             for key, begin, value in zip(self.keys, start, after, strict=True)

@@ -38,6 +38,7 @@ from tta.core.norm_layers import (
     pooled_stats,
 )
 from tta.core.registry import register
+from tta.core.tracing import rows_before
 from tta.methods._moving_statistics import MovingStatistics, all_instance_stats
 
 __all__ = ["AdaptiveBn", "AdaptiveBnConfig"]
@@ -115,8 +116,7 @@ class AdaptiveBn(MovingStatistics):
         horizon = self._horizon()
         means, variances = all_instance_stats(x)
         with torch.no_grad():
-            before = torch.cat([self.last[None], means[:-1].to(self.last)])
-            moves = (means - before).square() / (self.source_var + base.eps)
+            moves = (means - rows_before(self.last, means)).square() / (self.source_var + base.eps)
             kept = (moves.mean(1) > STILL) | (self.chance == 0)  # 0 before the first image
         if not self.config.official:
             kept = kept & self._ordinary(means, variances, base)

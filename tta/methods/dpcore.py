@@ -42,6 +42,7 @@ from tta.core.prediction import Prediction, Report
 from tta.core.random import CountedDraws
 from tta.core.registry import register
 from tta.core.source import SourceStatistics
+from tta.core.traced_pass import either, is_tracing
 from tta.core.update import Update
 from tta.parts.blocks import block_names
 from tta.parts.losses import entropy
@@ -155,8 +156,10 @@ class Dpcore(Update):
             return plain
         prediction = self.tokens.run(self.network, x, mixed)
         found = self._distance(*self._moments(prediction))
-        known = bool(found < self.config.known_ratio * self._distance(mean, std))
-        return prediction if known else plain
+        known = found < self.config.known_ratio * self._distance(mean, std)
+        if is_tracing():
+            return either(known & ~self.core_mean[:, 0].isnan().all(), prediction, plain)
+        return prediction if bool(known) else plain
 
     def undefined_as_nan(self) -> tuple[str, ...]:
         """Rows without a member."""
@@ -205,7 +208,7 @@ class Dpcore(Update):
         """Mean and unbiased deviation (D,) of the features; of one image NaN for the latter."""
         assert prediction.features is not None
         features = prediction.features.float()
-        if len(features) == 1:
+        if not is_tracing() and len(features) == 1:
             return features[0], torch.full_like(features[0], float("nan"))
         return features.mean(0), features.std(0)
 
@@ -218,11 +221,13 @@ class Dpcore(Update):
 
     def _mixture(self, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor | None]:
         """Weights a (K,) of the members, and their prompt (P, D); None where there are none."""
-        count = self._filled()
-        means, stds, prompts = (
-            held[:count] for held in (self.core_mean, self.core_std, self.core_prompts)
-        )
+        held = (self.core_mean, self.core_std, self.core_prompts)
+        count = len(self.core_mean) if is_tracing() else self._filled()
+        means, stds, prompts = (rows[:count] for rows in held)
         away = _length(mean - means) + _length(std - stds)
+        if is_tracing():  # all rows are there, and those without a member have no weight
+            away = torch.where(means[:, 0].isnan(), torch.inf, away)
+            prompts = prompts.nan_to_num(0.0)
         weights = (-away / self.config.temperature).softmax(0)
         return weights, torch.einsum("k,kpd->pd", weights, prompts) if count else None
 

@@ -39,6 +39,7 @@ from tta.core.prediction import Prediction, Report
 from tta.core.random import CountedDraws
 from tta.core.registry import register
 from tta.core.source import SourceStatistics
+from tta.core.traced_pass import either, is_tracing
 from tta.core.update import ForwardUpdate
 from tta.methods._shift import MOST_IMAGES, ShiftRule, in_logits
 from tta.parts import cma
@@ -217,10 +218,13 @@ class Foa(ForwardUpdate):
 
     def predict(self, x: Tensor) -> Prediction:
         """Predict with the best prompts of the last batch, and the shift; at first without both."""
-        if bool(self.shift.isnan().any()):
+        fresh = self.shift.isnan().any()
+        if not is_tracing() and bool(fresh):
             return self.network(x)
+        plain = self.network(x) if is_tracing() else None
         prompts = self.best.view(-1, self.tokens.width)
-        return self._shifted(self.tokens.run(self.network, x, prompts))
+        found = self._shifted(self.tokens.run(self.network, x, prompts))
+        return found if plain is None else either(fresh, plain, found)
 
     def after_reset(self) -> None:
         """Draw new prompts under ``official=True``."""

@@ -44,10 +44,12 @@ from tta.core.outputs import LogitsReader
 from tta.core.prediction import Prediction, Report
 from tta.core.registry import register
 from tta.core.source import SourceStatistics, missing_artefact
+from tta.core.tracing import is_tracing
 from tta.core.update import ForwardUpdate
 from tta.parts.blocks import Block, block_names, channel_axis, find_blocks
 from tta.parts.losses import entropy
 from tta.parts.moments import RunningMoments
+from tta.parts.teachers import NamedTensors
 
 __all__ = ["Pea", "PeaConfig", "recoloured"]
 
@@ -55,6 +57,7 @@ RIDGE = 1e-5  # on covariances, and the smallest eigenvalue
 LEAST_WEIGHT = 1e-3  # below which a block is left alone
 LEAST_DRIFT = 1e-6  # of the average, below which no jump is seen in networks with tokens
 MOST_IMAGES = 100_000  # of source batches
+MOVING = ("mean", "covariance", "drift")
 ARTEFACTS = ("block_mean", "block_variance", "block_covariance_root")
 
 Use = Callable[[str, Tensor], Tensor | None]
@@ -134,6 +137,8 @@ class Pea(ForwardUpdate):
         modules = dict(network.model.named_modules())
         self.axes = {block.name: channel_axis(block, modules[block.name]) for block in found}
         self.hooks = _Hooks()
+        for kind in (*MOVING, *ARTEFACTS):
+            setattr(self, kind, NamedTensors({}, constant=kind in ARTEFACTS))
         for block in found:
             hook = modules[block.name].register_forward_hook(partial(self.hooks, block.name))
             network.handles.append(hook)
@@ -195,19 +200,21 @@ class Pea(ForwardUpdate):
         """Make room for the statistics of a block."""
         size = block.given[self.axes[block.name]]
         shapes = {"mean": (size,), "covariance": (size, size)}
-        # Not by register_buffer, which refuses names with dots; nothing else does.
         for kind, shape in shapes.items():
             blank = torch.full(shape, float("nan"), dtype=torch.float32)
-            self._buffers[f"{kind}.{block.name}"] = blank
-        self._buffers[f"drift.{block.name}"] = torch.zeros((), dtype=torch.float32)
+            self._named[kind].hold({block.name: blank}, constant=False)
+        self._named["drift"].hold({block.name: torch.zeros(())}, constant=False)
         for kind, shape in zip(ARTEFACTS, ((size,), (size,), (size, size)), strict=True):
-            self._buffers[f"{kind}.{block.name}"] = torch.zeros(shape, dtype=torch.float32)
-            self._non_persistent_buffers_set.add(f"{kind}.{block.name}")
+            zeros = torch.zeros(shape, dtype=torch.float32)
+            self._named[kind].hold({block.name: zeros}, constant=True)
+
+    @property
+    def _named(self) -> dict[str, Any]:
+        """Tensors by the names of blocks, by what they are."""
+        return {kind: getattr(self, kind) for kind in (*MOVING, *ARTEFACTS)}
 
     def _held(self, kind: str, name: str) -> Tensor:
-        held = self._buffers[f"{kind}.{name}"]
-        assert held is not None
-        return held
+        return getattr(self, kind).named()[name]
 
     def _rows(self, name: str, output: Tensor) -> Tensor:
         """What a block gives, as rows (n, d) in float32: all tokens, or all pixels."""
@@ -278,7 +285,9 @@ class Pea(ForwardUpdate):
         self.network.result = result
         scores = torch.stack([self._score(name, moments[name]) for name in self.axes])
         spread = scores.max() - scores.min()
-        return ((scores - scores.min()) / spread).float() if spread > 0 else scores.float() * 0
+        if not is_tracing():
+            return ((scores - scores.min()) / spread).float() if spread > 0 else scores.float() * 0
+        return torch.where(spread > 0, (scores - scores.min()) / spread, 0.0).float()
 
     def _score(self, name: str, moments: RunningMoments) -> Tensor:
         """How far a block's mean and variance are from the source's."""
@@ -292,12 +301,17 @@ class Pea(ForwardUpdate):
     ) -> Tensor | None:
         """What a block gives, moved towards the source; None to leave it alone."""
         weight = weights[name]
-        if bool(weight < LEAST_WEIGHT):
+        if not is_tracing() and bool(weight < LEAST_WEIGHT):
             return None
         if learn:
             noted[name] = int(self._move(name, self._rows(name, self._whole(x.detach()))))
         mean, covariance = self._held("mean", name), self._held("covariance", name)
-        if bool(mean.isnan().any()):
+        known = ~mean.isnan().any()
+        if is_tracing():
+            weight = torch.where(known & (weight >= LEAST_WEIGHT), weight, 0.0)
+            unit = torch.eye(len(mean), dtype=covariance.dtype, device=covariance.device)
+            mean, covariance = mean.nan_to_num(0.0), torch.where(known, covariance, unit)
+        elif not bool(known):
             return None
         rows = self._rows(name, x)
         with torch.autocast(x.device.type, enabled=False):

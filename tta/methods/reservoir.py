@@ -62,6 +62,7 @@ from tta.core.prediction import Prediction, Report
 from tta.core.registry import component, config_from_dict, get_config, register
 from tta.core.source import SourceStatistics, missing_artefact
 from tta.core.state_dict import copy_tensors
+from tta.core.tracing import is_tracing
 from tta.core.update import Update
 from tta.parts.augment import Augmenter
 from tta.parts.chance import Chance
@@ -317,8 +318,9 @@ class Reservoir(Update):
 
     def predict(self, x: Tensor) -> Prediction:
         """Predict with the average for the batch's style, without learning."""
-        vectors, centroids = self._style(x)[None], self.centroids[: self._count()]
-        return self._predict(x, self._average(assignments(vectors, centroids)[0]))
+        count = len(self.centroids) if is_tracing() else self._count()
+        weights = assignments(self._style(x)[None], self.centroids[:count])[0]
+        return self._predict(x, self._average(weights))
 
     def _set(self, k: int) -> NamedTensors:
         return getattr(self, f"set{k}")
@@ -360,7 +362,10 @@ class Reservoir(Update):
     def _average(self, weights: Tensor) -> list[Tensor]:
         """The trained parameters, averaged over the clusters with weights (K,)."""
         sets = [self._weights(k) for k in range(len(weights))]
-        return [torch.stack(p).mul_(_column(weights, p[0])).sum(0) for p in zip(*sets, strict=True)]
+        joined = [torch.stack(p) for p in zip(*sets, strict=True)]
+        if is_tracing():  # those of clusters that there are not yet have no weight
+            joined = [p.nan_to_num(0.0) for p in joined]
+        return [p.mul_(_column(weights, p[0])).sum(0) for p in joined]
 
     def _predict(self, x: Tensor, weights: list[Tensor]) -> Prediction:
         following = torch.set_grad_enabled(self.network.session.following)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tta.core.tracing import count_rows, is_tracing
+from tta.core.tracing import count_rows, is_tracing, rows_before
 
 __all__ = ["LabelRuns", "persistence"]
 
@@ -92,7 +92,7 @@ class LabelRuns(nn.Module):
         share = share / self.seen  # an average of few images gives each of them more weight
         found = F.one_hot(labels, self.classes).double().mean(0).to(device)
         self.shares += share[0] * (found - self.shares)
-        before = torch.cat([self.last.to(labels.device)[None], labels[:-1]])
+        before = rows_before(self.last, labels)
         known = before != NOBODY
         equal = (known & (before == labels)).sum().double() / known.sum().clamp_min(1)
         moved = share * (equal.to(device) - self.repeats)

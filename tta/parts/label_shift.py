@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tta.core.draws import Draws
+from tta.core.tracing import is_tracing
 
 __all__ = [
     "CODES",
@@ -91,7 +92,7 @@ def encode(shares: Tensor, prior: Tensor, code: str, floor: float = 1e-6) -> Ten
     if code == "vector":
         return own - source
     length = source @ source
-    if float(length) < SMALLEST:
+    if not is_tracing() and float(length) < SMALLEST:
         raise ValueError(
             "`code` must be 'vector' for a source whose classes are equally frequent, since a "
             "degree of its imbalance is not defined, got 'scalar': leave it out, or pass that."

@@ -28,7 +28,7 @@ class RunningMoments:
         offsets = rows - self._origin
         self._sum = self._sum + offsets.sum(0)
         self._squares = self._squares + offsets.square().sum(0)
-        self.count += len(rows)
+        self.count += rows.shape[0]  # len() would fix it in a graph
 
     def mean(self) -> Tensor:
         """Mean of all rows (...)."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tta.core.classifier import CONVOLUTIONS
+from tta.core.tracing import is_tracing
 from tta.parts.teachers import quantile
 
 __all__ = [
@@ -53,7 +54,10 @@ def style_threshold(styles: Tensor, share: float) -> Tensor:
 
 def assignments(vectors: Tensor, centroids: Tensor) -> Tensor:
     """Softmax over the centroids (K, S) of the negative distance of vectors (N, S): (N, K)."""
-    return (-torch.linalg.vector_norm(vectors[:, None] - centroids, dim=2)).softmax(1)
+    away = torch.linalg.vector_norm(vectors[:, None] - centroids, dim=2)
+    if is_tracing():  # centroids that there are not yet are NaN
+        away = away.nan_to_num(torch.inf)
+    return (-away).softmax(1)
 
 
 def cluster_loss(shares: Tensor) -> Tensor:

@@ -182,7 +182,8 @@ class TokenPrompts(Remembers):
             prompts = split.share([prompts])[0]
 
         def longer(tokens: Tensor) -> Tensor:
-            rows = prompts.to(tokens.dtype).expand(len(tokens), -1, -1)
+            count = tokens.shape[0]  # len() would fix it in a graph
+            rows = prompts.to(tokens.dtype).expand(count, -1, -1)
             return torch.cat([tokens[:, :1], rows, tokens[:, 1:]], 1)
 
         return _with_first(args, kwargs, longer)
