@@ -385,52 +385,6 @@ def test_every_recipe_over_200_batches(recipe, tmp_path) -> None:
     )
 
 
-NETWORKS = [  # timm's, of different kinds, with the size of images
-    ("resnet18", 64),
-    ("resnet26t", 64),
-    ("resnext26ts", 64),
-    ("mobilenetv3_small_050", 64),
-    ("mobilenetv2_035", 64),
-    ("efficientnet_lite0", 64),
-    ("mnasnet_small", 64),
-    ("ghostnet_050", 64),
-    ("regnetx_002", 64),
-    ("repvgg_a0", 64),
-    ("hardcorenas_a", 64),
-    ("lcnet_035", 64),
-    ("densenet121", 64),
-    ("vgg11_bn", 64),
-    ("test_vit", 160),
-    ("vit_tiny_patch16_224", 224),
-    ("convnext_atto", 64),
-    ("edgenext_xx_small", 256),
-    ("fasternet_t0", 64),
-    ("mixer_s32_224", 224),
-]
-
-
-@pytest.mark.soak
-@pytest.mark.parametrize(("name", "size"), NETWORKS, ids=[name for name, _ in NETWORKS])
-def test_networks_of_different_kinds(name, size, tmp_path) -> None:
-    """With random weights, whose statistics come from a few batches; batches of 1 and of 16."""
-    timm = pytest.importorskip("timm")
-    torch.manual_seed(0)
-    net, shape = timm.create_model(name, num_classes=10), (3, size, size)
-    with torch.no_grad():
-        for images in stream(4, [8], shape):
-            net.train()(images)
-    has_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in net.modules())
-    slots = {"norm": "robust_bn", "output": "neo"} if has_norm else {"output": "neo"}
-    adapter = tta.wrap(net.eval(), **slots)
-    start = adapter.state()
-    folder = tta.export.to_onnx(adapter, tmp_path / "g", torch.randn(1, *shape))
-    for size, batches in ((1, 200), (16, 20)):
-        adapter.load_state(start)
-        found = differences(Graph(folder), adapter, stream(batches, [size], shape, seed=size))
-        assert found["logits"] < 1e-3 and found["state"] < 1e-3, found
-        assert found["decisions"] == 0
-
-
 @pytest.mark.slow
 def test_it_runs_where_there_is_no_torch(exported, tmp_path) -> None:
     """An empty environment with numpy and onnxruntime, from the package index if it is reached."""
