@@ -41,7 +41,7 @@ SORTING = ("t3a", "lame")  # ExecuTorch has no operator for it
 Program = Callable[[Tensor, Tensor, list[Tensor]], Any]
 
 
-def _marked(chosen: str, without: tuple[str, ...] = ()) -> list[Any]:
+def _marked(chosen: str | None = None, without: tuple[str, ...] = ()) -> list[Any]:
     return [
         pytest.param(name, marks=pytest.mark.slow if name == chosen else pytest.mark.soak)
         for name in RECIPES
@@ -152,7 +152,7 @@ def test_torch_export_of_every_frozen_component(name) -> None:
                     assert torch.allclose(program(images(4, size)), own, rtol=0, atol=limit)
 
 
-@pytest.mark.parametrize("name", _marked("robust_bn+neo"))
+@pytest.mark.parametrize("name", _marked())
 def test_compiled_by_aot_inductor(name, tmp_path) -> None:
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         pytest.skip("AOTInductor needs a C++ compiler, and there is none")
