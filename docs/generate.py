@@ -400,7 +400,7 @@ PLACES = {
     ),
     "Several processes": r"tta/(runtime/parallel|core/batch_split)\.py",
     "Serving many streams": (
-        r"tta/(runtime/(lockstep|pool|shared_pass|side_by_side|snapshots|stream_\w+)"
+        r"tta/(runtime/(hand_over|lockstep|owners|pool|shared_pass|side_by_side|snapshots|stream_\w+)"
         r"|core/(adapter_sets|parameter_sets|plain_data|turns|twins))\.py"
     ),
     "Exporting": r"tta/export/\w+\.py",

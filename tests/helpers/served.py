@@ -93,12 +93,15 @@ class Server:
 
 @contextmanager
 def serving(
-    adapter: tta.Adapter | None = None, folder: Path | None = None, **settings: Any
+    adapter: tta.Adapter | None = None,
+    folder: Path | None = None,
+    shared: bool = False,
+    **settings: Any,
 ) -> Iterator[Server]:
     """Serve a tiny network, or the adapter given."""
     if adapter is None:
         adapter = tta.wrap(tiny("bn"), "tent.cifar10", guard="watch")
-    pool = StreamPool(adapter, folder=folder, interval=None)
+    pool = StreamPool(adapter, folder=folder, interval=None, shared=shared)
     settings = {"transform": to_tensor, "shape": (3, 32, 32), "max_wait": 0.0} | settings
     app = application(pool, **settings)
     address: list[str] = []
