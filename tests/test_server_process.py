@@ -23,17 +23,21 @@ import tta
 from experiments.studies.live import CAMERAS, Live
 from tests.helpers.browser import CHROMIUM, Browser
 from tests.helpers.own_models import net, to_pixels
-from tests.helpers.served import Process, npy, picture, png, safetensors, serving
+from tests.helpers.served import (
+    METHOD,
+    MODEL,
+    Process,
+    Reference,
+    frame,
+    npy,
+    picture,
+    png,
+    safetensors,
+    serving,
+)
 from tests.helpers.soak import Share, shares
 from tta.cli import main
 from tta.runtime.server import Limits
-
-MODEL = "tests.helpers.own_models:named"
-METHOD = ("--method", "tent.cifar10[lr=0.05]+watch", "--batch-size", "4")
-
-
-def frame(number: int) -> torch.Tensor:
-    return torch.from_numpy(np.random.default_rng(number).random((4, 3, 16, 16), np.float32))
 
 
 def batch(process: Process, number: int) -> list[Any]:
@@ -42,14 +46,6 @@ def batch(process: Process, number: int) -> list[Any]:
     answer = process.client.post("/v1/predict", params={"create": True}, files=files)
     assert answer.status_code == 200, answer.text
     return [one["probabilities"] for one in answer.json()]
-
-
-class Reference:
-    """What the stream gives that nothing interrupts."""
-
-    def __init__(self) -> None:
-        adapter = tta.wrap(net(), "tent.cifar10", lr=0.05, guard="watch", batch_size=4)
-        self.answers = [adapter(frame(n)).log_softmax(1).exp().tolist() for n in range(40)]
 
 
 @pytest.mark.slow

@@ -174,7 +174,7 @@ class StreamPool:
         owners: Owners | None,
     ) -> None:
         self.adapter = adapter
-        self.batched = True
+        self.batched, self.shared = True, owners is not None
         self._free = threading.Condition()  # of owners
         self._store = StreamStore(adapter, capacity, files, owners)
         self._beside = SideBySide(self._store)
