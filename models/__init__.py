@@ -5,6 +5,7 @@
 """
 
 from models.card import SourceCard
+from models.denoiser import load_diffusion
 from models.load import ModelInfo, list_models, load
 
-__all__ = ["ModelInfo", "SourceCard", "list_models", "load"]
+__all__ = ["ModelInfo", "SourceCard", "list_models", "load", "load_diffusion"]

@@ -14,7 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["CifarResNet", "Normalize"]
+from tta.core.norm_layers import batch_stats
+from tta.parts.statistics import instance_aware
+
+__all__ = ["CifarResNet", "InstanceAwareBatchNorm2d", "Normalize"]
 
 
 class Normalize(nn.Module):
@@ -33,6 +36,27 @@ class Normalize(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return (x - self.mean) / self.std
+
+
+class InstanceAwareBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm corrected by each image's own statistics, where they differ by more than chance.
+
+    Gong et al.: NOTE, NeurIPS 2022, arXiv 2208.05117; `tta.parts.statistics.instance_aware` has the
+    formula, with k = 4. In training mode the batch's statistics take the place of the running ones,
+    and gradients flow through them.
+    """
+
+    only_normalises = True  # a norm rule takes the place of all that the layer does
+
+    def forward(self, input: Tensor) -> Tensor:
+        mean, var = self.running_mean, self.running_var
+        if self.training or mean is None or var is None:
+            rest, (mean, var) = (mean, var), batch_stats(input, unbiased=True)
+            with torch.no_grad():
+                for average, value in zip(rest, (mean, var), strict=True):
+                    if average is not None:
+                        average.lerp_(value, self.momentum or 0.0)
+        return instance_aware(input, mean, var, self.weight, self.bias, alpha=4.0, eps=self.eps)
 
 
 class BasicBlock(nn.Module):

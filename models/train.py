@@ -8,8 +8,15 @@ would. At the end the weights, the source artefacts and the training log go to
 ``models/weights/NAME``. The test images are used to report accuracy only; no epoch is chosen by
 them.
 
-With ``--itta`` a finished network is trained further together with ITTA's consistency loss, see
-`models.train_itta`. That gives a network of its own, ``NAME_itta``.
+Some networks are made for one method, and keep the artefacts of that one alone:
+
+* ``cifar10_resnet20_iabn`` begins with the weights of ``cifar10_resnet20_bn``, whose layers become
+  instance-aware (NOTE).
+* ``NAME --long-tailed 100`` gives ``NAME_lt100``, which sees 5000 * 100^(-k / 9) images of class k
+  (LSA).
+* ``NAME --itta`` trains a finished network further together with ITTA's consistency loss, see
+  `models.train_itta`. That gives ``NAME_itta``.
+* ``cifar10_denoiser`` is no classifier, see `models.train_denoiser` (DDA, SDA).
 """
 
 from __future__ import annotations
@@ -19,15 +26,18 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from models import train_itta
-from models.artefacts import collect, save_half, swag
-from models.bundled import BUNDLED, FOLDER, ITTA
+import tta
+from models import train_denoiser, train_itta
+from models.artefacts import batches, collect, save_half, swag
+from models.bundled import BUNDLED, FOLDER, IABN, ITTA, LONG_TAILED, VARIANTS, base, builder
+from models.denoiser import DENOISER
 from models.training_images import accuracy, augmented, padded, read_cifar10
 from tta.core.files import replacing
 
@@ -47,6 +57,7 @@ class Recipe:
     restart: tuple[int, float] | None = None  # a second cycle: its epochs and peak lr
     average: bool = False  # ship the mean of the SWAG snapshots (stochastic weight averaging)
     channels_last: bool = False
+    begin: str | None = None  # with the weights of this bundled network
     bfloat16: bool = True  # autocast; on processors with bf16 units this more than doubles speed
 
 
@@ -65,18 +76,23 @@ RECIPES = {
         average=True,
         bfloat16=False,
     ),
+    IABN: Recipe(
+        optimizer="sgd", lr=0.05, weight_decay=5e-4, epochs=8, begin="cifar10_resnet20_bn"
+    ),
 }
 
 
 def train(name: str, data: dict[str, Tensor], work: Path, epochs: int | None, seed: int) -> None:
     """Train ``name`` with its recipe, going on from ``work/<name>.pt`` if that is there."""
-    recipe = RECIPES[name]
+    recipe = RECIPES[str(base(name))]
     cycles = [(epochs or recipe.epochs, recipe.lr)]
     if epochs is None and recipe.restart is not None:
         cycles.append(recipe.restart)
     epochs = sum(length for length, _ in cycles)
     torch.manual_seed(seed)
-    model = BUNDLED[name]()
+    model = builder(name)()
+    if recipe.begin is not None:
+        model.load_state_dict(load_file(str(FOLDER / recipe.begin / "weights.safetensors")))
     if recipe.channels_last:
         model = model.to(memory_format=torch.channels_last)
     if recipe.optimizer == "sgd":
@@ -163,35 +179,60 @@ def _one_cycle(
     )
 
 
+def long_tailed(data: dict[str, Tensor], ratio: int) -> dict[str, Tensor]:
+    """The data with the first 5000 * ratio^(-k / 9) training images of class k, in their order."""
+    images, labels = data["train_images"], data["train_labels"]
+    places = [torch.nonzero(labels == k).flatten() for k in range(int(labels.max()) + 1)]
+    last = len(places) - 1
+    kept = [p[: round(len(p) * ratio ** (-k / last))] for k, p in enumerate(places)]
+    index = torch.cat(kept).sort().values
+    return data | {"train_images": images[index], "train_labels": labels[index]}
+
+
 def export(name: str, data: dict[str, Tensor], work: Path, command: str) -> None:
     """Write weights in half precision, source artefacts and the training log of a finished run."""
-    recipe = RECIPES[name.removesuffix(ITTA)]
     saved = torch.load(work / f"{name}.pt", weights_only=True)
+    recipe = RECIPES[str(base(name))]
     log = json.loads(saved["log"]) | {"command": command, "averaged": recipe.average}
-    folder, scratch = FOLDER / name, work / f"{name}-swag"
+    folder = FOLDER / name
     folder.mkdir(parents=True, exist_ok=True)
-    scratch.mkdir(exist_ok=True)
-    images, labels = data["train_images"], data["train_labels"]
-    posterior = swag(
-        _rounded(name, saved["model"]), images, labels, scratch, log["seed"], recipe.bfloat16
-    )
-    weights = saved["model"] | (posterior[0] if recipe.average else {})
-    save_half(weights, folder / "weights.safetensors")
-    # Artefacts are those of the weights as stored, which half precision has rounded.
-    source = collect(_rounded(name, weights), images, labels, log["seed"])
-    source.posterior_mean, source.posterior_variance = posterior
-    source.consistency = saved.get("consistency")
-    source.save(folder / "source.safetensors")
-    tensors = load_file(str(folder / "source.safetensors"))
-    save_half(tensors, folder / "source.safetensors", ("fisher", "posterior_variance"))
+    if name in BUNDLED:
+        _export_whole(name, saved["model"], data, work, log)
+    else:
+        save_half(saved["model"], folder / "weights.safetensors")
+        source = tta.SourceStatistics(consistency=saved.get("consistency"))
+        if LONG_TAILED in name:
+            images, labels = data["train_images"], data["train_labels"]
+            loader = batches(images, labels, 200, torch.arange(len(images)))
+            source = tta.collect_source(_rounded(name, saved["model"]), loader, ["lsa"])
+        source.save(folder / "source.safetensors")
     with replacing(folder / "training.json") as part:
         part.write_text(json.dumps(log, indent=1) + "\n")
     print(f"wrote {folder}", flush=True)
 
 
+def _export_whole(
+    name: str, weights: dict[str, Tensor], data: dict[str, Tensor], work: Path, log: dict[str, Any]
+) -> None:
+    """Write weights, and artefacts for all methods."""
+    recipe = RECIPES[name]
+    folder, scratch = FOLDER / name, work / f"{name}-swag"
+    scratch.mkdir(exist_ok=True)
+    images, labels = data["train_images"], data["train_labels"]
+    posterior = swag(_rounded(name, weights), images, labels, scratch, log["seed"], recipe.bfloat16)
+    weights = weights | (posterior[0] if recipe.average else {})
+    save_half(weights, folder / "weights.safetensors")
+    # Artefacts are those of the weights as stored, which half precision has rounded.
+    source = collect(_rounded(name, weights), images, labels, log["seed"])
+    source.posterior_mean, source.posterior_variance = posterior
+    source.save(folder / "source.safetensors")
+    tensors = load_file(str(folder / "source.safetensors"))
+    save_half(tensors, folder / "source.safetensors", ("fisher", "posterior_variance"))
+
+
 def _rounded(name: str, weights: dict[str, Tensor]) -> nn.Module:
     """The model in eval mode with weights as half precision stores them."""
-    model = BUNDLED[name.removesuffix(ITTA)]()
+    model = builder(name)()
     model.load_state_dict(
         {k: v.half().float() if v.is_floating_point() else v for k, v in weights.items()}
     )
@@ -199,8 +240,12 @@ def _rounded(name: str, weights: dict[str, Tensor]) -> nn.Module:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m models.train", description=__doc__)
-    parser.add_argument("name", choices=sorted(BUNDLED))
+    parser = argparse.ArgumentParser(
+        prog="python -m models.train",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("name", choices=[*sorted(BUNDLED | VARIANTS), DENOISER])
     parser.add_argument("--data", required=True, help=".npz file or torchvision CIFAR-10 folder")
     parser.add_argument("--work", type=Path, default=Path("runs/train"), help="checkpoints go here")
     parser.add_argument("--epochs", type=int, help="default: the recipe's")
@@ -208,25 +253,51 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, help="torch threads (default: all cores)")
     parser.add_argument("--itta", action="store_true", help="train NAME_itta from what NAME is")
     parser.add_argument("--itta-epochs", type=int, default=3, help="of it (default: %(default)s)")
+    parser.add_argument(
+        "--long-tailed", type=int, metavar="RATIO", help="train NAME_ltRATIO on such classes"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=train_denoiser.STEPS, help="of the denoiser (%(default)s)"
+    )
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
-    if args.itta_epochs < 1:
-        parser.error(f"`--itta-epochs` must be 1 or more, got {args.itta_epochs}: the default is 3")
+    for flag in ("itta_epochs", "long_tailed", "steps"):
+        value = getattr(args, flag)
+        if value is not None and value < 1:
+            parser.error(f"`--{flag.replace('_', '-')}` must be 1 or more, got {value}: raise it")
+    if args.name not in BUNDLED and (args.itta or args.long_tailed):
+        parser.error(
+            f"`name` must be one of {', '.join(BUNDLED)} with --itta or --long-tailed, got "
+            f"{args.name}: leave the flag out"
+        )
+    if args.itta and args.long_tailed:
+        parser.error("`--itta` must be without --long-tailed, got both: leave one out")
     if args.itta and (refused := train_itta.refusal(args.name)):
         parser.error(refused)
     args.work.mkdir(parents=True, exist_ok=True)
     data, command = read_cifar10(args.data), f"python -m models.train {args.name}"
-    if not args.itta:
-        train(args.name, data, args.work, args.epochs, args.seed)
-        export(args.name, data, args.work, f"{command} --seed {args.seed}")
+    if args.name == DENOISER:
+        command += f" --steps {args.steps} --seed {args.seed}"
+        images, held = data["train_images"], data["test_images"]
+        train_denoiser.train(images, held, args.work, args.steps, args.seed)
+        train_denoiser.export(args.work, command)
         return
-    if (args.work / f"{args.name}.pt").exists():  # perhaps of a training that was cut off
-        train(args.name, data, args.work, args.epochs, args.seed)
-    recipe = RECIPES[args.name]
-    train_itta.train(args.name, data, args.work, args.itta_epochs, args.seed, recipe.batch_size)
+    name = args.name
+    if args.long_tailed:
+        name += f"{LONG_TAILED}{args.long_tailed}"
+        data = long_tailed(data, args.long_tailed)
+        command += f" --long-tailed {args.long_tailed}"
+    if not args.itta:
+        train(name, data, args.work, args.epochs, args.seed)
+        export(name, data, args.work, f"{command} --seed {args.seed}")
+        return
+    if (args.work / f"{name}.pt").exists():  # perhaps of a training that was cut off
+        train(name, data, args.work, args.epochs, args.seed)
+    recipe = RECIPES[name]
+    train_itta.train(name, data, args.work, args.itta_epochs, args.seed, recipe.batch_size)
     command += f" --itta --itta-epochs {args.itta_epochs} --seed {args.seed}"
-    export(f"{args.name}{ITTA}", data, args.work, command)
+    export(f"{name}{ITTA}", data, args.work, command)
 
 
 if __name__ == "__main__":

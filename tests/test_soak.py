@@ -14,8 +14,8 @@ import pytest
 from tests.helpers.soak import RESULT, Share, Soak, shares
 
 ROOT = RESULT.parents[2]
-NAMES = ["quick", "long[1]", "long[2]"]
-WHOLE, PART = pytest.Config.ArgsSource.TESTPATHS, pytest.Config.ArgsSource.ARGS
+NAMES = ["a.py::quick", "a.py::long[1]", "a.py::long[2]", "b.py::long"]
+QUICK, FIRST, SECOND, OTHER = NAMES
 
 
 class _Item:
@@ -23,20 +23,20 @@ class _Item:
         self.nodeid = name
 
     def get_closest_marker(self, mark: str) -> bool:
-        return mark == "soak" and self.nodeid.startswith("long")
+        return mark == "soak" and "::long" in self.nodeid
 
 
 class _Started:
     """A run of pytest with the plugin: which tests are left to it."""
 
-    def __init__(self, folder, expression="soak", source=WHOLE, seed=0, **more) -> None:
+    def __init__(self, folder, expression="soak", args=("tests",), seed=0, **more) -> None:
         deselected: list[_Item] = []
         config = SimpleNamespace(
             option=SimpleNamespace(markexpr=expression),
             cache=SimpleNamespace(mkdir=lambda name: folder),
             hook=SimpleNamespace(pytest_deselected=lambda items: deselected.extend(items)),
             getoption=lambda name: {"soak_seed": seed}[name],
-            args_source=source,
+            args=args,
             **more,
         )
         self.soak = Soak(config, folder / "soak.json")
@@ -66,51 +66,62 @@ class _Started:
 @pytest.mark.parametrize("expression", ["", "not slow"])
 def test_it_does_not_run_unless_asked_for(tmp_path, expression) -> None:
     run = _Started(tmp_path, expression)
-    run.report("quick")
+    run.report(QUICK)
     run.finish()
-    assert run.left == ["quick"] and not list(tmp_path.iterdir())
+    assert run.left == [QUICK] and not list(tmp_path.iterdir())
 
 
-def test_what_has_passed_is_left_out_until_all_has(tmp_path) -> None:
+def test_what_has_passed_is_left_out_until_all_of_its_file_has(tmp_path) -> None:
     run = _Started(tmp_path)
     assert run.left == NAMES  # pytest itself leaves the quick one out, by the same expression
-    run.report("long[1]", kills=20)
-    run.report("long[2]", "failed")
+    run.report(FIRST, kills=20)
+    run.report(SECOND, "failed")
     run.finish(pytest.ExitCode.TESTS_FAILED)
     run = _Started(tmp_path)
-    assert run.left == ["quick", "long[2]"] and not (tmp_path / "soak.json").exists()
-    run.report("long[2]", kills=22)
+    assert run.left == [QUICK, SECOND, OTHER] and not (tmp_path / "soak.json").exists()
+    run.report(SECOND, kills=22)
     run.finish()
     found = json.loads((tmp_path / "soak.json").read_text())
-    assert found["checks"] == {"long": {"tests": 2, "seconds": 3.0, "kills": 42}}
-    assert found["seed"] == 0 and found["versions"]["torch"] and "commit" in (found["git"] or found)
+    assert found.keys() == {"a.py"} and found["a.py"]["checks"] == {
+        "a.py::long": {"tests": 2, "seconds": 3.0, "kills": 42}
+    }
+    about = found["a.py"]
+    assert about["seed"] == 0 and about["versions"]["torch"] and "commit" in (about["git"] or about)
+    run = _Started(tmp_path)
+    assert run.left == NAMES
+    run.report(OTHER)
+    run.finish(pytest.ExitCode.TESTS_FAILED)  # of another file
+    assert json.loads((tmp_path / "soak.json").read_text()) == found | {
+        "b.py": json.loads((tmp_path / "soak.json").read_text())["b.py"]
+    }
     assert _Started(tmp_path).left == NAMES
 
 
 def test_a_run_of_some_tests_writes_no_result(tmp_path) -> None:
-    """Chosen by -k, one is left; of one folder, all that is there may pass."""
+    """Chosen by -k, one is left; named one by one, all that were found may pass."""
     run = _Started(tmp_path)
-    run.report("long[1]")
+    run.report(FIRST)
     run.finish()
-    assert _Started(tmp_path).left == ["quick", "long[2]"]
-    run = _Started(tmp_path, source=PART)
-    run.report("long[2]")
+    assert _Started(tmp_path).left == [QUICK, SECOND, OTHER]
+    run = _Started(tmp_path, args=("a.py::long",))
+    run.report(SECOND)
     run.finish()
     assert not (tmp_path / "soak.json").exists()
 
 
 def test_a_run_that_finds_all_passed_ends_well(tmp_path) -> None:
-    run = _Started(tmp_path)
-    run.report("long[1]"), run.report("long[2]", "skipped")
+    run = _Started(tmp_path, args=("a.py::long", "b.py::long"))
+    run.report(FIRST), run.report(SECOND, "skipped"), run.report(OTHER)
+    run.finish()
     assert _Started(tmp_path).finish(pytest.ExitCode.NO_TESTS_COLLECTED) == pytest.ExitCode.OK
     found = json.loads((tmp_path / "soak.json").read_text())
-    assert found["checks"]["long"]["skipped"] == 1
+    assert found["a.py"]["checks"]["a.py::long"]["skipped"] == 1
 
 
 def test_another_seed_begins_anew(tmp_path) -> None:
-    _Started(tmp_path).report("long[1]")
+    _Started(tmp_path).report(FIRST)
     assert _Started(tmp_path, seed=1).left == NAMES
-    assert _Started(tmp_path).left == ["quick", "long[2]"]
+    assert _Started(tmp_path).left == [QUICK, SECOND, OTHER]
 
 
 def test_shares_have_all_cases() -> None:
@@ -157,7 +168,7 @@ def test_in_pytest_itself(tmp_path, processes) -> None:
     assert not Path(tmp_path / "soak.json").exists()
     (tmp_path / "mended").touch()
     assert "1 passed" in (said := run("soak")) and "failed" not in said
-    found = json.loads((tmp_path / "soak.json").read_text())
+    found = json.loads((tmp_path / "soak.json").read_text())["test_it.py"]
     assert found["seed"] == 5
     assert found["checks"]["test_it.py::test_long"] | {"seconds": 0} == {
         "tests": 2,

@@ -1,5 +1,7 @@
 """A long run of tests that goes on where it was cut off: ``make soak``.
 
+``make soak ARGS=tests/test_fuzz.py`` is one file's share of it; each file has a result of its own.
+
 Besides what is marked ``soak``, a check of many cases has a share of them among the slow tests, see
 `shares`. A test that counts its cases says so by ``record_property("kills", 20)``; one that draws
 takes the fixture ``soak_seed``.
@@ -61,14 +63,15 @@ class Soak:
     """A pytest plugin: tests that are marked ``soak`` run only where ``-m`` names that mark.
 
     Each test that passes is noted in pytest's cache, with its counts, and left out when the run is
-    started again, until the source code changes or all of them have passed. Failed ones run again.
-    When all have passed, the counts of each check are written to `RESULT`.
+    started again, until the source code changes or all of its file have passed. Failed ones run
+    again. When all of a file have passed, the counts of each check are written to `RESULT`, beside
+    those of other files, with the code that was tested.
     """
 
     def __init__(self, config: pytest.Config, result: Path = RESULT) -> None:
         self.config, self.result = config, result
         self.seed: int = config.getoption("soak_seed")
-        self.marked: set[str] = set()  # all soak tests of the folders that pytest was given
+        self.marked: set[str] = set()  # all soak tests of the folders and files that it was given
         self.notes: Path | None = None  # one passed test a line
         if "soak" in config.option.markexpr:
             self.code = _fingerprint()
@@ -110,15 +113,25 @@ class Soak:
         if not self.writes:
             self.config.workeroutput["soak"] = sorted(self.marked)  # type: ignore[attr-defined]
             return
-        notes = [note for note in self._read() if note["test"] in self.marked]
-        nothing_left = exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
-        if nothing_left and self.marked and self.marked == {note["test"] for note in notes}:
-            if self.config.args_source is pytest.Config.ArgsSource.TESTPATHS:  # not some of them
-                summary = self._summary(notes)
-                with replacing(self.result) as part:
-                    part.write_text(json.dumps(summary, indent=1) + "\n")
-            self.notes.unlink(missing_ok=True)  # the next run begins anew
-            session.exitstatus = pytest.ExitCode.OK  # though none may have been left to run
+        notes = self._read()
+        passed = {note["test"] for note in notes}
+        whole = not any("::" in str(argument) for argument in self.config.args)
+        tests: dict[str, set[str]] = {}
+        for test in self.marked:
+            tests.setdefault(_file(test), set()).add(test)
+        done = {file for file, its in tests.items() if whole and its <= passed}
+        if done:
+            self._write({f: self._summary(n for n in notes if _file(n["test"]) == f) for f in done})
+            left = [json.dumps(note) + "\n" for note in notes if _file(note["test"]) not in done]
+            self.notes.write_text("".join(left))  # the next run of these files begins anew
+        if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and self.marked <= passed:
+            session.exitstatus = pytest.ExitCode.OK  # none was left to run
+
+    def _write(self, found: dict[str, dict[str, Any]]) -> None:
+        """Put the results of files beside those that are there."""
+        old = json.loads(self.result.read_text()) if self.result.exists() else {}
+        with replacing(self.result) as part:
+            part.write_text(json.dumps(dict(sorted((old | found).items())), indent=1) + "\n")
 
     def _read(self) -> list[dict[str, Any]]:
         """The notes; a test that was noted twice counts once."""
@@ -137,6 +150,10 @@ class Soak:
                 check[name] = check.get(name, 0) + count
         about = {"finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "seed": self.seed}
         return {**about, "code": self.code, **describe_environment(), "checks": checks}
+
+
+def _file(test: str) -> str:
+    return test.partition("::")[0]
 
 
 def _fingerprint() -> str:

@@ -87,10 +87,10 @@ class AdaptiveNorm(nn.Module):
         self.session = session
         self.passes: list[_Pass] = []  # of this call, which a backward pass may repeat
         self._finisher: tuple[nn.Module, ...] = ()  # a copy of the base; not among the modules
-        # A subclass with a forward of its own does something after normalising.
-        self.finish = type(base).forward is not _BatchNorm.forward and not isinstance(
-            base, nn.SyncBatchNorm
-        )
+        # A subclass with a forward of its own does something after normalising, unless it says that
+        # all of its forward is another way to normalise.
+        only = isinstance(base, nn.SyncBatchNorm) or getattr(base, "only_normalises", False)
+        self.finish = type(base).forward is not _BatchNorm.forward and not only
         if not self.finish or _has_activation(base):
             for hooks in HOOKS:  # the caller's hooks on the layer are called as before
                 self.__dict__[hooks] = base.__dict__[hooks]

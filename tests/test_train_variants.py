@@ -1,0 +1,188 @@
+"""Networks that are made for one method: long-tailed, instance-aware, and the denoiser."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import models
+import tta
+from models import bundled, denoiser, train, train_denoiser
+from models.denoiser import BETAS, DENOISER, UNet
+from models.resnet import CifarResNet, InstanceAwareBatchNorm2d
+from tests.helpers.nets import tiny
+
+BN = "cifar10_resnet20_bn"
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """Images of noise, twenty of each class, and short training of tiny networks."""
+    draw = np.random.default_rng(0)
+    arrays = {}
+    for split, count in (("train", 200), ("test", 20)):
+        arrays[f"{split}_images"] = draw.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+        arrays[f"{split}_labels"] = np.arange(count) % 10
+    np.savez(tmp_path / "data.npz", **arrays)
+    for module in (bundled, train, train_denoiser, denoiser, sys.modules["models.load"]):
+        monkeypatch.setattr(module, "FOLDER", tmp_path / "weights")
+    monkeypatch.setitem(bundled.BUNDLED, BN, lambda: tiny("bn"))
+    for module in (train_denoiser, denoiser):
+        monkeypatch.setattr(module, "UNet", lambda: UNet((8, 8, 8)))
+    monkeypatch.setattr(train_denoiser, "BATCH", 8)
+    recipe = replace(train.RECIPES[BN], batch_size=16, bfloat16=False, channels_last=False)
+    monkeypatch.setitem(train.RECIPES, BN, recipe)
+    return tmp_path
+
+
+def command(place, name, *flags, work="work"):
+    data = ["--data", str(place / "data.npz"), "--work", str(place / work)]
+    train.main([name, *data, *flags])
+
+
+def test_a_long_tailed_network_comes_with_its_label_shift_adapter(place):
+    command(place, BN, "--long-tailed", "10", "--epochs", "4")
+    net, info = models.load(f"{BN}_lt10")
+    assert info.source is not None and info.source.source_prior is not None
+    kept = [round(20 * 10 ** (-k / 9)) for k in range(10)]
+    assert kept[0] == 20 and kept[9] == 2
+    shares = torch.tensor(kept) / sum(kept)
+    assert torch.allclose(info.source.source_prior.double(), shares.double(), atol=1e-6)
+    adapter = tta.wrap(net, output="lsa", source=info.source)
+    assert adapter(torch.rand(4, 3, 32, 32)).shape == (4, 10)
+    log = json.loads((place / "weights" / f"{BN}_lt10" / "training.json").read_text())
+    assert "--long-tailed 10" in log["command"] and log["name"] == f"{BN}_lt10"
+    assert f"{BN}_lt10" not in models.list_models()
+
+
+def test_the_first_images_of_each_class_are_kept_in_their_order(place):
+    data = train.read_cifar10(place / "data.npz")
+    found = train.long_tailed(data, 10)
+    counts = torch.bincount(found["train_labels"])
+    assert counts.tolist() == [round(20 * 10 ** (-k / 9)) for k in range(10)]
+    places = [
+        i for i in range(200) if sum(data["train_labels"][:i] == data["train_labels"][i])
+        < counts[data["train_labels"][i]]
+    ]  # fmt: skip
+    assert torch.equal(found["train_images"], data["train_images"][places])
+    assert torch.equal(found["test_labels"], data["test_labels"])
+
+
+def test_instance_aware_layers_are_what_the_rule_makes_of_plain_ones():
+    torch.manual_seed(0)
+    aware = CifarResNet((0.5,) * 3, (0.25,) * 3, InstanceAwareBatchNorm2d, 1, (8, 8, 8)).eval()
+    plain = CifarResNet((0.5,) * 3, (0.25,) * 3, blocks=1, widths=(8, 8, 8)).eval()
+    for module in aware.modules():
+        if isinstance(module, InstanceAwareBatchNorm2d):
+            module.running_var.uniform_(0.5, 2)
+            module.running_mean.normal_()
+    plain.load_state_dict(aware.state_dict())
+    x = torch.rand(4, 3, 32, 32)
+    with torch.no_grad():
+        expected, other = aware(x), plain(x)
+    assert not torch.allclose(expected, other, atol=1e-2)
+    def adapted(net, method, **slots):
+        adapter = tta.wrap(net, method, **slots)
+        y = adapter(x)
+        adapter.unwrap()
+        return y
+
+    assert torch.allclose(adapted(aware, "source"), expected)
+    batch = adapted(plain, "bn")
+    for net in (aware, plain):
+        assert torch.allclose(adapted(net, None, norm="iabn"), expected, atol=1e-5)
+        # Another rule takes the place of all that the layer does.
+        assert torch.allclose(adapted(net, "bn"), batch, atol=1e-5)
+
+
+def test_instance_aware_layers_learn_statistics_of_the_batch():
+    layer = InstanceAwareBatchNorm2d(2, momentum=0.5)
+    x = torch.randn(8, 2, 4, 4) * 3 + 5
+    layer(x)
+    var, mean = torch.var_mean(x, dim=(0, 2, 3))
+    assert torch.allclose(layer.running_mean, 0.5 * mean, atol=1e-5)
+    assert torch.allclose(layer.running_var, 0.5 + 0.5 * var, atol=1e-4)
+    y = layer.eval()(x)
+    assert torch.allclose(y, layer(x[:1].expand_as(x))[:1] * 0 + y)
+    assert torch.allclose(layer(x[3:4]), y[3:4], atol=1e-6)  # an image does not depend on others
+
+
+def test_the_denoiser_is_trained_saved_and_loaded(place):
+    command(place, DENOISER, "--steps", "2")
+    diffusion = models.load_diffusion("dda", steps=2, respacing=10)
+    assert torch.equal(diffusion.betas, BETAS) and diffusion.config.steps == 2
+    saved = torch.load(place / "work" / f"{DENOISER}.pt", weights_only=True)
+    for name, value in diffusion.denoiser.state_dict().items():
+        assert torch.equal(value, saved["averaged"][name].half().float()), name
+    adapter = tta.wrap(tiny("bn"), input=diffusion, mean=(0, 0, 0), std=(1, 1, 1))
+    assert adapter(torch.rand(2, 3, 32, 32)).isfinite().all()
+    assert not any(p.requires_grad for p in diffusion.denoiser.parameters())
+
+
+def test_a_training_of_the_denoiser_goes_on_where_it_was_cut_off(place, monkeypatch):
+    monkeypatch.setattr(train_denoiser, "EVERY", 1)
+    images = train.read_cifar10(place / "data.npz")["train_images"]
+    real = train_denoiser._loss
+    for work, cut in (("whole", False), ("cut", True)):
+        (place / work).mkdir()
+        if cut:
+            monkeypatch.setattr(train_denoiser, "_loss", _raise_at(2, real))
+            with pytest.raises(KeyboardInterrupt):
+                train_denoiser.train(images, images[:4], place / work, 3, 0)
+            monkeypatch.setattr(train_denoiser, "_loss", real)
+        train_denoiser.train(images, images[:4], place / work, 3, 0)
+    whole, cut = (
+        torch.load(place / work / f"{DENOISER}.pt", weights_only=True)["averaged"]
+        for work in ("whole", "cut")
+    )
+    assert all(torch.equal(value, cut[name]) for name, value in whole.items())
+
+
+def _raise_at(call, real):
+    count = [0]
+
+    def loss(*args):
+        count[0] += 1
+        if count[0] == call:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    return loss
+
+
+def test_noise_is_that_of_the_step():
+    x, noise = torch.ones(2, 3, 4, 4), torch.full((2, 3, 4, 4), 2.0)
+    found = train_denoiser.noisy(x, torch.tensor([0, 999]), noise)
+    kept = torch.cumprod(1 - BETAS, 0)
+    for row, k in zip(found, (kept[0], kept[999]), strict=True):
+        assert torch.allclose(row, torch.full_like(row, float(k.sqrt() + 2 * (1 - k).sqrt())))
+
+
+def test_the_network_knows_its_step_and_takes_other_sizes():
+    torch.manual_seed(0)
+    net = UNet((8, 16, 16))
+    for layer in (net.last, *(block.conv2 for block in net.up)):  # they begin at 0
+        torch.nn.init.normal_(layer.weight)
+    x = torch.randn(2, 3, 16, 16)
+    a, b = (net(x, torch.full((2,), t)) for t in (5, 600))
+    assert a.shape == x.shape and not torch.allclose(a, b, atol=1e-4)
+    assert sum(p.numel() for p in UNet().parameters()) < 1_000_000
+
+
+def test_a_denoiser_that_was_not_trained_is_told_how(place):
+    with pytest.raises(FileNotFoundError, match=r"models\.train cifar10_denoiser"):
+        models.load_diffusion()
+
+
+@pytest.mark.parametrize(
+    "flags", [("--long-tailed", "0"), ("--itta", "--long-tailed", "10"), ("--steps", "-1")]
+)
+def test_flags_that_do_not_go_are_refused(place, capsys, flags):
+    with pytest.raises(SystemExit, match="2"):
+        command(place, BN, *flags)
+    assert "must be" in capsys.readouterr().err
