@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
+import hashlib
+import itertools
 import logging
 import multiprocessing
 import os
+import random
 import signal
 import threading
 import time
@@ -22,8 +25,7 @@ from tests.helpers.nets import tiny
 from tests.helpers.served import npy, serving
 from tta.core import files
 from tta.runtime import StreamPool, owners
-from tta.runtime.hand_over import POLL
-from tta.runtime.owners import ElsewhereError, Owners, making
+from tta.runtime.owners import POLL, ElsewhereError, Owners, making
 
 FORK = multiprocessing.get_context("fork")
 
@@ -38,7 +40,7 @@ def made(folder: Path) -> StreamPool:
 
 def another(folder: Path, **extra: Any) -> StreamPool:
     """A pool as another process has one: locks are those of the open file."""
-    return StreamPool.open(tiny("bn"), folder, interval=None, shared=True, **extra)
+    return StreamPool.open(tiny("bn"), folder, **{"interval": None, "shared": True, **extra})
 
 
 def refuse(pool: StreamPool, name: str = "a", **extra: Any) -> None:
@@ -116,6 +118,60 @@ def test_a_killed_owner_leaves_its_streams_where_its_last_snapshot_was(tmp_path:
                 assert torch.equal(view(images(2)), alone(images(2)))
     finally:
         process.kill()
+
+
+def _batch(name: str, number: int) -> torch.Tensor:
+    return images(1000 * ord(name) + number, 4)
+
+
+def _use_at_random(folder: Path, log: Path, seed: int, seconds: float) -> None:
+    chance, end = random.Random(seed), time.monotonic() + seconds
+    handle = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    with another(folder, interval=0.2) as pool:
+        while time.monotonic() < end:
+            name = chance.choice("abc")
+            with pool.stream(name, create=True) as view:
+                number = int(view.state()["guard/monitor.batches"])
+                rows = view(_batch(name, number)).numpy().tobytes()
+            line = f"{name} {number} {hashlib.sha256(rows).hexdigest()} {seed}\n"
+            os.write(handle, line.encode())  # one write, so that lines stay whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [False, True])
+def test_processes_that_take_streams_from_each_other(killed: bool, tmp_path: Path) -> None:
+    made(tmp_path / "p").close()
+    log = tmp_path / "log"
+    users = [
+        FORK.Process(target=_use_at_random, args=(tmp_path / "p", log, seed, 8.0), daemon=True)
+        for seed in range(3)
+    ]
+    for user in users:
+        user.start()
+    try:
+        if killed:
+            time.sleep(4)
+            users[0].kill()
+        for user in users:
+            user.join(120)
+        assert [user.exitcode for user in users] == [-signal.SIGKILL if killed else 0, 0, 0]
+    finally:
+        for user in users:
+            user.kill()
+    lines = [line.split() for line in log.read_text().splitlines()]
+    for name in "abc":
+        mine = [(int(number), digest, user) for one, number, digest, user in lines if one == name]
+        numbers = [number for number, _, _ in mine]
+        changes = sum(one[2] != next_[2] for one, next_ in itertools.pairwise(mine))
+        assert changes >= 3, (name, changes)  # it did go round
+        alone = wrapped()
+        for number in range(max(numbers) + 1):
+            digest = hashlib.sha256(alone(_batch(name, number)).numpy().tobytes()).hexdigest()
+            assert {found for n, found, _ in mine if n == number} == {digest}, (name, number)
+        if killed:  # a chain that goes on from a snapshot, once
+            assert sum(one >= next_ for one, next_ in itertools.pairwise(numbers)) <= 1
+        else:
+            assert sorted(numbers) == list(range(len(numbers)))  # none twice
 
 
 def test_a_forked_child_does_not_hold_what_its_parent_had(tmp_path: Path) -> None:

@@ -75,7 +75,6 @@ class Handle:
 
     def remote(self, asked: Any) -> Any:
         assert CALL.get() == ""  # Ray Serve confuses calls of one request, see the front
-        CALL.set(asked.path)
 
         async def go() -> Any:
             name = self.of.get(self.session, "one")
@@ -129,7 +128,12 @@ class Running:
         self.front = Front(self.handle, limits, door.get("token"), ())
         config = uvicorn.Config(self.front.application(), port=0, log_config=None, lifespan="on")
         self.server = uvicorn.Server(config)
-        self.thread = threading.Thread(target=self.server.run, daemon=True)
+
+        def go() -> None:
+            CALL.set("a request")  # in the context of all that the front does
+            self.server.run()
+
+        self.thread = threading.Thread(target=go, daemon=True)
         self.thread.start()
         end = time.monotonic() + 60
         while not self.server.started:

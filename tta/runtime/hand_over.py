@@ -8,15 +8,14 @@ import weakref
 from typing import TYPE_CHECKING
 
 from tta.core.checks import told
-from tta.runtime.owners import Owners
+from tta.runtime.owners import POLL, Owners
 
 if TYPE_CHECKING:
     from tta.runtime.stream_store import StreamStore
 
-__all__ = ["POLL", "HandOver"]
+__all__ = ["HandOver"]
 
 log = logging.getLogger("tta.runtime")
-POLL = 0.2  # seconds between two looks for wishes of others
 
 
 class HandOver:

@@ -30,12 +30,13 @@ try:
 except ImportError:  # no such system is one that pools can share a folder on
     fcntl = None
 
-__all__ = ["ElsewhereError", "Owners", "making"]
+__all__ = ["POLL", "ElsewhereError", "Owners", "making"]
 
 FILE = "owners.lock"
 WISHES = 1 << 62  # the byte from which on wishes are; before it, owners
 MAKING = WISHES - 1  # of who makes the pool in an empty folder
 FLOCK = "hhqqi4x"  # struct flock of Linux on 64 bits: type, whence, start, length, process
+POLL = 0.2  # seconds between two looks, for a wish or for its fulfilment
 PATIENCE = 2.0  # seconds that a wish stands without being repeated
 
 

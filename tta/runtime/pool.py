@@ -16,7 +16,6 @@ any interleaving gives each stream, bit for bit, what it would have had alone.
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -41,8 +40,8 @@ from tta.core.denoiser import Diffusion
 from tta.core.head import FeatureSpec
 from tta.core.outputs import LogitsSpec
 from tta.core.prediction import Report
-from tta.runtime.hand_over import POLL, HandOver
-from tta.runtime.owners import ElsewhereError, Owners
+from tta.runtime.hand_over import HandOver
+from tta.runtime.owners import Owners
 from tta.runtime.side_by_side import SideBySide
 from tta.runtime.snapshots import Snapshots
 from tta.runtime.stream_files import StreamFiles
@@ -202,7 +201,7 @@ class StreamPool:
             RuntimeError: When the stream has another owner and ``wait`` is False, this thread owns
                 it already, there are ``capacity`` streams and no ``folder``, or the pool is closed.
         """
-        stream = self._known(name, create)
+        stream = self._known(name, create, wait)
         view = StreamView(
             name,
             lambda action, changes: self._store.run(stream, action, changes),
@@ -426,13 +425,13 @@ class StreamPool:
             f"{where}{closed})"
         )
 
-    def _known(self, name: str, create: bool = False) -> Stream:
+    def _known(self, name: str, create: bool = False, wait: bool = False) -> Stream:
         """A stream, which is made if it is not there and may be."""
         store = self._store
         store.check_open()
         stream = store.find(string("stream", name))
         if stream is not None or create:
-            return stream or store.make(name)
+            return stream or store.make(name, wait)
         raise KeyError(
             f"`stream` must be one of the pool's, got {shown(name, 60)}: pass create=True to begin "
             f"it. {nearest(name, store.streams, room=60)}"
@@ -443,10 +442,7 @@ class StreamPool:
         me = threading.get_ident()
         self._own_here(stream, view, wait, me)
         try:
-            while not self._store.claim(stream):
-                if not wait:
-                    raise ElsewhereError(stream.name)
-                time.sleep(POLL)
+            self._store.claim(stream, wait)  # among processes
         except BaseException:
             self._give_back(stream, view)
             raise

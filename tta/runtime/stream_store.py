@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ from tta.core.adapter import Adapter
 from tta.core.adapter_sets import AdapterSet, AdapterSets
 from tta.core.checks import shown, told
 from tta.core.turns import guest
-from tta.runtime.owners import ElsewhereError, Owners
+from tta.runtime.owners import POLL, ElsewhereError, Owners
 from tta.runtime.stream_files import StreamFiles
 
 __all__ = ["Before", "Seat", "Stream", "StreamStore", "load_file"]
@@ -148,13 +149,18 @@ class StreamStore:
             self._look_at_files()
         return list(self.streams)
 
-    def claim(self, stream: Stream) -> bool:
-        """Own a stream among processes, or ask the one that does for it."""
-        if self.owners is None:
-            return True
-        with self.turn():  # so that it is not handed over at the same time
-            self.check_open()
-            return self.owners.claim(stream.name)
+    def claim(self, stream: Stream, wait: bool) -> None:
+        """Own a stream among processes; ask the one that does for it, and wait if that is wanted.
+
+        Raises:
+            ElsewhereError: When another process has it.
+        """
+        while self.owners is not None:
+            with self.turn():  # so that it is not handed over at the same time
+                self.check_open()
+                if self.owners.claim(stream.name):
+                    return
+            _rest(stream.name, wait)
 
     def hand_over(self, name: str) -> None:
         """Let another process own a stream, unless it is in use here or cannot be written."""
@@ -169,8 +175,18 @@ class StreamStore:
             self.counts["handed_over"] += 1
             log.info("stream %s: another process has it from now on", shown(name, 60))
 
-    def make(self, name: str) -> Stream:
-        """A stream at its beginning, or the one of this name that is there."""
+    def make(self, name: str, wait: bool = False) -> Stream:
+        """A stream at its beginning, or the one of this name that is there.
+
+        Raises:
+            ElsewhereError: When another process is making it, unless that is waited for.
+        """
+        while (stream := self.find(name) or self._make(name)) is None:
+            _rest(name, wait)
+        return stream
+
+    def _make(self, name: str) -> Stream | None:
+        """As :meth:`make`; None where another process has the name."""
         with self.turn():
             self.check_open()
             if name in self.streams:  # somebody else was faster
@@ -178,7 +194,7 @@ class StreamStore:
             if self.owners is not None:
                 assert self.files is not None
                 if not self.owners.claim(name):
-                    raise ElsewhereError(name)
+                    return None
                 if self.files.place(name).is_file():  # another process was, and is done with it
                     stream = self._note_file(name)
                     stream.saved = stream.version = 1  # no new one, which may be dropped again
@@ -405,6 +421,13 @@ class StreamStore:
         stream.kept = None
         del self.in_memory[stream.name]
         return True
+
+
+def _rest(name: str, wait: bool) -> None:
+    """Give another process time to hand a stream over, or refuse to wait for it."""
+    if not wait:
+        raise ElsewhereError(name)
+    time.sleep(POLL)
 
 
 def load_file(
