@@ -219,14 +219,29 @@ def test_drift_gives_back_the_source_where_features_have_moved() -> None:
 
 
 def test_the_spread_gap_is_averaged_over_images() -> None:
-    gap = SpreadGap()
+    gap = SpreadGap(4)
     even, one = torch.eye(4) * 50, torch.zeros(4, 4) + torch.tensor([50.0, 0, 0, 0])
     assert spread(even) > 1.38 and spread(one) < 0.01
     gap.see(one, even)
-    assert gap.mean() == 0  # four images are few
-    for _ in range(10):
+    assert gap.mean() == 0 == gap.last()  # four images are few
+    for _ in range(11):
         gap.see(one, even)
     assert gap.mean() == pytest.approx(-1.386, abs=0.01)
+    gap.see(even.repeat(48, 1), one.repeat(48, 1))  # of as many images as the average goes back
+    assert gap.mean() == pytest.approx(1.386, abs=0.01) == gap.last()
+
+
+@pytest.mark.parametrize("size", [4, 10, 48])
+def test_surer_predictions_of_the_same_classes_show_as_many_whatever_the_batch(size: int) -> None:
+    """The mean of a few sure predictions has less entropy than that of a few unsure ones."""
+    labels = torch.randint(0, CLASSES, (480,), generator=torch.Generator().manual_seed(0))
+    sure = 20 * nn.functional.one_hot(labels, CLASSES).float()
+    gap, one_by_one = SpreadGap(CLASSES), 0.0
+    for part in sure.split(size):
+        gap.see(part, 0.1 * part)
+        one_by_one += float(spread(part) - spread(0.1 * part)) / (480 / size)
+    assert -0.11 < gap.mean() < 0
+    assert size > 10 or one_by_one < -0.3
 
 
 class _Named(nn.Module):
@@ -327,17 +342,65 @@ def test_steady_takes_back_a_step_that_was_made_of_few_images() -> None:
     assert adapter.health["action"] == "skip" and "2 images" in adapter.health["reason"]
 
 
-def test_the_source_answers_while_labels_come_in_runs_under_batch_statistics() -> None:
-    adapter = tta.wrap(
-        _Named(nn.BatchNorm2d(3), 20.0).eval(), "tent", guard="steady", batch_size=64
-    )
-    for part in labels_of(0.9, 64 * 8).split(64):
-        adapter(named(part))
+class _Mixed(nn.Module):
+    """Tells classes by three channels that BatchNorm sees; a batch of few classes hides them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.norm = nn.BatchNorm2d(8)
+        self.centres = nn.Parameter(torch.randn(CLASSES, 8, generator=generator))
+        self.norm.running_mean.copy_(self.centres.detach().mean(0))
+        self.norm.running_var.copy_(self.centres.detach().var(0) + 0.25)
+        self.fc = nn.Linear(8, CLASSES)
+        with torch.no_grad():  # the nearest of the centres
+            seen = self.norm.eval()(self.centres[:, :, None, None])[:, :, 0, 0]
+            self.fc.weight.copy_(4 * seen)
+            self.fc.bias.copy_(-2 * seen.square().sum(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.norm(x).mean((2, 3)))
+
+    def images(self, labels: Tensor) -> Tensor:
+        noise = torch.randn(len(labels), 8, 1, 1, generator=torch.Generator().manual_seed(1))
+        return self.centres.detach()[labels][:, :, None, None] + 0.5 * noise
+
+
+def test_the_source_answers_while_runs_do_harm_under_batch_statistics() -> None:
+    net = _Mixed().eval()
+    images = net.images
+    adapter = tta.wrap(net, "bn", guard="steady", batch_size=16)
+    for part in labels_of(0.95, 16 * 24).split(16):
+        adapter(images(part))
     assert adapter.health["action"] == "source" and "runs" in adapter.health["reason"]
-    for part in labels_of(0.0, 64 * 20).split(64):
-        adapter(named(part))
+    for part in labels_of(0.0, 16 * 80).split(16):
+        adapter(images(part))
     assert adapter.health["action"] == "learn"
     assert any("no runs" in event["reason"] for event in adapter.events)
+
+
+def test_the_adapted_model_is_tried_again_while_the_source_answers() -> None:
+    """Runs go on, in batches that are large enough for them."""
+    net = _Mixed().eval()
+    images = net.images
+    adapter = tta.wrap(net, "bn", guard="steady", batch_size=16)
+    for part in labels_of(0.9, 16 * 24).split(16):
+        adapter(images(part))
+    assert adapter.health["action"] == "source"
+    before = adapter.state()
+    for part in labels_of(0.9, 480 * 32, seed=1).split(480):
+        adapter(images(part))
+    assert adapter.health["action"] == "learn"
+    assert any("shows the runs too" in event["reason"] for event in adapter.events)
+    assert before.keys() == adapter.state().keys()
+
+
+def test_the_adapted_model_answers_while_runs_do_no_harm() -> None:
+    net = _Named(nn.BatchNorm2d(3), 20.0).eval()
+    adapter = tta.wrap(net, "tent.cifar10", guard="steady", batch_size=16)
+    for part in labels_of(0.95, 16 * 24).split(16):
+        assert torch.equal(adapter(named(part)).argmax(1), part)
+    assert adapter.events == []
 
 
 def test_a_guard_that_does_nothing_leaves_every_bit_as_it_was() -> None:

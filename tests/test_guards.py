@@ -10,13 +10,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import models
 import tta
+from experiments.data import open_data
 from tests.helpers.batches import BATCH, images
 from tests.helpers.compositions import arguments, suiting
 from tests.helpers.nets import tiny
 from tta.core import registry
 from tta.core.guard import LEARN
 from tta.core.health import EVERY, effective_rank
+from tta.methods.steady import RUNS, SURE
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*preset, made for:UserWarning")
 
@@ -365,6 +368,53 @@ def test_effective_rank_counts_directions() -> None:
     assert float(effective_rank(features)) == pytest.approx(3, abs=0.05)
     assert float(effective_rank(features[:2])) == pytest.approx(1)
     assert torch.isnan(effective_rank(features[:1]))
+
+
+def _predicted(stay: float, shown: float, count: int = 2000) -> torch.Tensor:
+    """Predictions of labels that stay with a probability; a share is right, the rest by chance."""
+    generator = torch.Generator().manual_seed(3)
+    labels, noise = torch.randint(0, 10, (2, count), generator=generator)
+    stays, right = torch.rand(2, count, generator=generator)
+    for t in range(1, count):
+        labels[t] = labels[t - 1] if stays[t] < stay else labels[t]
+    return torch.where(right < shown, labels, noise)
+
+
+@pytest.mark.parametrize(
+    ("stay", "own", "norm", "size", "harmful"),
+    [
+        (0.8, 0.2, "bn", 10, True),  # the batch's statistics hide the runs that the source shows
+        (0.95, 0.3, "bn", 64, True),
+        (0.8, 0.6, "bn", 64, False),  # the adapted model shows more of them
+        (0.8, 0.2, "robust_bn", 10, True),
+        (0.0, 0.2, "bn", 10, False),  # there are no runs
+    ],
+)
+def test_runs_do_harm_where_the_adapted_model_shows_less_of_them_than_the_source(
+    stay: float, own: float, norm: str, size: int, harmful: bool
+) -> None:
+    guard: Any = tta.wrap(tiny("bn"), "tent", norm=norm, guard="steady").guard
+    for mine, its in zip(
+        _predicted(stay, own).split(size), _predicted(stay, 0.5).split(size), strict=True
+    ):
+        guard.runs.watch(its)
+        guard.own.watch(mine)
+    assert (guard.runs.persistence() > RUNS and guard._harmful(size, SURE)) is harmful
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ordered", [True, False])
+def test_the_source_answers_where_batches_are_of_one_class(ordered: bool) -> None:
+    net, _ = models.load("cifar10_resnet20_bn")
+    data = open_data("bundled").clean
+    assert data is not None
+    x, y = (torch.stack([torch.as_tensor(data[i][k]) for i in range(1000)]) for k in (0, 1))
+    order = y.argsort(stable=True) if ordered else torch.arange(1000)
+    adapter = tta.wrap(net, "bn", guard="steady")
+    for part in order.split(10):
+        adapter(x[part].float() / 255)
+    answered = [event for event in adapter.events if event["reason"] == "labels come in runs"]
+    assert len(answered) > 30 if ordered else not answered
 
 
 def test_shadow_answers_with_the_source_and_learns() -> None:

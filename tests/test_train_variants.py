@@ -86,6 +86,7 @@ def test_instance_aware_layers_are_what_the_rule_makes_of_plain_ones():
     with torch.no_grad():
         expected, other = aware(x), plain(x)
     assert not torch.allclose(expected, other, atol=1e-2)
+
     def adapted(net, method, **slots):
         adapter = tta.wrap(net, method, **slots)
         y = adapter(x)

@@ -62,6 +62,14 @@ class NormRule(Component):
         What a rule computes of its state alone can be one operation for all layers here.
         """
 
+    def mixed_images(self, count: int) -> float:
+        """About how many images of the stream the statistics of one image come from.
+
+        Args:
+            count: Images in a batch.
+        """
+        return float(count)
+
     @property
     def learns_first(self) -> bool:
         """Whether a pass in which the rule may move is led by one that calls :meth:`learn`.

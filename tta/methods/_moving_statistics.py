@@ -128,6 +128,10 @@ class MovingStatistics(NormRule):
         """Share of the batch in the new statistics."""
         raise NotImplementedError  # pragma: no cover
 
+    def mixed_images(self, count: int) -> float:
+        """Those of the batches that the averages go back over."""
+        return count / self.rate if self.rate > 0 else math.inf
+
     @torch.no_grad()
     def write_to(self, base: Any) -> None:
         """Write the averages into the layer's running statistics."""

@@ -96,6 +96,10 @@ class AdaptiveBn(MovingStatistics):
         mean = self.source_mean + share * (mean - self.source_mean)
         return normalize(x, mean, self.source_var + share * (var - self.source_var), base)
 
+    def mixed_images(self, count: int) -> float:
+        """Those of the longer average, as the rule sees runs of labels itself."""
+        return float(self.config.horizon_runs)
+
     @torch.no_grad()
     def share(self, eps: float) -> Tensor:
         """k, the share of the way from the source's statistics to the averages, 0 to 1."""

@@ -58,6 +58,11 @@ class AlphaBn(NormRule):
     needs_source_stats = True
     channelwise = True
 
+    def mixed_images(self, count: int) -> float:
+        """Those of a batch that errs as much as the mixture, of which the source's share rests."""
+        rest = (1 - self.config.source_weight) ** 2
+        return count / rest if rest > 0 else math.inf
+
     def forward(self, x: Tensor, base: Any) -> Tensor:
         """Normalise (B, C, ...) with the mixture; with one value per channel, with the source's."""
         if one_value(x):

@@ -105,7 +105,7 @@ class Auto(Guard):
         self.runs = LabelRuns(context.num_classes)
         self.signs = context.signs
         context.signs.source = self
-        self.gap = SpreadGap()
+        self.gap = SpreadGap(context.num_classes)
         self.estimator = AnswerConfidence()
         self.compares = bool(network.wrappers) and config.budget >= 1 + 1 / config.every
 

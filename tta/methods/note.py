@@ -43,6 +43,7 @@ authors' code.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -103,6 +104,10 @@ class Iabn(NormRule):
         wide = torch.promote_types(base.running_mean.dtype, torch.float32)
         self.register_buffer("mean", base.running_mean.detach().to(wide, copy=True))
         self.register_buffer("var", base.running_var.detach().to(wide, copy=True))
+
+    def mixed_images(self, count: int) -> float:
+        """None of the stream, unless statistics are the batch's."""
+        return math.inf if self.config.learned_statistics else count
 
     def forward(self, x: Tensor, base: Any) -> Tensor:
         """Normalise (B, C, ...) by statistics that are at rest, or by the batch's."""

@@ -21,12 +21,22 @@ If that takes more than two pauses it goes back to the reset point, and nothing 
 for four pauses.
 
 The source's parameters are asked on eight of the first 16 batches after learning began and on every
-``every``-th from then on: 4 % of the cost of an update that makes a forward and a backward pass.
+``every``-th from then on: 4 % of the cost of an update that makes a forward and a backward pass. Of
+batches below ``ROW`` images as many as have these are asked in a row, and count as one.
 While they answer they are asked on every batch, and after a failure on every second.
 
 Batch statistics fail in another way, where classes come in runs: they make every batch look mixed.
-There the source model itself is asked from time to time, and its predictions show the runs (see
-``persistence``). As long as they last the source answers and nothing is learned.
+There the source model itself is asked from time to time, for some images in a row, and its
+predictions show the runs (see ``persistence``). How much of the persistence of labels a model shows
+is about the square of its accuracy. So the adapted model does harm where it shows less than the
+source,
+
+    l' + SHOWN / (n - 1) < LEFT l
+
+with l less ``SURE`` standard errors. The second term is what taking the mean of n images off them
+takes from l', where n is how many the norm rule takes statistics of. Then the source answers and
+nothing is learned, until there are no runs any more, or until the adapted model, which is tried
+beside it now and then, shows as much of them.
 
 A step that was made of fewer than ``few`` images is taken back, and no other is made in the pause
 that follows: a gradient of one image is what breaks most updates.
@@ -62,7 +72,13 @@ ALONE = 2.5  # margins by which a single batch must fall behind
 LONGEST = 4096  # batches of a pause
 TREND = 768  # images over which the update must be behind, or ahead again
 BESIDE = 2  # pauses for which an update that fell behind may go on beside the source
-RUNS, NO_RUNS = 0.05, 0.01  # persistence of labels at which the source begins and ends to answer
+RUNS, NO_RUNS = 0.05, 0.01  # persistence of labels from which, and below which, there are (no) runs
+SURE = 4.0  # standard errors by which the source must show more
+LEFT = 0.9  # of the source's persistence, that the adapted model must show
+SHOWN = 0.4  # of the persistence of labels, in the predictions of a fair model
+TRIED, ROUND = 6, 32  # of so many rows of images, in how many the adapted model is tried
+IN_RUNS = "labels come in runs"
+ROW = 48  # images in a row of which the source is asked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,22 +126,26 @@ class Steady(Guard):
         self.register_buffer("pause", torch.tensor(config.pause))
         self.register_buffer("images", torch.zeros((), dtype=whole))
         self.register_buffer("runs_seen", torch.zeros((), dtype=torch.bool))
-        self.gap = SpreadGap()  # to the source's parameters
-        self.trend = SpreadGap(TREND)  # the same, over more images
-        self.source_gap = SpreadGap()  # to the source model, with its own statistics
-        self.runs = LabelRuns(context.num_classes)
+        classes = context.num_classes
+        self.gap = SpreadGap(classes)  # to the source's parameters
+        self.trend = SpreadGap(classes, TREND)  # the same, over more images
+        self.source_gap = SpreadGap(classes)  # to the source model, with its own statistics
+        self.runs = LabelRuns(classes)  # as the source predicts
+        self.own = LabelRuns(classes)  # as the adapted model does, of the same images
+        self.rules = tuple(w.rule for w in network.wrappers[:1])  # not a module of the guard
         self.trains = bool(context.parameters)
         self.mixes = bool(network.wrappers)  # images are normalised by what was seen of others
 
     def integer_ranges(self) -> dict[str, tuple[int, int]]:
-        """Range of the last label that the source predicted."""
-        mine = {f"runs.{name}": r for name, r in self.runs.integer_ranges().items()}
+        """Range of the last labels that were predicted."""
+        both = {"runs": self.runs, "own": self.own}
+        mine = {f"{key}.{n}": r for key, v in both.items() for n, r in v.integer_ranges().items()}
         return super().integer_ranges() | mine
 
     def admit(self, batch: Batch) -> Verdict:
         """Let the source answer while labels come in runs, and hold learning back in a pause."""
-        if bool(self.runs_seen):
-            return Verdict(action="source", reason="labels come in runs")
+        if bool(self.runs_seen) and not self._tries(len(batch.images)):
+            return Verdict(action="source", reason=IN_RUNS)
         if int(self.hold) > 0:
             return Verdict(action="skip", reason="a pause after a failure")
         return LEARN
@@ -135,36 +155,58 @@ class Steady(Guard):
         if not batch.learning:
             return LEARN
         if bool(self.runs_seen):
-            return self._wait_for_the_end_of_runs(batch)
+            return self._in_runs(batch)
         if int(self.hold) > 0:
             self.hold -= 1
             return LEARN
         assert batch.prediction is not None
-        age = int(self.age)
+        age, block = int(self.age), -(-ROW // len(batch.images))
         self.age += 1
         if (verdict := self._few(batch)) is not None:
             return verdict
-        if self.mixes and (age == 0 or self._due(age, 3)):
+        if self.mixes and self._asks(age, block):
             self.source_gap.see(batch.prediction.logits, batch.source().logits)
             self.runs.watch(batch.source().logits.argmax(1))
-            if self.runs.persistence() > RUNS:
+            self.own.watch(batch.prediction.logits.argmax(1))
+            if self.runs.persistence() > RUNS and self._harmful(len(batch.images), SURE):
                 self.runs_seen.fill_(True)
-                return Verdict(action="source", reason="labels come in runs", undo=True)
-        if self.trains and (int(self.beside) > 0 or self._due(age, 1)):
+                self.age.zero_()
+                return Verdict(action="source", reason=IN_RUNS, undo=True)
+        if self.trains and (int(self.beside) > 0 or self._due(age // block, 1)):
             anchor = batch.anchor() if self.mixes else batch.source()
             self.gap.see(batch.prediction.logits, anchor.logits)
             self.trend.see(batch.prediction.logits, anchor.logits)
             if int(self.beside) > 0:
-                return self._beside(anchor.logits)
+                return self._beside(anchor.logits, block)
             if self._behind(self.gap, self.config.margin) and self.trend.mean() < 0:
                 self.beside.copy_(BESIDE * self.pause)
-                return self._beside(anchor.logits)
-        return self._verdict()
+                return self._beside(anchor.logits, block)
+        return self._verdict(block)
 
     def _due(self, age: int, slower: int) -> bool:
+        """Whether there is a comparison; ``age`` is in batches, or in ``ROW`` of small ones."""
         if int(self.pause) > self.config.pause and slower == 1:  # it has failed before
             return age > 0 and (age <= EARLY[-1] or age % WARY == 0)
         return age in EARLY or (age > 0 and age % (slower * self.config.every) == 0)
+
+    def _asks(self, age: int, block: int) -> bool:
+        """Whether the source model is asked."""
+        if age >= block and not self._due(age // block, 3):
+            return False
+        if age % block == 0:
+            self.runs.pause()
+            self.own.pause()
+        return True
+
+    def _harmful(self, count: int, doubt: float) -> bool:
+        """Whether the adapted model shows less of the runs of labels than the source."""
+        mixed = self.rules[0].mixed_images(count)
+        lost = SHOWN / (mixed - 1) if mixed > 1 else 0.0
+        return self.own.persistence(0.0) + lost < LEFT * self.runs.persistence(doubt)
+
+    def _tries(self, count: int) -> bool:
+        """Whether the adapted model is tried on this batch while the source answers."""
+        return int(self.age) // -(-ROW // count) % ROUND >= ROUND - TRIED
 
     def _few(self, batch: Batch) -> Verdict | None:
         """Take back a step that was made of few images."""
@@ -183,12 +225,12 @@ class Steady(Guard):
         behind = max(-gap.mean(), -gap.last() / ALONE)
         return behind if behind > margin * math.log(self.context.num_classes) else 0.0
 
-    def _beside(self, answer: Tensor) -> Verdict:
+    def _beside(self, answer: Tensor, block: int) -> Verdict:
         """Let an update that has fallen behind go on, while its answers are not given."""
         if self.trend.mean() > 0:
             self.beside.zero_()
             self.gap.forget()
-            self.age.fill_(EARLY[-1] + 1)
+            self.age.fill_((EARLY[-1] + 1) * block)
             return LEARN
         self.beside -= 1
         if int(self.beside) == 0:
@@ -196,12 +238,12 @@ class Steady(Guard):
         reason = "learns beside the source, which shows more classes"
         return Verdict(action="source", reason=reason, answer=answer)
 
-    def _verdict(self) -> Verdict:
+    def _verdict(self, block: int) -> Verdict:
         if behind := self._behind(self.source_gap, self.config.source_margin):
             return self._failed(behind)
         if int(self.age) > 4 * int(self.pause) and int(self.pause) > self.config.pause:
             self.pause.copy_(torch.div(self.pause, 2, rounding_mode="floor"))
-            self.age.fill_(EARLY[-1] + 1)
+            self.age.fill_((EARLY[-1] + 1) * block)
         return LEARN
 
     def _failed(self, behind: float) -> Verdict:
@@ -218,11 +260,22 @@ class Steady(Guard):
         for gap in (self.gap, self.trend, self.source_gap):
             gap.forget()
 
-    def _wait_for_the_end_of_runs(self, batch: Batch) -> Verdict:
-        """Watch the source's predictions, and begin anew when they come in no runs any more."""
+    def _in_runs(self, batch: Batch) -> Verdict:
+        """Let the source answer while labels come in runs that the adapted model cannot stand."""
         self.runs.watch(batch.source().logits.argmax(1))
-        if self.runs.persistence() > NO_RUNS:
-            return LEARN  # the verdict before the batch holds: the source answers
+        count = len(batch.images)
+        if tried := self._tries(count):
+            assert batch.prediction is not None
+            self.own.watch(batch.prediction.logits.argmax(1))
+        self.age += 1
+        over, reason = self.runs.persistence() <= NO_RUNS, "labels come in no runs any more"
+        if tried and not over and not self._tries(count):
+            over, reason = not self._harmful(count, 0.0), "the adapted model shows the runs too"
+        if not tried or over:
+            self.own.forget()
+        if not over:  # else the verdict before the batch holds
+            return Verdict(action="source", reason=IN_RUNS, undo=True) if tried else LEARN
         self.runs_seen.fill_(False)
+        self.runs.forget()
         self._begin_pause(0)
-        return Verdict(action="reset", reason="labels come in no runs any more")
+        return Verdict(action="reset", reason=reason, answer=batch.source().logits)

@@ -45,6 +45,7 @@ are published with break the model on top of this rule. The authors run them at 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -148,6 +149,10 @@ class UnmixTns(NormRule):
         self.register_buffer("means", means)
         self.register_buffer("vars", variances)
         self.rate: float = _rate(config, 0.1 if base.momentum is None else base.momentum)
+
+    def mixed_images(self, count: int) -> float:
+        """Those of the batches that a component goes back over, of as many classes as there are."""
+        return len(self.means) * count / self.rate if self.rate > 0 else math.inf
 
     @classmethod
     def update_fields(cls, config: Any) -> dict[str, Any]:

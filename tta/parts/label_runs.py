@@ -117,8 +117,13 @@ class LabelRuns(nn.Module):
         seen = self.seen[0]
         return (seen if is_tracing() else float(seen)) * self.spans[0]
 
-    def persistence(self) -> Any:
-        """Lambda in [0, 1), see :func:`persistence`; a tensor in a graph."""
+    def persistence(self, doubt: float | None = None) -> Any:
+        """Lambda in [0, 1), see :func:`persistence`; a tensor in a graph.
+
+        Args:
+            doubt: In place of that of all questions.
+        """
+        doubt = self.doubt if doubt is None else doubt
         repeats = self.repeats.min()
         repeats = repeats if is_tracing() else float(repeats)
-        return persistence(repeats, self.shares, self.images(), self.doubt)
+        return persistence(repeats, self.shares, self.images(), doubt)

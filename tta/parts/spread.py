@@ -8,7 +8,7 @@ from torch import Tensor, nn
 __all__ = ["SpreadGap", "spread"]
 
 SPAN = 192  # images over which the difference is averaged
-ENOUGH = 24  # images from which it counts
+ENOUGH = 48  # images that a mean prediction is of
 
 
 def spread(logits: Tensor) -> Tensor:
@@ -25,40 +25,50 @@ def spread(logits: Tensor) -> Tensor:
 class SpreadGap(nn.Module):
     """The difference between the spreads of two predictions, averaged over batches.
 
+    The mean prediction of a few images has less entropy, the surer each of them is, however many
+    classes there are. So small batches are put together, until there are ``ENOUGH`` images.
+
     Args:
+        classes: C.
         span: Images that the average goes back over.
     """
 
     gap: Tensor  # 0-dimensional, in nats
-    latest: Tensor  # 0-dimensional, of the last batch
+    latest: Tensor  # 0-dimensional, of the last images that were put together
     images: Tensor  # 0-dimensional, that it is the average of, at most ``span``
+    sums: Tensor  # (2, C), of the probabilities of both predictions, of images that wait
+    waiting: Tensor  # 0-dimensional, how many wait
 
-    def __init__(self, span: int = SPAN) -> None:
+    def __init__(self, classes: int, span: int = SPAN) -> None:
         super().__init__()
         self.span = span
-        self.register_buffer("gap", torch.zeros(()))
-        self.register_buffer("images", torch.zeros(()))
-        self.register_buffer("latest", torch.zeros(()))
+        for name in ("gap", "images", "latest", "waiting"):
+            self.register_buffer(name, torch.zeros(()))
+        self.register_buffer("sums", torch.zeros(2, classes))
 
     @torch.no_grad()
     def see(self, logits: Tensor, other: Tensor) -> None:
         """Take in a batch by its two predictions, both (B, C)."""
-        count = len(logits)
+        self.sums += torch.stack([z.float().softmax(1).sum(0) for z in (logits, other)])
+        self.waiting += len(logits)
+        if (count := float(self.waiting)) < ENOUGH:
+            return
+        mine, its = torch.special.entr(self.sums / count).sum(1)
         self.images.copy_((self.images + count).clamp_max(self.span))
-        gap = spread(logits) - spread(other)
-        self.latest.copy_(gap if count >= ENOUGH else torch.zeros_like(gap))
-        self.gap += count / self.images.clamp_min(count) * (gap - self.gap)
+        self.latest.copy_(mine - its)
+        self.gap += count / self.images.clamp_min(count) * (self.latest - self.gap)
+        self.sums.zero_()
+        self.waiting.zero_()
 
     def mean(self) -> float:
-        """The average; 0 as long as it is one of few images."""
-        return float(self.gap) if float(self.images) >= ENOUGH else 0.0
+        """The average; 0 as long as there are few images."""
+        return float(self.gap)
 
     def last(self) -> float:
-        """The difference in the last batch; 0 if that was one of few images."""
+        """The difference in the last images that were put together; 0 before there are enough."""
         return float(self.latest)
 
     def forget(self) -> None:
         """Begin anew."""
-        self.gap.zero_()
-        self.images.zero_()
-        self.latest.zero_()
+        for buffer in self.buffers():
+            buffer.zero_()
