@@ -400,7 +400,7 @@ PLACES = {
     ),
     "Several processes": r"tta/(runtime/parallel|core/batch_split)\.py",
     "Serving many streams": (
-        r"tta/(runtime/(lockstep|pool|shared_pass|side_by_side|snapshots|stream_\w+)"
+        r"tta/(runtime/(hand_over|lockstep|opening|owners|pool|shared_pass|side_by_side|snapshots|stream_\w+)"
         r"|core/(adapter_sets|parameter_sets|plain_data|turns|twins))\.py"
     ),
     "Exporting": r"tta/export/\w+\.py",
@@ -412,7 +412,7 @@ PLACES = {
     "Corruptions": r"corruptions/\w+\.py",
     "Loading models": r"models/\w+\.py|tta/runtime/(checkpoint|libraries|model_strings)\.py",
     "A device and a cloud": r"tta/runtime/cloud/\w+\.py",
-    "The server": r"tta/(runtime/server/\w+|cli/serve)\.py",
+    "The server": r"tta/(runtime/(server|ray)/\w+|cli/serve)\.py",
     "Frames and commands": r"tta/(runtime|cli)/\w+\.py",
 }
 REST = "Model"

@@ -77,7 +77,7 @@ RECIPES = {
         bfloat16=False,
     ),
     IABN: Recipe(
-        optimizer="sgd", lr=0.05, weight_decay=5e-4, epochs=8, begin="cifar10_resnet20_bn"
+        optimizer="sgd", lr=0.02, weight_decay=5e-4, epochs=4, begin="cifar10_resnet20_bn"
     ),
 }
 

@@ -23,7 +23,7 @@ from tta.core.files import replacing
 
 __all__ = ["STEPS", "export", "train"]
 
-STEPS = 4000
+STEPS = 2600
 BATCH = 128
 PEAK_LR, WARMUP = 1e-3, 200
 AVERAGED = 0.999  # of the weights that are shipped; less in the first steps

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import random
 import re
+import resource
 import signal
 import socket
+import statistics
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -23,17 +25,21 @@ import tta
 from experiments.studies.live import CAMERAS, Live
 from tests.helpers.browser import CHROMIUM, Browser
 from tests.helpers.own_models import net, to_pixels
-from tests.helpers.served import Process, npy, picture, png, safetensors, serving
+from tests.helpers.served import (
+    METHOD,
+    MODEL,
+    Process,
+    Reference,
+    frame,
+    npy,
+    picture,
+    png,
+    safetensors,
+    serving,
+)
 from tests.helpers.soak import Share, shares
 from tta.cli import main
 from tta.runtime.server import Limits
-
-MODEL = "tests.helpers.own_models:named"
-METHOD = ("--method", "tent.cifar10[lr=0.05]+watch", "--batch-size", "4")
-
-
-def frame(number: int) -> torch.Tensor:
-    return torch.from_numpy(np.random.default_rng(number).random((4, 3, 16, 16), np.float32))
 
 
 def batch(process: Process, number: int) -> list[Any]:
@@ -42,14 +48,6 @@ def batch(process: Process, number: int) -> list[Any]:
     answer = process.client.post("/v1/predict", params={"create": True}, files=files)
     assert answer.status_code == 200, answer.text
     return [one["probabilities"] for one in answer.json()]
-
-
-class Reference:
-    """What the stream gives that nothing interrupts."""
-
-    def __init__(self) -> None:
-        adapter = tta.wrap(net(), "tent.cifar10", lr=0.05, guard="watch", batch_size=4)
-        self.answers = [adapter(frame(n)).log_softmax(1).exp().tolist() for n in range(40)]
 
 
 @pytest.mark.slow
@@ -145,8 +143,17 @@ class Checksum(torch.nn.Module):
         return self.head(one_hot + 0 * self.norm(x).mean())
 
 
-def checksum_run(clients: int, streams: int, seconds: float) -> int:
-    """Let clients send images at random, and check every row; returns how many there were."""
+def resident() -> int:
+    """Bytes of memory that this process has."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def checksum_run(clients: int, streams: int, seconds: float) -> tuple[int, list[int]]:
+    """Let clients send images at random, and check every row.
+
+    Returns:
+        How many rows there were; and the memory of clients and server every half second.
+    """
     adapter = tta.wrap(Checksum(), "tent", lr=1e-6, guard="watch")
     seen: dict[str, list[int]] = {f"s{i}": [] for i in range(streams)}
     lock = threading.Lock()
@@ -176,23 +183,33 @@ def checksum_run(clients: int, streams: int, seconds: float) -> int:
                             seen[name].append(told["index"])
 
         with ThreadPoolExecutor(clients) as threads:
-            for done in [threads.submit(client, seed) for seed in range(clients)]:
+            sent = [threads.submit(client, seed) for seed in range(clients)]
+            memory = [resident()]
+            while time.monotonic() < end:
+                time.sleep(0.5)
+                memory.append(resident())
+            for done in sent:
                 done.result()
         for name, indices in seen.items():
             assert len(set(indices)) == len(indices), name  # no image was counted twice
-    return sum(map(len, seen.values()))
+    return sum(map(len, seen.values())), memory
 
 
 @pytest.mark.slow
 def test_64_clients_on_16_streams_get_their_own_rows(record_property) -> None:
-    rows = checksum_run(64, 16, 4.0)
+    rows, _ = checksum_run(64, 16, 4.0)
     record_property("rows", rows)
     assert rows > 64
 
 
 @pytest.mark.soak
 def test_64_clients_on_16_streams_for_a_minute(record_property) -> None:
-    record_property("rows", checksum_run(64, 16, 60.0))
+    rows, memory = checksum_run(64, 16, 60.0)
+    record_property("rows", rows)
+    third = len(memory) // 3  # the first one is for what is made once, and for allocators
+    middle, last = (statistics.median(memory[n * third : (n + 1) * third]) for n in (1, 2))
+    record_property("growth", round((last - middle) / 2**20, 1))
+    assert last - middle < 8 * 2**20, (middle, last)
 
 
 # Hostile requests ------------------------------------------------------------------------------

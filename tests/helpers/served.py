@@ -23,12 +23,31 @@ from torch import Tensor
 
 import tta
 from tests.helpers.nets import tiny
+from tests.helpers.own_models import net
 from tta.runtime import StreamPool
 from tta.runtime.server import application, run
 
-__all__ = ["Process", "Server", "npy", "picture", "png", "safetensors", "serving", "to_tensor"]
+__all__ = [
+    "METHOD", "MODEL", "Process", "Reference", "Server", "frame", "npy", "picture", "png",
+    "safetensors", "serving", "to_tensor",
+]  # fmt: skip
 
 ROOT = Path(__file__).parents[2]
+MODEL = "tests.helpers.own_models:named"
+METHOD = ("--method", "tent.cifar10[lr=0.05]+watch", "--batch-size", "4")
+
+
+def frame(number: int) -> Tensor:
+    """Four images for ``MODEL``."""
+    return torch.from_numpy(np.random.default_rng(number).random((4, 3, 16, 16), np.float32))
+
+
+class Reference:
+    """What a stream gives that nothing interrupts: frames 0, 1, ... by ``MODEL`` and ``METHOD``."""
+
+    def __init__(self) -> None:
+        adapter = tta.wrap(net(), "tent.cifar10", lr=0.05, guard="watch", batch_size=4)
+        self.answers = [adapter(frame(n)).log_softmax(1).exp().tolist() for n in range(40)]
 
 
 def picture(seed: int, size: tuple[int, int] = (32, 32)) -> np.ndarray:
@@ -93,12 +112,15 @@ class Server:
 
 @contextmanager
 def serving(
-    adapter: tta.Adapter | None = None, folder: Path | None = None, **settings: Any
+    adapter: tta.Adapter | None = None,
+    folder: Path | None = None,
+    shared: bool = False,
+    **settings: Any,
 ) -> Iterator[Server]:
     """Serve a tiny network, or the adapter given."""
     if adapter is None:
         adapter = tta.wrap(tiny("bn"), "tent.cifar10", guard="watch")
-    pool = StreamPool(adapter, folder=folder, interval=None)
+    pool = StreamPool(adapter, folder=folder, interval=None, shared=shared)
     settings = {"transform": to_tensor, "shape": (3, 32, 32), "max_wait": 0.0} | settings
     app = application(pool, **settings)
     address: list[str] = []

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +15,9 @@ from tta.core.checks import told
 if TYPE_CHECKING:
     from tta.runtime.model_strings import OpenedModel
     from tta.runtime.pool import StreamPool
+    from tta.runtime.server import Limits
 
-__all__ = ["add_arguments", "pool_from", "run"]
+__all__ = ["add_arguments", "application_from", "build", "pool_from", "run"]
 
 TOKEN = "TTA_TOKEN"  # environment variable; a flag would show it to every user of the machine
 MIB = 1 << 20
@@ -73,6 +76,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--interval", type=float, default=10.0, metavar="S",
         help="seconds of learning that a killed server loses at most (10)",
     )  # fmt: skip
+    pool.add_argument(
+        "--shared", action="store_true",
+        help="other servers have the same --folder; a stream is one server's at a time",
+    )  # fmt: skip
+    ray = parser.add_argument_group("replicas, by Ray Serve")
+    ray.add_argument(
+        "--ray", type=whole(1, 10_000), metavar="N",
+        help="serve by N processes that share --folder; one that dies leaves its streams to others",
+    )  # fmt: skip
+    ray.add_argument(
+        "--ray-address", metavar="ADDRESS",
+        help="of a Ray cluster, or auto (default: Ray is started on this machine)",
+    )  # fmt: skip
+    ray.add_argument(
+        "--ray-gpus", type=float, default=0.0, metavar="N",
+        help="GPUs of each replica, or a share of one (0)",
+    )  # fmt: skip
     limits = parser.add_argument_group("limits, beyond which requests are refused")
     limits.add_argument(
         "--max-body", type=whole(1, 4096), default=16, metavar="MIB", help="of a request (16)"
@@ -99,10 +119,115 @@ def run(args: argparse.Namespace) -> int:
 
     for package in ("fastapi", "uvicorn", "prometheus_client", "python_multipart", "PIL"):
         needed(package, "serve")  # before a large model is loaded
-    from tta.runtime.server import Limits, application
     from tta.runtime.server import run as serve
 
-    limits = Limits(
+    hosts = None if "*" in args.allow_host else args.allow_host
+    door = {"token": _token(args.token_file), "hosts": hosts}
+    with logging_to_stderr(args.log, args.log_level):
+        if args.ray is not None:
+            _serve_on_ray(args, door)
+        else:
+            app = application_from(args, **door)
+            serve(app, args.host, args.port, grace=args.grace, on_ready=_say)
+    return 0
+
+
+def application_from(args: argparse.Namespace, **door: Any) -> Any:
+    """The server's application.
+
+    Args:
+        args: What was parsed.
+        **door: Its token and hosts.
+    """
+    from tta.runtime.server import application
+
+    limits = _limits(args)  # what is refused, is so before a large model is loaded
+    opened = open_from(args)
+    pool = pool_from(args, opened)
+    pool.batched = not args.one_by_one
+    return application(
+        pool,
+        opened.transform,
+        opened.class_names,
+        batch_size=args.batch_size,
+        max_wait=args.max_wait,
+        workers=args.workers,
+        limits=limits,
+        thumbnails=args.frames,
+        **door,
+    )
+
+
+def build(arguments: Mapping[str, str]) -> Any:
+    """What ``serve run tta.cli.serve:build model=timm:resnet50 folder=/shared replicas=2`` runs.
+
+    Args:
+        arguments: The model, and flags by their names, without dashes; ``ray`` or ``replicas``
+            says how many. Switches are "true" or "false".
+
+    Returns:
+        A ``ray.serve.Application``.
+
+    Raises:
+        ValueError: For a flag that is none, or without a model or a folder.
+    """
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    add_arguments(parser)
+    parser.add_argument("--import", dest="imports", action="append", default=[])
+    given = {key.replace("_", "-"): str(value) for key, value in arguments.items()}
+    given["ray"] = given.pop("replicas", given.get("ray", "2"))
+    words = [given.pop("model", "")]
+    for key, value in given.items():
+        if value.lower() in ("true", "false"):
+            words += [f"--{key}"] * (value.lower() == "true")
+        else:
+            words += [f"--{key}={value}"]
+    try:
+        args, unknown = parser.parse_known_args(words)
+    except argparse.ArgumentError as error:
+        raise ValueError(f"`arguments` must be those of tta serve, got {told(error)}.") from error
+    if unknown or not args.model:
+        what = f"also {told(unknown[0], 60)}" if unknown else "no model"
+        raise ValueError(
+            f"`arguments` must be model= and flags of tta serve, got {what}: see tta serve --help."
+        )
+    hosts = None if "*" in args.allow_host else args.allow_host
+    return _ray_application(args, {"token": _token(args.token_file), "hosts": hosts})
+
+
+def _ray_application(args: argparse.Namespace, door: dict[str, Any]) -> Any:
+    from tta.runtime.ray import application
+
+    if args.folder is None:
+        raise ValueError(
+            "`folder` must be there with --ray, as replicas hand streams over by it: pass --folder "
+            "with one that all machines reach."
+        )
+    args.shared, args.folder = True, os.path.abspath(args.folder)
+    return application(
+        partial(_in_replica, args), replicas=args.ray, limits=_limits(args), gpus=args.ray_gpus,
+        grace=args.grace, **door,
+    )  # fmt: skip
+
+
+def _in_replica(args: argparse.Namespace) -> Any:
+    from tta.core.plugins import import_modules
+
+    import_modules(args.imports)
+    return application_from(args, hosts=None)  # the front has looked at these
+
+
+def _serve_on_ray(args: argparse.Namespace, door: dict[str, Any]) -> None:
+    from tta.runtime.ray import run as serve
+
+    app = _ray_application(args, door)
+    serve(app, args.host, args.port, address=args.ray_address, on_ready=_say)
+
+
+def _limits(args: argparse.Namespace) -> Limits:
+    from tta.runtime.server import Limits
+
+    return Limits(
         body=args.max_body * MIB,
         waiting_bytes=max(256, 2 * args.max_body) * MIB,
         pixels=args.max_pixels,
@@ -110,25 +235,6 @@ def run(args: argparse.Namespace) -> int:
         queue=args.max_queue,
         rate=args.rate,
     )
-    token = _token(args.token_file)
-    with logging_to_stderr(args.log, args.log_level):
-        opened = open_from(args)
-        pool = pool_from(args, opened)
-        pool.batched = not args.one_by_one
-        app = application(
-            pool,
-            opened.transform,
-            opened.class_names,
-            batch_size=args.batch_size,
-            max_wait=args.max_wait,
-            workers=args.workers,
-            limits=limits,
-            token=token,
-            hosts=None if "*" in args.allow_host else args.allow_host,
-            thumbnails=args.frames,
-        )
-        serve(app, args.host, args.port, grace=args.grace, on_ready=_say)
-    return 0
 
 
 def pool_from(args: argparse.Namespace, opened: OpenedModel) -> StreamPool:
@@ -137,23 +243,15 @@ def pool_from(args: argparse.Namespace, opened: OpenedModel) -> StreamPool:
     Raises:
         ValueError: When these are of another method.
     """
+    from tta.runtime.opening import open_or_make
     from tta.runtime.pool import StreamPool
 
     more: dict[str, Any] = {"capacity": args.capacity, "interval": args.interval}
+    more["shared"] = args.shared
     adapter = wrap_from(args, opened, health=True)
-    if args.folder is None or not (Path(args.folder) / "config.json").is_file():
-        return StreamPool(adapter, folder=args.folder, **more)
-    wanted, model = adapter.config, adapter.unwrap()
-    pool = StreamPool.open(model, args.folder, source=source_from(args, opened), **more)
-    if pool.adapter.config != wanted:
-        found = pool.adapter.config.label
-        pool.close(save=False)
-        raise ValueError(
-            f"`folder` must hold streams of {told(wanted.label, 60)} with these settings, but "
-            f"{told(args.folder, 60)} has some of {told(found, 60)}: start with the flags of then, "
-            "or choose another folder."
-        )
-    return pool
+    if args.folder is None:
+        return StreamPool(adapter, **more)
+    return open_or_make(adapter, args.folder, source=source_from(args, opened), **more)
 
 
 def _token(path: str | None) -> str | None:

@@ -1,7 +1,8 @@
 """Serving: code that runs adapters, which no method knows of."""
 
-from tta.runtime import cloud, server
+from tta.runtime import cloud, ray, server
 from tta.runtime.frames import Source
+from tta.runtime.opening import open_or_make
 from tta.runtime.parallel import split_batches
 from tta.runtime.pipeline import Pipeline, Result
 from tta.runtime.pool import StreamPool
@@ -13,7 +14,9 @@ __all__ = [
     "Source",
     "StreamPool",
     "cloud",
+    "open_or_make",
     "open_source",
+    "ray",
     "server",
     "split_batches",
 ]

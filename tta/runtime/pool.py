@@ -40,6 +40,8 @@ from tta.core.denoiser import Diffusion
 from tta.core.head import FeatureSpec
 from tta.core.outputs import LogitsSpec
 from tta.core.prediction import Report
+from tta.runtime.hand_over import HandOver
+from tta.runtime.owners import Owners
 from tta.runtime.side_by_side import SideBySide
 from tta.runtime.snapshots import Snapshots
 from tta.runtime.stream_files import StreamFiles
@@ -70,13 +72,17 @@ class StreamPool:
         interval: Seconds. A process that is killed loses at most what its streams have learned in
             this time, as long as writing all streams that have changed takes less than half of it;
             a round that takes longer is logged. None makes no snapshots but those asked for.
+        shared: Whether other processes serve streams of ``folder`` at the same time, all of them
+            with ``shared``. A stream is then one process's, which hands it over when another one
+            asks for it and nobody uses it, or when it ends, however it does. Needs Linux, and a
+            file system with locks.
 
     Raises:
         TypeError: When an argument is of the wrong kind.
-        ValueError: When ``folder`` holds a pool already, which :meth:`open` goes on with, or a
-            number is out of its range.
+        ValueError: When ``folder`` holds a pool already, which :meth:`open` goes on with, a number
+            is out of its range, or ``shared`` is True without a folder.
         RuntimeError: When the adapter was unwrapped, or serves another pool.
-        OSError: When ``folder`` cannot be written to.
+        OSError: When ``folder`` cannot be written to, or has no locks for ``shared``.
     """
 
     def __init__(
@@ -86,6 +92,7 @@ class StreamPool:
         folder: str | Path | None = None,
         *,
         interval: float | None = INTERVAL,
+        shared: bool = False,
     ) -> None:
         if not isinstance(adapter, Adapter):
             raise TypeError(
@@ -94,12 +101,15 @@ class StreamPool:
             )
         place = None if folder is None else path_like("folder", folder)
         capacity, interval = _checked(capacity, interval)
+        if shared and place is None:
+            raise ValueError("`shared` must be False where `folder` is None: pass the folder.")
         with adapter.turns.lock:
             if adapter.turns.reserved:
                 raise RuntimeError(adapter.turns.reserved)
             _ = adapter.network  # refuses one that was unwrapped
+            owners = Owners(place) if shared and place is not None else None
             files = None if place is None else _made(place, adapter)
-            self._begin(adapter, capacity, files, interval)
+            self._begin(adapter, capacity, files, interval, owners)
 
     @classmethod
     def open(
@@ -109,6 +119,7 @@ class StreamPool:
         *,
         capacity: int = 1000,
         interval: float | None = INTERVAL,
+        shared: bool = False,
         source: Any = None,
         input: nn.Module | Diffusion | None = None,
         logits: LogitsSpec = None,
@@ -119,9 +130,10 @@ class StreamPool:
         Args:
             model: The classifier that was wrapped, with its source weights, on any device.
             folder: What a pool has written. Several processes may open it, as long as no two of
-                them use one stream at a time.
+                them use one stream at a time; with ``shared`` they see to that.
             capacity: As for the pool.
             interval: As for the pool.
+            shared: As for the pool.
             source: As for :func:`tta.load`.
             input: As for :func:`tta.load`.
             logits: As for :func:`tta.load`.
@@ -144,7 +156,8 @@ class StreamPool:
             load_file(files.start, AdapterSets(adapter), *files.read(files.start, ""))
             pool = cls.__new__(cls)
             with adapter.turns.lock:
-                pool._begin(adapter, capacity, files, interval)
+                owners = Owners(files.folder) if shared else None
+                pool._begin(adapter, capacity, files, interval, owners)
         except BaseException:
             adapter.turns.reserved = ""
             adapter.unwrap()
@@ -152,14 +165,20 @@ class StreamPool:
         return pool
 
     def _begin(
-        self, adapter: Adapter, capacity: int, files: StreamFiles | None, interval: float | None
+        self,
+        adapter: Adapter,
+        capacity: int,
+        files: StreamFiles | None,
+        interval: float | None,
+        owners: Owners | None,
     ) -> None:
         self.adapter = adapter
-        self.batched = True
+        self.batched, self.shared = True, owners is not None
         self._free = threading.Condition()  # of owners
-        self._store = StreamStore(adapter, capacity, files)
+        self._store = StreamStore(adapter, capacity, files, owners)
         self._beside = SideBySide(self._store)
         self._snapshots = None
+        self._hand_over = None if owners is None else HandOver(self._store, owners)
         if files is not None and interval is not None:
             self._snapshots = Snapshots(self._store, interval)
 
@@ -182,7 +201,7 @@ class StreamPool:
             RuntimeError: When the stream has another owner and ``wait`` is False, this thread owns
                 it already, there are ``capacity`` streams and no ``folder``, or the pool is closed.
         """
-        stream = self._known(name, create)
+        stream = self._known(name, create, wait)
         view = StreamView(
             name,
             lambda action, changes: self._store.run(stream, action, changes),
@@ -275,7 +294,7 @@ class StreamPool:
 
     def streams(self) -> list[str]:
         """The names of all streams, in memory and in the folder."""
-        return list(self._store.streams)
+        return self._store.names()
 
     def reset(self, name: str) -> None:
         """Put a stream back to its beginning, between two calls if it has an owner."""
@@ -350,6 +369,8 @@ class StreamPool:
             return
         if save and store.files is not None:
             self.snapshot()
+        if self._hand_over is not None:
+            self._hand_over.stop()
         store.close()
         self._beside.close()
         if self._snapshots is not None:
@@ -404,13 +425,13 @@ class StreamPool:
             f"{where}{closed})"
         )
 
-    def _known(self, name: str, create: bool = False) -> Stream:
+    def _known(self, name: str, create: bool = False, wait: bool = False) -> Stream:
         """A stream, which is made if it is not there and may be."""
         store = self._store
         store.check_open()
         stream = store.find(string("stream", name))
         if stream is not None or create:
-            return stream or store.make(name)
+            return stream or store.make(name, wait)
         raise KeyError(
             f"`stream` must be one of the pool's, got {shown(name, 60)}: pass create=True to begin "
             f"it. {nearest(name, store.streams, room=60)}"
@@ -419,6 +440,15 @@ class StreamPool:
     def _own(self, stream: Stream, view: object, wait: bool) -> None:
         """Make a view the owner of a stream, or refuse to."""
         me = threading.get_ident()
+        self._own_here(stream, view, wait, me)
+        try:
+            self._store.claim(stream, wait)  # among processes
+        except BaseException:
+            self._give_back(stream, view)
+            raise
+
+    def _own_here(self, stream: Stream, view: object, wait: bool, me: int) -> None:
+        """Do so among the threads of this process."""
         with self._free:
             while stream.owner is not None:
                 if not wait or stream.owner[1] == me:

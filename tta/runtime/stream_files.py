@@ -12,7 +12,7 @@ import os
 import re
 import stat
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -58,9 +58,13 @@ class StreamFiles:
         readable = re.sub(r"[^a-z0-9]+", "-", name.lower()[:40]).strip("-")
         return self.streams / digest[:2] / f"{readable}-{digest[2:18]}{ENDING}"
 
-    def names(self) -> Iterator[str]:
-        """The streams that have a file, in no order; files that are none are passed over."""
-        for path in self.streams.glob(f"*/*{ENDING}"):
+    def paths(self) -> Iterator[Path]:
+        """What may be files of streams, in no order."""
+        return self.streams.glob(f"*/*{ENDING}")
+
+    def names(self, paths: Iterable[Path]) -> Iterator[str]:
+        """The streams of files, in no order; files that are none are passed over."""
+        for path in paths:
             with suppress(OSError, ValueError):
                 yield _header(path, _read_bytes(path, head=True))["name"]
 

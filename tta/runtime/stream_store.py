@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from tta.core.adapter import Adapter
 from tta.core.adapter_sets import AdapterSet, AdapterSets
 from tta.core.checks import shown, told
 from tta.core.turns import guest
+from tta.runtime.owners import POLL, ElsewhereError, Owners
 from tta.runtime.stream_files import StreamFiles
 
 __all__ = ["Before", "Seat", "Stream", "StreamStore", "load_file"]
@@ -74,12 +76,23 @@ class StreamStore:
             :meth:`close`.
         capacity: Streams that are held in memory.
         files: Where the others are; None for nowhere.
+        owners: Of the streams, where other processes serve the same files at the same time. A
+            stream that this process does not own is in no seat and not in memory.
     """
 
-    def __init__(self, adapter: Adapter, capacity: int, files: StreamFiles | None) -> None:
+    def __init__(
+        self,
+        adapter: Adapter,
+        capacity: int,
+        files: StreamFiles | None,
+        owners: Owners | None = None,
+    ) -> None:
         self.adapter, self.capacity, self.files = adapter, capacity, files
+        self.owners = owners
         self.sets = AdapterSets(adapter)
         self.counts = {"created": 0, "evicted": 0, "restored": 0, "snapshots": 0, "failed": 0}
+        if owners is not None:
+            self.counts["handed_over"] = 0
         self.failure: str | None = None  # what went wrong last with a file, in words
         self.streams: dict[str, Stream] = {}
         self.in_memory: dict[str, Stream] = {}  # the least recently used first
@@ -88,8 +101,7 @@ class StreamStore:
         self._inside = False  # whether a call is going on
         self._disk = threading.RLock()  # taken after the turn, never before it
         adapter.turns.reserved = RESERVED
-        for name in [] if files is None else sorted(files.names()):
-            self._note_file(name)
+        self._look_at_files()
 
     def close(self) -> None:
         """Give the adapter back as it was."""
@@ -98,6 +110,8 @@ class StreamStore:
             self.seat.stream = None
             self.sets.put_first()
             self.adapter.turns.reserved = ""
+            if self.owners is not None:
+                self.owners.close()
 
     def check_open(self) -> None:
         """Refuse to go on after :meth:`close`."""
@@ -117,17 +131,74 @@ class StreamStore:
     def find(self, name: str) -> Stream | None:
         """A stream that is known, or has a file that another process has written."""
         stream = self.streams.get(name)
-        if stream is not None or self.files is None or not self.files.place(name).is_file():
+        if self.files is None or (stream is not None and self._is_mine(stream)):
+            return stream
+        there = self.files.place(name).is_file()
+        if there == (stream is not None):
             return stream
         with self.turn():
-            return self.streams.get(name) or self._note_file(name)
+            if not there:
+                self._forget(name)
+            elif name not in self.streams:
+                self._note_file(name)
+            return self.streams.get(name)
 
-    def make(self, name: str) -> Stream:
-        """A stream at its beginning, or the one of this name that is there."""
+    def names(self) -> list[str]:
+        """All streams: in memory, and in files, where these are shared those of others too."""
+        if self.owners is not None:
+            self._look_at_files()
+        return list(self.streams)
+
+    def claim(self, stream: Stream, wait: bool) -> None:
+        """Own a stream among processes; ask the one that does for it, and wait if that is wanted.
+
+        Raises:
+            ElsewhereError: When another process has it.
+        """
+        while self.owners is not None:
+            with self.turn():  # so that it is not handed over at the same time
+                self.check_open()
+                if self.owners.claim(stream.name):
+                    return
+            _rest(stream.name, wait)
+
+    def hand_over(self, name: str) -> None:
+        """Let another process own a stream, unless it is in use here or cannot be written."""
+        assert self.owners is not None
+        with self.turn(), self._disk:
+            stream = self.streams.get(name)
+            if self.closed or (stream is not None and stream.owner is not None):
+                return
+            if name in self.in_memory and not self._put_away(self.in_memory[name]):
+                return
+            self.owners.give(name)
+            self.counts["handed_over"] += 1
+            log.info("stream %s: another process has it from now on", shown(name, 60))
+
+    def make(self, name: str, wait: bool = False) -> Stream:
+        """A stream at its beginning, or the one of this name that is there.
+
+        Raises:
+            ElsewhereError: When another process is making it, unless that is waited for.
+        """
+        while (stream := self.find(name) or self._make(name)) is None:
+            _rest(name, wait)
+        return stream
+
+    def _make(self, name: str) -> Stream | None:
+        """As :meth:`make`; None where another process has the name."""
         with self.turn():
             self.check_open()
             if name in self.streams:  # somebody else was faster
                 return self.streams[name]
+            if self.owners is not None:
+                assert self.files is not None
+                if not self.owners.claim(name):
+                    return None
+                if self.files.place(name).is_file():  # another process was, and is done with it
+                    stream = self._note_file(name)
+                    stream.saved = stream.version = 1  # no new one, which may be dropped again
+                    return stream
             if self.files is None and len(self.in_memory) >= self.capacity:
                 raise RuntimeError(
                     f"`capacity` must be at least the number of streams where `folder` is None, "
@@ -138,6 +209,8 @@ class StreamStore:
             stream.kept = self.sets.new()
             self.streams[name] = self.in_memory[name] = stream
             self.counts["created"] += 1
+            if self.owners is not None:  # others are to know of it, and to find it if this one dies
+                self._write(stream, stream.kept, stream.version)
             self._make_room(stream)
             return stream
 
@@ -145,10 +218,14 @@ class StreamStore:
         """Forget a stream, and remove its file."""
         with self.turn(), self._disk:
             if self.streams.get(stream.name) is stream:
+                if self.owners is not None and not self.owners.claim(stream.name):
+                    raise ElsewhereError(stream.name)
                 if self.files is not None:
                     self.files.remove(self.files.place(stream.name))
                 del self.streams[stream.name]
                 self.in_memory.pop(stream.name, None)
+                if self.owners is not None:
+                    self.owners.give(stream.name)
             stream.seat = None
 
     def run(
@@ -260,6 +337,31 @@ class StreamStore:
             self.counts["snapshots"] += 1
             return True
 
+    def _look_at_files(self) -> None:
+        """Know the streams that have files, and forget those of others whose files are gone."""
+        if self.files is None:
+            return
+        known = {self.files.place(name): name for name in list(self.streams)}
+        found = set(self.files.paths())
+        new = sorted(self.files.names(found - known.keys()))
+        gone = [known[path] for path in known.keys() - found]
+        if not new and not gone:
+            return  # without a turn, which would wait for the model
+        with self.turn():
+            for name in new:
+                if name not in self.streams:
+                    self._note_file(name)
+            for name in gone:
+                self._forget(name)
+
+    def _is_mine(self, stream: Stream) -> bool:
+        return self.owners is None or stream.name in self.owners
+
+    def _forget(self, name: str) -> None:
+        """Forget a stream that another process has dropped."""
+        if name in self.streams and not self._is_mine(self.streams[name]):
+            del self.streams[name]
+
     def _note_file(self, name: str) -> Stream:
         stream = self.streams[name] = Stream(name)
         stream.saved = stream.version
@@ -275,6 +377,8 @@ class StreamStore:
                 f"`stream` must be one of the pool's, but {shown(name, 60)} was dropped: ask the "
                 "pool for it again, with create=True."
             )
+        if self.owners is not None and not self.owners.claim(name):
+            raise ElsewhereError(name)
         if stream.seat is not seat:
             if stream.seat is not None:
                 stream.seat.set_aside()
@@ -301,16 +405,29 @@ class StreamStore:
         """Write the least recently used streams, but this one, until there are few enough."""
         while len(self.in_memory) > self.capacity:
             oldest = next(other for other in self.in_memory.values() if other is not stream)
-            if oldest.seat is not None:
-                oldest.seat.set_aside()
-            assert oldest.kept is not None
-            if oldest.saved != oldest.version:
-                self._write(oldest, oldest.kept, oldest.version)
-            if oldest.saved != oldest.version:
-                return  # it could not be written, and is tried again at the next turn
-            oldest.kept = None
-            del self.in_memory[oldest.name]
+            if not self._put_away(oldest):
+                return  # it is tried again at the next turn
             self.counts["evicted"] += 1
+
+    def _put_away(self, stream: Stream) -> bool:
+        """Leave a stream in its file alone; False where it could not be written."""
+        if stream.seat is not None:
+            stream.seat.set_aside()
+        assert stream.kept is not None
+        if stream.saved != stream.version:
+            self._write(stream, stream.kept, stream.version)
+        if stream.saved != stream.version:
+            return False
+        stream.kept = None
+        del self.in_memory[stream.name]
+        return True
+
+
+def _rest(name: str, wait: bool) -> None:
+    """Give another process time to hand a stream over, or refuse to wait for it."""
+    if not wait:
+        raise ElsewhereError(name)
+    time.sleep(POLL)
 
 
 def load_file(

@@ -104,8 +104,12 @@ class Events:
                     return
                 yield text
         finally:
-            with self._lock:
-                self._listeners.pop(listener, None)
+            self.leave(listener)
+
+    def leave(self, listener: _Listener) -> None:
+        """Listen no more."""
+        with self._lock:
+            self._listeners.pop(listener, None)
 
 
 class _Listener:
@@ -122,6 +126,12 @@ class _Listener:
             self._lost += 1
         self._texts.append(text)
         self._some.set()
+
+    def take(self) -> list[str]:
+        """What is there, without waiting for more."""
+        texts = [text for text in self._texts if text is not None]
+        self._texts.clear()
+        return texts
 
     async def get(self) -> str | None:
         if self._lost:

@@ -20,9 +20,10 @@ from tta.runtime.server.limits import Rate, RefusedError
 from tta.runtime.server.page import PAGE, POLICY
 from tta.runtime.server.service import Service
 
-__all__ = ["add_routes"]
+__all__ = ["PARTS", "add_routes", "after_of", "name_of", "parts_of"]
 
 ACTIONS = ("freeze", "unfreeze", "reset", "save")
+PARTS = "tta.parts"  # in a request's scope: what :func:`parts_of` has taken from it elsewhere
 
 
 def add_routes(app: Any, service: Service, decoder: Decoder, workers: ThreadPoolExecutor) -> None:
@@ -84,7 +85,7 @@ def add_routes(app: Any, service: Service, decoder: Decoder, workers: ThreadPool
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         several = kind == "multipart/form-data"
         if several:
-            parts = await _parts(request, service.limits.images)
+            parts = await parts_of(request, service.limits.images)
             await check([name for name, _ in parts], create)
         elif stream is None:
             raise RefusedError(
@@ -115,15 +116,7 @@ def add_routes(app: Any, service: Service, decoder: Decoder, workers: ThreadPool
 
     @app.post("/v1/streams", **openapi.CREATE)
     async def create_named(request: Request) -> Response:
-        try:
-            name = (await request.json())["stream"]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            name = None
-        if not isinstance(name, str):
-            raise RefusedError(
-                422, '`body` must be JSON like {"stream": "door"}, got something else: correct it.'
-            )
-        return await create_stream(name)
+        return await create_stream(await name_of(request))
 
     @app.post("/v1/streams/{name}", **openapi.CREATE_BY_ID)
     async def create_stream(name: str) -> Response:
@@ -154,14 +147,7 @@ def add_routes(app: Any, service: Service, decoder: Decoder, workers: ThreadPool
 
     @app.get("/v1/events", **openapi.EVENTS)
     async def events(request: Request) -> Response:
-        last = request.headers.get("last-event-id", request.query_params.get("after", ""))
-        if last and not (last.isascii() and last.isdecimal()):
-            raise RefusedError(
-                422,
-                f"`after` must be the number of an event, got {shown(last, 30)}: pass 0 for all "
-                "that are kept.",
-            )
-        listener = service.events.enter(int(last) if last else None)
+        listener = service.events.enter(after_of(request))
         return StreamingResponse(service.events.listen(listener), media_type="text/event-stream")
 
     @app.get("/metrics", **openapi.METRICS)
@@ -184,10 +170,37 @@ def add_routes(app: Any, service: Service, decoder: Decoder, workers: ThreadPool
         return HTMLResponse(PAGE, headers={"content-security-policy": POLICY})
 
 
-async def _parts(request: Any, most: int) -> list[tuple[str, bytes]]:
+async def name_of(request: Any) -> str:
+    """The stream that is to be created, from the body."""
+    try:
+        name = (await request.json())["stream"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        name = None
+    if not isinstance(name, str):
+        raise RefusedError(
+            422, '`body` must be JSON like {"stream": "door"}, got something else: correct it.'
+        )
+    return name
+
+
+def after_of(request: Any) -> int | None:
+    """The last event that a listener has heard; None for what is new alone."""
+    last = request.headers.get("last-event-id", request.query_params.get("after", ""))
+    if last and not (last.isascii() and last.isdecimal()):
+        raise RefusedError(
+            422,
+            f"`after` must be the number of an event, got {shown(last, 30)}: pass 0 for all "
+            "that are kept.",
+        )
+    return int(last) if last else None
+
+
+async def parts_of(request: Any, most: int) -> list[tuple[str, bytes]]:
     """The streams and bodies of a request of several images, in their order."""
     from starlette.exceptions import HTTPException
 
+    if request.scope.get(PARTS) is not None:
+        return request.scope[PARTS]
     try:
         form = await request.form(max_files=most, max_fields=1)
     except HTTPException as error:

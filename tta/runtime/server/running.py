@@ -14,7 +14,7 @@ from tta.core.checks import told
 from tta.runtime.extras import needed
 from tta.runtime.server.gate import is_loopback
 
-__all__ = ["run"]
+__all__ = ["GRACE", "bound", "run"]
 
 log = logging.getLogger("tta.runtime.server")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -46,8 +46,8 @@ def run(
     uvicorn = needed("uvicorn", "serve")
     service = app.state.service
     try:
-        bound = _bound(host, port)
-        address = _address(bound)
+        opened = bound(host, port)
+        address = _address(opened)
         if not is_loopback(host):
             log.warning(
                 "%s can be reached from other machines: use a token, and TLS in front", host
@@ -69,26 +69,30 @@ def run(
             timeout_graceful_shutdown=grace, limit_concurrency=CONNECTIONS, ws="none",
         )  # fmt: skip
         server = app.state.server = Server(config)  # whose `should_exit` ends it from a thread
-        with bound, _quiet_signals():
-            server.run(sockets=[bound])
+        with opened, _quiet_signals():
+            server.run(sockets=[opened])
     finally:
         service.close()  # where the server has not come to it
 
 
-def _bound(host: str, port: int) -> socket.socket:
-    """A socket at the address."""
+def bound(host: str, port: int) -> socket.socket:
+    """A socket at an address of this machine.
+
+    Raises:
+        OSError: When it is taken, or no such address.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    bound = socket.socket(family)
+    opened = socket.socket(family)
     try:
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind((host, port))
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        opened.bind((host, port))
     except (OSError, OverflowError) as error:
-        bound.close()
+        opened.close()
         raise OSError(
             f"`port` must be free at an address of this machine, but {host}:{port} is not "
             f"({told(getattr(error, 'strerror', None) or error)}): pass another, or 0 for any."
         ) from error
-    return bound
+    return opened
 
 
 def _address(bound: socket.socket) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tta.core.adapter import Adapter
 from tta.core.checks import nearest, number, shown, told, whole_number
+from tta.runtime.owners import ElsewhereError
 from tta.runtime.pool import StreamPool
 from tta.runtime.server.batching import Batcher, Item
 from tta.runtime.server.events import Events
@@ -28,6 +29,7 @@ __all__ = ["Service"]
 
 log = logging.getLogger("tta.runtime.server")
 LONGEST_NAME = 200  # characters of a stream's name
+NOT_OF_AN_IMAGE = (RefusedError, KeyError, MemoryError, ElsewhereError)  # but of its whole batch
 
 
 class Service:
@@ -291,7 +293,7 @@ class Service:
                 self._make(name)
             self._answer(name, items)
         except Exception as error:
-            if len(items) > 1 and not isinstance(error, (RefusedError, KeyError, MemoryError)):
+            if len(items) > 1 and not isinstance(error, NOT_OF_AN_IMAGE):
                 for item in items:  # so that one image that fails does so alone
                     self._serve_batch(name, [item])
                 return
@@ -386,6 +388,8 @@ class Service:
             return RefusedError(503, STOPPING)
         if isinstance(error, KeyError):  # dropped meanwhile
             return RefusedError(404, words)
+        if isinstance(error, ElsewhereError):
+            return RefusedError(409, words, 1.0)
         if isinstance(error, RuntimeError) and name in self.pool and self.pool.owned(str(name)):
             return RefusedError(409, words, 1.0)
         if isinstance(error, (ValueError, TypeError)):
