@@ -105,6 +105,10 @@ COMMANDS = {
         "experiments.studies.edge_int8",
         "the errors of exported graphs in 8 bits, beside float32",
     ),
+    "own-networks": Command(
+        "experiments.studies.own_networks",
+        "methods on networks that were trained for them, beside others",
+    ),
     "live": Command(
         "experiments.studies.live", "three synthetic cameras on one server, with its page"
     ),

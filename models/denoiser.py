@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import tta
 from tta.core.input_rule import DEFAULT_INPUT
 
-__all__ = ["BETAS", "DENOISER", "UNet", "load_diffusion"]
+__all__ = ["BETAS", "DENOISER", "UNet", "is_trained", "load_diffusion"]
 
 DENOISER = "cifar10_denoiser"
 FOLDER = Path(__file__).parent / "weights"
@@ -93,6 +93,15 @@ class UNet(nn.Module):
         return self.last(F.silu(self.norm(y)))
 
 
+def is_trained() -> bool:
+    """Whether the weights of the bundled diffusion model are there."""
+    return _file().is_file()
+
+
+def _file() -> Path:
+    return FOLDER / DENOISER / "weights.safetensors"
+
+
 def load_diffusion(config: Any = None, **fields: Any) -> tta.Diffusion:
     """The bundled diffusion model of CIFAR-10, as ``wrap(..., input=)`` takes it.
 
@@ -110,13 +119,12 @@ def load_diffusion(config: Any = None, **fields: Any) -> tta.Diffusion:
         >>> load_diffusion("dda", steps=10, respacing=50).config.steps
         10
     """
-    file = FOLDER / DENOISER / "weights.safetensors"
-    if not file.is_file():
+    if not is_trained():
         raise FileNotFoundError(
-            f"`{file.name}` of {DENOISER} is not there: run python -m models.train {DENOISER} "
+            f"`{_file().name}` of {DENOISER} is not there: run python -m models.train {DENOISER} "
             "--data PATH."
         )
     network = UNet()
-    network.load_state_dict({k: v.float() for k, v in load_file(str(file)).items()})
+    network.load_state_dict({k: v.float() for k, v in load_file(str(_file())).items()})
     rule = tta.get_config(config or DEFAULT_INPUT, **fields)
     return tta.Diffusion(network.eval().requires_grad_(False), BETAS, rule)

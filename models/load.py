@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import tta
 from models.bundled import BUNDLED, CIFAR10_CLASSES, FOLDER, known
 from models.card import SourceCard, of_file
+from models.denoiser import is_trained, load_diffusion
 from tta.core.checks import boolean, nearest, path_like, shown, string
 from tta.core.classifier import num_classes
 from tta.core.parameters import is_norm
@@ -154,6 +155,8 @@ def _bundled(name: str, pretrained: bool) -> tuple[nn.Module, dict[str, Any]]:
         weights = {k: v.float() if v.is_floating_point() else v for k, v in _weights(folder)}
         model.load_state_dict(weights)
         source = tta.SourceStatistics.load(folder / "source.safetensors")
+        if is_trained():
+            source.denoiser = load_diffusion()
     return model, {
         "mean": (0.0, 0.0, 0.0),
         "std": (1.0, 1.0, 1.0),
