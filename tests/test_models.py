@@ -77,7 +77,8 @@ def test_artefacts_are_made_as_those_that_lie_there() -> None:
     assert info.source is not None
     made = {key for key, value in vars(found).items() if value is not None}
     stored = {key for key, value in vars(info.source).items() if value is not None}
-    assert stored - made == {"posterior_mean", "posterior_variance"} and made <= stored
+    alone = {"posterior_mean", "posterior_variance", "denoiser"}  # of trainings of their own
+    assert stored - made == alone and made <= stored
     order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
     inputs: list[torch.Tensor] = []
     hook = net.get_classifier().register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
@@ -96,6 +97,36 @@ def test_artefacts_are_made_as_those_that_lie_there() -> None:
     torch.testing.assert_close(
         found.features, features[labels.argsort(stable=True)], atol=1e-4, rtol=0
     )
+
+
+@pytest.mark.parametrize(("name", "least"), [("iabn", 0.88), ("bn_lt100", 0.55)])
+def test_a_network_that_was_made_for_one_method_is_loaded_by_name(name: str, least: float) -> None:
+    net, info = models.load(f"cifar10_resnet20_{name}")
+    log = json.loads((FOLDER / info.name / "training.json").read_text())
+    assert log["history"][-1]["test_accuracy"] > least and info.name in log["name"]
+    assert (FOLDER / info.name / "weights.safetensors").stat().st_size < 1e6
+    data = open_data("bundled").clean
+    assert data is not None
+    x = torch.stack([data[i][0] for i in range(0, len(data), 4)]).float() / 255
+    y = torch.tensor([int(data[i][1]) for i in range(0, len(data), 4)])
+    with torch.no_grad():
+        accuracy = float((net(x).argmax(1) == y).float().mean())
+    assert abs(accuracy - log["history"][-1]["test_accuracy"]) < 0.08
+    assert info.name not in models.list_models()
+
+
+def test_the_bundled_denoiser_tells_noise_from_images() -> None:
+    diffusion = models.load_diffusion()
+    data = open_data("bundled").clean
+    assert data is not None and isinstance(diffusion.denoiser, torch.nn.Module)
+    x = torch.stack([data[i][0] for i in range(64)]).float() / 127.5 - 1
+    kept = torch.cumprod(1 - diffusion.betas, 0)[100].float()
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found = diffusion.denoiser(
+            kept.sqrt() * x + (1 - kept).sqrt() * noise, torch.full((64,), 100)
+        )
+    assert float((found - noise).square().mean()) < 0.15  # 1 is what knows nothing
 
 
 def test_features_are_those_of_the_model() -> None:

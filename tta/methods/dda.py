@@ -11,9 +11,10 @@ does not matter. Both the image and its projection are classified, and the predi
     x_N = sqrt(abar_N) x + sqrt(1 - abar_N) n,
     x_{i-1} ~ p(x_{i-1} | x_i) - w d/dx_i || LP(x) - LP(x0(x_i)) ||,   z = f(x) + f(x_0)
 
-The denoiser is the caller's: ``input=tta.Diffusion(denoiser, betas)``; none is bundled. The noise
-is that of step N of the short chain, and the first step back takes it for that of step N - 1, as in
-the authors' code. LP, a bicubic resize to 1/D and back, has zeros outside of the image, as there.
+The denoiser is the caller's: ``input=tta.Diffusion(denoiser, betas)``; for CIFAR-10 a small one is
+bundled in ``models``. The noise is that of step N of the short chain, and the first step back takes
+it for that of step N - 1, as in the authors' code. LP, a bicubic resize to 1/D and back, has zeros
+outside of the image, as there.
 
 The authors' norm is one over the whole batch, by which each image's guidance depends on the others;
 ``official=True`` has it. The norm of each image is the default here. Their code writes the
