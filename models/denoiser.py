@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import tta
+from tta.core.checks import string
 from tta.core.input_rule import DEFAULT_INPUT
 
 __all__ = ["BETAS", "DENOISER", "UNet", "is_trained", "load_diffusion"]
@@ -102,29 +104,36 @@ def _file() -> Path:
     return FOLDER / DENOISER / "weights.safetensors"
 
 
-def load_diffusion(config: Any = None, **fields: Any) -> tta.Diffusion:
+def load_diffusion(config: str | None = None, **fields: Any) -> tta.Diffusion:
     """The bundled diffusion model of CIFAR-10, as ``wrap(..., input=)`` takes it.
 
     Args:
-        config: Name of an input rule, or its config; None for `dda`.
+        config: Name of an input rule; None for `dda`.
         **fields: Of the rule, in place of its defaults.
 
     Returns:
         The network in eval mode, with the noise of its training.
 
     Raises:
+        TypeError: When ``config`` is no string.
+        ValueError: For an unknown rule or field, or a damaged file.
         FileNotFoundError: When its weights are not there: ``models.train`` makes them.
 
     Example:
         >>> load_diffusion("dda", steps=10, respacing=50).config.steps
         10
     """
+    rule = tta.get_config(string("config", config or DEFAULT_INPUT), **fields)
     if not is_trained():
         raise FileNotFoundError(
             f"`{_file().name}` of {DENOISER} is not there: run python -m models.train {DENOISER} "
             "--data PATH."
         )
     network = UNet()
-    network.load_state_dict({k: v.float() for k, v in load_file(str(_file())).items()})
-    rule = tta.get_config(config or DEFAULT_INPUT, **fields)
+    try:
+        network.load_state_dict({k: v.float() for k, v in load_file(str(_file())).items()})
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(
+            f"`{_file()}` must hold weights of {DENOISER}, but cannot be read: fetch it again"
+        ) from error
     return tta.Diffusion(network.eval().requires_grad_(False), BETAS, rule)

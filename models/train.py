@@ -61,6 +61,7 @@ class Recipe:
     bfloat16: bool = True  # autocast; on processors with bf16 units this more than doubles speed
 
 
+MOST_TAILED = 5000  # CIFAR-10's training images of a class
 RECIPES = {
     "cifar10_resnet20_bn": Recipe(
         optimizer="sgd", lr=0.2, weight_decay=5e-4, epochs=40, channels_last=True
@@ -199,13 +200,13 @@ def export(name: str, data: dict[str, Tensor], work: Path, command: str) -> None
     if name in BUNDLED:
         _export_whole(name, saved["model"], data, work, log)
     else:
-        save_half(saved["model"], folder / "weights.safetensors")
         source = tta.SourceStatistics(consistency=saved.get("consistency"))
         if LONG_TAILED in name:
             images, labels = data["train_images"], data["train_labels"]
             loader = batches(images, labels, 200, torch.arange(len(images)))
             source = tta.collect_source(_rounded(name, saved["model"]), loader, ["lsa"])
         source.save(folder / "source.safetensors")
+        save_half(saved["model"], folder / "weights.safetensors")  # last: it can be loaded now
     with replacing(folder / "training.json") as part:
         part.write_text(json.dumps(log, indent=1) + "\n")
     print(f"wrote {folder}", flush=True)
@@ -266,6 +267,11 @@ def main(argv: list[str] | None = None) -> None:
         value = getattr(args, flag)
         if value is not None and value < 1:
             parser.error(f"`--{flag.replace('_', '-')}` must be 1 or more, got {value}: raise it")
+    if (args.long_tailed or 1) > MOST_TAILED:
+        parser.error(
+            f"`--long-tailed` must be at most {MOST_TAILED}, got {args.long_tailed}: with more, a "
+            "class has no image"
+        )
     if args.name not in BUNDLED and (args.itta or args.long_tailed):
         parser.error(
             f"`name` must be one of {', '.join(BUNDLED)} with --itta or --long-tailed, got "

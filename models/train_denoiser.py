@@ -60,7 +60,12 @@ def train(images: Tensor, held: Tensor, work: Path, steps: int, seed: int) -> No
         averaged.load_state_dict(saved["averaged"])
         optimizer.load_state_dict(saved["optimizer"])
         log, done = json.loads(saved["log"]) | {"steps": steps}, saved["done"]
-    running, started = 0.0, time.perf_counter()
+        if log["seed"] != seed or done > steps:
+            raise ValueError(
+                f"`work` must hold a training of seed {seed} and at most {steps} steps, but "
+                f"{checkpoint} has seed {log['seed']} and {done}: choose another folder"
+            )
+    running, started, begun = 0.0, time.perf_counter(), done
     for step in range(done, steps):
         generator = torch.Generator().manual_seed(seed * 10**6 + step)
         index = torch.randint(0, len(images), (BATCH,), generator=generator)
@@ -87,7 +92,7 @@ def train(images: Tensor, held: Tensor, work: Path, steps: int, seed: int) -> No
         if (step + 1) % EVERY and step + 1 < steps:
             continue
         log["seconds"] += time.perf_counter() - started
-        row = {"step": step + 1, "loss": round(running / ((step % EVERY) + 1), 5)}
+        row = {"step": step + 1, "loss": round(running / (step + 1 - begun), 5)}
         row["test_loss"] = round(_loss(averaged, held[:HELD]), 5)
         log["history"].append(row)
         print(DENOISER, row, f"{log['seconds']:.0f}s", flush=True)
@@ -100,7 +105,7 @@ def train(images: Tensor, held: Tensor, work: Path, steps: int, seed: int) -> No
         }
         with replacing(checkpoint) as part:
             torch.save(state, part)
-        running, started = 0.0, time.perf_counter()
+        running, started, begun = 0.0, time.perf_counter(), step + 1
 
 
 @torch.no_grad()

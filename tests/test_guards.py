@@ -417,6 +417,21 @@ def test_the_source_answers_where_batches_are_of_one_class(ordered: bool) -> Non
     assert len(answered) > 30 if ordered else not answered
 
 
+@pytest.mark.parametrize("kind", ["bn", "gn"])
+def test_an_input_rule_is_no_failure_of_the_update(kind: str) -> None:
+    """The guard compares predictions of the same images, those that the rule has made."""
+    dark = tta.Diffusion(lambda x, t: torch.ones_like(x), torch.full((50,), 0.5))
+    config = tta.get_config("dda", steps=2, respacing=10, join=None)
+    dark.config = config
+    adapter = tta.wrap(
+        tiny(kind), "tent", lr=0.0, norm="source" if kind == "bn" else None, input=dark,
+        guard="steady", mean=(0, 0, 0), std=(1, 1, 1),
+    )  # fmt: skip
+    for seed in range(6):
+        adapter(images(seed, 48))
+    assert adapter.events == []
+
+
 def test_shadow_answers_with_the_source_and_learns() -> None:
     net = tiny("bn")
     adapter = tta.wrap(tiny("bn"), "tent", lr=0.05, shadow=True)

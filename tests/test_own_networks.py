@@ -7,6 +7,8 @@ import json
 import pytest
 import torch
 
+import models
+from experiments.run.method_strings import parse_method
 from experiments.studies import own_networks
 from experiments.studies.own_networks import ORDERS, Case, OwnNetworks
 
@@ -28,6 +30,15 @@ def test_orders() -> None:
     assert counts["source"][0] == 50 and counts["source"][9] == 1
     assert counts["source"][4] == round(50 * 100 ** (-4 / 9))
     assert len(set(counts["equal"])) == 1 and sum(counts["equal"]) == 200
+
+
+def test_every_case_names_methods_orders_and_networks_that_there_are() -> None:
+    for case in own_networks.CASES.values():
+        assert set(case.orders) <= set(ORDERS)
+        for method in case.methods:
+            parse_method(method, 10)
+        for name in case.models:
+            models.load(name)
 
 
 @pytest.mark.slow

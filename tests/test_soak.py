@@ -46,16 +46,17 @@ class _Started:
         assert sorted(self.left + [item.nodeid for item in deselected]) == sorted(NAMES)
 
     def report(self, name: str, outcome: str = "passed", **counts: int) -> None:
-        self.soak.pytest_runtest_logreport(
-            SimpleNamespace(
-                nodeid=name,
-                when="call",
-                passed=outcome == "passed",
-                skipped=outcome == "skipped",
-                duration=1.5,
-                user_properties=list(counts.items()),
+        for when in ("setup", "call", "teardown"):
+            self.soak.pytest_runtest_logreport(
+                SimpleNamespace(
+                    nodeid=name,
+                    when=when,
+                    passed=when != "call" or outcome == "passed",
+                    skipped=when == "call" and outcome == "skipped",
+                    duration=1.5,
+                    user_properties=list(counts.items()),
+                )
             )
-        )
 
     def finish(self, status=pytest.ExitCode.OK) -> int:
         session = SimpleNamespace(exitstatus=status)

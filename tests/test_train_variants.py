@@ -94,6 +94,7 @@ def test_instance_aware_layers_are_what_the_rule_makes_of_plain_ones():
         return y
 
     assert torch.allclose(adapted(aware, "source"), expected)
+    assert torch.allclose(adapted(aware, "bn", shadow=True), expected, atol=1e-5)
     batch = adapted(plain, "bn")
     for net in (aware, plain):
         assert torch.allclose(adapted(net, None, norm="iabn"), expected, atol=1e-5)
@@ -156,6 +157,24 @@ def _raise_at(call, real):
     return loss
 
 
+def test_a_training_of_another_seed_or_length_is_not_gone_on_with(place):
+    images = train.read_cifar10(place / "data.npz")["train_images"]
+    train_denoiser.train(images, images[:4], place, 2, 0)
+    for steps, seed in ((1, 0), (4, 1)):
+        with pytest.raises(ValueError, match="seed 0 and 2: choose another folder"):
+            train_denoiser.train(images, images[:4], place, steps, seed)
+
+
+def test_a_damaged_file_of_the_denoiser_is_named(place):
+    file = place / "weights" / DENOISER / "weights.safetensors"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"abc")
+    with pytest.raises(ValueError, match=f"{DENOISER}.*cannot be read"):
+        models.load_diffusion()
+    with pytest.raises(TypeError, match="`config`"):
+        models.load_diffusion(3)  # type: ignore[arg-type]
+
+
 def test_noise_is_that_of_the_step():
     x, noise = torch.ones(2, 3, 4, 4), torch.full((2, 3, 4, 4), 2.0)
     found = train_denoiser.noisy(x, torch.tensor([0, 999]), noise)
@@ -181,7 +200,13 @@ def test_a_denoiser_that_was_not_trained_is_told_how(place):
 
 
 @pytest.mark.parametrize(
-    "flags", [("--long-tailed", "0"), ("--itta", "--long-tailed", "10"), ("--steps", "-1")]
+    "flags",
+    [
+        ("--long-tailed", "0"),
+        ("--long-tailed", "5001"),
+        ("--itta", "--long-tailed", "10"),
+        ("--steps", "-1"),
+    ],
 )
 def test_flags_that_do_not_go_are_refused(place, capsys, flags):
     with pytest.raises(SystemExit, match="2"):

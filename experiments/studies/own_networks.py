@@ -55,7 +55,7 @@ class Case:
 
 
 # Chosen of ten settings on the four corruptions that are held out, 200 images of each.
-DDA = "dda[steps=3,respacing=100,scale=2,join=entropy_sum]"
+DDA = "dda[steps=3,respacing=100,scale=2,join='entropy_sum']"
 CASES = {
     "instance-aware layers": Case(
         ("cifar10_resnet20_bn", "cifar10_resnet20_iabn"),
@@ -70,7 +70,7 @@ CASES = {
     "a denoiser": Case(
         ("cifar10_resnet20_bn",),
         ("shuffled",),
-        ("source", DDA, DDA.replace("=entropy_sum", "=None")),
+        ("source", DDA, DDA.replace("'entropy_sum'", "None")),
     ),
 }  # fmt: skip
 

@@ -72,6 +72,7 @@ class Soak:
         self.config, self.result = config, result
         self.seed: int = config.getoption("soak_seed")
         self.marked: set[str] = set()  # all soak tests of the folders and files that it was given
+        self.called: dict[str, pytest.TestReport] = {}  # passed, before their teardown
         self.notes: Path | None = None  # one passed test a line
         if "soak" in config.option.markexpr:
             self.code = _fingerprint()
@@ -96,7 +97,11 @@ class Soak:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if self.notes is None or not self.writes:
             return
-        if report.skipped or (report.when == "call" and report.passed):
+        if report.when == "call" and report.passed:
+            self.called[report.nodeid] = report
+        ended = report.when == "teardown" and report.passed and report.nodeid in self.called
+        if report.skipped or ended:  # a teardown that fails leaves the test to be run again
+            report = self.called.pop(report.nodeid, report)
             counts = {"skipped": 1} if report.skipped else dict(report.user_properties)
             note = {"test": report.nodeid, "seconds": report.duration, "counts": counts}
             with self.notes.open("a") as file:

@@ -112,6 +112,15 @@ class Batch:
             self._source = self._counted(self.predictor.source, images)
         return self._source
 
+    def source_of_input(self) -> Prediction:
+        """Predict with the source model what an input rule has made of the images.
+
+        One forward pass; without an input rule it is that of :meth:`source`.
+        """
+        if self.original is None:
+            return self.source()
+        return self._counted(self.predictor.source, self.images)
+
     @property
     def has_source(self) -> bool:
         """Whether the source has predicted this batch already."""

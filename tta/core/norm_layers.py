@@ -292,6 +292,8 @@ def normalize_by_source(x: Tensor, base: Any) -> Tensor:
     """Normalise ``x`` (B, C, ...) as the source model does in eval mode."""
     if base.running_mean is None:
         return normalize_by_batch(x, base)
+    if getattr(base, "only_normalises", False) and not base.training:
+        return base.forward(x)  # in its own way
     return normalize(x, base.running_mean, base.running_var, base)
 
 

@@ -38,8 +38,8 @@ takes from l', where n is how many the norm rule takes statistics of. Then the s
 nothing is learned, until there are no runs any more, or until the adapted model, which is tried
 beside it now and then, shows as much of them.
 
-A step that was made of fewer than ``few`` images is taken back, and no other is made in the pause
-that follows: a gradient of one image is what breaks most updates.
+A step that was made of fewer than ``few`` images is taken back, and no other is made in the 4096
+batches that follow: a gradient of one image is what breaks most updates.
 
 It cannot see an update that turns one class into another as often as the reverse, nor one that was
 worse from the first batch on with as many classes. Where the source is useless it still is what
@@ -96,7 +96,7 @@ class SteadyConfig(ComponentConfig):
         number("margin", self.margin, 0, LARGE)
         number("source_margin", self.source_margin, 0, LARGE)
         whole_number("every", self.every, 1, LARGEST)
-        whole_number("pause", self.pause, 1, LARGEST)
+        whole_number("pause", self.pause, 1, LONGEST)
         whole_number("few", self.few, 1, LARGEST)
 
 
@@ -165,15 +165,16 @@ class Steady(Guard):
         if (verdict := self._few(batch)) is not None:
             return verdict
         if self.mixes and self._asks(age, block):
-            self.source_gap.see(batch.prediction.logits, batch.source().logits)
-            self.runs.watch(batch.source().logits.argmax(1))
+            source = batch.source_of_input().logits
+            self.source_gap.see(batch.prediction.logits, source)
+            self.runs.watch(source.argmax(1))
             self.own.watch(batch.prediction.logits.argmax(1))
             if self.runs.persistence() > RUNS and self._harmful(len(batch.images), SURE):
                 self.runs_seen.fill_(True)
                 self.age.zero_()
                 return Verdict(action="source", reason=IN_RUNS, undo=True)
         if self.trains and (int(self.beside) > 0 or self._due(age // block, 1)):
-            anchor = batch.anchor() if self.mixes else batch.source()
+            anchor = batch.anchor() if self.mixes else batch.source_of_input()
             self.gap.see(batch.prediction.logits, anchor.logits)
             self.trend.see(batch.prediction.logits, anchor.logits)
             if int(self.beside) > 0:
@@ -262,7 +263,7 @@ class Steady(Guard):
 
     def _in_runs(self, batch: Batch) -> Verdict:
         """Let the source answer while labels come in runs that the adapted model cannot stand."""
-        self.runs.watch(batch.source().logits.argmax(1))
+        self.runs.watch(batch.source_of_input().logits.argmax(1))
         count = len(batch.images)
         if tried := self._tries(count):
             assert batch.prediction is not None

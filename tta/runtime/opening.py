@@ -49,6 +49,7 @@ def open_or_make(
     if pool.adapter.config != wanted:
         found = pool.adapter.config.label
         pool.close(save=False)
+        pool.adapter.unwrap()
         raise ValueError(
             f"`folder` must hold streams of {told(wanted.label, 60)} with these settings, but "
             f"{told(place, 60)} has some of {told(found, 60)}: start with the settings of then, "

@@ -196,9 +196,7 @@ class StreamStore:
                 if not self.owners.claim(name):
                     return None
                 if self.files.place(name).is_file():  # another process was, and is done with it
-                    stream = self._note_file(name)
-                    stream.saved = stream.version = 1  # no new one, which may be dropped again
-                    return stream
+                    return self._note_file(name)
             if self.files is None and len(self.in_memory) >= self.capacity:
                 raise RuntimeError(
                     f"`capacity` must be at least the number of streams where `folder` is None, "
@@ -364,7 +362,7 @@ class StreamStore:
 
     def _note_file(self, name: str) -> Stream:
         stream = self.streams[name] = Stream(name)
-        stream.saved = stream.version
+        stream.saved = stream.version = 1  # 0 is a new one, which may be dropped again
         return stream
 
     def bring(self, stream: Stream, seat: Seat | None = None) -> None:

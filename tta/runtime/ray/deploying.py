@@ -173,7 +173,8 @@ def run(
 
 def _reason(serve: Any) -> str:
     """The last line that a replica said before it ended."""
-    deployments = serve.status().applications[NAME].deployments
+    application = serve.status().applications.get(NAME)
+    deployments = {} if application is None else application.deployments
     said = deployments[STREAMS].message if STREAMS in deployments else ""
     return ([line.strip() for line in said.splitlines() if line.strip()] or [""])[-1]
 

@@ -199,7 +199,7 @@ class Front:
         return responses.HTMLResponse(PAGE, headers={"content-security-policy": POLICY})
 
     async def _ask_all(self, request: Any) -> list[Answer]:
-        asked = Asked(method=request.method, path=_path(request))
+        asked = Asked(method="GET", path=_path(request))
         return await self._from_all("ask", asked)
 
     async def _from_all(self, method: str, *arguments: Any) -> list[Any]:
