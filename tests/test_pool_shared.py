@@ -318,3 +318,39 @@ def test_a_server_refuses_a_stream_of_another_until_it_has_it(tmp_path: Path) ->
             time.sleep(0.1)
             answer = server.post("/v1/predict", params={"stream": "a"}, content=body)
         assert answer.json()["probabilities"] == second and answer.json()["index"] == 1
+
+
+def test_a_stream_that_another_drops_is_made_anew(tmp_path: Path) -> None:
+    with made(tmp_path / "p") as one, another(tmp_path / "p") as two:
+        one.stream("a", create=True)(images(0))
+        one.snapshot()
+        view = two.stream("a")
+        one.drop("a")
+        with pytest.raises(KeyError, match="was dropped"):
+            view(images(1))
+        assert "a" not in two and "a" not in one
+        again = two.stream("a", create=True)
+        assert torch.equal(again(images(1)), wrapped()(images(1)))
+
+
+def test_a_mixed_call_that_fails_drops_no_stream_that_another_has_made(tmp_path: Path) -> None:
+    """It looks for the streams first, and may wait for one of them long after."""
+    failed: list[BaseException] = []
+    with made(tmp_path / "p") as one, another(tmp_path / "p") as two:
+
+        def call() -> None:
+            try:
+                two(torch.rand(4, 1, 8, 8), ["a", "a", "b", "b"], create=True)
+            except BaseException as error:
+                failed.append(error)
+
+        with one.stream("a", create=True) as view:
+            view(images(0))
+            thread = threading.Thread(target=call)
+            thread.start()
+            time.sleep(20 * POLL)  # it waits for "a" by now
+            one.stream("b", create=True)(images(1))
+            one.snapshot()
+        thread.join()
+        assert len(failed) == 1 and isinstance(failed[0], (ValueError, RuntimeError))
+        assert one.streams() == ["a", "b"]

@@ -371,12 +371,14 @@ class StreamStore:
         self.check_open()
         name = stream.name
         if self.streams.get(name) is not stream:
-            raise KeyError(
-                f"`stream` must be one of the pool's, but {shown(name, 60)} was dropped: ask the "
-                "pool for it again, with create=True."
-            )
-        if self.owners is not None and not self.owners.claim(name):
-            raise ElsewhereError(name)
+            raise _dropped(name)
+        if self.owners is not None:
+            if not self.owners.claim(name):
+                raise ElsewhereError(name)
+            if self._is_gone(stream):  # another process has dropped it while this one waited
+                self.owners.give(name)
+                del self.streams[name]
+                raise _dropped(name)
         if stream.seat is not seat:
             if stream.seat is not None:
                 stream.seat.set_aside()
@@ -393,6 +395,13 @@ class StreamStore:
             stream.seat, stream.kept = seat, None
         self.in_memory[name] = self.in_memory.pop(name, stream)  # now the last one
         self._make_room(stream)
+
+    def _is_gone(self, stream: Stream) -> bool:
+        """Whether a stream is in no memory and has no file."""
+        in_memory = stream.kept is not None or stream.seat is not None
+        return (
+            not in_memory and self.files is not None and not self.files.place(stream.name).is_file()
+        )
 
     def _read(self, name: str) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
         assert self.files is not None
@@ -419,6 +428,13 @@ class StreamStore:
         stream.kept = None
         del self.in_memory[stream.name]
         return True
+
+
+def _dropped(name: str) -> KeyError:
+    return KeyError(
+        f"`stream` must be one of the pool's, but {shown(name, 60)} was dropped: ask the pool for "
+        "it again, with create=True."
+    )
 
 
 def _rest(name: str, wait: bool) -> None:
