@@ -354,3 +354,15 @@ def test_a_mixed_call_that_fails_drops_no_stream_that_another_has_made(tmp_path:
         thread.join()
         assert len(failed) == 1 and isinstance(failed[0], (ValueError, RuntimeError))
         assert one.streams() == ["a", "b"]
+
+
+def test_a_folder_that_cannot_hold_locks_is_refused_in_words(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "owners.lock").symlink_to(tmp_path / "file")
+    for name in ("file", "linked"):
+        with pytest.raises(OSError, match="`folder` must be one that can be written to"):
+            made(tmp_path / name)
+    with pytest.raises(TypeError, match="`shared`"):
+        StreamPool(wrapped(), folder=tmp_path / "p", shared="yes")  # type: ignore[arg-type]
+    assert not (tmp_path / "p").exists()

@@ -24,6 +24,7 @@ from typing import Any
 
 from tta.core.checks import shown, told
 from tta.core.files import NO_LINKS
+from tta.runtime.stream_files import not_writable
 
 try:
     fcntl: Any = import_module("fcntl")
@@ -66,9 +67,12 @@ class Owners:
         self._mine: dict[str, int] = {}  # the place of each
         self._wishes: dict[str, float] = {}  # when each was made, or repeated
         self._lock = threading.Lock()
-        folder.mkdir(parents=True, exist_ok=True)
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | NO_LINKS
-        self._handle = os.open(folder / FILE, flags, 0o666)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._handle = os.open(folder / FILE, flags, 0o666)
+        except OSError as error:
+            raise not_writable(folder, error) from error
         self._end = weakref.finalize(self, os.close, self._handle)
         _all.add(self)
         try:

@@ -28,6 +28,7 @@ from tta.core.adapter_sets import AdapterSets
 from tta.core.checks import (
     LARGE,
     LARGEST,
+    boolean,
     nearest,
     number,
     path_like,
@@ -44,7 +45,7 @@ from tta.runtime.hand_over import HandOver
 from tta.runtime.owners import Owners
 from tta.runtime.side_by_side import SideBySide
 from tta.runtime.snapshots import Snapshots
-from tta.runtime.stream_files import StreamFiles
+from tta.runtime.stream_files import StreamFiles, not_writable
 from tta.runtime.stream_store import Stream, StreamStore, load_file
 from tta.runtime.stream_view import StreamView
 from tta.saving import load, save
@@ -101,7 +102,7 @@ class StreamPool:
             )
         place = None if folder is None else path_like("folder", folder)
         capacity, interval = _checked(capacity, interval)
-        if shared and place is None:
+        if boolean("shared", shared) and place is None:
             raise ValueError("`shared` must be False where `folder` is None: pass the folder.")
         with adapter.turns.lock:
             if adapter.turns.reserved:
@@ -156,7 +157,7 @@ class StreamPool:
             load_file(files.start, AdapterSets(adapter), *files.read(files.start, ""))
             pool = cls.__new__(cls)
             with adapter.turns.lock:
-                owners = Owners(files.folder) if shared else None
+                owners = Owners(files.folder) if boolean("shared", shared) else None
                 pool._begin(adapter, capacity, files, interval, owners)
         except BaseException:
             adapter.turns.reserved = ""
@@ -486,9 +487,6 @@ def _made(folder: Path, adapter: Adapter) -> StreamFiles:
     try:
         files.write(files.start, "", AdapterSets(adapter).export_first())
     except OSError as error:
-        raise type(error)(
-            f"`folder` must be one that can be written to, but {told(folder)} is not "
-            f"({told(error.strerror or error)}): choose another, or make room."
-        ) from error
+        raise not_writable(folder, error) from error
     save(adapter, folder)
     return files
