@@ -19,13 +19,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import tta
+from models.bundled import FOLDER
 from tta.core.checks import string
 from tta.core.input_rule import DEFAULT_INPUT
 
 __all__ = ["BETAS", "DENOISER", "UNet", "is_trained", "load_diffusion"]
 
 DENOISER = "cifar10_denoiser"
-FOLDER = Path(__file__).parent / "weights"
 BETAS = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)  # section 4 of the paper
 EMBEDDING = 128  # numbers that tell a block its step
 

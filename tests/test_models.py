@@ -23,6 +23,16 @@ CLEAN_ACCURACY = {  # on the 10,000 test images; the cards have the measured fig
 }
 
 
+def accuracy_of(net: torch.nn.Module) -> float:
+    """Share of 500 bundled images that are classified rightly."""
+    data = open_data("bundled").clean
+    assert data is not None
+    x = torch.stack([data[i][0] for i in range(0, len(data), 4)]).float() / 255
+    y = torch.tensor([int(data[i][1]) for i in range(0, len(data), 4)])
+    with torch.no_grad():
+        return float((net(x).argmax(1) == y).float().mean())
+
+
 def test_there_are_three() -> None:
     assert set(BUNDLED) == set(CLEAN_ACCURACY)
     weights = [FOLDER / name / "weights.safetensors" for name in BUNDLED]
@@ -38,12 +48,7 @@ def test_a_bundled_model_does_what_its_card_says(name: str) -> None:
     assert info.input_size == (3, 32, 32) and len(info.class_names or ()) == 10
     card = json.loads((FOLDER / name / "card.json").read_text())
     assert card["clean_accuracy"] >= CLEAN_ACCURACY[name]
-    data = open_data("bundled").clean
-    assert data is not None
-    x = torch.stack([data[i][0] for i in range(0, len(data), 4)]).float() / 255
-    y = torch.tensor([int(data[i][1]) for i in range(0, len(data), 4)])
-    with torch.no_grad():
-        accuracy = float((net(x).argmax(1) == y).float().mean())
+    accuracy = accuracy_of(net)
     # 500 images: four standard deviations are below 0.06.
     assert abs(accuracy - card["clean_accuracy"]) < 0.06
 
@@ -105,12 +110,7 @@ def test_a_network_that_was_made_for_one_method_is_loaded_by_name(name: str, lea
     log = json.loads((FOLDER / info.name / "training.json").read_text())
     assert log["history"][-1]["test_accuracy"] > least and info.name in log["name"]
     assert (FOLDER / info.name / "weights.safetensors").stat().st_size < 1e6
-    data = open_data("bundled").clean
-    assert data is not None
-    x = torch.stack([data[i][0] for i in range(0, len(data), 4)]).float() / 255
-    y = torch.tensor([int(data[i][1]) for i in range(0, len(data), 4)])
-    with torch.no_grad():
-        accuracy = float((net(x).argmax(1) == y).float().mean())
+    accuracy = accuracy_of(net)
     assert abs(accuracy - log["history"][-1]["test_accuracy"]) < 0.08
     assert info.name not in models.list_models()
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +153,7 @@ class OwnNetworks:
         with self.rows.shown_on(self.page, MARK, render):
             for key in self._keys():
                 if self.again or not self.rows.measured(key, about):
-                    subject = load_subject(key["model"], "bundled", torch.device("cpu"))
+                    subject = _subject(key["model"])
                     row = key | about | self._measure(subject, key["order"], key["method"])
                     self.rows.put(row)
                     print(row, flush=True)
@@ -185,6 +186,11 @@ class OwnNetworks:
                 )
                 found[domain] = round(100 * wrong / len(truth), 2)
         return {"errors": found}
+
+
+@cache
+def _subject(model: str) -> Subject:
+    return load_subject(model, "bundled", torch.device("cpu"))
 
 
 def render(rows: Iterable[Mapping[str, Any]]) -> str:

@@ -121,8 +121,7 @@ def run(args: argparse.Namespace) -> int:
         needed(package, "serve")  # before a large model is loaded
     from tta.runtime.server import run as serve
 
-    hosts = None if "*" in args.allow_host else args.allow_host
-    door = {"token": _token(args.token_file), "hosts": hosts}
+    door = _door(args)
     with logging_to_stderr(args.log, args.log_level):
         if args.ray is not None:
             _serve_on_ray(args, door)
@@ -191,8 +190,7 @@ def build(arguments: Mapping[str, str]) -> Any:
         raise ValueError(
             f"`arguments` must be model= and flags of tta serve, got {what}: see tta serve --help."
         )
-    hosts = None if "*" in args.allow_host else args.allow_host
-    return _ray_application(args, {"token": _token(args.token_file), "hosts": hosts})
+    return _ray_application(args, _door(args))
 
 
 def _ray_application(args: argparse.Namespace, door: dict[str, Any]) -> Any:
@@ -252,6 +250,12 @@ def pool_from(args: argparse.Namespace, opened: OpenedModel) -> StreamPool:
     if args.folder is None:
         return StreamPool(adapter, **more)
     return open_or_make(adapter, args.folder, source=source_from(args, opened), **more)
+
+
+def _door(args: argparse.Namespace) -> dict[str, Any]:
+    """Who is let in: the token, and the names that the server is called by."""
+    hosts = None if "*" in args.allow_host else args.allow_host
+    return {"token": _token(args.token_file), "hosts": hosts}
 
 
 def _token(path: str | None) -> str | None:

@@ -62,7 +62,7 @@ from tta.core.config import ComponentConfig
 from tta.core.guard import LEARN, Batch, Guard, Verdict
 from tta.core.registry import register
 from tta.parts.label_runs import LabelRuns
-from tta.parts.spread import SpreadGap
+from tta.parts.spread import ENOUGH, SpreadGap
 
 __all__ = ["Steady", "SteadyConfig"]
 
@@ -78,7 +78,7 @@ LEFT = 0.9  # of the source's persistence, that the adapted model must show
 SHOWN = 0.4  # of the persistence of labels, in the predictions of a fair model
 TRIED, ROUND = 6, 32  # of so many rows of images, in how many the adapted model is tried
 IN_RUNS = "labels come in runs"
-ROW = 48  # images in a row of which the source is asked
+ROW = ENOUGH  # images in a row of which the source is asked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +160,7 @@ class Steady(Guard):
             self.hold -= 1
             return LEARN
         assert batch.prediction is not None
-        age, block = int(self.age), -(-ROW // len(batch.images))
+        age, block = int(self.age), _block(len(batch.images))
         self.age += 1
         if (verdict := self._few(batch)) is not None:
             return verdict
@@ -207,7 +207,7 @@ class Steady(Guard):
 
     def _tries(self, count: int) -> bool:
         """Whether the adapted model is tried on this batch while the source answers."""
-        return int(self.age) // -(-ROW // count) % ROUND >= ROUND - TRIED
+        return int(self.age) // _block(count) % ROUND >= ROUND - TRIED
 
     def _few(self, batch: Batch) -> Verdict | None:
         """Take back a step that was made of few images."""
@@ -280,3 +280,8 @@ class Steady(Guard):
         self.runs.forget()
         self._begin_pause(0)
         return Verdict(action="reset", reason=reason, answer=batch.source().logits)
+
+
+def _block(count: int) -> int:
+    """How many batches of so many images have a row."""
+    return -(-ROW // count)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-__all__ = ["SpreadGap", "spread"]
+__all__ = ["ENOUGH", "SpreadGap", "spread"]
 
 SPAN = 192  # images over which the difference is averaged
 ENOUGH = 48  # images that a mean prediction is of

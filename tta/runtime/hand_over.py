@@ -8,6 +8,7 @@ import weakref
 from typing import TYPE_CHECKING
 
 from tta.core.checks import told
+from tta.runtime.background import Background
 from tta.runtime.owners import POLL, Owners
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ __all__ = ["HandOver"]
 log = logging.getLogger("tta.runtime")
 
 
-class HandOver:
+class HandOver(Background):
     """Gives streams to processes that ask for them, between two uses.
 
     Args:
@@ -27,23 +28,10 @@ class HandOver:
     """
 
     def __init__(self, store: StreamStore, owners: Owners) -> None:
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(
-            target=_go_on,
-            args=(weakref.ref(store, lambda _: self._stopped.set()), owners, self._stopped),
-            name="tta-hand-over",
-            daemon=True,
-        )
-        self._thread.start()
-
-    def stop(self) -> None:
-        """End, after what is being handed over."""
-        self._stopped.set()
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
+        super().__init__(store, _go_on, "tta-hand-over", owners)
 
 
-def _go_on(reference: weakref.ref[StreamStore], owners: Owners, stopped: threading.Event) -> None:
+def _go_on(reference: weakref.ref[StreamStore], stopped: threading.Event, owners: Owners) -> None:
     while not stopped.wait(POLL):
         try:
             wanted = owners.wanted()

@@ -8,6 +8,8 @@ import time
 import weakref
 from typing import TYPE_CHECKING
 
+from tta.runtime.background import Background
+
 if TYPE_CHECKING:
     from tta.runtime.stream_store import StreamStore
 
@@ -16,7 +18,7 @@ __all__ = ["Snapshots"]
 log = logging.getLogger("tta.runtime")
 
 
-class Snapshots:
+class Snapshots(Background):
     """Writes the streams of a store that have changed, twice in every interval.
 
     What is learned just after a stream was copied waits for the next round: half an interval, and
@@ -28,20 +30,7 @@ class Snapshots:
     """
 
     def __init__(self, store: StreamStore, interval: float) -> None:
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(
-            target=_go_on,
-            args=(weakref.ref(store, lambda _: self._stopped.set()), self._stopped, interval),
-            name="tta-snapshots",
-            daemon=True,
-        )
-        self._thread.start()
-
-    def stop(self) -> None:
-        """End, after the file that is being written."""
-        self._stopped.set()
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
+        super().__init__(store, _go_on, "tta-snapshots", interval)
 
 
 def _go_on(reference: weakref.ref[StreamStore], stopped: threading.Event, interval: float) -> None:

@@ -398,10 +398,9 @@ class StreamStore:
 
     def _is_gone(self, stream: Stream) -> bool:
         """Whether a stream is in no memory and has no file."""
-        in_memory = stream.kept is not None or stream.seat is not None
-        return (
-            not in_memory and self.files is not None and not self.files.place(stream.name).is_file()
-        )
+        if stream.name in self.in_memory or self.files is None:
+            return False
+        return not self.files.place(stream.name).is_file()
 
     def _read(self, name: str) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
         assert self.files is not None
