@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
@@ -15,9 +16,12 @@ from torch import Tensor
 
 from tta.core.adapter import Adapter
 from tta.core.component import log_probabilities
+from tta.runtime.capturing import Captured, Graph, NotCapturedError
 from tta.runtime.pool import StreamPool
 
-__all__ = ["Direct", "Lagging", "Pooled", "Server", "Step", "step", "taken"]
+__all__ = ["Direct", "Lagging", "Pooled", "Replaying", "Server", "Step", "step", "taken"]
+
+log = logging.getLogger("tta.runtime")
 
 # What a state holds that can learn; the rest counts calls, or watches.
 LEARNS = ("param/", "norm/", "update/", "output/", "input/", "model/")
@@ -91,6 +95,67 @@ class Direct(Server):
         """Serve a batch; all streams are one."""
         with self.adapter.turns:
             return step(self.adapter, images, learn, used)
+
+
+class Replaying(Direct):
+    """One adapter, whose step on full batches is captured once, and then replayed.
+
+    The adapter itself serves the first full batch, by which it gets to know the model, and all that
+    does not fit: batches of other shapes, of which nothing is learned, with values that are no
+    numbers, or while the caller uses autocast.
+
+    Args:
+        adapter: Which goes on as it would without.
+        batch_size: Images in a full batch.
+        graph: Makes a graph.
+    """
+
+    def __init__(self, adapter: Adapter, batch_size: int, graph: Callable[[], Graph]) -> None:
+        super().__init__(adapter)
+        self.batch_size, self.graph = batch_size, graph
+        self.outcome = "no full batch has come twice yet"
+        self.replayed = 0  # batches
+        self._met, self._tried = False, False
+        self._captured: Captured | None = None
+
+    def serve(self, stream: str, images: Tensor, learn: bool, used: int) -> Step:
+        """Serve a batch; all streams are one."""
+        with self.adapter.turns:
+            captured = self._captured_for(images) if learn else None
+            logits = None if captured is None else captured.serve(images)
+            if logits is None:
+                return step(self.adapter, images, learn, used)
+            self.replayed += 1
+            self.adapter._serving.taken = used
+            return Step(_probabilities(self.adapter, logits), self._learns)
+
+    def close(self) -> None:
+        """Let go of what was captured."""
+        self._captured = None
+
+    def _captured_for(self, images: Tensor) -> Captured | None:
+        """What may be replayed for these images, which is captured when they come twice."""
+        adapter, kind = self.adapter, images.device.type
+        learning = adapter.session.learning and not adapter.turns.reserved
+        if len(images) != self.batch_size or not learning or torch.is_autocast_enabled(kind):
+            return None
+        if self._met and not self._tried:
+            self._tried = True
+            self._capture(images)
+        self._met = True
+        fits = self._captured is not None and self._captured.fits(images)
+        return self._captured if fits else None
+
+    def _capture(self, images: Tensor) -> None:
+        try:
+            self._captured = Captured(self.adapter, images, self.graph())
+        except NotCapturedError as error:
+            self.outcome = f"steps are not captured: {error}"
+            log.warning("%s", self.outcome)
+            return
+        self._learns = can_learn(self.adapter)
+        self.outcome = f"steps of images {tuple(images.shape)} are captured"
+        log.info("%s", self.outcome)
 
 
 class Pooled(Server):
