@@ -26,7 +26,7 @@ from torch import Tensor
 from tta.core.adapter import Adapter
 from tta.core.checks import LARGE, boolean, number, one_of, shown, told, whole_number
 from tta.core.pictures import as_rgb, is_picture
-from tta.runtime import capturing
+from tta.runtime import capturing, lanes
 from tta.runtime.extras import needed
 from tta.runtime.frames import EXTRA, IterableSource, Source
 from tta.runtime.intake import LATE, Arrived, Batch, Intake
@@ -160,7 +160,7 @@ class Pipeline:
         )
         graph = capturing.graph_on(self._images.device) if graphs and not self._graphs else None
         self._make: Callable[[], Server] = lambda: _server(
-            adapter, pool, staleness, batch_size, graph
+            adapter, pool, staleness, batch_size, graph, self._images.lanes
         )
         self._server: Server | None = None
         self._together = boolean("together", together)
@@ -320,11 +320,12 @@ class _Images:
         model = adapter.network.model
         first = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
         self.device, self.dtype = first.device, first.dtype
+        self.lanes = lanes.lanes_on(self.device)
         self.transform = transform
         self.of_pictures = own_transform(model) if transform is None else transform
 
-    def prepare(self, given: Any) -> Tensor:
-        """An image as the model takes it, (C, H, W)."""
+    def prepare(self, given: Any) -> Any:
+        """An image as the model takes it, (C, H, W), on its way to the device."""
         if callable(given) and not isinstance(given, Tensor):
             given = given()
         if isinstance(given, np.ndarray):
@@ -342,11 +343,14 @@ class _Images:
             raise TypeError(
                 f"`transform` must return a tensor (C, H, W), got {shown(found)}: correct it."
             )
-        return found.detach()
+        return self.lanes.upload(found.detach())
 
-    def stack(self, images: list[Tensor]) -> Tensor:
-        """A batch, where the model is."""
-        batch = torch.stack(images)
+    def stack(self, images: list[Any]) -> Tensor:
+        """A batch of prepared images, where the model is."""
+        taken: list[Tensor] = [self.lanes.take(image) for image in images]
+        if len({image.device for image in taken}) > 1:
+            taken = [image.to(self.device) for image in taken]
+        batch = torch.stack(taken)
         return batch.to(self.device, self.dtype if batch.is_floating_point() else None)
 
 
@@ -386,9 +390,10 @@ def _server(
     staleness: int,
     batch_size: int,
     graph: Callable[[], capturing.Graph] | None,
+    beside: lanes.Lanes,
 ) -> Server:
     if pool is not None:
         return Pooled(pool)
     if graph is not None:
         return Replaying(adapter, batch_size, graph)
-    return Lagging(adapter, staleness) if staleness else Direct(adapter)
+    return Lagging(adapter, staleness, beside) if staleness else Direct(adapter)

@@ -17,6 +17,7 @@ from torch import Tensor
 from tta.core.adapter import Adapter
 from tta.core.component import log_probabilities
 from tta.runtime.capturing import Captured, Graph, NotCapturedError
+from tta.runtime.lanes import Lanes
 from tta.runtime.pool import StreamPool
 
 __all__ = ["Direct", "Lagging", "Pooled", "Replaying", "Server", "Step", "step", "taken"]
@@ -187,17 +188,19 @@ class Lagging(Server):
     Args:
         adapter: Nobody else may call it meanwhile.
         staleness: How many batches may be predicted whose predecessors are not learned from.
+        lanes: Of the device.
     """
 
-    def __init__(self, adapter: Adapter, staleness: int) -> None:
-        self.adapter, self.staleness = adapter, staleness
+    def __init__(self, adapter: Adapter, staleness: int, lanes: Lanes) -> None:
+        self.adapter, self.staleness, self.lanes = adapter, staleness, lanes
         self.learns, self.session = can_learn(adapter), adapter.session
         self.copy = copy.deepcopy(adapter)
         self.copy.freeze()
         self._learner = ThreadPoolExecutor(1, thread_name_prefix="tta-learn")
         self._behind: list[Future[None]] = []
         self._lock = threading.Lock()
-        self._new: dict[str, Tensor] | None = None
+        self._new: Any = None  # state that is given to the copy
+        self._lent: Any = lanes.give(self._tensors())
 
     def serve(self, stream: str, images: Tensor, learn: bool, used: int) -> Step:
         """Predict a batch at once, as soon as learning is not too far behind."""
@@ -206,16 +209,20 @@ class Lagging(Server):
         with self._lock:
             new, self._new = self._new, None
         if new is not None:
-            self.copy.load_state(new, allow_nonfinite=True)
+            self.copy.load_state(self.lanes.take(new), allow_nonfinite=True)
+        given = self.lanes.give(images)  # before the pass, for which learning need not wait
         found = step(self.copy, images, True, used)
         learn = learn and self.learns and self.session.learning
         if learn:
-            self._behind.append(self._learner.submit(self._learn, images, used))
+            self._behind.append(self._learner.submit(self._learn, given, used))
         return Step(found.probabilities, learn)
 
     def close(self) -> None:
         """Wait for what is still to be learned."""
         self._learner.shutdown()
+        with self.lanes.learning():
+            back = self.lanes.give(self._tensors())
+        self.lanes.take(back)
         for future in self._behind:
             error = future.exception()
             if error is not None:
@@ -223,9 +230,18 @@ class Lagging(Server):
         self._behind.clear()
 
     @torch.inference_mode(False)
-    def _learn(self, images: Tensor, used: int) -> None:
-        with self.adapter.turns:
-            step(self.adapter, images, True, used)
-            state: dict[str, Any] = self.adapter.state()
+    def _learn(self, images: Any, used: int) -> None:
+        with self.adapter.turns, self.lanes.learning():
+            if self._lent is not None:
+                self.lanes.take(self._lent)
+                self._lent = None
+            step(self.adapter, self.lanes.take(images), True, used)
+            new = self.lanes.give(self.adapter.state())
         with self._lock:
-            self._new = state
+            self._new = new
+
+    def _tensors(self) -> list[Tensor]:
+        """All that the adapter holds."""
+        own = [*self.adapter.parameters(), *self.adapter.buffers()]
+        gradients = [p.grad for p in own if p.grad is not None]
+        return [*own, *gradients, *self.adapter._state.tensors().values()]
