@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tta
+from tests.helpers.capturable import RECIPES, named
 from tests.helpers.exported import make
 from tests.helpers.fake_gpu import DEVICE, on_fake_gpu
 from tests.helpers.faults import same
@@ -29,34 +30,7 @@ SHAPE = (3, 16, 16)
 draws = torch.Generator().manual_seed(3)
 BATCHES = [torch.randn(4, *SHAPE, generator=draws) * (1 + 0.3 * i) + 0.2 * i for i in range(7)]
 FRAMES = torch.cat(BATCHES)
-BOUNDED = tta.get_config("adanpc", capacity=20, ball_radius=0.6)
-CODED = {"output": "lsa", "source": [(torch.rand(40, *SHAPE), torch.arange(40) % 10)]}
-# Each with whether it is bitwise the adapter on a CPU, where norm rules sum in another order.
-RECIPES: list[tuple[dict[str, Any], bool]] = [
-    ({"recipe": "source"}, True),
-    ({"norm": "bn"}, False),
-    ({"norm": "alpha_bn"}, False),
-    ({"norm": "unmix_tns"}, False),
-    ({"norm": "robust_bn"}, False),
-    ({"norm": "bn_ema"}, False),
-    ({"norm": "adaptive_bn", "output": "drift"}, False),
-    ({"norm": "iabn"}, False),
-    (CODED, True),
-    ({"output": "neo"}, True),
-    ({"output": tta.get_config("neo", balanced=True, momentum=0.1)}, True),
-    ({"output": "foa_shift"}, True),
-    ({"output": tta.get_config("t3a", filter_size=3)}, True),
-    ({"norm": "bn", "output": "prior_correction"}, False),
-    ({"output": BOUNDED}, True),
-    ({"output": "persistence"}, False),
-    ({"norm": "robust_bn", "output": "neo"}, False),
-]
 CLOSE = 1e-6  # of logits and states, of which the largest differences were 1.2e-7 and 2.8e-7
-
-
-def named(recipe: dict[str, Any]) -> str:
-    parts = (v if isinstance(v, str) else v.name for k, v in recipe.items() if k != "source")
-    return "+".join(parts)
 
 
 def difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:

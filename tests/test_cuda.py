@@ -19,11 +19,11 @@ from experiments.cli import main
 from experiments.records.file import read_lines
 from tests.helpers import ranks
 from tests.helpers.batches import images, source_batches
+from tests.helpers.capturable import RECIPES, named
 from tests.helpers.compositions import CASES
 from tests.helpers.exported import make
 from tests.helpers.nets import tiny
 from tests.helpers.traces import TRACES, Trace
-from tests.test_capturing import RECIPES, named
 from tta.runtime import Pipeline
 from tta.runtime.capturing import Captured, CudaGraph, NotCapturedError
 
@@ -212,7 +212,7 @@ def test_a_pipeline_gives_what_a_loop_gives(recipe, options) -> None:
 
     def disturb() -> None:
         while not done.is_set():
-            torch.rand(512, 512, device="cuda").sum().item()
+            torch.ones(512, 512, device="cuda").sum().item()
 
     other = threading.Thread(target=disturb)
     other.start()
@@ -236,6 +236,6 @@ def test_a_pipeline_gives_what_a_loop_gives(recipe, options) -> None:
 
 def test_the_study_of_a_gpu_runs(tmp_path) -> None:
     flags = ["--quick", "--device", "cuda", "--results", str(tmp_path / "gpu.jsonl")]
-    assert main(["gpu", *flags, "--page", str(tmp_path / "page.md")]) == 0
+    assert main(["gpu", *flags]) == 0
     rows = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
     assert all(row["difference"] < CLOSE for row in rows if row["part"] == "agreement")
