@@ -93,6 +93,9 @@ COMMANDS = {
     "gpu": Command(
         "experiments.studies.gpu", "what waits for a GPU, in one script of at most 8 minutes"
     ),
+    "load": Command(
+        "experiments.studies.server_load", "latency, errors and memory of tta serve under load"
+    ),
     "cloud": Command(
         "experiments.studies.cloud", "error of a device against the share of images that it sends"
     ),

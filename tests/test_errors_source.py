@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -145,15 +146,18 @@ def test_statistics_from_files(tmp_path: Path) -> None:
     refused(ValueError, r"`path` .* no whole safetensors file", lambda: load(junk))
 
 
+ZERO = np.array(0.0)  # has __iter__, which raises
 COLLECT = [
     (ValueError, r"unknown method 'a'", source_batches(), "a"),
     (ValueError, r"unknown method 'a'", source_batches(), ["a"]),
     (TypeError, r"`for_methods` must be a list of names, got 3", source_batches(), 3),
     (TypeError, r"`for_methods` .* got \[3\]", source_batches(), [3]),
+    (TypeError, r"`for_methods` must be a list of names, got array\(0", source_batches(), ZERO),
     (ValueError, r"`for_methods` must name at least one method", source_batches(), []),
     (ValueError, r"`source` must hold at least one batch", [], ["eata"]),
     (TypeError, r"`loader` must be an iterable .* got NoneType", None, ["eata"]),
     (TypeError, r"`loader` must be an iterable .* got Tensor", images(0), ["eata"]),
+    (TypeError, r"`loader` must be an iterable .* got ndarray", ZERO, ["eata"]),
     (TypeError, r"batch 0 is a Tensor", [images(0)], ["eata"]),
 ]
 

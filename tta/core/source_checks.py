@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tta.core.checks import dense, nearest, real, shown, told
+from tta.core.checks import dense, is_iterable, nearest, real, shown, told
 from tta.core.denoiser import Diffusion
 
 __all__ = [
@@ -159,7 +159,7 @@ def check_denoiser(value: Any) -> None:
 
 def check_iterable(name: str, value: Any) -> None:
     """Refuse what cannot hold source batches."""
-    if isinstance(value, (str, bytes, Tensor, Mapping)) or not isinstance(value, Iterable):
+    if isinstance(value, (str, bytes, Tensor, Mapping)) or not is_iterable(value):
         what = "an iterable of (images, labels)"
         what += " or a tta.SourceStatistics" if name == "source" else ""
         raise TypeError(
