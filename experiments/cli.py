@@ -90,6 +90,9 @@ COMMANDS = {
         "experiments.studies.mixed_batches",
         "what it gains to serve many streams in one pass of the model",
     ),
+    "gpu": Command(
+        "experiments.studies.gpu", "what waits for a GPU, in one script of at most 8 minutes"
+    ),
     "load": Command(
         "experiments.studies.server_load", "latency, errors and memory of tta serve under load"
     ),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tta.core.tracing import count_rows, is_tracing, rows_before
@@ -99,11 +98,12 @@ class LabelRuns(nn.Module):
     def watch(self, labels: Tensor) -> None:
         """Take in the labels (B,) that were predicted for a batch, in the order of the stream."""
         device = self.shares.device
-        spans = torch.tensor(self.spans, dtype=torch.float64, device=device)
+        spans = torch.stack([self.seen.new_full((), span) for span in self.spans])
         share = 1 - (1 - 1 / spans) ** count_rows(labels[:, None])
         self.seen += share * (1 - self.seen)
         share = share / self.seen  # an average of few images gives each of them more weight
-        found = F.one_hot(labels, self.classes).double().mean(0).to(device)
+        every = torch.arange(self.classes, device=labels.device)
+        found = (labels[:, None] == every).double().mean(0).to(device)
         self.shares += share[0] * (found - self.shares)
         before = rows_before(self.last, labels)
         known = before != NOBODY

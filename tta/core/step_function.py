@@ -13,7 +13,7 @@ from tta.core.norm_layers import begin_graph
 from tta.core.prediction import Prediction
 from tta.core.serving import LARGE
 from tta.core.state import GUARD, Place
-from tta.core.tracing import recording, tracing_step
+from tta.core.tracing import is_tracing, recording, tracing_step
 
 __all__ = ["BATCHES", "Step", "moving_keys", "refuse", "to_function"]
 
@@ -193,6 +193,39 @@ class Step(nn.Module):
         ]
         return logits, *self._unpack(torch.where(fine, joined_after, joined), after)
 
+    def advance(
+        self, images: Tensor, state: list[Tensor]
+    ) -> tuple[Tensor, Tensor, list[Tensor], dict[str, Any]]:
+        """Serve a batch whose shape is known, where no value is, as on a GPU.
+
+        Args:
+            images: (B, ...).
+            state: By key, with an axis for each that has none.
+
+        Returns:
+            Whether images, logits and state are all numbers (0-dimensional bool); logits (B, C);
+            the state after the batch, which is that before it where they are not; and figures of
+            the output rule.
+        """
+        adapter: Adapter = self.__dict__["adapter"]
+        with recording(adapter):
+            _, logits, after = self._serve(adapter, images, state)
+            figures = {} if adapter.output is None else adapter.output.report.raw()
+        before, joined = self._pack(state), self._pack(after)
+        fine = self._defined(joined, after) & logits.isfinite().all()
+        if images.is_floating_point():
+            fine = fine & (torch.linalg.vector_norm(images, dtype=torch.float32) <= LARGE)
+        after = [
+            value if i in self.packed else torch.where(fine, value, old)
+            for i, (value, old) in enumerate(zip(after, state, strict=True))
+        ]
+        joined = torch.where(fine, joined, before)
+        return fine, logits, self._unpack(joined, after), figures
+
+    def places(self) -> list[Place]:
+        """Where the adapter holds each tensor of the state, in the order of ``keys``."""
+        return self._places(self.__dict__["adapter"])
+
     def _serve(
         self, adapter: Adapter, images: Tensor, state: list[Tensor]
     ) -> tuple[Prediction, Tensor, list[Tensor]]:
@@ -203,7 +236,8 @@ class Step(nn.Module):
             for (held, key), value, scalar in zip(places, state, self.scalar, strict=True):
                 held[key] = (value.reshape(()) if scalar else value).clone()
             adapter._context.signs.look()
-            begin_graph(adapter._wrappers.values())
+            if is_tracing():
+                begin_graph(adapter._wrappers.values())
             with adapter.network.call():
                 prediction, answer = adapter._serving.traced(images)
             logits = adapter.network.reader.read(answer)
