@@ -16,14 +16,13 @@ NOBODY = -1  # the label before the first image
 ONE_CLASS = 0.999  # chance of a repeat from which a stream of one class cannot be told apart
 
 
-def persistence(
-    repeats: Any, shares: Tensor, images: Any, doubt: float, same: float = 0.0
-) -> Any:
+def persistence(repeats: Any, shares: Tensor, images: Any, doubt: float, same: float = 0.0) -> Any:
     """How much more often labels repeat than their shares explain.
 
     A label stays with this probability and is else drawn from the shares, if the stream is made so:
 
-        lambda = max(0, (q - s - k sqrt(s (1 - s) / n)) / (1 - s)),   s = (sum_c m_c^2 - d) / (1 - d)
+        lambda = max(0, (q - s - k sqrt(s (1 - s) / n)) / (1 - s))
+        s = (sum_c m_c^2 - d) / (1 - d)
 
     Args:
         repeats: q, share of images with the label of the one before.
