@@ -128,7 +128,7 @@ def shape(value: Sequence[int]) -> tuple[int, int, int, int]:
         )
     if min(height, width) < _SMALLEST:
         raise ValueError(
-            f"images must be at least {_SMALLEST} x {_SMALLEST} pixels, got {height} x {width}: "
+            f"images must be at least {_SMALLEST} x {_SMALLEST} pixels, got {shown(size)}: "
             "enlarge them first"
         )
     if batch * channels * height * width > _MOST_VALUES:
