@@ -220,6 +220,15 @@ def test_features_without_a_row_for_each_image_are_refused_in_words(method: str)
         wrapped(TwoViews(), method)(images(0))
 
 
+@pytest.mark.parametrize(
+    "found", [None, "features", torch.ones(8, 4, 2)], ids=["none", "text", "3d"]
+)
+def test_a_function_that_gives_no_features_is_refused_in_words(found: Any) -> None:
+    given = {"source": source_batches(), "features": lambda model, x: found}
+    with pytest.raises(TypeError, match=r"`features` must be a function that returns features"):
+        tta.wrap(tiny("bn"), "adanpc", **given)
+
+
 def test_one_logit_and_no_logits_are_refused() -> None:
     import timm
 
