@@ -71,7 +71,7 @@ def test_on_a_gpu_nothing_waits_for_values(recipe):
     adapter(BATCHES[0])
     mode = FakeTensorMode()
     there, step = on_fake_gpu(adapter, mode), copy.copy(Step(adapter, moving_keys(adapter)))
-    step.__dict__ = step.__dict__ | {"adapter": there, "_modules": {}}
+    step.__dict__ = step.__dict__ | {"adapter": there, "_modules": {}, "device": DEVICE}
     ways = []
     for by_tensors in (False, True):
         with mode, torch.no_grad(), capturing(by_tensors):
@@ -139,6 +139,15 @@ def test_what_cannot_be_captured_is_said(make_it, why):
 def plain() -> list[nn.Module]:
     torch.manual_seed(0)
     return [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)]
+
+
+def test_state_on_another_device_would_be_a_constant(monkeypatch):
+    adapter = tta.wrap(tiny("bn"), "neo")
+    adapter(BATCHES[0])
+    elsewhere = {"x": torch.zeros(3, device="meta")}
+    monkeypatch.setattr(Step, "places", lambda self: [(elsewhere, "x")])
+    with pytest.raises(NotCapturedError, match="on another device"):
+        Captured(adapter, BATCHES[1], StandIn())
 
 
 def test_a_graph_that_fails_leaves_the_adapter_as_it_is():
