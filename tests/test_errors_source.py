@@ -162,6 +162,24 @@ COLLECT = [
 ]
 
 
+def test_source_batches_made_in_inference_mode_are_as_any_others() -> None:
+    with torch.inference_mode():
+        made = [(x.clone(), y.clone()) for x, y in source_batches()]
+    for batches, methods in ((made, ["eata", "petal"]), (iter(made), ["eata"])):
+        found = tta.collect_source(tiny("bn"), batches, methods)
+        expected = tta.collect_source(tiny("bn"), source_batches(), methods)
+        assert all(map(torch.equal, found.fisher.values(), expected.fisher.values()))
+
+
+def test_a_later_batch_of_another_dtype_is_refused_in_words() -> None:
+    (x, y), *_ = source_batches()
+    refused(
+        TypeError,
+        "torch.float32 like the model, got torch.float64",
+        lambda: tta.collect_source(tiny("bn"), [(x, y), (x.double(), y)], ["itta"]),
+    )
+
+
 @pytest.mark.parametrize(("error", "words", "loader", "methods"), COLLECT)
 def test_collect_source(error, words, loader, methods) -> None:
     net = tiny("bn")

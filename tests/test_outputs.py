@@ -67,6 +67,23 @@ def _items(result: Any) -> list[torch.Tensor]:
     return list((result if isinstance(result, dict) else vars(result)).values())
 
 
+def test_a_list_that_holds_itself_is_given_back() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = tiny("bn")
+
+        def forward(self, x: torch.Tensor) -> list[Any]:
+            found = [self.net(x)]
+            found.append(found)
+            return found
+
+    adapter = wrapped(Own(), "tent", logits=0)
+    expected = wrapped(tiny("bn"), "tent")(images(0))
+    first, rest = adapter(images(0))
+    assert torch.equal(first, expected) and not rest[0].requires_grad
+
+
 def test_a_tuple_is_refused_with_the_place_of_its_logits() -> None:
     adapter = tta.wrap(Returns("last"), "tent.cifar10")
     with pytest.raises(TypeError, match=r"got tuple with 0, 1: .* wrap\(..., logits=1\)"):

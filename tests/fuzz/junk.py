@@ -190,7 +190,7 @@ def bent(rng: Random, value: Any) -> Any:
                 value.upper(),
                 value + "x",
                 value[:-1],
-                value.encode(),
+                value.encode(errors="replace"),
                 [value],
                 f" {value}",
                 value * 50,

@@ -85,9 +85,9 @@ def checked(batches: Any, check: Callable[[Any], None], classes: int | None) -> 
             classes.
     """
     if isinstance(batches, (list, tuple)):
-        for place, batch in enumerate(batches):
-            _check_batch(place, batch, check, classes)
-        return batches
+        found = [_batch(place, batch, check, classes) for place, batch in enumerate(batches)]
+        same = all(a is b for a, b in zip(found, batches, strict=True))
+        return batches if same else found
     kind = _CheckedSequence if isinstance(batches, Sequence) else _Checked
     return kind(batches, check, classes)
 
@@ -100,8 +100,7 @@ class _Checked:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for place, batch in enumerate(self.batches):
-            _check_batch(place, batch, self.check, self.classes)
-            yield batch
+            yield _batch(place, batch, self.check, self.classes)
 
 
 class _CheckedSequence(_Checked, Sequence[Any]):
@@ -111,8 +110,16 @@ class _CheckedSequence(_Checked, Sequence[Any]):
         return len(self.batches)
 
     def __getitem__(self, place: Any) -> Any:
-        _check_batch(place, self.batches[place], self.check, self.classes)
-        return self.batches[place]
+        return _batch(place, self.batches[place], self.check, self.classes)
+
+
+def _batch(place: int, batch: Any, check: Callable[[Any], None], classes: int | None) -> Any:
+    """The batch, checked; copied if it was made in inference mode, where no gradient flows."""
+    _check_batch(place, batch, check, classes)
+    if not any(isinstance(part, Tensor) and part.is_inference() for part in batch):
+        return batch
+    with torch.inference_mode(False):
+        return tuple(part.clone() if isinstance(part, Tensor) else part for part in batch)
 
 
 def _check_batch(place: int, batch: Any, check: Callable[[Any], None], classes: int | None) -> None:
