@@ -121,6 +121,10 @@ class Looking(nn.Sequential):
         (lambda: tta.wrap(tiny("bn"), "tent.cifar10"), "tent learns by more than norm and output"),
         (lambda: tta.wrap(tiny("bn"), "bn", guard="periodic"), "periodic looks at each batch"),
         (lambda: tta.wrap(tiny("bn"), "bn", health=True), "looks at each batch"),
+        (
+            lambda: tta.wrap(tiny("bn"), "bn", draws=lambda *_: None),
+            "draws are given by the caller",
+        ),
         (lambda: tta.wrap(tiny("bn"), "bn", window=8), "`window` must be left out"),
         (lambda: tta.wrap(tiny("bn"), "bn", setting=tta.Setting()), "a setting of its own"),
         (lambda: tta.wrap(Looking(*plain()), "neo"), "it waits for values, by"),
@@ -205,8 +209,9 @@ def test_a_pipeline_with_graphs_gives_what_it_gives_without(recipe, caplog):
     assert pipeline.counts == other.counts
     assert pipeline.counts["learned"] == (0 if "recipe" in recipe else 26)
     assert str(one.report) == str(own.report) and one._serving.taken == own._serving.taken == 26
-    server: Any = pipeline._server
-    assert server.replayed == 5  # all but the first and the last
+    assert (
+        pipeline._replaying is not None and pipeline._replaying.replayed == 5
+    )  # all but the first and the last
     assert pipeline.graphs == "steps of images (4, 3, 16, 16) are captured"
     assert caplog.text.count("are captured") == 1
 
@@ -222,8 +227,7 @@ def test_bad_frames_are_served_by_the_adapter():
     assert pipeline.counts == other.counts and pipeline.counts["failed"] == 2
     assert (rows(results) - rows(expected)).abs().max() < CLOSE
     assert difference(one.state(), own.state()) < CLOSE
-    server: Any = pipeline._server
-    assert server.replayed == 4
+    assert pipeline._replaying is not None and pipeline._replaying.replayed == 4
 
 
 def test_whoever_reads_or_changes_the_adapter_meanwhile_sees_the_stream():
@@ -261,8 +265,7 @@ def test_whoever_reads_or_changes_the_adapter_meanwhile_sees_the_stream():
             assert str(one.report) == str(own.report)
             if number in changes:
                 changes[number](one), changes[number](own)
-    server: Any = pipeline._server
-    assert server.replayed == 10 - 1 - 1
+    assert pipeline._replaying is not None and pipeline._replaying.replayed == 10 - 1 - 1
     assert one.norm_layers.keys() == own.norm_layers.keys()
     weights = tiny("bn").state_dict()
     assert all(torch.equal(v, weights[k]) for k, v in one.unwrap().state_dict().items())
