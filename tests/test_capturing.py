@@ -121,10 +121,6 @@ class Looking(nn.Sequential):
         (lambda: tta.wrap(tiny("bn"), "tent.cifar10"), "tent learns by more than norm and output"),
         (lambda: tta.wrap(tiny("bn"), "bn", guard="periodic"), "periodic looks at each batch"),
         (lambda: tta.wrap(tiny("bn"), "bn", health=True), "looks at each batch"),
-        (
-            lambda: tta.wrap(tiny("bn"), "bn", draws=lambda *_: None),
-            "draws are given by the caller",
-        ),
         (lambda: tta.wrap(tiny("bn"), "bn", window=8), "`window` must be left out"),
         (lambda: tta.wrap(tiny("bn"), "bn", setting=tta.Setting()), "a setting of its own"),
         (lambda: tta.wrap(Looking(*plain()), "neo"), "it waits for values, by"),
