@@ -71,7 +71,7 @@ def test_on_a_gpu_nothing_waits_for_values(recipe):
     adapter(BATCHES[0])
     mode = FakeTensorMode()
     there, step = on_fake_gpu(adapter, mode), copy.copy(Step(adapter, moving_keys(adapter)))
-    step.__dict__ = step.__dict__ | {"adapter": there, "_modules": {}}
+    step.__dict__ = step.__dict__ | {"adapter": there, "_modules": {}, "device": DEVICE}
     ways = []
     for by_tensors in (False, True):
         with mode, torch.no_grad(), capturing(by_tensors):
@@ -141,6 +141,15 @@ def plain() -> list[nn.Module]:
     return [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)]
 
 
+def test_state_on_another_device_would_be_a_constant(monkeypatch):
+    adapter = tta.wrap(tiny("bn"), "neo")
+    adapter(BATCHES[0])
+    elsewhere = {"x": torch.zeros(3, device="meta")}
+    monkeypatch.setattr(Step, "places", lambda self: [(elsewhere, "x")])
+    with pytest.raises(NotCapturedError, match="on another device"):
+        Captured(adapter, BATCHES[1], StandIn())
+
+
 def test_a_graph_that_fails_leaves_the_adapter_as_it_is():
     class Broken(StandIn):
         def ready(self, call):
@@ -196,8 +205,9 @@ def test_a_pipeline_with_graphs_gives_what_it_gives_without(recipe, caplog):
     assert pipeline.counts == other.counts
     assert pipeline.counts["learned"] == (0 if "recipe" in recipe else 26)
     assert str(one.report) == str(own.report) and one._serving.taken == own._serving.taken == 26
-    server: Any = pipeline._server
-    assert server.replayed == 5  # all but the first and the last
+    assert (
+        pipeline._replaying is not None and pipeline._replaying.replayed == 5
+    )  # all but the first and the last
     assert pipeline.graphs == "steps of images (4, 3, 16, 16) are captured"
     assert caplog.text.count("are captured") == 1
 
@@ -213,8 +223,7 @@ def test_bad_frames_are_served_by_the_adapter():
     assert pipeline.counts == other.counts and pipeline.counts["failed"] == 2
     assert (rows(results) - rows(expected)).abs().max() < CLOSE
     assert difference(one.state(), own.state()) < CLOSE
-    server: Any = pipeline._server
-    assert server.replayed == 4
+    assert pipeline._replaying is not None and pipeline._replaying.replayed == 4
 
 
 def test_whoever_reads_or_changes_the_adapter_meanwhile_sees_the_stream():
@@ -252,8 +261,7 @@ def test_whoever_reads_or_changes_the_adapter_meanwhile_sees_the_stream():
             assert str(one.report) == str(own.report)
             if number in changes:
                 changes[number](one), changes[number](own)
-    server: Any = pipeline._server
-    assert server.replayed == 10 - 1 - 1
+    assert pipeline._replaying is not None and pipeline._replaying.replayed == 10 - 1 - 1
     assert one.norm_layers.keys() == own.norm_layers.keys()
     weights = tiny("bn").state_dict()
     assert all(torch.equal(v, weights[k]) for k, v in one.unwrap().state_dict().items())

@@ -147,6 +147,7 @@ class Step(nn.Module):
         self.model, self.output = adapter.model, adapter.output
         self.__dict__["adapter"] = adapter
         self.keys = keys
+        self.device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         self.undefined = set(adapter._state.keys_of("undefined_as_nan", but=""))
         start = adapter.state()
         self.scalar = [start[key].ndim == 0 for key in keys]
@@ -183,7 +184,8 @@ class Step(nn.Module):
         if images.is_floating_point():
             fine = fine & (torch.linalg.vector_norm(images) <= LARGE)  # False for NaN
         with recording(adapter), tracing_step(~fine):
-            prediction, logits, after = self._serve(adapter, images, state)
+            own = [value.clone() for value in state]
+            prediction, logits, after = self._serve(adapter, images, own)
         joined_after = self._pack(after)
         fine = fine & self._defined(joined_after, after)
         logits = torch.where(fine, logits, prediction.logits)
@@ -208,10 +210,12 @@ class Step(nn.Module):
             the output rule.
         """
         adapter: Adapter = self.__dict__["adapter"]
+        before = self._pack(state)
+        own = [value if i in self.packed else value.clone() for i, value in enumerate(state)]
         with recording(adapter):
-            _, logits, after = self._serve(adapter, images, state)
+            _, logits, after = self._serve(adapter, images, self._unpack(before.clone(), own))
             figures = {} if adapter.output is None else adapter.output.report.raw()
-        before, joined = self._pack(state), self._pack(after)
+        joined = self._pack(after)
         fine = self._defined(joined, after) & logits.isfinite().all()
         if images.is_floating_point():
             fine = fine & (torch.linalg.vector_norm(images, dtype=torch.float32) <= LARGE)
@@ -229,12 +233,15 @@ class Step(nn.Module):
     def _serve(
         self, adapter: Adapter, images: Tensor, state: list[Tensor]
     ) -> tuple[Prediction, Tensor, list[Tensor]]:
-        """Logits before and after the output rule, and the state after the batch."""
+        """Logits before and after the output rule, and the state after the batch.
+
+        ``state`` is written to.
+        """
         places = self._places(adapter)
         held_before = [held[key] for held, key in places]
         try:
             for (held, key), value, scalar in zip(places, state, self.scalar, strict=True):
-                held[key] = (value.reshape(()) if scalar else value).clone()
+                held[key] = value.reshape(()) if scalar else value
             adapter._context.signs.look()
             if is_tracing():
                 begin_graph(adapter._wrappers.values())
@@ -280,7 +287,7 @@ class Step(nn.Module):
     def _pack(self, values: list[Tensor]) -> Tensor:
         """All small tensors in one (N,); a zero where there is none."""
         small = [values[i].flatten() for i in self.packed]
-        return torch.cat(small) if small else torch.zeros(())
+        return torch.cat(small) if small else torch.zeros((), device=self.device)
 
     def _unpack(self, joined: Tensor, values: list[Tensor]) -> list[Tensor]:
         """The tensors, of which the small ones are taken out of what :meth:`_pack` returned."""

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tta.core.adapter import Adapter
 from tta.core.checks import told
@@ -38,11 +39,13 @@ TOLERANCE = 1e-2
 WARM_UPS = 3  # in which libraries choose kernels and take their memory
 # Operations that wait for values, or whose results have a length that depends on these.
 WAIT = {
-    "aten::_local_scalar_dense", "aten::_unique2", "aten::bincount", "aten::equal",
-    "aten::is_nonzero", "aten::masked_select", "aten::nonzero", "aten::repeat_interleave.Tensor",
-    "aten::unique_consecutive", "aten::unique_dim",
+    "aten::_linalg_check_errors", "aten::_local_scalar_dense", "aten::_unique2", "aten::bincount",
+    "aten::equal", "aten::is_nonzero", "aten::masked_select", "aten::nonzero",
+    "aten::repeat_interleave.Tensor", "aten::unique_consecutive", "aten::unique_dim",
 }  # fmt: skip
-INDEX = {"aten::index.Tensor", "aten::index_put", "aten::index_put_"}
+INDEX = {"aten::index", "aten::index_put", "aten::index_put_"}
+COPY = {"aten::_to_copy", "aten::copy_", "aten::where", *INDEX}  # what they get from elsewhere
+foreach: Any = torch  # the foreach operations are not in its type stubs
 _stands_in = False
 
 
@@ -143,6 +146,8 @@ class Captured:
             raise NotCapturedError(str(error)) from error
         self.images = images.detach().clone()
         self._tensors = [held[key] for held, key in self._step.places()]
+        if any(tensor.device != images.device for tensor in self._tensors):
+            raise NotCapturedError("part of its state is on another device than the images")
         start, found = [tensor.clone() for tensor in self._tensors], []
 
         def prepare() -> None:
@@ -226,8 +231,10 @@ class Captured:
             self._put(after)
 
     def _put(self, values: list[Tensor]) -> None:
-        for tensor, value in zip(self._tensors, values, strict=True):
-            tensor.copy_(value.reshape(tensor.shape))
+        if values:
+            shapes = (tensor.shape for tensor in self._tensors)
+            parts = [value.reshape(shape) for value, shape in zip(values, shapes, strict=True)]
+            foreach._foreach_copy_(self._tensors, parts)
 
     def _take_up(self) -> None:
         """Let the adapter hold its tensors where it has come to hold others, with their values."""
@@ -260,12 +267,12 @@ class _Waits(TorchDispatchMode):
     """Refuses what cannot be captured on a GPU, on whatever device."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name = func._schema.name + (f".{o}" if (o := func._schema.overload_name) else "")
-        if name in WAIT or func._schema.name in WAIT or (name in INDEX and _by_mask(args)):
-            raise _WaitsError(func._schema.name.rpartition("::")[2])
-        found = func(*args, **kwargs)
-        if func._schema.name in ("aten::_to_copy", "aten::copy_") and _crosses(found, args):
+        name, overload = func._schema.name, func._schema.overload_name
+        waits = name in WAIT or f"{name}.{overload}" in WAIT
+        if waits or (name in INDEX and _by_mask(args)):
+            raise _WaitsError(name.rpartition("::")[2])
+        found = func(*args, **(kwargs or {}))
+        if name in COPY and _crosses(found, args):
             raise _WaitsError("a copy to another device")
         return found
 
@@ -276,4 +283,4 @@ def _by_mask(args: Any) -> bool:
 
 
 def _crosses(found: Any, args: Any) -> bool:
-    return len({t.device for t in (found, *args) if isinstance(t, Tensor)}) > 1
+    return len({t.device for t in tree_leaves((found, args)) if isinstance(t, Tensor)}) > 1

@@ -162,7 +162,7 @@ class Pipeline:
         self._make: Callable[[], Server] = lambda: _server(
             adapter, pool, staleness, batch_size, graph, self._images.lanes
         )
-        self._server: Server | None = None
+        self._replaying: Replaying | None = None
         self._together = boolean("together", together)
         if together and pool is None:
             raise ValueError(
@@ -218,7 +218,7 @@ class Pipeline:
     @property
     def graphs(self) -> str:
         """What has come of ``graphs=True`` so far, in words; empty without it."""
-        return self._server.outcome if isinstance(self._server, Replaying) else self._graphs
+        return self._graphs if self._replaying is None else self._replaying.outcome
 
     def __enter__(self) -> Pipeline:
         return self
@@ -227,7 +227,8 @@ class Pipeline:
         self.close()
 
     def _batches(self) -> Generator[list[Result], None, None]:
-        server = self._server = self._make()
+        server = self._make()
+        self._replaying = server if isinstance(server, Replaying) else None
         if self._graphs:
             log.warning("%s", self._graphs)
         pool = server.pool if isinstance(server, Pooled) and self._together else None
