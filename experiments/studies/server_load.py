@@ -37,6 +37,7 @@ from experiments.data.bundled import read_bundled
 from experiments.records import markdown
 from experiments.records.environment import describe_environment
 from experiments.records.rows import Rows
+from tta.core.checks import shown
 
 __all__ = ["WAYS", "ServerLoad", "add_flags", "percentiles", "render"]
 
@@ -241,7 +242,9 @@ def _serving(model: str, method: str) -> Iterator[_Server]:
     try:
         line = process.stdout.readline()
         if not line.startswith("serving on "):
-            raise RuntimeError(f"`method` must be one that tta serve takes, got {method!r}")
+            raise RuntimeError(
+                f"`method` must be one that tta serve takes, got {shown(method)}: see its log."
+            )
         yield _Server(process, line.split()[-1])
     finally:
         process.terminate()
