@@ -339,7 +339,7 @@ def test_what_collect_refuses(out, tmp_path):
         ([model, place, "--for", "rmt", "--out", file], "as rmt reads labels"),
         ([model, "gone", "--for", "eata", "--out", file], "`FOLDER` must be a folder"),
         ([model, tmp_path / "empty", "--for", "eata", "--out", file], "`FOLDER` must hold"),
-        ([model, place, "--for", "eata", "--out", tmp_path / "no" / "s"], "`out` must be in"),
+        ([model, place, "--for", "eata", "--out", tmp_path / "no" / "s"], "`out` must lie in"),
     ):
         status, text, errors = out("collect", *arguments, "--device", "cpu")
         assert (status, text) == (2, "") and message in errors, (message, errors)

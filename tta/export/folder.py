@@ -13,8 +13,8 @@ import numpy as np
 from torch import Tensor
 
 from tta.core.adapter import Adapter
-from tta.core.checks import path_like
-from tta.core.files import replacing_together
+from tta.core.checks import folder_like
+from tta.core.files import replacing_together, writing
 from tta.export.onnx_graph import OPSET, forget_origin, trace, translate
 from tta.export.quantise import calibration_batches, network_nodes, quantise
 from tta.export.step import to_function
@@ -75,7 +75,7 @@ def to_onnx(
         ImportError: When the extra "edge" is not installed.
         OSError: When the folder cannot be written to.
     """
-    place = path_like("folder", folder)
+    place = folder_like("folder", folder)
     step = to_function(adapter, example)
     _check_installed()
     example = example.detach()
@@ -86,9 +86,11 @@ def to_onnx(
     nodes = network_nodes(program.model.graph)
     forget_origin(program.model.graph)
     program.model.metadata_props.update(_metadata(adapter, step.keys))
-    place.mkdir(parents=True, exist_ok=True)
+    with writing("folder", place):
+        place.mkdir(parents=True, exist_ok=True)
     names = ("model.onnx", "state.npz", "config.pbtxt", "run.py")
-    with replacing_together(*(place / name for name in names)) as (model, state, config, script):
+    files = replacing_together(*(place / name for name in names))
+    with writing("folder", place), files as (model, state, config, script):
         program.save(str(model))
         check_same(model, step.start(), batches, answers)
         if source_images is not None:
