@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from tta.core.adapter import Adapter
@@ -78,6 +79,7 @@ def to_onnx(
     place = folder_like("folder", folder)
     step = to_function(adapter, example)
     _check_installed()
+    _check_precision(adapter, example)
     example = example.detach()
     source_images = None if calibration is None else calibration_batches(calibration, example)
     batches = make_batches(example)
@@ -101,6 +103,16 @@ def to_onnx(
         config.write_text(pbtxt(place.name, example, adapter.num_classes, step.start()))
         shutil.copyfile(SCRIPT, script)
     return place
+
+
+def _check_precision(adapter: Adapter, example: Tensor) -> None:
+    """Refuse what runtimes compute in another way than torch does, or have no kernels for."""
+    for tensor in (example, *adapter.model.parameters()):
+        if tensor.is_floating_point() and tensor.dtype != torch.float32:
+            raise ValueError(
+                f"`adapter` must be in float32 to be exported, got {tensor.dtype}: wrap "
+                "model.float(), and pass an example in float32."
+            )
 
 
 def _check_installed() -> None:
