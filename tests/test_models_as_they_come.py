@@ -208,6 +208,30 @@ def test_a_model_that_converts_its_images_itself(method: str) -> None:
         wrapped(Mixed(False), method)(images(0))
 
 
+class Autocast(nn.Module):
+    """Runs in half precision by itself, with weights in float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = tiny("bn")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.net(x)
+
+
+@pytest.mark.parametrize("method", RECIPES)
+def test_a_model_with_autocast_inside(method: str) -> None:
+    net = Autocast().eval()
+    if not component(method).suits(net):
+        pytest.skip("needs another kind of network")
+    adapter = wrapped(net, method)
+    outputs = [adapter(images(t)) for t in range(2)]
+    assert all(o.isfinite().all() for o in outputs)
+    adapter.reset()
+    assert all(torch.equal(adapter(images(t)), o) for t, o in enumerate(outputs))
+
+
 def test_draws_do_not_depend_on_the_default_dtype() -> None:
     expected = [wrapped(tiny("bn"), method)(images(0)) for method in RECIPES]
     torch.set_default_dtype(torch.float64)
@@ -810,6 +834,33 @@ def _lazy() -> nn.Module:
     return nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), nn.Flatten(), nn.LazyLinear(10))
 
 
+class Keywords(nn.Module):
+    """Takes its images by name alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = tiny("bn")
+
+    def forward(self, *, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.net(pixel_values)
+
+
+class Parts(nn.Module):
+    """Shows its network a few images at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = tiny("bn")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.net(part) for part in x.split(3)])
+
+
+def test_maps_of_some_of_the_images_are_no_maps_of_all() -> None:
+    with pytest.raises(ValueError, match=r"get all images of a batch at once, got .* 3 of 8"):
+        wrapped(Parts().eval(), "itta")
+
+
 REFUSED = [
     (_lazy, r"'0.weight' is not initialised yet: call the model with one batch"),
     (lambda: tiny("bn").to("meta"), r"'layer1.0.weight' is on the meta device: load the weights"),
@@ -817,10 +868,11 @@ REFUSED = [
         lambda: torch.export.export(tiny("bn"), (images(0),)).module(),
         r"GraphModule that refuses eval\(\), as exported programs do: wrap the network",
     ),
+    (lambda: Keywords().eval(), r"whose forward\(\) takes keywords alone: wrap a module"),
 ]
 
 
-@pytest.mark.parametrize(("make", "words"), REFUSED, ids=["lazy", "meta", "exported"])
+@pytest.mark.parametrize(("make", "words"), REFUSED, ids=["lazy", "meta", "exported", "keywords"])
 def test_models_without_weights_or_layers_are_refused_in_words(make: Any, words: str) -> None:
     for method in ("source", "tent.cifar10"):
         with pytest.raises(ValueError, match=f"`model` must .*{words}"):
