@@ -25,6 +25,7 @@ from tta.runtime import StreamPool
 from tta.runtime.server import Limits, application
 from tta.runtime.server.batching import Batcher, Item
 from tta.runtime.server.limits import Rate, RefusedError
+from tta.runtime.server.running import bound
 from tta.runtime.server.watch import StreamWatch
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -543,6 +544,7 @@ def test_arguments_are_refused_in_words(monkeypatch: pytest.MonkeyPatch) -> None
         refused(ValueError, "`workers`", lambda: application(pool, workers=0))
         refused(ValueError, "`rate`", lambda: Limits(rate=0.0))
         refused(ValueError, "`body`", lambda: Limits(body=0))
+        refused(ValueError, "`host` must be a name or an address", lambda: bound("", 0))
         for package in ("fastapi", "prometheus_client", "python_multipart", "PIL"):
             with monkeypatch.context() as patch:
                 for name in [n for n in sys.modules if n.split(".")[0] == package]:
