@@ -28,6 +28,8 @@ CHANNELS = (3, 1)
 _OVERSHOOT = 0.45
 # Below this the recipes have no room: glass_blur alone moves pixels by up to 4 either way.
 _SMALLEST = 8
+_AXES = 9  # more than any batch of images has
+_MOST_VALUES = 2**33  # of a batch; as float32 they take 32 GiB
 
 
 def name(value: object, known: Iterable[str]) -> None:
@@ -98,7 +100,8 @@ def folder(value: str | Path | None) -> Path | None:
 
 def shape(value: Sequence[int]) -> tuple[int, int, int, int]:
     """Return `value` as a tuple; raise unless it is (B, C, H, W) of sizes that work, C 3 or 1."""
-    integers = isinstance(value, Sequence) and all(isinstance(n, numbers.Integral) for n in value)
+    few = isinstance(value, Sequence) and len(value[:_AXES]) < _AXES  # len fails for long ranges
+    integers = few and all(isinstance(n, numbers.Integral) for n in value)
     if not integers:
         raise TypeError(
             f"`shape` must be the whole numbers (B, 3, H, W), got {shown(value)}: pass images.shape"
@@ -125,8 +128,13 @@ def shape(value: Sequence[int]) -> tuple[int, int, int, int]:
         )
     if min(height, width) < _SMALLEST:
         raise ValueError(
-            f"images must be at least {_SMALLEST} x {_SMALLEST} pixels, got {height} x {width}: "
+            f"images must be at least {_SMALLEST} x {_SMALLEST} pixels, got {shown(size)}: "
             "enlarge them first"
+        )
+    if batch * channels * height * width > _MOST_VALUES:
+        raise ValueError(
+            f"images must hold at most {_MOST_VALUES:.0e} values, got shape {shown(size)}: take "
+            "smaller batches"
         )
     return batch, channels, height, width
 
@@ -296,7 +304,13 @@ def _size(
     if key in _PIXELS and value.ndim >= 2:
         return tuple(value.shape[-2:])
     if key == "offsets" and value.ndim == 5 and "reach" in params:  # without the margins
-        margin = 2 * int(params["reach"])
+        reach = params["reach"]
+        if reach.numel() != 1:
+            raise ValueError(
+                f"`params` must have one number for 'reach', got {shown(tuple(reach.shape))}: call "
+                "sample again"
+            )
+        margin = 2 * int(reach)
         return value.shape[2] + margin, value.shape[3] + margin
     if key == "noise" and value.ndim == 2:  # fog: a square of the next power of two
         side = 1 << (max(size) - 1).bit_length()

@@ -403,7 +403,7 @@ PLACES = {
         r"tta/(runtime/(hand_over|lockstep|opening|owners|pool|shared_pass|side_by_side|snapshots|stream_\w+)"
         r"|core/(adapter_sets|parameter_sets|plain_data|turns|twins))\.py"
     ),
-    "Exporting": r"tta/export/\w+\.py",
+    "Exporting": r"tta/(export/\w+|core/step_function)\.py",
     "Names, fields and configs": (
         r"tta/(__init__|_moved|tuning|cli/methods|runtime/method_strings"
         r"|core/(checks|config|plugins|recipe|registry|resolve))\.py"

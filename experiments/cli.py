@@ -90,6 +90,12 @@ COMMANDS = {
         "experiments.studies.mixed_batches",
         "what it gains to serve many streams in one pass of the model",
     ),
+    "gpu": Command(
+        "experiments.studies.gpu", "what waits for a GPU, in one script of at most 8 minutes"
+    ),
+    "load": Command(
+        "experiments.studies.server_load", "latency, errors and memory of tta serve under load"
+    ),
     "cloud": Command(
         "experiments.studies.cloud", "error of a device against the share of images that it sends"
     ),

@@ -17,6 +17,7 @@ from tta.core import registry
 from tta.core.component import Context
 from tta.core.prediction import Prediction
 from tta.methods._label_filter import filtered
+from tta.methods.steady import EARLIEST
 from tta.parts.label_runs import LabelRuns
 from tta.parts.spread import SpreadGap, spread
 
@@ -49,6 +50,19 @@ def test_persistence_is_found_whatever_the_batch_size(size: int) -> None:
     for part in labels_of(0.8).split(size):
         found.watch(part)
     assert 0.5 < found.persistence() < 0.85
+
+
+def test_runs_are_seen_among_few_images_of_many_classes() -> None:
+    runs, early = LabelRuns(1000), LabelRuns(1000, early=True)
+    for found in (runs, early):
+        found.watch(torch.arange(8).repeat_interleave(4))
+    repeats = 24 / 31
+    assert runs.persistence(0.0) == pytest.approx((repeats - 1 / 8) / (7 / 8), abs=1e-9)
+    chance = (1 / 8 - 1 / 32) / (1 - 1 / 32)  # two of the 32 images are the same one in 1 of 32
+    assert early.persistence(0.0) == pytest.approx((repeats - chance) / (1 - chance), abs=2e-3)
+    early.forget()
+    early.watch(torch.arange(40))
+    assert early.persistence(0.0) == 0
 
 
 @pytest.mark.parametrize("size", [1, 64])
@@ -400,7 +414,20 @@ def test_the_adapted_model_answers_while_runs_do_no_harm() -> None:
     adapter = tta.wrap(net, "tent.cifar10", guard="steady", batch_size=16)
     for part in labels_of(0.95, 16 * 24).split(16):
         assert torch.equal(adapter(named(part)).argmax(1), part)
-    assert adapter.events == []
+    assert {event["reason"] for event in adapter.events} == {EARLIEST}
+
+
+@pytest.mark.parametrize(("size", "early"), [(16, 3), (48, 0)])
+def test_the_source_answers_until_runs_would_have_been_seen(size: int, early: int) -> None:
+    adapter = tta.wrap(tiny("bn"), "tent", lr=1e-3, guard="steady", batch_size=size)
+    plain = tta.wrap(tiny("bn"), "tent", lr=1e-3, batch_size=size)
+    source = tiny("bn").eval()
+    for step in range(6):
+        x = images(step, size)
+        answer, expected = adapter(x), plain(x)  # the update learns all the same
+        assert torch.equal(answer, source(x) if step < early else expected)
+        assert adapter.health["action"] == ("source" if step < early else "learn")
+    assert len(adapter.events) == early
 
 
 def test_a_guard_that_does_nothing_leaves_every_bit_as_it_was() -> None:

@@ -363,6 +363,10 @@ LAST = images(2, 20, 24).movedim(1, -1)
         (lambda: corruptions.corrupt(LAST[..., :1], "fog", 1), r"permute\(0, 3, 1, 2\)"),
         (lambda: corruptions.corrupt(torch.ones(1, 4, 32, 32), "fog", 1), r"images\[:, :3\]"),
         (lambda: corruptions.corrupt(torch.ones(3, 32, 32), "fog", 1), r"image\[None\]"),
+        (
+            lambda: corruptions.sample("fog", (2, 3, 2**62, 8), 1, [1, 2]),
+            r"at most .* values, got shape",
+        ),
     ],
 )
 def test_shapes_are_explained(call, words):

@@ -1,4 +1,4 @@
-"""The same on a GPU as on the CPU: adapters, saved states, corruptions, streams, runs.
+"""The same on a GPU as on the CPU: adapters, saved states, corruptions, streams, runs, pipelines.
 
 All of it needs a CUDA device and is skipped where there is none:
 ``python -m pytest -m gpu tests``.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 
 import pytest
 import torch
@@ -18,9 +19,13 @@ from experiments.cli import main
 from experiments.records.file import read_lines
 from tests.helpers import ranks
 from tests.helpers.batches import images, source_batches
+from tests.helpers.capturable import RECIPES, named
 from tests.helpers.compositions import CASES
+from tests.helpers.exported import make
 from tests.helpers.nets import tiny
 from tests.helpers.traces import TRACES, Trace
+from tta.runtime import Pipeline
+from tta.runtime.capturing import Captured, CudaGraph, NotCapturedError
 
 pytestmark = [
     pytest.mark.gpu,
@@ -169,3 +174,68 @@ def test_streams_move_to_a_gpu_and_back(tmp_path) -> None:
         assert all(torch.equal(state[key], value.cpu()) for key, value in alone.state().items())
         logits = on_cpu.stream(name)(images(9))
         torch.testing.assert_close(logits, alone(images(9).cuda()).cpu(), rtol=CLOSE, atol=CLOSE)
+
+
+@pytest.mark.parametrize("recipe", [recipe for recipe, _ in RECIPES], ids=named)
+def test_a_captured_step_gives_what_the_adapter_gives(recipe) -> None:
+    one, other = make(recipe, tiny("bn").cuda()), make(recipe, tiny("bn").cuda())
+    one(images(0).cuda()), other(images(0).cuda())
+    captured = Captured(one, images(1).cuda(), CudaGraph(torch.device("cuda", 0)))
+    for key, value in other.state().items():
+        assert torch.equal(one.state()[key], value), key
+    for number in range(1, 6):
+        x = images(number).cuda()
+        logits = captured.serve(x)
+        assert logits is not None and close(logits, other(x))
+        assert one.report["seen"] == len(x)
+    for key, value in other.state().items():
+        assert close(one.state()[key], value), key
+
+
+def test_what_waits_for_values_is_not_captured_and_the_device_goes_on() -> None:
+    one = tta.wrap(tiny("bn").cuda(), "lame")
+    one(images(0).cuda())
+    with pytest.raises(NotCapturedError):
+        Captured(one, images(0).cuda(), CudaGraph(torch.device("cuda", 0)))
+    assert torch.isfinite(one(images(1).cuda())).all()
+
+
+@pytest.mark.parametrize("options", [{}, {"graphs": True}, {"staleness": 2}], ids=str)
+@pytest.mark.parametrize("recipe", ["unmix_tns", "tent.cifar10"])
+def test_a_pipeline_gives_what_a_loop_gives(recipe, options) -> None:
+    """Bit for bit but for graphs, and with staleness in the end; while others use the device."""
+    frames = torch.cat([images(number) for number in range(8)]).cpu()
+    batches = frames.split(8)
+    one, own = (tta.wrap(tiny("bn").cuda(), recipe) for _ in range(2))
+    expected = torch.cat([own(batch.cuda()).softmax(1).cpu() for batch in batches])
+    done = threading.Event()
+
+    def disturb() -> None:
+        while not done.is_set():
+            torch.ones(512, 512, device="cuda").sum().item()
+
+    other = threading.Thread(target=disturb)
+    other.start()
+    try:
+        pipeline = Pipeline(one, frames, batch_size=8, workers=2, **options)
+        results = list(pipeline)
+    finally:
+        done.set()
+        other.join()
+    found = torch.stack([result.probabilities for result in results])
+    if "staleness" in options:
+        assert found.shape == expected.shape and torch.isfinite(found).all()
+    else:
+        assert (found - expected).abs().max() < (CLOSE if options else 1e-6)
+    for key, value in own.state().items():
+        same = close(one.state()[key], value)
+        assert same if options else same and torch.equal(one.state()[key], value), key
+    if "graphs" in options:
+        assert ("are captured" in pipeline.graphs) == (recipe == "unmix_tns")
+
+
+def test_the_study_of_a_gpu_runs(tmp_path) -> None:
+    flags = ["--quick", "--device", "cuda", "--results", str(tmp_path / "gpu.jsonl")]
+    assert main(["gpu", *flags]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
+    assert all(row["difference"] < CLOSE for row in rows if row["part"] == "agreement")

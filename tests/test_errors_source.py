@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -145,17 +146,38 @@ def test_statistics_from_files(tmp_path: Path) -> None:
     refused(ValueError, r"`path` .* no whole safetensors file", lambda: load(junk))
 
 
+ZERO = np.array(0.0)  # has __iter__, which raises
 COLLECT = [
     (ValueError, r"unknown method 'a'", source_batches(), "a"),
     (ValueError, r"unknown method 'a'", source_batches(), ["a"]),
     (TypeError, r"`for_methods` must be a list of names, got 3", source_batches(), 3),
     (TypeError, r"`for_methods` .* got \[3\]", source_batches(), [3]),
+    (TypeError, r"`for_methods` must be a list of names, got array\(0", source_batches(), ZERO),
     (ValueError, r"`for_methods` must name at least one method", source_batches(), []),
     (ValueError, r"`source` must hold at least one batch", [], ["eata"]),
     (TypeError, r"`loader` must be an iterable .* got NoneType", None, ["eata"]),
     (TypeError, r"`loader` must be an iterable .* got Tensor", images(0), ["eata"]),
+    (TypeError, r"`loader` must be an iterable .* got ndarray", ZERO, ["eata"]),
     (TypeError, r"batch 0 is a Tensor", [images(0)], ["eata"]),
 ]
+
+
+def test_source_batches_made_in_inference_mode_are_as_any_others() -> None:
+    with torch.inference_mode():
+        made = [(x.clone(), y.clone()) for x, y in source_batches()]
+    for batches, methods in ((made, ["eata", "petal"]), (iter(made), ["eata"])):
+        found = tta.collect_source(tiny("bn"), batches, methods)
+        expected = tta.collect_source(tiny("bn"), source_batches(), methods)
+        assert all(map(torch.equal, found.fisher.values(), expected.fisher.values()))
+
+
+def test_a_later_batch_of_another_dtype_is_refused_in_words() -> None:
+    (x, y), *_ = source_batches()
+    refused(
+        TypeError,
+        "torch.float32 like the model, got torch.float64",
+        lambda: tta.collect_source(tiny("bn"), [(x, y), (x.double(), y)], ["itta"]),
+    )
 
 
 @pytest.mark.parametrize(("error", "words", "loader", "methods"), COLLECT)

@@ -67,6 +67,23 @@ def _items(result: Any) -> list[torch.Tensor]:
     return list((result if isinstance(result, dict) else vars(result)).values())
 
 
+def test_a_list_that_holds_itself_is_given_back() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = tiny("bn")
+
+        def forward(self, x: torch.Tensor) -> list[Any]:
+            found = [self.net(x)]
+            found.append(found)
+            return found
+
+    adapter = wrapped(Own(), "tent", logits=0)
+    expected = wrapped(tiny("bn"), "tent")(images(0))
+    first, rest = adapter(images(0))
+    assert torch.equal(first, expected) and not rest[0].requires_grad
+
+
 def test_a_tuple_is_refused_with_the_place_of_its_logits() -> None:
     adapter = tta.wrap(Returns("last"), "tent.cifar10")
     with pytest.raises(TypeError, match=r"got tuple with 0, 1: .* wrap\(..., logits=1\)"):
@@ -201,6 +218,15 @@ def test_features_of_images_that_go_through_one_by_one(method: str) -> None:
 def test_features_without_a_row_for_each_image_are_refused_in_words(method: str) -> None:
     with pytest.raises(ValueError, match="`features` must have a row for each image, got 16"):
         wrapped(TwoViews(), method)(images(0))
+
+
+@pytest.mark.parametrize(
+    "found", [None, "features", torch.ones(8, 4, 2)], ids=["none", "text", "3d"]
+)
+def test_a_function_that_gives_no_features_is_refused_in_words(found: Any) -> None:
+    given = {"source": source_batches(), "features": lambda model, x: found}
+    with pytest.raises(TypeError, match=r"`features` must be a function that returns features"):
+        tta.wrap(tiny("bn"), "adanpc", **given)
 
 
 def test_one_logit_and_no_logits_are_refused() -> None:

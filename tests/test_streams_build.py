@@ -382,6 +382,12 @@ WRONG = [
     (ValueError, r"`domains` must be at least one name", {"domains": []}),
     (ValueError, r"`domains` must be different names", {"domains": ["fog", "fog"]}),
     (ValueError, r"`transform` must be given", {"transform": None}),
+    (
+        ValueError,
+        r"`transform` must be given .*xx\.\.\.",
+        {"transform": None, "domains": ["x" * 999]},
+    ),
+    (TypeError, r"`dataset` must have __len__ .*xx\.\.\.", {"dataset": "x" * 999}),
     (TypeError, r"`transform` must be callable", {"transform": "fog"}),
     (ValueError, r"`transform` must be None where", {"domains": {"a": DATA}}),
     (ValueError, r"`severity` must be a number of at least 0 and at most 5", {"severity": 7}),
@@ -453,7 +459,17 @@ WRONG = [
 def test_wrong_input_is_named(error, message, arguments):
     with pytest.raises(error, match=message) as caught:
         list(build(**arguments))
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) <= 300
+
+
+class _TooLarge:
+    def __array__(self, *args, **kwargs):
+        raise MemoryError
+
+
+def test_a_window_may_be_a_number_of_numpy():
+    batches = list(build("single", window=np.int64(3)))
+    assert len(batches[2].window) == 3
 
 
 def test_wrong_pixels_and_labels_are_named():
@@ -465,6 +481,10 @@ def test_wrong_pixels_and_labels_are_named():
         build("sorted", (IMAGES, LABELS / 2)).preview()
     with pytest.raises(ValueError, match="class numbers from 0"):
         build("sorted", (IMAGES, LABELS - 1)).preview()
+    with pytest.raises(ValueError, match=r"`after` must return images with pixels, got \(2, 3, 0"):
+        next(iter(build(batch_size=2, after=lambda x: x[:, :, :0])))
+    with pytest.raises(TypeError, match=r"an array of numbers, got a _TooLarge .*MemoryError"):
+        next(iter(build(dataset=[(_TooLarge(), 0)] * 3)))
     with pytest.raises(TypeError, match="`transform` must return a tensor"):
         next(iter(build(transform=lambda x, d, s, generator: None)))
     with pytest.raises(ValueError, match="`n` must be at most"):

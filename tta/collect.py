@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tta.core.checks import shown
+from tta.core.checks import is_iterable, shown
 from tta.core.registry import component, get_config
 from tta.core.source import SourceStatistics
 from tta.core.source_checks import check_iterable
@@ -45,7 +45,7 @@ def collect_source(
     if wrap_arguments.get("mean") is None and wrap_arguments.get("std") is None:
         wrap_arguments |= {"mean": (0.0,), "std": (1.0,)}  # no artefact depends on augmentation
     check_iterable("loader", loader)
-    listed = isinstance(for_methods, Iterable) and not isinstance(for_methods, (str, Tensor))
+    listed = is_iterable(for_methods) and not isinstance(for_methods, (str, Tensor))
     names: list[Any] = list(islice(for_methods, 1000)) if listed else [for_methods]
     if not all(isinstance(name, str) for name in names):
         raise TypeError(

@@ -29,6 +29,7 @@ from experiments.data.folders import (
     refuse_splits,
 )
 from experiments.data.image_set import LabelledSet
+from tta.core.checks import path_like
 
 __all__ = ["Collection", "default_severity", "open_data"]
 
@@ -93,7 +94,7 @@ def open_data(
         ValueError: For data of no known layout, for parts of one data set such as train and val,
             or for labels where they are not needed.
     """
-    path = Path(os.path.abspath(where))  # "." has no name
+    path = Path(os.path.abspath(path_like("data", where)))  # "." has no name
     found = None
     if str(where) == "bundled":
         found = Collection("cifar10-test-2000", read_bundled())
@@ -173,7 +174,7 @@ def default_severity(where: str | Path, flat: bool = False) -> int:
         where: As in `open_data`; data that does not say which severities it has is shown at 5.
         flat: Whether severities hold pictures, and no class folders.
     """
-    path = Path(os.path.abspath(where))
+    path = Path(os.path.abspath(path_like("data", where)))
     if str(where) == "bundled" or not path.is_dir():
         return USUAL_SEVERITY
     there: Sequence[int] = written_severities(path)

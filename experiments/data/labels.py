@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from corruptions.pictures import is_picture
-from tta.core.checks import shown
+from tta.core.checks import path_like, shown
 
 __all__ = ["read_labels"]
 
@@ -36,7 +36,7 @@ def read_labels(
         FileNotFoundError: Where the file is missing.
         ValueError: For labels that do not fit the pictures or the model.
     """
-    if not Path(path).is_file():
+    if not path_like("labels", path).is_file():
         raise FileNotFoundError(f"`labels` must be a text file, but {path} is not there")
     lines = [re.split(r"[\s,]+", line.strip()) for line in Path(path).read_text().splitlines()]
     lines = [words for words in lines if words != [""]]

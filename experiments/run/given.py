@@ -17,7 +17,7 @@ from experiments.data import Collection
 from experiments.run.method_strings import Method, check_labels, parse_method
 from experiments.run.subject import Subject, normalise
 from models import ModelInfo
-from tta.core.checks import channels, shown
+from tta.core.checks import channels, is_iterable, shown
 from tta.core.head import find_head
 from tta.core.outputs import LogitsReader
 from tta.core.parameters import is_norm
@@ -233,7 +233,7 @@ def _check_preprocess(preprocess: Any, images: Tensor) -> None:
 def _check_source(source: Any) -> None:
     if source is None or isinstance(source, tta.SourceStatistics):
         return
-    if not isinstance(source, Iterable):
+    if not is_iterable(source):
         raise TypeError(
             "`source` must be a tta.SourceStatistics or batches (images, labels), got "
             f"{type(source).__name__}: pass what tta.collect_source returns"
@@ -266,7 +266,7 @@ def read_methods(given: Any, classes: int, further: Mapping[str, Any]) -> list[M
     """
     if isinstance(given, (str, tta.ComponentConfig)):
         given = [given]
-    if not isinstance(given, Iterable):
+    if not is_iterable(given):
         raise TypeError(
             f"`methods` must be a list of names or configs, got {type(given).__name__}: such as "
             '["source", "tent"]'

@@ -15,7 +15,7 @@ import tta
 from corruptions.pictures import OnError
 from experiments.data import Collection, LabelledSet, open_data
 from experiments.records.config import RunConfig
-from tta.core.checks import shown
+from tta.core.checks import path_like, shown
 from tta.runtime.model_strings import pick_device
 
 __all__ = ["Subject", "load_subject", "normalise", "pick_device", "subject_arguments"]
@@ -137,7 +137,7 @@ def load_subject(
             )
     source = info.source
     if source_path is not None:
-        if not Path(source_path).is_file():
+        if not path_like("source", source_path).is_file():
             raise FileNotFoundError(
                 f"`{source_path}` is missing: make it with tta.collect_source(...).save(path)"
             )
@@ -148,7 +148,7 @@ def load_subject(
 
 
 def _lines(path: str) -> list[str]:
-    if not Path(path).is_file():
+    if not path_like("classes", path).is_file():
         raise FileNotFoundError(f"`classes` must be a text file, but {path} is none")
     lines = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
     if len(set(lines)) < len(lines):

@@ -106,7 +106,7 @@ class Mixed:
         rows = []
         try:
             for case in self.cases:
-                rows.append(self._measure(case))
+                rows.append(self.measure(case))
                 print(rows[-1], flush=True)
         finally:
             torch.set_num_threads(before)
@@ -133,7 +133,8 @@ class Mixed:
         pool.batched = batched
         return pool
 
-    def _measure(self, case: Case) -> dict[str, Any]:
+    def measure(self, case: Case) -> dict[str, Any]:
+        """Figures of one case."""
         pools = self._pool(case, True), self._pool(case, False)
         names = [str(i) for i in range(self.streams) for _ in range(self.images)]
         generator = torch.Generator().manual_seed(0)

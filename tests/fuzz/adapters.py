@@ -306,7 +306,8 @@ def states(rng: Random) -> Case:
             del state[key]
         elif change == 7:
             told.append("a key renamed")
-            state[rng.choice([words(rng), key + "x", key.partition("/")[0], 3])] = state.pop(key)
+            new = rng.choice([words(rng), f"{key}x", str(key).partition("/")[0], 3])
+            state[new] = state.pop(key)
         elif change == 8:
             told.append("another fingerprint")
             state = OrderedDict(state)

@@ -190,7 +190,7 @@ def bent(rng: Random, value: Any) -> Any:
                 value.upper(),
                 value + "x",
                 value[:-1],
-                value.encode(),
+                value.encode(errors="replace"),
                 [value],
                 f" {value}",
                 value * 50,
@@ -212,7 +212,7 @@ def bent(rng: Random, value: Any) -> Any:
             items = [items]
         else:
             return set(map(repr, items))
-        return type(value)(items)
+        return list(items) if isinstance(value, list) else tuple(items)
     if isinstance(value, dict):
         return bent_dict(rng, value)
     if isinstance(value, Tensor):

@@ -128,7 +128,11 @@ def streams(rng: Random) -> Case:
             arguments["transform"] = _transform(rng)
         elif change == 7:
             arguments[rng.choice(["before", "after"])] = rng.choice(
-                [junk(rng), lambda x, generator=None: spoilt(rng, x), lambda x, generator=None: x]
+                [
+                    _passed_on(junk(rng)),
+                    lambda x, generator=None: spoilt(rng, x),
+                    lambda x, generator=None: x,
+                ]
             )
         elif change == 8:
             scenario = rng.choice([bent(rng, scenario), junk(rng), scenario])
@@ -159,6 +163,20 @@ def streams(rng: Random) -> Case:
                 break
 
     return Case(told, call)
+
+
+def _passed_on(function: Any) -> Any:
+    """A function whose own errors, which are passed on as they are, count as none of ours."""
+    if not callable(function):
+        return function
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except Exception as error:
+            raise ValueError(f"a function of the user's raised a {type(error).__name__}") from None
+
+    return call
 
 
 BUILD: dict[str, Any] = {

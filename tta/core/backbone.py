@@ -34,7 +34,7 @@ from tta.core.outputs import LogitsReader
 from tta.core.prediction import Prediction
 from tta.core.session import Session
 from tta.core.structure import OtherTensors
-from tta.core.traced_pass import is_tracing, traced_pass
+from tta.core.traced_pass import is_recorded, traced_pass
 
 __all__ = ["Backbone", "ImagesRefusedError", "KindRefusedError", "RowsOverflowError"]
 
@@ -191,7 +191,7 @@ class Backbone:
             self._learn_first(x, weights)
             with frozen_statistics(self.wrappers):
                 return self._pass(x, weights)
-        if is_tracing():
+        if is_recorded():
             return traced_pass(self, x, self._tensors(weights))
         hooked = bool(self.handles or self._order_hooks)
         self.session.recording = torch.is_grad_enabled()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tta.core.adapter import Adapter
 from tta.core.build import Injected, build
-from tta.core.checks import told, whole_number
+from tta.core.checks import is_iterable, told, whole_number
 from tta.core.classifier import CONVOLUTIONS, declared_sizes, evaluating, first_layer
 from tta.core.config import UpdateConfig
 from tta.core.memory_use import PeakBytes, held_bytes
@@ -95,7 +95,7 @@ def example_shape(
     where it does not. Batches are those of ``batch_size``, of the window if that is more; else 64.
     """
     rows = max(config.batch_size or 0, config.window or 0) or BATCH
-    first = next(iter(source.batches), None) if isinstance(source.batches, Iterable) else None
+    first = next(iter(source.batches), None) if is_iterable(source.batches) else None
     if isinstance(first, (tuple, list)) and first and isinstance(first[0], Tensor):
         return (rows, *first[0].shape[1:])
     entry: Any = first_layer(model)

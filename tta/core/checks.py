@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 __all__ = [
     "LARGE",
@@ -29,6 +29,7 @@ __all__ = [
     "folder_like",
     "fraction",
     "is_final",
+    "is_iterable",
     "is_out_of_memory",
     "mapping",
     "nearest",
@@ -272,7 +273,7 @@ def channels(
         value = (value,)
     expected = "a list of numbers, one for each channel, or one for all"
     expected += f", above {low:g} and at most {high:g}" if above else f", from {low:g} to {high:g}"
-    if isinstance(value, (str, bytes, dict, AbstractSet)) or not isinstance(value, Iterable):
+    if isinstance(value, (str, bytes, dict, AbstractSet)) or not is_iterable(value):
         raise TypeError(
             f"`{name}` must be {expected}, got {shown(value)}; pass a tuple such as (0.5,)"
         )
@@ -289,6 +290,11 @@ def channels(
             f"`{name}` must be {expected}, got {shown(given)}; pass what the model was trained with"
         )
     return given
+
+
+def is_iterable(value: Any) -> TypeGuard[Iterable[Any]]:
+    """Whether there are items in it; arrays and tensors of one number have none to go through."""
+    return isinstance(value, Iterable) and getattr(value, "ndim", None) != 0
 
 
 def path_like(name: str, value: Any) -> Path:

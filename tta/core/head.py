@@ -68,7 +68,14 @@ class WithFeatures(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
         """Return what the model returns, and the features."""
-        return self.model(x, *args, **kwargs), self.function(self.model, x)
+        result, found = self.model(x, *args, **kwargs), self.function(self.model, x)
+        if not isinstance(found, Tensor) or found.ndim != 2:
+            got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise TypeError(
+                f"`features` must be a function that returns features (B, D), got {got}: flatten "
+                "or pool what it returns."
+            )
+        return result, found
 
 
 def find_head(

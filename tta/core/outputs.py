@@ -17,6 +17,7 @@ __all__ = ["GIVEN", "LogitsReader", "LogitsSpec", "joined", "last_rows", "some_r
 LogitsSpec = str | int | Callable[[Any], Tensor] | None
 DEFAULT_NAME = "logits"  # the name in most libraries
 GIVEN = "given"  # stands in a config for a function or a module
+NESTED = 8  # deepest tensors of what a model returns; a list may hold itself
 
 
 class LogitsReader:
@@ -93,21 +94,22 @@ class LogitsReader:
         return _with_items(result, values | {place: logits})
 
 
-def joined(results: Sequence[Any], rows: Sequence[int] | None = None) -> Any:
+def joined(results: Sequence[Any], rows: Sequence[int] | None = None, deep: int = 0) -> Any:
     """What a model returned for parts of a batch, as for one batch.
 
     Tensors with a row for each image are joined along it; whatever else there is stays that of the
-    last.
+    last, and so does what lies deeper than ``NESTED``.
 
     Args:
         results: What it returned for each part.
         rows: Images of each part; None for one each.
+        deep: How deep they lie in what the model returned.
     """
     rows = [1] * len(results) if rows is None else rows
     last = results[-1]
     keys = [] if isinstance(last, Tensor) else _keys(last)
-    values = {key: _joined([_item(result, key) for result in results], rows) for key in keys}
-    return _with_items(last, values) if keys else _joined(results, rows)
+    values = {key: _joined([_item(r, key) for r in results], rows, deep + 1) for key in keys}
+    return _with_items(last, values) if keys else _joined(results, rows, deep + 1)
 
 
 def last_rows(result: Any, rows: int, count: int) -> Any:
@@ -115,19 +117,19 @@ def last_rows(result: Any, rows: int, count: int) -> Any:
     return result if count == rows else some_rows(result, rows, lambda t: t[-count:])
 
 
-def some_rows(result: Any, rows: int, choose: Callable[[Tensor], Tensor]) -> Any:
+def some_rows(result: Any, rows: int, choose: Callable[[Tensor], Tensor], deep: int = 0) -> Any:
     """What a model returned for ``rows`` images, as for some of these."""
     if isinstance(result, Tensor):
         return choose(result) if result.ndim > 0 and len(result) == rows else result
-    keys = _keys(result)
-    values = {key: some_rows(_item(result, key), rows, choose) for key in keys}
+    keys = _keys(result) if deep < NESTED else []
+    values = {key: some_rows(_item(result, key), rows, choose, deep + 1) for key in keys}
     return _with_items(result, values) if keys else result
 
 
-def _joined(values: Sequence[Any], rows: Sequence[int]) -> Any:
+def _joined(values: Sequence[Any], rows: Sequence[int], deep: int) -> Any:
     last = values[-1]
     if isinstance(last, (tuple, list)):
-        return joined(values, rows)
+        return joined(values, rows, deep) if deep < NESTED else last
     pairs = zip(values, rows, strict=True)
     if all(isinstance(v, Tensor) and v.ndim > 0 and len(v) == n for v, n in pairs):
         return torch.cat(list(values))
@@ -175,10 +177,12 @@ def _with_items(result: Any, values: dict[Any, Any]) -> Any:
     return other
 
 
-def _without_gradient(value: Any, rows: Tensor | None) -> Any:
+def _without_gradient(value: Any, rows: Tensor | None, deep: int = 0) -> Any:
     """Detach a tensor, or those in a tuple, and spread what has a row per image over all rows."""
     if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
-        return type(value)(_without_gradient(item, rows) for item in value)
+        if deep >= NESTED:
+            return value
+        return type(value)(_without_gradient(item, rows, deep + 1) for item in value)
     if not isinstance(value, Tensor):
         return value
     value = value.detach()

@@ -212,14 +212,14 @@ class SourceStatistics:
         known = [f.name for f in dataclasses.fields(cls) if f.name not in NOT_SAVED]
         values: dict[str, Any] = {}
         for key, tensor in tensors.items():
-            name, _, parameter = key.partition("/")
-            if name not in known or bool(parameter) != (name in BY_NAME):
+            name, slash, parameter = key.partition("/")
+            if name not in known or bool(slash) != (name in BY_NAME):
                 raise ValueError(
-                    f"`path` must be a file of source artefacts, but {path} holds {shown(key)}: "
-                    + nearest(name, known)
+                    f"`path` must be a file of source artefacts, but {told(path, 60)} holds "
+                    f"{told(shown(key), 50)}: {nearest(name, known, room=80)}"
                 )
             tensor = tensor.float() if tensor.is_floating_point() else tensor
-            if parameter:
+            if slash:
                 values.setdefault(name, {})[parameter] = tensor
             else:
                 values[name] = tensor

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tta.core.checks import dense, nearest, real, shown, told
+from tta.core.checks import dense, is_iterable, nearest, real, shown, told
 from tta.core.denoiser import Diffusion
 
 __all__ = [
@@ -85,9 +85,9 @@ def checked(batches: Any, check: Callable[[Any], None], classes: int | None) -> 
             classes.
     """
     if isinstance(batches, (list, tuple)):
-        for place, batch in enumerate(batches):
-            _check_batch(place, batch, check, classes)
-        return batches
+        found = [_batch(place, batch, check, classes) for place, batch in enumerate(batches)]
+        same = all(a is b for a, b in zip(found, batches, strict=True))
+        return batches if same else found
     kind = _CheckedSequence if isinstance(batches, Sequence) else _Checked
     return kind(batches, check, classes)
 
@@ -100,8 +100,7 @@ class _Checked:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for place, batch in enumerate(self.batches):
-            _check_batch(place, batch, self.check, self.classes)
-            yield batch
+            yield _batch(place, batch, self.check, self.classes)
 
 
 class _CheckedSequence(_Checked, Sequence[Any]):
@@ -111,8 +110,16 @@ class _CheckedSequence(_Checked, Sequence[Any]):
         return len(self.batches)
 
     def __getitem__(self, place: Any) -> Any:
-        _check_batch(place, self.batches[place], self.check, self.classes)
-        return self.batches[place]
+        return _batch(place, self.batches[place], self.check, self.classes)
+
+
+def _batch(place: int, batch: Any, check: Callable[[Any], None], classes: int | None) -> Any:
+    """The batch, checked; copied if it was made in inference mode, where no gradient flows."""
+    _check_batch(place, batch, check, classes)
+    if not any(isinstance(part, Tensor) and part.is_inference() for part in batch):
+        return batch
+    with torch.inference_mode(False):
+        return tuple(part.clone() if isinstance(part, Tensor) else part for part in batch)
 
 
 def _check_batch(place: int, batch: Any, check: Callable[[Any], None], classes: int | None) -> None:
@@ -159,7 +166,7 @@ def check_denoiser(value: Any) -> None:
 
 def check_iterable(name: str, value: Any) -> None:
     """Refuse what cannot hold source batches."""
-    if isinstance(value, (str, bytes, Tensor, Mapping)) or not isinstance(value, Iterable):
+    if isinstance(value, (str, bytes, Tensor, Mapping)) or not is_iterable(value):
         what = "an iterable of (images, labels)"
         what += " or a tta.SourceStatistics" if name == "source" else ""
         raise TypeError(

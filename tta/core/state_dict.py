@@ -39,7 +39,7 @@ def check_origin(theirs: Any, mine: dict[str, Any]) -> None:
         )
     if theirs != mine:
         mine_shown, theirs_shown = (
-            f"{told(one['method'])} on source weights {one['weights']:08x}"
+            f"{told(one['method'], 60)} on source weights {told(format(one['weights'], '08x'), 20)}"
             for one in (mine, theirs)
         )
         raise ValueError(

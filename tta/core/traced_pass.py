@@ -1,4 +1,4 @@
-"""What ``torch.export`` records of an adapter: nothing is checked, as no value is known."""
+"""What is recorded of an adapter as a graph: nothing is checked, as no value is known."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor
 from tta.core.checks import shown
 from tta.core.hooks import pooled
 from tta.core.prediction import Prediction
-from tta.core.tracing import is_tracing, recording
+from tta.core.tracing import is_recorded, is_tracing, recording
 
-__all__ = ["either", "is_tracing", "traced_answer", "traced_pass"]
+__all__ = ["either", "is_recorded", "is_tracing", "traced_answer", "traced_pass"]
 
 
 def traced_answer(adapter: Any, images: Tensor, args: Any, kwargs: Any) -> Any:

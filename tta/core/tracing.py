@@ -1,7 +1,9 @@
-"""What differs while ``torch.export`` records an adapter as a graph.
+"""What differs while an adapter is recorded as a graph.
 
-A graph holds no branch on values and none on the number of images, which may be any. Where
-components decide in Python, they decide here by tensors instead; what is computed is the same.
+A graph of ``torch.export`` holds no branch on values and none on the number of images, which may be
+any. Where components decide in Python, they decide here by tensors instead; what is computed is the
+same. A CUDA graph holds no branch on values either, but its shapes are known: there components may
+go on as on a GPU, as long as they look at no value.
 """
 
 from __future__ import annotations
@@ -17,9 +19,12 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
+    "NoLoopError",
     "Refusal",
     "all_finite",
+    "capturing",
     "count_rows",
+    "is_recorded",
     "is_tracing",
     "look",
     "look_after_refusal",
@@ -46,12 +51,44 @@ class Refusal(threading.local):
     used = False
 
 
+class Capture(threading.local):
+    """Whether a step is captured, and whether components decide by tensors there."""
+
+    on = False
+    by_tensors = False
+
+
+class NoLoopError(ValueError):
+    """A loop that ends by a value was to be captured."""
+
+
 _now = Refusal()
+_capture = Capture()
 
 
 def is_tracing() -> bool:
-    """Whether this runs to be recorded as a graph, and no value is known."""
-    return torch.compiler.is_exporting()
+    """Whether this runs to be recorded as a graph, and components must decide by tensors."""
+    return torch.compiler.is_exporting() or _capture.by_tensors
+
+
+def is_recorded() -> bool:
+    """Whether no value is known here, as this runs to be recorded by whatever."""
+    return _capture.on or is_tracing()
+
+
+@contextmanager
+def capturing(by_tensors: bool) -> Iterator[None]:
+    """Within the block, in this thread, a step is captured.
+
+    Args:
+        by_tensors: Whether components decide as in a graph of ``torch.export``, or as on a GPU.
+    """
+    before = _capture.on, _capture.by_tensors
+    _capture.on, _capture.by_tensors = True, by_tensors
+    try:
+        yield
+    finally:
+        _capture.on, _capture.by_tensors = before
 
 
 @contextmanager
@@ -152,14 +189,26 @@ def scan(step: Any, start: Tensor, rows: Tensor, reverse: bool = False) -> tuple
     Returns:
         What is carried in the end, and the result (B, ...).
     """
+    if _capture.on:  # the number of rows is known
+        found = []
+        for row in reversed(rows) if reverse else rows:
+            start, result = step(start, row)
+            found.append(result)
+        return start, torch.stack(found[::-1] if reverse else found)
     from torch._higher_order_ops.scan import scan as loop
 
-    found: Any = loop(step, start, rows, reverse=reverse)
-    return found
+    looped: Any = loop(step, start, rows, reverse=reverse)
+    return looped
 
 
 def while_loop(condition: Any, body: Any, carried: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """In a graph: ``while condition(*carried): carried = body(*carried)``."""
+    """In a graph: ``while condition(*carried): carried = body(*carried)``.
+
+    Raises:
+        NoLoopError: When a step is captured.
+    """
+    if _capture.on:
+        raise NoLoopError("it repeats something until a value says that it is enough")
     from torch._higher_order_ops.while_loop import while_loop as loop
 
     found: Any = loop(condition, body, carried)
@@ -171,7 +220,8 @@ def look(condition: Tensor) -> bool | None:
 
     What is true of nearly every batch is then looked at, in place of operations for the others.
     """
-    return bool(condition) if condition.device.type == "cpu" and not is_tracing() else None
+    known = condition.device.type == "cpu" and not is_recorded()
+    return bool(condition) if known else None
 
 
 def all_finite(*values: Tensor) -> bool | None:
@@ -179,6 +229,6 @@ def all_finite(*values: Tensor) -> bool | None:
 
     Those whose sum is too large for their dtype count as infinite.
     """
-    if values[0].device.type != "cpu" or is_tracing():
+    if values[0].device.type != "cpu" or is_recorded():
         return None
     return math.isfinite(float(functools.reduce(torch.add, values).detach().sum()))

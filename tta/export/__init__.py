@@ -1,6 +1,6 @@
 """Adapters outside torch: ONNX graphs whose state goes in and comes out."""
 
+from tta.core.step_function import to_function
 from tta.export.folder import to_onnx
-from tta.export.step import to_function
 
 __all__ = ["to_function", "to_onnx"]

@@ -16,10 +16,11 @@ from torch import Tensor
 from tta.core.adapter import Adapter
 from tta.core.checks import folder_like
 from tta.core.files import replacing_together, writing
+from tta.core.rehearsal import rehearse
+from tta.core.step_function import to_function
 from tta.export.onnx_graph import OPSET, forget_origin, trace, translate
 from tta.export.quantise import calibration_batches, network_nodes, quantise
-from tta.export.step import to_function
-from tta.export.trial import check_same, make_batches, rehearse
+from tta.export.trial import check_same, make_batches
 from tta.export.triton import pbtxt
 from tta.parts.augment import pixel_space
 from tta.version import __version__

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tta.core.checks import told
-from tta.export.step import Step
+from tta.core.step_function import Step
 
 __all__ = ["OPSET", "forget_origin", "trace", "translate"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tta.core.checks import is_iterable
 from tta.core.norm_layers import AdaptiveNorm
 
 __all__ = ["calibration_batches", "network_nodes", "quantise"]
@@ -28,7 +29,7 @@ def calibration_batches(calibration: Any, example: Tensor) -> list[Tensor]:
         TypeError: When they are no batches of images, or of images and labels.
         ValueError: When there is none, one of another shape, or values that are not finite.
     """
-    if isinstance(calibration, Tensor) or not isinstance(calibration, Iterable):
+    if isinstance(calibration, Tensor) or not is_iterable(calibration):
         raise TypeError(
             "`calibration` must give batches of images, got "
             f"{type(calibration).__name__}: pass a list of tensors or a loader."

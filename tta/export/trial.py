@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,18 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tta.core.adapter import Adapter
 from tta.core.checks import told
-from tta.core.tracing import recording
 
-__all__ = ["check_same", "make_batches", "rehearse"]
+__all__ = ["check_same", "make_batches"]
 
 TOLERANCE = 1e-3  # of logits, as a share of the largest of the batch where that is above 1
 SIZES = (3, 1, 2)  # of the batches that are tried
-
-
-class _Over(Exception):
-    """Ends a rehearsal, so that the adapter's transaction takes everything back."""
 
 
 def make_batches(example: Tensor) -> list[Tensor]:
@@ -39,37 +31,6 @@ def make_batches(example: Tensor) -> list[Tensor]:
             noise = torch.randn(images.shape, generator=draws).to(images)
             images = images + 0.1 * images.std().clamp_min(1.0) * noise
         found.append(images)
-    return found
-
-
-def rehearse(adapter: Adapter, batches: Sequence[Tensor]) -> list[Tensor]:
-    """What the adapter would return for each batch, (B, C); it is as before afterwards.
-
-    Without its setting, as a precision or a memory format of torch's passes is none of the graph's.
-    """
-    found: list[Tensor] = []
-    session, guard, draws = adapter.session, adapter.guard, adapter._context.draws
-    warned, call = set(session.warned), draws.call
-    events = [] if guard is None else list(guard.events)
-
-    def run() -> None:
-        for images in batches:
-            found.append(adapter.network.reader.read(adapter(images)))
-        raise _Over
-
-    try:
-        with warnings.catch_warnings(), recording(adapter), torch.no_grad():
-            warnings.simplefilter("ignore")
-            adapter._on_event = None
-            adapter.config = dataclasses.replace(adapter.config, setting=None)
-            adapter._transaction.run(run)
-    except _Over:
-        pass
-    finally:
-        session.warned, draws.call = warned, call
-        if guard is not None:
-            guard.events.clear()
-            guard.events.extend(events)
     return found
 
 

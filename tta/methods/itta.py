@@ -152,20 +152,32 @@ class Itta(Update):
             width = self.context.feature_size
             w, count = parts.identity(self.config.consistency_depth, width), 0
             device = next((p.device for p in self.network.model.parameters()), w.device)
-            batches = ((x.to(device), y.to(device)) for x, y in self._checked(source))
+            shown: list[Tensor] = []  # the batch that is learned from, whose dtype may be another
+
+            def batches() -> Iterator[tuple[Tensor, Tensor]]:
+                for x, y in self._checked(source):
+                    shown[:] = [x]
+                    yield x.to(device), y.to(device)
+
             seed = int(torch.randint(2**62, (), generator=self.context.generator))
             learned = parts.learn(
                 self.network.model,
                 w.to(device),
-                islice(batches, UPDATES),
+                islice(batches(), UPDATES),
                 consistency_lr=CONSISTENCY_LR,
                 blocks=self._names,
                 train_model=False,
                 seed=seed,
                 reader=self.network.reader,
             )
-            for found in learned:
-                w, count = found["consistency"], count + 1
+            try:
+                for found in learned:
+                    w, count = found["consistency"], count + 1
+            except RuntimeError as error:
+                refusal = self.network.refusal(error, shown[0]) if shown else None
+                if refusal is None:
+                    raise
+                raise refusal from error
             self._hold(w)
             self.source_used = f"consistency from {count} source batches"
         else:

@@ -36,7 +36,9 @@ source,
 with l less ``SURE`` standard errors. The second term is what taking the mean of n images off them
 takes from l', where n is how many the norm rule takes statistics of. Then the source answers and
 nothing is learned, until there are no runs any more, or until the adapted model, which is tried
-beside it now and then, shows as much of them.
+beside it now and then, shows as much of them. Among the first 64 images runs cannot be told from
+chance, so the source answers these where batches are smaller than ``ROW``, and the update learns
+beside it; larger ones show by themselves what they are.
 
 A step that was made of fewer than ``few`` images is taken back, and no other is made in the 4096
 batches that follow: a gradient of one image is what breaks most updates.
@@ -77,7 +79,9 @@ SURE = 4.0  # standard errors by which the source must show more
 LEFT = 0.9  # of the source's persistence, that the adapted model must show
 SHOWN = 0.4  # of the persistence of labels, in the predictions of a fair model
 TRIED, ROUND = 6, 32  # of so many rows of images, in how many the adapted model is tried
+SEEN = 56  # images, counted as averages do; runs of labels are seen among so many
 IN_RUNS = "labels come in runs"
+EARLIEST = "too few images to tell whether labels come in runs"
 ROW = ENOUGH  # images in a row of which the source is asked
 
 
@@ -130,8 +134,8 @@ class Steady(Guard):
         self.gap = SpreadGap(classes)  # to the source's parameters
         self.trend = SpreadGap(classes, TREND)  # the same, over more images
         self.source_gap = SpreadGap(classes)  # to the source model, with its own statistics
-        self.runs = LabelRuns(classes)  # as the source predicts
-        self.own = LabelRuns(classes)  # as the adapted model does, of the same images
+        self.runs = LabelRuns(classes, early=True)  # as the source predicts
+        self.own = LabelRuns(classes, early=True)  # as the adapted model does, of the same images
         self.rules = tuple(w.rule for w in network.wrappers[:1])  # not a module of the guard
         self.trains = bool(context.parameters)
         self.mixes = bool(network.wrappers)  # images are normalised by what was seen of others
@@ -164,6 +168,7 @@ class Steady(Guard):
         self.age += 1
         if (verdict := self._few(batch)) is not None:
             return verdict
+        answer = None
         if self.mixes and self._asks(age, block):
             source = batch.source_of_input().logits
             self.source_gap.see(batch.prediction.logits, source)
@@ -173,6 +178,7 @@ class Steady(Guard):
                 self.runs_seen.fill_(True)
                 self.age.zero_()
                 return Verdict(action="source", reason=IN_RUNS, undo=True)
+            answer = source if self._too_early(len(batch.images)) else None
         if self.trains and (int(self.beside) > 0 or self._due(age // block, 1)):
             anchor = batch.anchor() if self.mixes else batch.source_of_input()
             self.gap.see(batch.prediction.logits, anchor.logits)
@@ -182,7 +188,10 @@ class Steady(Guard):
             if self._behind(self.gap, self.config.margin) and self.trend.mean() < 0:
                 self.beside.copy_(BESIDE * self.pause)
                 return self._beside(anchor.logits, block)
-        return self._verdict(block)
+        verdict = self._verdict(block)
+        if answer is not None and verdict is LEARN:
+            return Verdict(action="source", reason=EARLIEST, answer=answer)
+        return verdict
 
     def _due(self, age: int, slower: int) -> bool:
         """Whether there is a comparison; ``age`` is in batches, or in ``ROW`` of small ones."""
@@ -198,6 +207,10 @@ class Steady(Guard):
             self.runs.pause()
             self.own.pause()
         return True
+
+    def _too_early(self, count: int) -> bool:
+        """Whether runs of labels would do harm, and too few images were seen to know of any."""
+        return self.rules[0].mixed_images(count) < ROW and self.runs.images() < SEEN
 
     def _harmful(self, count: int, doubt: float) -> bool:
         """Whether the adapted model shows less of the runs of labels than the source."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tta.core.tracing import count_rows, is_tracing, rows_before
@@ -17,18 +16,22 @@ NOBODY = -1  # the label before the first image
 ONE_CLASS = 0.999  # chance of a repeat from which a stream of one class cannot be told apart
 
 
-def persistence(repeats: Any, shares: Tensor, images: Any, doubt: float) -> Any:
+def persistence(repeats: Any, shares: Tensor, images: Any, doubt: float, same: float = 0.0) -> Any:
     """How much more often labels repeat than their shares explain.
 
     A label stays with this probability and is else drawn from the shares, if the stream is made so:
 
-        lambda = max(0, (q - s - k sqrt(s (1 - s) / n)) / (1 - s)),   s = sum_c m_c^2
+        lambda = max(0, (q - s - k sqrt(s (1 - s) / n)) / (1 - s))
+        s = (sum_c m_c^2 - d) / (1 - d)
 
     Args:
         repeats: q, share of images with the label of the one before.
         shares: m (C,), of each label.
         images: n, over how many both were averaged.
         doubt: k, standard errors that are taken off, so that chance is not taken for persistence.
+        same: d, sum of the squared weights of images in their shares. Two draws from the shares are
+            one image with this chance, which is 1 / n for n images of equal weight; of few images,
+            it hides runs.
 
     Returns:
         lambda, in [0, 1); a tensor in a graph.
@@ -42,7 +45,7 @@ def persistence(repeats: Any, shares: Tensor, images: Any, doubt: float) -> Any:
         error = (chance * (1 - chance) / images.clamp_min(1.0)).sqrt()
         found = (repeats - chance - doubt * error) / (1 - chance)
         return torch.where(chance > ONE_CLASS, torch.zeros_like(found), found.clamp_min(0.0))
-    chance = float(shares.square().sum())
+    chance = max(0.0, (float(shares.square().sum()) - same) / (1 - same)) if same < 1 else 1.0
     if chance > ONE_CLASS:
         return 0.0
     error = (chance * (1 - chance) / max(images, 1.0)) ** 0.5
@@ -60,6 +63,8 @@ class LabelRuns(nn.Module):
         horizon: Images over which shares and repeats are averaged.
         recent: Images over which repeats are averaged a second time.
         doubt: Standard errors by which repeats must exceed chance.
+        early: Whether few images are enough to see runs of: what an image has in common with itself
+            is left out of the chance of a repeat then. Not for graphs.
     """
 
     shares: Tensor  # (C,) of predicted labels
@@ -68,9 +73,15 @@ class LabelRuns(nn.Module):
     last: Tensor  # 0-dimensional, label predicted for the last image; -1 before the first
 
     def __init__(
-        self, classes: int, horizon: int = HORIZON, recent: int = RECENT, doubt: float = DOUBT
+        self,
+        classes: int,
+        horizon: int = HORIZON,
+        recent: int = RECENT,
+        doubt: float = DOUBT,
+        early: bool = False,
     ) -> None:
         super().__init__()
+        self.early = early
         self.classes, self.spans, self.doubt = classes, (horizon, recent), doubt
         wide = torch.float64
         self.register_buffer("shares", torch.full((classes,), 1 / classes, dtype=wide))
@@ -86,11 +97,12 @@ class LabelRuns(nn.Module):
     def watch(self, labels: Tensor) -> None:
         """Take in the labels (B,) that were predicted for a batch, in the order of the stream."""
         device = self.shares.device
-        spans = torch.tensor(self.spans, dtype=torch.float64, device=device)
+        spans = torch.stack([self.seen.new_full((), span) for span in self.spans])
         share = 1 - (1 - 1 / spans) ** count_rows(labels[:, None])
         self.seen += share * (1 - self.seen)
         share = share / self.seen  # an average of few images gives each of them more weight
-        found = F.one_hot(labels, self.classes).double().mean(0).to(device)
+        every = torch.arange(self.classes, device=labels.device)
+        found = (labels[:, None] == every).double().mean(0).to(device)
         self.shares += share[0] * (found - self.shares)
         before = rows_before(self.last, labels)
         known = before != NOBODY
@@ -126,4 +138,10 @@ class LabelRuns(nn.Module):
         doubt = self.doubt if doubt is None else doubt
         repeats = self.repeats.min()
         repeats = repeats if is_tracing() else float(repeats)
-        return persistence(repeats, self.shares, self.images(), doubt)
+        same = self._same() if self.early else 0.0
+        return persistence(repeats, self.shares, self.images(), doubt, same)
+
+    def _same(self) -> float:
+        """Sum of the squared weights of images in their shares; 1 before the first."""
+        seen = float(self.seen[0])
+        return min(1.0, (2 - seen) / seen / (2 * self.spans[0] - 1)) if seen else 1.0

@@ -11,8 +11,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from tta.core.checks import shown, told
 from tta.runtime.frames import Failure, Frame, Source
 
@@ -33,7 +31,7 @@ class Arrived:
     source: str | None
     at: float  # of time.monotonic()
     reader: _Reader
-    image: Future[Tensor]
+    image: Future[Any]
 
 
 @dataclass
@@ -54,7 +52,8 @@ class Intake:
 
     Args:
         parts: Sources, each of which is read in a thread.
-        prepare: From what a frame holds to a tensor (C, H, W); raises for what is no image.
+        prepare: From what a frame holds to what has the shape (C, H, W) and the dtype of an image;
+            raises for what is no image.
         batch_size: Images in a batch, at most.
         max_wait: Seconds that a frame of a live source waits for a batch to fill.
         workers: Threads that prepare.
@@ -67,7 +66,7 @@ class Intake:
     def __init__(
         self,
         parts: list[Source],
-        prepare: Callable[[Any], Tensor],
+        prepare: Callable[[Any], Any],
         *,
         batch_size: int,
         max_wait: float,

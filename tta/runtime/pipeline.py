@@ -10,6 +10,7 @@ Example::
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -25,16 +26,18 @@ from torch import Tensor
 from tta.core.adapter import Adapter
 from tta.core.checks import LARGE, boolean, number, one_of, shown, told, whole_number
 from tta.core.pictures import as_rgb, is_picture
+from tta.runtime import capturing, lanes
 from tta.runtime.extras import needed
 from tta.runtime.frames import EXTRA, IterableSource, Source
 from tta.runtime.intake import LATE, Arrived, Batch, Intake
 from tta.runtime.model_strings import own_transform
 from tta.runtime.pool import StreamPool
 from tta.runtime.sources import open_source
-from tta.runtime.steps import Direct, Lagging, Pooled, Server, Step
+from tta.runtime.steps import Direct, Lagging, Pooled, Replaying, Server, Step
 
 __all__ = ["Pipeline", "Result"]
 
+log = logging.getLogger("tta.runtime")
 MOST_WORKERS = 256
 MOST_STALE = 1000
 MOST_TOGETHER = 32  # streams
@@ -92,7 +95,9 @@ class Pipeline:
         staleness: Batches by which learning may lag behind predictions. 0 predicts and learns in
             turn, as a loop of your own; above, a copy of the model predicts while the adapter
             learns in a thread, so what methods return after a step of their own is not returned.
-        graphs: CUDA graphs, on a GPU.
+        graphs: Whether, on a GPU, the whole step on full batches is captured as a CUDA graph, and
+            replayed. Where that cannot be, the pipeline goes on as without, and says why in
+            ``pipeline.graphs`` and the log.
         on_result: Called with each result before it is given.
         together: Whether batches of several streams of a pool that may go at the same time go
             through the model in one pass, where the pool can (``pool.one_by_one``). Results are
@@ -140,18 +145,24 @@ class Pipeline:
         self._images = _Images(adapter, transform)
         staleness = whole_number("staleness", staleness, 0, MOST_STALE)
         self._check_device(boolean("graphs", graphs), staleness, pool)
+        self._graphs = _without_graphs(staleness, pool) if graphs else ""
         self._source = _as_source(source)
+        batch_size = whole_number("batch_size", batch_size, 1)
         self._intake = Intake(
             self._source.parts(),
             self._images.prepare,
-            batch_size=whole_number("batch_size", batch_size, 1),
+            batch_size=batch_size,
             max_wait=number("max_wait", max_wait, 0, LARGE),
             workers=whole_number("workers", workers, 1, MOST_WORKERS),
             queue=whole_number("queue", queue, 1),
             late=one_of("late", late, LATE),
             apart=pool is not None,
         )
-        self._make: Callable[[], Server] = lambda: _server(adapter, pool, staleness)
+        graph = capturing.graph_on(self._images.device) if graphs and not self._graphs else None
+        self._make: Callable[[], Server] = lambda: _server(
+            adapter, pool, staleness, batch_size, graph, self._images.lanes
+        )
+        self._replaying: Replaying | None = None
         self._together = boolean("together", together)
         if together and pool is None:
             raise ValueError(
@@ -204,6 +215,11 @@ class Pipeline:
         cuts = np.quantile(values, (0.5, 0.95, 0.99))
         return dict(zip(("p50", "p95", "p99"), map(float, cuts), strict=True))
 
+    @property
+    def graphs(self) -> str:
+        """What has come of ``graphs=True`` so far, in words; empty without it."""
+        return self._graphs if self._replaying is None else self._replaying.outcome
+
     def __enter__(self) -> Pipeline:
         return self
 
@@ -212,6 +228,9 @@ class Pipeline:
 
     def _batches(self) -> Generator[list[Result], None, None]:
         server = self._make()
+        self._replaying = server if isinstance(server, Replaying) else None
+        if self._graphs:
+            log.warning("%s", self._graphs)
         pool = server.pool if isinstance(server, Pooled) and self._together else None
         try:
             self._intake.start()
@@ -275,15 +294,10 @@ class Pipeline:
         )
 
     def _check_device(self, graphs: bool, staleness: int, pool: StreamPool | None) -> None:
-        where = self._images.device.type
-        if graphs:
+        if graphs and capturing.graph_on(self._images.device) is None:
             raise ValueError(
-                f"`graphs` must be False on {where}, got True: "
-                + (
-                    "steps are not captured in this version."
-                    if where == "cuda"
-                    else "CUDA graphs need a GPU."
-                )
+                f"`graphs` must be False on {self._images.device.type}, got True: CUDA graphs need "
+                "a GPU."
             )
         if staleness and pool is not None:
             raise ValueError(
@@ -307,11 +321,12 @@ class _Images:
         model = adapter.network.model
         first = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
         self.device, self.dtype = first.device, first.dtype
+        self.lanes = lanes.lanes_on(self.device)
         self.transform = transform
         self.of_pictures = own_transform(model) if transform is None else transform
 
-    def prepare(self, given: Any) -> Tensor:
-        """An image as the model takes it, (C, H, W)."""
+    def prepare(self, given: Any) -> Any:
+        """An image as the model takes it, (C, H, W), on its way to the device."""
         if callable(given) and not isinstance(given, Tensor):
             given = given()
         if isinstance(given, np.ndarray):
@@ -329,11 +344,14 @@ class _Images:
             raise TypeError(
                 f"`transform` must return a tensor (C, H, W), got {shown(found)}: correct it."
             )
-        return found.detach()
+        return self.lanes.upload(found.detach())
 
-    def stack(self, images: list[Tensor]) -> Tensor:
-        """A batch, where the model is."""
-        batch = torch.stack(images)
+    def stack(self, images: list[Any]) -> Tensor:
+        """A batch of prepared images, where the model is."""
+        taken: list[Tensor] = [self.lanes.take(image) for image in images]
+        if len({image.device for image in taken}) > 1:
+            taken = [image.to(self.device) for image in taken]
+        batch = torch.stack(taken)
         return batch.to(self.device, self.dtype if batch.is_floating_point() else None)
 
 
@@ -357,7 +375,26 @@ def _as_source(source: Any) -> Source:
     return IterableSource(source)
 
 
-def _server(adapter: Adapter, pool: StreamPool | None, staleness: int) -> Server:
+def _without_graphs(staleness: int, pool: StreamPool | None) -> str:
+    """Why no step of such a pipeline is captured, or nothing."""
+    if pool is not None:
+        return "steps are not captured: the streams of a pool take turns on one model"
+    if not staleness:
+        return ""
+    batches = "1 batch" if staleness == 1 else f"{staleness} batches"
+    return f"steps are not captured: learning may lag behind by {batches}"
+
+
+def _server(
+    adapter: Adapter,
+    pool: StreamPool | None,
+    staleness: int,
+    batch_size: int,
+    graph: Callable[[], capturing.Graph] | None,
+    beside: lanes.Lanes,
+) -> Server:
     if pool is not None:
         return Pooled(pool)
-    return Lagging(adapter, staleness) if staleness else Direct(adapter)
+    if graph is not None:
+        return Replaying(adapter, batch_size, graph)
+    return Lagging(adapter, staleness, beside) if staleness else Direct(adapter)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
@@ -15,9 +16,13 @@ from torch import Tensor
 
 from tta.core.adapter import Adapter
 from tta.core.component import log_probabilities
+from tta.runtime.capturing import Captured, Graph, NotCapturedError
+from tta.runtime.lanes import Lanes
 from tta.runtime.pool import StreamPool
 
-__all__ = ["Direct", "Lagging", "Pooled", "Server", "Step", "step", "taken"]
+__all__ = ["Direct", "Lagging", "Pooled", "Replaying", "Server", "Step", "step", "taken"]
+
+log = logging.getLogger("tta.runtime")
 
 # What a state holds that can learn; the rest counts calls, or watches.
 LEARNS = ("param/", "norm/", "update/", "output/", "input/", "model/")
@@ -93,6 +98,67 @@ class Direct(Server):
             return step(self.adapter, images, learn, used)
 
 
+class Replaying(Direct):
+    """One adapter, whose step on full batches is captured once, and then replayed.
+
+    The adapter itself serves the first full batch, by which it gets to know the model, and all that
+    does not fit: batches of other shapes, of which nothing is learned, with values that are no
+    numbers, or while the caller uses autocast.
+
+    Args:
+        adapter: Which goes on as it would without.
+        batch_size: Images in a full batch.
+        graph: Makes a graph.
+    """
+
+    def __init__(self, adapter: Adapter, batch_size: int, graph: Callable[[], Graph]) -> None:
+        super().__init__(adapter)
+        self.batch_size, self.graph = batch_size, graph
+        self.outcome = "no full batch has come twice yet"
+        self.replayed = 0  # batches
+        self._met, self._tried = False, False
+        self._captured: Captured | None = None
+
+    def serve(self, stream: str, images: Tensor, learn: bool, used: int) -> Step:
+        """Serve a batch; all streams are one."""
+        with self.adapter.turns:
+            captured = self._captured_for(images) if learn else None
+            logits = None if captured is None else captured.serve(images)
+            if logits is None:
+                return step(self.adapter, images, learn, used)
+            self.replayed += 1
+            self.adapter._serving.taken = used
+            return Step(_probabilities(self.adapter, logits), self._learns)
+
+    def close(self) -> None:
+        """Let go of what was captured."""
+        self._captured = None
+
+    def _captured_for(self, images: Tensor) -> Captured | None:
+        """What may be replayed for these images, which is captured when they come twice."""
+        adapter, kind = self.adapter, images.device.type
+        learning = adapter.session.learning and not adapter.turns.reserved
+        if len(images) != self.batch_size or not learning or torch.is_autocast_enabled(kind):
+            return None
+        if self._met and not self._tried:
+            self._tried = True
+            self._capture(images)
+        self._met = True
+        fits = self._captured is not None and self._captured.fits(images)
+        return self._captured if fits else None
+
+    def _capture(self, images: Tensor) -> None:
+        try:
+            self._captured = Captured(self.adapter, images, self.graph())
+        except NotCapturedError as error:
+            self.outcome = f"steps are not captured: {error}"
+            log.warning("%s", self.outcome)
+            return
+        self._learns = can_learn(self.adapter)
+        self.outcome = f"steps of images {tuple(images.shape)} are captured"
+        log.info("%s", self.outcome)
+
+
 class Pooled(Server):
     """A stream of a pool for each stream."""
 
@@ -122,17 +188,19 @@ class Lagging(Server):
     Args:
         adapter: Nobody else may call it meanwhile.
         staleness: How many batches may be predicted whose predecessors are not learned from.
+        lanes: Of the device.
     """
 
-    def __init__(self, adapter: Adapter, staleness: int) -> None:
-        self.adapter, self.staleness = adapter, staleness
+    def __init__(self, adapter: Adapter, staleness: int, lanes: Lanes) -> None:
+        self.adapter, self.staleness, self.lanes = adapter, staleness, lanes
         self.learns, self.session = can_learn(adapter), adapter.session
         self.copy = copy.deepcopy(adapter)
         self.copy.freeze()
         self._learner = ThreadPoolExecutor(1, thread_name_prefix="tta-learn")
         self._behind: list[Future[None]] = []
         self._lock = threading.Lock()
-        self._new: dict[str, Tensor] | None = None
+        self._new: Any = None  # state that is given to the copy
+        self._lent: Any = lanes.give(self._tensors())
 
     def serve(self, stream: str, images: Tensor, learn: bool, used: int) -> Step:
         """Predict a batch at once, as soon as learning is not too far behind."""
@@ -141,16 +209,20 @@ class Lagging(Server):
         with self._lock:
             new, self._new = self._new, None
         if new is not None:
-            self.copy.load_state(new, allow_nonfinite=True)
+            self.copy.load_state(self.lanes.take(new), allow_nonfinite=True)
+        given = self.lanes.give(images)  # before the pass, for which learning need not wait
         found = step(self.copy, images, True, used)
         learn = learn and self.learns and self.session.learning
         if learn:
-            self._behind.append(self._learner.submit(self._learn, images, used))
+            self._behind.append(self._learner.submit(self._learn, given, used))
         return Step(found.probabilities, learn)
 
     def close(self) -> None:
         """Wait for what is still to be learned."""
         self._learner.shutdown()
+        with self.lanes.learning():
+            back = self.lanes.give(self._tensors())
+        self.lanes.take(back)
         for future in self._behind:
             error = future.exception()
             if error is not None:
@@ -158,9 +230,18 @@ class Lagging(Server):
         self._behind.clear()
 
     @torch.inference_mode(False)
-    def _learn(self, images: Tensor, used: int) -> None:
-        with self.adapter.turns:
-            step(self.adapter, images, True, used)
-            state: dict[str, Any] = self.adapter.state()
+    def _learn(self, images: Any, used: int) -> None:
+        with self.adapter.turns, self.lanes.learning():
+            if self._lent is not None:
+                self.lanes.take(self._lent)
+                self._lent = None
+            step(self.adapter, self.lanes.take(images), True, used)
+            new = self.lanes.give(self.adapter.state())
         with self._lock:
-            self._new = state
+            self._new = new
+
+    def _tensors(self) -> list[Tensor]:
+        """All that the adapter holds."""
+        own = [*self.adapter.parameters(), *self.adapter.buffers()]
+        gradients = [p.grad for p in own if p.grad is not None]
+        return [*own, *gradients, *self.adapter._state.tensors().values()]

@@ -137,7 +137,7 @@ def build(
     order = Draws(config["seed"], "domains").permutation(len(listed)) if shuffle_domains else None
     shown = listed if order is None else [listed[i] for i in order]
     plan = _plan(spec, source, shown, config, chosen)
-    return Stream(plan, source, _plain({**config, **chosen}), timing, window)
+    return Stream(plan, source, _plain({**config, **chosen}), timing, config["window"])
 
 
 def from_config(

@@ -60,10 +60,10 @@ def as_array(values: Any, name: str) -> np.ndarray:
         length_of(values, name)  # not more than memory can hold
     try:
         return np.asarray(values)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, MemoryError) as error:
         raise TypeError(
             f"`{name}` must be an array of numbers, got a {type(values).__name__} that is none "
-            f"({told(error)}): convert it"
+            f"({told(error) or type(error).__name__}): convert it"
         ) from None
 
 

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tta.core.checks import dense, told
+from tta.core.checks import dense, shown, told
 from tta.streams.items import (
     as_array,
     as_pixels,
@@ -124,7 +124,7 @@ class ImageSource:
             or not hasattr(dataset, "__len__")
             or not hasattr(dataset, "__getitem__")
         ):
-            came = repr(dataset) if isinstance(dataset, str) else type(dataset).__name__
+            came = shown(dataset) if isinstance(dataset, str) else type(dataset).__name__
             raise TypeError(
                 f"`{name}` must have __len__ and __getitem__ giving (image, label), or be a pair "
                 f"of arrays (N, H, W, 3) and (N,), got {came}; open the images first, such as by "
@@ -257,7 +257,7 @@ class Domains:
         self.names = [str(name) for name in domains]
         if not own and transform is None and set(self.names) != {CLEAN}:
             raise ValueError(
-                f"`transform` must be given for the domains {self.names}, got None; pass "
+                f"`transform` must be given for the domains {shown(self.names)}, got None; pass "
                 "transform=corruptions.corrupt, or map each name to its own dataset in `domains`"
             )
         self.transform = transform
@@ -368,6 +368,10 @@ def _batch(argument: str, images: Any, count: int, where: str = "") -> Tensor:
         kind = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
         raise TypeError(
             f"`{argument}` must return a tensor of shape ({count}, 3, H, W), got {kind}{where}"
+        )
+    if images.numel() == 0:
+        raise ValueError(
+            f"`{argument}` must return images with pixels, got {tuple(images.shape)}{where}"
         )
     low, high = images.aminmax()
     if not (low >= -ROUNDING and high <= 1 + ROUNDING):

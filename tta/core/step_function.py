@@ -13,7 +13,7 @@ from tta.core.norm_layers import begin_graph
 from tta.core.prediction import Prediction
 from tta.core.serving import LARGE
 from tta.core.state import GUARD, Place
-from tta.core.tracing import recording, tracing_step
+from tta.core.tracing import is_tracing, recording, tracing_step
 
 __all__ = ["BATCHES", "Step", "moving_keys", "refuse", "to_function"]
 
@@ -147,6 +147,7 @@ class Step(nn.Module):
         self.model, self.output = adapter.model, adapter.output
         self.__dict__["adapter"] = adapter
         self.keys = keys
+        self.device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         self.undefined = set(adapter._state.keys_of("undefined_as_nan", but=""))
         start = adapter.state()
         self.scalar = [start[key].ndim == 0 for key in keys]
@@ -183,7 +184,8 @@ class Step(nn.Module):
         if images.is_floating_point():
             fine = fine & (torch.linalg.vector_norm(images) <= LARGE)  # False for NaN
         with recording(adapter), tracing_step(~fine):
-            prediction, logits, after = self._serve(adapter, images, state)
+            own = [value.clone() for value in state]
+            prediction, logits, after = self._serve(adapter, images, own)
         joined_after = self._pack(after)
         fine = fine & self._defined(joined_after, after)
         logits = torch.where(fine, logits, prediction.logits)
@@ -193,17 +195,56 @@ class Step(nn.Module):
         ]
         return logits, *self._unpack(torch.where(fine, joined_after, joined), after)
 
+    def advance(
+        self, images: Tensor, state: list[Tensor]
+    ) -> tuple[Tensor, Tensor, list[Tensor], dict[str, Any]]:
+        """Serve a batch whose shape is known, where no value is, as on a GPU.
+
+        Args:
+            images: (B, ...).
+            state: By key, with an axis for each that has none.
+
+        Returns:
+            Whether images, logits and state are all numbers (0-dimensional bool); logits (B, C);
+            the state after the batch, which is that before it where they are not; and figures of
+            the output rule.
+        """
+        adapter: Adapter = self.__dict__["adapter"]
+        before = self._pack(state)
+        own = [value if i in self.packed else value.clone() for i, value in enumerate(state)]
+        with recording(adapter):
+            _, logits, after = self._serve(adapter, images, self._unpack(before.clone(), own))
+            figures = {} if adapter.output is None else adapter.output.report.raw()
+        joined = self._pack(after)
+        fine = self._defined(joined, after) & logits.isfinite().all()
+        if images.is_floating_point():
+            fine = fine & (torch.linalg.vector_norm(images, dtype=torch.float32) <= LARGE)
+        after = [
+            value if i in self.packed else torch.where(fine, value, old)
+            for i, (value, old) in enumerate(zip(after, state, strict=True))
+        ]
+        joined = torch.where(fine, joined, before)
+        return fine, logits, self._unpack(joined, after), figures
+
+    def places(self) -> list[Place]:
+        """Where the adapter holds each tensor of the state, in the order of ``keys``."""
+        return self._places(self.__dict__["adapter"])
+
     def _serve(
         self, adapter: Adapter, images: Tensor, state: list[Tensor]
     ) -> tuple[Prediction, Tensor, list[Tensor]]:
-        """Logits before and after the output rule, and the state after the batch."""
+        """Logits before and after the output rule, and the state after the batch.
+
+        ``state`` is written to.
+        """
         places = self._places(adapter)
         held_before = [held[key] for held, key in places]
         try:
             for (held, key), value, scalar in zip(places, state, self.scalar, strict=True):
-                held[key] = (value.reshape(()) if scalar else value).clone()
+                held[key] = value.reshape(()) if scalar else value
             adapter._context.signs.look()
-            begin_graph(adapter._wrappers.values())
+            if is_tracing():
+                begin_graph(adapter._wrappers.values())
             with adapter.network.call():
                 prediction, answer = adapter._serving.traced(images)
             logits = adapter.network.reader.read(answer)
@@ -246,7 +287,7 @@ class Step(nn.Module):
     def _pack(self, values: list[Tensor]) -> Tensor:
         """All small tensors in one (N,); a zero where there is none."""
         small = [values[i].flatten() for i in self.packed]
-        return torch.cat(small) if small else torch.zeros(())
+        return torch.cat(small) if small else torch.zeros((), device=self.device)
 
     def _unpack(self, joined: Tensor, values: list[Tensor]) -> list[Tensor]:
         """The tensors, of which the small ones are taken out of what :meth:`_pack` returned."""
