@@ -35,8 +35,15 @@ def open_folder(folder: Path, settings: dict[str, Any]) -> None:
 
     Raises:
         ValueError: When the folder holds other things, or files of other settings.
+        OSError: When it cannot be written to.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise type(error)(
+            f"`output` must be a folder that can be made, but {folder} is not ({error.strerror}): "
+            "choose another"
+        ) from error
     path = folder / SETTINGS
     if not path.exists():
         others = sorted(entry.name for entry in folder.iterdir() if entry.suffix != _PART)
@@ -46,7 +53,15 @@ def open_folder(folder: Path, settings: dict[str, Any]) -> None:
                 f"with {shown(others[0])} and no {SETTINGS}: choose another folder"
             )
         put_bytes(folder, SETTINGS, (json.dumps(settings, indent=2) + "\n").encode(), listed=False)
-    before = json.loads(path.read_text())
+    try:
+        before = json.loads(path.read_bytes())
+        if not isinstance(before, dict):
+            raise ValueError("it is no object")
+    except ValueError as error:
+        raise ValueError(
+            f"`output` must be a folder begun by this command, got {folder} whose {SETTINGS} "
+            f"cannot be read ({error}): choose another folder"
+        ) from error
     for key in [*settings, *before]:
         if before.get(key) != settings.get(key):
             raise ValueError(

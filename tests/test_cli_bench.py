@@ -15,14 +15,17 @@ from tta import cli
 @pytest.fixture
 def out(capsys, monkeypatch, tmp_path):
     (tmp_path / "bench_net.py").write_text(
-        "from tests.helpers.nets import tiny\n\n\ndef make():\n    return tiny('bn')\n"
+        "from torch import nn\nfrom tests.helpers.nets import tiny\n\n\n"
+        "def make():\n    return tiny('bn')\n\n\n"
+        "def fixed():\n"
+        "    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 10))\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
 
-    def run(*arguments: str) -> tuple[int, str, str]:
+    def run(*arguments: str, model: str = "make") -> tuple[int, str, str]:
         try:
-            status = cli.main(["bench", "bench_net:make", "--device", "cpu", *arguments])
+            status = cli.main(["bench", f"bench_net:{model}", "--device", "cpu", *arguments])
         except SystemExit as exit:
             status = int(exit.code or 0)
         return status, *capsys.readouterr()
@@ -85,3 +88,26 @@ def test_every_recipe_is_measured_or_left_out_in_words(out) -> None:
     rows = _rows(text)
     assert {"source", "bn", "tent", "eata", "cotta", "lame"} <= set(rows) and rows["tent"][6] == 1
     assert "left out: pea: " in errors or "pea" in rows
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--size", "100000"), "`--batch-size` and images must leave room in memory"),
+        (("--out", "gone/rows.jsonl"), "`out` must lie in a folder that is there, but gone is not"),
+        (("--out", "/dev"), "`out` must be a file, got the folder /dev"),
+        (("--classes", "gone"), "`classes` must be a text file"),
+        (("--batch-size", "9" * 5000), "must be a whole number from 1"),
+        (("--batch-size=+-1",), "must be a whole number from 1"),
+    ],
+)
+def test_a_mistake_is_said_before_anything_is_measured(out, arguments, words) -> None:
+    status, _, errors = out("--method", "source", "--rounds", "1", *arguments)
+    assert status == 2 and words in errors, errors
+    assert errors.count("\n") == 1 and len(errors) <= 330
+
+
+def test_images_that_the_plain_model_does_not_take_are_refused(out) -> None:
+    status, _, errors = out("--method", "source", "--size", "9", model="fixed")
+    assert status == 2 and errors.count("\n") == 1
+    assert "`--size` must be one that the model takes, but" in errors and "pass --size" in errors

@@ -61,3 +61,6 @@ def test_a_mistake_is_said_in_a_sentence(tmp_path, capsys) -> None:
     assert main([*command, "--out", str(out)]) == 2
     assert "`adapter` must have a state of fixed shapes" in capsys.readouterr().err
     assert not out.exists()
+    out.write_text("a file")
+    assert main([*command[:-1], "source", "--out", str(out)]) == 2
+    assert "`folder` must be a folder, got the file" in capsys.readouterr().err

@@ -264,7 +264,12 @@ def test_errors_about_folders(npz, tree, tmp_path, capsys):
     (tmp_path / "full" / "notes.txt").write_text("mine")
     (tmp_path / "none").mkdir()
     (tree / "cat" / "bad.png").write_bytes(b"no picture")
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "settings.json").write_bytes(b"{")
     cases = [
+        (["cifar10", str(npz), str(tmp_path / "file")], "`output` must be a folder that can be"),
+        (["cifar10", str(npz), str(tmp_path / "begun")], "whose settings.json cannot be read"),
         (["cifar10", str(npz), str(tmp_path / "full")], "'notes.txt'"),
         (["cifar10", str(tmp_path / "none"), str(tmp_path / "o")], "cifar-10-batches-py"),
         (["cifar10", str(tmp_path / "gone"), str(tmp_path / "o")], "must exist"),

@@ -244,6 +244,50 @@ def test_what_has_no_graph_is_refused(tmp_path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+class Around(nn.Module):
+    """A network that is called in another way: twice, in parts, or in half precision."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.net, self.way = tiny("bn").eval(), way
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.way == "parts":
+            return torch.cat([self.net(part) for part in x.split(3)])
+        if self.way == "autocast":
+            with torch.autocast("cpu", torch.bfloat16):
+                return self.net(x)
+        return self.net(x) + self.net(x.flip(-1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", ["robust_bn", "bn_ema"])
+def test_layers_that_are_called_twice_in_a_pass(norm, tmp_path) -> None:
+    graph = Graph(
+        tta.export.to_onnx(tta.wrap(Around("twice").eval(), norm=norm), tmp_path, EXAMPLE)
+    )
+    adapter = tta.wrap(Around("twice").eval(), norm=norm)
+    found = differences(graph, adapter, stream(6, [4, 1, 3], SHAPE))
+    assert found["logits"] < 1e-5 and found["state"] < 1e-5 and found["decisions"] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_precisions_are_refused(dtype, tmp_path) -> None:
+    adapter = tta.wrap(tiny("bn").to(dtype), norm="robust_bn")
+    with pytest.raises(ValueError, match="`adapter` must be in float32 to be exported, got"):
+        tta.export.to_onnx(adapter, tmp_path, EXAMPLE.to(dtype))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["parts", "autocast"])
+def test_what_the_runtime_refuses_is_said(way, tmp_path) -> None:
+    adapter = tta.wrap(Around(way).eval(), norm="robust_bn")
+    with pytest.raises(ValueError, match="whose graph onnxruntime runs to be exported") as caught:
+        tta.export.to_onnx(adapter, tmp_path, EXAMPLE)
+    assert len(str(caught.value)) <= 300 and list(tmp_path.iterdir()) == []
+
+
 def test_a_setting_is_none_of_the_graph(tmp_path) -> None:
     """What is in half precision in torch is in float32 there."""
     setting = tta.Setting(precision="bfloat16", memory_format="channels_last")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import errno
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from tests.helpers.batches import images
 from tests.helpers.nets import tiny
 from tests.helpers.refusals import refused, state_of
 from tta.core.checks import nearest, path_like, shown, told
+from tta.core.files import replacing
 
 LONGEST = 300
 ROOT = Path(__file__).parents[1]
@@ -139,6 +142,32 @@ def test_paths_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="`folder`"):
         tta.save(tta.wrap(tiny("bn"), "bn"), tmp_path / "new" / ("x" * 300))
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_is_no_file_is_not_replaced_by_one(tmp_path: Path) -> None:
+    """Else `--out /dev/null` of an administrator would end the device."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    statistics = tta.SourceStatistics(feature_mean=torch.zeros(3))
+    for place, kind in ((pipe, FileExistsError), (tmp_path, IsADirectoryError)):
+        short(kind, "`path` must be a file, got", lambda place=place: statistics.save(place))
+    with pytest.raises(FileExistsError, match="no file that can be replaced"), replacing(pipe):
+        pass
+    assert list(tmp_path.iterdir()) == [pipe] and pipe.is_fifo()
+
+
+def test_artefacts_that_find_no_room_leave_the_former_ones(tmp_path: Path, monkeypatch) -> None:
+    place = tmp_path / "source.safetensors"
+    tta.SourceStatistics(feature_mean=torch.zeros(3)).save(place)
+
+    def fail(path: Path, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", fail)
+    later = tta.SourceStatistics(feature_mean=torch.ones(3))
+    short(OSError, "`path` must be one that can be written to, but", lambda: later.save(place))
+    assert tta.SourceStatistics.load(place).feature_mean.sum() == 0
+    assert list(tmp_path.iterdir()) == [place]
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 import threading
+import types
 import warnings
 from typing import Any
 
@@ -13,12 +14,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import prune
 
 import tta
 from tests.helpers.batches import images, source_batches
 from tests.helpers.compositions import suiting
 from tests.helpers.faults import same
-from tests.helpers.nets import tiny
+from tests.helpers.nets import cnn, tiny
 from tests.helpers.wild import Counting, Normalised, Rnn, in_place, out_of_place, wrapped
 from tta.core.registry import component
 
@@ -204,6 +206,30 @@ def test_a_model_that_converts_its_images_itself(method: str) -> None:
         TypeError, match=r"must be torch.bfloat16 like the model, got torch.float32"
     ):
         wrapped(Mixed(False), method)(images(0))
+
+
+class Autocast(nn.Module):
+    """Runs in half precision by itself, with weights in float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = tiny("bn")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.net(x)
+
+
+@pytest.mark.parametrize("method", RECIPES)
+def test_a_model_with_autocast_inside(method: str) -> None:
+    net = Autocast().eval()
+    if not component(method).suits(net):
+        pytest.skip("needs another kind of network")
+    adapter = wrapped(net, method)
+    outputs = [adapter(images(t)) for t in range(2)]
+    assert all(o.isfinite().all() for o in outputs)
+    adapter.reset()
+    assert all(torch.equal(adapter(images(t)), o) for t, o in enumerate(outputs))
 
 
 def test_draws_do_not_depend_on_the_default_dtype() -> None:
@@ -636,6 +662,132 @@ def test_a_model_of_every_kind_goes_through_every_recipe_and_back(method: str, k
     assert adapter.unwrap() is net and same(net.state_dict(), before)
 
 
+class Scaled(nn.BatchNorm2d):
+    """A BatchNorm with something behind it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).relu() * 0.5
+
+
+def _hooked(kind: str, layer: Any) -> None:
+    if kind == "before":
+        layer.register_forward_pre_hook(lambda m, args: (args[0] * 1.5 + 0.2,))
+    elif kind == "after":
+        layer.register_forward_hook(lambda m, args, y: 0.5 * y + m.weight.mean())
+    elif kind == "pruned":
+        prune.random_unstructured(layer, "weight", 0.5)
+    elif kind == "parametrised":
+        nn.utils.parametrize.register_parametrization(layer, "weight", nn.Softplus())
+    else:
+
+        def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+            return 3 * type(self).forward(self, x)
+
+        layer.forward = types.MethodType(forward, layer)
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, Scaled])
+@pytest.mark.parametrize("kind", ["before", "after", "pruned", "parametrised", "other forward"])
+def test_what_was_done_to_norm_layers_holds_under_every_rule(kind: str, norm: Any) -> None:
+    """With all weight on the source statistics the logits are those of the model itself."""
+
+    def net() -> nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            net: Any = cnn((4, 8), norm).eval()
+            for layer in (net.layer1[1], net.layer2[1]):
+                layer.running_mean.normal_(0, 0.3)
+                layer.running_var.uniform_(0.5, 2)
+            _hooked(kind, net.layer1[1])
+        return net
+
+    plain = net()
+    with torch.no_grad():
+        expected = plain(images(0))
+    adapter = tta.wrap(plain, norm=tta.get_config("alpha_bn", source_weight=1.0))
+    close(adapter(images(0)), expected, atol=1e-6, rtol=1e-5)
+    with torch.no_grad():
+        assert torch.equal(adapter.unwrap()(images(0)), expected)
+    for method in ("tent.cifar10", "cotta.cifar10"):
+        adapter = wrapped(net(), method)
+        outputs = [adapter(images(t)) for t in range(3)]
+        with adapter.frozen():
+            adapter(images(0))  # what hooks compute then has no graph, which has no copy
+        other = copy.deepcopy(adapter)
+        assert torch.equal(other(images(5)), adapter(images(5)))
+        adapter.reset()
+        assert all(torch.equal(adapter(images(t)), outputs[t]) for t in range(3))
+
+
+class Positions(nn.Module):
+    """Adds positions, which it makes when it meets the first images of a size, and keeps."""
+
+    def __init__(self, place: str) -> None:
+        super().__init__()
+        self.net, self.place = tiny("bn"), place
+        self.kept: Any = None
+        self.by_size: dict[int, torch.Tensor] = {}
+        self.helper = types.SimpleNamespace(kept=None)
+
+    def _positions(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.linspace(0, 0.1, x.shape[-1], device=x.device)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.place == "dict":
+            if x.shape[-1] not in self.by_size:
+                self.by_size[x.shape[-1]] = self._positions(x)
+            return self.net(x + self.by_size[x.shape[-1]])
+        if self.place == "buffer" and not hasattr(self, "grid"):
+            self.register_buffer("grid", self._positions(x), persistent=False)
+        if self.place == "buffer":
+            return self.net(x + self.grid)
+        holder = self.helper if self.place == "helper" else self
+        if holder.kept is None:
+            holder.kept = self._positions(x)
+        return self.net(x + holder.kept)
+
+
+@pytest.mark.parametrize("method", ["source", "cotta", "t3a"])
+@pytest.mark.parametrize("place", ["attribute", "dict", "buffer", "helper"])
+def test_what_a_model_keeps_of_a_pass_is_of_images_that_came(place: str, method: str) -> None:
+    """The first pass that a wrap makes is one without values, of images of common sizes."""
+    plain, net = Positions(place).eval(), Positions(place).eval()
+    x = torch.rand(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    keys = list(net.state_dict())
+    source = [(x, torch.tensor([0, 1]))]
+    adapter = wrapped(net, method, source=source)
+    logits = adapter(x)
+    assert logits.isfinite().all()
+    if method == "source":
+        with torch.no_grad():
+            close(logits, plain(x))
+    adapter(x)
+    assert list(adapter.unwrap().state_dict()) == keys
+    kept = (net.kept, net.helper.kept, getattr(net, "grid", None), *net.by_size.values())
+    assert not any(t.is_meta for t in kept if t is not None)
+
+
+def test_weights_that_hooks_compute_have_values_when_wrap_returns() -> None:
+    net = tiny("bn")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is deprecated, and met all the same
+        nn.utils.weight_norm(net.fc)
+    weight = net.fc.weight.detach().clone()
+    adapter = wrapped(net, "t3a")
+    assert adapter(images(0)).isfinite().all()
+    assert torch.equal(adapter.unwrap().fc.weight, weight)
+
+
+def test_hooks_on_norm_layers_know_their_layer() -> None:
+    net, seen = tiny("bn"), []
+    layer = net.layer1[1]
+    layer.register_forward_hook(lambda module, *_: seen.append(module))
+    adapter = tta.wrap(net, "unmix_tns.cifar10")
+    adapter(images(0))
+    adapter.unwrap()(images(0))
+    assert [module is layer for module in seen] == [True, True]
+
+
 def test_the_teacher_of_a_recurrent_network_has_weights_of_its_own() -> None:
     net = Rnn()
     adapter = wrapped(net, "cotta.cifar10", norm="source", params="all")
@@ -682,6 +834,33 @@ def _lazy() -> nn.Module:
     return nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), nn.Flatten(), nn.LazyLinear(10))
 
 
+class Keywords(nn.Module):
+    """Takes its images by name alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = tiny("bn")
+
+    def forward(self, *, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.net(pixel_values)
+
+
+class Parts(nn.Module):
+    """Shows its network a few images at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = tiny("bn")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.net(part) for part in x.split(3)])
+
+
+def test_maps_of_some_of_the_images_are_no_maps_of_all() -> None:
+    with pytest.raises(ValueError, match=r"get all images of a batch at once, got .* 3 of 8"):
+        wrapped(Parts().eval(), "itta")
+
+
 REFUSED = [
     (_lazy, r"'0.weight' is not initialised yet: call the model with one batch"),
     (lambda: tiny("bn").to("meta"), r"'layer1.0.weight' is on the meta device: load the weights"),
@@ -689,10 +868,11 @@ REFUSED = [
         lambda: torch.export.export(tiny("bn"), (images(0),)).module(),
         r"GraphModule that refuses eval\(\), as exported programs do: wrap the network",
     ),
+    (lambda: Keywords().eval(), r"whose forward\(\) takes keywords alone: wrap a module"),
 ]
 
 
-@pytest.mark.parametrize(("make", "words"), REFUSED, ids=["lazy", "meta", "exported"])
+@pytest.mark.parametrize(("make", "words"), REFUSED, ids=["lazy", "meta", "exported", "keywords"])
 def test_models_without_weights_or_layers_are_refused_in_words(make: Any, words: str) -> None:
     for method in ("source", "tent.cifar10"):
         with pytest.raises(ValueError, match=f"`model` must .*{words}"):

@@ -25,6 +25,7 @@ from tta.runtime import StreamPool
 from tta.runtime.server import Limits, application
 from tta.runtime.server.batching import Batcher, Item
 from tta.runtime.server.limits import Rate, RefusedError
+from tta.runtime.server.running import bound
 from tta.runtime.server.watch import StreamWatch
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -203,7 +204,7 @@ def test_what_is_no_image_is_refused_and_changes_nothing() -> None:
     bad: list[tuple[int, str, bytes]] = [
         (422, "empty body", b""),
         (422, "begin with", b"GIF89a" + bytes(40)),
-        (422, "damaged picture", whole[: len(whole) // 2]),
+        (422, "damaged picture (image file is truncated", whole[: len(whole) // 2]),
         (422, "damaged picture", whole[:60] + bytes(200) + whole[260:]),
         (413, "pixels, got 81000000", bomb(9_000)),
         (413, "must be smaller", bomb(30_000)),
@@ -234,6 +235,8 @@ def test_what_is_no_image_is_refused_and_changes_nothing() -> None:
             ("/v1/predict?stream=", "`stream` must be a name"),
             ("/v1/predict?stream=" + "a" * 201, "`stream` must be a name"),
             ("/v1/predict?stream=%0A&create=true", "`stream` must be a name"),
+            ("/v1/predict?stream=%ff&create=true", "printable characters in UTF-8"),
+            ("/v1/predict?stream=..&create=true", "other than . and .."),
             ("/v1/predict?stream=a&create=perhaps", "`create` must be"),
         ]:
             server.refused(422, words, server.post(path, content=png(picture(0))))
@@ -541,6 +544,7 @@ def test_arguments_are_refused_in_words(monkeypatch: pytest.MonkeyPatch) -> None
         refused(ValueError, "`workers`", lambda: application(pool, workers=0))
         refused(ValueError, "`rate`", lambda: Limits(rate=0.0))
         refused(ValueError, "`body`", lambda: Limits(body=0))
+        refused(ValueError, "`host` must be a name or an address", lambda: bound("", 0))
         for package in ("fastapi", "prometheus_client", "python_multipart", "PIL"):
             with monkeypatch.context() as patch:
                 for name in [n for n in sys.modules if n.split(".")[0] == package]:

@@ -95,8 +95,11 @@ def test_no_picture_and_bombs_are_refused(tmp_path, monkeypatch):
     picture(0, 64).save(tmp_path / "x.png")
     cut = (tmp_path / "x.png").read_bytes()[:2000]
     (tmp_path / "y.png").write_bytes(cut)
-    with pytest.raises(ValueError, match="must be a whole picture"):
+    with pytest.raises(ValueError, match=r"a whole picture, but .* is none \(.*truncated"):
         read_picture(tmp_path / "y.png")
+    Image.new("F", (4, 4), 60_000).save(tmp_path / "z.tif")
+    with pytest.raises(ValueError, match=r"is none \(grey levels must lie in \[0, 1\] or"):
+        read_picture(tmp_path / "z.tif")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 64 // 2 - 1)
     with pytest.raises(ValueError, match="exceeds limit"):
         read_picture(tmp_path / "x.png")

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from tta.core.adapter import Adapter
 from tta.core.build import Injected, build
-from tta.core.checks import parsed_json, path_like, shown, told
+from tta.core.checks import folder_like, parsed_json, shown, told
 from tta.core.denoiser import Diffusion
-from tta.core.files import leftovers_of, replacing_together
+from tta.core.files import leftovers_of, replacing_together, writing
 from tta.core.head import FeatureSpec
 from tta.core.outputs import LogitsSpec
 from tta.core.recipe import AdapterConfig
@@ -59,7 +59,7 @@ def save(adapter: Adapter, folder: str | Path) -> None:
             f"`adapter` must be a tta.Adapter, got {type(adapter).__name__}: pass what tta.wrap "
             "returned."
         )
-    folder = _folder(folder)
+    folder = folder_like("folder", folder)
     if "model" not in adapter._modules:
         raise RuntimeError("this adapter was unwrapped and has no state: wrap the model again.")
     with adapter.turns:  # no call of another thread comes between
@@ -75,18 +75,13 @@ def save(adapter: Adapter, folder: str | Path) -> None:
     names = zlib.crc32(json.dumps([about, *tensors]).encode())
     about["pair"] = f"{names:08x}{checksum(tensors.values()):08x}"
     metadata = {"pair": about["pair"], "checksum": _checksum(tensors)}
-    try:
+    with writing("folder", folder):
         folder.mkdir(parents=True, exist_ok=True)
         # Between the two moves, the tensors belong to the config under its other name: see `_read`.
         with replacing_together(folder / TENSORS, folder / CONFIG) as (tensors_part, config_part):
             # Not `save_file`, which makes another file of that name, without lock and umask.
             tensors_part.write_bytes(to_bytes(tensors, metadata))
             config_part.write_text(json.dumps(about, indent=2))
-    except OSError as error:
-        raise type(error)(
-            f"`folder` must be one that can be written to, but {told(folder)} is not "
-            f"({error.strerror or error}): choose another, or make room."
-        ) from error
 
 
 def load(
@@ -118,7 +113,7 @@ def load(
         ValueError: When a file in it is incomplete or of another kind, or the adapter was made for
             another model or by a newer version.
     """
-    folder = _folder(folder)
+    folder = folder_like("folder", folder)
     about, parts = _read(folder)
     try:
         config = AdapterConfig.from_dict(about["config"])
@@ -164,15 +159,6 @@ def _signature(model: nn.Module, adapter: Adapter) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in model.parameters()),
         "weights": adapter.fingerprint["weights"],
     }
-
-
-def _folder(folder: Any) -> Path:
-    folder = path_like("folder", folder)
-    if folder.is_file():
-        raise NotADirectoryError(
-            f"`folder` must be a folder, got the file {told(folder)}: pass another."
-        )
-    return folder
 
 
 def _metadata(data: bytes) -> dict[str, str]:

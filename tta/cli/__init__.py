@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, NoReturn
 
-from tta.core.checks import sentence
+from tta.core.checks import is_final, is_out_of_memory, sentence, told
 from tta.version import __version__
 
 __all__ = ["COMMANDS", "main"]
@@ -57,11 +57,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as `head`, has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        print(f"error: {sentence(error)}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         return INTERRUPTED
+    except Exception as error:
+        if (words := _in_words(error)) is None:  # a mistake of the program, or of a model's
+            raise
+        print(f"error: {words}", file=sys.stderr)
+        return 2
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -84,6 +86,24 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
             )
             command.set_defaults(run=module.run)
     return parser.parse_args(arguments)
+
+
+def _in_words(error: Exception) -> str | None:
+    """What a user can mend, in one sentence; None for other errors."""
+    if is_final(error):
+        return sentence(error)
+    if is_out_of_memory(error):
+        return (
+            f"`--batch-size` and images must leave room in memory, which has run out "
+            f"({told(error, 100)}): choose fewer or smaller ones."
+        )
+    if isinstance(error, OSError) and error.filename is not None:
+        return (
+            f"`{told(error.filename, 120)}` must be a path that this command can use, but is not "
+            f"({error.strerror}): check it."
+        )
+    known = isinstance(error, (ValueError, TypeError, OSError, ImportError))
+    return sentence(error) if known else None
 
 
 class _Parser(argparse.ArgumentParser):

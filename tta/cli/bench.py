@@ -10,11 +10,11 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tta.cli.common import add_method, add_model, open_from, whole, wrap_arguments, wrap_from
-from tta.core.checks import sentence
+from tta.core.checks import is_final, is_out_of_memory, new_file, sentence, told
+from tta.core.files import writing
 
 if TYPE_CHECKING:
     import torch
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError: When the model does not take such images, or ``--method`` cannot be wrapped.
     """
-    out = None if args.out is None else Path(args.out)
+    out = None if args.out is None else new_file("out", args.out)
     for row in measured_rows(args, print):
         if "left_out" in row:
             print(f"left out: {row['method']}: {row['left_out']}", file=sys.stderr)
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
         values = (row[name] for name in COLUMNS)
         print(f"{row['method']:24}" + "".join(f"{v:10.2f}" for v in values), flush=True)
         if out is not None:
-            with out.open("a") as file:
+            with writing("out", out), out.open("a") as file:
                 file.write(json.dumps(row) + "\n")
     return 0
 
@@ -109,6 +109,7 @@ def _rows(args: argparse.Namespace, say: Callable[[str], Any]) -> Iterator[dict[
     shape = _shape(model, args)
     batches = [torch.rand(shape, generator=torch.Generator().manual_seed(args.seed + t)).to(device)
                for t in range(4)]  # fmt: skip
+    _check_taken(model, batches[0])
     further: dict[str, Any] = {} if args.window is None else {"window": args.window}
     opened = _with_what_methods_ask(opened, args, shape, device)
     if args.tune:
@@ -144,6 +145,22 @@ def _rows(args: argparse.Namespace, say: Callable[[str], Any]) -> Iterator[dict[
                 raise
             left_out.append({"method": name, "left_out": sentence(error)})
     yield from left_out
+
+
+def _check_taken(model: Any, images: Tensor) -> None:
+    """Refuse images that the plain model does not take, in whatever way it says so."""
+    import torch
+
+    try:
+        with torch.no_grad():
+            model(images)
+    except Exception as error:
+        if is_final(error) or is_out_of_memory(error):
+            raise
+        raise ValueError(
+            f"`--size` must be one that the model takes, but of images {tuple(images.shape)} it "
+            f"raised {type(error).__name__} ({told(error, 100)}): pass --size PIXELS."
+        ) from error
 
 
 def _with(args: argparse.Namespace, method: str) -> argparse.Namespace:

@@ -9,8 +9,7 @@ from typing import Any
 
 from tta.cli.common import add_model, open_from, whole
 from tta.cli.pictures import PictureLoader, choose_pictures, picture_files
-from tta.core.checks import nearest, shown, told
-from tta.core.files import replacing
+from tta.core.checks import nearest, new_file, shown, told
 
 __all__ = ["add_arguments", "run"]
 
@@ -62,12 +61,7 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"`--for` must name methods, got {shown(name)}: "
                              + nearest(name, list_methods("*")))  # fmt: skip
         get_config(name)
-    out = Path(args.out)
-    if not out.absolute().parent.is_dir():
-        raise FileNotFoundError(
-            f"`out` must be in a folder that is there, but {told(out.absolute().parent)} is not: "
-            "make it."
-        )
+    out = new_file("out", args.out)
     files = picture_files(Path(args.images))
     opened = open_from(args)
     labels = _labels(files, opened.model, opened.class_names, names)
@@ -81,8 +75,7 @@ def run(args: argparse.Namespace) -> int:
             f"`--for` must name methods that need something that a file can hold, got "
             f"{told(', '.join(names))}: leave --source out for these."
         )
-    with replacing(out) as part:
-        found.save(part)
+    found.save(out)
     print(f"{', '.join(found.contents)} from {len(chosen):,} pictures in {out}")
     return 0
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,7 +90,7 @@ def whole(low: int, high: int = 2**31 - 1) -> Any:
     """Make what reads a whole number from ``low`` to ``high``, for ``type=`` of a flag."""
 
     def read(text: str) -> int:
-        value = int(text) if text.strip().lstrip("+-").isdecimal() else math.nan
+        value = int(text) if re.fullmatch(r"\s*[+-]?\d{1,19}\s*", text) else math.nan
         if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"must be a whole number from {low} to {high}")
         return int(value)

@@ -26,11 +26,14 @@ __all__ = [
     "boolean",
     "channels",
     "dense",
+    "folder_like",
     "fraction",
     "is_final",
     "is_iterable",
+    "is_out_of_memory",
     "mapping",
     "nearest",
+    "new_file",
     "number",
     "one_of",
     "parsed_json",
@@ -123,6 +126,14 @@ def is_final(error: BaseException) -> bool:
     channels, that is the reason.
     """
     return str(error).startswith("`") and not str(error).startswith("`mean`")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory has run out, on whatever device."""
+    torch: Any = sys.modules.get("torch")
+    of_torch = torch is not None and isinstance(error, torch.OutOfMemoryError)
+    on_cpu = isinstance(error, RuntimeError) and "allocate memory" in str(error)  # has no class
+    return isinstance(error, MemoryError) or of_torch or on_cpu
 
 
 def nearest(name: str, known: Iterable[str], limit: int = 40, room: int = ROOM) -> str:
@@ -319,6 +330,35 @@ def path_like(name: str, value: Any) -> Path:
             "choose another"
         ) from None
     return Path(text)
+
+
+def folder_like(name: str, value: Any) -> Path:
+    """Return `value` as the path of a folder, which need not be there."""
+    folder = path_like(name, value)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(
+            f"`{name}` must be a folder, got the file {told(folder)}: pass another."
+        )
+    return folder
+
+
+def new_file(name: str, value: Any) -> Path:
+    """Return `value` as the path of a file in a folder that is there."""
+    file = path_like(name, value)
+    if not file.absolute().parent.is_dir():
+        raise FileNotFoundError(
+            f"`{name}` must lie in a folder that is there, but {told(file.parent)} is not: make it "
+            "first."
+        )
+    if file.is_dir():
+        raise IsADirectoryError(
+            f"`{name}` must be a file, got the folder {told(file)}: name a file in it."
+        )
+    if file.exists() and not file.is_file():  # a device, whose place a file would take
+        raise FileExistsError(
+            f"`{name}` must be a file, got {told(file)}, which is none: choose another."
+        )
+    return file
 
 
 def dense(name: str, value: Any) -> None:

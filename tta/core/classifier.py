@@ -8,7 +8,7 @@ is read off one forward pass on the ``meta`` device, which computes nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tta.core import functional
-from tta.core.compiled import without_graphs
+from tta.core.compiled import has_graphs, without_graphs
 from tta.core.outputs import LogitsReader
 
 __all__ = [
@@ -144,10 +144,7 @@ def _called_last(
     It is None where no dry run succeeds, as with control flow that depends on values.
     """
     calls: list[nn.Module] = []
-    handles = [
-        m.register_forward_hook(lambda module, args, output: calls.append(module))
-        for m in candidates
-    ]
+    handles = [m.register_forward_hook(lambda *_, m=m: calls.append(m)) for m in candidates]
     try:
         run = dry_run(model, reader, calls.clear)
     finally:
@@ -185,6 +182,10 @@ def dry_run(
 ) -> DryRun | None:
     """One pass of two images on the ``meta`` device, which computes nothing.
 
+    It is that of a copy of the modules, which calls the hooks of the model: what a model keeps of a
+    pass, such as positions for the size of the images, would be without values. Where the copy does
+    not run, as it may refer to the model from outside, the model itself does.
+
     Args:
         model: A classifier.
         reader: Takes logits out of what it returns.
@@ -194,6 +195,16 @@ def dry_run(
         What the pass shows; None where no size succeeds, as with control flow that depends on
         values.
     """
+    found = None
+    if not has_graphs(model):
+        with suppress(Exception):  # whatever an attribute of the caller's raises
+            found = _dry_run(functional.copy_structure(model, buffers=False), reader, before)
+    return _dry_run(model, reader, before) if found is None else found
+
+
+def _dry_run(
+    model: nn.Module, reader: LogitsReader | None, before: Callable[[], None] | None
+) -> DryRun | None:
     reader = LogitsReader() if reader is None else reader
     tensors = [*model.parameters(), *model.buffers()]
     places = functional.names(model, tensors)

@@ -15,10 +15,11 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
+from torch import nn
 
 from tta.core.turns import Turns
 
-__all__ = ["without_graphs"]
+__all__ = ["has_graphs", "without_graphs"]
 
 
 class _Visit:
@@ -60,3 +61,13 @@ def without_graphs(needed: bool = True) -> Iterator[None]:
             if not _inside and _stance is not None:
                 _stance.__exit__(None, None, None)
                 _stance = None
+
+
+def has_graphs(model: nn.Module) -> bool:
+    """Whether modules of a model are compiled or scripted, which copies of them would not be."""
+    return any(
+        getattr(module, "_compiled_call_impl", None) is not None
+        or hasattr(module, "_orig_mod")
+        or isinstance(module, torch.jit.ScriptModule)
+        for module in model.modules()
+    )

@@ -8,6 +8,7 @@ the next write.
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 from collections.abc import Iterator
@@ -15,12 +16,15 @@ from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
 
+from tta.core.checks import is_final, told
+
 try:
     import fcntl
 except ImportError:  # a system without such locks keeps leftovers
     fcntl = None
 
-__all__ = ["leftovers_of", "remove_leftovers", "replacing", "replacing_together"]
+__all__ = ["leftovers_of", "not_writable", "remove_leftovers", "replacing", "replacing_together",
+           "writing"]  # fmt: skip
 
 PART = ".part"  # ends the name of a file that is being written
 NO_LINKS = getattr(os, "O_NOFOLLOW", 0)
@@ -68,6 +72,9 @@ def replacing_together(*paths: str | Path) -> Iterator[list[Path]]:
         The paths to write to.
     """
     places = [Path(path) for path in paths]
+    for place in places:
+        if place.exists() and not place.is_file():  # such as /dev/null, which would become a file
+            raise FileExistsError(errno.EEXIST, "it is no file that can be replaced", str(place))
     folder = places[0].parent
     parts: list[tuple[Path, int]] = []
     try:
@@ -93,6 +100,33 @@ def replacing_together(*paths: str | Path) -> Iterator[list[Path]]:
     finally:
         for _, handle in parts:
             os.close(handle)
+
+
+@contextmanager
+def writing(name: str, place: str | Path) -> Iterator[None]:
+    """Say of what cannot be written within the block which argument named its place.
+
+    Args:
+        name: The argument.
+        place: The file or the folder.
+
+    Raises:
+        OSError: In place of one that says no more than the system does.
+    """
+    try:
+        yield
+    except OSError as error:
+        if is_final(error):
+            raise
+        raise not_writable(name, place, error) from error
+
+
+def not_writable(name: str, place: str | Path, error: OSError) -> OSError:
+    """The error of its kind that says in words what cannot be written to."""
+    return type(error)(
+        f"`{name}` must be one that can be written to, but {told(place)} is not "
+        f"({told(error.strerror or error)}): choose another, or make room."
+    )
 
 
 def leftovers_of(path: str | Path) -> list[Path]:

@@ -8,13 +8,16 @@ here, one at every module that holds the tensor, each module once.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
-__all__ = ["HOOKS", "call", "copy_structure", "named", "names"]
+__all__ = ["HOOKS", "bare_copy", "call", "call_with_hooks", "copy_structure", "has_hooks", "named",
+           "names", "take_hooks_off"]  # fmt: skip
 
 # Attributes of a module that hold its hooks.
 HOOKS = (
@@ -28,7 +31,7 @@ HOOKS = (
 )
 # What a module and its copy have in common, besides their tensors: what the model puts among its
 # buffers itself is the model's.
-SHARED = ("_buffers", *HOOKS)
+SHARED = ("_buffers", "_non_persistent_buffers_set", *HOOKS)
 
 
 def names(model: nn.Module, tensors: Iterable[Tensor]) -> list[list[str]]:
@@ -60,17 +63,73 @@ def call(model: nn.Module, tensors: dict[str, Tensor], *args: Any, **kwargs: Any
     return torch.func.functional_call(model, tensors, args, kwargs, tie_weights=False)
 
 
-def copy_structure(model: nn.Module, shared: Iterable[Any] = ()) -> nn.Module:
+def copy_structure(model: nn.Module, buffers: bool = True) -> nn.Module:
     """Copy the modules of a model, with the same tensors and hooks in them.
+
+    What else is to be in both, a module names by a method ``shared_by_copies``.
 
     Args:
         model: Any module.
-        shared: Further objects inside it that its copy is to have too.
+        buffers: Whether what the copy puts among its buffers is put among the model's.
     """
-    same = list(shared)
+    same: list[Any] = []
     for module in model.modules():
         held = module.__dict__
-        same += [held[name] for name in SHARED if name in held]
-        same += [p for p in module._parameters.values() if p is not None]
+        same += getattr(type(module), "shared_by_copies", _nothing)(module)
+        same += [held[name] for name in (SHARED if buffers else HOOKS) if name in held]
+        same += [
+            t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None
+        ]
         same += [value for value in held.values() if isinstance(value, Tensor)]
     return copy.deepcopy(model, {id(value): value for value in same})
+
+
+def _nothing(module: nn.Module) -> tuple[()]:
+    return ()
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something watches or changes what a module takes or gives."""
+    return any(module.__dict__[hooks] for hooks in HOOKS)
+
+
+def take_hooks_off(module: nn.Module) -> None:
+    """Give a module no hooks; those that it shares with another stay on the other."""
+    for hooks in HOOKS:
+        module.__dict__[hooks] = OrderedDict()
+
+
+def bare_copy(module: nn.Module) -> nn.Module:
+    """Copy a layer without its hooks and parametrisations, whose tensors the caller puts in."""
+    found = copy_structure(module, buffers=False)
+    take_hooks_off(found)
+    if is_parametrized(found):
+        found.__class__ = type(found).__bases__[0]
+        del found._modules["parametrizations"]
+    return found
+
+
+def call_with_hooks(
+    module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """Call a module with another function in place of its ``forward``.
+
+    Hooks get the module that they are on: some compute its weight before each call, as pruning and
+    the old ``weight_norm`` do, and others know it by its identity.
+    """
+    held = module.__dict__
+    own = {"forward": held["forward"]} if "forward" in held else {}
+
+    def put_back() -> None:
+        held.pop("forward", None)
+        held.update(own)
+
+    def once(*args: Any, **kwargs: Any) -> Any:
+        put_back()  # as the function may call the module's own
+        return forward(*args, **kwargs)
+
+    held["forward"] = once
+    try:
+        return module._call_impl(*args, **kwargs)
+    finally:
+        put_back()

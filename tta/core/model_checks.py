@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from inspect import Parameter, signature
 from typing import Any
 
 import torch
@@ -37,6 +39,12 @@ def check_model(model: Any) -> None:
         raise TypeError(
             f"`model` must be a module that can be called, got a {type(model).__name__}, which has "
             "no forward(): pass the classifier itself."
+        )
+    if _takes_keywords_alone(model.forward):
+        raise ValueError(
+            "`model` must take its images as the first positional argument, got a "
+            f"{type(model).__name__}, whose forward() takes keywords alone: wrap a module that "
+            "passes them on by name."
         )
     try:
         list(model.named_modules(remove_duplicate=False))
@@ -95,3 +103,12 @@ def check_model(model: Any) -> None:
             f"`model` must not be wrapped yet, got {type(model).__name__} that is or holds a "
             "wrapped model: call unwrap() on its adapter first."
         )
+
+
+def _takes_keywords_alone(forward: Callable[..., Any]) -> bool:
+    try:
+        kinds = [parameter.kind for parameter in signature(forward).parameters.values()]
+    except (TypeError, ValueError):  # a function in C, which says nothing of itself
+        return False
+    alone = (Parameter.KEYWORD_ONLY, Parameter.VAR_KEYWORD)
+    return bool(kinds) and all(kind in alone for kind in kinds)

@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tta.core.batch_split import current_split
 from tta.core.checkpointing import is_recomputation, may_be_recomputed
 from tta.core.classifier import evaluating
-from tta.core.functional import HOOKS, copy_structure
+from tta.core.functional import HOOKS, bare_copy, call_with_hooks, has_hooks
 from tta.core.norm_rule import NormRule
 from tta.core.session import Session
 from tta.core.tracing import is_tracing, rule_refused, source_if_refused
@@ -87,13 +87,22 @@ class AdaptiveNorm(nn.Module):
         self.session = session
         self.passes: list[_Pass] = []  # of this call, which a backward pass may repeat
         self._finisher: tuple[nn.Module, ...] = ()  # a copy of the base; not among the modules
-        # A subclass with a forward of its own does something after normalising, unless it says that
-        # all of its forward is another way to normalise.
+        # A forward of its own does something after normalising, unless the class says that all of
+        # it is another way to normalise.
         only = isinstance(base, nn.SyncBatchNorm) or getattr(base, "only_normalises", False)
-        self.finish = type(base).forward is not _BatchNorm.forward and not only
-        if not self.finish or _has_activation(base):
-            for hooks in HOOKS:  # the caller's hooks on the layer are called as before
-                self.__dict__[hooks] = base.__dict__[hooks]
+        own = "forward" in base.__dict__ or type(base).forward is not _BatchNorm.forward
+        self.finish = own and not only
+        for hooks in HOOKS:  # the caller's hooks on the layer, and those that are put on this one
+            self.__dict__[hooks] = base.__dict__[hooks]
+
+    def shared_by_copies(self) -> tuple[Any, ...]:
+        """See :func:`tta.core.functional.copy_structure`."""
+        return self.rule, self.session, self.passes
+
+    def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
+        if has_hooks(self):
+            return call_with_hooks(self.base, self.forward, *args, **kwargs)
+        return super()._call_impl(*args, **kwargs)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.passes and is_recomputation():
@@ -151,19 +160,15 @@ class AdaptiveNorm(nn.Module):
             drop = getattr(base, "drop", None)
             return base.act(drop(y) if isinstance(drop, nn.Module) else y)
         channels, like = y.shape[1], {"device": y.device, "dtype": torch.float32}
-        neutral = {
-            "running_mean": torch.zeros(channels, **like),
-            "running_var": torch.full((channels,), 1.0 - base.eps, **like),
-        }
+        var = torch.full((channels,), 1.0 - base.eps, **like)
+        neutral = {"running_mean": torch.zeros(channels, **like), "running_var": var}
         if base.affine:
             neutral |= {
                 "weight": torch.ones(channels, **like),
                 "bias": torch.zeros(channels, **like),
             }
         if not self._finisher:
-            finisher = copy_structure(base)
-            finisher.__dict__["_buffers"] = dict(base._buffers)
-            self._finisher = (finisher,)
+            self._finisher = (bare_copy(base),)
         return torch.func.functional_call(self._finisher[0], neutral, (y,))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -174,6 +179,8 @@ class AdaptiveNorm(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
+            if name.startswith("__"):
+                raise  # how to copy a layer, say, does not hold for its wrapper
             return getattr(super().__getattr__("base"), name)
 
 

@@ -17,17 +17,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tta.core.checkpointing import may_be_recomputed
-from tta.core.functional import HOOKS
+from tta.core.functional import has_hooks
 from tta.core.norm_layers import AdaptiveNorm, normalize_by_batch, normalize_by_source
 
-__all__ = ["has_hooks", "normalize_streams"]
+__all__ = ["normalize_streams"]
 
 CHANNELWISE = (normalize_by_batch, normalize_by_source)  # what may stand for a rule
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether something watches or changes what a module takes or gives."""
-    return any(module.__dict__[hooks] for hooks in HOOKS)
 
 
 def normalize_streams(

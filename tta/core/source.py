@@ -14,11 +14,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from tta.core.checks import nearest, path_like, shown, told
+from tta.core.checks import nearest, new_file, path_like, shown, told
 from tta.core.denoiser import Diffusion
+from tta.core.files import replacing, writing
 from tta.core.source_checks import (
     BY_NAME,
     MODULES,
@@ -161,21 +163,15 @@ class SourceStatistics:
     def save(self, path: str | Path) -> None:
         """Write all tensors to one safetensors file, and warn of what is none.
 
+        What the file held stays until the new content is whole.
+
         Raises:
             TypeError: When ``path`` is no path.
             FileNotFoundError: When its folder is not there.
             IsADirectoryError: When it is a folder itself.
+            OSError: When it cannot be written to.
         """
-        path = path_like("path", path)
-        if not path.parent.is_dir():
-            raise FileNotFoundError(
-                f"`path` must lie in a folder that is there, but {path.parent} is not: make it "
-                "first."
-            )
-        if path.is_dir():
-            raise IsADirectoryError(
-                f"`path` must be a file, got the folder {path}: name a file in it."
-            )
+        path = new_file("path", path)
         for name in (name for name in NOT_SAVED if name in self.contents):
             warn(
                 f"`{name}` is not saved: give it again after load, by "
@@ -188,7 +184,8 @@ class SourceStatistics:
                 tensors |= {f"{name}/{key}": t.contiguous() for key, t in value.items()}
             elif name not in NOT_SAVED:
                 tensors[name] = value.contiguous()
-        save_file(tensors, str(path))
+        with writing("path", path), replacing(path) as part:
+            part.write_bytes(to_bytes(tensors))
 
     @classmethod
     def load(cls, path: str | Path) -> SourceStatistics:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tta.core import functional
 from tta.core.classifier import dry_run
+from tta.core.compiled import has_graphs
 from tta.core.frugal import Frugal
 from tta.core.norm_layers import AdaptiveNorm, with_statistics
 from tta.core.outputs import LogitsReader
@@ -75,7 +76,7 @@ class OtherTensors:
             return self.model(*args, **kwargs)
         self.prepare()
         if self._copy is None and not self._in_place:
-            self._copy = copy_wrapped(self.model)
+            self._copy = functional.copy_structure(self.model)
         target = self.model if self._copy is None else self._copy
         return functional.call(target, tensors, *args, **kwargs)
 
@@ -103,23 +104,16 @@ class OtherTensors:
         return self.__dict__ | {"_copy": None}
 
 
-def copy_wrapped(model: nn.Module) -> nn.Module:
-    """Copy the modules of a model, with the same tensors, hooks and norm rules in them."""
-    wrappers = [m for m in model.modules() if isinstance(m, AdaptiveNorm)]
-    rules = [part for w in wrappers for part in (w.rule, w.session, w.passes)]
-    return functional.copy_structure(model, rules)
-
-
 def _trusted_copy(model: nn.Module, reader: LogitsReader) -> nn.Module | None:
     """A copy that is known to use its own tensors alone; None where there is none.
 
     In the dry run every tensor of the copy is replaced by one without values. A function that
     refers to the model itself from outside its modules would mix these with real ones, and fail.
     """
-    if any(_has_graphs(module) for module in model.modules()):
+    if has_graphs(model):
         return None
     try:
-        found = copy_wrapped(model)
+        found = functional.copy_structure(model)
     except Exception:  # whatever an attribute of the caller's raises
         return None
     ours = dict(model.named_parameters(remove_duplicate=False))
@@ -133,9 +127,3 @@ def _trusted_copy(model: nn.Module, reader: LogitsReader) -> nn.Module | None:
 
 def _unchanged(x: Tensor, base: Any) -> Tensor:
     return x
-
-
-def _has_graphs(module: nn.Module) -> bool:
-    """Whether a module is compiled or scripted, so that its copy would not be."""
-    compiled = getattr(module, "_compiled_call_impl", None) is not None
-    return compiled or hasattr(module, "_orig_mod") or isinstance(module, torch.jit.ScriptModule)

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from tta.core.adapter import Adapter
-from tta.core.checks import path_like
-from tta.core.files import replacing_together
+from tta.core.checks import folder_like
+from tta.core.files import replacing_together, writing
 from tta.core.rehearsal import rehearse
 from tta.core.step_function import to_function
 from tta.export.onnx_graph import OPSET, forget_origin, trace, translate
@@ -76,9 +77,10 @@ def to_onnx(
         ImportError: When the extra "edge" is not installed.
         OSError: When the folder cannot be written to.
     """
-    place = path_like("folder", folder)
+    place = folder_like("folder", folder)
     step = to_function(adapter, example)
     _check_installed()
+    _check_precision(adapter, example)
     example = example.detach()
     source_images = None if calibration is None else calibration_batches(calibration, example)
     batches = make_batches(example)
@@ -87,9 +89,11 @@ def to_onnx(
     nodes = network_nodes(program.model.graph)
     forget_origin(program.model.graph)
     program.model.metadata_props.update(_metadata(adapter, step.keys))
-    place.mkdir(parents=True, exist_ok=True)
+    with writing("folder", place):
+        place.mkdir(parents=True, exist_ok=True)
     names = ("model.onnx", "state.npz", "config.pbtxt", "run.py")
-    with replacing_together(*(place / name for name in names)) as (model, state, config, script):
+    files = replacing_together(*(place / name for name in names))
+    with writing("folder", place), files as (model, state, config, script):
         program.save(str(model))
         check_same(model, step.start(), batches, answers)
         if source_images is not None:
@@ -100,6 +104,16 @@ def to_onnx(
         config.write_text(pbtxt(place.name, example, adapter.num_classes, step.start()))
         shutil.copyfile(SCRIPT, script)
     return place
+
+
+def _check_precision(adapter: Adapter, example: Tensor) -> None:
+    """Refuse what runtimes compute in another way than torch does, or have no kernels for."""
+    for tensor in (example, *adapter.model.parameters()):
+        if tensor.is_floating_point() and tensor.dtype != torch.float32:
+            raise ValueError(
+                f"`adapter` must be in float32 to be exported, got {tensor.dtype}: wrap "
+                "model.float(), and pass an example in float32."
+            )
 
 
 def _check_installed() -> None:

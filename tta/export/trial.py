@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tta.core.checks import told
+
 __all__ = ["check_same", "make_batches"]
 
 TOLERANCE = 1e-3  # of logits, as a share of the largest of the batch where that is above 1
@@ -44,16 +46,23 @@ def check_same(
         expected: The adapter's answers (B, C), one batch after the other.
 
     Raises:
-        ValueError: When they differ, as where a model decides by values in Python.
+        ValueError: When they differ, as where a model decides by values in Python, or the runtime
+            refuses the graph.
     """
     import onnxruntime
 
-    session: Any = onnxruntime.InferenceSession(str(model))
+    try:
+        session: Any = onnxruntime.InferenceSession(str(model))
+    except Exception as error:  # the runtime's own kinds
+        raise _refused(error) from error
     state: list[Any] = [torch.full_like(value, 7).cpu().numpy() for value in start]
     for i, (images, wanted) in enumerate(zip(batches, expected, strict=True)):
         feeds = {f"state_in_{n}": value for n, value in enumerate(state)}
         feeds |= {"images": images.cpu().numpy(), "reset": np.array([i == 0])}
-        logits, *state = session.run(None, feeds)
+        try:
+            logits, *state = session.run(None, feeds)
+        except Exception as error:
+            raise _refused(error) from error
         limit = TOLERANCE * max(1.0, float(wanted.nan_to_num().abs().max()))
         if not np.allclose(logits, wanted.float().cpu().numpy(), 0.0, limit, equal_nan=True):
             far = np.abs(logits - wanted.float().cpu().numpy()).max()
@@ -62,3 +71,11 @@ def check_same(
                 f"logits that differ by {far:.2g}: its model decides by values in Python, or draws "
                 "random numbers; use tensors in its forward instead."
             )
+
+
+def _refused(error: Exception) -> ValueError:
+    reason = str(error).rpartition("Type Error:")[2].rpartition("Status Message:")[2]
+    return ValueError(
+        "`adapter` must hold a model whose graph onnxruntime runs to be exported, got one that it "
+        f"refuses ({told(reason, 110)}): use float32, and operators for any number of images."
+    )

@@ -103,6 +103,7 @@ class MovingStatistics(NormRule):
         The layer is seen from the average's mean. An image's energy is then a mean of squares, and
         variances lose no digits without a pass over deviations from the image's own mean.
         """
+        self.ahead = None  # a layer that is called again does so with averages that have moved
         rate, axes = self.rate, list(range(2, x.ndim))
         y = x + ahead.minus_mean.view(-1, *(1 for _ in axes))
         offsets, energies = y.mean(axes), (y * y).mean(axes)  # (B, C)

@@ -164,7 +164,9 @@ class Aetta(Guard):
 
     def _from_features(self, features: Tensor, number: int, draws: CountedDraws) -> Tensor:
         mask = self._mask(number, FEATURES, features, draws)
-        return self.network.classifier(dropped(features, mask, self.config.dropout))
+        head = self.network.classifier
+        # A model may run in half precision by itself, and its head is called outside of it here.
+        return head(dropped(features, mask, self.config.dropout).to(head.weight.dtype))
 
     def _mask(self, number: int, place: str, x: Tensor, draws: CountedDraws) -> Tensor:
         name = f"dropout_masks/{number}/{place}"

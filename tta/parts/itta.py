@@ -90,6 +90,11 @@ def mix_style(u: Tensor, mixing: Mixing) -> Tensor:
         mixing: Shares and partners of the whole batch. No gradient flows through means and
             deviations.
     """
+    if current_split() is None and len(u) != len(mixing.perm):
+        raise ValueError(
+            f"`blocks` must name modules that get all images of a batch at once, got one that gets "
+            f"{len(u)} of {len(mixing.perm)}: name others, or use another method."
+        )
     var, mean = torch.var_mean(u.detach().float(), dim=(2, 3), keepdim=True)
     deviation = (var + EPS).sqrt()
     lam, perm, split = mixing.lam.view(-1, 1, 1, 1), mixing.perm, current_split()

@@ -228,7 +228,8 @@ def read_picture(file: Any, name: str = "image") -> Any:
     except (FileNotFoundError, PermissionError, IsADirectoryError, MemoryError):
         raise
     except Exception as error:  # decoders raise anything: SyntaxError, struct.error, IndexError
+        reason = error.__cause__ or error  # of `as_rgb`, whose sentence names what is named here
         raise ValueError(
-            f"`{name}` must be a whole picture, but {where} is none ({told(error, 60)}): send a "
-            "JPEG or a PNG."
-        ) from error
+            f"`{name}` must be a whole picture, but {where} is none ({told(reason, 100)}): fetch "
+            "it again or leave it out."
+        ) from reason

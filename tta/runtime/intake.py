@@ -249,7 +249,8 @@ class Intake:
                 self._count -= 1
                 self._changed.notify_all()
                 where = failed.source or f"frame {failed.index}"
-                self.fail(failed.stream, f"{told(where, 100)} cannot be used ({told(error, 160)})")
+                reason = told(error.__cause__ or error, 160)  # the error names its place as well
+                self.fail(failed.stream, f"{told(where, 100)} cannot be used ({reason})")
                 continue
             mine = image.result().shape, image.result().dtype
             if shape not in (None, mine):

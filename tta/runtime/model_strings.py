@@ -168,10 +168,11 @@ def read_class_names(path: str | Path) -> tuple[str, ...]:
         if place.stat().st_size > MOST_BYTES:
             raise ValueError("it is too large")
         lines = place.read_text(encoding="utf-8").splitlines()
-    except ValueError as error:
-        raise ValueError(
+    except (ValueError, OSError) as error:
+        kind: Any = ValueError if isinstance(error, ValueError) else type(error)
+        raise kind(
             f"`classes` must be a text file with a name a line, but {told(place)} is not "
-            f"({told(error)}): write one."
+            f"({told(getattr(error, 'strerror', None) or error)}): write one."
         ) from None
     return tuple(line.strip() for line in lines if line.strip())
 

@@ -23,8 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from tta.core.checks import shown, told
-from tta.core.files import NO_LINKS
-from tta.runtime.stream_files import not_writable
+from tta.core.files import NO_LINKS, not_writable
 
 try:
     fcntl: Any = import_module("fcntl")
@@ -72,7 +71,7 @@ class Owners:
             folder.mkdir(parents=True, exist_ok=True)
             self._handle = os.open(folder / FILE, flags, 0o666)
         except OSError as error:
-            raise not_writable(folder, error) from error
+            raise not_writable("folder", folder, error) from error
         self._end = weakref.finalize(self, os.close, self._handle)
         _all.add(self)
         try:

@@ -38,6 +38,7 @@ from tta.core.checks import (
     whole_number,
 )
 from tta.core.denoiser import Diffusion
+from tta.core.files import not_writable
 from tta.core.head import FeatureSpec
 from tta.core.outputs import LogitsSpec
 from tta.core.prediction import Report
@@ -45,7 +46,7 @@ from tta.runtime.hand_over import HandOver
 from tta.runtime.owners import Owners
 from tta.runtime.side_by_side import SideBySide
 from tta.runtime.snapshots import Snapshots
-from tta.runtime.stream_files import StreamFiles, not_writable
+from tta.runtime.stream_files import StreamFiles
 from tta.runtime.stream_store import Stream, StreamStore, load_file
 from tta.runtime.stream_view import StreamView
 from tta.saving import load, save
@@ -487,6 +488,6 @@ def _made(folder: Path, adapter: Adapter) -> StreamFiles:
     try:
         files.write(files.start, "", AdapterSets(adapter).export_first())
     except OSError as error:
-        raise not_writable(folder, error) from error
+        raise not_writable("folder", folder, error) from error
     save(adapter, folder)
     return files

@@ -7,7 +7,6 @@ run once, on the rows of all.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import groupby
@@ -21,9 +20,8 @@ from tta.core import autocast, functional
 from tta.core.adapter import Adapter
 from tta.core.checks import shown
 from tta.core.norm_layers import AdaptiveNorm, with_statistics
-from tta.core.norm_streams import has_hooks, normalize_streams
+from tta.core.norm_streams import normalize_streams
 from tta.core.outputs import some_rows
-from tta.core.structure import copy_wrapped
 from tta.core.twins import own_tensors
 from tta.runtime.lockstep import Gradients, Pass
 
@@ -54,7 +52,7 @@ class SharedPass:
         self.places = _places(adapter)
         head, layers = network.head.module, map(network.model.get_submodule, self.places)
         self._head = next((n for n, m in zip(self.places, layers, strict=True) if m is head), "")
-        self._trunk = copy_wrapped(network.model)
+        self._trunk = functional.copy_structure(network.model)
         self._buffers = self._prepare()
         self._outer: list[list[Any]] = []  # hooks of layers that run once, of each adapter
         self._layers: list[dict[str, Any]] = []  # the others, by place
@@ -135,8 +133,7 @@ class SharedPass:
                 module.__dict__["_buffers"] = own
                 buffers += [b for b in own.values() if b is not None]
         for name, layer in layers.items():
-            for hooks in functional.HOOKS:
-                layer.__dict__[hooks] = OrderedDict()
+            functional.take_hooks_off(layer)
             layer.__dict__["forward"] = partial(self._cross, name, layer.forward)
         return buffers
 
@@ -333,7 +330,12 @@ def _places(adapter: Adapter) -> list[str]:
             continue
         held = (*module._parameters.values(), *module._buffers.values())
         differs = any(id(t) in own for t in held if t is not None)
-        if isinstance(module, AdaptiveNorm) or module is head or differs or has_hooks(module):
+        if (
+            isinstance(module, AdaptiveNorm)
+            or module is head
+            or differs
+            or functional.has_hooks(module)
+        ):
             found[name] = module
     if "" in found:
         raise ApartError("the model itself has hooks, or parameters that are trained")

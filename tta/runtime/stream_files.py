@@ -27,7 +27,7 @@ from tta.core.checks import parsed_json, shown, told
 from tta.core.files import NO_LINKS, replacing
 from tta.core.state_dict import checksum
 
-__all__ = ["StreamFiles", "not_writable"]
+__all__ = ["StreamFiles"]
 
 FORMAT = 1
 HEADER = "stream"  # the key of the JSON in a file's metadata
@@ -188,11 +188,3 @@ def _flush(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
-
-
-def not_writable(folder: Path, error: OSError) -> OSError:
-    """The error of its kind that says so of a folder in words."""
-    return type(error)(
-        f"`folder` must be one that can be written to, but {told(folder)} is not "
-        f"({told(error.strerror or error)}): choose another, or make room."
-    )

@@ -107,7 +107,8 @@ class Decoder:
         except self._pillow.DecompressionBombError as error:
             raise RefusedError(413, f"`image` must be smaller, got {told(error)}.") from None
         except Exception as error:  # decoders raise anything
-            raise _undecodable(f"a damaged picture ({told(error)})") from error
+            reason = told(error.__cause__ or error)  # what `as_rgb` says of it is said here
+            raise _undecodable(f"a damaged picture ({reason})") from error
 
     def _tensor(self, body: bytes) -> Tensor | None:
         """The tensor in a body; None where it is no file of one."""

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any
 
-from tta.core.checks import told
+from tta.core.checks import string, told
 from tta.runtime.extras import needed
 from tta.runtime.server.gate import is_loopback
 
@@ -81,6 +81,8 @@ def bound(host: str, port: int) -> socket.socket:
     Raises:
         OSError: When it is taken, or no such address.
     """
+    if not string("host", host):  # which would be all addresses of the machine
+        raise ValueError("`host` must be a name or an address, got an empty one: leave it out.")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     opened = socket.socket(family)
     try:

@@ -95,11 +95,13 @@ class Service:
         Raises:
             RefusedError: 404, or 422.
         """
-        if not 0 < len(name) <= LONGEST_NAME or not name.isprintable() or "/" in name:
+        ordinary = 0 < len(name) <= LONGEST_NAME and name.isprintable()
+        # Other bytes than UTF-8 all become one character, and clients take dots out of a path.
+        if not ordinary or "/" in name or "\ufffd" in name or name in (".", ".."):
             raise RefusedError(
                 422,
-                f"`stream` must be a name of 1 to {LONGEST_NAME} printable characters without a "
-                f"slash, got {shown(name, 60)}: give it another.",
+                f"`stream` must be a name of 1 to {LONGEST_NAME} printable characters in UTF-8, "
+                f"without a slash and other than . and .., got {shown(name, 60)}: give it another.",
             )
         if not create and name not in self.pool:
             raise RefusedError(
