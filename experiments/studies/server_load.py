@@ -51,6 +51,7 @@ KEYS = ("model", "way")
 CLOSE = 1e-3  # of probabilities: the rounding of mixed batches, learned from
 EVERY_S = 0.25  # between images of the client that checks
 HURRY_S = 20.0  # for the capacity
+AT_ONCE = 2  # requests of a stream on their way
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -80,7 +81,7 @@ class ServerLoad:
         ways: Methods, with ", frozen" behind those whose streams are frozen.
         minutes: Of each load.
         share: Of the capacity.
-        streams: How many, with one client each.
+        streams: How many, with two clients each.
         again: Whether rows that are there are measured again.
         hurry: Seconds in which the capacity is measured.
         results: Where rows are kept.
@@ -133,9 +134,9 @@ class ServerLoad:
                 if frozen:
                     server.ask(f"/v1/streams/{name}/freeze", b"")
             clients = list(zip(names, files, strict=True))
-            hurried = _send(server.address, clients, self.hurry, workers=2)
+            hurried = _send(server.address, clients, self.hurry)
             capacity = len(hurried) / self.hurry
-            rate = capacity * self.about["share"] / len(clients)
+            rate = capacity * self.about["share"]
             with _checking(server, pictures) as seen, server.watched() as memory:
                 found = _send(server.address, clients, 60 * self.about["minutes"], rate=rate)
             alone = [server.predict("alone", pictures[n % len(pictures)]) for n in range(len(seen))]
@@ -144,7 +145,7 @@ class ServerLoad:
         wrong = sum(np.abs(a - b).max() > CLOSE for a, b in zip(seen, alone, strict=True))
         return {
             "capacity": round(capacity, 1),
-            "asked": round(rate * len(clients) * 60 * self.about["minutes"]),
+            "asked": round(rate * 60 * self.about["minutes"]),
             "requests": len(found),
             "errors": sum(status != 200 for _, status in (*hurried, *found)),
             **percentiles([seconds for seconds, _ in found]),
@@ -171,7 +172,7 @@ def render(rows: Iterable[Mapping[str, Any]]) -> str:
         return ""
     first = rows[0]
     words = (
-        f"`{first['model']}`, {first['streams']} streams of one client each, PNG of 32x32 pixels, "
+        f"`{first['model']}`, {first['streams']} streams of two clients each, PNG of 32x32 pixels, "
         f"{first['minutes']:g} minutes at {100 * first['share']:.0f} % of the capacity; server and "
         f"clients on {first['cpu']}, 2 cores. Latency in ms, as a client sees it; a client waits "
         "for its answer before it sends again, so that fewer are sent than planned where answers "
@@ -275,7 +276,6 @@ def _send(
     address: str,
     clients: Sequence[tuple[str, Path]],
     seconds: float,
-    workers: int = 1,
     rate: float = 0.0,
 ) -> list[tuple[float, int]]:
     """Load the server: seconds and status of each request.
@@ -284,12 +284,12 @@ def _send(
         address: Of the server.
         clients: Streams, and the file that is sent to each.
         seconds: How long.
-        workers: Requests of a stream at the same time.
-        rate: Requests a second of each worker; 0 for as many as are answered.
+        rate: Requests a second of all together; 0 for as many as are answered.
     """
+    each = rate / len(clients) / AT_ONCE
     sent = [
         subprocess.Popen(
-            ["hey", "-z", f"{seconds}s", "-c", str(workers), "-q", f"{rate:.3f}", "-m", "POST",
+            ["hey", "-z", f"{seconds}s", "-c", str(AT_ONCE), "-q", f"{each:.3f}", "-m", "POST",
              "-T", "image/png", "-D", str(file), "-t", "60", "-o", "csv",
              f"{address}/v1/predict?probabilities=false&stream={name}"],
             stdout=subprocess.PIPE, text=True,
