@@ -12,10 +12,12 @@ import models
 import tta
 from experiments import cli
 from experiments.report import collect
+from experiments.run.method_strings import parse_method
 from experiments.run.run import Cache
 from experiments.sweep import benchmark
 from experiments.sweep.benchmark import STREAMS, Benchmark, all_methods, bundled_models
 from experiments.sweep.sweep import cell_folder
+from tests.helpers.nets import tiny
 from tests.helpers.tiny_models import use_tiny_models
 from tta.core.registry import component
 
@@ -40,7 +42,9 @@ def test_every_method_model_and_stream_is_there_the_affordable_part_first():
         "continual", "dirichlet", "imbalance", "mixed", "gradual", "recurring", "walk", "single",
     }  # fmt: skip
     bases = {re.split(r"[+\[]", cell.methods[0])[0] for cell in cells}
-    assert bases == {name for name in tta.list_methods() if not component(name).needs_given}
+    guards = {"aetta", "periodic", "steady", "watch"}  # which need something to guard
+    known = {name for name in tta.list_methods() if not component(name).needs_given}
+    assert bases == known - guards
     seeds = {}
     for cell in cells:
         where = cell.model, cell.streams[0].name, cell.methods[0]
@@ -130,3 +134,19 @@ def test_tensorboard_has_scalars_entropies_images_and_the_configuration(tmp_path
         assert any("config" in tag for tag in tags[method]["tensors"])
     assert {tag.split("/")[1] for tag in tags["source"]["images"]} == {"fog", "snow"}
     assert tags["tent"]["images"] == []  # the same ones, once a stream
+
+
+@pytest.mark.parametrize(
+    ("name", "components"),
+    [
+        ("auto", {"norm": "adaptive_bn", "output": "drift", "guard": "auto"}),
+        ("asr", {"norm": "bn", "update": "eta", "guard": "asr"}),
+        ("tent+steady", {"norm": "bn", "update": "tent", "guard": "steady"}),
+        ("unmix_tns+eta", {"norm": "unmix_tns", "update": "eta"}),
+    ],
+)
+def test_a_recipe_by_its_name_is_the_whole_recipe(name, components):
+    """As in `tta.wrap` and on the command line of `tta`, and not its guard over the source."""
+    adapter = parse_method(name, 10).wrap(tiny("bn"))
+    found = {slot: config.name for slot, config in adapter.config.components.items()}
+    assert found == components

@@ -175,7 +175,8 @@ def _extremes(settings: Mapping[Setting, Methods]) -> Iterator[str]:
         ),
         ("The expected calibration error", methods, lambda r: r.summary["ece"], " %", 100),
         (
-            f"The time per image (one process of several on {machine})",
+            f"The time per image (one process of several on {machine}, some beside other work; "
+            "[costs](cost.md) are compared elsewhere)",
             same,
             lambda r: 1000 / r.summary["images_per_second"],
             " ms",

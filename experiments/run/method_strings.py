@@ -45,7 +45,8 @@ class Method:
         if not self.slots:
             return tta.wrap(model, SOURCE, **arguments)
         fields = self._authors_rate() | self.overrides
-        return tta.wrap(model, **self.slots, **fields, **arguments)  # type: ignore[arg-type]
+        (_, first), *others = self.slots.items()  # the first brings what the others leave open
+        return tta.wrap(model, first, **dict(others), **fields, **arguments)  # type: ignore[arg-type]
 
     def _authors_rate(self) -> dict[str, Any]:
         """What keeps the learning rate of the preset where the method's authors do not scale it.

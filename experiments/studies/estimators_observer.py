@@ -19,6 +19,7 @@ from tta.core.guard import LEARN, Batch, Estimator, Verdict
 from tta.core.prediction import Prediction
 from tta.methods.aetta import Aetta, AettaConfig
 from tta.parts.estimates import AgreementEstimate, ConfidenceEstimate, FeatureDropoutEstimate
+from tta.runtime.method_strings import SOURCE
 
 __all__ = ["ESTIMATORS", "Observer", "observed", "stages"]
 
@@ -173,7 +174,8 @@ def observed(subject: Subject, method: str, batch_size: int, seed: int) -> Itera
     """
     parsed = parse_method(method, subject.info.num_classes)
     guard = AettaConfig(places=stages(subject.model))
-    watched = Method(method, {**parsed.slots, "guard": guard}, parsed.overrides)
+    slots = parsed.slots or {"update": SOURCE}  # so that the guard brings no update of its own
+    watched = Method(method, {**slots, "guard": guard}, parsed.overrides)
     artefacts = subject.source if isinstance(subject.source, tta.SourceStatistics) else None
     with watched.applied(subject, batch_size, seed) as adapter:
         yield Observer(adapter, artefacts)

@@ -47,10 +47,11 @@ def recorded_gap(row: Row) -> float | None:
 
 
 def lowest_of(row: Row) -> tuple[str, float] | None:
-    """The record's lowest figure for the cell of a line, and whose it is."""
+    """The record's lowest figure of another method for the cell of a line, and whose it is."""
     if not is_recorded(row):
         return None
     found = record().get((row["model"], row["stream"], row["batch_size"]), {})
-    means = {method: sum(s.values()) / len(s) for method, s in found.items()}
+    others = {method: s for method, s in found.items() if method != plain_method(row)}
+    means = {method: sum(s.values()) / len(s) for method, s in others.items()}
     best = min(means, key=lambda method: means[method], default=None)
     return None if best is None else (best, means[best])

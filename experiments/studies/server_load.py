@@ -191,7 +191,7 @@ def render(rows: Iterable[Mapping[str, Any]]) -> str:
         ]
         for row in rows
     ]
-    return "\n".join([words, "", *markdown.table(heads, cells)])
+    return "\n".join([words, "", *markdown.table(heads, cells), ""])
 
 
 class _Server:

@@ -25,6 +25,8 @@ from experiments.report.collect import collect, write_compact
 from experiments.run.subject import pick_device
 from experiments.sweep.sweep import Sweep, add_workers, pick_executor
 from experiments.sweep.workers import Outcome
+from tta.core.component import Component
+from tta.core.guard import Guard
 from tta.core.registry import component
 from tta.core.update import Update
 from tta.runtime.method_strings import PLUS
@@ -142,9 +144,15 @@ def all_methods() -> list[str]:
 
     The bundled models come without source images, so methods that replay these do without.
     """
-    known = [name for name in tta.list_methods() if not component(name).needs_given]
+    known = [name for name in tta.list_methods() if _does_something(component(name))]
     names = sorted(known, key=lambda name: name != BASELINE)
     return [without_replay(name) for name in names] + list(COMPOSED)
+
+
+def _does_something(found: type[Component]) -> bool:
+    """Whether a component by itself is a method: a guard needs something to guard."""
+    bare = issubclass(found, Guard) and not (found.companions or found.host)
+    return not (bare or found.needs_given)
 
 
 def without_replay(name: str) -> str:
@@ -153,7 +161,8 @@ def without_replay(name: str) -> str:
     if not (issubclass(found, Update) and found.replays_source):
         return name
     fields = sorted(found.artefact_fields.items())
-    return f"{name}[{','.join(f'{field}={value:g}' for field, value in fields)}]"
+    set_to = ",".join(f"{field}={value:g}" for field, value in fields)
+    return f"{name}[{set_to}]" if fields else name
 
 
 def bundled_models() -> list[str]:

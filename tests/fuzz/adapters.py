@@ -168,6 +168,11 @@ def wraps(rng: Random) -> Case:
             recipe = rng.choice([bent(rng, name), _config(rng, name)])
         else:
             arguments[words(rng)] = junk(rng)
+    update = arguments.get("update")
+    if isinstance(update, str) and update in recipes():  # which has the fields of its own preset
+        fields = tta.get_config(update).to_dict()
+        if "warmup_samples" in fields:
+            arguments.setdefault("warmup_samples", 4)
     images = tensor(rng, (4, *IMAGE))
     pristine = model_of(model)
 
