@@ -191,8 +191,8 @@ def test_guards_ask_the_source_about_the_images_as_they_came() -> None:
     adapter = tta.wrap(net, "tent.cifar10", input=_flip(), shadow=True)
     assert torch.equal(adapter(images(0)), expected)
     held = tta.wrap(tiny("bn"), "tent.cifar10", input=Drift(), guard=True)
-    held(images(0))
-    assert held.health["action"] == "learn" and held.state()["input/inner.seen"] == 8
+    held(images(0, 48))
+    assert held.health["action"] == "learn" and held.state()["input/inner.seen"] == 48
 
 
 def test_gradients_flow_and_leave_none_behind() -> None:
