@@ -134,8 +134,13 @@ def test_shares_have_all_cases() -> None:
     assert [value.marks[0].name for value in values] == ["slow"] + ["soak"] * 4
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", [[], ["-n", "2"]], ids=["one", "two"])
+@pytest.mark.parametrize(
+    "processes",
+    [
+        pytest.param([], marks=pytest.mark.slow, id="one"),
+        pytest.param(["-n", "2"], marks=pytest.mark.soak, id="two"),
+    ],
+)
 def test_in_pytest_itself(tmp_path, processes) -> None:
     (tmp_path / "conftest.py").write_text(
         "from pathlib import Path\n"
