@@ -185,6 +185,12 @@ def images(value: Tensor) -> None:
 
 def seeds(value: Tensor | Sequence[int], batch: int) -> Tensor:
     """Return `value` as CPU int64; raise unless it is one integer for each of `batch` images."""
+    few = value[: batch + 1] if isinstance(value, (list, tuple, range)) else ()  # it may be endless
+    if (isinstance(value, range) and len(few) != batch) or any(isinstance(n, range) for n in few):
+        raise ValueError(
+            f"`seeds` must have shape ({batch},), one for each image, got {shown(value)}: make "
+            "them by torch.arange(len(images))"
+        )
     try:
         tensor = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError, OverflowError, IndexError):

@@ -367,6 +367,7 @@ LAST = images(2, 20, 24).movedim(1, -1)
             lambda: corruptions.sample("fog", (2, 3, 2**62, 8), 1, [1, 2]),
             r"at most .* values, got shape",
         ),
+        (lambda: corruptions.sample("fog", (2, 3, 8, 8), 1, range(2**62)), r"`seeds` must have sh"),
     ],
 )
 def test_shapes_are_explained(call, words):
