@@ -19,7 +19,7 @@ from torch import nn
 
 from tta.core.turns import Turns
 
-__all__ = ["has_graphs", "without_graphs"]
+__all__ = ["has_graphs", "is_compiled", "without_graphs"]
 
 
 class _Visit:
@@ -65,9 +65,10 @@ def without_graphs(needed: bool = True) -> Iterator[None]:
 
 def has_graphs(model: nn.Module) -> bool:
     """Whether modules of a model are compiled or scripted, which copies of them would not be."""
-    return any(
-        getattr(module, "_compiled_call_impl", None) is not None
-        or hasattr(module, "_orig_mod")
-        or isinstance(module, torch.jit.ScriptModule)
-        for module in model.modules()
-    )
+    return any(is_compiled(m) or isinstance(m, torch.jit.ScriptModule) for m in model.modules())
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether ``torch.compile`` was applied to a module."""
+    compiled = getattr(module, "_compiled_call_impl", None) is not None
+    return compiled or hasattr(module, "_orig_mod")

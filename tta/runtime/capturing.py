@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from tta.core.adapter import Adapter
 from tta.core.checks import told
+from tta.core.compiled import is_compiled
 from tta.core.prediction import Report
 from tta.core.rehearsal import rehearse, undone
 from tta.core.step_function import at_least_1d, to_function
@@ -205,7 +206,7 @@ class Captured:
             reason = f"{adapter.guard.name} looks at each batch"
         elif adapter.config.setting is not None:
             reason = "the adapter runs by a setting of its own"
-        elif any(_is_compiled(module) for module in adapter.model.modules()):
+        elif any(is_compiled(module) for module in adapter.model.modules()):
             reason = "the model is compiled"
         if reason:
             raise NotCapturedError(reason)
@@ -252,11 +253,6 @@ class Captured:
                     f"its logits then differ by {far:.2g}: the model decides by values in Python, "
                     "or draws random numbers"
                 )
-
-
-def _is_compiled(module: Any) -> bool:
-    """Whether torch.compile was applied to a module."""
-    return module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
 
 
 class _WaitsError(Exception):
