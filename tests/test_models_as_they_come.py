@@ -385,6 +385,49 @@ def test_buffers_that_a_model_changes_itself_move_with_the_adapter(
     assert all(value is objects[name] for name, value in net.named_buffers())
 
 
+class Prototypes(nn.Module):
+    """Compares what a network returns with prototypes that it itself brings to length one."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.net = tiny("bn")
+        self.way = way
+        self.prototypes = nn.Parameter(torch.randn(10, 10, generator=torch.manual_seed(3)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        z = self.net(x)
+        with torch.no_grad():
+            if self.way == "in place":
+                self.prototypes.copy_(F.normalize(self.prototypes + 0.1, dim=1))
+            else:
+                self.prototypes.data = F.normalize(self.prototypes.data + 0.1, dim=1)
+        return z @ self.prototypes.T
+
+
+@pytest.mark.parametrize("method", ["source", "tent.cifar10", "roid.cifar10", "cotta.cifar10"])
+@pytest.mark.parametrize("way", ["in place", "data"])
+def test_parameters_that_a_model_writes_to_itself_move_with_the_adapter(
+    way: str, method: str
+) -> None:
+    """Passes of one call, whose graphs hold other values, do not disturb each other."""
+    net, plain = Prototypes(way).eval(), Prototypes(way).eval()
+    own, before = net.prototypes, net.prototypes.detach().clone()
+    adapter = wrapped(net, method)
+    assert torch.equal(own, before), "source batches leave no trace"
+    outputs = [adapter(images(0))]
+    if method == "source":
+        close(outputs[0], plain(images(0)))
+    state = adapter.state()
+    assert not torch.equal(own, before)
+    outputs += [adapter(images(t)) for t in (1, 2)]
+    adapter.load_state(state)
+    assert torch.equal(adapter(images(1)), outputs[1])
+    adapter.reset()
+    assert torch.equal(own, before)
+    assert all(torch.equal(adapter(images(t)), outputs[t]) for t in range(3))
+    assert adapter.unwrap() is net and net.prototypes is own and torch.equal(own, before)
+
+
 class AlwaysTraining(nn.Module):
     """Keeps its BatchNorm layers in training mode, whatever it is told."""
 

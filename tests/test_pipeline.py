@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import tta
 from tests.helpers.batches import images
@@ -319,6 +319,23 @@ def test_a_batch_that_a_guard_keeps_from_learning_is_not_learned():
 
 
 # Staleness
+
+
+def test_a_model_that_keeps_tensors_of_a_pass_with_their_graph_can_lag():
+    class Keeping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.kept = tiny("bn"), []
+
+        def forward(self, x):
+            logits = self.net(x)
+            self.kept = [logits]
+            return logits
+
+    one = tta.wrap(Keeping(), "tent.cifar10", num_classes=10)
+    one(FRAMES[:4])
+    assert not one.model.kept[0].is_leaf
+    assert len(list(Pipeline(one, FRAMES[:16], batch_size=4, staleness=1))) == 16
 
 
 @pytest.mark.parametrize("staleness", [1, 3])

@@ -122,7 +122,7 @@ class Backbone:
             (names, master, p.dtype)
             for names, (master, p) in zip(places, masters.pairs, strict=True)
         ]
-        if masters.pairs:
+        if masters.pairs or buffers.moving:
             self._prepare()
 
     @property
@@ -198,7 +198,7 @@ class Backbone:
         lent = self.guard.lend(x)
         (args, kwargs), tensors = self._arguments, self._tensors(weights)
         try:
-            with without_graphs(hooked):
+            with without_graphs(hooked), self.buffers.apart(tensors, self._prefix):
                 result = self.session.run(self._other, tensors, lent[0], *args, **kwargs)
             result, features = result if self._prefix else (result, None)
             logits = self.reader.read(result)

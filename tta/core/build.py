@@ -155,8 +155,10 @@ def _assemble(model: nn.Module, config: AdapterConfig, injected: Injected) -> Ad
     features = injected.features if config.features == GIVEN else config.features
     head = find_head(model, reader, config.num_classes, features)
     linear = _needs_linear_head(config, head)
-    masters = Masters(_trained(model, config.update, head))
-    buffers = ModelBuffers(model, reader, _replaced_layers(model, config))
+    trained = _trained(model, config.update, head)
+    masters = Masters(trained)
+    skip = _replaced_layers(model, config)
+    buffers = ModelBuffers(model, reader, skip, trained.values())
     context = _context(model, config, head, masters, buffers, injected)
     output = None if config.output is None else _component(Output, config.output, context)
     session = Session()

@@ -170,7 +170,7 @@ class DryRun:
 
     Args:
         logits: (2, C) on the ``meta`` device, a shape without values; None where none were found.
-        moving: Names of the buffers that the model itself has changed.
+        moving: Names of the buffers and parameters that the model itself has changed.
     """
 
     logits: Tensor | None
@@ -178,7 +178,10 @@ class DryRun:
 
 
 def dry_run(
-    model: nn.Module, reader: LogitsReader | None = None, before: Callable[[], None] | None = None
+    model: nn.Module,
+    reader: LogitsReader | None = None,
+    before: Callable[[], None] | None = None,
+    unseen: bool = False,
 ) -> DryRun | None:
     """One pass of two images on the ``meta`` device, which computes nothing.
 
@@ -190,6 +193,7 @@ def dry_run(
         model: A classifier.
         reader: Takes logits out of what it returns.
         before: Called before every size of image that is tried.
+        unseen: Leave out the hooks, and the model itself where the copy does not run.
 
     Returns:
         What the pass shows; None where no size succeeds, as with control flow that depends on
@@ -198,8 +202,11 @@ def dry_run(
     found = None
     if not has_graphs(model):
         with suppress(Exception):  # whatever an attribute of the caller's raises
-            found = _dry_run(functional.copy_structure(model, buffers=False), reader, before)
-    return _dry_run(model, reader, before) if found is None else found
+            copied = functional.copy_structure(model, buffers=False)
+            for module in copied.modules() if unseen else ():
+                functional.take_hooks_off(module)
+            found = _dry_run(copied, reader, before)
+    return _dry_run(model, reader, before) if found is None and not unseen else found
 
 
 def _dry_run(
@@ -216,14 +223,17 @@ def _dry_run(
                 x = torch.empty(shape, device="meta", dtype=_dtype(model))
                 meta = [torch.empty_like(t, device="meta") for t in tensors]
                 held = functional.named(places, meta)
+                storages = [t.untyped_storage()._cdata for t in meta]
                 result = torch.func.functional_call(model, held, (x,), tie_weights=False)
             except Exception:  # whatever a model raises on an image that it does not take
                 continue
-            # A buffer is written to in place, or another tensor is put into its place.
+            # A tensor is written to in place, gets other data, or another is put into its place.
             moving = [
                 names[0]
-                for names, tensor in zip(places, meta, strict=True)
-                if tensor._version > 0 or held[names[0]] is not tensor
+                for names, tensor, storage in zip(places, meta, storages, strict=True)
+                if tensor._version > 0
+                or tensor.untyped_storage()._cdata != storage
+                or held[names[0]] is not tensor
             ]
             try:
                 return DryRun(reader.read(result), tuple(moving))

@@ -2,18 +2,21 @@
 
 Such buffers are part of the state, and ``reset`` and ``unwrap`` put them back. A dry run at wrap
 finds them; a buffer that moves only later, because that depends on values, is found after the call
-in which it first does.
+in which it first does. A parameter that the model itself writes to, such as prototypes that it
+brings to length one, counts as a buffer, unless it is trained, which makes it part of the state.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from tta.core import functional
 from tta.core.classifier import dry_run, evaluating
 from tta.core.outputs import LogitsReader
 
@@ -29,28 +32,42 @@ class ModelBuffers:
         model: The classifier, unwrapped.
         reader: Takes logits out of what it returns.
         skip: Ids of modules to leave out: norm layers that a rule stands in for.
+        trained: Parameters to leave out.
     """
 
-    def __init__(self, model: nn.Module, reader: LogitsReader, skip: set[int]) -> None:
-        self.places: dict[str, tuple[nn.Module, str]] = {}
-        for prefix, module in model.named_modules():
-            if id(module) in skip:
-                continue
-            for key, buffer in module._buffers.items():
-                if buffer is not None:
-                    self.places[f"{prefix}.{key}" if prefix else key] = (module, key)
-        self.originals = {name: self._now(name) for name in self.places}
+    def __init__(
+        self,
+        model: nn.Module,
+        reader: LogitsReader,
+        skip: set[int],
+        trained: Iterable[Tensor] = (),
+    ) -> None:
         self.moving: list[str] = []
         self._copies: dict[str, Tensor] = {}
         self._seen: dict[str, tuple[int, int]] | None = None
         self._first_call = True
+        self._found: list[str] = []
+        modules = [(f"{n}." if n else "", m) for n, m in model.named_modules() if id(m) not in skip]
+        self.places: dict[str, tuple[nn.Module, str]] = {
+            before + key: (module, key)
+            for before, module in modules
+            for key, buffer in module._buffers.items()
+            if buffer is not None
+        }
+        run = dry_run(model, reader, unseen=not self.places)
+        found = set() if run is None else set(run.moving)
+        learned = {id(p) for p in trained}
+        for before, module in modules:
+            for key, p in module._parameters.items():
+                if before + key in found and id(p) not in learned:
+                    self.places[before + key] = (module, key)
+        self.originals = {name: self._now(name) for name in self.places}
         if not self.places:
             return
-        run = dry_run(model, reader)
-        found = set() if run is None else set(run.moving)
         with evaluating(model):
             found |= _statistics_in_training(model)
         self.moving = [name for name in self.places if name in found]
+        self._found = [name for name in self.moving if self._stands_alone(model, name)]
         for name, buffer in self.originals.items():
             if run is None or name in self.moving or buffer.numel() <= SMALL:
                 self._copies[name] = buffer.detach().clone()
@@ -106,6 +123,24 @@ class ModelBuffers:
         known = [name for name in names if name in self._copies and name not in self.moving]
         self.moving += known
 
+    @contextmanager
+    def apart(self, tensors: dict[str, Tensor], prefix: str) -> Iterator[None]:
+        """Within the block a pass that records a graph writes to copies; then their values go back.
+
+        The next pass would otherwise change what the graph of this one holds.
+
+        Args:
+            tensors: Stand in for the model's own in this pass; the copies are put among them.
+            prefix: Of names in the module that is called.
+        """
+        names = self._found if torch.is_grad_enabled() else ()
+        own = {name: self._now(name) for name in names}
+        tensors.update((prefix + name, t.detach().clone()) for name, t in own.items())
+        yield
+        with torch.no_grad():
+            for name, t in own.items():
+                t.copy_(tensors[prefix + name])
+
     def start_of(self, name: str) -> Tensor:
         """The value that a buffer had at wrap."""
         return self._copies[name]
@@ -126,9 +161,9 @@ class ModelBuffers:
         """Put back which buffers move, and the tensors and values of those that did not."""
         moving, tensors = before
         for name, tensor in tensors.items():
-            module, key = self.places[name]
-            if module._buffers[key] is not tensor:
-                module._buffers[key] = tensor
+            held, key = self.place(name)
+            if held[key] is not tensor:
+                held[key] = tensor
             copy = self._copies.get(name)
             if copy is not None and name not in moving and not torch.equal(copy, tensor):
                 tensor.copy_(copy)
@@ -154,22 +189,25 @@ class ModelBuffers:
     def give_back(self) -> None:
         """Put the caller's own tensors back into the model, with their values."""
         self.notice(by_value=True)
-        for name, (module, key) in self.places.items():
-            original = self.originals[name]
+        for name, original in self.originals.items():
+            held, key = self.place(name)
             if name in self._copies and name in self.moving:
                 original.copy_(self._copies[name])
-            module._buffers[key] = original
+            held[key] = original
 
     def place(self, name: str) -> tuple[dict[str, Any], str]:
         """Where a buffer is held: the dict of its module, and its key there."""
         module, key = self.places[name]
-        return module._buffers, key
+        return module._parameters if key in module._parameters else module._buffers, key
+
+    def _stands_alone(self, model: nn.Module, name: str) -> bool:
+        """Whether a graph may hold a tensor, and a copy of it can stand under its only name."""
+        tensor = self._now(name)
+        return tensor.is_floating_point() and len(functional.names(model, [tensor])[0]) == 1
 
     def _now(self, name: str) -> Tensor:
-        module, key = self.places[name]
-        buffer = module._buffers[key]
-        assert buffer is not None
-        return buffer
+        held, key = self.place(name)
+        return held[key]
 
     def _signs(self) -> dict[str, tuple[int, int]]:
         """Identity and version of each buffer, which change when it is replaced or written to."""

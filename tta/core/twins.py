@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tta.core.adapter import Adapter
 from tta.core.adapter_sets import CONTAINERS, AdapterSet, AdapterSets
 
-__all__ = ["TwinSets", "own_tensors"]
+__all__ = ["TwinSets", "copy_adapter", "own_tensors"]
 
 Pairs = Mapping[int, tuple[Any, Any]]  # by the id of the first
 WALKED = (list, tuple, dict)
@@ -51,6 +51,12 @@ class TwinSets(AdapterSets):
         """Put a set of the first adapter into the twin."""
         attributes = [_translated(held, self._to) for held in one.attributes]
         super().put(replace(one, attributes=attributes))
+
+
+def copy_adapter(adapter: Adapter) -> Adapter:
+    """A deep copy, without the graphs of what its model has kept of a pass."""
+    kept = (t for t in _tensors(adapter) if not t.is_leaf)
+    return copy.deepcopy(adapter, {id(t): t.detach().clone() for t in kept})
 
 
 def own_tensors(adapter: Adapter) -> set[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import threading
 from collections.abc import Callable, Mapping
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from tta.core.adapter import Adapter
 from tta.core.component import log_probabilities
+from tta.core.twins import copy_adapter
 from tta.runtime.capturing import Captured, Graph, NotCapturedError
 from tta.runtime.lanes import Lanes
 from tta.runtime.pool import StreamPool
@@ -194,7 +194,7 @@ class Lagging(Server):
     def __init__(self, adapter: Adapter, staleness: int, lanes: Lanes) -> None:
         self.adapter, self.staleness, self.lanes = adapter, staleness, lanes
         self.learns, self.session = can_learn(adapter), adapter.session
-        self.copy = copy.deepcopy(adapter)
+        self.copy = copy_adapter(adapter)
         self.copy.freeze()
         self._learner = ThreadPoolExecutor(1, thread_name_prefix="tta-learn")
         self._behind: list[Future[None]] = []
