@@ -167,7 +167,14 @@ def apply(images: Tensor, name: str, params: Params) -> Tensor:
         ) from None
     except torch.OutOfMemoryError:
         raise
-    except (ValueError, IndexError, RuntimeError, ArithmeticError, AttributeError) as error:
+    except (
+        TypeError,
+        ValueError,
+        IndexError,
+        RuntimeError,
+        ArithmeticError,
+        AttributeError,
+    ) as error:
         raise ValueError(
             f"`params` must come from sample({shown(name)}, ...) for images of shape "
             f"{tuple(images.shape)}, got tensors that do not fit ({told(error)}): "

@@ -481,6 +481,12 @@ def test_empty_frost_folder(tmp_path):
         corruptions.corrupt(GOOD, "frost", 3, frost_pictures=tmp_path)
 
 
+def test_params_of_another_rank_are_refused():
+    params = corruptions.sample("defocus_blur", (2, 3, 32, 32), 3, range(2))
+    with pytest.raises(ValueError, match=r"must come from sample.*tensors that do not fit"):
+        corruptions.apply(GOOD, "defocus_blur", params | {"weights": params["weights"][0]})
+
+
 def test_params_of_another_batch_are_refused():
     params = corruptions.sample("fog", (3, 3, 32, 32), 3, range(3))
     with pytest.raises(ValueError, match="drawn for 3 images, got 2"):

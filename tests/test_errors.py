@@ -117,6 +117,11 @@ ADAPTER = [
 ]
 
 
+def test_a_slot_of_an_adapter_config_is_no_array() -> None:
+    words = r"`input` must be a component's config or None, got"
+    refused(TypeError, words, lambda: tta.AdapterConfig.from_dict({"input": np.zeros(2)}))
+
+
 @pytest.mark.parametrize(("error", "words", "data"), ADAPTER)
 def test_adapter_configs(error, words, data) -> None:
     refused(error, words, lambda: tta.AdapterConfig.from_dict(data))

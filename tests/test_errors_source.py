@@ -102,6 +102,14 @@ def test_source_statistics(error, words, fields) -> None:
     refused(error, words, lambda: tta.SourceStatistics(**fields))
 
 
+def test_names_that_no_file_can_hold_are_refused_when_they_are_saved(tmp_path) -> None:
+    statistics = tta.SourceStatistics(fisher={"\ud800": torch.ones(2)})
+    refused(ValueError, "`path` must get tensors under names of whole characters", lambda: (
+        statistics.save(tmp_path / "source.safetensors")
+    ))  # fmt: skip
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("words", "fisher"),
     [

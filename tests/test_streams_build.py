@@ -449,6 +449,11 @@ WRONG = [
     ),
     (
         ValueError,
+        r"`groups` must be numbers of at most 64 bits, got 1000",
+        {"scenario": "lame_noniid", "groups": [0, 10**30]},
+    ),
+    (
+        ValueError,
         r"`domains` must hold each severity",
         {"scenario": "gradual", "domains": {"a": DATA}, "transform": None},
     ),

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
 
-from tta.core.checks import is_final, told
+from tta.core.checks import is_final, shown, told
 
 try:
     import fcntl
@@ -112,9 +112,15 @@ def writing(name: str, place: str | Path) -> Iterator[None]:
 
     Raises:
         OSError: In place of one that says no more than the system does.
+        ValueError: When a name in what is written cannot be.
     """
     try:
         yield
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"`{name}` must get tensors under names of whole characters, got {shown(error.object)}:"
+            " rename what it is of."
+        ) from error
     except OSError as error:
         if is_final(error):
             raise

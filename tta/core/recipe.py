@@ -202,7 +202,7 @@ class AdapterConfig:
 
 
 def _check_slot(slot: str, value: Any) -> None:
-    if value is None or (slot == "input" and value == GIVEN):
+    if value is None or (slot == "input" and isinstance(value, str) and value == GIVEN):
         return
     if not isinstance(value, ComponentConfig):
         raise TypeError(

@@ -127,11 +127,15 @@ def _orders(name: str, value: Any) -> list[list[str]]:
 
 def _groups(name: str, value: Any) -> list[int]:
     try:
-        return [int(item) for item in value]
-    except (TypeError, ValueError):
+        groups = [int(item) for item in value]
+    except (TypeError, ValueError, OverflowError):
         raise TypeError(
             f"`{name}` must be one group number per sample, got {type(value).__name__}"
         ) from None
+    wide = next((group for group in groups if not -(2**63) <= group < 2**63), None)
+    if wide is not None:
+        raise ValueError(f"`{name}` must be numbers of at most 64 bits, got {shown(wide)}")
+    return groups
 
 
 def _maybe(check: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
