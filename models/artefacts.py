@@ -1,28 +1,36 @@
 """Source artefacts of the bundled classifiers, made from training images and nothing else.
 
 Fisher information (EATA), class prototypes (RMT, CAFA), the covariance around them (CAFA), a
-diagonal SWAG posterior (PETAL), 200 features per class (AdaNPC): all that methods need from the
-source, so that none ever gets test images.
+diagonal SWAG posterior (PETAL), 200 features per class (AdaNPC), moments of features by predicted
+class (PeTTA) and of each block (PEA), the style of batches (ReservoirTTA): all that methods need
+from the source, so that none ever gets test images.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import tta
 from tta.core.files import replacing
 
-__all__ = ["collect", "save_half", "swag"]
+__all__ = ["add", "collect", "save_half", "swag"]
 
 FISHER_IMAGES = 2000  # as EATA's authors use
 FEATURES_PER_CLASS = 200
+# Methods that artefacts are collected for, with the size of batches. CAFA's class moments hold the
+# prototypes that RMT asks for; a style is one of batches as they are adapted to.
+COLLECTED = {"eata": 64, "cafa": 200, "adanpc": 200, "petta": 200, "pea": 200, "reservoir": 64}
+ADDED = ("petta", "pea", "reservoir")  # by `add`, to the artefacts of a network that is there
+WIDE = ("fisher", "posterior_variance")
+WHOLE = ("covariance", "consistency", "class_", "block_", "style_")
 SWAG_EPOCHS = 5
 # PETAL's schedule for CIFAR: 8e-4 in the first epoch, then linearly to 0.01 over three epochs.
 SWAG_LR = (8e-4, 0.01, 3)
@@ -89,28 +97,59 @@ def swag(
     return {n: m.float() for n, m in mean.items()}, variance
 
 
-def collect(model: nn.Module, images: Tensor, labels: Tensor, seed: int) -> tta.SourceStatistics:
-    """Fisher information, prototypes, covariance and features of a trained model in eval mode.
+def collect(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    seed: int,
+    methods: Collection[str] = COLLECTED,
+) -> tta.SourceStatistics:
+    """What methods need of a trained model in eval mode, but for the posterior.
 
     Args:
         model: The classifier with its final weights.
         images: (N, 3, 32, 32) uint8 training images.
         labels: (N,).
         seed: Seed of the choice of images.
+        methods: Those of `COLLECTED` that it is for.
     """
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     classes = range(int(labels.max()) + 1)
     per_class = torch.cat([order[labels[order] == c][:FEATURES_PER_CLASS] for c in classes])
+    chosen = {"eata": order[:FISHER_IMAGES], "adanpc": per_class}
     found = tta.SourceStatistics()
-    for method, size, chosen in (
-        ("eata", 64, order[:FISHER_IMAGES]),
-        ("cafa", 200, order),  # class moments, also the prototypes that RMT asks for
-        ("adanpc", 200, per_class),
-    ):
-        part = tta.collect_source(model, batches(images, labels, size, chosen), [method])
+    for method in methods:
+        index = chosen.get(method, order)
+        loader = batches(images, labels, COLLECTED[method], index)
+        part = tta.collect_source(model, loader, [method])
         given = {name: value for name, value in vars(part).items() if value is not None}
         found = dataclasses.replace(found, **given)
     return found
+
+
+def add(model: nn.Module, images: Tensor, labels: Tensor, seed: int, path: Path) -> list[str]:
+    """Add to a file of artefacts what it lacks; what it has stays as it is.
+
+    Args:
+        model: The classifier as it is stored, in eval mode.
+        images: (N, 3, 32, 32) uint8 training images.
+        labels: (N,).
+        seed: Seed of the choice of images.
+        path: What `save_half` wrote.
+
+    Returns:
+        The names of the tensors that are new.
+    """
+    held = load_file(str(path))
+    found: dict[str, Tensor] = {}
+    for method in ADDED:
+        with TemporaryDirectory() as folder:
+            collect(model, images, labels, seed, [method]).save(Path(folder) / "source")
+            found |= load_file(str(Path(folder) / "source"))
+    new = {name: t for name, t in found.items() if name not in held}
+    if new:
+        save_half(held | new, path, WIDE)
+    return sorted(new)
 
 
 def save_half(tensors: dict[str, Tensor], path: Path, wide: tuple[str, ...] = ()) -> None:
@@ -122,12 +161,12 @@ def save_half(tensors: dict[str, Tensor], path: Path, wide: tuple[str, ...] = ()
         wide: Prefixes of names whose values are too small for float16 (variances, Fisher
             information) and go to bfloat16, which has the exponent of float32.
 
-    The covariance keeps all its digits, since it is to be inverted, and so does ITTA's consistency
-    loss, which training moves by less than float16 can tell from 1.
+    The covariance keeps all its digits, since it is to be inverted, and so do ITTA's consistency
+    loss, which training moves by less than float16 can tell from 1, and moments, which are small.
     """
 
     def stored(name: str, t: Tensor) -> Tensor:
-        if not t.is_floating_point() or name in ("covariance", "consistency"):
+        if not t.is_floating_point() or name.startswith(WHOLE):
             return t
         return t.to(torch.bfloat16 if name.startswith(wide) else torch.float16)
 

@@ -16,6 +16,8 @@ Some networks are made for one method, and keep the artefacts of that one alone:
   (LSA).
 * ``NAME --itta`` trains a finished network further together with ITTA's consistency loss, see
   `models.train_itta`. That gives ``NAME_itta``.
+* ``NAME --artefacts`` trains nothing: it adds to the artefacts of a network that is there what
+  methods need that came later.
 * ``cifar10_denoiser`` is no classifier, see `models.train_denoiser` (DDA, SDA).
 """
 
@@ -35,7 +37,7 @@ from torch import Tensor, nn
 
 import tta
 from models import train_denoiser, train_itta
-from models.artefacts import batches, collect, save_half, swag
+from models.artefacts import WIDE, add, batches, collect, save_half, swag
 from models.bundled import BUNDLED, FOLDER, IABN, ITTA, LONG_TAILED, VARIANTS, base, builder
 from models.denoiser import DENOISER
 from models.training_images import accuracy, augmented, padded, read_cifar10
@@ -228,7 +230,7 @@ def _export_whole(
     source.posterior_mean, source.posterior_variance = posterior
     source.save(folder / "source.safetensors")
     tensors = load_file(str(folder / "source.safetensors"))
-    save_half(tensors, folder / "source.safetensors", ("fisher", "posterior_variance"))
+    save_half(tensors, folder / "source.safetensors", WIDE)
 
 
 def _rounded(name: str, weights: dict[str, Tensor]) -> nn.Module:
@@ -260,6 +262,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--steps", type=int, default=train_denoiser.STEPS, help="of the denoiser (%(default)s)"
     )
+    parser.add_argument(
+        "--artefacts", action="store_true", help="train nothing; add what the artefacts lack"
+    )
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -272,24 +277,33 @@ def main(argv: list[str] | None = None) -> None:
             f"`--long-tailed` must be at most {MOST_TAILED}, got {args.long_tailed}: with more, a "
             "class has no image"
         )
-    if args.name not in BUNDLED and (args.itta or args.long_tailed):
+    if args.name not in BUNDLED and (args.itta or args.long_tailed or args.artefacts):
         parser.error(
-            f"`name` must be one of {', '.join(BUNDLED)} with --itta or --long-tailed, got "
-            f"{args.name}: leave the flag out"
+            f"`name` must be one of {', '.join(BUNDLED)} with --itta, --long-tailed or "
+            f"--artefacts, got {args.name}: leave the flag out"
         )
-    if args.itta and args.long_tailed:
-        parser.error("`--itta` must be without --long-tailed, got both: leave one out")
+    if args.itta + bool(args.long_tailed) + args.artefacts > 1:
+        parser.error(
+            "`--itta` must be without --long-tailed and --artefacts, got several: leave all but "
+            "one out"
+        )
     if args.itta and (refused := train_itta.refusal(args.name)):
         parser.error(refused)
     args.work.mkdir(parents=True, exist_ok=True)
     data, command = read_cifar10(args.data), f"python -m models.train {args.name}"
+    images = data["train_images"]
     if args.name == DENOISER:
         command += f" --steps {args.steps} --seed {args.seed}"
-        images, held = data["train_images"], data["test_images"]
-        train_denoiser.train(images, held, args.work, args.steps, args.seed)
+        train_denoiser.train(images, data["test_images"], args.work, args.steps, args.seed)
         train_denoiser.export(args.work, command)
         return
     name = args.name
+    if args.artefacts:
+        stored = load_file(str(FOLDER / name / "weights.safetensors"))
+        path = FOLDER / name / "source.safetensors"
+        new = add(_rounded(name, stored), images, data["train_labels"], args.seed, path)
+        print(f"{path}: {', '.join(new) or 'nothing'} added", flush=True)
+        return
     if args.long_tailed:
         name += f"{LONG_TAILED}{args.long_tailed}"
         data = long_tailed(data, args.long_tailed)

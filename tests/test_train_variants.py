@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import models
 import tta
@@ -43,6 +45,32 @@ def place(tmp_path, monkeypatch):
 def command(place, name, *flags, work="work"):
     data = ["--data", str(place / "data.npz"), "--work", str(place / work)]
     train.main([name, *data, *flags])
+
+
+def test_artefacts_of_later_methods_are_added_to_those_of_a_network_that_is_there(
+    place, capsys, monkeypatch
+):
+    small = partial(CifarResNet, [0.5] * 3, [0.25] * 3, blocks=1, widths=(4, 4, 8))
+    monkeypatch.setitem(bundled.BUNDLED, BN, small)
+    command(place, BN, "--epochs", "2")
+    path = place / "weights" / BN / "source.safetensors"
+    whole = load_file(path)
+    earlier = {n: t for n, t in whole.items() if not n.startswith(("class_", "block_", "style_"))}
+    save_file(earlier, path)
+    command(place, BN, "--artefacts")
+    again = load_file(path)
+    assert again.keys() == whole.keys() > earlier.keys()
+    assert all(t.dtype == whole[n].dtype and torch.equal(t, whole[n]) for n, t in again.items())
+    net, info = models.load(BN)
+    for method in ("petta.cifar10", "pea", "reservoir.cifar10"):
+        adapter = tta.wrap(net, method, source=info.source, mean=[0.0] * 3, std=[1.0] * 3)
+        assert adapter(torch.rand(4, 3, 32, 32)).isfinite().all()
+        adapter.unwrap()
+    before = path.read_bytes()
+    command(place, BN, "--artefacts")
+    assert "nothing added" in capsys.readouterr().out and path.read_bytes() == before
+    with pytest.raises(SystemExit):
+        command(place, BN, "--artefacts", "--long-tailed", "10")
 
 
 def test_a_long_tailed_network_comes_with_its_label_shift_adapter(place):

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from tta.core.backbone import Backbone
+from tta.core.compiled import is_compiled
 from tta.core.component import Remembers
 from tta.core.prediction import Prediction
 
@@ -45,7 +46,7 @@ class RowSelector(Remembers):
         self.network = network
         self._rows_independent = rows_independent
         self.may_guess = rows_independent and not any(
-            isinstance(m, DIFFERENT_WITHOUT_GRAPH) or hasattr(m, "_orig_mod") or _is_compiled(m)
+            isinstance(m, DIFFERENT_WITHOUT_GRAPH) or is_compiled(m)
             for m in network.model.modules()
         )
         self.expect_few = False  # whether few rows were kept in the batch before
@@ -109,7 +110,3 @@ class SelectionPass:
     @property
     def _few(self) -> bool:
         return self.count < FEW * len(self.x)
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return getattr(module, "_compiled_call_impl", None) is not None

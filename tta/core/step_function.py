@@ -13,6 +13,7 @@ from tta.core.norm_layers import begin_graph
 from tta.core.prediction import Prediction
 from tta.core.serving import LARGE
 from tta.core.state import GUARD, Place
+from tta.core.traced_pass import check_one_pass
 from tta.core.tracing import is_tracing, recording, tracing_step
 
 __all__ = ["BATCHES", "Step", "moving_keys", "refuse", "to_function"]
@@ -50,17 +51,7 @@ def refuse(adapter: Any, example: Any) -> None:
             "`adapter` must hold float32 weights to be exported, got trained ones in half "
             "precision: convert the model with model.float() and wrap it again."
         )
-    if adapter.input is not None:
-        raise ValueError(
-            f"`input` must be empty to be exported, got {shown(adapter.input.name)}: export an "
-            "adapter without it."
-        )
-    if adapter.output is not None and adapter.output.runs_model:
-        raise ValueError(
-            "`output` must take the model's prediction as it is to be exported, got "
-            f"{shown(adapter.output.name)}, which runs the model on images that it draws: leave it "
-            "out."
-        )
+    check_one_pass(adapter)
     if adapter.config.shadow:
         raise ValueError(
             "`adapter` must give answers of its own to be exported, got shadow=True: wrap the "

@@ -12,7 +12,26 @@ from tta.core.hooks import pooled
 from tta.core.prediction import Prediction
 from tta.core.tracing import is_recorded, is_tracing, recording
 
-__all__ = ["either", "is_recorded", "is_tracing", "traced_answer", "traced_pass"]
+__all__ = ["check_one_pass", "either", "is_recorded", "is_tracing", "traced_answer", "traced_pass"]
+
+
+def check_one_pass(adapter: Any) -> None:
+    """Refuse an adapter whose answer is not that of one pass of the images as they came.
+
+    Raises:
+        ValueError: When it has an input rule, or an output rule that runs the model.
+    """
+    if adapter.input is not None:
+        raise ValueError(
+            f"`input` must be empty to be exported, got {shown(adapter.input.name)}: export an "
+            "adapter without it."
+        )
+    if adapter.output is not None and adapter.output.runs_model:
+        raise ValueError(
+            "`output` must take the model's prediction as it is to be exported, got "
+            f"{shown(adapter.output.name)}, which runs the model on images that it draws: leave it "
+            "out."
+        )
 
 
 def traced_answer(adapter: Any, images: Tensor, args: Any, kwargs: Any) -> Any:
@@ -20,24 +39,14 @@ def traced_answer(adapter: Any, images: Tensor, args: Any, kwargs: Any) -> Any:
 
     Raises:
         RuntimeError: When the adapter learns.
-        ValueError: When it has an input rule.
+        ValueError: As :func:`check_one_pass`.
     """
     if adapter.session.learning:
         raise RuntimeError(
             "`adapter` must be frozen for torch.export, got one that learns: call freeze() first, "
             "or tta.export.to_onnx, whose graph carries along what is learned."
         )
-    if adapter.input is not None:
-        raise ValueError(
-            f"`input` must be empty for torch.export, got {shown(adapter.input.name)}: export an "
-            "adapter without it."
-        )
-    if adapter.output is not None and adapter.output.runs_model:
-        raise ValueError(
-            f"`output` must take the model's prediction as it is for torch.export, got "
-            f"{shown(adapter.output.name)}, which runs the model on images that it draws: leave it "
-            "out."
-        )
+    check_one_pass(adapter)
     with torch.no_grad(), recording(adapter), adapter.network.call(*args, **kwargs):
         return adapter._serving.traced(images)[1]
 
