@@ -42,6 +42,7 @@ TUNED: dict[str, tuple[str, ...]] = {
         "mixed",
         "recurring",
         "recurring_iid",
+        "recurring_correlated",
         "class_sorted",
         "clean",
         "frozen_camera",

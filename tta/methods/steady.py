@@ -36,9 +36,11 @@ source,
 with l less ``SURE`` standard errors. The second term is what taking the mean of n images off them
 takes from l', where n is how many the norm rule takes statistics of. Then the source answers and
 nothing is learned, until there are no runs any more, or until the adapted model, which is tried
-beside it now and then, shows as much of them. Among the first 64 images runs cannot be told from
-chance, so the source answers these where batches are smaller than ``ROW``, and the update learns
-beside it; larger ones show by themselves what they are.
+beside it now and then, shows as much of them. Once an update has gone well for ``TREND`` images,
+``LEFT_LATER`` stands for ``LEFT``, so that chance does not end it, and ``STILL_SURE`` for ``SURE``
+while the source answers. Among the first 64 images runs cannot be told from chance, so the source
+answers these where batches are smaller than ``ROW``, and the update learns beside it; larger ones
+show by themselves what they are.
 
 A step that was made of fewer than ``few`` images is taken back, and no other is made in the 4096
 batches that follow: a gradient of one image is what breaks most updates.
@@ -75,8 +77,8 @@ LONGEST = 4096  # batches of a pause
 TREND = 768  # images over which the update must be behind, or ahead again
 BESIDE = 2  # pauses for which an update that fell behind may go on beside the source
 RUNS, NO_RUNS = 0.05, 0.01  # persistence of labels from which, and below which, there are (no) runs
-SURE = 4.0  # standard errors by which the source must show more
-LEFT = 0.9  # of the source's persistence, that the adapted model must show
+SURE, STILL_SURE = 4.0, 2.0  # standard errors by which the source must show more, and go on to
+LEFT, LEFT_LATER = 0.9, 0.6  # of the source's persistence, that the adapted model must show
 SHOWN = 0.4  # of the persistence of labels, in the predictions of a fair model
 TRIED, ROUND = 6, 32  # of so many rows of images, in how many the adapted model is tried
 SEEN = 56  # images, counted as averages do; runs of labels are seen among so many
@@ -216,7 +218,9 @@ class Steady(Guard):
         """Whether the adapted model shows less of the runs of labels than the source."""
         mixed = self.rules[0].mixed_images(count)
         lost = SHOWN / (mixed - 1) if mixed > 1 else 0.0
-        return self.own.persistence(0.0) + lost < LEFT * self.runs.persistence(doubt)
+        young = not bool(self.runs_seen) and int(self.age) * count < TREND
+        left = LEFT if young else LEFT_LATER
+        return self.own.persistence(0.0) + lost < left * self.runs.persistence(doubt)
 
     def _tries(self, count: int) -> bool:
         """Whether the adapted model is tried on this batch while the source answers."""
@@ -284,7 +288,10 @@ class Steady(Guard):
         self.age += 1
         over, reason = self.runs.persistence() <= NO_RUNS, "labels come in no runs any more"
         if tried and not over and not self._tries(count):
-            over, reason = not self._harmful(count, 0.0), "the adapted model shows the runs too"
+            over, reason = (
+                not self._harmful(count, STILL_SURE),
+                "the adapted model shows the runs too",
+            )
         if not tried or over:
             self.own.forget()
         if not over:  # else the verdict before the batch holds
