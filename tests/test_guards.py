@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,12 +14,12 @@ from torch import Tensor, nn
 import models
 import tta
 from experiments.data import open_data
-from tests.helpers.batches import BATCH, images
+from tests.helpers.batches import BATCH, images, source_batches
 from tests.helpers.compositions import arguments, suiting
 from tests.helpers.nets import tiny
 from tta.core import registry
 from tta.core.guard import LEARN
-from tta.core.health import EVERY, effective_rank
+from tta.core.health import EVERY, Monitor, effective_rank
 from tta.methods.steady import RUNS, SURE
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*preset, made for:UserWarning")
@@ -327,6 +328,21 @@ def test_health_keys_and_averages() -> None:
     assert health["action"] == "learn" and health["reason"] == ""
     assert health["agreement"] != health["agreement"] and health["distance"] > 0
     assert plain.health == {} and plain.events == []
+
+
+@pytest.mark.parametrize("guard", ["steady", "asr", "periodic", "aetta", "watch"])
+def test_every_guard_estimates_the_accuracy(guard: str) -> None:
+    adapter = tta.wrap(tiny("bn"), "tent", guard=guard, source=source_batches())
+    adapter(images(0))
+    assert 0 <= adapter.health["estimated_accuracy"] <= 1
+    assert adapter.health["estimator"] == ("aetta" if guard == "aetta" else "confidence")
+
+
+def test_averages_outlive_a_figure_that_overflows() -> None:
+    monitor = Monitor(10)
+    for value in (1.0, math.inf, 1.0):
+        monitor.move_averages({"distance": value}, 16)
+    assert monitor.averaged()["distance"] == pytest.approx(1.0)
 
 
 def test_health_has_its_keys_before_the_first_batch_and_when_none_can_be_used() -> None:

@@ -265,3 +265,13 @@ def test_refusals() -> None:
     adapter = tta.wrap(tiny("bn"), "itta", blocks=("layer1", "fc"), source=_source())
     with pytest.raises(ValueError, match=r"`blocks` must name modules that give maps"):
         adapter(images(0))
+    net = tiny("bn")
+    net.layer1.add_module("hard", nn.Hardsigmoid())
+    inner = net.layer1.forward
+    net.layer1.forward = lambda x: net.layer1.hard(inner(x))
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(ValueError, match=r"got batches \(hardsigmoid_backward has none\)"):
+        tta.wrap(net, "itta", source=source_batches())
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    adapter = tta.wrap(net, "itta", source=_source())  # needs no second derivative
+    assert adapter(images(0)).isfinite().all() and adapter.report.stepped

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -87,6 +88,27 @@ def test_style_and_losses_by_hand() -> None:
     assert float(cluster_loss(shares)) == pytest.approx(loss, abs=1e-6)
     assert float(style_threshold(torch.tensor([[0.0], [0.0], [1.0], [3.0]]), 0.0)) == 1.0
     assert style_threshold(torch.zeros(3, 2), 0.9).isnan()
+
+
+def test_a_channel_with_one_value_says_nothing_of_the_style() -> None:
+    class Pooled(Brightness):
+        def forward(self, x):
+            return [*super().forward(x), x.mean((2, 3), keepdim=True)]
+
+    source = [(_domain(0, t, 16), torch.zeros(16, dtype=torch.int64)) for t in range(3)]
+    made = tta.SourceStatistics(style_net=Pooled(), batches=source)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=r"var\(\)")
+        adapter = _reservoir(source=made)
+        adapter(_domain(0, 9, 16))
+        adapter(_domain(0, 9, 16)[:1])  # its pooled map has no variance
+    far, mean = adapter.report.style_distance, adapter.constants()["update/style_mean"]
+    style = style_of(Pooled()(_domain(0, 9, 16)[:1]))
+    known = ~style.isnan()
+    centroid = adapter.state()["update/centroids"][0]
+    assert 0 < known.sum() < len(style)
+    assert float(far) == pytest.approx(float((style - mean)[known].norm()), abs=0.01)
+    assert centroid.isfinite().all()
 
 
 def test_a_domain_that_recurs_finds_its_set_again() -> None:

@@ -114,7 +114,7 @@ class Monitor(Component):
 
     @torch.no_grad()
     def move_averages(self, figures: Mapping[str, Any], images: int) -> None:
-        """Move the averages of the figures that are there and are no NaN.
+        """Move the averages of the figures that are there and finite.
 
         An average is that of all images so far until these are ``HORIZON``; it then reaches back
         about as far, whatever the batch size.
@@ -123,7 +123,7 @@ class Monitor(Component):
         averages, weights = self.averages.tolist(), self.weights.tolist()
         for i, name in enumerate(AVERAGED):
             value = figures.get(name, math.nan)
-            if not math.isnan(value):
+            if math.isfinite(value):  # no average would come back from an infinite one
                 weights[i] += share * (1 - weights[i])
                 averages[i] += (value - averages[i]) * share / weights[i]
         self.averages.copy_(torch.tensor(averages))

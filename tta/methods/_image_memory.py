@@ -29,7 +29,7 @@ class BalancedMemoryConfig(UpdateConfig):
     """Fields of updates that learn from a balanced memory."""
 
     lr: float = 1e-3  # learning rate
-    optimizer: str = "adam"  # "sgd" or "adam"
+    optimizer: str = "adam"  # "sgd", "adam" or "adamw"
     memory_size: int = 64  # images in the memory
 
     def __post_init__(self) -> None:

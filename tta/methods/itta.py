@@ -22,11 +22,13 @@ at large rates the loss falls as Theta shrinks the features, and accuracy with i
 
 In the paper w is learned while the network is trained, so that the network has seen the loss
 (`tta.parts.itta.learn`). ``tta.collect_source`` learns w alone, on the network as it is, which is a
-deviation.
+deviation. Both take second derivatives, which torch lacks for some layers (hard sigmoids, as in
+MobileNetV3): there w must be given.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -60,7 +62,7 @@ class IttaConfig(UpdateConfig):
     """Fields of ``itta``."""
 
     lr: float = 5e-6  # of Theta
-    optimizer: str = "adam"  # "sgd" or "adam"
+    optimizer: str = "adam"  # "sgd", "adam" or "adamw"
     loss_scale: float = 0.1  # factor of the loss; 1e-6 is the authors', which learns nothing
     consistency_depth: int = 10  # L, maps of w where it is learned here
     block_depth: int = 5  # T, maps of each block of Theta
@@ -175,6 +177,13 @@ class Itta(Update):
                     w, count = found["consistency"], count + 1
             except RuntimeError as error:
                 refusal = self.network.refusal(error, shown[0]) if shown else None
+                missing = re.match(r"derivative for (?:aten::)?(\w+)", str(error))
+                if missing is not None:
+                    refusal = ValueError(
+                        "`source` must have a consistency for itta with this model, which has no "
+                        f"second derivative to learn one by, got batches ({missing[1]} has none): "
+                        "pass SourceStatistics(consistency=...), or use another method."
+                    )
                 if refusal is None:
                     raise
                 raise refusal from error

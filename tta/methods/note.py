@@ -148,7 +148,7 @@ class NoteConfig(UpdateConfig):
     """Fields of ``note``."""
 
     lr: float = 1e-4  # learning rate
-    optimizer: str = "adam"  # "sgd" or "adam"
+    optimizer: str = "adam"  # "sgd", "adam" or "adamw"
     memory: str = "pbrs"  # a reservoir balanced over predictions, or "fifo", the last images
     memory_size: int = 64  # images in the memory
     update_every: int = 64  # images between updates, counted across batches

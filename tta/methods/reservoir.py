@@ -431,10 +431,10 @@ class Reservoir(Update):
                 "`source.style_mean` must have a value for each channel of the style maps, "
                 f"{len(style)}, got {len(self.style_mean)}: make it with this model and style_net."
             )
-        return style
+        return style if len(self.style_mean) == 0 else style.where(~style.isnan(), self.style_mean)
 
     def _source_styles(self, source: SourceStatistics) -> Tensor:
-        """Styles (N, S) of source batches, at most 1,000."""
+        """Styles (N, S) of source batches, at most 1,000; a channel without one has the mean."""
         styles = []
         for images, _ in source.iter_batches():
             styles.append(self._style(images.to(self.centroids.device)))
@@ -445,7 +445,8 @@ class Reservoir(Update):
                 "`source` must hold at least one batch, got none: pass an iterable of "
                 "(images, labels) that was not read to its end."
             )
-        return torch.stack(styles)
+        found = torch.stack(styles)
+        return found.where(~found.isnan(), found.nanmean(0).nan_to_num(0.0))
 
     def _take_net(self, source: SourceStatistics) -> None:
         if source.style_net is not None:

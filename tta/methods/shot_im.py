@@ -49,7 +49,7 @@ class ShotImConfig(UpdateConfig):
     """Fields of ``shot_im``."""
 
     lr: float = 5e-5  # learning rate
-    optimizer: str = "adam"  # "sgd" or "adam"
+    optimizer: str = "adam"  # "sgd", "adam" or "adamw"
     params: str = "body"  # what is trained: all but what makes the logits
     pseudo_weight: float = 0.0  # t of the loss on confident labels; 0 = without it
     pseudo_threshold: float = 0.9  # beta, smallest probability of a confident label, strict

@@ -65,6 +65,7 @@ from tta.core.component import Context
 from tta.core.config import ComponentConfig
 from tta.core.guard import LEARN, Batch, Guard, Verdict
 from tta.core.registry import register
+from tta.parts.estimates import ConfidenceEstimate
 from tta.parts.label_runs import LabelRuns
 from tta.parts.spread import ENOUGH, SpreadGap
 
@@ -125,6 +126,7 @@ class Steady(Guard):
 
     def __init__(self, config: SteadyConfig, network: Backbone, context: Context) -> None:
         super().__init__(config, network, context)
+        self.estimator = ConfidenceEstimate()
         whole = torch.int64
         self.register_buffer("age", torch.zeros((), dtype=whole))
         self.register_buffer("hold", torch.zeros((), dtype=whole))

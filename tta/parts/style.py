@@ -34,7 +34,7 @@ def style_of(maps: Sequence[Tensor]) -> Tensor:
         maps: (B, C_i, ...) each.
 
     Returns:
-        (sum of C_i,) float32.
+        (sum of C_i,) float32; NaN for channels with a single value, which has no variance.
 
     Example:
         >>> style_of([torch.tensor([[[0.0, 2.0]]])]).round(decimals=4)
@@ -42,7 +42,14 @@ def style_of(maps: Sequence[Tensor]) -> Tensor:
     """
     flat = [m.detach().float().transpose(0, 1).flatten(1) for m in maps]
     largest = torch.finfo(torch.float32).max
-    return torch.cat([f.var(1).nan_to_num(0.0).clamp(SMALLEST, largest).log() for f in flat])
+    return torch.cat(
+        [
+            f.var(1).nan_to_num(0.0).clamp(SMALLEST, largest).log()
+            if f.shape[1] > 1
+            else f.new_full((len(f),), float("nan"))
+            for f in flat
+        ]
+    )
 
 
 def style_threshold(styles: Tensor, share: float) -> Tensor:
