@@ -179,6 +179,35 @@ def test_source_batches_made_in_inference_mode_are_as_any_others() -> None:
         assert all(map(torch.equal, found.fisher.values(), expected.fisher.values()))
 
 
+@pytest.mark.parametrize("lazy", [False, True])
+@pytest.mark.parametrize("recipe", ["santa.cifar10", "gtta.cifar10", "itta", "lsa"])
+def test_labels_of_any_whole_numbers(recipe: str, lazy: bool) -> None:
+    found = []
+    for dtype in (torch.int64, torch.int32, torch.uint8):
+        batches: Any = [(x, y.to(dtype)) for x, y in source_batches()]
+        source = (batch for batch in batches) if lazy else batches
+        if lazy and recipe == "gtta.cifar10":
+            source = torch.utils.data.DataLoader(batches, batch_size=None)
+        adapter = tta.wrap(tiny("bn"), recipe, source=source, mean=(0.0,), std=(1.0,), seed=1)
+        adapter(images(0))
+        found.append(adapter(images(1)))
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+@pytest.mark.parametrize("guard", [None, True, "watch"])
+def test_none_stands_for_labels_that_only_a_guard_would_use(guard: Any) -> None:
+    batches = [(x, None) for x, _ in source_batches()]
+    kind = {"mean": (0.0,), "std": (1.0,)}
+    adapter = tta.wrap(tiny("bn"), "reservoir.cifar10", source=batches, guard=guard, **kind)
+    assert adapter(images(0)).isfinite().all()
+    assert guard is None or 0 <= adapter.health["estimated_accuracy"] <= 1
+    refused(
+        TypeError,
+        "labels of NoneType",
+        lambda: tta.wrap(tiny("bn"), "santa.cifar10", source=batches, **kind),
+    )
+
+
 def test_a_later_batch_of_another_dtype_is_refused_in_words() -> None:
     (x, y), *_ = source_batches()
     refused(

@@ -91,6 +91,8 @@ def _checked(adapter: Adapter, network: Backbone, source: SourceStatistics) -> S
     parts = adapter.parts.values()
     if source.batches is None or not parts:
         return source
-    labels = any(part.uses_labels for part in parts)
-    classes = adapter.num_classes if labels else None
-    return dataclasses.replace(source, batches=checked(source.batches, network.check, classes))
+    classes = adapter.num_classes if any(part.uses_labels for part in parts) else None
+    # A guard's estimate of accuracy is worse without labels, and nothing else of it needs them.
+    optional = not any(part.uses_labels for part in parts if part is not adapter.guard)
+    batches = checked(source.batches, network.check, classes, optional)
+    return dataclasses.replace(source, batches=batches)

@@ -148,12 +148,13 @@ class SourceStatistics:
         names = [f.name for f in dataclasses.fields(self)]
         return [n for n in names if getattr(self, n) is not None]
 
-    def iter_batches(self, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Iterate once over ``batches``, up to ``limit`` images."""
+    def iter_batches(self, limit: int | None = None) -> Iterator[tuple[Tensor, Any]]:
+        """Iterate once over ``batches``, up to ``limit`` images; labels may be None if unused."""
         seen = 0
         for images, labels in preserving_rng(self.batches or ()):
             if limit is not None and seen + len(images) > limit:
-                images, labels = images[: limit - seen], labels[: limit - seen]
+                images = images[: limit - seen]
+                labels = None if labels is None else labels[: limit - seen]
             if len(images):
                 yield images, labels
             seen += len(images)

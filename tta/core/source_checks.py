@@ -70,14 +70,17 @@ def check_parameters(source: Any, model: nn.Module) -> None:
                 )
 
 
-def checked(batches: Any, check: Callable[[Any], None], classes: int | None) -> Any:
-    """The same batches, each checked before it is used.
+def checked(
+    batches: Any, check: Callable[[Any], None], classes: int | None, optional: bool = False
+) -> Any:
+    """The same batches, each checked before it is used, with labels of int64.
 
     Args:
         batches: Source batches. A list or tuple is checked at once and returned as it is; of
             anything else, every batch is checked when it is read.
         check: Raises for images that the model cannot take.
         classes: Number of classes, or None where labels are not used.
+        optional: Whether None may stand for labels that nobody has.
 
     Raises:
         TypeError: When a batch is no pair, or its images or labels are of the wrong kind.
@@ -85,22 +88,24 @@ def checked(batches: Any, check: Callable[[Any], None], classes: int | None) -> 
             classes.
     """
     if isinstance(batches, (list, tuple)):
-        found = [_batch(place, batch, check, classes) for place, batch in enumerate(batches)]
+        found = [_batch(i, batch, check, classes, optional) for i, batch in enumerate(batches)]
         same = all(a is b for a, b in zip(found, batches, strict=True))
         return batches if same else found
     kind = _CheckedSequence if isinstance(batches, Sequence) else _Checked
-    return kind(batches, check, classes)
+    return kind(batches, check, classes, optional)
 
 
 class _Checked:
     """Batches that are checked as they are read."""
 
-    def __init__(self, batches: Any, check: Callable[[Any], None], classes: int | None) -> None:
-        self.batches, self.check, self.classes = batches, check, classes
+    def __init__(
+        self, batches: Any, check: Callable[[Any], None], classes: int | None, optional: bool
+    ) -> None:
+        self.batches, self.how = batches, (check, classes, optional)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for place, batch in enumerate(self.batches):
-            yield _batch(place, batch, self.check, self.classes)
+            yield _batch(place, batch, *self.how)
 
 
 class _CheckedSequence(_Checked, Sequence[Any]):
@@ -110,12 +115,18 @@ class _CheckedSequence(_Checked, Sequence[Any]):
         return len(self.batches)
 
     def __getitem__(self, place: Any) -> Any:
-        return _batch(place, self.batches[place], self.check, self.classes)
+        return _batch(place, self.batches[place], *self.how)
 
 
-def _batch(place: int, batch: Any, check: Callable[[Any], None], classes: int | None) -> Any:
+def _batch(
+    place: int, batch: Any, check: Callable[[Any], None], classes: int | None, optional: bool
+) -> Any:
     """The batch, checked; copied if it was made in inference mode, where no gradient flows."""
+    if optional and isinstance(batch, (tuple, list)) and len(batch) == 2 and batch[1] is None:
+        classes = None
     _check_batch(place, batch, check, classes)
+    if classes is not None and batch[1].dtype != torch.int64:
+        batch = (batch[0], batch[1].to(torch.int64))
     if not any(isinstance(part, Tensor) and part.is_inference() for part in batch):
         return batch
     with torch.inference_mode(False):

@@ -129,6 +129,8 @@ class ConfidenceEstimate(Estimator):
         elif source.batches is not None:
             device = self.accuracy.device
             for images, labels in source.iter_batches(IMAGES):
+                if labels is None:
+                    return None
                 pairs.append((network(images.to(device)).logits, labels))
         if not pairs:
             return None
