@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -248,6 +249,28 @@ def test_a_softmax_at_the_end_is_warned_of_once(method: str) -> None:
         adapter(images(0))
         adapter(images(1))
     assert len([w for w in caught if "softmax" in str(w.message)]) == 1
+
+
+@pytest.mark.parametrize("recipe", ["tent.cifar10", "neo", "lame", "robust_bn", "note", "itta"])
+def test_small_positive_logits_of_a_linear_layer_are_no_probabilities(recipe: str) -> None:
+    net = tiny("bn")
+    with torch.no_grad():
+        net.fc.weight.mul_(0.01)
+        net.fc.bias.fill_(0.5)
+    other = copy.deepcopy(net)
+    with torch.no_grad():  # the same, out of the range of probabilities
+        other.fc.bias.add_(1.0)
+    found = []
+    for model in (net, other):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            adapter = tta.wrap(model, recipe, source=source_batches(), seed=1)
+        start = adapter.state()
+        found.append([adapter(images(t)).softmax(1) for t in range(2)])
+        adapter.reset()
+        assert all(torch.equal(v, adapter.state()[k]) for k, v in start.items())
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two, atol=1e-5, rtol=0.0)
 
 
 def test_a_sigmoid_at_the_end_goes_with_norm_rules_when_said() -> None:

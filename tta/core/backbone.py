@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from tta.core.compiled import without_graphs
 from tta.core.head import Head, WithFeatures
 from tta.core.hooks import CallOrderHook, InputHook, pooled
 from tta.core.input_guard import InputGuard
-from tta.core.logit_checks import LogitChecks, overflow
+from tta.core.logit_checks import LogitChecks, ends_in_head, overflow
 from tta.core.masters import Masters
 from tta.core.model_buffers import ModelBuffers
 from tta.core.norm_layers import (
@@ -195,8 +196,7 @@ class Backbone:
             return traced_pass(self, x, self._tensors(weights))
         hooked = bool(self.handles or self._order_hooks)
         self.session.recording = torch.is_grad_enabled()
-        lent = self.guard.lend(x)
-        (args, kwargs), tensors = self._arguments, self._tensors(weights)
+        lent, (args, kwargs), tensors = self.guard.lend(x), self._arguments, self._tensors(weights)
         try:
             with without_graphs(hooked), self.buffers.apart(tensors, self._prefix):
                 result = self.session.run(self._other, tensors, lent[0], *args, **kwargs)
@@ -222,16 +222,16 @@ class Backbone:
             if self._first_pass:
                 self._first_pass = False
                 self._check_values(x, logits.detach(), features)
-                self._logit_checks.check(logits.detach(), features, own=weights is None)
+                ends = partial(ends_in_head, self, x, *args, **kwargs)
+                self._logit_checks.check(logits.detach(), features, weights is None, ends)
         return Prediction(logits, features)
 
     @torch.no_grad()
     def _learn_first(self, x: Tensor, weights: Weights | None) -> None:
         """Run the pass in which norm rules move that do so before the one that answers."""
         args, kwargs = self._arguments
-        rules = [w.rule for w in self.wrappers]
-        before = [rule.override for rule in rules]
-        for rule in rules:
+        before = [(w.rule, w.rule.override) for w in self.wrappers]
+        for rule, _ in before:
             rule.override = rule.override or rule.learn
         try:
             functional.call(self._callee, self._tensors(weights), x.clone(), *args, **kwargs)
@@ -240,7 +240,7 @@ class Backbone:
                 raise
             raise refusal from error
         finally:
-            for rule, override in zip(rules, before, strict=True):
+            for rule, override in before:
                 rule.override = override
             if self.feature_hook is not None:
                 self.feature_hook.values = []

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from tta.core.classifier import CONVOLUTIONS
+from tta.core.norm_layers import normalize_by_source, with_statistics
 from tta.core.session import Session
 
-__all__ = ["LogitChecks", "overflow"]
+__all__ = ["LogitChecks", "ends_in_head", "overflow"]
 
 ENOUGH_VALUES = 8  # logits that must lie in [0, 1] before they are taken for probabilities
 HEAD_LIMIT = 0.05  # largest difference between logits and the head's, by the largest logit
@@ -31,13 +34,16 @@ class LogitChecks:
         self._scale_unknown = softmax  # True until logits are seen that are no probabilities
         self._linear_unknown = classifier is not None  # True until logits are seen that it has made
 
-    def check(self, logits: Tensor, features: Tensor | None, own: bool) -> None:
+    def check(
+        self, logits: Tensor, features: Tensor | None, own: bool, ends: Callable[[], bool]
+    ) -> None:
         """Judge logits (B, C) of the features (B, D).
 
         Args:
             logits: Without a graph.
             features: If there are any.
             own: Whether the model's own weights made them, and not those of a teacher.
+            ends: Says whether nothing comes behind the linear layer.
 
         Raises:
             ValueError: For probabilities that do not sum to 1, and for logits that the classifier
@@ -49,7 +55,7 @@ class LogitChecks:
                 self._scale_unknown = False
             elif logits.numel() >= ENOUGH_VALUES:
                 self._scale_unknown = False
-                self._judge_probabilities(logits)
+                self._judge_probabilities(logits, ends)
         if self._linear_unknown and own and features is not None:
             self._judge_head(logits, features.detach())
 
@@ -70,7 +76,7 @@ class LogitChecks:
             )
         self._linear_unknown = False
 
-    def _judge_probabilities(self, logits: Tensor) -> None:
+    def _judge_probabilities(self, logits: Tensor, ends: Callable[[], bool]) -> None:
         if bool(((logits.float().sum(1) - 1).abs() < 1e-2).all()):
             self.session.warn_once(
                 "softmax",
@@ -80,12 +86,45 @@ class LogitChecks:
             return
         if bool((logits == 0).any()):
             return  # a sigmoid never reaches 0 but in the far tail; a ReLU behind the head does
+        if ends():
+            return  # the logits of few classes, as before training, may all be small and positive
         raise ValueError(
             "`model` must return logits, but all that it returns lies in [0, 1], as after a "
             "sigmoid: take the sigmoid out, scale similarities as in training, or say "
             "wrap(..., activation='sigmoid') for a model whose classes do not exclude each other, "
             "which goes with norm rules alone."
         )
+
+
+@torch.no_grad()
+def ends_in_head(network: Any, x: Tensor, *args: Any, **kwargs: Any) -> bool:
+    """Whether a model returns what its linear layer gives; this takes a pass that leaves no trace.
+
+    Args:
+        network: The model, a :class:`tta.core.backbone.Backbone`.
+        x: Images (B, ...).
+        *args: Further arguments of the model.
+        **kwargs: Further arguments of the model.
+    """
+    head, model = network.head.module, network.model
+    kinds = (nn.Linear, *CONVOLUTIONS)
+    if not any(isinstance(head, kind) and type(head).forward is kind.forward for kind in kinds):
+        return False
+    given: list[Tensor] = []
+    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    handle = head.register_forward_hook(lambda module, args, output: given.append(output.clone()))
+    try:
+        with with_statistics(network.wrappers, normalize_by_source):
+            logits = network.reader.read(model(x.clone(), *args, **kwargs))
+    finally:
+        handle.remove()
+        if network.feature_hook is not None:
+            network.feature_hook.values = []
+        for buffer, value in before:
+            if not torch.equal(buffer, value):  # a graph may hold those that have not moved
+                buffer.copy_(value)
+    last = given[-1].flatten(1) if given else logits[:0]
+    return last.shape == logits.shape and torch.equal(last, logits)
 
 
 def overflow(logits: Tensor, features: Tensor | None) -> Tensor:
