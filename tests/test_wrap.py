@@ -35,6 +35,12 @@ def _equal(a: tuple, b: tuple) -> bool:
 
 REFUSED = [
     ("unknown method", "bn", {"recipe": "tnet"}, ["unknown method 'tnet'", "'tent'"]),
+    (
+        "no guard",
+        "bn",
+        {"recipe": "tent", "guard": "stedy"},
+        ["`guard` must name a component of it, got 'stedy': did you mean 'steady'?", "periodic"],
+    ),
     ("unknown preset", "bn", {"recipe": "eata.cifar"}, ["unknown preset 'cifar'", "'cifar10'"]),
     ("unknown field", "bn", {"recipe": "tent", "learning_rate": 1}, ["`learning_rate`", "tent"]),
     ("near field", "bn", {"recipe": "eta", "entropy_margn": 1}, ["did you mean 'entropy_margin'"]),

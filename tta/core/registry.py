@@ -113,8 +113,12 @@ def _check_methods(name: str, cls: type[Component]) -> None:
             )
 
 
-def component(name: str) -> type[Component]:
+def component(name: str, slot: str | None = None) -> type[Component]:
     """The class registered under ``name``.
+
+    Args:
+        name: Of a component.
+        slot: The argument that it was given as; an error names those of this slot alone.
 
     Raises:
         TypeError: When ``name`` is no string.
@@ -123,7 +127,9 @@ def component(name: str) -> type[Component]:
     string("name", name)
     load_components()
     if name not in _COMPONENTS:
-        raise ValueError(f"unknown method {shown(name)}: " + nearest(name, sorted(_COMPONENTS)))
+        known = sorted(n for n, cls in _COMPONENTS.items() if slot in (None, cls.slot))
+        what = "unknown method" if slot is None else f"`{slot}` must name a component of it, got"
+        raise ValueError(f"{what} {shown(name)}: " + nearest(name, known))
     return _COMPONENTS[name]
 
 

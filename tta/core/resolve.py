@@ -191,6 +191,8 @@ def _choose(request: Request) -> Chosen:
             continue
         if slot == "input" and isinstance(value, nn.Module):  # see `resolve`
             continue
+        if isinstance(value, str):
+            component(value.partition(".")[0], slot)
         if _is_source(value) or (slot == "guard" and value is False):
             chosen[slot] = None
             continue
