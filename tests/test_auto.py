@@ -473,3 +473,28 @@ def test_auto_recovers_from_statistics_of_one_class() -> None:
     for part in labels_of(0.0, 64 * 30).split(64):
         adapter(named(part))
     assert not bool(guard.runs_seen)
+
+
+def _shows(runs: LabelRuns, share: float, count: int = 2000) -> None:
+    """Have seen predictions of which so many come in runs."""
+    for part in labels_of(share, count).split(50):
+        runs.watch(part)
+
+
+def test_steady_wants_more_evidence_against_an_update_that_has_gone_well() -> None:
+    """Of a young update too little is left of the runs; later, and while the source answers, enough."""
+    adapter = tta.wrap(tiny("bn"), "tent.cifar10", guard="steady")
+    guard: Any = adapter.guard
+    _shows(guard.runs, 0.8)
+    _shows(guard.own, 0.5)
+    assert guard._harmful(50, 0.0)
+    guard.age.fill_(20)  # of 50 images each
+    assert not guard._harmful(50, 0.0)
+    guard.own.forget()
+    _shows(guard.own, 0.1)
+    assert guard._harmful(50, 0.0)
+    guard.age.zero_()
+    guard.own.forget()
+    _shows(guard.own, 0.5)
+    guard.runs_seen.fill_(True)
+    assert not guard._harmful(50, 0.0)
