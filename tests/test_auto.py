@@ -482,7 +482,7 @@ def _shows(runs: LabelRuns, share: float, count: int = 2000) -> None:
 
 
 def test_steady_wants_more_evidence_against_an_update_that_has_gone_well() -> None:
-    """Of a young update too little is left of the runs; later, and while the source answers, enough."""
+    """Of a young update too little is left of the runs; later, or in runs, enough."""
     adapter = tta.wrap(tiny("bn"), "tent.cifar10", guard="steady")
     guard: Any = adapter.guard
     _shows(guard.runs, 0.8)
