@@ -173,19 +173,20 @@ def render(rows: Iterable[Mapping[str, Any]]) -> str:
     first = rows[0]
     words = (
         f"`{first['model']}`, {first['streams']} streams of two clients each, PNG of 32x32 pixels, "
-        f"{first['minutes']:g} minutes at {100 * first['share']:.0f} % of the capacity; server and "
+        f"at {100 * first['share']:.0f} % of the capacity; server and "
         f"clients on {first['cpu']}, 2 cores. Latency in ms, as a client sees it; a client waits "
         "for its answer before it sends again, so that fewer are sent than planned where answers "
         "take longer than the time between two. Rows that were "
         "checked are those of a client with images of its own, asked again without load:"
     )
-    heads = ("method", "capacity, images/s", "sent of planned", "errors", "p50", "p95", "p99",
-             "largest", "rows checked", "wrong", "MB", "growth, MB")  # fmt: skip
+    heads = ("method", "capacity, images/s", "minutes", "sent of planned", "errors", "p50", "p95",
+             "p99", "largest", "rows checked", "wrong", "MB", "growth, MB")  # fmt: skip
     keys = ("errors", "p50", "p95", "p99", "largest", "checked", "wrong", "memory", "growth")
     cells = [
         [
             "plain model" if row["way"] == "source" else f"`{row['way']}`",
             f"{row['capacity']:g}",
+            f"{row['minutes']:g}",
             f"{row['requests']:,} of {row['asked']:,}",
             *(f"{row[key]:,}" for key in keys),
         ]
