@@ -273,6 +273,39 @@ def test_small_positive_logits_of_a_linear_layer_are_no_probabilities(recipe: st
         torch.testing.assert_close(one, two, atol=1e-5, rtol=0.0)
 
 
+@pytest.mark.parametrize("way", ["in place", "assigned"])
+def test_the_pass_that_tells_a_linear_layer_from_a_sigmoid_leaves_no_trace(way: str) -> None:
+    class Own(nn.Module):
+        """Has a parameter and a buffer that it changes itself, and logits within [0, 1]."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = tiny("bn")
+            self.shift = nn.Parameter(torch.zeros(3))
+            self.register_buffer("count", torch.zeros(()))
+            with torch.no_grad():
+                self.net.fc.weight.mul_(0.01)
+                self.net.fc.bias.fill_(0.5)
+
+        @property
+        def fc(self) -> nn.Linear:
+            return self.net.fc
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                self.shift.add_(0.001)
+                if way == "in place":
+                    self.count.add_(1)
+                else:
+                    self.count = self.count + 1
+            return self.net(x + self.shift.view(3, 1, 1))
+
+    net = Own().eval()
+    adapter = tta.wrap(net, "robust_bn", num_classes=10)
+    adapter(images(0))
+    assert net.count == 1 and torch.equal(net.shift, torch.full((3,), 0.001))
+
+
 def test_a_sigmoid_at_the_end_goes_with_norm_rules_when_said() -> None:
     net = nn.Sequential(tiny("bn"), nn.Sigmoid())
     adapter = tta.wrap(copy.deepcopy(net), "tent.cifar10")

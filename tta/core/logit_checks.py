@@ -111,18 +111,14 @@ def ends_in_head(network: Any, x: Tensor, *args: Any, **kwargs: Any) -> bool:
     if not any(isinstance(head, kind) and type(head).forward is kind.forward for kind in kinds):
         return False
     given: list[Tensor] = []
-    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
     handle = head.register_forward_hook(lambda module, args, output: given.append(output.clone()))
     try:
-        with with_statistics(network.wrappers, normalize_by_source):
+        with with_statistics(network.wrappers, normalize_by_source), network.buffers.kept():
             logits = network.reader.read(model(x.clone(), *args, **kwargs))
     finally:
         handle.remove()
         if network.feature_hook is not None:
             network.feature_hook.values = []
-        for buffer, value in before:
-            if not torch.equal(buffer, value):  # a graph may hold those that have not moved
-                buffer.copy_(value)
     last = given[-1].flatten(1) if given else logits[:0]
     return last.shape == logits.shape and torch.equal(last, logits)
 

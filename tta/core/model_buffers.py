@@ -141,6 +141,21 @@ class ModelBuffers:
             for name, t in own.items():
                 t.copy_(tensors[prefix + name])
 
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Within the block a pass of the model changes nothing that is counted here."""
+        before = {name: (t, t.clone()) for name in self.places for t in [self._now(name)]}
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, (tensor, value) in before.items():
+                    held, key = self.place(name)
+                    held[key] = tensor
+                    if not torch.equal(tensor, value):  # a graph may hold those that stayed
+                        tensor.copy_(value)
+            self._seen = self._signs()
+
     def start_of(self, name: str) -> Tensor:
         """The value that a buffer had at wrap."""
         return self._copies[name]
