@@ -6,18 +6,16 @@ Only the module of the command that is given is imported, so that lists and help
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 
 from experiments.records.errors import CannotGoOn
+from tta.cli import end_of_pipe
 from tta.core.checks import sentence
 
 __all__ = ["COMMANDS", "Command", "main"]
-
-BROKEN_PIPE = 141  # as a shell has it
 
 
 @dataclass(frozen=True)
@@ -164,9 +162,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (CannotGoOn, FileExistsError, UnreadablePictureError) as error:
         print(f"error: {sentence(error)}", file=sys.stderr)
         return 1
-    except BrokenPipeError:  # the reader, such as `head`, has what it wanted
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return BROKEN_PIPE
+    except BrokenPipeError:
+        return end_of_pipe()
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from here", file=sys.stderr)
         return 130

@@ -28,9 +28,10 @@ FEATURES_PER_CLASS = 200
 # Methods that artefacts are collected for, with the size of batches. CAFA's class moments hold the
 # prototypes that RMT asks for; a style is one of batches as they are adapted to.
 COLLECTED = {"eata": 64, "cafa": 200, "adanpc": 200, "petta": 200, "pea": 200, "reservoir": 64}
-ADDED = ("petta", "pea", "reservoir")  # by `add`, to the artefacts of a network that is there
+# Those that `add` adds to the artefacts of a network that is there, with how their names begin.
+ADDED = {"petta": "class_", "pea": "block_", "reservoir": "style_"}
 WIDE = ("fisher", "posterior_variance")
-WHOLE = ("covariance", "consistency", "class_", "block_", "style_")
+WHOLE = ("covariance", "consistency", *ADDED.values())
 SWAG_EPOCHS = 5
 # PETAL's schedule for CIFAR: 8e-4 in the first epoch, then linearly to 0.01 over three epochs.
 SWAG_LR = (8e-4, 0.01, 3)
@@ -141,14 +142,14 @@ def add(model: nn.Module, images: Tensor, labels: Tensor, seed: int, path: Path)
         The names of the tensors that are new.
     """
     held = load_file(str(path))
-    found: dict[str, Tensor] = {}
-    for method in ADDED:
-        with TemporaryDirectory() as folder:
-            collect(model, images, labels, seed, [method]).save(Path(folder) / "source")
-            found |= load_file(str(Path(folder) / "source"))
-    new = {name: t for name, t in found.items() if name not in held}
-    if new:
-        save_half(held | new, path, WIDE)
+    missing = [m for m, begin in ADDED.items() if not any(name.startswith(begin) for name in held)]
+    if not missing:
+        return []
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "source"
+        collect(model, images, labels, seed, missing).save(file)
+        new = load_file(str(file))
+    save_half(held | new, path, WIDE)
     return sorted(new)
 
 

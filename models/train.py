@@ -40,6 +40,7 @@ from models import train_denoiser, train_itta
 from models.artefacts import WIDE, add, batches, collect, save_half, swag
 from models.bundled import BUNDLED, FOLDER, IABN, ITTA, LONG_TAILED, VARIANTS, base, builder
 from models.denoiser import DENOISER
+from models.load import load
 from models.training_images import accuracy, augmented, padded, read_cifar10
 from tta.core.files import replacing
 
@@ -299,9 +300,8 @@ def main(argv: list[str] | None = None) -> None:
         return
     name = args.name
     if args.artefacts:
-        stored = load_file(str(FOLDER / name / "weights.safetensors"))
         path = FOLDER / name / "source.safetensors"
-        new = add(_rounded(name, stored), images, data["train_labels"], args.seed, path)
+        new = add(load(name)[0], images, data["train_labels"], args.seed, path)
         print(f"{path}: {', '.join(new) or 'nothing'} added", flush=True)
         return
     if args.long_tailed:

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from tta.core.checks import is_final, is_out_of_memory, sentence, told
 from tta.version import __version__
 
-__all__ = ["COMMANDS", "main"]
+__all__ = ["COMMANDS", "end_of_pipe", "main"]
 
 COMMANDS = {
     "methods": "list the components, or show all about one",
@@ -54,9 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             status = args.run(args)
             sys.stdout.flush()
         return status
-    except BrokenPipeError:  # the reader, such as `head`, has what it wanted
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return BROKEN_PIPE
+    except BrokenPipeError:
+        return end_of_pipe()
     except KeyboardInterrupt:
         return INTERRUPTED
     except Exception as error:
@@ -64,6 +63,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {words}", file=sys.stderr)
         return 2
+
+
+def end_of_pipe() -> int:
+    """The exit status where the reader of the output, such as `head`, has what it wanted."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at exit
+    return BROKEN_PIPE
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:

@@ -191,9 +191,7 @@ def _choose(request: Request) -> Chosen:
             continue
         if slot == "input" and isinstance(value, nn.Module):  # see `resolve`
             continue
-        if isinstance(value, str):
-            component(value.partition(".")[0], slot)
-        if _is_source(value) or (slot == "guard" and value is False):
+        if _is_source(value, slot) or (slot == "guard" and value is False):
             chosen[slot] = None
             continue
         config = _as_config(slot, value)
@@ -251,10 +249,10 @@ def _with_guard(chosen: Chosen, request: Request) -> Chosen:
     return chosen | {"guard": get_config(getattr(cls, "default_guard", DEFAULT_GUARD))}
 
 
-def _is_source(value: Any) -> bool:
-    """Whether the value names the source model, which leaves a slot empty."""
+def _is_source(value: Any, slot: str | None = None) -> bool:
+    """Whether what was given for a slot names the source model, which leaves it empty."""
     name = value.name if isinstance(value, ComponentConfig) else value
-    return isinstance(name, str) and component(name.partition(".")[0]).empties_slots
+    return isinstance(name, str) and component(name.partition(".")[0], slot).empties_slots
 
 
 def _as_config(argument: str, value: Any) -> ComponentConfig:

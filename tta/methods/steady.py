@@ -220,8 +220,8 @@ class Steady(Guard):
         """Whether the adapted model shows less of the runs of labels than the source."""
         mixed = self.rules[0].mixed_images(count)
         lost = SHOWN / (mixed - 1) if mixed > 1 else 0.0
-        young = not bool(self.runs_seen) and int(self.age) * count < TREND
-        left = LEFT if young else LEFT_LATER
+        later = bool(self.runs_seen) or int(self.age) * count >= TREND
+        left = LEFT_LATER if later else LEFT
         return self.own.persistence(0.0) + lost < left * self.runs.persistence(doubt)
 
     def _tries(self, count: int) -> bool:
@@ -290,10 +290,8 @@ class Steady(Guard):
         self.age += 1
         over, reason = self.runs.persistence() <= NO_RUNS, "labels come in no runs any more"
         if tried and not over and not self._tries(count):
-            over, reason = (
-                not self._harmful(count, STILL_SURE),
-                "the adapted model shows the runs too",
-            )
+            over = not self._harmful(count, STILL_SURE)
+            reason = "the adapted model shows the runs too"
         if not tried or over:
             self.own.forget()
         if not over:  # else the verdict before the batch holds
