@@ -112,6 +112,25 @@ def test_compact_results_are_gone_on_from(tmp_path, monkeypatch, capsys):
     assert {r.method for r in collect([tmp_path / "record.jsonl"])} == {"source", "bn"}
 
 
+def test_where_every_run_is_refused_the_reason_is_said(tmp_path, monkeypatch, capsys):
+    entry = benchmark.STREAMS["mixed"]
+    short = replace(entry, stream=replace(entry.stream, images=20))
+    monkeypatch.setattr(benchmark, "STREAMS", {"mixed": short})
+    arguments = ["record", "--models", "cifar10_resnet20_bn", "--methods", "foa", "--device", "cpu"]
+    arguments += ["--output", str(tmp_path / "runs"), "--results", str(tmp_path / "record.jsonl")]
+    assert cli.main([*arguments, "--page", str(tmp_path / "record.md")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: nothing was run, since all 1 runs") and "foa" in error
+    assert not (tmp_path / "record.md").exists()
+
+
+def test_a_page_of_no_results_is_refused_in_a_sentence(tmp_path, capsys):
+    (tmp_path / "record.jsonl").touch()
+    files = ["--results", str(tmp_path / "record.jsonl"), "--page", str(tmp_path / "record.md")]
+    assert cli.main(["record", "--page-only", *files]) in (1, 2)
+    assert "`runs` must hold finished runs" in capsys.readouterr().err
+
+
 def test_the_overhead_is_said(capsys):
     arguments = ["overhead", "--images", "10", "--rounds", "1", "--device", "cpu"]
     assert cli.main(arguments) == 0

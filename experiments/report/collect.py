@@ -11,12 +11,21 @@ from typing import Any
 import numpy as np
 
 from experiments.records.config import BASELINE, StreamConfig
+from experiments.records.errors import CannotGoOn
 from experiments.records.file import RESULTS, plain, stretches
 from experiments.records.health import errors_expected
 from experiments.records.lines import encode, split
 from tta.core.files import replacing
 
-__all__ = ["Result", "Setting", "by_setting", "collect", "file_name", "write_compact"]
+__all__ = [
+    "NoRunsError",
+    "Result",
+    "Setting",
+    "by_setting",
+    "collect",
+    "file_name",
+    "write_compact",
+]
 
 POINTS = 120  # of a curve in a compact file
 STRETCHES = 60  # more of them are not drawn
@@ -108,6 +117,10 @@ class Result:
         return ", ".join(hardware.get("gpus") or [hardware.get("cpu", "unknown")])
 
 
+class NoRunsError(CannotGoOn, ValueError):
+    """No run came to its end, so that there is nothing to report."""
+
+
 def collect(paths: Iterable[str | Path]) -> list[Result]:
     """Read all results under some paths.
 
@@ -120,7 +133,7 @@ def collect(paths: Iterable[str | Path]) -> list[Result]:
 
     Raises:
         FileNotFoundError: For a path that is not there.
-        ValueError: Where nothing was found.
+        NoRunsError: Where nothing was found; a ValueError.
     """
     found: dict[Any, Result] = {}
     paths = [Path(path) for path in paths]
@@ -133,7 +146,9 @@ def collect(paths: Iterable[str | Path]) -> list[Result]:
                 found[result.setting, result.method, result.seed] = result
     if not found:
         names = " ".join(str(path) for path in paths)
-        raise ValueError(f"`runs` must hold finished runs, found none in {names}")
+        raise NoRunsError(
+            f"`runs` must hold finished runs, found none in {names}: run some to their end first"
+        )
     return list(found.values())
 
 

@@ -142,7 +142,14 @@ class Sweep:
         ]
 
     def execute(self) -> list[Outcome]:
-        """Run what is not done, and say how to look at it.
+        """Run what is not done, and say how to look at it; see :meth:`run`."""
+        lasting = self.run()
+        if len(lasting) < len(self.cells):
+            self.progress.say(f"\npython -m experiments report {self.folder}")
+        return lasting
+
+    def run(self) -> list[Outcome]:
+        """Run what is not done.
 
         Returns:
             The runs that are not done afterwards.
@@ -150,19 +157,6 @@ class Sweep:
         Raises:
             CannotGoOn: Every run of the sweep was refused.
         """
-        lasting = self.run()
-        refused = [outcome for outcome in lasting if outcome.status == "refused"]
-        if refused and len(refused) == len(self.cells):
-            raise CannotGoOn(
-                f"nothing was run, since all {len(refused)} runs of the sweep were refused, the "
-                f"first because {_reason(refused[0])}"
-            )
-        if len(lasting) < len(self.cells):
-            self.progress.say(f"\npython -m experiments report {self.folder}")
-        return lasting
-
-    def run(self) -> list[Outcome]:
-        """Run what is not done; returns the runs that are not done afterwards."""
         self.folder.mkdir(parents=True, exist_ok=True)
         todo = [cell for cell in self.cells if not is_finished(cell.folder)]
         self.progress.say(
@@ -183,6 +177,12 @@ class Sweep:
         cut = sum(outcome.status == "unfinished" for outcome in lasting)
         if cut:
             self.progress.say(f"out of time for {cut} runs; the same command goes on with them")
+        refused = [outcome for outcome in lasting if outcome.status == "refused"]
+        if refused and len(refused) == len(self.cells):
+            raise CannotGoOn(
+                f"nothing was run, since all {len(refused)} runs of the sweep were refused, the "
+                f"first because {_reason(refused[0])}"
+            )
         return lasting
 
     def _attempt(

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from tta.core import functional
 from tta.core.batch_split import Split
-from tta.core.checks import is_final
-from tta.core.classifier import CONVOLUTIONS, first_layer
+from tta.core.classifier import first_layer
 from tta.core.compiled import without_graphs
 from tta.core.head import Head, WithFeatures
 from tta.core.hooks import CallOrderHook, InputHook, pooled
+from tta.core.image_checks import ImageChecks
 from tta.core.input_guard import InputGuard
-from tta.core.logit_checks import LogitChecks, ends_in_head, overflow
+from tta.core.logit_checks import LogitChecks, RowsOverflowError, ends_in_head, overflow
 from tta.core.masters import Masters
 from tta.core.model_buffers import ModelBuffers
 from tta.core.norm_layers import (
@@ -37,30 +37,10 @@ from tta.core.session import Session
 from tta.core.structure import OtherTensors
 from tta.core.traced_pass import is_recorded, traced_pass
 
-__all__ = ["Backbone", "ImagesRefusedError", "KindRefusedError", "RowsOverflowError"]
+__all__ = ["Backbone"]
 
 # All names of each tensor in the model, and the tensors to use under these names.
 Weights = tuple[Sequence[list[str]], Sequence[Tensor]]
-
-
-class ImagesRefusedError(ValueError):
-    """The model raised on images of a shape that its first layer does not take."""
-
-
-class KindRefusedError(TypeError):
-    """The model raised on numbers of a kind that its first layer does not take, as uint8."""
-
-
-class RowsOverflowError(ArithmeticError):
-    """Logits of some images are NaN or infinite, although their pixels are finite.
-
-    Args:
-        rows: Mask (B,) of these images.
-    """
-
-    def __init__(self, rows: Tensor) -> None:
-        super().__init__("features of some images overflow")
-        self.rows = rows
 
 
 class Backbone:
@@ -101,6 +81,7 @@ class Backbone:
         self.result: Any = None  # what the model returned for the images
         self.wrappers = [m for m in model.modules() if isinstance(m, AdaptiveNorm)]
         self.entry = first_layer(model)
+        self.images = ImageChecks(self.entry)
         self._arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         self._first_pass = False  # whether the next pass is the first of a call
         self._logit_checks = LogitChecks(session, softmax, self.classifier if linear else None)
@@ -196,7 +177,8 @@ class Backbone:
             return traced_pass(self, x, self._tensors(weights))
         hooked = bool(self.handles or self._order_hooks)
         self.session.recording = torch.is_grad_enabled()
-        lent, (args, kwargs), tensors = self.guard.lend(x), self._arguments, self._tensors(weights)
+        (args, kwargs), tensors = self._arguments, self._tensors(weights)
+        lent = self.guard.lend(x)
         try:
             with without_graphs(hooked), self.buffers.apart(tensors, self._prefix):
                 result = self.session.run(self._other, tensors, lent[0], *args, **kwargs)
@@ -207,7 +189,7 @@ class Backbone:
                 features = self._hooked_features(len(x))
             self._check_features(features, len(x))
         except Exception as error:
-            if (refusal := self.refusal(error, x)) is None:
+            if (refusal := self.images.refusal(error, x)) is None:
                 raise
             raise refusal from error
         finally:
@@ -236,7 +218,7 @@ class Backbone:
         try:
             functional.call(self._callee, self._tensors(weights), x.clone(), *args, **kwargs)
         except Exception as error:
-            if (refusal := self.refusal(error, x)) is None:
+            if (refusal := self.images.refusal(error, x)) is None:
                 raise
             raise refusal from error
         finally:
@@ -370,98 +352,10 @@ class Backbone:
         self._other.put_back()
 
     def check(self, x: Any) -> None:
-        """Refuse what is no batch of images, before anything changes.
-
-        Raises:
-            TypeError: When ``x`` is no dense tensor of floating-point numbers or of uint8.
-            ValueError: When ``x`` has no batch axis or holds no image.
-        """
-        if not isinstance(x, Tensor):
-            raise TypeError(f"`images` must be a tensor, got {type(x).__name__}: pass a batch.")
-        if x.is_nested or x.layout != torch.strided or x.is_meta:
-            raise TypeError(
-                f"`images` must be a dense tensor with values, got {x.layout} on {x.device}: "
-                "convert it with to_dense()."
-            )
-        if not x.is_floating_point() and x.dtype != torch.uint8:
-            raise TypeError(
-                f"`images` must be floating point, got {x.dtype}: pass what the model takes, "
-                "such as images.float() / 255."
-            )
-        if x.dtype == torch.float64 and self._cast_apart(x):
-            raise TypeError(
-                "`images` must be float32 under autocast, got float64: convert with images.float()."
-            )
-        if x.ndim < 2:
-            raise ValueError(
-                f"`images` must have a batch axis and more, got shape {tuple(x.shape)}: add one."
-            )
-        if x.shape[0] == 0 or x.numel() == 0:
-            raise ValueError(
-                f"`images` must hold at least one image, got shape {tuple(x.shape)}: "
-                "skip empty batches."
-            )
+        """Refuse what is no batch of images, before anything changes; see :class:`ImageChecks`."""
+        self.images.check(x)
         if self.session.ranks is not None:
             self.session.ranks.check_batch(x)
-
-    def refusal(
-        self, error: BaseException, x: Tensor
-    ) -> ImagesRefusedError | KindRefusedError | None:
-        """Return what to raise in place of ``error`` if shape or dtype of ``x`` may be its cause.
-
-        Both are compared with what the first layer takes. Models that rearrange, repeat or convert
-        pixels before that layer accept others, so a batch is not refused beforehand.
-        """
-        final = (ImagesRefusedError, KindRefusedError, RowsOverflowError, torch.OutOfMemoryError)
-        if not isinstance(error, Exception) or isinstance(error, final) or is_final(error):
-            return None
-        reason = self._misfit(x)
-        if reason is None and x.dtype == torch.uint8 and type(error) is RuntimeError:
-            return KindRefusedError(
-                "`images` must be floating point for this model, got torch.uint8: pass what it "
-                "takes, such as images.float() / 255."
-            )
-        if reason is None and type(error) is RuntimeError and self._other_dtype(x):
-            return KindRefusedError(
-                f"`images` must be {self.entry.weight.dtype} like the model, got {x.dtype}: "
-                "convert one of them, or call under torch.autocast."
-            )
-        return None if reason is None else ImagesRefusedError(reason)
-
-    def _cast_apart(self, x: Tensor) -> bool:  # autocast leaves what is float64 as it is
-        wide = self.entry is not None and self.entry.weight.dtype == torch.float64
-        return torch.is_autocast_enabled(x.device.type) and not wide
-
-    def _other_dtype(self, x: Tensor) -> bool:
-        if self.entry is None or torch.is_autocast_enabled(x.device.type):
-            return False
-        return x.dtype != self.entry.weight.dtype
-
-    def _misfit(self, x: Tensor) -> str | None:
-        """Say why the first layer cannot take the shape of ``x``; None where it can."""
-        entry, shape = self.entry, tuple(x.shape)
-        if isinstance(entry, nn.Linear):
-            if shape[-1] == entry.in_features:
-                return None
-            return (
-                f"`images` must end in an axis of {entry.in_features}, got shape {shape}: "
-                "reshape them."
-            )
-        if not isinstance(entry, CONVOLUTIONS):
-            return None
-        rank = entry.weight.ndim
-        if x.ndim != rank:
-            advice = "add a batch axis with images[None]" if x.ndim == rank - 1 else "reshape them"
-            return (
-                f"`images` must have {rank} axes (batch, {entry.in_channels} channels, {rank - 2} "
-                f"of space), got shape {shape}: {advice}."
-            )
-        if x.shape[1] != entry.in_channels:
-            return (
-                f"`images` must have {entry.in_channels} channels, got shape {shape}: convert "
-                "them to what the model takes."
-            )
-        return None
 
     def _warn_of_small_batch(self) -> None:
         """Warn before anything is learned from the batch, as warnings may be turned into errors."""

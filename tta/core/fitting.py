@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from tta.core.adapter import Adapter
-from tta.core.backbone import Backbone, ImagesRefusedError, KindRefusedError
+from tta.core.backbone import Backbone
 from tta.core.checks import told
+from tta.core.image_checks import ImagesRefusedError, KindRefusedError
 from tta.core.norm_layers import normalize_by_source, with_statistics
 from tta.core.source import SourceStatistics
 from tta.core.source_checks import checked

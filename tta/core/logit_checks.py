@@ -13,10 +13,22 @@ from tta.core.classifier import CONVOLUTIONS
 from tta.core.norm_layers import normalize_by_source, with_statistics
 from tta.core.session import Session
 
-__all__ = ["LogitChecks", "ends_in_head", "overflow"]
+__all__ = ["LogitChecks", "RowsOverflowError", "ends_in_head", "overflow"]
 
 ENOUGH_VALUES = 8  # logits that must lie in [0, 1] before they are taken for probabilities
 HEAD_LIMIT = 0.05  # largest difference between logits and the head's, by the largest logit
+
+
+class RowsOverflowError(ArithmeticError):
+    """Logits of some images are NaN or infinite, although their pixels are finite.
+
+    Args:
+        rows: Mask (B,) of these images.
+    """
+
+    def __init__(self, rows: Tensor) -> None:
+        super().__init__("features of some images overflow")
+        self.rows = rows
 
 
 class LogitChecks:

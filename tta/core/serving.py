@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from tta.core.autocast import forget_casts
-from tta.core.backbone import Backbone, RowsOverflowError
+from tta.core.backbone import Backbone
 from tta.core.guard import Guard, no_figures
 from tta.core.input_rule import Inputs
+from tta.core.logit_checks import RowsOverflowError
 from tta.core.norm_layers import AdaptiveNorm
 from tta.core.output_rule import Output
 from tta.core.outputs import last_rows
@@ -144,7 +145,7 @@ class Serving:
             self.transaction.take_back()
             raise
         except Exception as error:
-            if (refusal := network.refusal(error, x)) is None:
+            if (refusal := network.images.refusal(error, x)) is None:
                 raise
             raise refusal from error
         if self.learning:

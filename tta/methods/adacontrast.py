@@ -45,11 +45,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tta.core.backbone import Backbone, RowsOverflowError
+from tta.core.backbone import Backbone
 from tta.core.checks import LARGE, LARGEST, fraction, number, one_of, whole_number
 from tta.core.component import Context
 from tta.core.config import ComponentConfig, UpdateConfig
-from tta.core.logit_checks import overflow
+from tta.core.logit_checks import RowsOverflowError, overflow
 from tta.core.norm_layers import frozen_statistics, learning_pass
 from tta.core.prediction import Prediction, Report
 from tta.core.random import fork

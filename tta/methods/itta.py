@@ -176,7 +176,7 @@ class Itta(Update):
                 for found in learned:
                     w, count = found["consistency"], count + 1
             except RuntimeError as error:
-                refusal = self.network.refusal(error, shown[0]) if shown else None
+                refusal = self.network.images.refusal(error, shown[0]) if shown else None
                 missing = re.match(r"derivative for (?:aten::)?(\w+)", str(error))
                 if missing is not None:
                     refusal = ValueError(

@@ -39,11 +39,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from tta.core.backbone import Backbone, RowsOverflowError
+from tta.core.backbone import Backbone
 from tta.core.checks import LARGE, number, shown, whole_number
 from tta.core.component import Context
 from tta.core.config import ComponentConfig, UpdateConfig
-from tta.core.logit_checks import overflow
+from tta.core.logit_checks import RowsOverflowError, overflow
 from tta.core.outputs import joined
 from tta.core.prediction import Prediction, Report
 from tta.core.random import fork

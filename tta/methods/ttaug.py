@@ -32,9 +32,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from tta.core.backbone import Backbone, RowsOverflowError
+from tta.core.backbone import Backbone
 from tta.core.checks import fraction, shown, whole_number
 from tta.core.config import ComponentConfig
+from tta.core.logit_checks import RowsOverflowError
 from tta.core.output_rule import Output
 from tta.core.prediction import Prediction
 from tta.core.random import fork

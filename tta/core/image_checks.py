@@ -1,0 +1,125 @@
+"""Refuse images that a model cannot take: beforehand, or when it has raised on them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tta.core.checks import is_final
+from tta.core.classifier import CONVOLUTIONS
+from tta.core.logit_checks import RowsOverflowError
+
+__all__ = ["ImageChecks", "ImagesRefusedError", "KindRefusedError"]
+
+
+class ImagesRefusedError(ValueError):
+    """The model raised on images of a shape that its first layer does not take."""
+
+
+class KindRefusedError(TypeError):
+    """The model raised on numbers of a kind that its first layer does not take, as uint8."""
+
+
+class ImageChecks:
+    """What can be said of images against a model's first layer.
+
+    Args:
+        entry: The layer that takes the images; None where none is known to.
+    """
+
+    def __init__(self, entry: Any) -> None:
+        self.entry = entry
+
+    def check(self, x: Any) -> None:
+        """Refuse what is no batch of images, before anything changes.
+
+        Raises:
+            TypeError: When ``x`` is no dense tensor of floating-point numbers or of uint8.
+            ValueError: When ``x`` has no batch axis or holds no image.
+        """
+        if not isinstance(x, Tensor):
+            raise TypeError(f"`images` must be a tensor, got {type(x).__name__}: pass a batch.")
+        if x.is_nested or x.layout != torch.strided or x.is_meta:
+            raise TypeError(
+                f"`images` must be a dense tensor with values, got {x.layout} on {x.device}: "
+                "convert it with to_dense()."
+            )
+        if not x.is_floating_point() and x.dtype != torch.uint8:
+            raise TypeError(
+                f"`images` must be floating point, got {x.dtype}: pass what the model takes, "
+                "such as images.float() / 255."
+            )
+        if x.dtype == torch.float64 and self._cast_apart(x):
+            raise TypeError(
+                "`images` must be float32 under autocast, got float64: convert with images.float()."
+            )
+        if x.ndim < 2:
+            raise ValueError(
+                f"`images` must have a batch axis and more, got shape {tuple(x.shape)}: add one."
+            )
+        if x.shape[0] == 0 or x.numel() == 0:
+            raise ValueError(
+                f"`images` must hold at least one image, got shape {tuple(x.shape)}: "
+                "skip empty batches."
+            )
+
+    def refusal(
+        self, error: BaseException, x: Tensor
+    ) -> ImagesRefusedError | KindRefusedError | None:
+        """Return what to raise in place of ``error`` if shape or dtype of ``x`` may be its cause.
+
+        Both are compared with what the first layer takes. Models that rearrange, repeat or convert
+        pixels before that layer accept others, so a batch is not refused beforehand.
+        """
+        final = (ImagesRefusedError, KindRefusedError, RowsOverflowError, torch.OutOfMemoryError)
+        if not isinstance(error, Exception) or isinstance(error, final) or is_final(error):
+            return None
+        reason = self._misfit(x)
+        if reason is None and x.dtype == torch.uint8 and type(error) is RuntimeError:
+            return KindRefusedError(
+                "`images` must be floating point for this model, got torch.uint8: pass what it "
+                "takes, such as images.float() / 255."
+            )
+        if reason is None and type(error) is RuntimeError and self._other_dtype(x):
+            return KindRefusedError(
+                f"`images` must be {self.entry.weight.dtype} like the model, got {x.dtype}: "
+                "convert one of them, or call under torch.autocast."
+            )
+        return None if reason is None else ImagesRefusedError(reason)
+
+    def _cast_apart(self, x: Tensor) -> bool:  # autocast leaves what is float64 as it is
+        wide = self.entry is not None and self.entry.weight.dtype == torch.float64
+        return torch.is_autocast_enabled(x.device.type) and not wide
+
+    def _other_dtype(self, x: Tensor) -> bool:
+        if self.entry is None or torch.is_autocast_enabled(x.device.type):
+            return False
+        return x.dtype != self.entry.weight.dtype
+
+    def _misfit(self, x: Tensor) -> str | None:
+        """Say why the first layer cannot take the shape of ``x``; None where it can."""
+        entry, shape = self.entry, tuple(x.shape)
+        if isinstance(entry, nn.Linear):
+            if shape[-1] == entry.in_features:
+                return None
+            return (
+                f"`images` must end in an axis of {entry.in_features}, got shape {shape}: "
+                "reshape them."
+            )
+        if not isinstance(entry, CONVOLUTIONS):
+            return None
+        rank = entry.weight.ndim
+        if x.ndim != rank:
+            advice = "add a batch axis with images[None]" if x.ndim == rank - 1 else "reshape them"
+            return (
+                f"`images` must have {rank} axes (batch, {entry.in_channels} channels, {rank - 2} "
+                f"of space), got shape {shape}: {advice}."
+            )
+        if x.shape[1] != entry.in_channels:
+            return (
+                f"`images` must have {entry.in_channels} channels, got shape {shape}: convert "
+                "them to what the model takes."
+            )
+        return None
