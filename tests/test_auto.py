@@ -18,6 +18,7 @@ from tta.core.component import Context
 from tta.core.prediction import Prediction
 from tta.methods._label_filter import filtered
 from tta.methods.steady import EARLIEST
+from tta.parts.confidence_gap import ConfidenceGap
 from tta.parts.label_runs import LabelRuns
 from tta.parts.spread import SpreadGap, spread
 
@@ -391,6 +392,45 @@ def test_the_source_answers_while_runs_do_harm_under_batch_statistics() -> None:
         adapter(images(part))
     assert adapter.health["action"] == "learn"
     assert any("no runs" in event["reason"] for event in adapter.events)
+
+
+@pytest.mark.parametrize("size", [16, 64])
+def test_the_source_answers_while_one_class_is_seen_from_the_first_image_on(size: int) -> None:
+    """Labels that never change show no runs; batch statistics of one class are less sure."""
+    net = _Mixed().eval()
+    adapter = tta.wrap(net, "bn", guard="steady", batch_size=size)
+    for part in torch.zeros(size * 12, dtype=torch.int64).split(size):
+        adapter(net.images(part))
+        assert adapter.health["action"] == "source"
+    for part in labels_of(0.0, 512).split(size):
+        adapter(net.images(part))
+    assert adapter.health["action"] == "learn"
+
+
+def test_a_norm_rule_that_makes_predictions_surer_is_put_aside_on_more_evidence() -> None:
+    adapter = tta.wrap(tiny("bn"), "tent.cifar10", guard="steady")
+    guard: Any = adapter.guard
+    _shows(guard.runs, 0.8)
+    _shows(guard.own, 0.5)
+    assert guard._harmful(50, 0.0)
+    sure, unsure = torch.eye(CLASSES) * 4, torch.eye(CLASSES)
+    guard.surer.see(sure, unsure)
+    assert not guard._harmful(50, 0.0)
+    guard.own.forget()
+    _shows(guard.own, 0.1)
+    assert guard._harmful(50, 0.0)
+
+
+def test_how_much_surer_predictions_are_is_averaged_over_images() -> None:
+    gap = ConfidenceGap(span=64)
+    assert gap.mean() == 0.0
+    sure, unsure = torch.tensor([[50.0, 0.0]]).expand(48, 2), torch.zeros(48, 2)
+    gap.see(sure, unsure)
+    assert gap.mean() == pytest.approx(0.5)
+    gap.see(unsure, sure)  # of at most 64 images, 48 are these
+    assert gap.mean() == pytest.approx(-0.25)
+    gap.forget()
+    assert gap.mean() == 0.0
 
 
 def test_the_adapted_model_is_tried_again_while_the_source_answers() -> None:

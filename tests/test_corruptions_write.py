@@ -162,14 +162,14 @@ def test_resumes_after_kills(layout, tmp_path):
             path.parent.mkdir(parents=True, exist_ok=True)
             PIL.Image.fromarray(image).save(path)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    names = ["gaussian_noise", "motion_blur", "snow", "elastic_transform", "jpeg_compression"]
+    names = ["gaussian_noise", "motion_blur", "jpeg_compression"]
     rest = ["--corruptions", *names, "--processes", "2", "--quiet"]
     assert start(["write", layout, str(data), str(whole), *rest]).wait() == 0
     command = ["write", layout, str(data), str(killed), *rest]
     chance = random.Random(0)
     finished_at = {}
     kills = 0
-    while kills < 3:
+    while kills < 2:
         process = start(command)
         # From the first file on, so that the kill falls into the work and not before it.
         seen = len(manifest.finished(killed)) if killed.exists() else 0

@@ -15,13 +15,16 @@ SLOW = [
     "timm:test_byobnet",
     "timm:test_efficientnet_gn",
     "timm:test_convnext",
-    "timm:crossvit_tiny_240",  # two heads
     "timm:deit_tiny_distilled_patch16_224",  # two heads whose mean is the prediction
-    "timm:coat_tiny",  # modules that are used in several places
     "torchvision:squeezenet1_1",  # no norm layers, a convolution as classifier
     *(
         pytest.param(name, marks=pytest.mark.soak)  # as long as all the others
-        for name in ("torchvision:inception_v3", "torchvision:swin_t")  # an auxiliary head; windows
+        for name in (
+            "torchvision:inception_v3",  # an auxiliary head
+            "torchvision:swin_t",  # windows
+            "timm:crossvit_tiny_240",  # two heads
+            "timm:coat_tiny",  # modules that are used in several places
+        )
     ),
 ]
 

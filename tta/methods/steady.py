@@ -42,6 +42,17 @@ while the source answers. Among the first 64 images runs cannot be told from cha
 answers these where batches are smaller than ``ROW``, and the update learns beside it; larger ones
 show by themselves what they are.
 
+A second sign is whether the norm rule makes predictions surer. The source's parameters under it are
+compared with the source model, since what has learned by entropy is sure of itself whether it errs
+or not:
+
+    d = mean_b max p_b' - mean_b max p_b''   (see ``ConfidenceGap``)
+
+Where d > ``SURER``, ``LEFT_SURER`` stands for ``LEFT``. Where d < 0 and the source predicts nearly
+one class, which hides runs, the source answers as above, and the adapted model is tried sooner. By
+itself d decides nothing: a network of 1,000 classes is less sure under batch statistics of few
+images than it is right.
+
 A step that was made of fewer than ``few`` images is taken back, and no other is made in the 4096
 batches that follow: a gradient of one image is what breaks most updates.
 
@@ -65,6 +76,7 @@ from tta.core.component import Context
 from tta.core.config import ComponentConfig
 from tta.core.guard import LEARN, Batch, Guard, Verdict
 from tta.core.registry import register
+from tta.parts.confidence_gap import ConfidenceGap
 from tta.parts.estimates import ConfidenceEstimate
 from tta.parts.label_runs import LabelRuns
 from tta.parts.spread import ENOUGH, SpreadGap
@@ -80,8 +92,11 @@ BESIDE = 2  # pauses for which an update that fell behind may go on beside the s
 RUNS, NO_RUNS = 0.05, 0.01  # persistence of labels from which, and below which, there are (no) runs
 SURE, STILL_SURE = 4.0, 2.0  # standard errors by which the source must show more, and go on to
 LEFT, LEFT_LATER = 0.9, 0.6  # of the source's persistence, that the adapted model must show
+SURER, LEFT_SURER = 0.02, 0.4  # the same where the norm rule makes predictions so much surer
+ONE_CLASS = 0.25  # concentration of predicted labels, from 0 to 1, that hides runs of them
 SHOWN = 0.4  # of the persistence of labels, in the predictions of a fair model
 TRIED, ROUND = 6, 32  # of so many rows of images, in how many the adapted model is tried
+SOON = 4  # rows until then, where one class hides runs of labels
 SEEN = 56  # images, counted as averages do; runs of labels are seen among so many
 IN_RUNS = "labels come in runs"
 EARLIEST = "too few images to tell whether labels come in runs"
@@ -140,6 +155,7 @@ class Steady(Guard):
         self.source_gap = SpreadGap(classes)  # to the source model, with its own statistics
         self.runs = LabelRuns(classes, early=True)  # as the source predicts
         self.own = LabelRuns(classes, early=True)  # as the adapted model does, of the same images
+        self.surer = ConfidenceGap()  # the source's parameters under the norm rule, than the source
         self.rules = tuple(w.rule for w in network.wrappers[:1])  # not a module of the guard
         self.trains = bool(context.parameters)
         self.mixes = bool(network.wrappers)  # images are normalised by what was seen of others
@@ -172,26 +188,29 @@ class Steady(Guard):
         self.age += 1
         if (verdict := self._few(batch)) is not None:
             return verdict
-        answer = None
+        answer = anchor = None
         if self.mixes and self._asks(age, block):
             source = batch.source_of_input().logits
+            anchor = (batch.anchor() if self.trains else batch.prediction).logits
+            self.surer.see(anchor, source)
             self.source_gap.see(batch.prediction.logits, source)
             self.runs.watch(source.argmax(1))
             self.own.watch(batch.prediction.logits.argmax(1))
-            if self.runs.persistence() > RUNS and self._harmful(len(batch.images), SURE):
+            if self._in_doubt() and self._harmful(len(batch.images), SURE):
                 self.runs_seen.fill_(True)
-                self.age.zero_()
+                self._wait_to_try(block)
                 return Verdict(action="source", reason=IN_RUNS, undo=True)
             answer = source if self._too_early(len(batch.images)) else None
         if self.trains and (int(self.beside) > 0 or self._due(age // block, 1)):
-            anchor = batch.anchor() if self.mixes else batch.source_of_input()
-            self.gap.see(batch.prediction.logits, anchor.logits)
-            self.trend.see(batch.prediction.logits, anchor.logits)
+            if anchor is None:
+                anchor = (batch.anchor() if self.mixes else batch.source_of_input()).logits
+            self.gap.see(batch.prediction.logits, anchor)
+            self.trend.see(batch.prediction.logits, anchor)
             if int(self.beside) > 0:
-                return self._beside(anchor.logits, block)
+                return self._beside(anchor, block)
             if self._behind(self.gap, self.config.margin) and self.trend.mean() < 0:
                 self.beside.copy_(BESIDE * self.pause)
-                return self._beside(anchor.logits, block)
+                return self._beside(anchor, block)
         verdict = self._verdict(block)
         if answer is not None and verdict is LEARN:
             return Verdict(action="source", reason=EARLIEST, answer=answer)
@@ -216,13 +235,34 @@ class Steady(Guard):
         """Whether runs of labels would do harm, and too few images were seen to know of any."""
         return self.rules[0].mixed_images(count) < ROW and self.runs.images() < SEEN
 
+    def _one_class(self) -> bool:
+        """Whether nearly all images are of one class, as far as the source can tell."""
+        classes = self.context.num_classes
+        together = float(self.runs.shares.square().sum())
+        return (together * classes - 1) / max(classes - 1, 1) > ONE_CLASS
+
+    def _in_doubt(self) -> bool:
+        """Whether batch statistics may do harm on this stream."""
+        return self.runs.persistence() > RUNS or self._one_class()
+
     def _harmful(self, count: int, doubt: float) -> bool:
-        """Whether the adapted model shows less of the runs of labels than the source."""
+        """Whether the adapted model shows less of the runs of labels than the source.
+
+        Where one class hides them, whether the norm rule makes predictions less sure.
+        """
+        if self._one_class() and self.runs.images() >= SEEN and self.surer.mean() < 0:
+            return True
         mixed = self.rules[0].mixed_images(count)
         lost = SHOWN / (mixed - 1) if mixed > 1 else 0.0
         later = bool(self.runs_seen) or int(self.age) * count >= TREND
         left = LEFT_LATER if later else LEFT
+        if self.surer.mean() > SURER:
+            left = LEFT_SURER
         return self.own.persistence(0.0) + lost < left * self.runs.persistence(doubt)
+
+    def _wait_to_try(self, block: int) -> None:
+        """Begin to count rows of images until the adapted model is tried."""
+        self.age.fill_((ROUND - TRIED - SOON) * block if self._one_class() else 0)
 
     def _tries(self, count: int) -> bool:
         """Whether the adapted model is tried on this batch while the source answers."""
@@ -282,16 +322,24 @@ class Steady(Guard):
 
     def _in_runs(self, batch: Batch) -> Verdict:
         """Let the source answer while labels come in runs that the adapted model cannot stand."""
-        self.runs.watch(batch.source_of_input().logits.argmax(1))
-        count = len(batch.images)
-        if tried := self._tries(count):
+        source, count = batch.source_of_input().logits, len(batch.images)
+        tried, block = self._tries(count), _block(count)
+        if self._one_class() and int(self.age) % (ROUND * block) == (ROUND - TRIED) * block:
+            self.runs.forget()  # where other classes begin, those of before look like a run
+        self.runs.watch(source.argmax(1))
+        if tried:
             assert batch.prediction is not None
             self.own.watch(batch.prediction.logits.argmax(1))
+            anchor = batch.anchor() if self.trains else batch.prediction
+            self.surer.see(anchor.logits, source)
         self.age += 1
-        over, reason = self.runs.persistence() <= NO_RUNS, "labels come in no runs any more"
+        over = self.runs.persistence() <= NO_RUNS and not self._one_class()
+        over = over and self.runs.images() >= SEEN
+        reason = "labels come in no runs any more"
         if tried and not over and not self._tries(count):
-            over = not self._harmful(count, STILL_SURE)
+            over = not self._harmful(count, STILL_SURE if self.surer.mean() > SURER else 0.0)
             reason = "the adapted model shows the runs too"
+            self._wait_to_try(block)
         if not tried or over:
             self.own.forget()
         if not over:  # else the verdict before the batch holds

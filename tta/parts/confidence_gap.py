@@ -1,0 +1,47 @@
+"""How much surer one prediction is than another of the same images."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["ConfidenceGap"]
+
+SPAN = 256  # images that the average goes back over
+
+
+class ConfidenceGap(nn.Module):
+    """The mean difference between the largest probabilities of two predictions.
+
+    Of two models that have not learned from a stream, the surer one errs less: the difference of
+    confidences follows that of accuracies (Guillory et al., ICCV 2021, arXiv 2107.03315). It does
+    not for one that has learned by entropy, which grows surer whether it errs or not.
+
+    Args:
+        span: Images that the average goes back over.
+    """
+
+    gap: Tensor  # 0-dimensional, in [-1, 1]
+    images: Tensor  # 0-dimensional, that it is the average of, at most ``span``
+
+    def __init__(self, span: int = SPAN) -> None:
+        super().__init__()
+        self.span = span
+        self.register_buffer("gap", torch.zeros(()))
+        self.register_buffer("images", torch.zeros(()))
+
+    @torch.no_grad()
+    def see(self, logits: Tensor, other: Tensor) -> None:
+        """Take in a batch by its two predictions, both (B, C)."""
+        mine, its = (z.float().softmax(1).amax(1).mean() for z in (logits, other))
+        self.images.copy_((self.images + len(logits)).clamp_max(self.span))
+        self.gap += len(logits) / self.images.clamp_min(len(logits)) * (mine - its - self.gap)
+
+    def mean(self) -> float:
+        """The average, by how much the first is surer; 0 before the first batch."""
+        return float(self.gap)
+
+    def forget(self) -> None:
+        """Begin anew."""
+        for buffer in self.buffers():
+            buffer.zero_()
