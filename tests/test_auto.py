@@ -515,6 +515,37 @@ def test_auto_recovers_from_statistics_of_one_class() -> None:
     assert not bool(guard.runs_seen)
 
 
+@pytest.mark.parametrize("size", [16, 64])
+def test_auto_takes_slow_averages_where_one_class_is_seen(size: int) -> None:
+    net = _Mixed().eval()
+    adapter, plain = tta.wrap(net, "auto"), tta.wrap(_Mixed().eval(), norm="adaptive_bn")
+    right, alone = 0, 0
+    for part in torch.zeros(512, dtype=torch.int64).split(size):
+        right += int((adapter(net.images(part)).argmax(1) == part).sum())
+        alone += int((plain(net.images(part)).argmax(1) == part).sum())
+    assert right > 512 * 0.8 and right > alone + 512 * 0.2
+    assert any("one class" in event["reason"] for event in adapter.events)
+    for part in labels_of(0.0, 1024).split(size):
+        answer = adapter(net.images(part))
+    assert not bool(adapter.guard.runs_seen)  # type: ignore[union-attr]
+    assert (answer.argmax(1) == part).double().mean() > 0.8
+
+
+def test_a_source_that_says_one_class_of_everything_is_not_taken_for_one() -> None:
+    """Its labels look the same, but what has adapted is the surer."""
+    net = _Mixed().eval()
+    with torch.no_grad():
+        net.norm.running_mean += 40.0 * net.centres[0]
+        net.fc.bias[0] += 20.0
+    adapter = tta.wrap(net, "auto")
+    labels = labels_of(0.0, 64 * 12)
+    source = net(net.images(labels)).argmax(1)
+    assert (source == source.mode().values).double().mean() > 0.5
+    for part in labels.split(64):
+        adapter(net.images(part))
+        assert adapter.health["action"] == "learn"
+
+
 def _shows(runs: LabelRuns, share: float, count: int = 2000) -> None:
     """Have seen predictions of which so many come in runs."""
     for part in labels_of(share, count).split(50):

@@ -21,6 +21,10 @@ Statistics of one class make its images look mixed, so that what the adapted mod
 show the runs. So the source's predictions are watched too, and where they come in runs the norm
 rule is told.
 
+Where they are nearly all of one class they show no runs. There the rule is told where the source is
+the surer model of the two (Guillory et al., ICCV 2021, arXiv 2107.03315, on what confidence says of
+accuracy).
+
 The source is asked on the first batches and on every ``every``-th, which makes ``1 + 1 / every``
 forward passes an image; a ``budget`` below that leaves the comparison out. In a network without
 BatchNorm nothing that the guard compares can move, and it makes no passes.
@@ -42,6 +46,7 @@ from tta.core.config import ComponentConfig
 from tta.core.guard import LEARN, Batch, Guard, Verdict
 from tta.core.prediction import Prediction
 from tta.core.registry import register
+from tta.parts.confidence_gap import ConfidenceGap
 from tta.parts.estimates import ConfidenceEstimate, confidence_accuracy
 from tta.parts.label_runs import LabelRuns
 from tta.parts.spread import SpreadGap
@@ -53,6 +58,10 @@ LONGEST = 4096  # batches of a pause
 ROW = 8  # images in a row of which the source is asked, if batches are smaller
 RUNS = 0.05  # persistence of labels from which they count as coming in runs
 ENOUGH = 192  # images without runs after which they have ended
+LAST = 64  # images by which one class is told
+SEEN = 24  # of them, at least, counted as averages do
+ONE = "one class is seen, of which the source is surer"
+ONE_CLASS = 0.2  # concentration of the source's labels from which it may be one class
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +111,8 @@ class Auto(Guard):
         for name, value in (("age", 0), ("hold", 0), ("pause", config.pause)):
             self.register_buffer(name, torch.tensor(value))
         self.register_buffer("runs_seen", torch.zeros((), dtype=torch.bool))
+        self.last = LabelRuns(context.num_classes, horizon=LAST, early=True)
+        self.surer = ConfidenceGap(LAST)  # the adapted model, than the source
         self.runs = LabelRuns(context.num_classes)
         self.signs = context.signs
         context.signs.source = self
@@ -111,7 +122,8 @@ class Auto(Guard):
 
     def integer_ranges(self) -> dict[str, tuple[int, int]]:
         """Range of the last label that the source predicted."""
-        mine = {f"runs.{name}": r for name, r in self.runs.integer_ranges().items()}
+        both = {"runs": self.runs, "last": self.last}
+        mine = {f"{key}.{n}": r for key, v in both.items() for n, r in v.integer_ranges().items()}
         return super().integer_ranges() | mine
 
     def admit(self, batch: Batch) -> Verdict:
@@ -145,6 +157,15 @@ class Auto(Guard):
         reason = f"{behind:.2f} nats fewer classes than the source"
         return Verdict(action="reset", reason=reason, answer=batch.source().logits)
 
+    def _one_class(self) -> bool:
+        """Whether the source's labels are nearly all of one class, and it is the surer model.
+
+        Statistics of one class spread its images over all classes, of which none is sure. Where the
+        source has collapsed, which looks the same in its labels, the adapted model is the surer.
+        """
+        known = self.last.images() >= SEEN and self.last.concentration() > ONE_CLASS
+        return known and self.surer.mean() < 0
+
     def _due(self, age: int, count: int) -> bool:
         """Whether the source is asked; of small batches a few in a row, to compare their labels."""
         block = -(-ROW // count)
@@ -161,17 +182,28 @@ class Auto(Guard):
         Statistics of one class make its images look mixed, so that their own predictions would not
         show it. Under slow averages they do.
         """
-        self.runs.watch(batch.source().logits.argmax(1))
+        assert batch.prediction is not None
+        source = batch.source().logits
+        self.runs.watch(source.argmax(1))
+        self.last.watch(source.argmax(1))
+        self.surer.see(batch.prediction.logits, source)
         own = self.signs.runs
         if own is None:
             return None
         if not bool(self.runs_seen):
-            if self.runs.persistence() <= RUNS or own.persistence() > RUNS:
-                return None  # or the norm rule knows
+            if own.persistence() > RUNS:  # the norm rule knows
+                return None
+            if self._one_class():
+                reason = ONE
+            elif self.runs.persistence() > RUNS:
+                reason = "labels of the source come in runs"
+            else:
+                return None
             self.runs_seen.fill_(True)
-            reason = "labels of the source come in runs"
-            return Verdict(action="reset", reason=reason, answer=batch.source().logits)
+            return Verdict(action="reset", reason=reason, answer=source)
         if own.images() > ENOUGH and own.persistence() == 0:
             self.runs_seen.fill_(False)
-            self.runs.forget()
+            self.age.zero_()  # one class may go on, and shows as little of runs
+            for average in (self.runs, self.last, self.surer):
+                average.forget()
         return None

@@ -237,9 +237,7 @@ class Steady(Guard):
 
     def _one_class(self) -> bool:
         """Whether nearly all images are of one class, as far as the source can tell."""
-        classes = self.context.num_classes
-        together = float(self.runs.shares.square().sum())
-        return (together * classes - 1) / max(classes - 1, 1) > ONE_CLASS
+        return self.runs.concentration() > ONE_CLASS
 
     def _in_doubt(self) -> bool:
         """Whether batch statistics may do harm on this stream."""

@@ -34,8 +34,9 @@ class ConfidenceGap(nn.Module):
     def see(self, logits: Tensor, other: Tensor) -> None:
         """Take in a batch by its two predictions, both (B, C)."""
         mine, its = (z.float().softmax(1).amax(1).mean() for z in (logits, other))
+        moved = torch.nan_to_num(mine - its - self.gap)  # of logits that overflow nothing is known
         self.images.copy_((self.images + len(logits)).clamp_max(self.span))
-        self.gap += len(logits) / self.images.clamp_min(len(logits)) * (mine - its - self.gap)
+        self.gap += len(logits) / self.images.clamp_min(len(logits)) * moved
 
     def mean(self) -> float:
         """The average, by how much the first is surer; 0 before the first batch."""

@@ -141,6 +141,14 @@ class LabelRuns(nn.Module):
         same = self._same() if self.early else 0.0
         return persistence(repeats, self.shares, self.images(), doubt, same)
 
+    def concentration(self) -> float:
+        """How far the labels are of one class: 0 where all are as frequent, 1 where they are equal.
+
+        Labels that hardly ever change hide how long they stay.
+        """
+        together = float(self.shares.square().sum())
+        return (together * self.classes - 1) / max(self.classes - 1, 1)
+
     def _same(self) -> float:
         """Sum of the squared weights of images in their shares; 1 before the first."""
         seen = float(self.seen[0])
