@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -95,7 +96,7 @@ class StreamStore:
             self.counts["handed_over"] = 0
         self.failure: str | None = None  # what went wrong last with a file, in words
         self.streams: dict[str, Stream] = {}
-        self.in_memory: dict[str, Stream] = {}  # the least recently used first
+        self.in_memory: OrderedDict[str, Stream] = OrderedDict()  # the least recently used first
         self.closed = False
         self.seat = Seat(self.sets)  # of the adapter itself
         self._inside = False  # whether a call is going on
@@ -393,8 +394,15 @@ class StreamStore:
                 seat.sets.put(stream.kept)
             seat.stream = stream
             stream.seat, stream.kept = seat, None
-        self.in_memory[name] = self.in_memory.pop(name, stream)  # now the last one
+        self.in_memory[name] = stream
+        self.in_memory.move_to_end(name)
         self._make_room(stream)
+
+    def touch(self, streams: Sequence[Stream]) -> None:
+        """Count streams as the last that were used, those of them that are in memory."""
+        for stream in streams:
+            if stream.name in self.in_memory:
+                self.in_memory.move_to_end(stream.name)
 
     def _is_gone(self, stream: Stream) -> bool:
         """Whether a stream is in no memory and has no file."""
