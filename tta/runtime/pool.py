@@ -322,11 +322,8 @@ class StreamPool:
             RuntimeError: When the stream has an owner.
         """
         stream = self._known(name)
-        self._own(stream, self, wait=False)
-        try:
+        with self.stream(name, wait=False):
             self._store.drop(stream)
-        finally:
-            self._give_back(stream, self)
 
     def snapshot(self, name: str | None = None) -> int:
         """Write all streams that have changed since they were last written, or one of them.
