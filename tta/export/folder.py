@@ -130,6 +130,7 @@ def _metadata(adapter: Adapter, keys: list[str]) -> dict[str, str]:
     """What the file says of itself: which key of a state each number is, and how to read images."""
     found = {str(i): key for i, key in enumerate(keys)}
     found |= {"recipe": adapter.config.label, "opset": str(OPSET), "tta": __version__}
+    found["activation"] = adapter.config.activation
     space = _pixel_space(adapter)
     return found | {"mean": json.dumps(space[0]), "std": json.dumps(space[1])}
 
