@@ -442,6 +442,7 @@ class StreamPool:
         self._own_here(stream, view, wait, me)
         try:
             self._store.claim(stream, wait)  # among processes
+            self._store.check_there(stream)  # it may have been dropped meanwhile
         except BaseException:
             self._give_back(stream, view)
             raise

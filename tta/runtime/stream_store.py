@@ -129,6 +129,15 @@ class StreamStore:
                 raise RuntimeError(INSIDE)
             yield
 
+    def check_there(self, stream: Stream) -> None:
+        """Refuse a stream that was dropped; another one may have its name by now.
+
+        Raises:
+            KeyError: When it was.
+        """
+        if self.streams.get(stream.name) is not stream:
+            raise _dropped(stream.name)
+
     def find(self, name: str) -> Stream | None:
         """A stream that is known, or has a file that another process has written."""
         stream = self.streams.get(name)
@@ -371,8 +380,7 @@ class StreamStore:
         seat = seat or self.seat
         self.check_open()
         name = stream.name
-        if self.streams.get(name) is not stream:
-            raise _dropped(name)
+        self.check_there(stream)
         if self.owners is not None:
             if not self.owners.claim(name):
                 raise ElsewhereError(name)
