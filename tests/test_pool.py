@@ -232,6 +232,14 @@ def test_a_mixed_batch_that_fails_has_not_happened(batched: bool) -> None:
     assert torch.equal(shared(images(1), rows, create=True), expected)
 
 
+def test_a_mixed_batch_that_is_refused_creates_no_stream() -> None:
+    shared = pool(2)
+    refused(RuntimeError, "`capacity`", lambda: shared(images(0), list("aaabbbcc"), create=True))
+    with shared.stream("b", create=True):
+        refused(RuntimeError, "`stream`", lambda: shared(images(0), list("aaaabbbb"), create=True))
+    assert shared.streams() == ["b"]
+
+
 def test_a_switch_that_fails_harms_no_stream() -> None:
     shared, own = StreamPool(pixels("rotta.cifar10")), {}
     for name in "ab":

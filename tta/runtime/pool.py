@@ -251,11 +251,13 @@ class StreamPool:
         new = [name for name in rows if self._store.find(name) is None]
         if new and not create:
             self._known(new[0], create)
+        unused: list[Stream] = []  # until now, and made for this call
         with ExitStack() as owned:
-            for name in sorted(rows):  # in one order, or two calls would wait for each other
-                owned.enter_context(self.stream(name, create))
-            unused = [s for name in new if (s := self._store.streams[name]).version == 0]
             try:
+                for name in sorted(rows):  # in one order, or two calls would wait for each other
+                    owned.enter_context(self.stream(name, create))
+                    stream = self._store.streams[name]
+                    unused += [stream] if name in new and stream.version == 0 else []
                 found = self.run_each(
                     rows, lambda a, name: a(images if len(rows) == 1 else images[rows[name]])
                 )
