@@ -111,8 +111,8 @@ def test_the_passes_of_a_recipe_are_those_that_are_timed() -> None:
     tta.tune(net, images(0), budget_s=0, recipe=tta.wrap(tiny("bn"), "bn").config)
     assert counted.backward == before
     forward = counted.forward
-    tta.tune(net, images(0), budget_s=0, recipe="bn", window=16)
-    assert counted.forward - forward > 7 * 8
+    tta.tune(net, images(0), budget_s=0, recipe="bn", window=32)
+    assert counted.forward - forward == 8 + (8 + 16 + 24 + 32) + 6 * 32  # timed when it is full
     counted.close()
     with pytest.raises(ValueError, match="tentt"):
         tta.tune(net, images(0), budget_s=0, recipe="tentt")
