@@ -240,6 +240,10 @@ def test_what_is_no_image_is_refused_and_changes_nothing() -> None:
             ("/v1/predict?stream=a&create=perhaps", "`create` must be"),
         ]:
             server.refused(422, words, server.post(path, content=png(picture(0))))
+        server.refused(404, "`path` must be one that this server has, got '/v2'", server.get("/v2"))
+        other = server.client.put("/v1/predict")
+        server.refused(405, "`method` must be one that this server has, got PUT", other)
+        assert other.headers["allow"] == "POST"
         many = server.get("/v1/events?after=" + "9" * 5000)
         server.refused(422, "`after` must be the number of an event", many)
         for files, words in [
