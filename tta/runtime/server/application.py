@@ -134,10 +134,14 @@ def application(
 
 def check_token(token: str | None) -> None:
     """Refuse what no header can carry."""
-    if token is not None and (not 0 < len(token) <= LONGEST_TOKEN or not token.isascii()):
+    if token is None:
+        return
+    plain = token.isascii() and token.isprintable() and token == token.strip()
+    if not 0 < len(token) <= LONGEST_TOKEN or not plain:
         raise ValueError(
-            f"`token` must be 1 to {LONGEST_TOKEN} ASCII characters, got {len(token)} characters: "
-            "make one by `openssl rand -hex 32`."
+            f"`token` must be 1 to {LONGEST_TOKEN} printable ASCII characters without spaces "
+            f"around them, got {len(token)}{'' if plain else ', of which some are others'}: make "
+            "one by `openssl rand -hex 32`."
         )
 
 
