@@ -66,8 +66,13 @@ def test_rows_go_to_a_file_too(out, tmp_path) -> None:
 
 
 def test_a_window_costs_its_passes(out) -> None:
-    _, text, _ = out("--method", "bn", "--rounds", "6", "--window", "4", "--size", "16")
-    assert _rows(text)["bn"][5] > 3 and "(1, 3, 16, 16)" in text
+    """A full one, as a stream has from its n-th image on."""
+    _, text, _ = out("--method", "bn", "--rounds", "2", "--window", "8", "--size", "16")
+    assert _rows(text)["bn"][5] == 8 and "(1, 3, 16, 16)" in text
+    _, text, _ = out(
+        "--method", "bn", "--rounds", "2", "--window", "8", "--size", "16", "--batch-size", "3"
+    )
+    assert _rows(text)["bn"][5] == pytest.approx(8 / 3, abs=0.01)
 
 
 def test_a_setting_is_found_first(out) -> None:

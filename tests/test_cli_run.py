@@ -258,6 +258,49 @@ def test_an_empty_folder_and_mistakes_are_said_in_one_sentence(out, tmp_path):
     assert status == 2 and "got 'tnet': did you mean 'tent'?" in errors
 
 
+def test_predictions_go_to_files_alone(out, tmp_path):
+    """A device has no end, and a pipe no past: reading what is in them took all memory, or hung."""
+    place, pipe = folder(tmp_path / "yard", 2), tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for path in (pipe, "/dev/null", "/dev/full"):
+        command = ("run", f"{OWN}:named", place, "--out", path, "--folder", tmp_path / "f", *FLAGS)
+        status, _, errors = out(*command)
+        assert status == 2 and "is a device or a pipe: choose a file." in errors
+
+
+def test_predictions_that_are_gone_are_missed(out, tmp_path):
+    place, file = folder(tmp_path / "yard", 9), tmp_path / "out.jsonl"
+    command = ["run", f"{OWN}:named", place, "--out", file, *FLAGS]
+    assert out(*command)[0] == 0
+    whole = lines(file)
+    file.unlink()
+    status, _, errors = out(*command)
+    assert status == 2 and "is gone or empty, after 9 frames: put it back" in errors
+    assert out(*command, "--fresh")[0] == 0 and lines(file) == whole
+
+
+def test_lines_are_on_the_disk_before_what_was_learned_from_them(out, tmp_path, monkeypatch):
+    """Else a power cut would leave a state that knows of frames without a prediction."""
+    place, file, order = folder(tmp_path / "yard", 9), tmp_path / "out.jsonl", []
+    flush, snapshot = JsonLines.flush, tta.runtime.StreamPool.snapshot
+
+    def flushed(self) -> None:
+        order.append(self.path.name)
+        flush(self)
+
+    def written(self, *args) -> int:
+        order.append(f"{sum(1 for _ in file.open())} lines")
+        return snapshot(self, *args)
+
+    monkeypatch.setattr(JsonLines, "flush", flushed)
+    monkeypatch.setattr(tta.runtime.StreamPool, "snapshot", written)
+    flags = (*FLAGS, "--batch-size", 3, "--interval", 0)
+    assert out("run", f"{OWN}:named", place, "--out", file, *flags)[0] == 0
+    for number in range(3):
+        found = order[3 * number : 3 * number + 3]
+        assert found == ["out.jsonl", "order.jsonl", f"{3 * number + 3} lines"]
+
+
 def test_lines_that_a_kill_has_cut_are_cut_off(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_bytes(b'{"a": 1}\n' + b'{"b": "' + b"x" * 200_000)

@@ -57,6 +57,7 @@ def test_presets_follow_the_number_of_classes_unless_given():
         ("bn++lame", "got ''"),
         ("tent[lr]", r"such as|must set fields as in tent\[lr=1e-3"),
         ("tent[rl=0.1]", "rl"),
+        pytest.param(f"tent[lr={'-' * 5000}1]", "must set fields as in tent", id="deep"),
     ],
 )
 def test_method_strings_that_cannot_be(text, message):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import time
 import zlib
 from typing import Any
@@ -190,3 +192,44 @@ def test_a_model_whose_function_refers_to_it_from_outside_is_adapted_too() -> No
     closed = tta.wrap(Closed(tiny("bn")), "rotta", lr=0.1, update_every=8, **pixels)
     for number in range(4):
         assert torch.equal(plain(images(number)), closed(images(number)))
+
+
+def test_a_fault_at_any_line_of_a_pool_leaves_no_stream_owned() -> None:
+    """A fault is raised before each line of the pool and of views in turn."""
+    shared = tta.runtime.StreamPool(tta.wrap(tiny("bn"), "tent.cifar10"))
+    shared.stream("a", create=True)
+    before, left = sys.gettrace(), 0
+
+    def trace(frame: Any, event: str, _: Any) -> Any:
+        nonlocal left
+        if not frame.f_code.co_filename.endswith(("runtime/pool.py", "runtime/stream_view.py")):
+            return None
+        left -= event == "line"
+        if left == 0:
+            sys.settrace(before)
+            raise Fault
+        return trace
+
+    def use() -> None:
+        with shared.stream("a"):
+            pass
+        shared.stream("a", wait=False)
+        shared.freeze("a")
+        _ = shared.stream("a").report
+        shared.stream("b", create=True)
+        shared.drop("b")
+
+    faults = 0
+    for number in range(1, 1000):
+        left = number
+        with contextlib.suppress(Fault):
+            sys.settrace(trace)
+            use()
+        sys.settrace(before)
+        if left > 0:
+            break
+        faults += 1
+        for name in shared.streams():
+            shared.stream(name, wait=False)
+    assert faults > 60
+    shared.close()

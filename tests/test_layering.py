@@ -44,7 +44,7 @@ EXTRAS = {
     "uvicorn",
     "prometheus_client",
 }
-EXTRAS |= {"onnx", "onnxscript", "onnxruntime", "ray"}
+EXTRAS |= {"onnx", "onnxscript", "onnxruntime", "python_multipart", "ray"}
 
 # The rooms of a package, and which others each may import. The verbs are the files at the top.
 ROOMS: dict[str, dict[str, set[str]]] = {

@@ -269,6 +269,9 @@ def test_several_sources_are_read_side_by_side(tmp_path):
     with StreamPool(adapter()) as pool:
         results = list(Pipeline(pool, open_source([place, clip], follow=0), batch_size=4))
         assert sorted(pool.streams()) == ["door", "yard"]
+        for given in ([place, str(clip)], {"yard": place, "door": clip}):
+            parts = Pipeline(pool, given)._source.parts()
+            assert [part.name for part in parts] == ["yard", "door"]
     for name, count in (("yard", 6), ("door", 9)):
         mine = [r for r in results if r.stream == name]
         assert [r.index for r in mine] == list(range(count))
@@ -451,7 +454,7 @@ def test_a_pipeline_is_closed_from_another_thread(tmp_path):
         ({"transform": 3}, TypeError, "`transform` must be a function"),
         ({"on_result": "x"}, TypeError, "`on_result` must be a function"),
         ({"source": 1.5}, TypeError, "`source` must be an iterable"),
-        ({"source": {"a": 1}}, TypeError, "`source` must be an iterable"),
+        ({"source": {"a": None}}, TypeError, "`source` must be a folder, a file, the number of"),
         ({"source": "gone"}, FileNotFoundError, "`source` must be there"),
         ({"adapter_or_pool": 7}, TypeError, "`adapter_or_pool` must be"),
     ],

@@ -232,6 +232,14 @@ def test_a_mixed_batch_that_fails_has_not_happened(batched: bool) -> None:
     assert torch.equal(shared(images(1), rows, create=True), expected)
 
 
+def test_a_mixed_batch_that_is_refused_creates_no_stream() -> None:
+    shared = pool(2)
+    refused(RuntimeError, "`capacity`", lambda: shared(images(0), list("aaabbbcc"), create=True))
+    with shared.stream("b", create=True):
+        refused(RuntimeError, "`stream`", lambda: shared(images(0), list("aaaabbbb"), create=True))
+    assert shared.streams() == ["b"]
+
+
 def test_a_switch_that_fails_harms_no_stream() -> None:
     shared, own = StreamPool(pixels("rotta.cifar10")), {}
     for name in "ab":
@@ -386,6 +394,29 @@ def test_one_owner_at_a_time() -> None:
     with shared.stream("a", wait=False):
         refused(RuntimeError, "this thread", lambda: a(images(0)))
     a(images(0))
+
+
+def test_a_stream_that_was_dropped_while_it_was_waited_for(monkeypatch: Any) -> None:
+    """Also where another one has its name by then, whose owner would be passed over."""
+    shared = pool()
+    shared(images(0), list("aaaabbbb"), create=True)
+    wanted = [
+        lambda: shared(images(1), list("bbbbaaaa"), create=True),
+        lambda: shared.stream("a").__enter__(),
+        lambda: shared.drop("a"),
+    ]
+    for ask in wanted:
+        with monkeypatch.context() as patch:
+
+            def claim(stream: Any, wait: bool) -> None:
+                if stream.name == "a" and shared._store.streams["a"] is stream:
+                    shared._store.drop(stream)
+                    shared._store.make("a")
+
+            patch.setattr(shared._store, "claim", claim)
+            refused(KeyError, "'a' was dropped: ask the pool for it again", ask)
+    for name in "ab":
+        shared.stream(name, wait=False)
 
 
 def test_who_waits_for_a_pool_that_closes_is_told() -> None:

@@ -336,6 +336,18 @@ def test_more_streams_than_fit_side_by_side(tmp_path: Any, monkeypatch: Any) -> 
     assert sorted(StreamPool.open(tiny("bn"), tmp_path / "pool").streams()) == sorted(set(rows))
 
 
+def test_a_stream_with_a_seat_is_not_put_away_for_another_of_its_batch(tmp_path: Any) -> None:
+    """As many streams as fit in memory, the least recently used of them first."""
+    small = StreamPool(tta.wrap(tiny("bn"), "tent.cifar10"), 3, tmp_path / "pool", interval=None)
+    alone = StreamPool(tta.wrap(tiny("bn"), "tent.cifar10"))
+    alone.batched = False
+    for rows in ("aabbcc", "ddaabb", "ccaadd"):  # the first is new, and takes the place of another
+        for pool in (small, alone):
+            pool(images(len(rows), 6), list(rows), create=True)
+    compare((small, alone), [images(1, 6)], list("bbddcc"))
+    assert small._beside.passes == 4 and small.counts["restored"] <= 3
+
+
 def test_streams_go_from_mixed_batches_to_calls_of_their_own_and_back(tmp_path: Any) -> None:
     method = "rotta.cifar10"
 

@@ -240,6 +240,12 @@ def test_what_is_no_image_is_refused_and_changes_nothing() -> None:
             ("/v1/predict?stream=a&create=perhaps", "`create` must be"),
         ]:
             server.refused(422, words, server.post(path, content=png(picture(0))))
+        server.refused(404, "`path` must be one that this server has, got '/v2'", server.get("/v2"))
+        other = server.client.put("/v1/predict")
+        server.refused(405, "`method` must be one that this server has, got PUT", other)
+        assert other.headers["allow"] == "POST"
+        many = server.get("/v1/events?after=" + "9" * 5000)
+        server.refused(422, "`after` must be the number of an event", many)
         for files, words in [
             ({"a": ("x", b"nothing")}, "image 0: `image`"),
             ({"a": (None, b"text")}, "field without a file name"),
@@ -249,6 +255,10 @@ def test_what_is_no_image_is_refused_and_changes_nothing() -> None:
         for body in (b"", b"--x\r\n", b"rubbish", b"--x\r\nContent-Disposition: form-data\r\n\r\n"):
             answer = server.post("/v1/predict", content=body, headers=kind)
             server.refused(422, "`body` must", answer)
+        part = b"--x\r\nContent-Disposition: form-data; name=a; filename=b\r\n\r\n%s\r\n"
+        cut = part % png(picture(0)) + (part % png(picture(1)))[:-9]
+        answer = server.post("/v1/predict", content=cut, headers=kind)
+        server.refused(422, "`body` must end with its closing boundary", answer)
         for body in (b"", b"[", b"[]", b'{"stream": 3}', b"[" * 100_000, b"\xff"):
             server.refused(422, "`body` must be JSON", server.post("/v1/streams", content=body))
         assert server.pool.streams() == ["a"]

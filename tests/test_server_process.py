@@ -102,6 +102,8 @@ def _after(seen: int, last: int) -> Any:
 def test_mistakes_on_the_command_line_are_said_in_a_sentence(tmp_path, capsys) -> None:
     empty = tmp_path / "token"
     empty.write_text("\n")
+    binary = tmp_path / "binary"
+    binary.write_bytes(b"\xff\xfe")
     taken = socket.socket()
     taken.bind(("127.0.0.1", 0))
     taken.listen()
@@ -109,6 +111,8 @@ def test_mistakes_on_the_command_line_are_said_in_a_sentence(tmp_path, capsys) -
     for arguments, words in [
         ([MODEL, "--token-file", str(empty)], "`token-file` must hold"),
         ([MODEL, "--token-file", str(tmp_path / "none")], "No such file"),
+        ([MODEL, "--token-file", str(binary)], "`token` must be 1 to 1000 printable ASCII"),
+        ([MODEL, "--token-file", "/dev/zero"], "`token` must be 1 to 1000 printable ASCII"),
         ([MODEL, "--method", "nothing"], "nothing"),
         ([MODEL, "--port", port], "`port` must be free"),
         ([MODEL, "--host", "256.0.0.1", "--port", "0"], "`port` must be free"),

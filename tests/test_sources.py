@@ -141,6 +141,7 @@ def test_a_video_that_is_cut_off_or_damaged_gives_what_it_has(tmp_path):
         (-1, ValueError, "`source` must be a whole number"),
         ([], ValueError, "at least one source"),
         ("a\0b", ValueError, "no file can be called"),
+        pytest.param("9" * 5000, OSError, "must be a path that can be reached", id="long"),
     ],
 )
 def test_what_is_no_source_is_refused(spec, error, message, tmp_path, monkeypatch):

@@ -79,6 +79,25 @@ def test_other_arguments_are_refused() -> None:
         tta.tune(tiny("bn"), images(0), budget_s=-1)
 
 
+class _Named(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = tiny("bn").eval()
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"logits": self.net(x), "images": x}
+
+
+def test_models_that_return_more_than_logits_are_tuned() -> None:
+    assert tta.tune(_Named(), images(0), budget_s=0) == tta.Setting()
+    last = torch.nn.Sequential(_Named())
+    found = tta.tune(last, images(0), budget_s=0.05, recipe="bn", logits=lambda r: r["logits"])
+    assert isinstance(found, tta.Setting)
+    for empty in (images(0)[:0], torch.tensor(1.0)):
+        with pytest.raises(ValueError, match=r"^`images` must"):
+            tta.tune(tiny("bn"), empty, budget_s=0)
+
+
 def test_the_passes_of_a_recipe_are_those_that_are_timed() -> None:
     """A recipe without gradients makes no backward pass, its fields and slots are wrap's."""
     net = tiny("bn")
@@ -92,8 +111,8 @@ def test_the_passes_of_a_recipe_are_those_that_are_timed() -> None:
     tta.tune(net, images(0), budget_s=0, recipe=tta.wrap(tiny("bn"), "bn").config)
     assert counted.backward == before
     forward = counted.forward
-    tta.tune(net, images(0), budget_s=0, recipe="bn", window=16)
-    assert counted.forward - forward > 7 * 8
+    tta.tune(net, images(0), budget_s=0, recipe="bn", window=32)
+    assert counted.forward - forward == 8 + (8 + 16 + 24 + 32) + 6 * 32  # timed when it is full
     counted.close()
     with pytest.raises(ValueError, match="tentt"):
         tta.tune(net, images(0), budget_s=0, recipe="tentt")

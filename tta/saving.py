@@ -140,9 +140,8 @@ def load(
         if missing:
             raise ValueError(
                 f"`folder` must hold a whole state, but {told(folder)} lacks "
-                f"{shown(min(missing))}: "
-                "save the "
-                "adapter again."
+                f"{shown(min(missing))}: another version may have saved it; do so again with this "
+                "one."
             )
         adapter.load_state(parts["initial"], as_source=True, allow_nonfinite=True)
         adapter.load_state(parts["state"], allow_nonfinite=True)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["COLUMNS", "PLAIN", "add_arguments", "measured_rows", "run"]
 
 ROUNDS = 30
-WARM_UP = 2  # calls of each recipe that are not timed
+WARM_UP = 2  # calls of each recipe that are not timed; with a window, more
 SOURCE_IMAGES = 16  # random ones, where the user has none
 ALL, PLAIN = "all", "plain forward"
 PERCENTILES = (50, 95, 99)
@@ -213,7 +213,8 @@ def _measured(
     from tta.core.passes import Passes
 
     device = batches[0].device
-    for t in range(WARM_UP):
+    window = 0 if subject is model else subject.config.window or 0
+    for t in range(max(WARM_UP, -(-window // len(batches[0])) + 1)):  # until it is full
         subject(batches[t % len(batches)])
     seconds = []
     passes = Passes(model)

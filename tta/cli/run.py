@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from tta.runtime.model_strings import OpenedModel
     from tta.runtime.pipeline import Pipeline, Result
     from tta.runtime.pool import StreamPool
-    from tta.runtime.resuming import JsonLines
+    from tta.runtime.resuming import JsonLines, Order
 
 __all__ = ["add_arguments", "run"]
 
@@ -117,6 +117,7 @@ def run(args: argparse.Namespace) -> int:
         # Frames from the last snapshot on are predicted and learned from again, so that the end is
         # that of a run without a break; what is written of them is not written again.
         starts = {name: _taken(pool, name) for name in pool.streams()}
+        _check_there(lines, pool, starts)
         again = [Resumed(part, starts if not part.live else done, order)
                  for part in source.parts()]  # fmt: skip
         pipeline = Pipeline(
@@ -129,7 +130,7 @@ def run(args: argparse.Namespace) -> int:
             queue=args.queue,
             late=args.late,
         )
-        watch = _Watch(pool, pipeline, events, sum(done.values()), starts)
+        watch = _Watch(pool, pipeline, events, sum(done.values()), starts, [lines, order])
         try:
             with _ended_by_signals(pipeline) as signals:
                 _write_all(args, pipeline, opened, lines, watch, done)
@@ -203,6 +204,17 @@ def _check_settings(args: argparse.Namespace, folder: Path, lines: JsonLines) ->
                 f"{shown(theirs.get(name), 50)}, got {shown(value, 50)}: choose another file, or "
                 "pass --fresh to replace it."
             )
+
+
+def _check_there(lines: JsonLines, pool: StreamPool, starts: dict[str, int]) -> None:
+    """See that the predictions are there of what the streams have learned."""
+    if lines.empty and any(starts.values()):
+        pool.close(save=False)
+        raise ValueError(
+            f"`out` must hold the predictions of the run to go on with, but {told(lines.path)} is "
+            f"gone or empty, after {sum(starts.values()):,} frames: put it back, or pass --fresh "
+            "to begin anew."
+        )
 
 
 def _pool(
@@ -293,6 +305,7 @@ class _Watch:
         events: Where health and events go.
         before: Predictions of earlier runs.
         starts: Frames of each stream that these have used up.
+        first: Files that the disk is to hold before what was learned from what is in them.
     """
 
     def __init__(
@@ -302,7 +315,9 @@ class _Watch:
         events: JsonLines,
         before: int,
         starts: dict[str, int],
+        first: list[JsonLines | Order],
     ) -> None:
+        self.first = first
         self.pool, self.pipeline, self.events, self.before = pool, pipeline, events, before
         self.written = 0
         self.finished = False  # with all batches
@@ -334,10 +349,13 @@ class _Watch:
 
     def save(self) -> None:
         """Write what was learned, and how the streams do; a disk that is full stops nothing."""
-        for stream, health in self._health.items():
-            self.events.add({"stream": stream, "kind": "health", "time": time.time(), **health})
+        with contextlib.suppress(OSError):
+            for stream, health in self._health.items():
+                self.events.add({"stream": stream, "kind": "health", "time": time.time(), **health})
         self._health.clear()
-        with contextlib.suppress(OSError):  # it is logged
+        with contextlib.suppress(OSError):  # of the pool, it is logged
+            for file in self.first:
+                file.flush()
             self.pool.snapshot()
 
     def all_written(self) -> bool:
@@ -369,7 +387,8 @@ class _Watch:
         self._seen[stream] = event["step"]
         figures = _plain(event["figures"])
         line = {"stream": stream, "kind": "event", "time": time.time(), "index": index}
-        self.events.add(line | {**event, "figures": figures})
+        with contextlib.suppress(OSError):
+            self.events.add(line | {**event, "figures": figures})
         print(
             f"{CLEAR if self._live else ''}{stream}, frame {index}: {event['action']}, "
             f"{event['reason']}",

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["add_arguments", "application_from", "build", "pool_from", "run"]
 
 TOKEN = "TTA_TOKEN"  # environment variable; a flag would show it to every user of the machine
+LONGEST_FILE = 1 << 16  # bytes that are read of one that is to hold a token
 MIB = 1 << 20
 
 
@@ -260,10 +261,13 @@ def _door(args: argparse.Namespace) -> dict[str, Any]:
 
 def _token(path: str | None) -> str | None:
     """The token that requests must bear, if one was set."""
-    token = os.environ.get(TOKEN, "") if path is None else Path(path).read_text().strip()
-    if path is not None and not token:
+    if path is None:
+        return os.environ.get(TOKEN) or None
+    with Path(path).open("rb") as file:  # which may be a device, or no text
+        token = file.read(LONGEST_FILE).decode("utf-8", "replace").strip()
+    if not token:
         raise ValueError(f"`token-file` must hold a token, but {told(path)} is empty: write one.")
-    return token or None
+    return token
 
 
 def _say(address: str) -> None:

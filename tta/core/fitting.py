@@ -80,7 +80,7 @@ def load_constants(
         if missing is not None:
             raise ValueError(
                 f"`folder` must hold the constants of {part.name} for this model, but does not "
-                f"({reason}): save the adapter again."
+                f"({reason}): another version may have saved it; do so again with this one."
             )
     source = _checked(adapter, adapter.network, source)
     for part in adapter.parts.values():

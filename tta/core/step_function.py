@@ -16,7 +16,7 @@ from tta.core.state import GUARD, Place
 from tta.core.traced_pass import check_one_pass
 from tta.core.tracing import is_tracing, recording, tracing_step
 
-__all__ = ["BATCHES", "Step", "moving_keys", "refuse", "to_function"]
+__all__ = ["BATCHES", "Step", "learns", "moving_keys", "refuse", "to_function"]
 
 SMALL = 1 << 16  # elements
 BATCHES = f"{GUARD}monitor.batches"  # what a guard that resets goes by
@@ -171,15 +171,18 @@ class Step(nn.Module):
             for i, (begin, value) in enumerate(zip(self._start(), state, strict=True))
         ]
         state = self._unpack(joined, state)
-        fine = self._defined(joined, state)
+        fine, sizes = self._defined(joined, state), None
         if images.is_floating_point():
-            fine = fine & (torch.linalg.vector_norm(images) <= LARGE)  # False for NaN
+            sizes = torch.linalg.vector_norm(images.flatten(1), dim=1)
+            fine = fine & (torch.linalg.vector_norm(sizes) <= LARGE)  # False for NaN
         with recording(adapter), tracing_step(~fine):
             own = [value.clone() for value in state]
             prediction, logits, after = self._serve(adapter, images, own)
         joined_after = self._pack(after)
         fine = fine & self._defined(joined_after, after)
         logits = torch.where(fine, logits, prediction.logits)
+        if sizes is not None:  # a network in 8 bits gives numbers for whatever it gets
+            logits = torch.where((sizes < torch.inf)[:, None], logits, torch.nan)
         after = [
             value if i in self.packed else torch.where(fine, value, old)
             for i, (value, old) in enumerate(zip(after, state, strict=True))

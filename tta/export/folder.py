@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from tta.core.adapter import Adapter
 from tta.core.checks import folder_like
 from tta.core.files import replacing_together, writing
 from tta.core.rehearsal import rehearse
-from tta.core.step_function import to_function
+from tta.core.step_function import learns, to_function
 from tta.export.onnx_graph import OPSET, forget_origin, trace, translate
 from tta.export.quantise import calibration_batches, network_nodes, quantise
 from tta.export.trial import check_same, make_batches
@@ -84,7 +85,8 @@ def to_onnx(
     example = example.detach()
     source_images = None if calibration is None else calibration_batches(calibration, example)
     batches = make_batches(example)
-    answers = rehearse(adapter, batches)  # a model that refuses the images says so itself
+    with nullcontext() if learns(adapter) else adapter.frozen():  # as the graph is
+        answers = rehearse(adapter, batches)  # a model that refuses the images says so itself
     program = translate(trace(step, example), len(step.keys))
     nodes = network_nodes(program.model.graph)
     forget_origin(program.model.graph)
@@ -130,6 +132,7 @@ def _metadata(adapter: Adapter, keys: list[str]) -> dict[str, str]:
     """What the file says of itself: which key of a state each number is, and how to read images."""
     found = {str(i): key for i, key in enumerate(keys)}
     found |= {"recipe": adapter.config.label, "opset": str(OPSET), "tta": __version__}
+    found["activation"] = adapter.config.activation
     space = _pixel_space(adapter)
     return found | {"mean": json.dumps(space[0]), "std": json.dumps(space[1])}
 

@@ -91,7 +91,7 @@ def _fields(part: str, argument: str) -> tuple[str, dict[str, Any]]:
         fields = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
         assert len(fields) == len(call.keywords)  # none given twice
         return name.strip(), fields
-    except (SyntaxError, ValueError, AssertionError) as error:
+    except (SyntaxError, ValueError, AssertionError, RecursionError, MemoryError) as error:
         raise ValueError(
             f"`{argument}` must set fields as in tent[lr=1e-3, steps=2], got {shown(part)}"
         ) from error

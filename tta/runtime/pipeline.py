@@ -42,6 +42,7 @@ MOST_WORKERS = 256
 MOST_STALE = 1000
 MOST_TOGETHER = 32  # streams
 REMEMBERED = 10_000  # latencies
+NAMED = (str, PathLike, int, Source)  # what `open_source` takes, one or several of them
 
 
 @dataclass(frozen=True, eq=False)
@@ -365,9 +366,10 @@ def _from_array(array: np.ndarray) -> Any:
 def _as_source(source: Any) -> Source:
     if isinstance(source, Source):
         return source
-    if isinstance(source, (str, PathLike, int)):
+    several = isinstance(source, (list, tuple)) and all(isinstance(one, NAMED) for one in source)
+    if isinstance(source, (dict, *NAMED)) or (several and source):  # no image is one of these
         return open_source(source)
-    if isinstance(source, dict) or not isinstance(source, Iterable):
+    if not isinstance(source, Iterable):
         raise TypeError(
             f"`source` must be an iterable of images or what open_source() gives, got "
             f"{shown(source)}: pass one of these."

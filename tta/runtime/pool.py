@@ -251,11 +251,13 @@ class StreamPool:
         new = [name for name in rows if self._store.find(name) is None]
         if new and not create:
             self._known(new[0], create)
+        unused: list[Stream] = []  # until now, and made for this call
         with ExitStack() as owned:
-            for name in sorted(rows):  # in one order, or two calls would wait for each other
-                owned.enter_context(self.stream(name, create))
-            unused = [s for name in new if (s := self._store.streams[name]).version == 0]
             try:
+                for name in sorted(rows):  # in one order, or two calls would wait for each other
+                    owned.enter_context(self.stream(name, create))
+                    stream = self._store.streams[name]
+                    unused += [stream] if name in new and stream.version == 0 else []
                 found = self.run_each(
                     rows, lambda a, name: a(images if len(rows) == 1 else images[rows[name]])
                 )
@@ -322,11 +324,8 @@ class StreamPool:
             RuntimeError: When the stream has an owner.
         """
         stream = self._known(name)
-        self._own(stream, self, wait=False)
-        try:
+        with self.stream(name, wait=False):
             self._store.drop(stream)
-        finally:
-            self._give_back(stream, self)
 
     def snapshot(self, name: str | None = None) -> int:
         """Write all streams that have changed since they were last written, or one of them.
@@ -445,6 +444,7 @@ class StreamPool:
         self._own_here(stream, view, wait, me)
         try:
             self._store.claim(stream, wait)  # among processes
+            self._store.check_there(stream)  # it may have been dropped meanwhile
         except BaseException:
             self._give_back(stream, view)
             raise

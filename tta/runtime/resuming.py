@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import stat
 import threading
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -45,6 +47,11 @@ class JsonLines:
                 f"({error.strerror}): choose another."
             ) from None
         try:
+            if not stat.S_ISREG(os.fstat(self._handle).st_mode):
+                raise ValueError(
+                    f"`{name}` must be a file that can be read and cut too, to go on after a kill, "
+                    f"but {told(path)} is a device or a pipe: choose a file."
+                )
             self._lock()
             self._cut()
         except BaseException:
@@ -84,6 +91,18 @@ class JsonLines:
                 f"`{self.name}` must be a file that can be written to, but {told(self.path)} is "
                 f"not ({error.strerror}): make room, and repeat the command to go on."
             ) from None
+
+    def flush(self) -> None:
+        """Have the disk hold the lines, which power may fail.
+
+        Raises:
+            OSError: When it cannot.
+        """
+        try:
+            os.fsync(self._handle)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # not every file system can
+                raise
 
     def close(self) -> None:
         """Give the file to other processes."""
@@ -142,6 +161,10 @@ class Order:
         """Note the next file of a stream."""
         with self._lock:
             self._lines.add({"stream": stream, "source": source})
+
+    def flush(self) -> None:
+        """As :meth:`JsonLines.flush`."""
+        self._lines.flush()
 
     def close(self) -> None:
         """Close the file."""

@@ -121,6 +121,7 @@ class SideBySide:
                 seat = Seat(TwinSets(store.sets))
                 self._shared.add(seat.adapter.model)
                 self._seats.append(seat)
+        store.touch(streams)  # or bringing one might put another of them away, seat and all
         free = [s for s in self._seats if s.stream not in streams or s.stream.seat is not s]  # type: ignore[union-attr]
         for stream in streams:
             seat = stream.seat

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 from urllib.parse import urlsplit
 
 from tta.core.checks import number, path_like, shown, whole_number
@@ -16,6 +17,7 @@ __all__ = ["open_source"]
 
 NETWORK = ("rtsp", "rtsps", "rtp", "rtmp", "srt", "udp", "tcp", "http", "https")
 MOST_CAMERAS = 1023
+LONGEST_NUMBER = 9  # digits
 FOLLOW = 1.0
 TIMEOUT = 10.0
 # Of RTSP: frames that are lost on the way would grey the picture.
@@ -64,14 +66,20 @@ def _each(spec: Any, name: str | None) -> Iterator[tuple[str, Any]]:
 
 
 def _name_of(spec: Any) -> str:
-    if isinstance(spec, int) or (isinstance(spec, str) and spec.isdecimal()):
+    if _is_camera(spec):
         return f"camera-{spec}"
     if isinstance(spec, str) and "://" in spec:
         return _safe(spec).partition("://")[2]
     if isinstance(spec, (str, PathLike)):
         path = Path(spec).absolute()
-        return path.name if path.is_dir() else path.stem
+        return path.name if os.path.isdir(path) else path.stem  # pathlib's raises for long ones
     return "source"
+
+
+def _is_camera(spec: Any) -> TypeGuard[int | str]:
+    """Whether a source is the number of a camera; what has more digits is the name of a file."""
+    digits = isinstance(spec, str) and spec.isdecimal() and len(spec) <= LONGEST_NUMBER
+    return isinstance(spec, int) or digits
 
 
 def _free(name: str, taken: set[str]) -> str:
@@ -98,17 +106,15 @@ def _opened(spec: Any, name: str, follow: float, timeout: float) -> Source:
             f"`source` must be a folder, a file, the number of a camera or an address, got "
             f"{shown(spec)}: pass a string, or an iterable of images to the pipeline itself."
         )
-    if isinstance(spec, int) or (isinstance(spec, str) and spec.isdecimal()):
+    if _is_camera(spec):
         return camera(whole_number("source", int(spec), 0, MOST_CAMERAS), name)
     if isinstance(spec, str) and "://" in spec:
         return _network(spec, name, timeout)
     path = path_like("source", spec)
-    if path.is_dir() or path.suffix.lower() in PICTURES:
-        if not path.exists():
-            raise _missing(path)
-        return FolderSource(path, name, follow if path.is_dir() else 0.0)
     if not path.exists():
         raise _missing(path)
+    if path.is_dir() or path.suffix.lower() in PICTURES:
+        return FolderSource(path, name, follow if path.is_dir() else 0.0)
     if not path.is_file():
         raise ValueError(
             f"`source` must be a folder or a file, got {shown(str(path))}, which is neither: name "

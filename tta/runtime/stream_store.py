@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -95,7 +96,7 @@ class StreamStore:
             self.counts["handed_over"] = 0
         self.failure: str | None = None  # what went wrong last with a file, in words
         self.streams: dict[str, Stream] = {}
-        self.in_memory: dict[str, Stream] = {}  # the least recently used first
+        self.in_memory: OrderedDict[str, Stream] = OrderedDict()  # the least recently used first
         self.closed = False
         self.seat = Seat(self.sets)  # of the adapter itself
         self._inside = False  # whether a call is going on
@@ -127,6 +128,15 @@ class StreamStore:
             if self._inside:  # by this thread, as it has the lock
                 raise RuntimeError(INSIDE)
             yield
+
+    def check_there(self, stream: Stream) -> None:
+        """Refuse a stream that was dropped; another one may have its name by now.
+
+        Raises:
+            KeyError: When it was.
+        """
+        if self.streams.get(stream.name) is not stream:
+            raise _dropped(stream.name)
 
     def find(self, name: str) -> Stream | None:
         """A stream that is known, or has a file that another process has written."""
@@ -370,8 +380,7 @@ class StreamStore:
         seat = seat or self.seat
         self.check_open()
         name = stream.name
-        if self.streams.get(name) is not stream:
-            raise _dropped(name)
+        self.check_there(stream)
         if self.owners is not None:
             if not self.owners.claim(name):
                 raise ElsewhereError(name)
@@ -393,8 +402,15 @@ class StreamStore:
                 seat.sets.put(stream.kept)
             seat.stream = stream
             stream.seat, stream.kept = seat, None
-        self.in_memory[name] = self.in_memory.pop(name, stream)  # now the last one
+        self.in_memory[name] = stream
+        self.in_memory.move_to_end(name)
         self._make_room(stream)
+
+    def touch(self, streams: Sequence[Stream]) -> None:
+        """Count streams as the last that were used, those of them that are in memory."""
+        for stream in streams:
+            if stream.name in self.in_memory:
+                self.in_memory.move_to_end(stream.name)
 
     def _is_gone(self, stream: Stream) -> bool:
         """Whether a stream is in no memory and has no file."""

@@ -74,8 +74,12 @@ class StreamView:
 
     def __enter__(self) -> StreamView:
         self._check()
-        self._own(self)
-        self._entered = True
+        try:
+            self._own(self)
+            self._entered = True
+        except BaseException:  # a signal, which may have come after it was owned
+            self._release(self)
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -83,7 +87,7 @@ class StreamView:
         self._release(self)
 
     def __del__(self) -> None:
-        if self.__dict__.get("_entered") and not self._left:  # a block that a signal has ended
+        if "_release" in self.__dict__:  # what a signal has kept from ending is ended here
             self._release(self)
 
     def __getattr__(self, name: str) -> Any:

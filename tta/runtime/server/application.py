@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tta.core.checks import told, whole_number
+from tta.core.checks import shown, told, whole_number
 from tta.runtime.extras import needed
 from tta.runtime.pool import StreamPool
 from tta.runtime.server.decoding import Decoder
@@ -73,6 +73,9 @@ def application(
     """
     fastapi = needed("fastapi", "serve")
     needed("python_multipart", "serve")
+    from fastapi.responses import JSONResponse
+    from starlette.exceptions import HTTPException
+
     from tta.runtime.server.routes import add_routes
 
     if not isinstance(pool, StreamPool):
@@ -118,16 +121,27 @@ def application(
             422, f"`{told(name, 40)}` must be of another kind: {told(first['msg'], 100)}."
         )
 
+    @app.exception_handler(HTTPException)
+    async def say_where(request: Any, error: Any) -> Any:
+        asked = {404: "path", 405: "method"}.get(error.status_code, "request")
+        got = request.method if asked == "method" else shown(request.url.path, 60)
+        words = f"`{asked}` must be one that this server has, got {got}: see /openapi.json."
+        return JSONResponse({"detail": words}, error.status_code, error.headers)
+
     add_routes(app, service, decoder, threads)
     return app
 
 
 def check_token(token: str | None) -> None:
     """Refuse what no header can carry."""
-    if token is not None and (not 0 < len(token) <= LONGEST_TOKEN or not token.isascii()):
+    if token is None:
+        return
+    plain = token.isascii() and token.isprintable() and token == token.strip()
+    if not 0 < len(token) <= LONGEST_TOKEN or not plain:
         raise ValueError(
-            f"`token` must be 1 to {LONGEST_TOKEN} ASCII characters, got {len(token)} characters: "
-            "make one by `openssl rand -hex 32`."
+            f"`token` must be 1 to {LONGEST_TOKEN} printable ASCII characters without spaces "
+            f"around them, got {len(token)}{'' if plain else ', of which some are others'}: make "
+            "one by `openssl rand -hex 32`."
         )
 
 

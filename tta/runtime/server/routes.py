@@ -23,6 +23,7 @@ from tta.runtime.server.service import Service
 __all__ = ["PARTS", "add_routes", "after_of", "name_of", "parts_of"]
 
 ACTIONS = ("freeze", "unfreeze", "reset", "save")
+LONGEST_NUMBER = 18  # digits
 PARTS = "tta.parts"  # in a request's scope: what :func:`parts_of` has taken from it elsewhere
 
 
@@ -186,7 +187,7 @@ async def name_of(request: Any) -> str:
 def after_of(request: Any) -> int | None:
     """The last event that a listener has heard; None for what is new alone."""
     last = request.headers.get("last-event-id", request.query_params.get("after", ""))
-    if last and not (last.isascii() and last.isdecimal()):
+    if last and not (last.isascii() and last.isdecimal() and len(last) <= LONGEST_NUMBER):
         raise RefusedError(
             422,
             f"`after` must be the number of an event, got {shown(last, 30)}: pass 0 for all "
@@ -201,6 +202,7 @@ async def parts_of(request: Any, most: int) -> list[tuple[str, bytes]]:
 
     if request.scope.get(PARTS) is not None:
         return request.scope[PARTS]
+    whole = await request.body()
     try:
         form = await request.form(max_files=most, max_fields=1)
     except HTTPException as error:
@@ -211,6 +213,12 @@ async def parts_of(request: Any, most: int) -> list[tuple[str, bytes]]:
         ) from None
     try:
         parts = form.multi_items()
+        if not _is_closed(whole, request.headers["content-type"]):
+            raise RefusedError(  # or what follows the cut would be missing from the answers
+                422,
+                "`body` must end with its closing boundary, got one that is cut off: send "
+                "it whole.",
+            )
         if not parts or any(isinstance(value, str) for _, value in parts):
             raise RefusedError(
                 422,
@@ -220,6 +228,14 @@ async def parts_of(request: Any, most: int) -> list[tuple[str, bytes]]:
         return [(name, await value.read()) for name, value in parts]
     finally:
         await form.close()
+
+
+def _is_closed(body: bytes, content_type: str) -> bool:
+    """Whether a multipart body has its last boundary, which the parser does not ask for."""
+    from python_multipart.multipart import parse_options_header
+
+    boundary = parse_options_header(content_type)[1].get(b"boundary", b"")
+    return b"--" + boundary + b"--" in body
 
 
 async def _until_gone(request: Any) -> None:

@@ -1,0 +1,140 @@
+"""The script beside an exported graph: pictures as they come, and a state that it goes on from."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from tta.core.pictures import as_rgb
+from tta.export import run
+
+META = {"mean": "[0.4, 0.5, 0.6]", "std": "[0.2, 0.3, 0.4]", "activation": "softmax"}
+SHAPE = (3, 24, 32)
+Y, X = np.mgrid[0:48, 0:64]
+PICTURE = Image.fromarray(np.stack([X * 4, Y * 5, X + Y], -1).astype(np.uint8))
+
+
+def pictures(folder: Path) -> Path:
+    """Whole pictures of many modes, named by them."""
+    folder.mkdir()
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    PICTURE.rotate(90, expand=True).save(folder / "exif.jpg", exif=turned, quality=95)
+    PICTURE.convert("CMYK").save(folder / "cmyk.jpg", quality=95)
+    for mode in ("RGB", "L", "LA", "1", "P"):
+        PICTURE.convert(mode).save(folder / f"{mode}.png")
+    PICTURE.convert("P").save(folder / "transparent.PNG", transparency=0)
+    clear = PICTURE.convert("RGBA")
+    clear.putalpha(Image.fromarray((X * 4).astype(np.uint8)))
+    clear.save(folder / "RGBA.png")
+    Image.fromarray(np.asarray(PICTURE.convert("L"), np.uint16) * 257).save(folder / "deep.png")
+    PICTURE.save(folder / "moving.webp", save_all=True, append_images=[PICTURE.rotate(180)])
+    return folder
+
+
+def test_pictures_are_read_as_the_other_commands_read_them(tmp_path):
+    for file in sorted(pictures(tmp_path / "in").iterdir()):
+        found = run.read(file, SHAPE, np.float32, META)
+        rgb = ImageOps.fit(as_rgb(Image.open(file), "image"), (32, 24))
+        mean, std = ([0.4, 0.5, 0.6], [0.2, 0.3, 0.4])
+        wanted = ((np.asarray(rgb) / 255 - mean) / std).transpose(2, 0, 1)
+        assert found.dtype == np.float32 and found.shape == SHAPE
+        assert np.abs(found - wanted).max() < 1e-5, file.name
+
+
+def test_models_of_one_channel_and_of_levels(tmp_path):
+    PICTURE.save(tmp_path / "0.png")
+    grey = run.read(tmp_path / "0.png", (1, 24, 32), np.float32, {"mean": "[0.0]", "std": "[1.0]"})
+    wanted = np.asarray(ImageOps.fit(PICTURE.convert("L"), (32, 24)))
+    assert grey.shape == (1, 24, 32) and np.abs(grey[0] * 255 - wanted).max() < 1e-3
+    levels = run.read(tmp_path / "0.png", SHAPE, np.uint8, META)
+    assert levels.dtype == np.uint8
+    assert np.array_equal(levels.transpose(1, 2, 0), np.asarray(ImageOps.fit(PICTURE, (32, 24))))
+
+
+class _Session:
+    """A graph whose state counts images; each one's class is its brightest channel."""
+
+    def __init__(self, _: str) -> None:
+        pass
+
+    def get_modelmeta(self):
+        return SimpleNamespace(custom_metadata_map=META | {"mean": "[0]", "std": "[1]"})
+
+    def get_inputs(self):
+        kind = {"images": "tensor(float)", "reset": "tensor(bool)", "state_in_0": "tensor(int64)"}
+        shapes = {"images": ["s", *SHAPE], "reset": [1], "state_in_0": [1]}
+        return [SimpleNamespace(name=n, type=kind[n], shape=shapes[n]) for n in kind]
+
+    def run(self, _, feeds):
+        images = feeds["images"]
+        count = np.where(feeds["reset"], 0, feeds["state_in_0"]) + len(images)
+        return [images.mean((2, 3)), count]
+
+
+@pytest.fixture
+def script(tmp_path, monkeypatch, capsys):
+    """Runs the script on a folder; gives what it wrote, by line, and its errors."""
+    monkeypatch.setitem(sys.modules, "onnxruntime", SimpleNamespace(InferenceSession=_Session))
+    monkeypatch.setattr(run, "HERE", tmp_path)
+    np.savez(tmp_path / "state.npz", state_in_0=np.zeros(1, np.int64))
+
+    def call(*arguments: object):
+        monkeypatch.setattr(sys, "argv", ["run.py", *map(str, arguments)])
+        run.main()
+        out, err = capsys.readouterr()
+        return [json.loads(line) for line in out.splitlines()], err
+
+    return call
+
+
+def test_what_cannot_be_read_is_left_out_and_the_rest_goes_on(script, tmp_path):
+    folder = pictures(tmp_path / "in")
+    whole = (folder / "RGB.png").read_bytes()
+    (folder / "a.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "b.jpg").write_bytes(b"")
+    np.save(folder / "c.npy", np.zeros((3, 5, 5), np.float32))
+    np.save(folder / "d.npy", np.full(SHAPE, np.nan))
+    np.save(folder / "e.NPY.npy", np.ones(SHAPE))
+    rows, errors = script(folder, "--batch", 4, "--state", tmp_path / "s")
+    names = [row["file"] for row in rows]
+    assert len(names) == 12 and names == sorted(names)
+    assert [line.split()[0] for line in errors.splitlines()] == ["a.png", "b.jpg", "c.npy", "d.npy"]
+    assert "arrays of shape (3, 24, 32), got (3, 5, 5)" in errors
+    assert "it has no finite prediction" in errors
+
+
+def test_it_goes_on_from_a_state_of_whatever_name(script, tmp_path):
+    folder, state = pictures(tmp_path / "in"), tmp_path / "camera"
+    for runs in (1, 2):
+        rows, _ = script(folder, "--batch", 3, "--state", state)
+        assert np.load(state)["state_in_0"] == runs * len(rows) == runs * 11
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_what_it_refuses(script, tmp_path, capsys):
+    np.savez(tmp_path / "other.npz", state_in_0=np.zeros(2))
+    folder = pictures(tmp_path / "in")
+    for arguments, words in (
+        ((folder, "--batch", 0), "--batch at least 1"),
+        ((tmp_path / "none",), "IMAGES must be a folder"),
+        ((folder, "--state", tmp_path / "other.npz"), "must be a state of this graph"),
+    ):
+        with pytest.raises(SystemExit):
+            script(*arguments)
+        assert words in capsys.readouterr().err
+    assert np.load(tmp_path / "other.npz")["state_in_0"].shape == (2,)
+
+
+def test_a_sigmoid_is_no_softmax():
+    logits = np.array([[2.0, -2.0]])
+    assert np.allclose(
+        run.probabilities(logits, {"activation": "sigmoid"}), [[0.8808, 0.1192]], atol=1e-4
+    )
+    assert np.allclose(run.probabilities(logits, META), [[0.982, 0.018]], atol=1e-4)
