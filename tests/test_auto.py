@@ -421,6 +421,49 @@ def test_a_norm_rule_that_makes_predictions_surer_is_put_aside_on_more_evidence(
     assert guard._harmful(50, 0.0)
 
 
+def test_the_source_answers_beside_frames_of_a_broken_camera() -> None:
+    """One image in eight of values that spoil the statistics of the batch for the seven others."""
+    net = _Mixed().eval()
+    adapter = tta.wrap(net, "bn", guard="steady", batch_size=64)
+    for part in labels_of(0.0, 64 * 8).split(64):
+        x = net.images(part)
+        x[::8] *= 255
+        right = adapter(x).argmax(1) == part
+        assert right[torch.arange(64) % 8 > 0].double().mean() > 0.9
+    assert {event["action"] for event in adapter.events} <= {"source", "reset"}
+    for part in labels_of(0.0, 64 * 40).split(64):
+        adapter(net.images(part))
+    assert adapter.health["action"] == "learn"
+
+
+def test_predictions_that_are_unsure_and_differ_from_the_source_are_not_given() -> None:
+    adapter = tta.wrap(tiny("bn"), "tent", guard="steady", batch_size=64)
+    guard: Any = adapter.guard
+    _shows(guard.runs, 0.0)
+    sure, unsure = torch.eye(CLASSES) * 8, torch.eye(CLASSES)
+    guard.surer.see(unsure, sure)  # less sure, but the same labels
+    assert not guard._in_doubt() and not guard._harmful(64, 4.0)
+    guard.surer.forget()
+    guard.surer.see(unsure.roll(1, 0), sure)
+    assert guard._in_doubt() and guard._harmful(64, 4.0)
+    assert "nonsense" in guard._why()
+
+
+def test_the_source_answers_in_a_pause_after_it_was_ahead() -> None:
+    """The norm rule goes on to do harm while nothing is learned."""
+    adapter = tta.wrap(tiny("bn"), "tent", guard="steady", batch_size=64)
+    guard: Any = adapter.guard
+    adapter(images(0, 64))
+    poor, rich = torch.zeros(64, CLASSES), torch.eye(CLASSES).repeat(16, 1)[:64] * 20
+    poor[:, 0] = 20.0
+    guard.source_gap.see(poor, rich)
+    adapter(images(1, 64))
+    assert adapter.health["action"] == "reset"
+    source = tiny("bn").eval()(images(2, 64))
+    assert torch.equal(adapter(images(2, 64)), source)
+    assert adapter.health["action"] == "source" and "pause" in adapter.health["reason"]
+
+
 def test_how_much_surer_predictions_are_is_averaged_over_images() -> None:
     gap = ConfidenceGap(span=64)
     assert gap.mean() == 0.0
@@ -429,8 +472,11 @@ def test_how_much_surer_predictions_are_is_averaged_over_images() -> None:
     assert gap.mean() == pytest.approx(0.5)
     gap.see(unsure, sure)  # of at most 64 images, 48 are these
     assert gap.mean() == pytest.approx(-0.25)
+    assert gap.agreement() == 1.0  # all say the first class
     gap.forget()
     assert gap.mean() == 0.0
+    gap.see(sure, torch.tensor([[0.0, 1.0]]).expand(48, 2))
+    assert gap.agreement() == 0.0
 
 
 def test_the_adapted_model_is_tried_again_while_the_source_answers() -> None:

@@ -14,6 +14,7 @@ from tta.core.output_rule import Output
 from tta.core.prediction import Prediction
 from tta.core.source import SourceStatistics, missing_artefact
 from tta.parts.displacement import ClassDisplacements
+from tta.parts.far_features import FarFeatures
 
 __all__ = ["MOST_IMAGES", "ShiftRule", "in_logits", "take_mean"]
 
@@ -27,7 +28,7 @@ class ShiftRule(Output):
     those of an update's teacher, or of the weights before a step.
 
     Args:
-        config: The component's config, with ``balanced``.
+        config: The component's config, with ``balanced`` and ``official``.
         context: What is known at wrap.
     """
 
@@ -43,6 +44,7 @@ class ShiftRule(Output):
         super().__init__(config, context)
         zeros = torch.zeros(context.feature_size, dtype=torch.float32)
         self.register_buffer("feature_mean", zeros, persistent=False)
+        self.far = None if config.official else FarFeatures()
         self.classes: ClassDisplacements | None = None
         if config.balanced:
             self.classes = ClassDisplacements(context.num_classes, context.feature_size)
@@ -50,6 +52,12 @@ class ShiftRule(Output):
     def offset(self) -> Tensor:
         """What is added to the features (D,)."""
         raise NotImplementedError  # pragma: no cover
+
+    def features_of(self, prediction: Prediction, centre: Tensor) -> Tensor:
+        """Features (B, D) to average, with the centre (D,) in place of those of bad images."""
+        assert prediction.features is not None
+        features = prediction.features.float()
+        return features if self.far is None else self.far.left_out(features, centre)
 
     def shifted(self, prediction: Prediction) -> Tensor:
         """Logits (B, C) for features to which :meth:`offset` is added, in float32."""

@@ -61,6 +61,7 @@ ENOUGH = 192  # images without runs after which they have ended
 LAST = 64  # images by which one class is told
 SEEN = 24  # of them, at least, counted as averages do
 ONE = "one class is seen, of which the source is surer"
+LESS_SURE = 0.05  # by how much the adapted model is less sure of one class than the source
 ONE_CLASS = 0.2  # concentration of the source's labels from which it may be one class
 
 
@@ -164,7 +165,7 @@ class Auto(Guard):
         source has collapsed, which looks the same in its labels, the adapted model is the surer.
         """
         known = self.last.images() >= SEEN and self.last.concentration() > ONE_CLASS
-        return known and self.surer.mean() < 0
+        return known and self.surer.mean() < -LESS_SURE
 
     def _due(self, age: int, count: int) -> bool:
         """Whether the source is asked; of small batches a few in a row, to compare their labels."""

@@ -32,6 +32,7 @@ from tta.core.source import SourceStatistics
 from tta.core.tracing import count_rows, is_tracing
 from tta.methods._label_filter import LabelFilter, LabelFilterConfig
 from tta.methods._shift import take_mean
+from tta.parts.far_features import FarFeatures
 
 __all__ = ["Drift", "DriftConfig"]
 
@@ -71,6 +72,7 @@ class Drift(LabelFilter):
         self.register_buffer("shifts", torch.zeros((), dtype=torch.bool), persistent=False)
         self.register_buffer("centre", zeros.clone())
         self.register_buffer("head", torch.tensor(UNKNOWN))
+        self.far = FarFeatures()
 
     def correct(self, prediction: Prediction) -> Tensor:
         """Logits (B, C) of shifted features, or what the images say together where labels stay."""
@@ -114,7 +116,8 @@ class Drift(LabelFilter):
             known = ~self.shifts | (self.head != UNKNOWN)
             self.head.copy_(torch.where(known, self.head, found))
         share = 1 - (1 - 1 / self.config.shift_horizon) ** count_rows(features)
-        moved = share * (features.float().mean(0) - self.centre)
+        features = self.far.left_out(features.float(), self.centre, self.shifts)
+        moved = share * (features.mean(0) - self.centre)
         self.centre += torch.where(self.shifts, moved, 0.0) if is_tracing() else moved
 
     def _in_logits(self) -> Tensor:

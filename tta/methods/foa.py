@@ -83,11 +83,13 @@ class FoaShiftConfig(ComponentConfig):
 
     momentum: float = 0.1  # a, weight of the new batch
     balanced: bool = False  # every predicted class counts once (ours)
+    official: bool = False  # without the rule for bad images
 
     def __post_init__(self) -> None:
         super().__post_init__()
         fraction("momentum", self.momentum)
         boolean("balanced", self.balanced)
+        boolean("official", self.official)
 
 
 @register("foa_shift")
@@ -131,8 +133,8 @@ class FoaShift(ShiftRule):
 
     @torch.no_grad()
     def _move(self, prediction: Prediction) -> None:
-        assert prediction.features is not None
-        offsets, rate = prediction.features.float() - self.feature_mean, self.config.momentum
+        features = self.features_of(prediction, self.feature_mean - self.offset())
+        offsets, rate = features - self.feature_mean, self.config.momentum
         if self.classes is not None:
             self.classes.move(offsets, prediction.logits.argmax(1), rate)
             self.shift.copy_(-self.classes.mean())

@@ -55,6 +55,7 @@ class NeoConfig(ComponentConfig):
     momentum: float | None = None  # a, weight of the new batch; None = the mean of all images
     use_source_mean: bool = False  # add the mean of the source's features (ours)
     balanced: bool = False  # every predicted class counts once (ours)
+    official: bool = False  # without the rule for bad images
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -62,6 +63,7 @@ class NeoConfig(ComponentConfig):
             fraction("momentum", self.momentum)
         boolean("use_source_mean", self.use_source_mean)
         boolean("balanced", self.balanced)
+        boolean("official", self.official)
 
 
 @register("neo")
@@ -106,8 +108,7 @@ class Neo(ShiftRule):
 
     @torch.no_grad()
     def _move(self, prediction: Prediction) -> None:
-        assert prediction.features is not None
-        features, rate = prediction.features.float(), self.config.momentum
+        features, rate = self.features_of(prediction, self.centre), self.config.momentum
         if rate is None:
             self.count += count_rows(features)
         if self.classes is not None:

@@ -52,14 +52,17 @@ import torch
 from torch import Tensor
 
 from tta.core.backbone import Backbone
-from tta.core.checks import LARGE, LARGEST, fraction, number, one_of, whole_number
+from tta.core.checks import LARGE, LARGEST, boolean, fraction, number, one_of, whole_number
 from tta.core.component import Context
 from tta.core.config import ComponentConfig, UpdateConfig
 from tta.core.norm_layers import (
     batch_stats,
+    far_outside,
     frozen_statistics,
+    instance_stats,
     learning_pass,
     one_value,
+    pooled_stats,
     too_few_values,
 )
 from tta.core.norm_rule import NormRule
@@ -81,11 +84,13 @@ class IabnConfig(ComponentConfig):
     alpha: float = 4.0  # k, standard errors by which an image may be off by chance
     learned_statistics: bool = True  # of the source and what was learned; False = of the batch
     momentum: float = 0.01  # share of a learning pass in the statistics
+    official: bool = False  # without the rule for bad images
 
     def __post_init__(self) -> None:
         super().__post_init__()
         number("alpha", self.alpha, 0, LARGE)
         fraction("momentum", self.momentum)
+        boolean("official", self.official)
 
 
 @register("iabn")
@@ -128,7 +133,7 @@ class Iabn(NormRule):
         if one_value(x):
             self.fell_back = True
             return self._normalised(x, self.mean, self.var, base)
-        mean, var = batch_stats(x, unbiased=True)
+        mean, var = self._ordinary_stats(x, base)
         if self.config.learned_statistics:
             with torch.no_grad():
                 # Finite pixels may overflow; such a batch would spoil the averages for good.
@@ -137,6 +142,20 @@ class Iabn(NormRule):
                     moved = average.lerp(value.to(average), self.config.momentum)
                     average.copy_(torch.where(fine, moved, average))
         return self._normalised(x, mean, var, base)
+
+    def _ordinary_stats(self, x: Tensor, base: Any) -> tuple[Tensor, Tensor]:
+        """Batch statistics (C,), the variance unbiased, without images that lie far outside."""
+        if self.config.official:
+            return batch_stats(x, unbiased=True)
+        means, variances = instance_stats(x)
+        with torch.no_grad():
+            reference = torch.maximum(self.var, base.running_var) + base.eps
+            kept = ~far_outside(means, variances, self.mean, reference)
+            values = kept.sum() * math.prod(x.shape[2:])
+        if bool(kept.all()) or int(values) < 2:
+            return batch_stats(x, unbiased=True)
+        mean, var = pooled_stats(means, variances, kept)
+        return mean, var * (values / (values - 1))
 
     def _normalised(self, x: Tensor, mean: Tensor, var: Tensor, base: Any) -> Tensor:
         alpha, eps = self.config.alpha, float(base.eps)

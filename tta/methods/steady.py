@@ -49,9 +49,11 @@ or not:
     d = mean_b max p_b' - mean_b max p_b''   (see ``ConfidenceGap``)
 
 Where d > ``SURER``, ``LEFT_SURER`` stands for ``LEFT``. Where d < 0 and the source predicts nearly
-one class, which hides runs, the source answers as above, and the adapted model is tried sooner. By
-itself d decides nothing: a network of 1,000 classes is less sure under batch statistics of few
-images than it is right.
+one class, which hides runs, the source answers as above, and the adapted model is tried sooner.
+Where d < ``UNSURE`` and the two agree on hardly any image (``APART``), the norm rule makes nonsense
+of the images, as batch statistics do of those beside frames of a broken camera, and the source
+answers too. By itself d decides nothing: a network of 1,000 classes is less sure under batch
+statistics of few images than it is right.
 
 A step that was made of fewer than ``few`` images is taken back, and no other is made in the 4096
 batches that follow: a gradient of one image is what breaks most updates.
@@ -64,7 +66,7 @@ everything is compared with.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -93,12 +95,15 @@ RUNS, NO_RUNS = 0.05, 0.01  # persistence of labels from which, and below which,
 SURE, STILL_SURE = 4.0, 2.0  # standard errors by which the source must show more, and go on to
 LEFT, LEFT_LATER = 0.9, 0.6  # of the source's persistence, that the adapted model must show
 SURER, LEFT_SURER = 0.02, 0.4  # the same where the norm rule makes predictions so much surer
+UNSURE, APART = -0.1, 0.3  # d and agreement with the source below which statistics are spoilt
 ONE_CLASS = 0.25  # concentration of predicted labels, from 0 to 1, that hides runs of them
 SHOWN = 0.4  # of the persistence of labels, in the predictions of a fair model
 TRIED, ROUND = 6, 32  # of so many rows of images, in how many the adapted model is tried
 SOON = 4  # rows until then, where one class hides runs of labels
 SEEN = 56  # images, counted as averages do; runs of labels are seen among so many
 IN_RUNS = "labels come in runs"
+ONE = "one class is seen, of which the source is surer"
+SPOILT = "the norm rule makes nonsense of the images"
 EARLIEST = "too few images to tell whether labels come in runs"
 ROW = ENOUGH  # images in a row of which the source is asked
 
@@ -138,6 +143,7 @@ class Steady(Guard):
     pause: Tensor  # 0-dimensional, length of the next pause
     images: Tensor  # 0-dimensional, since the last step
     runs_seen: Tensor  # 0-dimensional bool: the source answers, as labels come in runs
+    source_ahead: Tensor  # 0-dimensional bool: the source model answers in the pause
 
     def __init__(self, config: SteadyConfig, network: Backbone, context: Context) -> None:
         super().__init__(config, network, context)
@@ -148,7 +154,8 @@ class Steady(Guard):
         self.register_buffer("beside", torch.zeros((), dtype=whole))
         self.register_buffer("pause", torch.tensor(config.pause))
         self.register_buffer("images", torch.zeros((), dtype=whole))
-        self.register_buffer("runs_seen", torch.zeros((), dtype=torch.bool))
+        for name in ("runs_seen", "source_ahead"):
+            self.register_buffer(name, torch.zeros((), dtype=torch.bool))
         classes = context.num_classes
         self.gap = SpreadGap(classes)  # to the source's parameters
         self.trend = SpreadGap(classes, TREND)  # the same, over more images
@@ -169,9 +176,11 @@ class Steady(Guard):
     def admit(self, batch: Batch) -> Verdict:
         """Let the source answer while labels come in runs, and hold learning back in a pause."""
         if bool(self.runs_seen) and not self._tries(len(batch.images)):
-            return Verdict(action="source", reason=IN_RUNS)
+            return Verdict(action="source", reason=self._why())
         if int(self.hold) > 0:
-            return Verdict(action="skip", reason="a pause after a failure")
+            # What the norm rule does harm by goes on without learning.
+            action = "source" if bool(self.source_ahead) else "skip"
+            return Verdict(action=action, reason="a pause after a failure")
         return LEARN
 
     def judge(self, batch: Batch) -> Verdict:
@@ -199,7 +208,7 @@ class Steady(Guard):
             if self._in_doubt() and self._harmful(len(batch.images), SURE):
                 self.runs_seen.fill_(True)
                 self._wait_to_try(block)
-                return Verdict(action="source", reason=IN_RUNS, undo=True)
+                return Verdict(action="source", reason=self._why(), undo=True)
             answer = source if self._too_early(len(batch.images)) else None
         if self.trains and (int(self.beside) > 0 or self._due(age // block, 1)):
             if anchor is None:
@@ -211,7 +220,7 @@ class Steady(Guard):
             if self._behind(self.gap, self.config.margin) and self.trend.mean() < 0:
                 self.beside.copy_(BESIDE * self.pause)
                 return self._beside(anchor, block)
-        verdict = self._verdict(block)
+        verdict = self._verdict(batch, block)
         if answer is not None and verdict is LEARN:
             return Verdict(action="source", reason=EARLIEST, answer=answer)
         return verdict
@@ -239,16 +248,31 @@ class Steady(Guard):
         """Whether nearly all images are of one class, as far as the source can tell."""
         return self.runs.concentration() > ONE_CLASS
 
+    def _spoilt(self) -> bool:
+        """Whether the norm rule makes nonsense of the images, as beside frames of a broken camera.
+
+        A network of 1,000 classes may be less sure under batch statistics, but it says the same.
+        """
+        far_apart = self.surer.mean() < UNSURE and self.surer.agreement() < APART
+        return far_apart and self.runs.images() >= SEEN
+
+    def _why(self) -> str:
+        """Why the source answers until there is less doubt."""
+        if self.runs.persistence() > RUNS:
+            return IN_RUNS
+        return ONE if self._one_class() else SPOILT
+
     def _in_doubt(self) -> bool:
         """Whether batch statistics may do harm on this stream."""
-        return self.runs.persistence() > RUNS or self._one_class()
+        return self.runs.persistence() > RUNS or self._one_class() or self._spoilt()
 
     def _harmful(self, count: int, doubt: float) -> bool:
         """Whether the adapted model shows less of the runs of labels than the source.
 
         Where one class hides them, whether the norm rule makes predictions less sure.
         """
-        if self._one_class() and self.runs.images() >= SEEN and self.surer.mean() < 0:
+        alone = self._one_class() and self.runs.images() >= SEEN and self.surer.mean() < 0
+        if alone or self._spoilt():
             return True
         mixed = self.rules[0].mixed_images(count)
         lost = SHOWN / (mixed - 1) if mixed > 1 else 0.0
@@ -296,9 +320,11 @@ class Steady(Guard):
         reason = "learns beside the source, which shows more classes"
         return Verdict(action="source", reason=reason, answer=answer)
 
-    def _verdict(self, block: int) -> Verdict:
+    def _verdict(self, batch: Batch, block: int) -> Verdict:
         if behind := self._behind(self.source_gap, self.config.source_margin):
-            return self._failed(behind)
+            failed = self._failed(behind)
+            self.source_ahead.fill_(True)
+            return replace(failed, answer=batch.source().logits)
         if int(self.age) > 4 * int(self.pause) and int(self.pause) > self.config.pause:
             self.pause.copy_(torch.div(self.pause, 2, rounding_mode="floor"))
             self.age.fill_((EARLY[-1] + 1) * block)
@@ -315,6 +341,7 @@ class Steady(Guard):
         self.hold.fill_(batches)
         self.beside.zero_()
         self.age.zero_()
+        self.source_ahead.zero_()
         for gap in (self.gap, self.trend, self.source_gap):
             gap.forget()
 
@@ -341,7 +368,8 @@ class Steady(Guard):
         if not tried or over:
             self.own.forget()
         if not over:  # else the verdict before the batch holds
-            return Verdict(action="source", reason=IN_RUNS, undo=True) if tried else LEARN
+            verdict = Verdict(action="source", reason=self._why(), undo=True)
+            return verdict if tried else LEARN
         self.runs_seen.fill_(False)
         self.runs.forget()
         self._begin_pause(0)

@@ -1,4 +1,4 @@
-"""How much surer one prediction is than another of the same images."""
+"""How much surer one prediction is than another of the same images, and how often they agree."""
 
 from __future__ import annotations
 
@@ -22,12 +22,14 @@ class ConfidenceGap(nn.Module):
     """
 
     gap: Tensor  # 0-dimensional, in [-1, 1]
-    images: Tensor  # 0-dimensional, that it is the average of, at most ``span``
+    agreed: Tensor  # 0-dimensional, share of images of which both say the same; 1 before the first
+    images: Tensor  # 0-dimensional, that both are averages of, at most ``span``
 
     def __init__(self, span: int = SPAN) -> None:
         super().__init__()
         self.span = span
         self.register_buffer("gap", torch.zeros(()))
+        self.register_buffer("agreed", torch.ones(()))
         self.register_buffer("images", torch.zeros(()))
 
     @torch.no_grad()
@@ -36,13 +38,21 @@ class ConfidenceGap(nn.Module):
         mine, its = (z.float().softmax(1).amax(1).mean() for z in (logits, other))
         moved = torch.nan_to_num(mine - its - self.gap)  # of logits that overflow nothing is known
         self.images.copy_((self.images + len(logits)).clamp_max(self.span))
-        self.gap += len(logits) / self.images.clamp_min(len(logits)) * moved
+        share = len(logits) / self.images.clamp_min(len(logits))
+        self.gap += share * moved
+        same = (logits.argmax(1) == other.argmax(1)).float().mean()
+        self.agreed += share * (same - self.agreed)
 
     def mean(self) -> float:
         """The average, by how much the first is surer; 0 before the first batch."""
         return float(self.gap)
 
+    def agreement(self) -> float:
+        """Share of images of which both say the same; 1 before the first batch."""
+        return float(self.agreed)
+
     def forget(self) -> None:
         """Begin anew."""
-        for buffer in self.buffers():
-            buffer.zero_()
+        self.gap.zero_()
+        self.agreed.fill_(1.0)
+        self.images.zero_()
