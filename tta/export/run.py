@@ -1,79 +1,29 @@
-"""Predict a folder of images, adapting as they come, without torch.
-
-    python run.py IMAGES [--batch 8] [--state FILE.npz]
-
-It needs numpy and onnxruntime, and Pillow unless the images are .npy arrays (C, H, W) of what the
-model takes. It prints a line of JSON for each; images that cannot be read are told on stderr and
-left out. With --state it goes on from that file, if it is there, and leaves the state in it.
-"""
+"""Predict a folder of images, adapting as they come, without torch; --help says how."""
 
 import argparse
 import json
-import os
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 HERE, KINDS = Path(__file__).parent, (".npy", ".png", ".jpg", ".jpeg", ".bmp", ".webp")
-TYPES = {"tensor(float)": np.float32, "tensor(uint8)": np.uint8}
 
 
-def read(path: Path, shape: tuple[int, ...], kind: Any, meta: dict[str, str]) -> np.ndarray:
+def read(path: Path, shape: Any, kind: Any, meta: dict[str, str]) -> np.ndarray:
     """One image (C, H, W) as the model takes it."""
     if path.suffix.lower() == ".npy":
-        image = np.load(path).astype(kind)
-        if image.shape != shape:
-            raise ValueError(
-                f"`images` must hold arrays of shape {shape}, got {image.shape}: save what the "
-                "model takes."
-            )
-        return image
+        return np.broadcast_to(np.load(path), shape).astype(kind)
     from PIL import Image, ImageOps
 
-    if len(shape) != 3 or shape[0] not in (1, 3):
-        raise ValueError(
-            f"`images` must hold .npy arrays of shape {shape}, got a picture: save what the model "
-            "takes."
-        )
     picture = ImageOps.exif_transpose(Image.open(path))
     if picture.mode.startswith("I"):  # grey of 16 bits, which Pillow would cut off at 255
-        grey = (np.asarray(picture, np.int64) * 255 + 32767) // 65535
-        picture = Image.fromarray(grey.astype(np.uint8))
-    elif picture.mode in ("P", "PA"):
-        picture = picture.convert("RGBA")
-    picture = ImageOps.fit(picture.convert("RGB" if shape[0] == 3 else "L"), (shape[2], shape[1]))
-    levels = np.asarray(picture, kind).reshape(*shape[1:], shape[0])
-    if kind is not np.uint8:
-        mean, std = (np.array(json.loads(meta[key]), kind) for key in ("mean", "std"))
-        levels = (levels / 255 - mean) / std
-    return levels.transpose(2, 0, 1)
-
-
-def batches(folder: Path, size: int, *how: Any) -> Iterator[tuple[list[str], np.ndarray]]:
-    """Names and images of each batch."""
-    names, images = [], []
-    for path in sorted(path for path in folder.iterdir() if path.suffix.lower() in KINDS):
-        try:
-            images.append(read(path, *how))
-            names.append(path.name)
-        except Exception as error:  # decoders raise anything
-            print(f"{path.name} is left out: {error}", file=sys.stderr)
-        if len(names) == size:
-            yield names, np.stack(images)
-            names, images = [], []
-    if names:
-        yield names, np.stack(images)
-
-
-def probabilities(logits: np.ndarray, meta: dict[str, str]) -> np.ndarray:
-    """Of each class, (B, C)."""
-    if meta.get("activation") == "sigmoid":
-        return 1 / (1 + np.exp(-logits))
-    parts = np.exp(logits - logits.max(1, keepdims=True))
-    return parts / parts.sum(1, keepdims=True)
+        picture = Image.fromarray((np.asarray(picture, np.int64) / 257 + 0.5).astype(np.uint8))
+    picture = picture.convert("RGBA") if picture.mode in ("P", "PA") else picture
+    picture = ImageOps.fit(picture.convert("L" if shape[0] == 1 else "RGB"), (shape[2], shape[1]))
+    levels = np.asarray(picture, kind).reshape(*shape[1:], -1).transpose(2, 0, 1)
+    mean, std = (np.reshape(json.loads(meta[key]), (-1, 1, 1)) for key in ("mean", "std"))
+    return levels if kind is np.uint8 else ((levels / 255 - mean) / std).astype(kind)
 
 
 def main() -> None:
@@ -81,39 +31,28 @@ def main() -> None:
     import onnxruntime
 
     parser = argparse.ArgumentParser(description="Predict a folder of images.")
-    parser.add_argument("images", type=Path, help="a folder")
+    parser.add_argument("images", type=Path, help="folder; .npy are (C, H, W)")
     parser.add_argument("--batch", type=int, default=1, help="images at once")
     parser.add_argument("--state", type=Path, help="where to go on, and to leave the state")
     args = parser.parse_args()
-    if args.batch < 1 or not args.images.is_dir():
-        parser.error("IMAGES must be a folder, and --batch at least 1")
     session: Any = onnxruntime.InferenceSession(str(HERE / "model.onnx"))
-    meta, (images, _, *inputs) = session.get_modelmeta().custom_metadata_map, session.get_inputs()
-    first = not (args.state and args.state.is_file())
-    state: Any = dict(np.load(HERE / "state.npz" if first else args.state))
-    if {name: list(state[name].shape) for name in state} != {i.name: i.shape for i in inputs}:
-        parser.error(f"--state {args.state} must be a state of this graph")
+    meta, entry = session.get_modelmeta().custom_metadata_map, session.get_inputs()[0]
+    how = entry.shape[1:], np.uint8 if "uint8" in entry.type else np.float32, meta
+    old = bool(args.state and args.state.is_file())
+    state: Any = dict(np.load(args.state if old else HERE / "state.npz"))
+    files = sorted(path for path in args.images.iterdir() if path.suffix.lower() in KINDS)
     try:
-        for names, batch in batches(
-            args.images, args.batch, tuple(images.shape[1:]), TYPES[images.type], meta
-        ):
-            feeds = {"images": batch, "reset": np.array([first]), **state}
-            logits, *after = session.run(None, feeds)
-            state, first = {f"state_in_{i}": value for i, value in enumerate(after)}, False
-            for name, row in zip(names, probabilities(logits, meta), strict=True):
-                if not np.isfinite(row).all():
-                    print(f"{name} is left out: it has no finite prediction", file=sys.stderr)
-                    continue
-                found = {"class": int(row.argmax()), "probability": round(float(row.max()), 4)}
-                print(json.dumps({"file": name, **found}), flush=True)
-    except BrokenPipeError:  # whoever reads has what it wanted
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    finally:
+        for some in (files[i : i + args.batch] for i in range(0, len(files), args.batch)):
+            feeds = {"images": np.stack([read(path, *how) for path in some]), **state}
+            logits, *after = session.run(None, feeds | {"reset": np.array([not old])})
+            state, old = {f"state_in_{i}": value for i, value in enumerate(after)}, True
+            for path, row in zip(some, np.exp(logits - logits.max(1, keepdims=True)), strict=True):
+                found = {"file": path.name, "class": int(row.argmax())}
+                print(json.dumps(found | {"probability": round(float(row.max() / row.sum()), 4)}))
+    finally:  # also after a picture that cannot be read
         if args.state is not None:
-            part = args.state.with_name(f"{args.state.name}.part")
-            with open(part, "wb") as file:
+            with args.state.open("wb") as file:
                 np.savez(file, **state)
-            os.replace(part, args.state)
 
 
 if __name__ == "__main__":
