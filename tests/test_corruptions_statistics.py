@@ -174,7 +174,7 @@ def test_distribution_32_whole_table(clean32):
     assert (z > 4.5).mean() < 0.001
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @needs_224
 def test_distribution_224_whole_table(clean224):
     file = np.load(GOLDEN_224 / "stats.npz")

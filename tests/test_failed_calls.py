@@ -194,6 +194,34 @@ def test_a_model_whose_function_refers_to_it_from_outside_is_adapted_too() -> No
         assert torch.equal(plain(images(number)), closed(images(number)))
 
 
+@pytest.mark.parametrize("name", ["dda", "tent"])
+def test_a_signal_between_a_context_and_its_block_leaves_no_mode(name: str) -> None:
+    """The context ends when the traceback goes, and must not turn gradients off then."""
+    subject, left, before = Subject(("bn", {"recipe": name}), BATCHES), 0, sys.gettrace()
+
+    def trace(frame: Any, event: str, _: Any) -> Any:
+        nonlocal left
+        if frame.f_code is not contextlib._GeneratorContextManager.__enter__.__code__:
+            return None
+        left -= event == "return"
+        if event == "return" and left == 0:
+            sys.settrace(before)
+            raise Fault
+        return trace
+
+    for number in range(1, 1000):
+        left = number
+        with contextlib.suppress(Fault):
+            sys.settrace(trace)
+            subject.adapter(subject.batch)
+        sys.settrace(before)
+        assert torch.is_grad_enabled(), number
+        assert subject.harm() is None, number
+        if left > 0:
+            break
+    assert number > 2
+
+
 def test_a_fault_at_any_line_of_a_pool_leaves_no_stream_owned() -> None:
     """A fault is raised before each line of the pool and of views in turn."""
     shared = tta.runtime.StreamPool(tta.wrap(tiny("bn"), "tent.cifar10"))

@@ -9,8 +9,10 @@ that they overwrite in a :class:`~tta.core.journal.Journal`.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Collection, Sequence
+from types import FrameType
 from typing import Any, TypeVar
 
 import torch
@@ -69,13 +71,15 @@ class Transaction:
                 return self.run(action, learning)
         self.settle()
         modes, grad = autocast.modes(), torch.is_grad_enabled()
-        self._begin(learning)
-        self._open = True
         try:
+            self._begin(learning)
+            self._open = True
             result = action()
-        except BaseException:
+        except BaseException as error:
             try:
-                self._take_all_back()
+                _end_contexts(error)
+                if self._open:
+                    self._take_all_back()
             finally:
                 torch.set_grad_enabled(grad)
                 autocast.restore(modes)
@@ -176,6 +180,24 @@ class Transaction:
     def __getstate__(self) -> dict[str, Any]:
         empty = {"_open": False, "_copies": _Copies([], []), "_layout": None, "_undo": None}
         return self.__dict__ | empty
+
+
+def _end_contexts(error: BaseException) -> None:
+    """End the context managers that a signal has left before their block began.
+
+    Their generators would end when the caller drops the traceback, and put modes of torch to what
+    they were in the middle of the call.
+    """
+    trace = error.__traceback__
+    while trace is not None:
+        frame, trace = trace.tb_frame, trace.tb_next
+        # A signal's handler is given the frame that it has come into.
+        held = [value for value in frame.f_locals.values() if isinstance(value, FrameType)]
+        for found in (frame, *held):
+            if found.f_code.co_filename == contextlib.__file__:
+                generator = getattr(found.f_locals.get("self"), "gen", None)
+                if generator is not None:
+                    generator.close()
 
 
 class _Copies:
