@@ -12,6 +12,7 @@ import tta
 from tests.helpers.batches import images, source_batches
 from tests.helpers.nets import tiny
 from tests.helpers.wild import Cosine, wrapped
+from tta.parts.far_features import FarFeatures
 
 SHIFTS = ["neo", "foa_shift"]
 close = torch.testing.assert_close
@@ -284,6 +285,21 @@ def test_a_bad_frame_moves_no_shift(output: str, fields: dict[str, Any]) -> None
         shown(bad * 1e4 if t == 3 else bad)
     good, after = clean(images(9)), shown(images(9))
     assert float((good - after).abs().max()) < 0.1 * float(good.std())
+
+
+def test_ordinary_images_after_a_camera_that_hung_are_not_left_out_for_good() -> None:
+    """The same image again and again leaves no distance that any other could be within."""
+    far, centre = FarFeatures(), torch.zeros(8)
+    for _ in range(100):
+        far.left_out(torch.full((64, 8), 1e-6), centre)
+    generator = torch.Generator().manual_seed(0)
+    kept = []
+    for _ in range(8):
+        x = torch.randn(64, 8, generator=generator)
+        kept.append(bool(torch.equal(far.left_out(x, centre), x)))
+    assert kept == [False] * 4 + [True] * 4
+    x[3] *= 255
+    assert torch.equal(far.left_out(x, centre)[3], centre)
 
 
 @pytest.mark.parametrize("output", ["neo", "foa_shift"])

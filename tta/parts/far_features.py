@@ -17,16 +17,18 @@ class FarFeatures(nn.Module):
     A frame of a broken camera, as one of values up to 255 in place of 1, would move an average of
     features for good. An image is bad when the squared distance of its features from the centre is
     above ``FAR`` times the average of ordinary images; among the first ones, times their geometric
-    mean.
+    mean. Where ``SPAN`` of them come in a row, as after a camera that hung, it begins anew.
     """
 
     distance: Tensor  # 0-dimensional, squared, of ordinary images from the centre
     images: Tensor  # 0-dimensional, that it is an average of, at most SPAN; 0 before the first
+    in_a_row: Tensor  # 0-dimensional, images since the last ordinary one
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("distance", torch.zeros(()))
         self.register_buffer("images", torch.zeros(()))
+        self.register_buffer("in_a_row", torch.zeros(()))
 
     @torch.no_grad()
     def left_out(self, features: Tensor, centre: Tensor, learns: Tensor | None = None) -> Tensor:
@@ -45,6 +47,12 @@ class FarFeatures(nn.Module):
         mean = torch.where(ordinary, away, 0.0).sum() / ordinary.sum().clamp_min(1)
         total = (self.images + count).clamp_max(SPAN)
         moved = (count / total.clamp_min(1)).clamp_max(1.0) * (mean - self.distance)
-        self.distance += torch.where(count > 0, moved, 0.0)
-        self.images.copy_(total)
+        # It never shrinks: the same image again and again has no distance at all.
+        self.distance += torch.where(count > 0, moved.clamp_min(0.0), 0.0)
+        more = torch.ones_like(away).sum()
+        more = more if learns is None else torch.where(learns, more, 0.0)
+        row = torch.where(count > 0, 0.0, self.in_a_row + more)
+        self.images.copy_(torch.where(row < SPAN, total, 0.0))
+        self.in_a_row.copy_(torch.where(row < SPAN, row, 0.0))
+        self.distance.copy_(torch.where(row < SPAN, self.distance, 0.0))
         return torch.where(ordinary[:, None], features, centre)
