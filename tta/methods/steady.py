@@ -358,8 +358,8 @@ class Steady(Guard):
             anchor = batch.anchor() if self.trains else batch.prediction
             self.surer.see(anchor.logits, source)
         self.age += 1
-        over = self.runs.persistence() <= NO_RUNS and not self._one_class()
-        over = over and self.runs.images() >= SEEN
+        calm = self.runs.persistence() <= NO_RUNS and not self._one_class()
+        over = calm and self.runs.images() >= SEEN
         reason = "labels come in no runs any more"
         if tried and not over and not self._tries(count):
             over = not self._harmful(count, STILL_SURE if self.surer.mean() > SURER else 0.0)

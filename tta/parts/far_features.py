@@ -20,7 +20,7 @@ class FarFeatures(nn.Module):
     mean. Where ``SPAN`` of them come in a row, as after a camera that hung, it begins anew.
     """
 
-    distance: Tensor  # 0-dimensional, squared, of ordinary images from the centre
+    distance: Tensor  # 0-dimensional, squared, of ordinary images from the centre; never shrinks
     images: Tensor  # 0-dimensional, that it is an average of, at most SPAN; 0 before the first
     in_a_row: Tensor  # 0-dimensional, images since the last ordinary one
 
