@@ -15,8 +15,10 @@ import corruptions
 import models
 import tta
 from experiments.data import read_bundled
+from tests.helpers.exported import Graph, differences
 from tests.helpers.nets import tiny
-from tta.core.norm_layers import far_outside, instance_stats, is_narrow, pooled_stats
+from tta.core.narrow import is_narrow
+from tta.core.norm_layers import far_outside, instance_stats, pooled_stats
 
 close = torch.testing.assert_close
 NORMS = ["robust_bn", "unmix_tns.cifar10"]
@@ -169,6 +171,60 @@ def test_robust_bn_keeps_narrow_layers_at_the_source() -> None:
             assert torch.equal(value, before[key]) == stays, key
 
 
+def _statistics(rule: nn.Module, x: Tensor, base: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Mean and variance (B, C) that a rule normalised (B, C, H, W) with, as its answer tells."""
+    assert base.weight is not None and base.bias is not None
+    y = (rule(x, base) - base.bias.view(-1, 1, 1)) / base.weight.view(-1, 1, 1)
+    scale = (y[..., 1, 1] - y[..., 0, 0]) / (x[..., 1, 1] - x[..., 0, 0])
+    return x[..., 0, 0] - y[..., 0, 0] / scale, scale**-2 - base.eps
+
+
+@pytest.mark.parametrize("norm", ["robust_bn", "bn_ema", "unmix_tns", "adaptive_bn"])
+@torch.no_grad()
+def test_layers_of_narrow_networks_go_part_of_the_way(norm: str) -> None:
+    """With the same state, a fifth as far from the source's statistics as without the rule."""
+    own, official = (
+        tta.wrap(_narrow(), norm=tta.get_config(norm, official=o)) for o in (False, True)
+    )
+    own(_batch(0) * 2)
+    official.load_state(own.state())
+    name, wrapper = next((n, w) for n, w in own._wrappers.items() if not is_narrow(w.base))
+    base, other = wrapper.base, official._wrappers[name].rule
+    own.freeze()
+    official.freeze()
+    wrapper.rule.learning = other.learning = False
+    assert isinstance(base, nn.BatchNorm2d)
+    x = torch.rand(4, base.num_features, 2, 2, generator=torch.Generator().manual_seed(1)) * 3
+    mean, var = _statistics(wrapper.rule, x, base)
+    whole_mean, whole_var = _statistics(other, x, base)
+    assert (whole_mean - base.running_mean).abs().mean() > 1e-3
+    close(mean, base.running_mean + 0.2 * (whole_mean - base.running_mean), rtol=1e-3, atol=1e-4)
+    close(var, base.running_var + 0.2 * (whole_var - base.running_var), rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_narrow_network_keeps_what_it_answers_with() -> None:
+    adapter = tta.wrap(_narrow(), norm="bn_ema")
+    for seed in range(3):
+        adapter(_batch(seed) * 2)
+    adapter.freeze()
+    expected = adapter(_batch(9))
+    close(adapter.unwrap(keep=True)(_batch(9)), expected)
+
+
+@pytest.mark.slow
+def test_the_graph_of_a_narrow_network(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    adapter = tta.wrap(_narrow(), norm="robust_bn")
+    start = adapter.state()
+    graph = Graph(tta.export.to_onnx(adapter, tmp_path / "g", _batch(0)))
+    adapter.load_state(start)
+    batches = [_batch(1), _batch(2) * 2, _batch(3), _batch(4)]
+    found = differences(graph, adapter, iter(batches))
+    assert found["logits"] < 1e-3 and found["state"] < 1e-3 and found["decisions"] == 0, found
+
+
 def test_components_of_narrow_networks_have_the_statistics_of_the_source() -> None:
     """Exactly; official and ordinary ones in expectation only."""
     for make, official in ((_narrow, False), (_narrow, True), (lambda: tiny("bn"), False)):
@@ -234,5 +290,6 @@ def test_narrow_networks_of_photographs() -> None:
     with torch.no_grad():
         source = (torch.cat([net(b).argmax(1) for b in x.split(16)]) != y).float().mean().item()
     assert errors["robust_bn", False][0] <= errors["robust_bn", True][0] + 0.02
-    assert errors["unmix_tns", False][0] < source + 0.15 < errors["unmix_tns", True][0]
-    assert errors["unmix_tns", False][2] < errors["unmix_tns", True][2]
+    assert errors["robust_bn", False][2] < min(source + 0.2, errors["robust_bn", True][2])
+    assert errors["unmix_tns", False][0] < source + 0.05 < errors["unmix_tns", True][0]
+    assert errors["unmix_tns", False][2] < source + 0.1 < errors["unmix_tns", True][2]

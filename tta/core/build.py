@@ -30,11 +30,11 @@ from tta.core.input_rule import GivenInput, Input
 from tta.core.masters import Masters
 from tta.core.model_buffers import ModelBuffers
 from tta.core.model_checks import check_model
+from tta.core.narrow import is_narrow
 from tta.core.norm_layers import (
     AdaptiveNorm,
     batch_norm_layers,
     insert,
-    is_narrow,
     remove,
     rows_independent,
 )

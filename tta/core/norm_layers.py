@@ -40,7 +40,6 @@ __all__ = [
     "frozen_statistics",
     "insert",
     "instance_stats",
-    "is_narrow",
     "learning_pass",
     "normalize",
     "normalize_by_batch",
@@ -57,7 +56,6 @@ __all__ = [
 
 
 FAR_OUTSIDE = 30.0  # energies above this many reference variances are those of bad images
-NARROW = 1e-6  # share of a layer's median variance below which a channel is silent
 LARGE_MEAN = 1e-2  # share of variance in the mean square below which digits would be lost
 
 
@@ -399,17 +397,6 @@ def instance_stats(x: Tensor) -> tuple[Tensor, Tensor]:
         norm = torch.linalg.vector_norm(deviation, dim=axes, dtype=wide)
         var = norm.square() / count
     return mean, var
-
-
-def is_narrow(base: Any) -> bool:
-    """Whether the source model left channels of this BatchNorm layer without variance.
-
-    It did where the smallest running variance is under ``NARROW`` times the layer's median. This
-    happens in networks of depthwise convolutions, which lose channels in training and which do not
-    average the statistics of one channel with those of another.
-    """
-    variances = base.running_var
-    return variances is not None and bool(variances.min() < NARROW * variances.median())
 
 
 def far_outside(means: Tensor, variances: Tensor, centre: Tensor, reference: Tensor) -> Tensor:

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from tta.core.batch_split import current_split
 from tta.core.component import Context
+from tta.core.narrow import NARROW_SHARE, is_narrow, part_of_way
 from tta.core.norm_layers import (
     FAR_OUTSIDE,
     batch_stats,
     far_outside,
     instance_stats,
-    is_narrow,
     normalize,
     one_value,
     pooled_stats,
@@ -40,6 +40,8 @@ class _Ahead(NamedTuple):
     var_of_nothing: Tensor  # the variance by the weight of an image that is left out
     rest_of_var: Tensor  # what stays of the variance
     limit: Tensor  # of the energy of ordinary images
+    aside: Tensor | None = None  # what the source's mean adds to that of a narrow network
+    source_var: Tensor | None = None  # what its variance adds
 
 
 class MovingStatistics(NormRule):
@@ -67,6 +69,7 @@ class MovingStatistics(NormRule):
         self.register_buffer("mean", base.running_mean.detach().to(wide, copy=True))
         self.register_buffer("var", base.running_var.detach().to(wide, copy=True))
         self.fixed = not config.official and is_narrow(base)
+        self.way = NARROW_SHARE if context.narrow and not config.official else 1.0
         self.ahead: _Ahead | None = None
 
     @classmethod
@@ -94,6 +97,8 @@ class MovingStatistics(NormRule):
             limit = torch.where(refused, -1.0, limit)  # which no image is below
         sizes, rate = [len(r.var) for r in rules], rules[0].rate
         packed = (-mean, NOTHING * var, (1 - rate) * var, limit)
+        if (rest := 1 - rules[0].way) > 0:
+            packed += (rest * (source[0].to(mean) - mean), rest * source[1].to(var))
         for rule, *parts in zip(rules, *(v.split(sizes) for v in packed), strict=True):
             rule.ahead = _Ahead(*parts)
 
@@ -122,6 +127,9 @@ class MovingStatistics(NormRule):
         self.mean.copy_(self.mean + shift)
         self.var.copy_(var)
         look_after_refusal()
+        if ahead.aside is not None and ahead.source_var is not None:
+            shift = ahead.aside + self.way * shift
+            var = ahead.source_var + self.way * var
         return run_kernel(y, shift, var, base, base.eps)
 
     @property
@@ -136,18 +144,23 @@ class MovingStatistics(NormRule):
     @torch.no_grad()
     def write_to(self, base: Any) -> None:
         """Write the averages into the layer's running statistics."""
-        base.running_mean.copy_(self.mean)
-        base.running_var.copy_(self.var)
+        mean, var = part_of_way(self.mean, self.var, base, self.way)
+        base.running_mean.copy_(mean)
+        base.running_var.copy_(var)
 
     def forward(self, x: Tensor, base: Any) -> Tensor:
         """Move the averages towards (B, C, ...), unless frozen, and normalise it with them."""
         alone = one_value(x)
         self.fell_back = self.fell_back or alone
         if alone or self.fixed or not self.learning:
-            return normalize(x, self.mean, self.var, base)
+            return self._used(x, self.mean, self.var, base)
         if self.ahead is not None and math.prod(x.shape[2:]) > 1:
             return self._in_graph(x, base, self.ahead)
-        return normalize(x, *self.moved(x, base), base)
+        return self._used(x, *self.moved(x, base), base)
+
+    def _used(self, x: Tensor, mean: Tensor, var: Tensor, base: Any) -> Tensor:
+        """Normalise with averages, of which a narrow network takes a part."""
+        return normalize(x, *part_of_way(mean, var, base, self.way), base)
 
     def moved(self, x: Tensor, base: Any) -> tuple[Tensor, Tensor]:
         """Mean and variance (C,) after (B, C, ...), with a graph, which the averages take over."""

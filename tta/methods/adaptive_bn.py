@@ -16,9 +16,8 @@ N is ``horizon`` images, or ``horizon_runs`` where an output rule that watches l
 they would be by chance: v is the variance of the images' means, n how many images the averages are
 of (1/n <- (1 - a)^2 / n + a^2 / B, from 0 on), and t ``tolerance``. Variances are drawn in by the
 same k. An image that equals the one before, as from a camera that hangs, counts for nothing. Images
-that lie far outside are left out as in ``robust_bn``, and a network with layers of next to no
-variance keeps the source's statistics in all of them, since moving them breaks such networks
-(decision 20).
+that lie far outside are left out as in ``robust_bn``, and so are layers of next to no variance; the
+others of such a network go a fifth of the way that k says, since more breaks it (decision 20).
 """
 
 from __future__ import annotations
@@ -85,7 +84,6 @@ class AdaptiveBn(MovingStatistics):
         self.register_buffer("last", torch.zeros_like(self.mean))
         self.register_buffer("source_mean", self.mean.clone(), persistent=False)
         self.register_buffer("source_var", self.var.clone(), persistent=False)
-        self.fixed = not config.official and context.narrow
 
     def forward(self, x: Tensor, base: Any) -> Tensor:
         """Move the averages towards (B, C, ...), unless frozen, and normalise it with a share."""
@@ -93,7 +91,7 @@ class AdaptiveBn(MovingStatistics):
         self.fell_back = self.fell_back or one_value(x)
         if self.learning and not self.fixed and not one_value(x):
             mean, var = self._moved(x, base)
-        share = self.share(base.eps)
+        share = self.way * self.share(base.eps)
         mean = self.source_mean + share * (mean - self.source_mean)
         return normalize(x, mean, self.source_var + share * (var - self.source_var), base)
 

@@ -34,9 +34,12 @@ components every channel of every layer is off by a fifth of its deviation. On 6
 are clean, with noise, with fog and clean again, the error is 77, 100, 88 and 64 % (source: 22, 86,
 62, 22). The small variances are not the cause, and a floor for them does not help. Where a layer of
 the model has a channel whose variance is under 1e-6 times the layer's median, the draws of all
-layers are shifted and scaled so that the mixture has the source's mean and variance exactly: 27,
-89, 56 and 38 %. On the bundled network that share is never under 1e-4, and in the traces never
-under 0.05. ``official=True`` turns both rules off.
+layers are shifted and scaled so that the mixture has the source's mean and variance exactly (27,
+89, 56 and 38 %), and all layers are normalised with statistics a fifth of the way from the source's
+to those of the image's mixture. On 256 photographs in batches of 16, clean, with noise, fog, low
+contrast and JPEG artefacts, the error is then 12, 86, 59, 36 and 52 % (source: 11, 90, 61, 37, 49).
+On the bundled network the smallest variance is never under 1e-4 of the median, and in the traces
+never under 0.05. ``official=True`` turns both rules off.
 
 Gradients of images that are normalised one by one are larger, and the learning rates that updates
 are published with break the model on top of this rule. The authors run them at 1e-5 (CIFAR) and
@@ -57,6 +60,7 @@ from tta.core.batch_split import current_split
 from tta.core.checks import LARGE, LARGEST, fraction, number, whole_number
 from tta.core.component import Context
 from tta.core.config import ComponentConfig
+from tta.core.narrow import NARROW_SHARE, part_of_way
 from tta.core.norm_layers import (
     far_outside,
     instance_stats,
@@ -134,13 +138,14 @@ class UnmixTns(NormRule):
         wide = torch.promote_types(base.running_mean.dtype, torch.float32)
         mean, var = base.running_mean.to(wide), base.running_var.to(wide)
         k = config.components
+        self.way = NARROW_SHARE if context.narrow and not config.official else 1.0
         if k == 1:
             means, variances = mean[None].clone(), var[None].clone()
         else:
             # Spread and shrink so that the mixture has the source variance in expectation.
             shape = (k, len(mean))
             noise = torch.randn(shape, generator=context.generator, dtype=torch.float32).to(mean)
-            if context.narrow and not config.official:  # exactly, not only in expectation
+            if self.way < 1:  # exactly, not only in expectation
                 noise = noise - noise.mean(0)
                 noise = noise / noise.square().mean(0).sqrt() * ((k - 1) / k) ** 0.5
             spread = (config.alpha * k / (k - 1)) ** 0.5
@@ -192,7 +197,8 @@ class UnmixTns(NormRule):
         second = torch.addmm(second, rest.square(), means.square())
         second = torch.addcmul(second, (rest * p) @ means, mean, value=2)
         second = torch.addcmul(second, p.square().sum(1, keepdim=True), mean.square()) / k
-        y = normalize(x, mixed_mean, torch.addcmul(second, mixed_mean, mixed_mean, value=-1), base)
+        mixed_var = torch.addcmul(second, mixed_mean, mixed_mean, value=-1)
+        y = normalize(x, *part_of_way(mixed_mean, mixed_var, base, self.way), base)
         if self.learning:
             self._move(p, mean.detach(), var.detach(), whole)
         return y
