@@ -287,6 +287,23 @@ def test_a_bad_frame_moves_no_shift(output: str, fields: dict[str, Any]) -> None
     assert float((good - after).abs().max()) < 0.1 * float(good.std())
 
 
+def test_a_camera_that_hangs_moves_no_shift() -> None:
+    """The same image in whole batches and one by one, and then the stream goes on."""
+    clean, shown = (wrapped(tiny("bn"), "source", output="drift") for _ in range(2))
+    for t in range(3):
+        clean(images(t))
+        shown(images(t))
+    still = images(3)[:1]
+    shown(still)
+    clean(still)
+    before = clean.state()["output/centre"].clone()
+    for size in (8, 1, 1, 8):
+        shown(still.expand(size, -1, -1, -1))
+    close(shown.state()["output/centre"], before, atol=1e-6, rtol=1e-5)
+    shown(images(4))
+    assert float((shown.state()["output/centre"] - before).abs().max()) > 1e-5
+
+
 def test_ordinary_images_after_a_camera_that_hung_are_not_left_out_for_good() -> None:
     """The same image again and again leaves no distance that any other could be within."""
     far, centre = FarFeatures(), torch.zeros(8)
