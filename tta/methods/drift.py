@@ -8,10 +8,10 @@ that follows the stream at the same pace whatever the batch size, and then ``per
 
 c starts at the mean mu_S of the source's features and N is ``shift_horizon`` images, so that a
 short stretch of one class moves c little. An image that equals the one before, as from a camera
-that hangs, and one whose features lie far outside, move nothing. On the bundled networks that cannot use batch statistics
-the shift alone takes 3 to 4 points off the error of mixed streams, and costs at most 0.3 points on
-clean images. Where there is no source data, or the logits are not made by a linear layer, there is
-no shift, and where labels come in no runs, the logits stay as they are.
+that hangs, and one whose features lie far outside, move nothing. On the bundled networks that
+cannot use batch statistics the shift alone takes 3 to 4 points off the error of mixed streams, and
+costs at most 0.3 points on clean images. Where there is no source data, or the logits are not made
+by a linear layer, there is no shift, and where labels come in no runs, the logits stay as they are.
 """
 
 from __future__ import annotations
