@@ -45,6 +45,7 @@ __all__ = [
     "normalize_by_batch",
     "normalize_by_source",
     "one_value",
+    "ordinary_images",
     "part_of_batch",
     "pooled_stats",
     "remove",
@@ -418,6 +419,17 @@ def far_outside(means: Tensor, variances: Tensor, centre: Tensor, reference: Ten
     energies = torch.addcmul(variances, offsets, offsets)
     ordinary = torch.sub(energies, reference, alpha=FAR_OUTSIDE) <= 0
     return ordinary.sum(1) < 0.5 * means.shape[1]
+
+
+@torch.no_grad()
+def ordinary_images(
+    means: Tensor, variances: Tensor, mean: Tensor, var: Tensor, base: Any
+) -> Tensor:
+    """Which images (B,) are not :func:`far_outside` statistics (C,) that have moved.
+
+    Variances are those of the average or of the source, whichever are larger.
+    """
+    return ~far_outside(means, variances, mean, torch.maximum(var, base.running_var) + base.eps)
 
 
 def pooled_stats(means: Tensor, variances: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,10 +18,10 @@ from tta.core.narrow import NARROW_SHARE, is_narrow, part_of_way
 from tta.core.norm_layers import (
     FAR_OUTSIDE,
     batch_stats,
-    far_outside,
     instance_stats,
     normalize,
     one_value,
+    ordinary_images,
     pooled_stats,
     run_kernel,
 )
@@ -191,7 +191,7 @@ class MovingStatistics(NormRule):
         means, variances = all_instance_stats(x)
         count = math.prod(x.shape[2:])
         with torch.no_grad():
-            kept = self._ordinary(means, variances, base)
+            kept = ordinary_images(means, variances, self.mean, self.var, base)
             # Not where a gradient is wanted, whose rounding Adam's first steps would magnify.
             plain = not is_tracing() and not means.requires_grad
             if plain and count > 1 and len(means) == 1 and look(kept[0]):
@@ -202,12 +202,6 @@ class MovingStatistics(NormRule):
         if self.unbiased:
             var = var * (count / (count - 1).clamp_min(1))
         return mean, var, count > 1
-
-    @torch.no_grad()
-    def _ordinary(self, means: Tensor, variances: Tensor, base: Any) -> Tensor:
-        """Which images (B,) do not lie far outside, by their statistics (B, C)."""
-        reference = torch.maximum(self.var, base.running_var) + base.eps
-        return ~far_outside(means, variances, self.mean, reference)
 
 
 def all_instance_stats(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -34,6 +34,7 @@ from tta.core.config import ComponentConfig
 from tta.core.norm_layers import (
     normalize,
     one_value,
+    ordinary_images,
     pooled_stats,
 )
 from tta.core.registry import register
@@ -121,7 +122,7 @@ class AdaptiveBn(MovingStatistics):
             moves = (means - rows_before(self.last, means)).square() / (self.source_var + base.eps)
             kept = (moves.mean(1) > STILL) | (self.chance == 0)  # 0 before the first image
         if not self.config.official:
-            kept = kept & self._ordinary(means, variances, base)
+            kept = kept & ordinary_images(means, variances, self.mean, self.var, base)
         mean, var = pooled_stats(means, variances, kept)
         count = kept.sum()
         a = 1 - (1 - 1 / horizon) ** count

@@ -57,11 +57,11 @@ from tta.core.component import Context
 from tta.core.config import ComponentConfig, UpdateConfig
 from tta.core.norm_layers import (
     batch_stats,
-    far_outside,
     frozen_statistics,
     instance_stats,
     learning_pass,
     one_value,
+    ordinary_images,
     pooled_stats,
     too_few_values,
 )
@@ -148,10 +148,8 @@ class Iabn(NormRule):
         if self.config.official:
             return batch_stats(x, unbiased=True)
         means, variances = instance_stats(x)
-        with torch.no_grad():
-            reference = torch.maximum(self.var, base.running_var) + base.eps
-            kept = ~far_outside(means, variances, self.mean, reference)
-            values = kept.sum() * math.prod(x.shape[2:])
+        kept = ordinary_images(means, variances, self.mean, self.var, base)
+        values = kept.sum() * math.prod(x.shape[2:])
         if bool(kept.all()) or int(values) < 2:
             return batch_stats(x, unbiased=True)
         mean, var = pooled_stats(means, variances, kept)
