@@ -271,6 +271,7 @@ def test_norm_update_and_shift_together(output: str, update: str) -> None:
         ("neo", {"balanced": True}),
         ("foa_shift", {}),
         ("foa_shift", {"balanced": True}),
+        ("t3a", {}),
     ],
 )
 def test_a_bad_frame_moves_no_shift(output: str, fields: dict[str, Any]) -> None:

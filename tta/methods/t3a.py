@@ -20,6 +20,10 @@ has K = -1 for this and drops, by a slip, the entry of highest entropy of every 
 batch; ``filter_size=None`` with ``official=True`` does so too. Of entries of equal entropy the
 older one stays. The authors try K in {1, 5, 20, 50, 100, -1}; 20 is what FOA's comparison on
 ImageNet has (arXiv 2404.01650).
+
+Features of a broken camera are long and their entropy is next to none, so that they would stay in S
+for good. An image whose squared length is above 30 times the usual one is left out (3.1 at most on
+the traces), unless ``official=True``.
 """
 
 from __future__ import annotations
@@ -38,6 +42,7 @@ from tta.core.output_rule import Output
 from tta.core.prediction import Prediction, Report
 from tta.core.registry import register
 from tta.core.tracing import is_tracing
+from tta.parts.far_features import FarFeatures
 from tta.parts.losses import entropy
 
 __all__ = ["T3a", "T3aConfig"]
@@ -48,7 +53,9 @@ class T3aConfig(ComponentConfig):
     """Fields of ``t3a``."""
 
     filter_size: int | None = 20  # K, entries kept for each class; None = all
-    official: bool = False  # with filter_size=None drops the last of each class at every batch
+    official: bool = (
+        False  # far images too; filter_size=None drops the last of each class each time
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -81,6 +88,7 @@ class T3a(Output):
         names = ("supports", "support_labels", "support_entropy")
         for name, value in zip(names, self._padded(*entries), strict=True):
             self.register_buffer(name, value)
+        self.far = None if config.official else FarFeatures()
 
     def correct(self, prediction: Prediction) -> Tensor:
         """Scores (B, C), after the batch was taken into the support set."""
@@ -120,12 +128,20 @@ class T3a(Output):
 
     @torch.no_grad()
     def _take_in(self, features: Tensor, logits: Tensor) -> None:
+        classes = logits.argmax(1)
+        ordinary = None
+        if self.far is not None:
+            ordinary = self.far.ordinary(features, torch.zeros_like(features[0]))
         if is_tracing():
-            self._take_in_whole(features, logits)
+            if ordinary is not None:
+                classes = torch.where(ordinary, classes, self.context.num_classes)
+            self._take_in_whole(features, logits, classes)
             return
+        if ordinary is not None and not bool(ordinary.all()):
+            features, logits, classes = (v[ordinary] for v in (features, logits, classes))
         filled = self.support_labels >= 0
         rows = torch.cat([self.supports[filled], features])
-        labels = torch.cat([self.support_labels[filled], logits.argmax(1)])
+        labels = torch.cat([self.support_labels[filled], classes])
         entropies = torch.cat([self.support_entropy[filled], entropy(logits)])
         order = entropies.argsort(stable=True)
         order = order[labels[order].argsort(stable=True)]  # by class, then by entropy
@@ -139,12 +155,12 @@ class T3a(Output):
         found = self._padded(rows[order], labels[order], entropies[order])
         self.supports, self.support_labels, self.support_entropy = found
 
-    def _take_in_whole(self, features: Tensor, logits: Tensor) -> None:
+    def _take_in_whole(self, features: Tensor, logits: Tensor, found: Tensor) -> None:
         """As :meth:`_take_in`, with every length known: places move, and none goes away."""
         classes, limit = self.context.num_classes, self.config.filter_size
         assert limit is not None  # the state of others grows, and has no graph
         rows = torch.cat([self.supports, features])
-        labels = torch.cat([self._classes(), logits.argmax(1)])
+        labels = torch.cat([self._classes(), found])
         entropies = torch.cat([self.support_entropy, entropy(logits)])
         order = entropies.argsort(stable=True)
         order = order[labels[order].argsort(stable=True)]

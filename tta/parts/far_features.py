@@ -41,9 +41,19 @@ class FarFeatures(nn.Module):
         self.register_buffer("images", torch.zeros(()))
         self.register_buffer("in_a_row", torch.zeros(()))
 
-    @torch.no_grad()
     def left_out(self, features: Tensor, centre: Tensor, learns: Tensor | None = None) -> Tensor:
         """Features (B, D), with the centre (D,) in place of those of images that move nothing.
+
+        Args:
+            features: In float32.
+            centre: What they are far from, or are not.
+            learns: See :meth:`ordinary`.
+        """
+        return torch.where(self.ordinary(features, centre, learns)[:, None], features, centre)
+
+    @torch.no_grad()
+    def ordinary(self, features: Tensor, centre: Tensor, learns: Tensor | None = None) -> Tensor:
+        """Which images (B,) may move an average, by their features (B, D).
 
         Args:
             features: In float32.
@@ -71,4 +81,4 @@ class FarFeatures(nn.Module):
         self.images.copy_(torch.where(row < SPAN, total, 0.0))
         self.in_a_row.copy_(torch.where(row < SPAN, row, 0.0))
         self.distance.copy_(torch.where(row < SPAN, self.distance, 0.0))
-        return torch.where(ordinary[:, None], features, centre)
+        return ordinary
