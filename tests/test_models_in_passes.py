@@ -181,6 +181,9 @@ def test_reentrant_checkpoints_change_nothing(method: str) -> None:
 class Averaging(nn.Module):
     """An average of its own, which it reads and writes in a part that may be checkpointed."""
 
+    average: Any
+    count: Any
+
     def __init__(self, checkpointed: bool) -> None:
         super().__init__()
         self.net, self.checkpointed = tiny("gn"), checkpointed
@@ -209,6 +212,8 @@ def test_buffers_that_a_checkpointed_part_writes_to_move_once(method: str) -> No
 
 class Filled(nn.Module):
     """A buffer without a tensor until the first images."""
+
+    average: Any
 
     def __init__(self) -> None:
         super().__init__()
