@@ -157,6 +157,20 @@ def test_logits_of_minus_infinity_are_warned_of_once() -> None:
     assert adapter.report["stepped"] is False
 
 
+@pytest.mark.parametrize("method", ["unmix_tns", "alpha_bn", "iabn"])
+def test_gradients_to_images_are_the_slope_of_the_logits(method: str) -> None:
+    adapter = wrapped(tiny("bn"), method)
+    for t in range(2):
+        adapter(images(t))
+    adapter.freeze()
+    weights, x = torch.arange(10.0), images(3).requires_grad_()
+    (gradient,) = torch.autograd.grad((adapter(x) * weights).sum(), x)
+    way = 1e-3 * gradient / gradient.abs().mean()
+    with torch.no_grad():
+        slope = ((adapter(x + way) - adapter(x - way)) * weights).sum() / 2
+    close(slope, (gradient * way).sum(), rtol=0.05, atol=0)
+
+
 # What is computed twice ----------------------------------------------------------------------
 
 
@@ -262,3 +276,18 @@ def test_parameters_that_are_expanded_are_refused_where_they_are_trained() -> No
     with pytest.raises(ValueError, match=r"but 'layer1\.1\.weight' is expanded from fewer"):
         tta.wrap(net, "tent.cifar10")
     assert wrapped(net, "robust_bn")(images(0)).isfinite().all()
+
+
+@pytest.mark.parametrize("keep", [True, "parameters"])
+def test_keeping_what_a_student_learned_says_that_a_teacher_answered(keep: Any) -> None:
+    net = tiny("bn")
+    adapter = wrapped(net, "rotta.cifar10")
+    for t in range(3):
+        adapter(images(t))
+    state = adapter.state()
+    with pytest.warns(
+        UserWarning, match="student's parameters, but robust_bn.rotta answers with its"
+    ):
+        assert adapter.unwrap(keep=keep) is net
+    weights = dict(net.named_parameters())
+    assert all(torch.equal(p, state[f"param/{n}"]) for n, p in weights.items() if ".1." in n)
