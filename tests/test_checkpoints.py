@@ -6,6 +6,9 @@ import argparse
 import socket
 import zipfile
 from collections import OrderedDict
+from datetime import datetime
+from pathlib import Path
+from types import SimpleNamespace as Settings
 
 import huggingface_hub
 import numpy as np
@@ -79,6 +82,14 @@ KINDS = {
     },
     "profiled": counted,
     "profiled data parallel": lambda s: under("module.", counted(s)),
+    "averaged under another key": lambda s: {
+        "state_dict": {k: torch.zeros_like(v) for k, v in s.items()}, "ema_state_dict": s,
+    },
+    "paths and times": lambda s: {
+        "state_dict": s, "data": Path("data"), "when": datetime(2026, 1, 2), "cfg": Settings(a=1),
+    },
+    "generators": lambda s: {"state_dict": s, "rng": np.random.RandomState(0).get_state()},
+    "arrays": lambda s: {k: v.numpy() for k, v in s.items()},
     "half": lambda s: {k: v.half() if v.is_floating_point() else v for k, v in s.items()},
     "without counters": lambda s: {k: v for k, v in s.items() if "num_batches" not in k},
 }  # fmt: skip
@@ -118,6 +129,30 @@ def test_figures_written_with_numpy_1(net, tmp_path):
     loaded, _ = models.load(f"{NAME}@{path}")
     for key, value in net.state_dict().items():
         assert torch.equal(loaded.state_dict()[key], value), key
+
+
+def test_the_kind_of_a_file_is_told_by_what_is_in_it(net, tmp_path):
+    tensors, pickled = tmp_path / "tensors.pt", tmp_path / "pickled.safetensors"
+    save_file(net.state_dict(), str(tensors))
+    torch.save(net.state_dict(), pickled)
+    for path in (tensors, pickled):
+        loaded, _ = models.load(f"{NAME}@{path}")
+        assert torch.equal(loaded.fc.weight, net.fc.weight)
+    with pytest.raises(ValueError, match="order"):  # such files have none
+        models.load(f"{NAME}@{tensors}", match="order")
+
+
+@pytest.mark.parametrize("kind", ["sparse", "quantised"])
+def test_tensors_that_are_not_dense_are_named(kind, net, tmp_path):
+    weight = net.fc.weight.detach()
+    changed = (
+        weight.to_sparse()
+        if kind == "sparse"
+        else torch.quantize_per_tensor(weight, 0.1, 0, torch.qint8)
+    )
+    torch.save({**net.state_dict(), "fc.weight": changed}, tmp_path / "net.pt")
+    with pytest.raises(ValueError, match=rf"dense tensors, but 'fc\.weight' of .* is {kind}"):
+        models.load(f"{NAME}@{tmp_path / 'net.pt'}")
 
 
 class Greeting:

@@ -528,6 +528,25 @@ def test_items_of_another_kind_are_said(item, words, labels):
         first(Same(item, labels))
 
 
+def test_lists_of_arrays_and_of_labels_are_a_pair():
+    for labels in (LABELS.tolist(), list(LABELS)):
+        found = first((list(IMAGES), labels))
+        assert torch.equal(found.images, first((IMAGES, LABELS)).images)
+        assert torch.equal(found.labels, first((IMAGES, LABELS)).labels)
+
+
+@pytest.mark.parametrize("image", ["0.png", b"JFIF", {"bytes": b"JFIF", "path": None}])
+def test_items_that_are_names_of_files_or_bytes_are_said(image):
+    with pytest.raises(TypeError, match="got text, bytes or objects: open them in the dataset"):
+        first([(image, 0)] * 4)
+
+
+def test_labels_that_are_no_whole_numbers_are_refused():
+    assert first([(IMAGES[0], 1.0)] * 4).labels.tolist() == [1] * 4
+    with pytest.raises(TypeError, match=r"label cannot be read \(0.7 is no whole number\)"):
+        first([(IMAGES[0], 0.7)] * 4)
+
+
 class Same:
     """A dataset of one item again and again."""
 

@@ -12,10 +12,11 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from tta.core.arguments import check_without_tensors, split_arguments
 from tta.core.backbone import Backbone
-from tta.core.checks import boolean, shown
+from tta.core.checks import boolean
 from tta.core.component import Component, Context
 from tta.core.guard import Guard
 from tta.core.input_rule import Input, Inputs
+from tta.core.keeping import check_keep
 from tta.core.loan import Loan
 from tta.core.norm_layers import AdaptiveNorm, remove
 from tta.core.output_rule import Output
@@ -238,18 +239,7 @@ class Adapter(nn.Module):
             RuntimeError: When the model was given back before.
         """
         network = self._held("gave its model back before")
-        if keep not in (False, True, "parameters"):
-            raise ValueError(
-                f'`keep` must be False, True or "parameters", got {shown(keep)}: pass one of these.'
-            )
-        if keep is True:
-            self._check_writable()
-        elif keep and (self._wrappers or self.output is not None or self.input is not None):
-            self.session.warn_once(
-                "parameters",
-                f"the parameters were learned under {self.config.label}, and go with the source "
-                "statistics and plain logits from now on: compare the results.",
-            )
+        check_keep(self, keep)
         model = self.model
         network.close()
         remove(model, self._wrappers)
@@ -447,22 +437,6 @@ class Adapter(nn.Module):
             self.guard.events.append(event)
             if self._on_event is not None:
                 self._on_event(event)
-
-    def _check_writable(self) -> None:
-        """Refuse to write into the model what a plain one cannot hold."""
-        rules = [wrapper.rule for wrapper in self._wrappers.values()][:1]
-        for part in (*rules, self.output, self.input):
-            if part is not None and not part.writable:
-                raise ValueError(
-                    f"`keep` must be False for {part.name}, which a plain model cannot hold, got "
-                    "True: wrap with norm='robust_bn' or without an output or input rule, or pass "
-                    "keep='parameters'."
-                )
-        if self.update is not None and not (self.update.trains_model or self.update.writable):
-            raise ValueError(
-                f"`keep` must be False for {self.update.name}, which learns nothing that a plain "
-                "model can hold, got True: tta.save the adapter, or wrap with output='foa_shift'."
-            )
 
     @in_turn
     def _set_learning(self, learning: bool) -> None:

@@ -20,7 +20,7 @@ from tta.core.compiled import without_graphs
 from tta.core.head import Head, WithFeatures
 from tta.core.hooks import CallOrderHook, InputHook, pooled
 from tta.core.image_checks import ImageChecks
-from tta.core.input_guard import InputGuard
+from tta.core.input_guard import ArgumentGuard, InputGuard, copies, rows_refusal
 from tta.core.logit_checks import LogitChecks, RowsOverflowError, ends_in_head, overflow
 from tta.core.masters import Masters
 from tta.core.model_buffers import ModelBuffers
@@ -77,14 +77,17 @@ class Backbone:
         self.reader = reader
         self.masters = masters
         self.buffers = buffers
-        self.guard = InputGuard()
+        session.around_backward = buffers.as_before_pass
+        self.guard, self.more = InputGuard(), ArgumentGuard()
         self.result: Any = None  # what the model returned for the images
         self.wrappers = [m for m in model.modules() if isinstance(m, AdaptiveNorm)]
         self.entry = first_layer(model)
         self.images = ImageChecks(self.entry)
-        self._arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+        self.arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         self._first_pass = False  # whether the next pass is the first of a call
-        self._logit_checks = LogitChecks(session, softmax, self.classifier if linear else None)
+        order = head.linear if features and head.function is None else None
+        judged = self.classifier if linear else None
+        self._logit_checks = LogitChecks(session, softmax, judged, order)
         self.handles: list[Any] = []  # of hooks, components' too, that `close` takes off
         self._order_hooks: list[Any] = []
         self._order: list[str] = []
@@ -177,19 +180,23 @@ class Backbone:
             return traced_pass(self, x, self._tensors(weights))
         hooked = bool(self.handles or self._order_hooks)
         self.session.recording = torch.is_grad_enabled()
-        (args, kwargs), tensors = self._arguments, self._tensors(weights)
-        lent = self.guard.lend(x)
+        tensors, lent = self._tensors(weights), self.guard.lend(x)
+        args, kwargs, more = self.more.lend(*self.arguments)
         try:
             with without_graphs(hooked), self.buffers.apart(tensors, self._prefix):
                 result = self.session.run(self._other, tensors, lent[0], *args, **kwargs)
             result, features = result if self._prefix else (result, None)
             logits = self.reader.read(result)
             self._check_logits(logits, len(x))
+            if not logits.requires_grad:  # a model may give the same tensor again next time
+                logits = logits.clone()
             if self.feature_hook is not None:
                 features = self._hooked_features(len(x))
             self._check_features(features, len(x))
         except Exception as error:
-            if (refusal := self.images.refusal(error, x)) is None:
+            refusal = self.images.refusal(error, x)
+            refusal = rows_refusal(error, len(x), args, kwargs) if refusal is None else refusal
+            if refusal is None:
                 raise
             raise refusal from error
         finally:
@@ -197,6 +204,7 @@ class Backbone:
             if self.feature_hook is not None:
                 self.feature_hook.values = []
         self.guard.take_back(x, lent)
+        self.more.take_back(more)
         if self.session.belongs(x):
             self.result = result
         if self.session.serving:
@@ -204,14 +212,14 @@ class Backbone:
             if self._first_pass:
                 self._first_pass = False
                 self._check_values(x, logits.detach(), features)
-                ends = partial(ends_in_head, self, x, *args, **kwargs)
+                ends = partial(ends_in_head, self, x)
                 self._logit_checks.check(logits.detach(), features, weights is None, ends)
         return Prediction(logits, features)
 
     @torch.no_grad()
     def _learn_first(self, x: Tensor, weights: Weights | None) -> None:
         """Run the pass in which norm rules move that do so before the one that answers."""
-        args, kwargs = self._arguments
+        args, kwargs = copies(*self.arguments)
         before = [(w.rule, w.rule.override) for w in self.wrappers]
         for rule, _ in before:
             rule.override = rule.override or rule.learn
@@ -312,7 +320,7 @@ class Backbone:
             rows.logical_or_(~values.float().square().flatten(1).sum(1).isfinite())
             return normalize_by_source(values, base)
 
-        args, kwargs = self._arguments
+        args, kwargs = copies(*self.arguments)
         with with_statistics(self.wrappers, note_overflow):
             result = self._other(self._tensors(None), x.clone(), *args, **kwargs)
         features = None
@@ -325,13 +333,13 @@ class Backbone:
     @contextmanager
     def call(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Open one call of the adapter, in whose passes the model gets these further arguments."""
-        self._arguments, self._first_pass = (args, kwargs), True
+        self.arguments, self._first_pass = (args, kwargs), True
         for wrapper in self.wrappers:
             wrapper.passes.clear()
         try:
             yield
         finally:
-            self._arguments, self._first_pass, self.result = ((), {}), False, None
+            self.arguments, self._first_pass, self.result = ((), {}), False, None
             for wrapper in self.wrappers:
                 wrapper.passes.clear()
 
@@ -342,7 +350,7 @@ class Backbone:
     def settle(self) -> None:
         """Leave a call that an exception has ended, at whatever line."""
         self.session.settle()
-        self._arguments, self._first_pass, self.result = ((), {}), False, None
+        self.arguments, self._first_pass, self.result = ((), {}), False, None
         if self.feature_hook is not None:
             self.feature_hook.values = []
         for wrapper in self.wrappers:

@@ -10,12 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tta.core.classifier import CONVOLUTIONS
+from tta.core.input_guard import copies
 from tta.core.norm_layers import normalize_by_source, with_statistics
 from tta.core.session import Session
 
 __all__ = ["LogitChecks", "RowsOverflowError", "ends_in_head", "overflow"]
 
 ENOUGH_VALUES = 8  # logits that must lie in [0, 1] before they are taken for probabilities
+ORDER_LIMIT = 1e-3  # largest difference by which rows are the same, by the largest logit
 HEAD_LIMIT = 0.05  # largest difference between logits and the head's, by the largest logit
 
 
@@ -38,10 +40,13 @@ class LogitChecks:
         session: Warns the caller.
         softmax: Whether the logits are meant for a softmax, rather than a sigmoid.
         classifier: The linear layer that a component takes the logits to be made by, if one does.
+        head: The linear layer whose input the features are, if there is one.
     """
 
-    def __init__(self, session: Session, softmax: bool, classifier: Any) -> None:
+    def __init__(self, session: Session, softmax: bool, classifier: Any, head: Any = None) -> None:
         self.session = session
+        self.head = head
+        self._order_unknown = head is not None
         self.classifier = classifier
         self._scale_unknown = softmax  # True until logits are seen that are no probabilities
         self._linear_unknown = classifier is not None  # True until logits are seen that it has made
@@ -68,18 +73,52 @@ class LogitChecks:
             elif logits.numel() >= ENOUGH_VALUES:
                 self._scale_unknown = False
                 self._judge_probabilities(logits, ends)
+            if low == float("-inf"):
+                self._warn_of_minus_infinity()
+        if self._order_unknown and own and features is not None:
+            self._order_unknown = False
+            self._judge_order(logits, features.detach())
         if self._linear_unknown and own and features is not None:
             self._judge_head(logits, features.detach())
+
+    def _warn_of_minus_infinity(self) -> None:
+        self.session.warn_once(
+            "minus infinity",
+            "`model` must return finite logits, but some are -inf, as of classes that are masked: "
+            "give those -1e4, since the entropy of a batch with -inf is NaN, and nothing is "
+            "learned of it.",
+        )
+
+    @torch.no_grad()
+    def _judge_order(self, logits: Tensor, features: Tensor) -> None:
+        made = self._made(self.head, logits, features)
+        if made is None or made.shape != logits.shape or not bool(logits.isfinite().all()):
+            return
+        close = ORDER_LIMIT * float(logits.abs().max())
+        if bool(((made - logits).abs() <= close).all()):
+            return
+        rows = torch.cdist(logits, made).argmin(1)
+        if len(rows.unique()) == len(rows) and bool(((made[rows] - logits).abs() <= close).all()):
+            raise ValueError(
+                "`features` must have rows in the order of the images, got the rows of a model "
+                "that sorts its images: pass wrap(..., features=...), a function of model and "
+                "images that returns them in order."
+            )
+
+    def _made(self, layer: Any, logits: Tensor, features: Tensor) -> Tensor | None:
+        """The logits that a linear layer makes of features; None where that cannot be compared."""
+        if {logits.dtype, features.dtype, layer.weight.dtype} != {torch.float32}:
+            return None  # rounding could hide or feign a difference
+        hook = self.session.logit_hook
+        made = None if hook is None else hook.rule.make_logits(layer, features)
+        return F.linear(features, layer.weight.flatten(1), layer.bias) if made is None else made
 
     @torch.no_grad()
     def _judge_head(self, logits: Tensor, features: Tensor) -> None:
         layer = self.classifier
-        if {logits.dtype, features.dtype, layer.weight.dtype} != {torch.float32}:
-            return  # rounding could hide or feign a difference
-        hook = self.session.logit_hook
-        made = None if hook is None else hook.rule.make_logits(layer, features)
+        made = self._made(layer, logits, features)
         if made is None:
-            made = F.linear(features, layer.weight.flatten(1), layer.bias)
+            return
         if bool(((made - logits).abs() > HEAD_LIMIT * logits.abs().max()).any()):
             raise ValueError(
                 "`model` must make its logits by a linear layer for a method that reads it, got "
@@ -109,15 +148,14 @@ class LogitChecks:
 
 
 @torch.no_grad()
-def ends_in_head(network: Any, x: Tensor, *args: Any, **kwargs: Any) -> bool:
+def ends_in_head(network: Any, x: Tensor) -> bool:
     """Whether a model returns what its linear layer gives; this takes a pass that leaves no trace.
 
     Args:
         network: The model, a :class:`tta.core.backbone.Backbone`.
         x: Images (B, ...).
-        *args: Further arguments of the model.
-        **kwargs: Further arguments of the model.
     """
+    args, kwargs = copies(*network.arguments)
     head, model = network.head.module, network.model
     kinds = (nn.Linear, *CONVOLUTIONS)
     if not any(isinstance(head, kind) and type(head).forward is kind.forward for kind in kinds):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from tta.core import functional
+from tta.core.checks import shown
 from tta.core.classifier import dry_run, evaluating
 from tta.core.outputs import LogitsReader
 
@@ -46,8 +47,15 @@ class ModelBuffers:
         self._copies: dict[str, Tensor] = {}
         self._seen: dict[str, tuple[int, int]] | None = None
         self._first_call = True
+        self._before_pass: dict[str, Tensor] = {}  # values that the last pass with a graph found
         self._found: list[str] = []
         modules = [(f"{n}." if n else "", m) for n, m in model.named_modules() if id(m) not in skip]
+        self._empty = [
+            (module._buffers, key)
+            for _, module in modules
+            for key, buffer in module._buffers.items()
+            if buffer is None
+        ]
         self.places: dict[str, tuple[nn.Module, str]] = {
             before + key: (module, key)
             for before, module in modules
@@ -88,12 +96,23 @@ class ModelBuffers:
         Args:
             by_value: Compare values too, which waits for the device: some operations do not raise
                 the version, among them a batch norm with statistics in training mode.
+
+        Raises:
+            ValueError: When one has another shape than at wrap.
         """
         signs = self._signs()
         before, self._seen = self._seen or signs, signs
         moved = [name for name, sign in signs.items() if sign != before[name]]
         if by_value:
             moved += self._changed(name for name in self._copies if name not in moved)
+        for name in moved:
+            then, now = (tuple(t.shape) for t in (self.originals[name], self._now(name)))
+            if then != now:
+                raise ValueError(
+                    f"`model` must keep the shapes of its buffers, but {shown(name)} went from "
+                    f"{then} to {now} in a forward pass: give it its full size, or hold it outside "
+                    "of the buffers."
+                )
         new = [name for name in moved if name not in self.moving and name in self._copies]
         self.moving += new
         return new
@@ -123,6 +142,11 @@ class ModelBuffers:
         known = [name for name in names if name in self._copies and name not in self.moving]
         self.moving += known
 
+    def empty(self) -> None:
+        """Take away the tensors of buffers that had none at wrap, and that a pass has filled."""
+        for held, key in self._empty:
+            held[key] = None
+
     @contextmanager
     def apart(self, tensors: dict[str, Tensor], prefix: str) -> Iterator[None]:
         """Within the block a pass that records a graph writes to copies; then their values go back.
@@ -135,11 +159,37 @@ class ModelBuffers:
         """
         names = self._found if torch.is_grad_enabled() else ()
         own = {name: self._now(name) for name in names}
+        if torch.is_grad_enabled():
+            self._before_pass = {name: t.detach().clone() for name, t in own.items()}
         tensors.update((prefix + name, t.detach().clone()) for name, t in own.items())
         yield
-        with torch.no_grad():
-            for name, t in own.items():
-                t.copy_(tensors[prefix + name])
+        for name in own:
+            self._write(name, tensors[prefix + name])
+
+    @contextmanager
+    def as_before_pass(self) -> Iterator[None]:
+        """Within the block checkpointed parts of the last pass may run again.
+
+        They find what the pass found, and what they write is taken back.
+        """
+        now = {name: self._now(name).detach().clone() for name in self.moving}
+        for name, value in self._before_pass.items():
+            self._write(name, value)
+        try:
+            yield
+        finally:
+            for name, value in now.items():
+                if not torch.equal(self._now(name), value):
+                    self._write(name, value)
+
+    @torch.no_grad()
+    def _write(self, name: str, value: Tensor) -> None:
+        """Copy a value into the tensor of this name, or replace it where the shape is another."""
+        held, key = self.place(name)
+        if held[key].shape == value.shape:
+            held[key].copy_(value)
+        else:
+            held[key] = value.detach().clone()
 
     @contextmanager
     def kept(self) -> Iterator[None]:
@@ -160,11 +210,10 @@ class ModelBuffers:
         """The value that a buffer had at wrap."""
         return self._copies[name]
 
-    @torch.no_grad()
     def put_back(self, values: Mapping[str, Tensor]) -> None:
         """Copy values into moving buffers, in the tensors that are there now."""
         for name, value in values.items():
-            self._now(name).copy_(value)
+            self._write(name, value)
         self._seen = self._signs()
 
     def now(self) -> tuple[list[str], dict[str, Tensor]]:
@@ -187,6 +236,7 @@ class ModelBuffers:
 
     def put_back_all(self) -> None:
         """Give all buffers of which there are copies the values that they had at wrap."""
+        self.empty()
         self.notice(by_value=True)
         self.put_back({name: self._copies[name] for name in self.moving})
 
@@ -203,6 +253,7 @@ class ModelBuffers:
     @torch.no_grad()
     def give_back(self) -> None:
         """Put the caller's own tensors back into the model, with their values."""
+        self.empty()
         self.notice(by_value=True)
         for name, original in self.originals.items():
             held, key = self.place(name)

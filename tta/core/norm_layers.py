@@ -83,7 +83,7 @@ class AdaptiveNorm(nn.Module):
         super().__init__()
         self.base = base
         self.rule = rule
-        self.session = session
+        self.session = rule.session = session
         self.passes: list[_Pass] = []  # of this call, which a backward pass may repeat
         self._finisher: tuple[nn.Module, ...] = ()  # a copy of the base; not among the modules
         # A forward of its own does something after normalising, unless the class says that all of

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -42,8 +43,14 @@ class NormRule(Component):
         self.part_size = 1.0
         # Set by `with_statistics`: normalises in place of this rule.
         self.override: Callable[[Tensor, Any], Tensor] | None = None
+        self.session: Any = None  # of the adapter, from the wrapper around the layer
 
     takes_softmax: ClassVar[bool] = False
+
+    @property
+    def following(self) -> bool:
+        """Whether the caller asks for gradients to the images, which then flow through all."""
+        return self.session is not None and self.session.following and torch.is_grad_enabled()
 
     @classmethod
     def suits(cls, model: nn.Module) -> bool:

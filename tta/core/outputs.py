@@ -88,6 +88,9 @@ class LogitsReader:
             place = DEFAULT_NAME if self.spec is None else self.spec
             if isinstance(place, int) and place < 0:
                 place += len(keys)
+            if place not in keys and not hasattr(type(result), "_fields"):  # as of a property
+                own = _item(result, place)
+                place = next((key for key in keys if _item(result, key) is own), place)
         if place is None:
             return logits
         values = {key: _without_gradient(_item(result, key), rows) for key in keys}
@@ -161,19 +164,26 @@ def _with_items(result: Any, values: dict[Any, Any]) -> Any:
         for i, name in enumerate(getattr(result, "_fields", ())):
             items[i] = values.get(name, items[i])
         return type(result)(*items) if hasattr(result, "_fields") else type(result)(items)
-    other = copy.copy(result)
     if isinstance(result, Mapping):
-        changed: Any = other
         try:
+            changed: Any = copy.copy(result)
             for key, value in values.items():
                 changed[key] = value
         except TypeError:  # a mapping that cannot be written to
             return values
-        return other
+        return changed
     if dataclasses.is_dataclass(result) and not isinstance(result, type):
         return dataclasses.replace(result, **values)
+    other = copy.copy(result)
     for key, value in values.items():
-        setattr(other, key, value)
+        try:
+            setattr(other, key, value)
+        except AttributeError:
+            raise TypeError(
+                f"`model` must return logits that can be replaced, got a {type(result).__name__} "
+                f"with {shown(key)} that cannot be set: wrap a module that returns the logits "
+                "alone."
+            ) from None
     return other
 
 

@@ -82,6 +82,12 @@ def select(model: nn.Module, spec: str, head: nn.Module | None = None) -> dict[s
             f"{type(model).__name__} has none of that kind (it has {norm_layers_in_words(model)}): "
             "choose other params=, or a method that trains nothing, such as 'lame'."
         )
+    for name, p in found.items():
+        if any(stride == 0 and size > 1 for stride, size in zip(p.stride(), p.shape, strict=True)):
+            raise ValueError(
+                f"`model` must have parameters with memory for every value, but {shown(name)} is "
+                "expanded from fewer: make it a parameter of its own by p.detach().clone()."
+            )
     return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tta.core.batch_split import Ranks
+from tta.core.checkpointing import gradients_by_backward, is_reentrant
 from tta.core.hooks import LogitHook
 from tta.core.warn import warn
 
@@ -53,6 +54,8 @@ class Session:
         passed: Whether a pass of all of these was made.
         frugal: How passes that record a graph save memory; None where they do not.
         meeting: Where passes of several adapters become one; None where each runs its own.
+        around_backward: Entered around every backward pass.
+        reentrant: Whether the model has reentrant checkpoints; None until that is known.
     """
 
     ranks: Ranks | None = None
@@ -68,6 +71,8 @@ class Session:
     passed: bool = False
     frugal: Any = None
     meeting: Meeting | None = None
+    around_backward: Callable[[], AbstractContextManager[None]] = nullcontext
+    reentrant: bool | None = None
 
     def run(
         self, run: Callable[..., Any], tensors: dict[str, Tensor], x: Tensor, *args: Any, **kw: Any
@@ -87,16 +92,25 @@ class Session:
 
     def backward(self, loss: Tensor) -> None:
         """Back-propagate a scalar; every loss of a pass of the model comes here or below."""
-        if self.meeting is None:
-            loss.backward()
-        else:
-            self.meeting.backward(loss)
+        with self.around_backward():
+            if self.meeting is None:
+                loss.backward()
+            else:
+                self.meeting.backward(loss)
 
     def gradients(self, loss: Tensor, inputs: Sequence[Tensor]) -> list[Tensor | None]:
         """Gradients of a scalar with respect to each input; None for one without effect."""
-        if self.meeting is None:
-            return list(torch.autograd.grad(loss, inputs, allow_unused=True))
-        return self.meeting.gradients(loss, inputs)
+        with self.around_backward():
+            if self.meeting is not None:
+                return self.meeting.gradients(loss, inputs)
+            if self.reentrant is None:
+                self.reentrant = is_reentrant(loss)
+            if self.reentrant:
+                return gradients_by_backward(loss, inputs)
+            found: Any = list(torch.autograd.grad(loss, inputs, allow_unused=True))
+        if any(gradient is None for gradient in found):  # checkpoints may have been switched on
+            self.reentrant = None
+        return found
 
     def warn_once(self, kind: str, text: str) -> None:
         """Warn the caller, unless this kind of warning was given before."""

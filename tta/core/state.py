@@ -277,6 +277,7 @@ class AdapterState:
 
     def reset(self) -> None:
         """Put everything back, except what a component declares to survive a reset."""
+        self.network.buffers.empty()
         self.notice_model_buffers(by_value=True)
         self._check_layout(self.tensors())
         kept = self.surviving()

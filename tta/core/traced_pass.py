@@ -73,7 +73,7 @@ def traced_pass(network: Any, x: Tensor, tensors: dict[str, Tensor]) -> Predicti
         x: Images (B, ...).
         tensors: In place of the model's own, by name.
     """
-    args, kwargs = network._arguments
+    args, kwargs = network.arguments
     hook = network.feature_hook
     if hook is not None:
         hook.values = []

@@ -176,11 +176,11 @@ class Update(Component):
         self.optimizer.zero_grad()  # gradients that somebody else has left there
         if gradients is None:
             self.network.session.backward(loss)
-            for p in self.left_out:
-                p.grad = None
         else:
             for p, g in zip(self.parameters_adapted.values(), gradients, strict=True):
                 p.grad = g
+        for p in self.left_out:
+            p.grad = None
         if see is not None:
             for p in params:
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad

@@ -179,7 +179,7 @@ class UnmixTns(NormRule):
 
     def _unmixed(self, x: Tensor, base: Any) -> Tensor:
         mean, var = instance_stats(x)
-        with torch.no_grad():
+        with torch.set_grad_enabled(self.following):  # an update takes the shares for constants
             means, variances = self.means.to(mean.dtype), self.vars.to(mean.dtype)
             similarity = F.normalize(mean, dim=1) @ F.normalize(means, dim=1).t()
             p = (similarity / self.config.temperature).softmax(1)  # (B, K)

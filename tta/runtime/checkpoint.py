@@ -8,7 +8,9 @@ import re
 import textwrap
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from datetime import date, datetime, time, timedelta, timezone
+from pathlib import Path, PosixPath, PurePosixPath, PureWindowsPath
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -50,8 +52,8 @@ class _Fit(NamedTuple):
 def read_checkpoint(path: Path) -> list[Weights]:
     """Read all dictionaries of tensors in a file, most likely ones first.
 
-    Besides tensors and plain values, only `argparse.Namespace` and numpy's numbers are loaded,
-    which training scripts store and which run no code.
+    Besides tensors and plain values, only settings (`argparse.Namespace`), paths, times and
+    numpy's numbers and arrays are loaded, which training scripts store and which run no code.
 
     Args:
         path: A ``.safetensors`` file, or one that `torch.save` wrote.
@@ -66,10 +68,10 @@ def read_checkpoint(path: Path) -> list[Weights]:
             ".pt file."
         )
     try:
-        if path.suffix == ".safetensors":
+        if _is_safetensors(path):
             return [load_file(str(path))]
-        with torch.serialization.safe_globals(_harmless()):
-            content: Any = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_harmless()), path.open("rb") as file:
+            content: Any = torch.load(file, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:  # junk makes an unpickler raise anything
@@ -87,12 +89,31 @@ def read_checkpoint(path: Path) -> list[Weights]:
     return found
 
 
+def _is_safetensors(path: Path) -> bool:
+    """Whether a file begins as such files do, whatever it is called."""
+    with path.open("rb") as file:
+        start = file.read(9)
+    named = path.suffix == ".safetensors"
+    return start[8:] == b"{" or (named and not start.startswith((b"PK", b"\x80")))
+
+
 def _harmless() -> list[Any]:
-    """Types of training scripts' settings and numbers, under the names of numpy 1 and 2."""
+    """Types of training scripts' settings, paths, times and numbers.
+
+    Those of numpy and of paths are found under the names of old and new versions.
+    """
     numbers = {type(np.dtype(code)) for code in "?bhilqBHILQefd"}
-    scalar = np.float64(0).__reduce__()[0]
-    names = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
-    return [argparse.Namespace, np.dtype, *numbers, *((scalar, name) for name in names)]
+    arrays = {
+        "scalar": np.float64(0).__reduce__()[0],
+        "_reconstruct": np.zeros(1).__reduce__()[0],  # type: ignore[index]
+    }
+    found: list[Any] = [argparse.Namespace, SimpleNamespace, np.dtype, np.ndarray, *numbers]
+    found += [datetime, date, time, timedelta, timezone]
+    for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
+        found += [(function, f"{module}.{name}") for name, function in arrays.items()]
+    for kind in (PosixPath, PurePosixPath, PureWindowsPath):
+        found += [(kind, f"{module}.{kind.__name__}") for module in ("pathlib", "pathlib._local")]
+    return [*found, (PureWindowsPath, "pathlib.WindowsPath")]
 
 
 def _no_checkpoint(path: Path, reason: str) -> ValueError:
@@ -106,11 +127,25 @@ def _states(content: Mapping[Any, Any], depth: int) -> Iterator[Weights]:
     """Find dictionaries of tensors in a container; the container itself comes last."""
     inner = {str(k): v for k, v in content.items() if isinstance(v, Mapping)}
     if depth:
-        for place in sorted(inner, key=lambda k: (*_PLACES, k).index(k)):
+        for place in sorted(inner, key=_preference):
             yield from _states(inner[place], depth - 1)
-    tensors = {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
+    tensors = {
+        str(k): _tensor(v) for k, v in content.items() if isinstance(v, (Tensor, np.ndarray))
+    }
+    tensors = {key: tensor for key, tensor in tensors.items() if tensor is not None}
     if tensors:
         yield tensors
+
+
+def _preference(place: str) -> tuple[bool, int]:
+    return re.search(r"(^|_)ema($|_)", place) is None, (*_PLACES, place).index(place)
+
+
+def _tensor(value: Tensor | np.ndarray) -> Tensor | None:
+    """A tensor as it is, or one of an array of numbers; None for other arrays."""
+    if isinstance(value, Tensor):
+        return value
+    return torch.from_numpy(value) if value.dtype.kind in "fiub" else None
 
 
 def fit(
@@ -134,7 +169,7 @@ def fit(
     if not best.faults:
         return {key: value for key, value in best.named.items() if key in expected}
     advice = "pass the name of the architecture it was made with"
-    if path.suffix != ".safetensors" and any(_pairs(state, expected)[1] == "" for state in found):
+    if not _is_safetensors(path) and any(_pairs(state, expected)[1] == "" for state in found):
         advice += ', or match="order" since all shapes match in order'
     raise ValueError(
         f"`checkpoint` must hold a state dict of {model}, but {path} does not fit "
@@ -162,6 +197,13 @@ def fill(
     """
     expected = model.state_dict()
     state = fit(found, expected, by_order, name, path)
+    for key, tensor in state.items():
+        if tensor.is_quantized or tensor.layout != torch.strided:
+            kind = "quantised" if tensor.is_quantized else "sparse"
+            raise ValueError(
+                f"`checkpoint` must hold dense tensors, but {key!r} of {path} is {kind}: save it "
+                "after dequantize() or to_dense()."
+            )
     model.load_state_dict(expected | state)  # old files lack counters of batches
     if by_order:
         warn(
@@ -243,7 +285,7 @@ def _described(found: _Fit) -> str:
 def _fit_by_order(
     found: list[Weights], expected: Weights, model: str, path: Path
 ) -> dict[str, Tensor]:
-    if path.suffix == ".safetensors":
+    if _is_safetensors(path):
         raise ValueError(
             f'`match="order"` must have a file that keeps the order of its tensors, but {path} '
             "does not: pass one that torch.save wrote."

@@ -147,6 +147,11 @@ def as_pixels(image: Any, name: str = "dataset") -> Tensor:
 
 
 def _tensor(array: np.ndarray, name: str) -> Tensor:
+    if array.dtype.kind in "SUO":
+        raise TypeError(
+            f"`{name}` must give pictures, arrays or tensors as images, got text, bytes or "
+            "objects: open them in the dataset, such as by PIL.Image.open."
+        )
     try:
         return torch.from_numpy(np.array(array))
     except TypeError:

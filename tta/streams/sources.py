@@ -88,6 +88,8 @@ class ImageSource:
     """
 
     def __init__(self, dataset: Any, name: str, labels: Any | None = None) -> None:
+        if _is_pair_of_lists(dataset):
+            dataset = (np.asarray(dataset[0]), np.asarray(dataset[1]))
         self.name = name
         self._dataset = dataset
         self._arrays: Any | None = None
@@ -103,7 +105,7 @@ class ImageSource:
             if len(shape) != 4 or (shape[3] != 3 and shape[1] != 3):
                 raise ValueError(
                     f"`{name}` must be a pair of images (N, H, W, 3) and labels (N,), "
-                    f"got images of shape {shape}"
+                    f"got images of shape {shape}; give them three channels, as of RGB"
                 )
             if length_of(own, name) != shape[0]:
                 raise ValueError(
@@ -171,7 +173,10 @@ class ImageSource:
     def _label(self, number: int) -> int:
         found = label_of(self._item(number), self.name, number)
         try:
-            return int(found)
+            label = int(found)
+            if isinstance(found, float) and found != label:
+                raise ValueError(f"{found} is no whole number")
+            return label
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(
                 f"`{self.name}` must give pairs (image, label), got items whose label cannot "
@@ -380,3 +385,15 @@ def _batch(argument: str, images: Any, count: int, where: str = "") -> Tensor:
             f"{float(high):g}{where}"
         )
     return images
+
+
+def _is_pair_of_lists(dataset: Any) -> bool:
+    """Whether these are a list of arrays (H, W, 3) of one shape and a list of their labels."""
+    if not isinstance(dataset, (tuple, list)) or len(dataset) != 2:
+        return False
+    images, labels = dataset
+    if not (isinstance(images, list) and isinstance(labels, list) and len(images) > 2):
+        return False
+    shapes = {image.shape if isinstance(image, np.ndarray) else None for image in images}
+    numbers = all(isinstance(label, (int, np.integer)) for label in labels)
+    return len(shapes) == 1 and None not in shapes and numbers and len(images) == len(labels)
