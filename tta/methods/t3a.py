@@ -53,9 +53,7 @@ class T3aConfig(ComponentConfig):
     """Fields of ``t3a``."""
 
     filter_size: int | None = 20  # K, entries kept for each class; None = all
-    official: bool = (
-        False  # far images too; filter_size=None drops the last of each class each time
-    )
+    official: bool = False  # far images too; filter_size=None drops the last of each class
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from tta.core.checks import shown
 from tta.core.warn import warn
 
 __all__ = ["Weights", "fill", "fit", "read_checkpoint", "rows_of"]
@@ -201,8 +202,8 @@ def fill(
         if tensor.is_quantized or tensor.layout != torch.strided:
             kind = "quantised" if tensor.is_quantized else "sparse"
             raise ValueError(
-                f"`checkpoint` must hold dense tensors, but {key!r} of {path} is {kind}: save it "
-                "after dequantize() or to_dense()."
+                f"`checkpoint` must hold dense tensors, but {shown(key)} of {path} is {kind}: "
+                "save it after dequantize() or to_dense()."
             )
     model.load_state_dict(expected | state)  # old files lack counters of batches
     if by_order:
