@@ -118,6 +118,39 @@ def test_calls_that_signals_end_have_not_happened(
     record_property("signals", fail_by_signals(case, count=500, seed=soak_seed))
 
 
+HOOKED = ("bn-itta", "bn-reservoir", "bn-nhl")  # which put hooks on in a call
+
+
+class Registering:
+    """Puts hooks on, and raises after the n-th of them, before anybody has its handle."""
+
+    def __init__(self, kind: str, at: int) -> None:
+        self.register, self.at, self.count = getattr(nn.Module, kind), at, 0
+
+    def __get__(self, module: nn.Module, owner: type) -> Any:
+        return lambda *args, **kwargs: self._put_on(module, *args, **kwargs)
+
+    def _put_on(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        handle = self.register(module, *args, **kwargs)
+        self.count += 1
+        if self.count == self.at:
+            raise Fault
+        return handle
+
+
+@pytest.mark.parametrize("case", [c for c in ALONE if label(c) in HOOKED], ids=label)
+def test_a_hook_whose_handle_was_never_noted_goes_with_its_call(case: Case) -> None:
+    """As where a signal comes right after the line that puts it on."""
+    subject = Subject(case, BATCHES)
+    kind = "register_forward_pre_hook" if label(case) == "bn-nhl" else "register_forward_hook"
+    for at in (1, 2) if kind == "register_forward_hook" else (1,):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Fault):
+            patch.setattr(nn.Module, kind, Registering(kind, at))
+            subject.adapter(subject.batch)
+        assert subject.harm() is None
+    assert subject.ends_as_it_should() is None
+
+
 def test_gradients_of_a_failed_backward_pass_are_no_part_of_the_next_step() -> None:
     """As when memory runs out there, which no later step may notice."""
     subject = Subject(("bn", {"recipe": "tent"}), BATCHES)

@@ -18,7 +18,7 @@ from tta.core.batch_split import Split
 from tta.core.classifier import first_layer
 from tta.core.compiled import without_graphs
 from tta.core.head import Head, WithFeatures
-from tta.core.hooks import CallOrderHook, InputHook, pooled
+from tta.core.hooks import CallOrderHook, InputHook, drop_hooks, next_hook, pooled
 from tta.core.image_checks import ImageChecks
 from tta.core.input_guard import ArgumentGuard, InputGuard, copies, rows_refusal
 from tta.core.logit_checks import LogitChecks, RowsOverflowError, ends_in_head, overflow
@@ -90,6 +90,7 @@ class Backbone:
         self._logit_checks = LogitChecks(session, softmax, judged, order)
         self.handles: list[Any] = []  # of hooks, components' too, that `close` takes off
         self._order_hooks: list[Any] = []
+        self.first_hook = next_hook()  # number of the first one that a call may put on
         self._order: list[str] = []
         self.feature_hook: InputHook | None = None
         if session.logit_hook is not None:
@@ -358,6 +359,7 @@ class Backbone:
             wrapper.rule.learning = self.session.learning
             wrapper.passes.clear()
         self._other.put_back()
+        drop_hooks(self.model, self.first_hook, (*self.handles, *self._order_hooks))
 
     def check(self, x: Any) -> None:
         """Refuse what is no batch of images, before anything changes; see :class:`ImageChecks`."""

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from tta.core.checkpointing import is_recomputation
 from tta.core.classifier import size_in
 
-__all__ = ["CallOrderHook", "InputHook", "LogitHook", "pooled"]
+__all__ = ["CallOrderHook", "InputHook", "LogitHook", "drop_hooks", "next_hook", "pooled"]
+
+TABLES = ("_forward_hooks", "_forward_pre_hooks")
+NOTES = (
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks_with_kwargs",
+)
 
 
 class InputHook:
@@ -44,6 +54,40 @@ class CallOrderHook:
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if self.name not in self.order:
             self.order.append(self.name)
+
+
+def next_hook() -> int:
+    """The number that torch will give the next hook; they only grow."""
+    return RemovableHandle.next_id
+
+
+def drop_hooks(model: nn.Module, since: int, kept: Iterable[RemovableHandle]) -> None:
+    """Take off this package's hooks that a call has left, which an exception ended anywhere.
+
+    An exception between the line that puts a hook on and the one that notes its handle, or among
+    those that take hooks off, leaves it in the caller's model, whose passes it then changes.
+
+    Args:
+        model: The caller's.
+        since: Number of the first hook of the call.
+        kept: Handles of hooks that stay.
+    """
+    stays = {handle.id for handle in kept}
+    for module in model.modules():
+        for table in TABLES:
+            hooks = getattr(module, table)
+            for number, hook in list(hooks.items()):
+                if number >= since and number not in stays and _is_own(hook):
+                    del hooks[number]
+                    for notes in NOTES:
+                        getattr(module, notes).pop(number, None)
+
+
+def _is_own(hook: Any) -> bool:
+    while isinstance(hook, partial):
+        hook = hook.func
+    made_by = getattr(hook, "__module__", None) or type(hook).__module__
+    return made_by.startswith("tta.")
 
 
 def pooled(features: Tensor, classifier: nn.Module | None) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor
 from tta.core import autocast
 from tta.core.backbone import Backbone
 from tta.core.component import Component, Remembers
+from tta.core.hooks import next_hook
 from tta.core.journal import Journal
 from tta.core.state import AdapterState, Place
 
@@ -140,6 +141,7 @@ class Transaction:
 
     def _begin(self, learning: bool) -> None:
         state, network = self.state, self.network
+        network.first_hook = next_hook()
         self.journal.clear()
         layout = state.layout() if learning else tuple(network.buffers.moving)
         if layout != self._layout:
