@@ -155,6 +155,14 @@ def test_tensors_that_are_not_dense_are_named(kind, net, tmp_path):
         models.load(f"{NAME}@{tmp_path / 'net.pt'}")
 
 
+def test_weights_of_a_run_that_diverged_are_warned_of(net, tmp_path):
+    weight = net.fc.weight.detach().clone()
+    weight[0, 0] = float("nan")
+    torch.save({**net.state_dict(), "fc.weight": weight}, tmp_path / "net.pt")
+    with pytest.warns(UserWarning, match=r"finite weights, but 'fc\.weight' of .* has NaN"):
+        models.load(f"{NAME}@{tmp_path / 'net.pt'}")
+
+
 class Greeting:
     """An object that runs code when it is unpickled."""
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import tta
 from tests.helpers.batches import images, source_batches
@@ -275,3 +276,12 @@ def test_refusals() -> None:
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
     adapter = tta.wrap(net, "itta", source=_source())  # needs no second derivative
     assert adapter(images(0)).isfinite().all() and adapter.report.stepped
+
+
+def test_reentrant_checkpoints_are_refused_where_a_consistency_is_learned() -> None:
+    net: Any = tiny("bn")
+    forward = net.layer2.forward
+    net.layer2.forward = lambda x: checkpoint(forward, x, use_reentrant=True)
+    with pytest.raises(ValueError, match="`model` must have no reentrant checkpoints"):
+        tta.wrap(net, "itta", source=source_batches())
+    assert tta.wrap(net, "itta", source=_source())(images(0)).isfinite().all()

@@ -184,6 +184,12 @@ class Itta(Update):
                         f"second derivative to learn one by, got batches ({missing[1]} has none): "
                         "pass SourceStatistics(consistency=...), or use another method."
                     )
+                if "use_reentrant" in str(error):
+                    refusal = ValueError(
+                        "`model` must have no reentrant checkpoints for itta to learn its "
+                        "consistency, got some: pass use_reentrant=False to torch's checkpoint, or "
+                        "SourceStatistics(consistency=...)."
+                    )
                 if refusal is None:
                     raise
                 raise refusal from error

@@ -205,6 +205,11 @@ def fill(
                 f"`checkpoint` must hold dense tensors, but {shown(key)} of {path} is {kind}: "
                 "save it after dequantize() or to_dense()."
             )
+        if tensor.is_floating_point() and bool(tensor.isnan().any()):
+            warn(
+                f"`checkpoint` must hold finite weights, but {shown(key)} of {path} has NaN, as of "
+                "a training run that diverged: take an earlier file."
+            )
     model.load_state_dict(expected | state)  # old files lack counters of batches
     if by_order:
         warn(
