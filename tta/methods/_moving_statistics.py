@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tta.core.batch_split import current_split
 from tta.core.component import Context
-from tta.core.narrow import NARROW_SHARE, is_narrow, part_of_way
+from tta.core.narrow import is_narrow, part_of_way, share_of_way
 from tta.core.norm_layers import (
     FAR_OUTSIDE,
     batch_stats,
@@ -69,7 +69,7 @@ class MovingStatistics(NormRule):
         self.register_buffer("mean", base.running_mean.detach().to(wide, copy=True))
         self.register_buffer("var", base.running_var.detach().to(wide, copy=True))
         self.fixed = not config.official and is_narrow(base)
-        self.way = NARROW_SHARE if context.narrow and not config.official else 1.0
+        self.way = share_of_way(context.narrow, config.official)
         self.ahead: _Ahead | None = None
 
     @classmethod

@@ -126,20 +126,20 @@ class T3a(Output):
 
     @torch.no_grad()
     def _take_in(self, features: Tensor, logits: Tensor) -> None:
-        classes = logits.argmax(1)
+        predicted = logits.argmax(1)
         ordinary = None
         if self.far is not None:
             ordinary = self.far.ordinary(features, torch.zeros_like(features[0]))
         if is_tracing():
             if ordinary is not None:
-                classes = torch.where(ordinary, classes, self.context.num_classes)
-            self._take_in_whole(features, logits, classes)
+                predicted = torch.where(ordinary, predicted, self.context.num_classes)
+            self._take_in_whole(features, logits, predicted)
             return
         if ordinary is not None and not bool(ordinary.all()):
-            features, logits, classes = (v[ordinary] for v in (features, logits, classes))
+            features, logits, predicted = (v[ordinary] for v in (features, logits, predicted))
         filled = self.support_labels >= 0
         rows = torch.cat([self.supports[filled], features])
-        labels = torch.cat([self.support_labels[filled], classes])
+        labels = torch.cat([self.support_labels[filled], predicted])
         entropies = torch.cat([self.support_entropy[filled], entropy(logits)])
         order = entropies.argsort(stable=True)
         order = order[labels[order].argsort(stable=True)]  # by class, then by entropy
@@ -153,12 +153,12 @@ class T3a(Output):
         found = self._padded(rows[order], labels[order], entropies[order])
         self.supports, self.support_labels, self.support_entropy = found
 
-    def _take_in_whole(self, features: Tensor, logits: Tensor, found: Tensor) -> None:
+    def _take_in_whole(self, features: Tensor, logits: Tensor, predicted: Tensor) -> None:
         """As :meth:`_take_in`, with every length known: places move, and none goes away."""
         classes, limit = self.context.num_classes, self.config.filter_size
         assert limit is not None  # the state of others grows, and has no graph
         rows = torch.cat([self.supports, features])
-        labels = torch.cat([self._classes(), found])
+        labels = torch.cat([self._classes(), predicted])
         entropies = torch.cat([self.support_entropy, entropy(logits)])
         order = entropies.argsort(stable=True)
         order = order[labels[order].argsort(stable=True)]

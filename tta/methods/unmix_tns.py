@@ -61,7 +61,7 @@ from tta.core.batch_split import current_split
 from tta.core.checks import LARGE, LARGEST, fraction, number, whole_number
 from tta.core.component import Context
 from tta.core.config import ComponentConfig
-from tta.core.narrow import NARROW_SHARE, part_of_way
+from tta.core.narrow import part_of_way, share_of_way
 from tta.core.norm_layers import (
     far_outside,
     instance_stats,
@@ -139,7 +139,7 @@ class UnmixTns(NormRule):
         wide = torch.promote_types(base.running_mean.dtype, torch.float32)
         mean, var = base.running_mean.to(wide), base.running_var.to(wide)
         k = config.components
-        self.way = NARROW_SHARE if context.narrow and not config.official else 1.0
+        self.way = share_of_way(context.narrow, config.official)
         if k == 1:
             means, variances = mean[None].clone(), var[None].clone()
         else:
