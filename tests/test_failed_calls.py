@@ -28,6 +28,8 @@ from tests.helpers.nets import tiny
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 BATCHES = 2  # served before the call that fails
 SAMPLED = (SAMPLED_PAIRS + SAMPLED_TRIPLES)[::10]
+# These take the images of a batch one after the other, so that two of them have every operation.
+SIZE = {"memo": 2, "ttaug": 2}
 
 
 def fail_at_operations(case: Case, every: int, served: int, most: int | None = None) -> int:
@@ -36,7 +38,7 @@ def fail_at_operations(case: Case, every: int, served: int, most: int | None = N
     With `most`, no more often than that: a call of `memo` has ten times the operations of others,
     and each failure of it costs ten times as much.
     """
-    subject = Subject(case, served)
+    subject = Subject(case, served, SIZE.get(case[1].get("recipe", "")))
     assert subject.counting.foreign == 0, "other weights were put into the caller's model"
     if most is not None:
         every = max(every, subject.counting.count // most)

@@ -85,13 +85,14 @@ class Subject:
     Args:
         case: Family and components.
         served: Batches before.
+        size: Images in the batch of the next call; default: as many as in those before.
     """
 
-    def __init__(self, case: Case, served: int) -> None:
+    def __init__(self, case: Case, served: int, size: int | None = None) -> None:
         self.net, self.adapter = make(*case)
         self.own = [p for p in self.net.parameters()]
         self.start = self.adapter.state()
-        self.batch = images(served)
+        self.batch = images(served)[:size]
         for number in range(served):
             self.adapter(images(number))
         self.before = self.adapter.state()

@@ -16,7 +16,7 @@ from types import FrameType
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tta.core import autocast
 from tta.core.backbone import Backbone
@@ -56,6 +56,7 @@ class Transaction:
         self._open = False  # whether something may have to be taken back
         self._copies = _Copies([], [])
         self._layout: Any = None  # what the copies were made for
+        self._parameters: list[nn.Parameter] = []  # found then: walking a model takes long
         self._undo: Any = None  # what was noted when the call began, besides the copies
 
     def run(self, action: Callable[[], Result], learning: bool = True) -> Result:
@@ -146,6 +147,7 @@ class Transaction:
         layout = state.layout() if learning else tuple(network.buffers.moving)
         if layout != self._layout:
             self._copies = _Copies(*(state.places() if learning else (state.own_places(), [])))
+            self._parameters = state.parameters()
             self._layout = layout
         with torch.no_grad():
             self._copies.take()
@@ -153,7 +155,7 @@ class Transaction:
             state.generator.get_state(),
             dict(state.session.reset_point),
             network.buffers.now(),
-            [(p, p.requires_grad, p.grad) for p in state.parameters()],
+            [(p, p.requires_grad, p.grad) for p in self._parameters],
             [(held, dict(held)) for held in self.attributes()],
         )
 
@@ -181,7 +183,7 @@ class Transaction:
 
     def __getstate__(self) -> dict[str, Any]:
         empty = {"_open": False, "_copies": _Copies([], []), "_layout": None, "_undo": None}
-        return self.__dict__ | empty
+        return self.__dict__ | empty | {"_parameters": []}
 
 
 def _end_contexts(error: BaseException) -> None:
