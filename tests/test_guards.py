@@ -400,8 +400,8 @@ def _predicted(stay: float, shown: float, count: int = 2000) -> torch.Tensor:
     ("stay", "own", "norm", "size", "harmful"),
     [
         (0.8, 0.2, "bn", 10, True),  # the batch's statistics hide the runs that the source shows
-        (0.95, 0.3, "bn", 64, True),
-        (0.8, 0.6, "bn", 64, False),  # the adapted model shows more of them
+        (0.95, 0.2, "bn", 32, True),
+        (0.8, 0.6, "bn", 32, False),  # the adapted model shows more of them
         (0.8, 0.2, "robust_bn", 10, True),
         (0.0, 0.2, "bn", 10, False),  # there are no runs
     ],
@@ -416,6 +416,30 @@ def test_runs_do_harm_where_the_adapted_model_shows_less_of_them_than_the_source
         guard.runs.watch(its)
         guard.own.watch(mine)
     assert (guard.runs.persistence() > RUNS and guard._harmful(size, SURE)) is harmful
+
+
+@pytest.mark.parametrize(
+    ("stay", "own", "source", "share"),
+    [
+        (0.8, 0.3, 0.7, 1.0),  # the source is the better of both
+        (0.8, 0.7, 0.3, 0.0),
+        (0.0, 0.3, 0.7, 0.0),  # there are no runs, in which both could be compared
+    ],
+)
+def test_of_a_large_batch_in_runs_who_shows_more_of_them_answers(
+    stay: float, own: float, source: float, share: float
+) -> None:
+    guard: Any = tta.wrap(tiny("bn"), "tent", guard="steady").guard
+    asked, answered = [], []
+    pairs = zip(_predicted(stay, own).split(64), _predicted(stay, source).split(64), strict=True)
+    for mine, its in pairs:
+        scores, others = (nn.functional.one_hot(v, 10).float() for v in (mine, its))
+        asked.append(guard._is_alert(scores))
+        if asked[-1]:
+            guard.runs.watch(its)
+        answered.append(asked[-1] and guard._shows_less(scores, others))
+    assert sum(asked[8:]) == (len(asked[8:]) if stay else 0)  # which costs a pass each
+    assert abs(sum(answered[8:]) / len(answered[8:]) - share) < 0.15
 
 
 @pytest.mark.slow

@@ -42,6 +42,12 @@ while the source answers. Among the first 64 images runs cannot be told from cha
 answers these where batches are smaller than ``ROW``, and the update learns beside it; larger ones
 show by themselves what they are.
 
+A batch of ``ROW`` images or more shows by itself whether it has runs. While there are any, the
+source is asked on each of these, and where it shows more of the runs in the very batch (l' < l), it
+answers and nothing is learned from the batch: which of the two is better changes with the domain.
+That there are runs is seen in the adapted model's predictions too, which cost nothing: of so many
+images that the little that batch statistics leave of runs is more than chance.
+
 A second sign is whether the norm rule makes predictions surer. The source's parameters under it are
 compared with the source model, since what has learned by entropy is sure of itself whether it errs
 or not:
@@ -80,7 +86,7 @@ from tta.core.guard import LEARN, Batch, Guard, Verdict
 from tta.core.registry import register
 from tta.parts.confidence_gap import ConfidenceGap
 from tta.parts.estimates import ConfidenceEstimate
-from tta.parts.label_runs import LabelRuns
+from tta.parts.label_runs import LabelRuns, persistence_in
 from tta.parts.spread import ENOUGH, SpreadGap
 
 __all__ = ["Steady", "SteadyConfig"]
@@ -99,6 +105,7 @@ UNSURE, APART = -0.1, 0.3  # d and agreement with the source below which statist
 ONE_CLASS = 0.25  # concentration of predicted labels, from 0 to 1, that hides runs of them
 SHOWN = 0.4  # of the persistence of labels, in the predictions of a fair model
 TRIED, ROUND = 6, 32  # of so many rows of images, in how many the adapted model is tried
+ALERT, LONG = 16, 1024  # batches; images over which runs of labels are seen for nothing
 SOON = 4  # rows until then, where one class hides runs of labels
 SEEN = 56  # images, counted as averages do; runs of labels are seen among so many
 IN_RUNS = "labels come in runs"
@@ -142,6 +149,7 @@ class Steady(Guard):
     beside: Tensor  # 0-dimensional, batches left in which the update learns beside the source
     pause: Tensor  # 0-dimensional, length of the next pause
     images: Tensor  # 0-dimensional, since the last step
+    alert: Tensor  # 0-dimensional, batches left on which the source is asked for runs
     runs_seen: Tensor  # 0-dimensional bool: the source answers, as labels come in runs
     source_ahead: Tensor  # 0-dimensional bool: the source model answers in the pause
 
@@ -154,6 +162,7 @@ class Steady(Guard):
         self.register_buffer("beside", torch.zeros((), dtype=whole))
         self.register_buffer("pause", torch.tensor(config.pause))
         self.register_buffer("images", torch.zeros((), dtype=whole))
+        self.register_buffer("alert", torch.zeros((), dtype=whole))
         for name in ("runs_seen", "source_ahead"):
             self.register_buffer(name, torch.zeros((), dtype=torch.bool))
         classes = context.num_classes
@@ -162,6 +171,7 @@ class Steady(Guard):
         self.source_gap = SpreadGap(classes)  # to the source model, with its own statistics
         self.runs = LabelRuns(classes, early=True)  # as the source predicts
         self.own = LabelRuns(classes, early=True)  # as the adapted model does, of the same images
+        self.shown = LabelRuns(classes, LONG, LONG // 2, early=True)  # as it does, of all images
         self.surer = ConfidenceGap()  # the source's parameters under the norm rule, than the source
         self.rules = tuple(w.rule for w in network.wrappers[:1])  # not a module of the guard
         self.trains = bool(context.parameters)
@@ -169,7 +179,7 @@ class Steady(Guard):
 
     def integer_ranges(self) -> dict[str, tuple[int, int]]:
         """Range of the last labels that were predicted."""
-        both = {"runs": self.runs, "own": self.own}
+        both = {"runs": self.runs, "own": self.own, "shown": self.shown}
         mine = {f"{key}.{n}": r for key, v in both.items() for n, r in v.integer_ranges().items()}
         return super().integer_ranges() | mine
 
@@ -198,18 +208,24 @@ class Steady(Guard):
         if (verdict := self._few(batch)) is not None:
             return verdict
         answer = anchor = None
-        if self.mixes and self._asks(age, block):
-            source = batch.source_of_input().logits
+        asks = self.mixes and self._asks(age, block)
+        wide = self.mixes and block == 1
+        alert = wide and self._is_alert(batch.prediction.logits)
+        source = batch.source_of_input().logits if asks or alert else None
+        if source is not None:
+            self.runs.watch(source.argmax(1))
+            self.own.watch(batch.prediction.logits.argmax(1))
+        if asks and source is not None:
             anchor = (batch.anchor() if self.trains else batch.prediction).logits
             self.surer.see(anchor, source)
             self.source_gap.see(batch.prediction.logits, source)
-            self.runs.watch(source.argmax(1))
-            self.own.watch(batch.prediction.logits.argmax(1))
             if self._in_doubt() and self._harmful(len(batch.images), SURE):
                 self.runs_seen.fill_(True)
                 self._wait_to_try(block)
                 return Verdict(action="source", reason=self._why(), undo=True)
             answer = source if self._too_early(len(batch.images)) else None
+        if wide and source is not None and self._shows_less(batch.prediction.logits, source):
+            return Verdict(action="source", reason=IN_RUNS, undo=True)
         if self.trains and (int(self.beside) > 0 or self._due(age // block, 1)):
             if anchor is None:
                 anchor = (batch.anchor() if self.mixes else batch.source_of_input()).logits
@@ -224,6 +240,22 @@ class Steady(Guard):
         if answer is not None and verdict is LEARN:
             return Verdict(action="source", reason=EARLIEST, answer=answer)
         return verdict
+
+    def _is_alert(self, own: Tensor) -> bool:
+        """Whether the source is asked on this batch, as labels may come in runs."""
+        self.shown.watch(own.argmax(1))
+        if self.shown.persistence() > 0:
+            self.alert.fill_(ALERT)
+        self.alert.sub_(1).clamp_(min=0)
+        return int(self.alert) > 0
+
+    def _shows_less(self, own: Tensor, source: Tensor) -> bool:
+        """Whether labels come in runs, of which the source shows more in this very batch."""
+        if max(self.shown.persistence(), self.runs.persistence(STILL_SURE)) <= RUNS:
+            return False
+        self.alert.fill_(ALERT)
+        classes = self.context.num_classes
+        return persistence_in(own.argmax(1), classes) < persistence_in(source.argmax(1), classes)
 
     def _due(self, age: int, slower: int) -> bool:
         """Whether there is a comparison; ``age`` is in batches, or in ``ROW`` of small ones."""
@@ -274,6 +306,8 @@ class Steady(Guard):
         alone = self._one_class() and self.runs.images() >= SEEN and self.surer.mean() < 0
         if alone or self._spoilt():
             return True
+        if _block(count) == 1:  # of such batches the better of both answers each
+            return False
         mixed = self.rules[0].mixed_images(count)
         lost = SHOWN / (mixed - 1) if mixed > 1 else 0.0
         later = bool(self.runs_seen) or int(self.age) * count >= TREND
@@ -372,6 +406,7 @@ class Steady(Guard):
             return verdict if tried else LEARN
         self.runs_seen.fill_(False)
         self.runs.forget()
+        self.alert.fill_(ALERT)
         self._begin_pause(0)
         return Verdict(action="reset", reason=reason, answer=batch.source().logits)
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tta.core.tracing import count_rows, is_tracing, rows_before
 
-__all__ = ["LabelRuns", "persistence"]
+__all__ = ["LabelRuns", "persistence", "persistence_in"]
 
 HORIZON, RECENT, DOUBT = 256, 96, 3.0
 NOBODY = -1  # the label before the first image
@@ -50,6 +50,16 @@ def persistence(repeats: Any, shares: Tensor, images: Any, doubt: float, same: f
         return 0.0
     error = (chance * (1 - chance) / max(images, 1.0)) ** 0.5
     return max(0.0, (repeats - chance - doubt * error) / (1 - chance))
+
+
+def persistence_in(labels: Tensor, classes: int) -> float:
+    """Lambda of :func:`persistence` in the labels (B,) of one batch, in the order of the stream."""
+    count = len(labels)
+    if count < 2:
+        return 0.0
+    shares = torch.bincount(labels, minlength=classes).double() / count
+    repeats = (labels[1:] == labels[:-1]).double().mean()
+    return persistence(float(repeats), shares, count - 1, doubt=0.0, same=1 / count)
 
 
 class LabelRuns(nn.Module):
