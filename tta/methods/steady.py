@@ -56,8 +56,8 @@ or not:
 
 Where d > ``SURER``, ``LEFT_SURER`` stands for ``LEFT``. Where d < 0 and the source predicts nearly
 one class, which hides runs, the source answers as above, and the adapted model is tried sooner.
-Where d < ``UNSURE`` and the two agree on hardly any image (``APART``), the norm rule makes nonsense
-of the images, as batch statistics do of those beside frames of a broken camera, and the source
+Where d < ``UNSURE`` and the two agree on hardly any image, by what the source's confidence lets one
+expect (``APART``), the norm rule makes nonsense of the images, as batch statistics do of those beside frames of a broken camera, and the source
 answers too. By itself d decides nothing: a network of 1,000 classes is less sure under batch
 statistics of few images than it is right.
 
@@ -101,7 +101,7 @@ RUNS, NO_RUNS = 0.05, 0.01  # persistence of labels from which, and below which,
 SURE, STILL_SURE = 4.0, 2.0  # standard errors by which the source must show more, and go on to
 LEFT, LEFT_LATER = 0.9, 0.6  # of the source's persistence, that the adapted model must show
 SURER, LEFT_SURER = 0.02, 0.4  # the same where the norm rule makes predictions so much surer
-UNSURE, APART = -0.1, 0.3  # d and agreement with the source below which statistics are spoilt
+UNSURE, APART = -0.1, 0.4  # d, and agreement with the source over its confidence, if spoilt
 ONE_CLASS = 0.25  # concentration of predicted labels, from 0 to 1, that hides runs of them
 SHOWN = 0.4  # of the persistence of labels, in the predictions of a fair model
 TRIED, ROUND = 6, 32  # of so many rows of images, in how many the adapted model is tried
@@ -285,7 +285,8 @@ class Steady(Guard):
 
         A network of 1,000 classes may be less sure under batch statistics, but it says the same.
         """
-        far_apart = self.surer.mean() < UNSURE and self.surer.agreement() < APART
+        agreed, expected = self.surer.agreement(), self.surer.expected()
+        far_apart = self.surer.mean() < UNSURE and agreed < APART * expected
         return far_apart and self.runs.images() >= SEEN
 
     def _why(self) -> str:

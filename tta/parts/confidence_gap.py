@@ -23,6 +23,7 @@ class ConfidenceGap(nn.Module):
 
     gap: Tensor  # 0-dimensional, in [-1, 1]
     agreed: Tensor  # 0-dimensional, share of images of which both say the same; 1 before the first
+    other: Tensor  # 0-dimensional, mean confidence of the second, in [0, 1]
     images: Tensor  # 0-dimensional, that both are averages of, at most ``span``
 
     def __init__(self, span: int = SPAN) -> None:
@@ -30,6 +31,7 @@ class ConfidenceGap(nn.Module):
         self.span = span
         self.register_buffer("gap", torch.zeros(()))
         self.register_buffer("agreed", torch.ones(()))
+        self.register_buffer("other", torch.zeros(()))
         self.register_buffer("images", torch.zeros(()))
 
     @torch.no_grad()
@@ -42,6 +44,7 @@ class ConfidenceGap(nn.Module):
         self.gap += share * moved
         same = (logits.argmax(1) == other.argmax(1)).float().mean()
         self.agreed += share * (same - self.agreed)
+        self.other += share * torch.nan_to_num(its - self.other)
 
     def mean(self) -> float:
         """The average, by how much the first is surer; 0 before the first batch."""
@@ -51,8 +54,16 @@ class ConfidenceGap(nn.Module):
         """Share of images of which both say the same; 1 before the first batch."""
         return float(self.agreed)
 
+    def expected(self) -> float:
+        """Share of images of which a fair first would say the same: the second's confidence.
+
+        Of those that the second gets right, which are about as many as it is sure of.
+        """
+        return float(self.other)
+
     def forget(self) -> None:
         """Begin anew."""
         self.gap.zero_()
         self.agreed.fill_(1.0)
+        self.other.zero_()
         self.images.zero_()
