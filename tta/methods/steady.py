@@ -57,9 +57,9 @@ or not:
 Where d > ``SURER``, ``LEFT_SURER`` stands for ``LEFT``. Where d < 0 and the source predicts nearly
 one class, which hides runs, the source answers as above, and the adapted model is tried sooner.
 Where d < ``UNSURE`` and the two agree on hardly any image, by what the source's confidence lets one
-expect (``APART``), the norm rule makes nonsense of the images, as batch statistics do of those beside frames of a broken camera, and the source
-answers too. By itself d decides nothing: a network of 1,000 classes is less sure under batch
-statistics of few images than it is right.
+expect (``APART``), the norm rule makes nonsense of the images, as batch statistics do of those
+beside frames of a broken camera, and the source answers too. By itself d decides nothing: a network
+of 1,000 classes is less sure under batch statistics of few images than it is right.
 
 A step that was made of fewer than ``few`` images is taken back, and no other is made in the 4096
 batches that follow: a gradient of one image is what breaks most updates.
