@@ -419,17 +419,19 @@ def test_runs_do_harm_where_the_adapted_model_shows_less_of_them_than_the_source
 
 
 @pytest.mark.parametrize(
-    ("stay", "own", "source", "share"),
+    ("kind", "stay", "own", "source", "share"),
     [
-        (0.8, 0.3, 0.7, 1.0),  # the source is the better of both
-        (0.8, 0.7, 0.3, 0.0),
-        (0.0, 0.3, 0.7, 0.0),  # there are no runs, in which both could be compared
+        ("bn", 0.8, 0.3, 0.7, 1.0),  # the source is the better of both
+        ("bn", 0.8, 0.7, 0.3, 0.0),
+        ("bn", 0.0, 0.3, 0.7, 0.0),  # there are no runs, in which both could be compared
+        ("gn", 0.8, 0.3, 0.8, 1.0),
+        ("gn", 0.8, 0.75, 0.8, 0.1),  # by too little to tell
     ],
 )
 def test_of_a_large_batch_in_runs_who_shows_more_of_them_answers(
-    stay: float, own: float, source: float, share: float
+    kind: str, stay: float, own: float, source: float, share: float
 ) -> None:
-    guard: Any = tta.wrap(tiny("bn"), "tent", guard="steady").guard
+    guard: Any = tta.wrap(tiny(kind), "tent", guard="steady").guard
     asked, answered = [], []
     pairs = zip(_predicted(stay, own).split(64), _predicted(stay, source).split(64), strict=True)
     for mine, its in pairs:

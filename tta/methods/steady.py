@@ -45,6 +45,7 @@ show by themselves what they are.
 A batch of ``ROW`` images or more shows by itself whether it has runs. While there are any, the
 source is asked on each of these, and where it shows more of the runs in the very batch (l' < l), it
 answers and nothing is learned from the batch: which of the two is better changes with the domain.
+In networks without statistics of batches only an update can hide runs, and must do so by ``SHORT``.
 That there are runs is seen in the adapted model's predictions too, which cost nothing: of so many
 images that the little that batch statistics leave of runs is more than chance.
 
@@ -105,6 +106,7 @@ UNSURE, APART = -0.1, 0.4  # d, and agreement with the source over its confidenc
 ONE_CLASS = 0.25  # concentration of predicted labels, from 0 to 1, that hides runs of them
 SHOWN = 0.4  # of the persistence of labels, in the predictions of a fair model
 TRIED, ROUND = 6, 32  # of so many rows of images, in how many the adapted model is tried
+SHORT = 0.1  # of the persistence, that an update may lack where no batch statistics are taken
 ALERT, LONG = 16, 1024  # batches; images over which runs of labels are seen for nothing
 SOON = 4  # rows until then, where one class hides runs of labels
 SEEN = 56  # images, counted as averages do; runs of labels are seen among so many
@@ -208,38 +210,49 @@ class Steady(Guard):
         if (verdict := self._few(batch)) is not None:
             return verdict
         answer = anchor = None
+        own = batch.prediction.logits
         asks = self.mixes and self._asks(age, block)
-        wide = self.mixes and block == 1
-        alert = wide and self._is_alert(batch.prediction.logits)
+        wide = block == 1 and (self.mixes or self.trains)
+        alert = wide and self._is_alert(own)
         source = batch.source_of_input().logits if asks or alert else None
         if source is not None:
             self.runs.watch(source.argmax(1))
-            self.own.watch(batch.prediction.logits.argmax(1))
+            self.own.watch(own.argmax(1))
         if asks and source is not None:
             anchor = (batch.anchor() if self.trains else batch.prediction).logits
             self.surer.see(anchor, source)
-            self.source_gap.see(batch.prediction.logits, source)
+            self.source_gap.see(own, source)
             if self._in_doubt() and self._harmful(len(batch.images), SURE):
                 self.runs_seen.fill_(True)
                 self._wait_to_try(block)
                 return Verdict(action="source", reason=self._why(), undo=True)
             answer = source if self._too_early(len(batch.images)) else None
-        if wide and source is not None and self._shows_less(batch.prediction.logits, source):
+        less = wide and source is not None and self._shows_less(own, source)
+        if not self.mixes:
+            anchor = source
+        verdict = self._compare(batch, anchor, age, block) or self._verdict(batch, block)
+        if less and verdict.action != "reset":
             return Verdict(action="source", reason=IN_RUNS, undo=True)
-        if self.trains and (int(self.beside) > 0 or self._due(age // block, 1)):
-            if anchor is None:
-                anchor = (batch.anchor() if self.mixes else batch.source_of_input()).logits
-            self.gap.see(batch.prediction.logits, anchor)
-            self.trend.see(batch.prediction.logits, anchor)
-            if int(self.beside) > 0:
-                return self._beside(anchor, block)
-            if self._behind(self.gap, self.config.margin) and self.trend.mean() < 0:
-                self.beside.copy_(BESIDE * self.pause)
-                return self._beside(anchor, block)
-        verdict = self._verdict(batch, block)
         if answer is not None and verdict is LEARN:
             return Verdict(action="source", reason=EARLIEST, answer=answer)
         return verdict
+
+    def _compare(self, batch: Batch, anchor: Tensor | None, age: int, block: int) -> Verdict | None:
+        """Compare the update with the source's parameters, if it is time and there is one."""
+        beside = int(self.beside) > 0
+        if not self.trains or not (beside or self._due(age // block, 1)):
+            return None
+        assert batch.prediction is not None
+        if anchor is None:
+            anchor = (batch.anchor() if self.mixes else batch.source_of_input()).logits
+        self.gap.see(batch.prediction.logits, anchor)
+        self.trend.see(batch.prediction.logits, anchor)
+        if beside:
+            return self._beside(anchor, block)
+        if self._behind(self.gap, self.config.margin) and self.trend.mean() < 0:
+            self.beside.copy_(BESIDE * self.pause)
+            return self._beside(anchor, block)
+        return None
 
     def _is_alert(self, own: Tensor) -> bool:
         """Whether the source is asked on this batch, as labels may come in runs."""
@@ -254,8 +267,9 @@ class Steady(Guard):
         if max(self.shown.persistence(), self.runs.persistence(STILL_SURE)) <= RUNS:
             return False
         self.alert.fill_(ALERT)
-        classes = self.context.num_classes
-        return persistence_in(own.argmax(1), classes) < persistence_in(source.argmax(1), classes)
+        short = 0.0 if self.mixes else SHORT
+        mine, its = (persistence_in(z.argmax(1), self.context.num_classes) for z in (own, source))
+        return mine + short < its
 
     def _due(self, age: int, slower: int) -> bool:
         """Whether there is a comparison; ``age`` is in batches, or in ``ROW`` of small ones."""
