@@ -33,21 +33,21 @@ source,
 
     l' + SHOWN / (n - 1) < LEFT l
 
-with l less ``SURE`` standard errors. The second term is what taking the mean of n images off them
-takes from l', where n is how many the norm rule takes statistics of. Then the source answers and
-nothing is learned, until there are no runs any more, or until the adapted model, which is tried
-beside it now and then, shows as much of them. Once an update has gone well for ``TREND`` images,
-``LEFT_LATER`` stands for ``LEFT``, so that chance does not end it, and ``STILL_SURE`` for ``SURE``
-while the source answers. Among the first 64 images runs cannot be told from chance, so the source
-answers these where batches are smaller than ``ROW``, and the update learns beside it; larger ones
-show by themselves what they are.
+in batches below ``ROW`` images, with l less ``SURE`` standard errors. The second term is what
+taking the mean of n images off them takes from l', where n is how many the norm rule takes
+statistics of. Then the source answers and nothing is learned, until there are no runs any more, or
+until the adapted model, which is tried beside it now and then, shows as much of them. Once an
+update has gone well for ``TREND`` images, ``LEFT_LATER`` stands for ``LEFT``, so that chance does
+not end it, and ``STILL_SURE`` for ``SURE`` while the source answers. Among the first 64 images runs
+cannot be told from chance, so the source answers these where batches are smaller than ``ROW``, and
+the update learns beside it; larger ones show by themselves what they are.
 
 A batch of ``ROW`` images or more shows by itself whether it has runs. While there are any, the
 source is asked on each of these, and where it shows more of the runs in the very batch (l' < l), it
-answers and nothing is learned from the batch: which of the two is better changes with the domain.
-In networks without statistics of batches only an update can hide runs, and must do so by ``SHORT``.
-That there are runs is seen in the adapted model's predictions too, which cost nothing: of so many
-images that the little that batch statistics leave of runs is more than chance.
+answers, and nothing that this batch moved is kept: which of the two is better changes with the
+domain. The adapted model's own predictions say too that there are runs, and need no pass: batch
+statistics leave little of runs, but over ``LONG`` images little is more than chance. In networks
+without statistics of batches only an update can hide runs, and must do so by ``SHORT``.
 
 A second sign is whether the norm rule makes predictions surer. The source's parameters under it are
 compared with the source model, since what has learned by entropy is sure of itself whether it errs
@@ -99,7 +99,8 @@ LONGEST = 4096  # batches of a pause
 TREND = 768  # images over which the update must be behind, or ahead again
 BESIDE = 2  # pauses for which an update that fell behind may go on beside the source
 RUNS, NO_RUNS = 0.05, 0.01  # persistence of labels from which, and below which, there are (no) runs
-SURE, STILL_SURE = 4.0, 2.0  # standard errors by which the source must show more, and go on to
+# Standard errors by which the source must show more, and go on to; the latter also on large batches
+SURE, STILL_SURE = 4.0, 2.0
 LEFT, LEFT_LATER = 0.9, 0.6  # of the source's persistence, that the adapted model must show
 SURER, LEFT_SURER = 0.02, 0.4  # the same where the norm rule makes predictions so much surer
 UNSURE, APART = -0.1, 0.4  # d, and agreement with the source over its confidence, if spoilt
@@ -107,7 +108,7 @@ ONE_CLASS = 0.25  # concentration of predicted labels, from 0 to 1, that hides r
 SHOWN = 0.4  # of the persistence of labels, in the predictions of a fair model
 TRIED, ROUND = 6, 32  # of so many rows of images, in how many the adapted model is tried
 SHORT = 0.1  # of the persistence, that an update may lack where no batch statistics are taken
-ALERT, LONG = 16, 1024  # batches; images over which runs of labels are seen for nothing
+ALERT, LONG = 16, 1024  # batches on alert; images over which runs are seen without a pass
 SOON = 4  # rows until then, where one class hides runs of labels
 SEEN = 56  # images, counted as averages do; runs of labels are seen among so many
 IN_RUNS = "labels come in runs"
@@ -146,7 +147,7 @@ class Steady(Guard):
 
     counts_images: ClassVar[bool] = True
 
-    age: Tensor  # 0-dimensional, batches learned from since learning began
+    age: Tensor  # 0-dimensional, batches that were judged since learning began
     hold: Tensor  # 0-dimensional, batches left of the pause
     beside: Tensor  # 0-dimensional, batches left in which the update learns beside the source
     pause: Tensor  # 0-dimensional, length of the next pause
@@ -257,10 +258,14 @@ class Steady(Guard):
     def _is_alert(self, own: Tensor) -> bool:
         """Whether the source is asked on this batch, as labels may come in runs."""
         self.shown.watch(own.argmax(1))
+        before = int(self.alert)
+        self.alert.sub_(1).clamp_(min=0)
         if self.shown.persistence() > 0:
             self.alert.fill_(ALERT)
-        self.alert.sub_(1).clamp_(min=0)
-        return int(self.alert) > 0
+        if before == 0:  # the source's last labels were not those of the batch before this one
+            self.runs.pause()
+            self.own.pause()
+        return max(before, int(self.alert)) > 0
 
     def _shows_less(self, own: Tensor, source: Tensor) -> bool:
         """Whether labels come in runs, of which the source shows more in this very batch."""
@@ -321,7 +326,7 @@ class Steady(Guard):
         alone = self._one_class() and self.runs.images() >= SEEN and self.surer.mean() < 0
         if alone or self._spoilt():
             return True
-        if _block(count) == 1:  # of such batches the better of both answers each
+        if _block(count) == 1 and not bool(self.runs_seen):  # the better of both answers each
             return False
         mixed = self.rules[0].mixed_images(count)
         lost = SHOWN / (mixed - 1) if mixed > 1 else 0.0
