@@ -435,6 +435,20 @@ def test_graphs_are_left_alone_until_the_last_thread_leaves() -> None:
     assert calls == [1]
 
 
+def test_a_visit_that_a_signal_has_ended_goes_with_the_call_that_failed() -> None:
+    """And not when Python finds the circle in which the error holds it, which may be much later."""
+    pytest.importorskip("torch._dynamo")
+    others = set(compiled._inside)
+    visit = without_graphs()
+    visit.__enter__()  # its exit never comes
+    try:
+        assert len(compiled._inside) == len(others) + 1 and compiled._stance is not None
+        compiled.end_visit(visit.gen.gi_frame)  # type: ignore[attr-defined]
+        assert set(compiled._inside) == others and (compiled._stance is None) is not bool(others)
+    finally:
+        visit.__exit__(None, None, None)
+
+
 def test_an_exception_at_any_line_does_not_turn_graphs_off_for_good() -> None:
     calls: list[int] = []
 

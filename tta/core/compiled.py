@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from types import FrameType
 from typing import Any
 from weakref import WeakSet
 
@@ -19,7 +20,7 @@ from torch import nn
 
 from tta.core.turns import Turns
 
-__all__ = ["has_graphs", "is_compiled", "without_graphs"]
+__all__ = ["end_visit", "has_graphs", "is_compiled", "without_graphs"]
 
 
 class _Visit:
@@ -56,11 +57,29 @@ def without_graphs(needed: bool = True) -> Iterator[None]:
     try:
         yield
     finally:
-        with _turns.lock:
-            _inside.discard(visit)
-            if not _inside and _stance is not None:
-                _stance.__exit__(None, None, None)
-                _stance = None
+        _leave(visit)
+
+
+def end_visit(frame: FrameType) -> None:
+    """Take out a visit of :func:`without_graphs` that a signal has ended, by a frame of its error.
+
+    The error holds the frame, and often itself in a circle, until Python looks for such circles.
+    """
+    if frame.f_code is _CODE and (visit := frame.f_locals.get("visit")) is not None:
+        _leave(visit)
+
+
+_CODE = without_graphs.__wrapped__.__code__  # type: ignore[attr-defined]
+
+
+def _leave(visit: _Visit) -> None:
+    """Take a visit out, and let graphs run again after the last one."""
+    global _stance
+    with _turns.lock:
+        _inside.discard(visit)
+        if not _inside and _stance is not None:
+            _stance.__exit__(None, None, None)
+            _stance = None
 
 
 def has_graphs(model: nn.Module) -> bool:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from tta.core import autocast
 from tta.core.backbone import Backbone
+from tta.core.compiled import end_visit
 from tta.core.component import Component, Remembers
 from tta.core.hooks import next_hook
 from tta.core.journal import Journal
@@ -202,6 +203,7 @@ def _end_contexts(error: BaseException) -> None:
                 generator = getattr(found.f_locals.get("self"), "gen", None)
                 if generator is not None:
                     generator.close()
+            end_visit(found)
 
 
 class _Copies:
