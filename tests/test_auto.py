@@ -488,8 +488,11 @@ def test_the_adapted_model_is_tried_again_while_the_source_answers() -> None:
         adapter(images(part))
     assert adapter.health["action"] == "source"
     before = adapter.state()
+    actions = []
     for part in labels_of(0.9, 480 * 32, seed=1).split(480):
         adapter(images(part))
+        actions.append(adapter.health["action"])
+    assert "learn" in actions[actions.index("reset") :]
     assert not adapter.guard.runs_seen  # each batch is answered by the one that shows more
     assert any("shows the runs too" in event["reason"] for event in adapter.events)
     assert before.keys() == adapter.state().keys()

@@ -35,8 +35,8 @@ SIZE = {"memo": 2, "ttaug": 2}
 def fail_at_operations(case: Case, every: int, served: int, most: int | None = None) -> int:
     """Let a call fail before every n-th operation, and return how many failed.
 
-    With `most`, no more often than that: a call of `memo` has ten times the operations of others,
-    and each failure of it costs ten times as much.
+    With `most`, no more often than that: some calls have ten times the operations of others, and
+    each failure of them costs ten times as much.
     """
     subject = Subject(case, served, SIZE.get(case[1].get("recipe", "")))
     assert subject.counting.foreign == 0, "other weights were put into the caller's model"

@@ -437,7 +437,7 @@ def test_graphs_are_left_alone_until_the_last_thread_leaves() -> None:
 
 def test_a_visit_that_a_signal_has_ended_goes_with_the_call_that_failed() -> None:
     """And not when Python finds the circle in which the error holds it, which may be much later."""
-    pytest.importorskip("torch._dynamo")
+    torch.compiler.reset()  # loads the compiler, without which nothing is switched
     others = set(compiled._inside)
     visit = without_graphs()
     visit.__enter__()  # its exit never comes

@@ -28,8 +28,9 @@ class _Visit:
 
 
 _turns = Turns()
-# In whatever thread. References are weak, since an exception that a signal raises may skip the line
-# that takes a visit out: it then ends with the frame that holds it, and is no one's for ever.
+# In whatever thread. An exception that a signal raises may skip the line that takes a visit out.
+# A call that has failed so makes up for it by `end_visit`; outside of calls, a weak reference ends
+# with the frame that holds the visit.
 _inside: WeakSet[_Visit] = WeakSet()
 _stance: Any = None
 

@@ -183,8 +183,8 @@ class Transaction:
         self._layout = None
 
     def __getstate__(self) -> dict[str, Any]:
-        empty = {"_open": False, "_copies": _Copies([], []), "_layout": None, "_undo": None}
-        return self.__dict__ | empty | {"_parameters": []}
+        empty = {"_open": False, "_layout": None, "_undo": None}
+        return self.__dict__ | empty | {"_copies": _Copies([], []), "_parameters": []}
 
 
 def _end_contexts(error: BaseException) -> None:

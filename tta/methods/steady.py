@@ -211,14 +211,16 @@ class Steady(Guard):
         if (verdict := self._few(batch)) is not None:
             return verdict
         answer = anchor = None
-        own = batch.prediction.logits
+        own, labels = batch.prediction.logits, batch.prediction.logits.argmax(1)
         asks = self.mixes and self._asks(age, block)
         wide = block == 1 and (self.mixes or self.trains)
-        alert = wide and self._is_alert(own)
-        source = batch.source_of_input().logits if asks or alert else None
-        if source is not None:
-            self.runs.watch(source.argmax(1))
-            self.own.watch(own.argmax(1))
+        alert = wide and self._is_alert(labels)
+        source = said = None
+        if asks or alert:
+            source = batch.source_of_input().logits
+            said = source.argmax(1)
+            self.runs.watch(said)
+            self.own.watch(labels)
         if asks and source is not None:
             anchor = (batch.anchor() if self.trains else batch.prediction).logits
             self.surer.see(anchor, source)
@@ -228,7 +230,7 @@ class Steady(Guard):
                 self._wait_to_try(block)
                 return Verdict(action="source", reason=self._why(), undo=True)
             answer = source if self._too_early(len(batch.images)) else None
-        less = wide and source is not None and self._shows_less(own, source)
+        less = wide and said is not None and self._shows_less(labels, said)
         if not self.mixes:
             anchor = source
         verdict = self._compare(batch, anchor, age, block) or self._verdict(batch, block)
@@ -256,24 +258,23 @@ class Steady(Guard):
         return None
 
     def _is_alert(self, own: Tensor) -> bool:
-        """Whether the source is asked on this batch, as labels may come in runs."""
-        self.shown.watch(own.argmax(1))
+        """Whether the source is asked on this batch, whose labels ``own`` (B,) may come in runs."""
+        self.shown.watch(own)
         before = int(self.alert)
-        self.alert.sub_(1).clamp_(min=0)
-        if self.shown.persistence() > 0:
-            self.alert.fill_(ALERT)
+        left = ALERT if self.shown.persistence() > 0 else max(before - 1, 0)
+        self.alert.fill_(left)
         if before == 0:  # the source's last labels were not those of the batch before this one
             self.runs.pause()
             self.own.pause()
-        return max(before, int(self.alert)) > 0
+        return max(before, left) > 0
 
     def _shows_less(self, own: Tensor, source: Tensor) -> bool:
-        """Whether labels come in runs, of which the source shows more in this very batch."""
+        """Whether there are runs, and the source's labels (B,) of this very batch show more."""
         if max(self.shown.persistence(), self.runs.persistence(STILL_SURE)) <= RUNS:
             return False
         self.alert.fill_(ALERT)
         short = 0.0 if self.mixes else SHORT
-        mine, its = (persistence_in(z.argmax(1), self.context.num_classes) for z in (own, source))
+        mine, its = (persistence_in(y, self.context.num_classes) for y in (own, source))
         return mine + short < its
 
     def _due(self, age: int, slower: int) -> bool:
@@ -302,7 +303,8 @@ class Steady(Guard):
     def _spoilt(self) -> bool:
         """Whether the norm rule makes nonsense of the images, as beside frames of a broken camera.
 
-        A network of 1,000 classes may be less sure under batch statistics, but it says the same.
+        A network of 1,000 classes may be less sure under batch statistics, but it says the same as
+        often as the source's confidence lets one expect.
         """
         agreed, expected = self.surer.agreement(), self.surer.expected()
         far_apart = self.surer.mean() < UNSURE and agreed < APART * expected

@@ -55,9 +55,9 @@ class ConfidenceGap(nn.Module):
         return float(self.agreed)
 
     def expected(self) -> float:
-        """Share of images of which a fair first would say the same: the second's confidence.
+        """Share of images of which both should say the same: the second's mean confidence.
 
-        Of those that the second gets right, which are about as many as it is sure of.
+        About as many are what the second gets right, and the first too if it is as good.
         """
         return float(self.other)
 
