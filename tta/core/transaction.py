@@ -148,7 +148,8 @@ class Transaction:
         layout = state.layout() if learning else tuple(network.buffers.moving)
         if layout != self._layout:
             self._copies = _Copies(*(state.places() if learning else (state.own_places(), [])))
-            self._parameters = state.parameters()
+            # Gradients come from an update alone.
+            self._parameters = [] if state.update is None else state.parameters()
             self._layout = layout
         with torch.no_grad():
             self._copies.take()
@@ -218,18 +219,48 @@ class _Copies:
         self._places, self._kept = places, kept
         self._tensors: list[Tensor] = []
         self._copies: list[Tensor] = []
+        # What joins the tensors from one index to another, and the tensor whose parts are copies.
+        self._joined: list[tuple[Callable[..., Tensor], int, int, Tensor]] = []
         self._shapes: list[torch.Size] = []
         self._identities: list[tuple[Place, Tensor]] = []
 
     def take(self) -> None:
         tensors = [held[key] for held, key in self._places]
-        shapes = [t.shape for t in tensors]
-        if shapes != self._shapes:
-            self._copies = [torch.empty_like(t) for t in tensors]
-            self._shapes = shapes
+        if [t.shape for t in tensors] != self._shapes:
+            tensors = self._make(tensors)
         self._tensors = tensors
         self._identities = [(place, place[0][place[1]]) for place in self._kept]
-        _copy(self._copies, tensors)
+        for join, first, end, joined in self._joined:
+            join(tensors[first:end], out=joined)
+        first = self._joined[-1][2] if self._joined else 0
+        _copy(self._copies[first:], tensors[first:])
+
+    def _make(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Make the copies; small tensors lie one after the other, as most of the time is per copy.
+
+        Returns:
+            The tensors, those that are copied together first.
+        """
+        self._shapes = []  # should this be interrupted, it begins again
+        kinds: dict[Any, list[int]] = {}
+        for i, t in enumerate(tensors):
+            plain = t.dim() < 2 and t.device.type == "cpu" and not t.is_quantized
+            kinds.setdefault((t.dim(), t.dtype) if plain else None, []).append(i)
+        alone = kinds.pop(None, [])
+        order = [i for members in kinds.values() for i in members] + alone
+        self._places = [self._places[i] for i in order]
+        self._joined, self._copies, first = [], [], 0
+        for (dim, dtype), members in kinds.items():
+            sizes = [tensors[i].numel() for i in members]
+            joined = torch.empty(sum(sizes), dtype=dtype)
+            join = torch.cat if dim else torch.stack
+            self._joined.append((join, first, first + len(members), joined))
+            self._copies += joined.split(sizes) if dim else joined.unbind()
+            first += len(members)
+        self._copies += [torch.empty_like(tensors[i]) for i in alone]
+        tensors = [tensors[i] for i in order]
+        self._shapes = [t.shape for t in tensors]
+        return tensors
 
     def put_back(self, but: Collection[int] = ()) -> None:
         """Put the tensors and their values back.
