@@ -164,6 +164,25 @@ def test_two_steps_are_those_of_the_definition(monkeypatch) -> None:
         assert torch.equal(adapter.state()[f"param/{name}"], source[name])
 
 
+def test_one_reliable_image_is_destroyed_under_its_own_statistics(monkeypatch, recwarn) -> None:
+    monkeypatch.setattr(deyo, "shuffle_patches", _roll)
+    x, net = images(3, 6), batch_statistics(tiny("bn"))
+    with torch.no_grad():
+        _, h, p = _measure(net, x)
+        first = int(h.argmin())
+        after = net(_roll(x[first : first + 1], 4)).softmax(1)
+    label = int(p[first].argmax())
+    drop = float(p[first, label] - after[0, label])
+    ordered = h.sort().values
+    margin = float(ordered[0] + ordered[1]) / 2 / math.log(10)
+    for shift, selected in ((-1e-4, 1), (1e-4, 0)):
+        fields = {"entropy_margin": margin, "plpd_threshold": drop + shift}
+        adapter = tta.wrap(tiny("bn"), update=tta.get_config("deyo.cifar10", lr=0.02, **fields))
+        adapter(x)
+        assert adapter.report.reliable == 1 and adapter.report.selected == selected
+    assert not [w for w in recwarn if "at least 2 images" in str(w.message)]
+
+
 def _once(x: Tensor, **fields) -> tta.Adapter:
     values = {"lr": 0.05, "entropy_margin": 10.0, "plpd_threshold": -1.0} | fields
     adapter = tta.wrap(tiny("gn"), update=tta.get_config("deyo", **values))

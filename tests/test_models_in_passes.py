@@ -192,6 +192,22 @@ def test_reentrant_checkpoints_change_nothing(method: str) -> None:
     assert all(p.grad is None for p in adapter.unwrap().parameters())
 
 
+def _checkpointed(net: Any, x: Tensor) -> Tensor:
+    return checkpoint(net, x, use_reentrant=False)
+
+
+def test_a_pass_of_one_chosen_image_is_computed_again_as_it_was() -> None:
+    """Of three images one is kept, whose view has its own statistics in the backward pass too."""
+    adapter, plain = (wrapped(net, "roid.cifar10") for net in (Around(_checkpointed), tiny("bn")))
+    for t in range(2):
+        close(adapter(images(4 + 20 * t, 3)), plain(images(4 + 20 * t, 3)), atol=1e-6, rtol=1e-5)
+        assert adapter.report["selected"] == 1
+    state = plain.state()
+    for key, value in adapter.state().items():
+        if key.startswith("param/"):
+            close(value, state[key.replace("net.", "")], atol=1e-6, rtol=1e-5)
+
+
 class Averaging(nn.Module):
     """An average of its own, which it reads and writes in a part that may be checkpointed."""
 

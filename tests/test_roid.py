@@ -108,6 +108,21 @@ def test_three_steps_are_those_of_the_definition(configured: int | None) -> None
         close(p.detach(), value, atol=2e-5, rtol=0)
 
 
+@pytest.mark.parametrize("seed", [4, 2])
+def test_a_view_of_one_kept_image_has_its_own_statistics(seed: int, recwarn) -> None:
+    """The batch has more images, so neither the source's statistics nor a warning are due."""
+    batches = [images(seed, 3), images(seed + 20, 3)]
+    expected = _plain(batches, None)
+    assert expected["kept"] == {4: [1, 1], 2: [1, 2]}[seed]
+    adapter = _roid()
+    for t, x in enumerate(batches):
+        close(adapter(x), expected["outputs"][t], atol=1e-5, rtol=1e-5)
+        assert adapter.report.loss == pytest.approx(expected["loss"][t], rel=2e-4)
+    for p, value in zip(adapter.parameters_adapted.values(), expected["theta"], strict=True):
+        close(p.detach(), value, atol=2e-5, rtol=0)
+    assert not [w for w in recwarn if "at least 2 images" in str(w.message)]
+
+
 def test_weights_by_hand() -> None:
     logits = torch.tensor([[4.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 3.0]])
     q = [0.6, 0.3, 0.1]

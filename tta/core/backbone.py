@@ -357,6 +357,7 @@ class Backbone:
         for wrapper in self.wrappers:
             wrapper.rule.override = None
             wrapper.rule.learning = self.session.learning
+            wrapper.rule.part_size = 1.0
             wrapper.passes.clear()
         self._other.put_back()
         drop_hooks(self.model, self.first_hook, (*self.handles, *self._order_hooks))

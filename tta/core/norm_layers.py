@@ -65,8 +65,7 @@ class _Pass:
     """State of a layer before a pass, on which the output of the pass depends."""
 
     sign: float  # of the input of the pass, see `_sign`
-    learning: bool
-    override: Callable[[Tensor, Any], Tensor] | None
+    mode: tuple[bool, Any, float]  # the rule's ``learning``, ``override`` and ``part_size``
     remembered: list[Tensor]  # copies of the rule's buffers
 
 
@@ -139,11 +138,12 @@ class AdaptiveNorm(nn.Module):
 
     def _now(self, sign: float) -> _Pass:
         remembered = [b.clone() for b in self.rule.buffers()]
-        return _Pass(sign, self.rule.learning, self.rule.override, remembered)
+        rule = self.rule
+        return _Pass(sign, (rule.learning, rule.override, rule.part_size), remembered)
 
     @torch.no_grad()
     def _go_to(self, noted: _Pass) -> None:
-        self.rule.learning, self.rule.override = noted.learning, noted.override
+        self.rule.learning, self.rule.override, self.rule.part_size = noted.mode
         for buffer, value in zip(self.rule.buffers(), noted.remembered, strict=True):
             buffer.copy_(value)
 
@@ -235,6 +235,7 @@ def part_of_batch(wrappers: Iterable[AdaptiveNorm], share: float) -> Iterator[No
     """Within the block, passes hold this share, in (0, 1], of images that are learned from at once.
 
     Rules that average over batches move by so much less that all parts together move them as far.
+    Rules of batch statistics take those of a single image too, since its batch has more of them.
     """
     rules = [wrapper.rule for wrapper in wrappers]
     for rule in rules:

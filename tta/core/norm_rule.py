@@ -39,7 +39,7 @@ class NormRule(Component):
         super().__init__(config)
         self.learning = True
         self.fell_back = False
-        # Of the images that the rule learns from, those in this pass; set by `part_of_batch`.
+        # Of the images that are learned from at once, the share in this pass; see `part_of_batch`.
         self.part_size = 1.0
         # Set by `with_statistics`: normalises in place of this rule.
         self.override: Callable[[Tensor, Any], Tensor] | None = None

@@ -16,7 +16,7 @@ from tta.core.backbone import Backbone
 from tta.core.checks import LARGE, fraction, number
 from tta.core.component import Context
 from tta.core.config import UpdateConfig
-from tta.core.norm_layers import frozen_statistics
+from tta.core.norm_layers import frozen_statistics, part_of_batch
 from tta.core.prediction import Prediction, Report
 from tta.core.random import fork
 from tta.core.update import Update
@@ -115,7 +115,7 @@ class CertainDiverseUpdate(Update):
         losses = soft_likelihood_ratio(chosen)
         self.report = Report(selected=len(chosen), kept=kept, likelihood_ratio=_mean(losses))
         if self.augmenter is not None:
-            agreement = symmetric_cross_entropy(self._logits_of_view(x[kept]), chosen)
+            agreement = symmetric_cross_entropy(self._logits_of_view(x, kept), chosen)
             losses = losses + agreement
             self.report["consistency"] = _mean(agreement)
         loss = (weights[kept] * losses).sum() / (self.context.batch_size or len(x))
@@ -126,11 +126,12 @@ class CertainDiverseUpdate(Update):
         self.report |= {"loss": loss.detach(), "stepped": stepped}
         return selection.prediction
 
-    def _logits_of_view(self, images: Tensor) -> Tensor:
-        """Logits (N, C) of one augmented view, in a pass of its own."""
+    def _logits_of_view(self, x: Tensor, kept: Tensor) -> Tensor:
+        """Logits (N, C) of one augmented view of the kept rows, in a pass of its own."""
         assert self.augmenter is not None
+        images, wrappers = x[kept], self.network.wrappers
         (view,) = self.augmenter.views(images, 1, fork(self.context.generator, images.device))
-        with frozen_statistics(self.network.wrappers):
+        with frozen_statistics(wrappers), part_of_batch(wrappers, len(images) / len(x)):
             return self.network(view).logits
 
 

@@ -13,7 +13,8 @@ classes, and fails on label-sorted streams, where the batch statistics carry the
 Differences: the TENT repository overwrites every layer's eps with 1e-5, which changes models
 whose eps differs; here the layer's own eps stays, and ``official=True`` overwrites it. Running
 statistics are neither read nor updated, except that a batch of one is normalised with them, unless
-``single_image="batch"`` asks for the statistics over its own places.
+``single_image="batch"`` asks for the statistics over its own places. An image that an update has
+chosen alone out of a larger batch has its own statistics, as in the authors' code of such updates.
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ class BatchNormRule(NormRule):
 
     def forward(self, x: Tensor, base: Any) -> Tensor:
         """Normalise (B, C, ...) with its own statistics, or the source's for a batch of one."""
-        few = one_value if self.config.single_image == "batch" else too_few_values
+        own = self.config.single_image == "batch" or self.part_size < 1
+        few = one_value if own else too_few_values
         if few(x) and base.running_mean is not None:
             self.fell_back = True
             return normalize(x, base.running_mean, base.running_var, base)

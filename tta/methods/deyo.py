@@ -48,7 +48,7 @@ from torch import Tensor
 
 from tta.core.checks import LARGE, number, one_of, whole_number
 from tta.core.config import CIFAR_ADAM
-from tta.core.norm_layers import frozen_statistics
+from tta.core.norm_layers import frozen_statistics, part_of_batch
 from tta.core.prediction import Prediction, Report
 from tta.core.random import fork
 from tta.core.registry import register
@@ -115,7 +115,8 @@ class Deyo(LowerLayersUpdate):
         self.report["kept"] = torch.zeros_like(reliable)
         if count == 0:
             return selection.prediction
-        drop = self._drop(x[reliable], selection.logits[reliable])
+        with part_of_batch(self.network.wrappers, count / len(x)):
+            drop = self._drop(x[reliable], selection.logits[reliable])
         kept = drop > config.plpd_threshold
         chosen = reliable.clone()
         chosen[reliable] = kept

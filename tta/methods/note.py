@@ -119,7 +119,8 @@ class Iabn(NormRule):
         """Normalise (B, C, ...) by statistics that are at rest, or by the batch's."""
         if self.config.learned_statistics:
             return self._normalised(x, self.mean, self.var, base)
-        if too_few_values(x):
+        few = one_value if self.part_size < 1 else too_few_values
+        if few(x):
             self.fell_back = True
             return self._normalised(x, self.mean, self.var, base)
         mean, var = batch_stats(x, unbiased=True)
