@@ -21,6 +21,7 @@ from tta.core import registry
 from tta.core.guard import LEARN
 from tta.core.health import EVERY, Monitor, effective_rank
 from tta.methods.steady import RUNS, SURE
+from tta.parts.skew_watch import SkewWatch
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*preset, made for:UserWarning")
 
@@ -443,6 +444,60 @@ def test_of_a_large_batch_in_runs_who_shows_more_of_them_answers(
     assert abs(sum(answered[8:]) / len(answered[8:]) - share) < 0.15
 
 
+@pytest.mark.parametrize(
+    ("stay", "before", "after", "size", "held"),
+    [
+        (0.0, 0.7, 0.7, 64, True),  # no runs: whatever is corrected is not what the rule is for
+        (0.8, 0.6, 0.9, 64, False),
+        (0.8, 0.6, 0.3, 64, True),  # several classes were made one
+        (0.8, 0.6, 0.9, 10, False),
+        (0.8, 0.6, 0.3, 10, True),
+        (0.99, 0.4, 1.0, 64, False),  # one class fills a batch, and hides runs in it
+    ],
+)
+def test_a_correction_of_skewed_labels_is_held_back_where_it_does_not_show_their_runs(
+    stay: float, before: float, after: float, size: int, held: bool
+) -> None:
+    watch = SkewWatch(10, RUNS)
+    pairs = zip(_predicted(stay, before).split(size), _predicted(stay, after).split(size))
+    found = [watch.holds_back(x, y, learning=True) for x, y in pairs]
+    late = found[len(found) // 4 :]
+    assert (sum(late) / len(late) > 0.5) is held
+    state = {key: value.clone() for key, value in watch.state_dict().items()}
+    watch.holds_back(torch.zeros(4, dtype=torch.int64), torch.ones(4, dtype=torch.int64), False)
+    assert all(torch.equal(value, state[key]) for key, value in watch.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("update", "output"),
+    [(None, "lame"), (None, "prior_correction"), ("tent", "lame"), ("roid", None)],
+)
+def test_the_guard_answers_without_an_output_rule_that_no_stream_calls_for(
+    update: str | None, output: str | None
+) -> None:
+    def wrapped(output: str | None, guard: str | None) -> tta.Adapter:
+        given = {} if output is None else {"output": output}
+        scale: Any = {"mean": (0, 0, 0), "std": (1, 1, 1)}
+        return tta.wrap(tiny("gn"), update, guard=guard, **given, **scale)
+
+    guarded, corrected, plain = (
+        wrapped(output, "steady"), wrapped(output, None), wrapped("source", None),
+    )  # fmt: skip
+    for seed in range(4):
+        x = images(seed, 32)
+        found = guarded(x)
+        assert torch.equal(found, plain(x)) and not torch.equal(found, corrected(x))
+        assert "output rule" in guarded.health["reason"]
+    # Where nothing else moves, this is the source's answer.
+    actions = [event["action"] for event in guarded.events]
+    assert actions == (["source"] * 4 if update is None else [])
+    state, x = guarded.state(), images(9, 32)
+    for adapter in (guarded, plain):
+        adapter.freeze()
+    assert torch.equal(guarded(x), plain(x))
+    assert all(torch.equal(v, state[k]) for k, v in guarded.state().items())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ordered", [True, False])
 def test_the_source_answers_where_batches_are_of_one_class(ordered: bool) -> None:
@@ -456,6 +511,23 @@ def test_the_source_answers_where_batches_are_of_one_class(ordered: bool) -> Non
         adapter(x[part].float() / 255)
     answered = [event for event in adapter.events if event["reason"] == "labels come in runs"]
     assert len(answered) > 30 if ordered else not answered
+
+
+@pytest.mark.slow
+def test_the_guard_lets_an_output_rule_answer_where_labels_come_in_runs() -> None:
+    data = open_data("bundled").clean
+    assert data is not None
+    x, y = (torch.stack([torch.as_tensor(data[i][k]) for i in range(1000)]) for k in (0, 1))
+    order = y.view(5, 200).argsort(dim=1, stable=True) + 200 * torch.arange(5)[:, None]
+    guarded, alone = (
+        tta.wrap(models.load("cifar10_resnet20_gn")[0], "lame", guard=guard)
+        for guard in ("steady", None)
+    )
+    same = []
+    for part in order.flatten().split(64)[:-1]:
+        shown = x[part].float() / 255
+        same.append(torch.equal(guarded(shown), alone(shown)))
+    assert sum(same) > len(same) / 2
 
 
 @pytest.mark.parametrize("kind", ["bn", "gn"])

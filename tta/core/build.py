@@ -272,6 +272,7 @@ def _context(
         parameters=masters.trained,
         generator=torch.Generator().manual_seed(config.seed),
         batch_size=config.batch_size,
+        for_skew=config.output is not None and component(config.output.name).for_skew,
         narrow=any(is_narrow(layer) for layer in batch_norm_layers(model).values()),
         rows_independent=alone,
         mean=config.mean,

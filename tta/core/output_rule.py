@@ -27,6 +27,7 @@ class Output(Component):
     slot = "output"
     must_define = ("correct",)
     makes_logits: ClassVar[bool] = False  # stands in for the linear layer, by ``make_logits``
+    for_skew: ClassVar[bool] = False  # is for batches of few classes, and does harm to others
 
     def __init__(self, config: Any, context: Context) -> None:
         super().__init__(config)

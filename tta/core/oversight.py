@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -198,6 +199,8 @@ class Oversight:
             if "freeze" in (first.action, second.action):
                 guard.frozen.fill_(True)
         verdict = first if second.action == "learn" else second
+        if first.action in ("learn", "skip") and second.answer is not None:
+            verdict = replace(verdict, answer=second.answer, reason=verdict.reason or second.reason)
         answer = self._answer(batch, verdict)
         self._note(batch, verdict, held)
         if learning:

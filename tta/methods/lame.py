@@ -20,6 +20,7 @@ for a lone image under "linear" a prediction pulled towards itself.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -151,6 +152,7 @@ class Lame(Output):
     """Laplacian-adjusted maximum-likelihood estimation."""
 
     Config = LameConfig
+    for_skew: ClassVar[bool] = True
     needs_features = True
 
     def correct(self, prediction: Prediction) -> Tensor:

@@ -88,6 +88,7 @@ from tta.core.registry import register
 from tta.parts.confidence_gap import ConfidenceGap
 from tta.parts.estimates import ConfidenceEstimate
 from tta.parts.label_runs import LabelRuns, persistence_in
+from tta.parts.skew_watch import SkewWatch
 from tta.parts.spread import ENOUGH, SpreadGap
 
 __all__ = ["Steady", "SteadyConfig"]
@@ -112,6 +113,7 @@ ALERT, LONG = 16, 1024  # batches on alert; images over which runs are seen with
 SOON = 4  # rows until then, where one class hides runs of labels
 SEEN = 56  # images, counted as averages do; runs of labels are seen among so many
 IN_RUNS = "labels come in runs"
+NO_SKEW = "an answer without the output rule shows more of the labels' runs, or there are none"
 ONE = "one class is seen, of which the source is surer"
 SPOILT = "the norm rule makes nonsense of the images"
 EARLIEST = "too few images to tell whether labels come in runs"
@@ -179,11 +181,16 @@ class Steady(Guard):
         self.rules = tuple(w.rule for w in network.wrappers[:1])  # not a module of the guard
         self.trains = bool(context.parameters)
         self.mixes = bool(network.wrappers)  # images are normalised by what was seen of others
+        # Of an output rule that supposes runs of labels, of which batch statistics leave little.
+        self.skew = SkewWatch(classes, 0.0 if self.mixes else RUNS) if context.for_skew else None
 
     def integer_ranges(self) -> dict[str, tuple[int, int]]:
         """Range of the last labels that were predicted."""
         both = {"runs": self.runs, "own": self.own, "shown": self.shown}
-        mine = {f"{key}.{n}": r for key, v in both.items() for n, r in v.integer_ranges().items()}
+        watched = both | ({} if self.skew is None else {"skew": self.skew})
+        mine = {
+            f"{key}.{n}": r for key, v in watched.items() for n, r in v.integer_ranges().items()
+        }
         return super().integer_ranges() | mine
 
     def admit(self, batch: Batch) -> Verdict:
@@ -198,10 +205,25 @@ class Steady(Guard):
 
     def judge(self, batch: Batch) -> Verdict:
         """Compare the batch's predictions with the source's, if it is time."""
+        assert batch.prediction is not None and batch.scores is not None
+        own = batch.prediction.logits
+        if self.skew is None or batch.scores is own:  # the source has answered already
+            return self._judge(batch, own)
+        held = self.skew.holds_back(own.argmax(1), batch.scores.argmax(1), batch.learning)
+        verdict = self._judge(batch, own if held else batch.scores)
+        if not held or verdict.answer is not None or verdict.action == "source":
+            return verdict
+        reason, alone = verdict.reason or NO_SKEW, not (self.trains or self.mixes)
+        if alone and verdict.action == "learn" and batch.original is None:
+            return Verdict(action="source", reason=reason, answer=own)
+        return replace(verdict, reason=reason, answer=own)
+
+    def _judge(self, batch: Batch, answer: Tensor) -> Verdict:
+        """Judge a batch to which ``answer`` (B, C) would be given."""
         if not batch.learning:
             return LEARN
         if bool(self.runs_seen):
-            return self._in_runs(batch)
+            return self._in_runs(batch, answer)
         if int(self.hold) > 0:
             self.hold -= 1
             return LEARN
@@ -210,11 +232,11 @@ class Steady(Guard):
         self.age += 1
         if (verdict := self._few(batch)) is not None:
             return verdict
-        answer = anchor = None
-        own, labels = batch.prediction.logits, batch.prediction.logits.argmax(1)
+        early = anchor = None
+        own, labels = batch.prediction.logits, answer.argmax(1)
         asks = self.mixes and self._asks(age, block)
         wide = block == 1 and (self.mixes or self.trains)
-        alert = wide and self._is_alert(labels)
+        alert = wide and self._is_alert(own.argmax(1))
         source = said = None
         if asks or alert:
             source = batch.source_of_input().logits
@@ -229,15 +251,15 @@ class Steady(Guard):
                 self.runs_seen.fill_(True)
                 self._wait_to_try(block)
                 return Verdict(action="source", reason=self._why(), undo=True)
-            answer = source if self._too_early(len(batch.images)) else None
+            early = source if self._too_early(len(batch.images)) else None
         less = wide and said is not None and self._shows_less(labels, said)
         if not self.mixes:
             anchor = source
         verdict = self._compare(batch, anchor, age, block) or self._verdict(batch, block)
         if less and verdict.action != "reset":
             return Verdict(action="source", reason=IN_RUNS, undo=True)
-        if answer is not None and verdict is LEARN:
-            return Verdict(action="source", reason=EARLIEST, answer=answer)
+        if early is not None and verdict is LEARN:
+            return Verdict(action="source", reason=EARLIEST, answer=early)
         return verdict
 
     def _compare(self, batch: Batch, anchor: Tensor | None, age: int, block: int) -> Verdict | None:
@@ -401,7 +423,7 @@ class Steady(Guard):
         for gap in (self.gap, self.trend, self.source_gap):
             gap.forget()
 
-    def _in_runs(self, batch: Batch) -> Verdict:
+    def _in_runs(self, batch: Batch, answer: Tensor) -> Verdict:
         """Let the source answer while labels come in runs that the adapted model cannot stand."""
         source, count = batch.source_of_input().logits, len(batch.images)
         tried, block = self._tries(count), _block(count)
@@ -410,7 +432,7 @@ class Steady(Guard):
         self.runs.watch(source.argmax(1))
         if tried:
             assert batch.prediction is not None
-            self.own.watch(batch.prediction.logits.argmax(1))
+            self.own.watch(answer.argmax(1))
             anchor = batch.anchor() if self.trains else batch.prediction
             self.surer.see(anchor.logits, source)
         self.age += 1
