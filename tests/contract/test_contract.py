@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tta
@@ -227,6 +228,18 @@ def test_train_and_eval_have_no_effect(case) -> None:
     for t, call in enumerate((adapter.eval, adapter.train, adapter.model.train)):
         assert torch.equal(adapter(images(t)), plain(images(t)))
         call()
+
+
+@on_guarded
+def test_a_model_in_train_mode_is_adapted_as_one_in_eval_mode(case) -> None:
+    _, plain = make(*case)
+    net = tiny(case[0]).train()
+    net.register_forward_pre_hook(lambda m, args: F.dropout(args[0], 0.5, m.training))
+    before = torch.get_rng_state()
+    adapter = tta.wrap(net, **arguments(case[1]))
+    for t in range(3):
+        assert torch.equal(adapter(images(t)), plain(images(t)))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @on_components

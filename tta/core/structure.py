@@ -76,7 +76,7 @@ class OtherTensors:
             return self.model(*args, **kwargs)
         self.prepare()
         if self._copy is None and not self._in_place:
-            self._copy = functional.copy_structure(self.model)
+            self._copy = functional.copy_structure(self.model).eval()
         target = self.model if self._copy is None else self._copy
         return functional.call(target, tensors, *args, **kwargs)
 
@@ -122,7 +122,8 @@ def _trusted_copy(model: nn.Module, reader: LogitsReader) -> nn.Module | None:
         return None
     wrappers = [m for m in found.modules() if isinstance(m, AdaptiveNorm)]
     with with_statistics(wrappers, _unchanged):
-        return None if dry_run(found, reader) is None else found
+        # The model may be in train mode until all parts of its adapter are made.
+        return None if dry_run(found, reader) is None else found.eval()
 
 
 def _unchanged(x: Tensor, base: Any) -> Tensor:
