@@ -331,6 +331,7 @@ def test_an_unwrapped_adapter_lets_go_of_the_model() -> None:
     for call in (adapter.reset, lambda: adapter.load_state(state)):
         with pytest.raises(RuntimeError, match="unwrapped"):
             call()
+    assert repr(adapter) == "Adapter(unwrapped, norm=bn, update=tent)"
     assert torch.equal(net.layer1[1].weight, tiny("bn").layer1[1].weight)
 
 

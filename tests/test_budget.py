@@ -179,6 +179,42 @@ def test_the_size_of_images_is_that_of_the_source_or_declared() -> None:
     )  # fmt: skip
 
 
+class _Takes(nn.Module):
+    """A network that draws, counts its passes, and asks something of its images."""
+
+    def __init__(self, *dtypes: torch.dtype) -> None:
+        super().__init__()
+        self.net, self.dtypes = tiny("bn"), dtypes
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count = self.count + 1
+        if x.dtype not in self.dtypes:
+            raise AssertionError
+        return self.net(nn.functional.dropout(x.float() / 255, 0.1, training=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
+def test_measuring_leaves_the_global_generator_and_buffers_alone(dtype: torch.dtype) -> None:
+    net = _Takes(dtype)
+    count, before = net.count, torch.get_rng_state()
+    adapter = tta.wrap(net, "tent.cifar10", memory_budget=10**9, batch_size=4)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert adapter.unwrap() is net and net.count is count and not net.count
+    source = [(torch.zeros(2, 3, 24, 24, dtype=dtype), torch.zeros(2).long())]
+    tta.wrap(net, "tent.cifar10", memory_budget=10**9, source=source).unwrap()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_model_that_takes_no_random_images_is_refused_and_left_as_it_was() -> None:
+    net = _Takes()
+    count = net.count
+    message = r"^`memory_budget` must be measured.* \(AssertionError: \): pass source"
+    with pytest.raises(ValueError, match=message) as refused:
+        tta.wrap(net, "tent.cifar10", memory_budget=10**9)
+    assert len(str(refused.value)) <= 300 and net.count is count and not net.count
+
+
 def test_blocks_are_what_sequences_hold() -> None:
     assert len(segments(_deep("bn"))) == 6
     assert [type(m).__name__ for m in segments(tiny("ln"))] == ["Block", "Block"]

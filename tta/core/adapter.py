@@ -391,14 +391,16 @@ class Adapter(nn.Module):
     def __repr__(self) -> str:
         filled = [f"{slot}={part.name}" for slot, part in self.config.components.items()]
         filled += ["input=given"] if self.config.input == GIVEN else []
+        slots = ", ".join(filled) or "source"
+        if self._network is None:
+            return f"Adapter(unwrapped, {slots})"
         moving = [v for k, v in self._state.tensors().items() if k != "rng"]
         trained = sum(p.numel() for p in self.parameters_adapted.values())
         total = sum(p.numel() for p in self.parameters())
         size = sum(v.numel() * v.element_size() for v in moving) / 1e6
-        model = "unwrapped" if self._network is None else type(self.model).__name__
-        frozen = ", frozen" if self._network is not None and not self.session.learning else ""
+        frozen = "" if self.session.learning else ", frozen"
         return (
-            f"Adapter({model}, {', '.join(filled) or 'source'}, "
+            f"Adapter({type(self.model).__name__}, {slots}, "
             f"{len(self._wrappers)} norm layers wrapped, {trained:,} of {total:,} parameters "
             f"trained, state {size:.2f} MB{frozen})"
         )

@@ -21,6 +21,8 @@ from tta.core.checks import is_iterable, told, whole_number
 from tta.core.classifier import CONVOLUTIONS, declared_sizes, evaluating, first_layer
 from tta.core.config import UpdateConfig
 from tta.core.memory_use import PeakBytes, held_bytes
+from tta.core.model_buffers import ModelBuffers
+from tta.core.outputs import LogitsReader
 from tta.core.recipe import MOST_BYTES, AdapterConfig
 from tta.core.source import SourceStatistics, as_source
 from tta.core.warn import warn
@@ -55,11 +57,20 @@ def within_budget(
     statistics = as_source(source)
     if isinstance(statistics.batches, Iterator):  # they are read once for each form
         statistics = dataclasses.replace(statistics, batches=list(statistics.batches))
-    x = torch.rand(example_shape(model, config, statistics), device=_device(model)).to(
-        _dtype(model)
-    )
+    device = _device(model)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):  # some models draw
+        return _first_that_fits(model, config, statistics, injected, budget)
+
+
+def _first_that_fits(
+    model: nn.Module,
+    config: AdapterConfig,
+    statistics: SourceStatistics,
+    injected: Injected,
+    budget: int,
+) -> tuple[AdapterConfig, SourceStatistics]:
+    x, plain = _plain_bytes(model, _examples(model, config, statistics))
     images = f"a batch of {tuple(x.shape)}"
-    plain = _plain_bytes(model, x)
     if plain > budget:
         raise ValueError(
             f"`memory_budget` must be at least {plain:,} bytes, which {images} takes in the plain "
@@ -95,9 +106,8 @@ def example_shape(
     where it does not. Batches are those of ``batch_size``, of the window if that is more; else 64.
     """
     rows = max(config.batch_size or 0, config.window or 0) or BATCH
-    first = next(iter(source.batches), None) if is_iterable(source.batches) else None
-    if isinstance(first, (tuple, list)) and first and isinstance(first[0], Tensor):
-        return (rows, *first[0].shape[1:])
+    if (given := _source_images(source)) is not None:
+        return (rows, *given.shape[1:])
     entry: Any = first_layer(model)
     if isinstance(entry, nn.Linear):
         return (rows, entry.in_features)
@@ -181,22 +191,44 @@ def _bytes(
             adapter.unwrap()
 
 
-def _plain_bytes(model: nn.Module, x: Tensor) -> int:
-    with evaluating(model), torch.no_grad(), PeakBytes(x.device) as peak:
-        buffers = {name: b.clone() for name, b in model.named_buffers()}
+def _source_images(source: SourceStatistics) -> Tensor | None:
+    """The images of the first source batch, if there is one."""
+    first = next(iter(source.batches), None) if is_iterable(source.batches) else None
+    found = first[0] if isinstance(first, (tuple, list)) and first else None
+    return found if isinstance(found, Tensor) else None
+
+
+def _examples(model: nn.Module, config: AdapterConfig, source: SourceStatistics) -> list[Tensor]:
+    """Random images of each kind that the model may take, the likeliest first."""
+    generator = torch.Generator().manual_seed(config.seed)
+    pixels = torch.rand(example_shape(model, config, source), generator=generator)
+    eight_bits = (pixels * 255).to(_device(model), torch.uint8)
+    given = _source_images(source)
+    if given is not None and given.dtype == torch.uint8:
+        return [eight_bits]
+    return [pixels.to(_device(model), _dtype(model)), eight_bits]
+
+
+def _plain_bytes(model: nn.Module, examples: list[Tensor]) -> tuple[Tensor, int]:
+    """The first batch that the model takes, and its bytes at their peak in a plain pass."""
+    buffers = ModelBuffers(model, LogitsReader(), set())
+    errors = []
+    for x in examples:
         try:
-            model(x)
+            with evaluating(model), torch.no_grad(), buffers.kept(), PeakBytes(x.device) as peak:
+                model(x)
         except Exception as error:
-            raise ValueError(
-                f"`memory_budget` must be measured with images that the model takes, but it "
-                f"refuses shape {tuple(x.shape)} ({told(error, 60)}): pass source batches, or give "
-                "the model a pretrained_cfg with input_size."
-            ) from error
-        for name, buffer in model.named_buffers():
-            if not torch.equal(buffer, buffers[name]):
-                buffer.copy_(buffers[name])
-    held = held_bytes([*model.parameters(), *model.buffers(), x])
-    return held + peak.read()
+            errors.append(error)
+            continue
+        finally:
+            buffers.empty()
+        held = held_bytes([*model.parameters(), *model.buffers(), x])
+        return x, held + peak.read()
+    raise ValueError(
+        f"`memory_budget` must be measured with images that the model takes, but it refuses shape "
+        f"{tuple(examples[0].shape)} ({type(errors[0]).__name__}: {told(errors[0], 50)}): pass "
+        "source batches, give the model a pretrained_cfg with input_size, or leave it out."
+    ) from errors[0]
 
 
 def _device(model: nn.Module) -> torch.device:
