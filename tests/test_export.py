@@ -127,6 +127,21 @@ def test_reset_starts_from_the_exported_state(exported) -> None:
     assert np.array_equal(graph(x, reset=True), first)
 
 
+def test_a_guard_goes_back_to_where_the_adapter_began() -> None:
+    """However much it had learned before it was exported; a reset starts from that."""
+    periodic = tta.get_config("periodic", every=4)
+    adapter = tta.wrap(tiny("bn"), norm="robust_bn", output="neo", guard=periodic)
+    batches = list(stream(12, [4, 1], SHAPE))
+    for images in batches[:2]:
+        adapter(images)
+    function = tta.export.to_function(adapter, EXAMPLE)
+    state = function.start()
+    with torch.no_grad():
+        for t, images in enumerate(batches[2:]):
+            logits, *state = function(images, torch.tensor([t == 0]), state)
+            torch.testing.assert_close(logits, adapter(images), atol=1e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_state_that_is_no_number_is_refused(exported, bad) -> None:
     """The source answers, and the state stays as it came, until a reset heals it."""

@@ -151,8 +151,12 @@ class Step(nn.Module):
             and start[key].numel() <= SMALL
             and key not in self.undefined
         ]
+        homes = adapter.reset_point() if BATCHES in keys else {}
         for i, key in enumerate(keys):
             self.register_buffer(f"start_{i}", at_least_1d(start[key]))
+            home = homes.get(key, start[key]).to(start[key])
+            same = torch.equal(home, start[key])  # as before the first batch
+            self.register_buffer(f"home_{i}", None if same else at_least_1d(home))
 
     def start(self) -> list[Tensor]:
         """The state to start with, in the order of ``keys``."""
@@ -161,6 +165,12 @@ class Step(nn.Module):
     def _start(self) -> list[Tensor]:
         found: list[Any] = [getattr(self, f"start_{i}") for i in range(len(self.keys))]
         return found
+
+    def _home(self) -> list[Tensor]:
+        """What the guard goes back to: where the adapter began, whatever it had learned since."""
+        found: list[Any] = [getattr(self, f"home_{i}") for i in range(len(self.keys))]
+        pairs = zip(found, self._start(), strict=True)
+        return [begin if home is None else home for home, begin in pairs]
 
     def forward(self, images: Tensor, reset: Tensor, state: list[Tensor]) -> tuple[Tensor, ...]:
         adapter: Adapter = self.__dict__["adapter"]
@@ -255,10 +265,10 @@ class Step(nn.Module):
         at = self.keys.index(BATCHES)
         batches = after[at]
         resets: Any = adapter.guard.resets_after(batches.reshape(()))
-        start, kept = self._start(), adapter._state.surviving()
+        kept = adapter._state.surviving()
         found = [
-            value if key in kept else torch.where(resets, begin, value)
-            for key, begin, value in zip(self.keys, start, after, strict=True)
+            value if key in kept else torch.where(resets, home, value)
+            for key, home, value in zip(self.keys, self._home(), after, strict=True)
         ]
         found[at] = batches + 1
         return found
