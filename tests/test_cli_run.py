@@ -236,6 +236,14 @@ def test_a_run_without_a_prediction_is_an_error_and_binds_no_other(out, tmp_path
     assert [line["index"] for line in lines(file)] == [1]
 
 
+def test_a_run_that_a_model_ends_at_once_binds_no_other(out, tmp_path):
+    place, file = folder(tmp_path / "yard", 2), tmp_path / "out.jsonl"
+    status, _, errors = out("run", f"{OWN}:pair", place, "--out", file, "--method", "neo")
+    assert status == 2 and "must return a tensor of logits" in errors
+    assert out("run", f"{OWN}:named", place, "--out", file, *FLAGS)[0] == 0
+    assert len(lines(file)) == 2
+
+
 def test_an_empty_folder_and_mistakes_are_said_in_one_sentence(out, tmp_path):
     (tmp_path / "empty").mkdir()
     file = tmp_path / "out.jsonl"

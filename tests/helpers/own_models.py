@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from tests.helpers.nets import tiny
 
-__all__ = ["NAMES", "broken", "model", "named", "net", "number", "slow", "to_pixels"]
+__all__ = ["NAMES", "broken", "model", "named", "net", "number", "pair", "slow",
+           "to_pixels"]  # fmt: skip
 
 NAMES = tuple(f"kind {i}" for i in range(10))
 number = 7
@@ -34,6 +35,13 @@ def model():
 
 def named():
     return net(), to_pixels, NAMES
+
+
+def pair():
+    """As ``model``, of which nobody says where its logits are."""
+    model = net()
+    model.register_forward_hook(lambda module, args, y: (y, y))
+    return model, to_pixels
 
 
 def slow():

@@ -359,9 +359,14 @@ class _Watch:
             self.pool.snapshot()
 
     def all_written(self) -> bool:
-        """Whether all predictions are written of what the streams have learned since they began."""
+        """Whether all predictions are written of what the streams have learned since they began.
+
+        Where there are none, nothing was learned, and another run may begin in this one's place.
+        """
         from tta.runtime.steps import taken
 
+        if not self.before + self.written:
+            return False
         known = self._begun_at | self._taken
         return self.finished or all(
             self.pool.stream(name).run(taken, False) == known.get(name, 0)
