@@ -55,8 +55,9 @@ class OtherTensors:
     def prepare(self) -> None:
         """Find out how to run the model, which calls it on the ``meta`` device."""
         if self._in_place is None:
-            self._copy = _trusted_copy(self.model, self.reader)
-            self._in_place = self._copy is None
+            # Another copy is made by the first pass: the model may be in train mode until all parts
+            # of its adapter are there, and what its `eval` does besides is to be in the copy too.
+            self._in_place = not _has_trusted_copy(self.model, self.reader)
 
     @property
     def copied(self) -> bool:
@@ -76,7 +77,7 @@ class OtherTensors:
             return self.model(*args, **kwargs)
         self.prepare()
         if self._copy is None and not self._in_place:
-            self._copy = functional.copy_structure(self.model).eval()
+            self._copy = functional.copy_structure(self.model)
         target = self.model if self._copy is None else self._copy
         return functional.call(target, tensors, *args, **kwargs)
 
@@ -104,26 +105,25 @@ class OtherTensors:
         return self.__dict__ | {"_copy": None}
 
 
-def _trusted_copy(model: nn.Module, reader: LogitsReader) -> nn.Module | None:
-    """A copy that is known to use its own tensors alone; None where there is none.
+def _has_trusted_copy(model: nn.Module, reader: LogitsReader) -> bool:
+    """Whether a copy of a model's structure uses its own tensors alone.
 
     In the dry run every tensor of the copy is replaced by one without values. A function that
     refers to the model itself from outside its modules would mix these with real ones, and fail.
     """
     if has_graphs(model):
-        return None
+        return False
     try:
         found = functional.copy_structure(model)
     except Exception:  # whatever an attribute of the caller's raises
-        return None
+        return False
     ours = dict(model.named_parameters(remove_duplicate=False))
     theirs = dict(found.named_parameters(remove_duplicate=False))
     if ours.keys() != theirs.keys() or any(theirs[name] is not p for name, p in ours.items()):
-        return None
+        return False
     wrappers = [m for m in found.modules() if isinstance(m, AdaptiveNorm)]
     with with_statistics(wrappers, _unchanged):
-        # The model may be in train mode until all parts of its adapter are made.
-        return None if dry_run(found, reader) is None else found.eval()
+        return dry_run(found, reader) is not None
 
 
 def _unchanged(x: Tensor, base: Any) -> Tensor:
