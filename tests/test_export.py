@@ -142,6 +142,19 @@ def test_a_guard_goes_back_to_where_the_adapter_began() -> None:
             torch.testing.assert_close(logits, adapter(images), atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("norm", ["adaptive_bn", "robust_bn"])
+def test_a_layer_that_one_image_gives_one_value(tmp_path, norm: str) -> None:
+    """As behind a pool: such a batch moves nothing there, in a graph as in Python."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        body = [nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(8), nn.Flatten()]
+        net = nn.Sequential(*body, nn.BatchNorm1d(8), nn.Linear(8, 10)).eval()
+    adapter = tta.wrap(net, norm=norm)
+    graph = Graph(tta.export.to_onnx(adapter, tmp_path / "camera", EXAMPLE))
+    found = differences(graph, adapter, stream(8, [1, 3, 1, 1], SHAPE))
+    assert found["logits"] < 1e-5 and found["state"] < 1e-5 and found["decisions"] == 0
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_state_that_is_no_number_is_refused(exported, bad) -> None:
     """The source answers, and the state stays as it came, until a reset heals it."""

@@ -22,6 +22,7 @@ others of such a network go a fifth of the way that k says, since more breaks it
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +39,7 @@ from tta.core.norm_layers import (
     pooled_stats,
 )
 from tta.core.registry import register
-from tta.core.tracing import rows_before
+from tta.core.tracing import is_tracing, rows_before, rows_of
 from tta.methods._moving_statistics import MovingStatistics, all_instance_stats
 
 __all__ = ["AdaptiveBn", "AdaptiveBnConfig"]
@@ -123,6 +124,10 @@ class AdaptiveBn(MovingStatistics):
             kept = (moves.mean(1) > STILL) | (self.chance == 0)  # 0 before the first image
         if not self.config.official:
             kept = kept & ordinary_images(means, variances, self.mean, self.var, base)
+        several = None
+        if is_tracing() and math.prod(x.shape[2:]) == 1:  # one image may be one value
+            several = rows_of(x) > 1
+            kept = kept & several
         mean, var = pooled_stats(means, variances, kept)
         count = kept.sum()
         a = 1 - (1 - 1 / horizon) ** count
@@ -135,6 +140,7 @@ class AdaptiveBn(MovingStatistics):
             away = torch.where(kept[:, None], (means - self.mean).square(), 0.0).sum(0)
             moved = a * (away / count.clamp_min(1) - self.spread)
             self.spread += torch.where(fine, moved, 0.0)
-            self.last.copy_(torch.where(fine, means[-1], self.last))
+            seen = fine if several is None else fine & several
+            self.last.copy_(torch.where(seen, means[-1], self.last))
             self.chance.copy_((1 - a) ** 2 * self.chance + a**2 / count.clamp_min(1))
         return mean, var
