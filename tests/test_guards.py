@@ -452,14 +452,15 @@ def test_of_a_large_batch_in_runs_who_shows_more_of_them_answers(
         (0.8, 0.6, 0.3, 64, True),  # several classes were made one
         (0.8, 0.6, 0.9, 10, False),
         (0.8, 0.6, 0.3, 10, True),
-        (0.99, 0.4, 1.0, 64, False),  # one class fills a batch, and hides runs in it
+        (0.9, 0.4, 1.0, 64, False),
     ],
 )
 def test_a_correction_of_skewed_labels_is_held_back_where_it_does_not_show_their_runs(
     stay: float, before: float, after: float, size: int, held: bool
 ) -> None:
-    watch = SkewWatch(10, RUNS)
-    pairs = zip(_predicted(stay, before).split(size), _predicted(stay, after).split(size))
+    watch = SkewWatch(10, mixes=False)
+    both = (_predicted(stay, share).split(size) for share in (before, after))
+    pairs = zip(*both, strict=True)
     found = [watch.holds_back(x, y, learning=True) for x, y in pairs]
     late = found[len(found) // 4 :]
     assert (sum(late) / len(late) > 0.5) is held

@@ -182,7 +182,7 @@ class Steady(Guard):
         self.trains = bool(context.parameters)
         self.mixes = bool(network.wrappers)  # images are normalised by what was seen of others
         # Of an output rule that supposes runs of labels, of which batch statistics leave little.
-        self.skew = SkewWatch(classes, 0.0 if self.mixes else RUNS) if context.for_skew else None
+        self.skew = SkewWatch(classes, self.mixes) if context.for_skew else None
 
     def integer_ranges(self) -> dict[str, tuple[int, int]]:
         """Range of the last labels that were predicted."""

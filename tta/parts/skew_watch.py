@@ -9,9 +9,12 @@ from tta.parts.label_runs import LabelRuns, persistence_in
 
 __all__ = ["SkewWatch"]
 
-LONG, RECENT = 1024, 256  # images over which shares of labels, and their repeats, are averaged
+# Images over which shares of labels, and their repeats, are averaged: where every batch is mixed
+# little of runs is left, and elsewhere a domain that makes one class of many must not look like one
+MIXED, APART = (1024, 256), (256, 96)
+LEAST = 0.05  # persistence of the labels before the correction, above which there are runs
+ALIKE = 0.8  # of the repeats in a batch, that images of one label must have had in common before
 WHOLE = 48  # images of a batch that is judged by itself
-ONE_CLASS = 0.5  # sum of squared shares in a batch from which one class hides runs
 
 
 class SkewWatch(nn.Module):
@@ -19,19 +22,24 @@ class SkewWatch(nn.Module):
 
     Such a rule takes whatever a batch shows more of for more frequent. Where labels come in random
     order it corrects nothing but the model's own errors, towards the classes that these fall on. So
-    it is held back unless labels repeat more often than chance explains, and where it leaves less
-    of the runs than there was: then it has made one class of several.
+    it is held back unless labels repeat more often than chance explains.
+
+    It is also held back where it has made one class of several. Then it leaves less of the runs
+    than there was, or two images to which it gives one label had one label before less often than
+    two neighbours have, which are of one class nearly always.
 
     Args:
         classes: C.
-        least: Persistence of the labels before the correction, above which there are runs.
+        mixes: Whether statistics of batches hide most of the runs.
     """
 
-    def __init__(self, classes: int, least: float) -> None:
+    def __init__(self, classes: int, mixes: bool) -> None:
         super().__init__()
-        self.classes, self.least = classes, least
-        self.before = LabelRuns(classes, LONG, RECENT, early=True)
-        self.after = LabelRuns(classes, LONG, RECENT, early=True)
+        self.classes = classes
+        self.least = 0.0 if mixes else LEAST
+        spans = MIXED if mixes else APART
+        self.before = LabelRuns(classes, *spans, early=True)
+        self.after = LabelRuns(classes, *spans, early=True)
 
     def integer_ranges(self) -> dict[str, tuple[int, int]]:
         """Ranges of the last labels."""
@@ -52,7 +60,22 @@ class SkewWatch(nn.Module):
             self.after.watch(after)
         if self.before.persistence() <= self.least:
             return True
-        shares = torch.bincount(before, minlength=self.classes).double() / len(before)
-        if len(before) < WHOLE or float(shares.square().sum()) > ONE_CLASS:
+        repeats = float((before[1:] == before[:-1]).double().mean()) if len(before) > 1 else 0.0
+        if _alike(before, after) < ALIKE * repeats:
+            return True
+        if len(before) < WHOLE:
             return self.after.persistence(0.0) < self.before.persistence(0.0)
         return persistence_in(after, self.classes) < persistence_in(before, self.classes)
+
+
+def _alike(before: Tensor, after: Tensor) -> float:
+    """How often two images that the correction gives one label had one label before; 1 for none."""
+    pairs = _pairs(after)
+    same = sum(_pairs(before[after == label]) for label in after.unique())
+    return same / pairs if pairs else 1.0
+
+
+def _pairs(labels: Tensor) -> int:
+    """How many pairs of images have one label."""
+    counts = torch.bincount(labels)
+    return int((counts * (counts - 1)).sum())
