@@ -21,7 +21,7 @@ from tta.core import registry
 from tta.core.guard import LEARN
 from tta.core.health import EVERY, Monitor, effective_rank
 from tta.methods.steady import RUNS, SURE
-from tta.parts.skew_watch import SkewWatch
+from tta.parts.output_watch import OutputWatch
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*preset, made for:UserWarning")
 
@@ -458,7 +458,7 @@ def test_of_a_large_batch_in_runs_who_shows_more_of_them_answers(
 def test_a_correction_of_skewed_labels_is_held_back_where_it_does_not_show_their_runs(
     stay: float, before: float, after: float, size: int, held: bool
 ) -> None:
-    watch = SkewWatch(10, mixes=False)
+    watch = OutputWatch(10, skew=True, mixes=False)
     both = (_predicted(stay, share).split(size) for share in (before, after))
     pairs = zip(*both, strict=True)
     found = [watch.holds_back(x, y, learning=True) for x, y in pairs]
@@ -467,6 +467,16 @@ def test_a_correction_of_skewed_labels_is_held_back_where_it_does_not_show_their
     state = {key: value.clone() for key, value in watch.state_dict().items()}
     watch.holds_back(torch.zeros(4, dtype=torch.int64), torch.ones(4, dtype=torch.int64), False)
     assert all(torch.equal(value, state[key]) for key, value in watch.state_dict().items())
+
+
+@pytest.mark.parametrize("fewer", [True, False])
+def test_an_output_rule_is_held_back_while_it_gives_fewer_classes(fewer: bool) -> None:
+    watch = OutputWatch(10, skew=False, mixes=False)
+    for all_ten in _predicted(0.0, 0.8).split(50):
+        merged = torch.where(all_ten < 3, 0, all_ten)
+        before, after = (all_ten, merged) if fewer else (merged, all_ten)
+        assert watch.holds_back(before, after, learning=True) is fewer
+        assert watch.holds_back(before, before, learning=False) is fewer
 
 
 @pytest.mark.parametrize(

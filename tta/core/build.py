@@ -265,6 +265,7 @@ def _context(
     injected: Injected,
 ) -> Context:
     alone = config.norm is None and not buffers.moving and rows_independent(model)
+    output: Any = None if config.output is None else component(config.output.name)
     return Context(
         num_classes=head.num_classes,
         width=head.width,
@@ -272,7 +273,7 @@ def _context(
         parameters=masters.trained,
         generator=torch.Generator().manual_seed(config.seed),
         batch_size=config.batch_size,
-        for_skew=config.output is not None and component(config.output.name).for_skew,
+        harm="" if output is None else output.harm,
         narrow=any(is_narrow(layer) for layer in batch_norm_layers(model).values()),
         rows_independent=alone,
         mean=config.mean,

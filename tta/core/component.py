@@ -65,7 +65,7 @@ class Context:
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)  # to be trained, by name
     generator: torch.Generator = field(default_factory=torch.Generator)  # makes all random draws
     batch_size: int | None = None  # of the stream, if the caller said so
-    for_skew: bool = False  # whether the output rule supposes that labels are skewed
+    harm: str = ""  # how a guard sees that the output rule does harm, see ``Output.harm``
     narrow: bool = False  # whether a BatchNorm layer of the model has channels without variance
     rows_independent: bool = False  # no image affects the logits of another
     mean: tuple[float, ...] | None = None  # channel means, if the caller gave them

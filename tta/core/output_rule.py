@@ -27,7 +27,9 @@ class Output(Component):
     slot = "output"
     must_define = ("correct",)
     makes_logits: ClassVar[bool] = False  # stands in for the linear layer, by ``make_logits``
-    for_skew: ClassVar[bool] = False  # is for batches of few classes, and does harm to others
+    # How a guard sees that the rule does harm: "classes", it gives fewer than there were; "runs",
+    # it is for labels that come in runs, and there are none; "", it sees itself what it is for.
+    harm: ClassVar[str] = "classes"
 
     def __init__(self, config: Any, context: Context) -> None:
         super().__init__(config)

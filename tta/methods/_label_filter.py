@@ -92,6 +92,7 @@ class LabelFilter(Output):
     """
 
     counts_images: ClassVar[bool] = True
+    harm: ClassVar[str] = ""
 
     belief: Tensor  # (C,), a after the last image
 

@@ -152,7 +152,7 @@ class Lame(Output):
     """Laplacian-adjusted maximum-likelihood estimation."""
 
     Config = LameConfig
-    for_skew: ClassVar[bool] = True
+    harm: ClassVar[str] = "runs"
     needs_features = True
 
     def correct(self, prediction: Prediction) -> Tensor:

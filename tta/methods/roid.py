@@ -97,7 +97,7 @@ class PriorCorrection(Output):
     """Logits times the smoothed share of each class in the batch."""
 
     Config = PriorCorrectionConfig
-    for_skew: ClassVar[bool] = True
+    harm: ClassVar[str] = "runs"
 
     def correct(self, prediction: Prediction) -> Tensor:
         """Return logits (B, C) times the smoothed prior."""

@@ -74,7 +74,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -88,7 +88,7 @@ from tta.core.registry import register
 from tta.parts.confidence_gap import ConfidenceGap
 from tta.parts.estimates import ConfidenceEstimate
 from tta.parts.label_runs import LabelRuns, persistence_in
-from tta.parts.skew_watch import SkewWatch
+from tta.parts.output_watch import OutputWatch
 from tta.parts.spread import ENOUGH, SpreadGap
 
 __all__ = ["Steady", "SteadyConfig"]
@@ -113,7 +113,7 @@ ALERT, LONG = 16, 1024  # batches on alert; images over which runs are seen with
 SOON = 4  # rows until then, where one class hides runs of labels
 SEEN = 56  # images, counted as averages do; runs of labels are seen among so many
 IN_RUNS = "labels come in runs"
-NO_SKEW = "an answer without the output rule shows more of the labels' runs, or there are none"
+WITHOUT = "an answer without the output rule shows more of the classes, or of their runs"
 ONE = "one class is seen, of which the source is surer"
 SPOILT = "the norm rule makes nonsense of the images"
 EARLIEST = "too few images to tell whether labels come in runs"
@@ -181,13 +181,13 @@ class Steady(Guard):
         self.rules = tuple(w.rule for w in network.wrappers[:1])  # not a module of the guard
         self.trains = bool(context.parameters)
         self.mixes = bool(network.wrappers)  # images are normalised by what was seen of others
-        # Of an output rule that supposes runs of labels, of which batch statistics leave little.
-        self.skew = SkewWatch(classes, self.mixes) if context.for_skew else None
+        harm = context.harm
+        self.rule = OutputWatch(classes, harm == "runs", self.mixes) if harm else None
 
     def integer_ranges(self) -> dict[str, tuple[int, int]]:
         """Range of the last labels that were predicted."""
         both = {"runs": self.runs, "own": self.own, "shown": self.shown}
-        watched = both | ({} if self.skew is None else {"skew": self.skew})
+        watched: dict[str, Any] = both | ({} if self.rule is None else {"rule": self.rule})
         mine = {
             f"{key}.{n}": r for key, v in watched.items() for n, r in v.integer_ranges().items()
         }
@@ -207,13 +207,13 @@ class Steady(Guard):
         """Compare the batch's predictions with the source's, if it is time."""
         assert batch.prediction is not None and batch.scores is not None
         own = batch.prediction.logits
-        if self.skew is None or batch.scores is own:  # the source has answered already
+        if self.rule is None or batch.scores is own:  # the source has answered already
             return self._judge(batch, own)
-        held = self.skew.holds_back(own.argmax(1), batch.scores.argmax(1), batch.learning)
+        held = self.rule.holds_back(own.argmax(1), batch.scores.argmax(1), batch.learning)
         verdict = self._judge(batch, own if held else batch.scores)
         if not held or verdict.answer is not None or verdict.action == "source":
             return verdict
-        reason, alone = verdict.reason or NO_SKEW, not (self.trains or self.mixes)
+        reason, alone = verdict.reason or WITHOUT, not (self.trains or self.mixes)
         if alone and verdict.action == "learn" and batch.original is None:
             return Verdict(action="source", reason=reason, answer=own)
         return replace(verdict, reason=reason, answer=own)
