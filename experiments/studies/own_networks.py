@@ -3,10 +3,10 @@
     python -m experiments own-networks
 
 Some methods ask for a network that was trained in their way (``models.train``): instance-aware
-layers for `note`, long-tailed classes for `lsa`, a denoiser for `dda`. Each case is one network on
-one stream, the clean images first and then the 15 corruptions at severity 5, without a reset. It
-writes ``experiments/results/own_networks.jsonl`` and the tables in ``docs/experiments.md``. The
-same command goes on where it stopped; ``--again`` measures all anew.
+layers for `note`, long-tailed classes for `lsa`, a loss for `itta`, a denoiser for `dda`. Each case
+is one network on one stream, the clean images first and then the 15 corruptions at severity 5,
+without a reset. It writes ``experiments/results/own_networks.jsonl`` and the tables in
+``docs/experiments.md``. The same command goes on where it stopped; ``--again`` measures all anew.
 """
 
 from __future__ import annotations
@@ -67,6 +67,9 @@ CASES = {
         ("cifar10_resnet20_bn_lt100",),
         ("source shares", "equal shares", "inverted shares"),
         ("source", "lsa", "prior_correction", "tent", "tent+lsa"),
+    ),
+    "a consistency loss": Case(
+        ("cifar10_resnet20_bn_itta",), ("shuffled", "runs"), ("source", "bn", "tent", "itta")
     ),
     "a denoiser": Case(
         ("cifar10_resnet20_bn",),
