@@ -438,6 +438,25 @@ def test_torch_export_asks_for_a_frozen_adapter() -> None:
     assert type(adapter.output.report.get("x", 0)) is int  # nothing of the trace stays behind
 
 
+@pytest.mark.parametrize(
+    ("update", "output"), [(None, "lame"), (None, "prior_correction"), ("tent.cifar10", "lame")]
+)
+def test_a_guard_that_answers_without_the_output_rule_does_so_in_graphs(
+    update, output, tmp_path
+) -> None:
+    adapter = tta.wrap(tiny("gn"), update, output=output, guard="steady")
+    for images in stream(4, [32], SHAPE):
+        adapter(images)
+    assert "output rule" in adapter.health["reason"]
+    adapter.freeze()
+    images = next(stream(1, [32], SHAPE, seed=9))
+    wanted = adapter(images)
+    tta.export.to_onnx(adapter, tmp_path, EXAMPLE)  # tries the graph beside the adapter
+    free = {"args": ({0: torch.export.Dim.DYNAMIC},)}
+    program = torch.export.export(adapter, (EXAMPLE,), dynamic_shapes=free, strict=False)
+    assert torch.allclose(program.module()(images), wanted, atol=1e-5)
+
+
 @pytest.mark.parametrize("recipe", SAMPLED, ids=_name)
 def test_torch_export_of_frozen_adapters(recipe) -> None:
     adapter = make(recipe, tiny("bn"))

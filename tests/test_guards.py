@@ -20,6 +20,7 @@ from tests.helpers.nets import tiny
 from tta.core import registry
 from tta.core.guard import LEARN
 from tta.core.health import EVERY, Monitor, effective_rank
+from tta.core.tracing import capturing
 from tta.methods.steady import RUNS, SURE
 from tta.parts.output_watch import OutputWatch
 
@@ -477,6 +478,23 @@ def test_an_output_rule_is_held_back_while_it_gives_fewer_classes(fewer: bool) -
         before, after = (all_ten, merged) if fewer else (merged, all_ten)
         assert watch.holds_back(before, after, learning=True) is fewer
         assert watch.holds_back(before, before, learning=False) is fewer
+
+
+@pytest.mark.parametrize("skew", [True, False])
+@pytest.mark.parametrize(("stay", "after"), [(0.0, 0.7), (0.8, 0.9), (0.8, 0.3), (0.99, 1.0)])
+def test_a_graph_holds_an_output_rule_back_as_the_guard_does(
+    stay: float, after: float, skew: bool
+) -> None:
+    watch = OutputWatch(10, skew, mixes=False)
+    sizes = (64, 1, 2, 47, 48, 64, 10, 7, 64) * 4
+    before, corrected = (
+        _predicted(stay, share)[: sum(sizes)].split(sizes) for share in (0.6, after)
+    )
+    for x, y in zip(before, corrected, strict=True):
+        with capturing(by_tensors=True):
+            in_graph = watch.holds_back(x, y, learning=False)
+        assert bool(in_graph) == watch.holds_back(x, y, learning=False)
+        watch.holds_back(x, y, learning=True)
 
 
 @pytest.mark.parametrize(

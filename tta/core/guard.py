@@ -235,6 +235,20 @@ class Guard(Component):
         """
         return None
 
+    def holds_back(self, before: Tensor, after: Tensor) -> Tensor | None:
+        """Whether a graph that does not learn answers without the output rule.
+
+        It must say what :meth:`judge` says of a batch while the adapter is frozen, by tensors.
+
+        Args:
+            before: Logits (B, C) before the output rule.
+            after: Scores (B, C) after it.
+
+        Returns:
+            0-dimensional bool; None for a guard that never does.
+        """
+        return None
+
     def see_gradients(self, gradients: Mapping[str, Tensor]) -> None:
         """Look at the gradients of the update's loss, by parameter, before each of its steps."""
 

@@ -98,6 +98,10 @@ class Serving:
         """
         prediction = self.network(x) if self.update is None else self.update.predict(x)
         scores = prediction.logits if self.output is None else self.output.correct(prediction)
+        if self.guard is not None and self.output is not None:
+            held = self.guard.holds_back(prediction.logits, scores)
+            if held is not None:
+                scores = torch.where(held, prediction.logits, scores)
         return prediction, self._answer(scores.detach().to(prediction.logits.dtype), None)
 
     @property

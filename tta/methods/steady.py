@@ -218,6 +218,17 @@ class Steady(Guard):
             return Verdict(action="source", reason=reason, answer=own)
         return replace(verdict, reason=reason, answer=own)
 
+    def holds_back(self, before: Tensor, after: Tensor) -> Tensor | None:
+        """Whether the output rule does harm, as a frozen guard says.
+
+        Args:
+            before: Logits (B, C) before the output rule.
+            after: Scores (B, C) after it.
+        """
+        if self.rule is None:
+            return None
+        return self.rule.holds_back(before.argmax(1), after.argmax(1), learning=False)
+
     def _judge(self, batch: Batch, answer: Tensor) -> Verdict:
         """Judge a batch to which ``answer`` (B, C) would be given."""
         if not batch.learning:

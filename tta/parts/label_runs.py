@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 from tta.core.tracing import count_rows, is_tracing, rows_before
 
-__all__ = ["LabelRuns", "persistence", "persistence_in"]
+__all__ = ["LabelRuns", "persistence", "persistence_in", "shares_in"]
 
 HORIZON, RECENT, DOUBT = 256, 96, 3.0
 NOBODY = -1  # the label before the first image
 ONE_CLASS = 0.999  # chance of a repeat from which a stream of one class cannot be told apart
 
 
-def persistence(repeats: Any, shares: Tensor, images: Any, doubt: float, same: float = 0.0) -> Any:
+def persistence(repeats: Any, shares: Tensor, images: Any, doubt: float, same: Any = 0.0) -> Any:
     """How much more often labels repeat than their shares explain.
 
     A label stays with this probability and is else drawn from the shares, if the stream is made so:
@@ -42,6 +42,9 @@ def persistence(repeats: Any, shares: Tensor, images: Any, doubt: float, same: f
     """
     if is_tracing():
         chance = shares.square().sum()
+        if isinstance(same, Tensor):
+            other = (chance - same).clamp_min(0.0) / (1 - same)
+            chance = torch.where(same < 1, other, torch.ones_like(chance))
         error = (chance * (1 - chance) / images.clamp_min(1.0)).sqrt()
         found = (repeats - chance - doubt * error) / (1 - chance)
         return torch.where(chance > ONE_CLASS, torch.zeros_like(found), found.clamp_min(0.0))
@@ -52,14 +55,26 @@ def persistence(repeats: Any, shares: Tensor, images: Any, doubt: float, same: f
     return max(0.0, (repeats - chance - doubt * error) / (1 - chance))
 
 
-def persistence_in(labels: Tensor, classes: int) -> float:
+def persistence_in(labels: Tensor, classes: int) -> Any:
     """Lambda of :func:`persistence` in the labels (B,) of one batch, in the order of the stream."""
+    if is_tracing():
+        rows: Any = count_rows(labels[:, None])
+        shares = shares_in(labels, classes)
+        equal = rows_before(labels.new_full((), NOBODY), labels) == labels
+        pairs = (rows - 1).clamp_min(1).double()
+        return persistence(equal.sum() / pairs, shares, pairs, 0.0, 1 / rows.double())
     count = len(labels)
     if count < 2:
         return 0.0
     shares = torch.bincount(labels, minlength=classes).double() / count
     repeats = (labels[1:] == labels[:-1]).double().mean()
     return persistence(float(repeats), shares, count - 1, doubt=0.0, same=1 / count)
+
+
+def shares_in(labels: Tensor, classes: int) -> Tensor:
+    """Shares (C,) of the labels (B,) of a batch; in a graph too, which has no ``bincount``."""
+    every = torch.arange(classes, device=labels.device)
+    return (labels[:, None] == every).double().mean(0)
 
 
 class LabelRuns(nn.Module):
@@ -74,7 +89,7 @@ class LabelRuns(nn.Module):
         recent: Images over which repeats are averaged a second time.
         doubt: Standard errors by which repeats must exceed chance.
         early: Whether few images are enough to see runs of: what an image has in common with itself
-            is left out of the chance of a repeat then. Not for graphs.
+            is left out of the chance of a repeat then.
     """
 
     shares: Tensor  # (C,) of predicted labels
@@ -111,8 +126,7 @@ class LabelRuns(nn.Module):
         share = 1 - (1 - 1 / spans) ** count_rows(labels[:, None])
         self.seen += share * (1 - self.seen)
         share = share / self.seen  # an average of few images gives each of them more weight
-        every = torch.arange(self.classes, device=labels.device)
-        found = (labels[:, None] == every).double().mean(0).to(device)
+        found = shares_in(labels, self.classes).to(device)
         self.shares += share[0] * (found - self.shares)
         before = rows_before(self.last, labels)
         known = before != NOBODY
@@ -159,7 +173,11 @@ class LabelRuns(nn.Module):
         together = float(self.shares.square().sum())
         return (together * self.classes - 1) / max(self.classes - 1, 1)
 
-    def _same(self) -> float:
+    def _same(self) -> Any:
         """Sum of the squared weights of images in their shares; 1 before the first."""
+        if is_tracing():
+            part = self.seen[0]
+            found = (2 - part) / part / (2 * self.spans[0] - 1)  # infinite before the first
+            return found.clamp_max(1.0)
         seen = float(self.seen[0])
         return min(1.0, (2 - seen) / seen / (2 * self.spans[0] - 1)) if seen else 1.0

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from tta.core.tracing import count_rows, is_tracing, rows_before
 from tta.parts.label_runs import LabelRuns, persistence_in
 
 __all__ = ["OutputWatch"]
@@ -52,8 +55,8 @@ class OutputWatch(nn.Module):
         return {f"{key}.{n}": r for key, v in both.items() for n, r in v.integer_ranges().items()}
 
     @torch.no_grad()
-    def holds_back(self, before: Tensor, after: Tensor, learning: bool) -> bool:
-        """Whether the labels (B,) before the rule are the better ones.
+    def holds_back(self, before: Tensor, after: Tensor, learning: bool) -> Any:
+        """Whether the labels (B,) before the rule are the better ones; a tensor in a graph.
 
         Args:
             before: Labels that the model predicts.
@@ -64,30 +67,38 @@ class OutputWatch(nn.Module):
             self.before.watch(before)
             self.after.watch(after)
         if not self.skew:
-            return _entropy(self.after.shares) < _entropy(self.before.shares)
-        if self.before.persistence() <= self.least:
-            return True
-        repeats = float((before[1:] == before[:-1]).double().mean()) if len(before) > 1 else 0.0
-        if _alike(before, after) < ALIKE * repeats:
+            fewer = _entropy(self.after.shares) < _entropy(self.before.shares)
+            return fewer if is_tracing() else bool(fewer)
+        if is_tracing():
+            return self._in_graph(before, after)
+        if self.before.persistence() <= self.least or bool(_merges(before, after)):
             return True
         if len(before) < WHOLE:
             return self.after.persistence(0.0) < self.before.persistence(0.0)
         return persistence_in(after, self.classes) < persistence_in(before, self.classes)
 
+    def _in_graph(self, before: Tensor, after: Tensor) -> Tensor:
+        """The same of a rule for labels in runs, by tensors alone."""
+        small: Any = count_rows(before[:, None]) < WHOLE
+        on_average = self.after.persistence(0.0) < self.before.persistence(0.0)
+        here = persistence_in(after, self.classes) < persistence_in(before, self.classes)
+        no_runs = self.before.persistence() <= self.least
+        # Not by `where`, which onnxruntime does not have for bool.
+        return no_runs | _merges(before, after) | (small & on_average) | (~small & here)
 
-def _entropy(shares: Tensor) -> float:
+
+def _entropy(shares: Tensor) -> Tensor:
     """Entropy of shares (C,) of labels, in nats."""
-    return float(torch.special.entr(shares).sum())
+    return -(shares * shares.clamp_min(1e-12).log()).sum()
 
 
-def _alike(before: Tensor, after: Tensor) -> float:
-    """How often two images that the rule gives one label had one label before; 1 for none."""
-    pairs = _pairs(after)
-    same = sum(_pairs(before[after == label]) for label in after.unique())
-    return same / pairs if pairs else 1.0
-
-
-def _pairs(labels: Tensor) -> int:
-    """How many pairs of images have one label."""
-    counts = torch.bincount(labels)
-    return int((counts * (counts - 1)).sum())
+def _merges(before: Tensor, after: Tensor) -> Tensor:
+    """Whether images of one label after a rule had one label before less often than neighbours."""
+    rows: Any = count_rows(before[:, None])
+    one = after[:, None] == after
+    pairs = one.sum() - rows  # an image and itself are none
+    same = (one & (before[:, None] == before)).sum() - rows
+    first = before.new_full((), -1)
+    neighbours = (rows_before(first, before) == before).sum()
+    # same / pairs < ALIKE * neighbours / (rows - 1), where there are any
+    return same * (rows - 1) < ALIKE * neighbours * pairs
