@@ -457,6 +457,15 @@ def test_a_guard_that_answers_without_the_output_rule_does_so_in_graphs(
     assert torch.allclose(program.module()(images), wanted, atol=1e-5)
 
 
+def test_a_loop_in_a_program_asks_for_no_gradients_of_statistics() -> None:
+    adapter = tta.wrap(tiny("bn"), norm="bn", output="lame")
+    adapter.freeze()
+    free = {"args": ({0: torch.export.Dim.DYNAMIC},)}
+    program = torch.export.export(adapter, (EXAMPLE,), dynamic_shapes=free, strict=False)
+    images = next(stream(1, [7], SHAPE))
+    assert torch.allclose(program.module()(images), adapter(images), atol=1e-4)
+
+
 @pytest.mark.parametrize("recipe", SAMPLED, ids=_name)
 def test_torch_export_of_frozen_adapters(recipe) -> None:
     adapter = make(recipe, tiny("bn"))

@@ -278,6 +278,12 @@ def test_limits_are_kept() -> None:
         server.refused(429, "at most 2", server.post("/v1/streams/c"))
         answer = server.post("/v1/predict?stream=c&create=1", content=one)
         server.refused(429, "at most 2", answer)
+        assert server.client.delete("/v1/streams/a").status_code == 200
+        before = server.get("/v1/streams").json()
+        several = [(name, ("x", one)) for name in "bcd"]
+        answer = server.post("/v1/predict?create=1", files=several)
+        server.refused(429, "got 2 new ones", answer)
+        assert server.get("/v1/streams").json() == before  # neither c nor an image of b
         answers = [server.post("/v1/predict?stream=b", content=one) for _ in range(8)]
         late = next(a for a in answers if a.status_code != 200)
         server.refused(429, "at most 2 images a second", late)

@@ -56,6 +56,8 @@ def add_routes(app: Any, service: Service, decoder: Decoder, workers: ThreadPool
     async def check(names: Sequence[str], create: bool) -> None:
         for name in dict.fromkeys(names):
             await blocking(service.check_stream, name, create)
+        if create:
+            await blocking(service.check_room, names)  # before the first of them is served
         rate.take({name: names.count(name) for name in names})
 
     async def answers(request: Request, items: Sequence[Item]) -> list[dict[str, Any]]:

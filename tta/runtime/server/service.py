@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -108,6 +108,24 @@ class Service:
                 404,
                 f"`stream` must be there, got {shown(name, 60)}: create it by POST /v1/streams/ID, "
                 f"or add create=true. {nearest(name, self.pool.streams()[:1000], room=60)}",
+            )
+
+    def check_room(self, names: Iterable[str]) -> None:
+        """Refuse streams that are to be created, all of them, where some would be too many.
+
+        Raises:
+            RefusedError: 429.
+        """
+        new = {name for name in names if name not in self.pool}
+        most = self.limits.streams
+        if self.pool.folder is None:
+            most = min(most, self.pool.capacity)
+        if new and len(self.pool.streams()) + len(new) > most:
+            count = "a new one" if len(new) == 1 else f"{len(new)} new ones"
+            raise RefusedError(
+                429,
+                f"`stream` must be one of at most {most}, got {count}: delete one that is not "
+                "needed, by DELETE /v1/streams/ID.",
             )
 
     def wants_thumbnail(self, name: str) -> bool:
@@ -236,15 +254,7 @@ class Service:
     def _make(self, name: str) -> bool:
         if name in self.pool:
             return False
-        most = self.limits.streams
-        if self.pool.folder is None:
-            most = min(most, self.pool.capacity)
-        if len(self.pool.streams()) >= most:
-            raise RefusedError(
-                429,
-                f"`stream` must be one of at most {most}, got a new one: delete one that is not "
-                "needed, by DELETE /v1/streams/ID.",
-            )
+        self.check_room([name])
         self.pool.stream(name, create=True)
         self._watch(name)
         self._tell("created", name)
