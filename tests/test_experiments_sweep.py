@@ -216,6 +216,15 @@ def test_numbers_of_workers_that_cannot_be(tmp_path, capsys, flag):
     assert f"`{flag[0][2:]}` must be at least" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("minutes", ["nan", "-1", "inf", "soon"])
+def test_budgets_that_cannot_be(tmp_path, capsys, minutes):
+    for command in (["sweep", "--output", str(tmp_path)], ["reliability", "--list"]):
+        with pytest.raises(SystemExit) as ended:
+            cli.main([*command, "--budget-minutes", minutes])
+        assert ended.value.code == 2 and not list(tmp_path.iterdir())
+        assert f"must be a number from 0 to 1,000,000, got '{minutes}'" in capsys.readouterr().err
+
+
 def test_without_ray_the_error_says_what_to_do(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "ray", None)
     assert cli.main(["sweep", "--output", str(tmp_path), "--ray"]) == 2

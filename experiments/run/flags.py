@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -13,7 +14,16 @@ from experiments.records.config import DEMO_METHODS
 from experiments.run.settings import MATCHES, read_settings
 from tta.core.checks import parsed_json, shown, told
 
-__all__ = ["add_imports", "add_settings", "number_of_images", "parse_value", "settings_flags"]
+__all__ = [
+    "add_imports",
+    "add_settings",
+    "amount",
+    "number_of_images",
+    "parse_value",
+    "settings_flags",
+]
+
+MOST = 1_000_000  # minutes or seconds
 
 
 # Arguments of `tta.streams.build` for which a run has flags of its own.
@@ -166,6 +176,17 @@ def read_tuned(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict) or "chosen" not in found:
         raise ValueError(f"`tuned` must be a tuned.json, got {path}, which holds no choice")
     return found
+
+
+def amount(text: str) -> float:
+    """Read a number of minutes or seconds, from 0 up, for ``type=`` of a flag."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= MOST:  # False for NaN, after which no time is ever up
+        raise argparse.ArgumentTypeError(f"must be a number from 0 to {MOST:,}, got {shown(text)}")
+    return value
 
 
 def number_of_images(text: str | None, default: int | None) -> int | None:

@@ -36,6 +36,7 @@ from experiments.data import read_bundled
 from experiments.records import markdown
 from experiments.records.environment import describe_environment
 from experiments.records.progress import Progress
+from experiments.run.flags import amount
 from experiments.run.subject import pick_device
 
 __all__ = ["PUBLISHED", "CorruptionSpeed", "add_flags", "edge_map", "render"]
@@ -277,7 +278,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--corruptions", nargs="+", choices=PUBLISHED, default=list(PUBLISHED), metavar="NAME")
     add("--sides", nargs="+", type=int, choices=sorted(BATCH), default=sorted(BATCH))
     add("--rounds", type=int, default=5, help="medians are over these (default: %(default)s)")
-    add("--seconds", type=float, default=0.3, help="of each timing (default: %(default)s)")
+    add("--seconds", type=amount, default=0.3, help="of each timing (default: %(default)s)")
     add("--device", help="cpu, cuda, ... (default: cpu); the unit of work is the CPU's always")
     add("--page", type=Path, help="put the table on this page, between its `speed` marks")
     parser.set_defaults(prepare=_prepare)

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from experiments.records.health import estimates
+from experiments.run.flags import amount
 from experiments.run.subject import pick_device
 from experiments.studies.estimators_observer import ESTIMATORS, observed
 from experiments.studies.estimators_page import write_page
@@ -125,7 +126,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--page", type=Path, default=PAGE, help="Markdown (default: %(default)s)")
     add("--page-only", action="store_true", help="write the page from the results")
     add("--list", action="store_true", help="say what would be run")
-    add("--budget-minutes", type=float, metavar="M", help="stop then; the same command goes on")
+    add("--budget-minutes", type=amount, metavar="M", help="stop then; the same command goes on")
     add("--threads", type=int, default=1, help="of torch (default: %(default)s)")
     add("--device", help="cpu, cuda, cuda:1 (default: CUDA if there is one)")
     add("--quiet", action="store_true", help="print nothing")

@@ -24,6 +24,7 @@ import torch
 
 import models
 from experiments.records.progress import Progress
+from experiments.run.flags import amount
 from experiments.run.subject import pick_device
 from experiments.studies.reliability_grid import GRIDS, PARTS, RECIPE, Cell, Choice, cells, updates
 from experiments.studies.reliability_page import write_page
@@ -86,7 +87,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="I/N",
         help="the I-th of N shares of the cells, for processes at the same time",
     )
-    add("--budget-minutes", type=float, metavar="M", help="stop then; the same command goes on")
+    add("--budget-minutes", type=amount, metavar="M", help="stop then; the same command goes on")
     add("--threads", type=int, default=1, help="of torch (default: %(default)s)")
     add("--device", help="cpu, cuda, cuda:1 (default: CUDA if there is one)")
     add("--quiet", action="store_true", help="print nothing")

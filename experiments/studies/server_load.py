@@ -37,6 +37,7 @@ from experiments.data.bundled import read_bundled
 from experiments.records import markdown
 from experiments.records.environment import describe_environment
 from experiments.records.rows import Rows
+from experiments.run.flags import amount
 from tta.core.checks import shown
 
 __all__ = ["WAYS", "ServerLoad", "add_flags", "percentiles", "render"]
@@ -62,7 +63,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--model", default=MODEL, help="that tta serve takes (default: %(default)s)")
     add("--ways", nargs="+", metavar="WAY", default=WAYS,
         help="methods; ', frozen' behind one that does not learn (%(default)s)")  # fmt: skip
-    add("--minutes", type=float, default=5.0, help="of each load (default: %(default)s)")
+    add("--minutes", type=amount, default=5.0, help="of each load (default: %(default)s)")
     add("--share", type=float, default=0.8, help="of the capacity (default: %(default)s)")
     add("--streams", type=int, default=8, metavar="N", help="(default: %(default)s)")
     add("--again", action="store_true", help="measure rows again that are there")

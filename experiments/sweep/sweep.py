@@ -18,7 +18,7 @@ from experiments.records.config import RunConfig
 from experiments.records.errors import CannotGoOn
 from experiments.records.file import JsonLines
 from experiments.records.progress import Progress
-from experiments.run.flags import add_settings, settings_flags
+from experiments.run.flags import add_settings, amount, settings_flags
 from experiments.run.run import is_finished
 from experiments.run.settings import make_sweep
 from experiments.sweep.workers import (
@@ -68,7 +68,7 @@ def add_workers(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="on Ray, of a GPU: 0.25 lets four runs share one (default: %(default)s)",
     )
-    add("--budget-minutes", type=float, metavar="M", help="stop then; the same command goes on")
+    add("--budget-minutes", type=amount, metavar="M", help="stop then; the same command goes on")
 
 
 def pick_executor(args: argparse.Namespace) -> Executor:
