@@ -35,11 +35,24 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1, help="images at once")
     parser.add_argument("--state", type=Path, help="where to go on, and to leave the state")
     args = parser.parse_args()
+    if args.batch < 1:
+        parser.error(f"argument --batch: must be at least 1, got {args.batch}")
+    if not args.images.is_dir():
+        parser.error(f"argument images: must be a folder, but {args.images} is none")
     session: Any = onnxruntime.InferenceSession(str(HERE / "model.onnx"))
     meta, entry = session.get_modelmeta().custom_metadata_map, session.get_inputs()[0]
     how = entry.shape[1:], np.uint8 if "uint8" in entry.type else np.float32, meta
-    old = bool(args.state and args.state.is_file())
-    state: Any = dict(np.load(args.state if old else HERE / "state.npz"))
+    state: Any = dict(np.load(HERE / "state.npz"))
+    if old := bool(args.state and args.state.exists()):
+        try:
+            left = dict(np.load(args.state))
+        except Exception:  # it may hold anything
+            left = {"": np.zeros(0)}
+        if {k: v.shape for k, v in left.items()} != {k: v.shape for k, v in state.items()}:
+            parser.error(f"argument --state: must be what this graph left, but {args.state} is not")
+        state = left
+    elif args.state and not args.state.absolute().parent.is_dir():
+        parser.error(f"argument --state: must be in a folder, but {args.state.parent} is none")
     files = sorted(path for path in args.images.iterdir() if path.suffix.lower() in KINDS)
     try:
         for some in (files[i : i + args.batch] for i in range(0, len(files), args.batch)):
@@ -51,8 +64,10 @@ def main() -> None:
                 print(json.dumps(found | {"probability": round(float(row.max() / row.sum()), 4)}))
     finally:  # also after a picture that cannot be read
         if args.state is not None:
-            with args.state.open("wb") as file:
+            part = args.state.with_name(args.state.name + ".part")
+            with part.open("wb") as file:
                 np.savez(file, **state)
+            part.replace(args.state)  # the former one is there until this one is whole
 
 
 if __name__ == "__main__":
