@@ -460,10 +460,6 @@ def run_kernel(x: Tensor, mean: Tensor, var: Tensor, base: Any, eps: float) -> T
     weight, bias = base.weight, base.bias
     if weight is not None and weight.dtype != mean.dtype:
         weight, bias = weight.to(mean.dtype), bias.to(mean.dtype)
-    if is_tracing():
-        # A program with a loop in it forgets that it was recorded without gradients, which the
-        # kernel does not have for statistics.
-        mean, var = mean.detach(), var.detach()
     return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
 
 

@@ -154,6 +154,10 @@ def source_if(
 
 def source_if_refused(mean: Tensor, var: Tensor, base: Any, eps: float) -> tuple[Tensor, Tensor]:
     """Statistics to normalise with, of the source where the graph refuses the batch."""
+    if is_tracing():
+        # A program with a loop in it forgets that it was recorded without gradients, which the
+        # kernel does not have for statistics.
+        mean, var = mean.detach(), var.detach()
     if _now.condition is None or getattr(base, "running_mean", None) is None:
         return mean, var
     _now.used = True
