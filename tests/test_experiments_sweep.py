@@ -7,12 +7,13 @@ import multiprocessing
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 
 from experiments import cli
 from experiments.records.config import RunConfig
-from experiments.records.file import read_header, read_lines
+from experiments.records.file import Conflict, read_header, read_lines
 from experiments.run.run import Cache
 from experiments.run.settings import make_run, make_sweep, read_settings
 from experiments.sweep import workers
@@ -223,6 +224,14 @@ def test_budgets_that_cannot_be(tmp_path, capsys, minutes):
             cli.main([*command, "--budget-minutes", minutes])
         assert ended.value.code == 2 and not list(tmp_path.iterdir())
         assert f"must be a number from 0 to 1,000,000, got '{minutes}'" in capsys.readouterr().err
+
+
+def test_what_is_done_with_other_settings_is_not_taken_for_done(tmp_path):
+    assert Sweep(small(), tmp_path).execute() == []
+    other = replace(small(), run=replace(small().run, health=True))
+    with pytest.raises(Conflict, match="holds a run of another configuration"):
+        Sweep(other, tmp_path).execute()
+    assert Sweep(small(), tmp_path).execute() == []
 
 
 def test_without_ray_the_error_says_what_to_do(tmp_path, monkeypatch, capsys):

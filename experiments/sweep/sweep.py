@@ -12,11 +12,11 @@ import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from experiments.records.config import RunConfig
 from experiments.records.errors import CannotGoOn
-from experiments.records.file import JsonLines
+from experiments.records.file import Conflict, JsonLines, read_header
 from experiments.records.progress import Progress
 from experiments.run.flags import add_settings, amount, settings_flags
 from experiments.run.run import is_finished
@@ -155,10 +155,16 @@ class Sweep:
             The runs that are not done afterwards.
 
         Raises:
-            CannotGoOn: Every run of the sweep was refused.
+            CannotGoOn: Every run of the sweep was refused, or a folder holds another one.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         todo = [cell for cell in self.cells if not is_finished(cell.folder)]
+        for cell in self.cells:  # what is not finished is compared when it is gone on with
+            header = None if cell in todo else read_header(Path(cell.folder))
+            if header is not None and not _fits(cell.config.to_dict(), header.get("config")):
+                raise Conflict(
+                    f"`{cell.folder}` holds a run of another configuration: choose another folder"
+                )
         self.progress.say(
             f"{len(self.cells)} runs in {self.folder}, {len(self.cells) - len(todo)} done before"
         )
@@ -231,3 +237,19 @@ def _describe(outcome: Outcome) -> str:
 
 def _reason(outcome: Outcome) -> str:
     return outcome.text.strip().splitlines()[-1] if outcome.text.strip() else "no reason given"
+
+
+def _fits(asked: Any, done: Any) -> bool:
+    """Whether what was run is what is asked for, where None and no names stand for what is usual.
+
+    What a run writes of itself has these filled in; settings that it does not have are of a later
+    version.
+    """
+    if asked is None or asked in ([], ()):
+        return True
+    if isinstance(asked, dict) and isinstance(done, dict):
+        known = [key for key in asked if key in done]
+        return len(known) == len(done) and all(_fits(asked[key], done[key]) for key in known)
+    if isinstance(asked, (list, tuple)) and isinstance(done, list):
+        return len(asked) == len(done) and all(map(_fits, asked, done))
+    return asked == done
