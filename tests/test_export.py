@@ -242,7 +242,7 @@ def test_run_py_over_a_folder(exported, tmp_path) -> None:
 
     adapter, folder = exported
     script = (folder / "run.py").read_text()
-    assert len(script.splitlines()) <= 75
+    assert len(script.splitlines()) <= 60
     assert set(re.findall(r"^\s*(?:import|from) (\w+)", script, re.M)) <= {
         "argparse", "collections", "json", "os", "pathlib", "sys", "typing",
         "numpy", "onnxruntime", "PIL",

@@ -27,7 +27,6 @@ def read(path: Path, shape: Any, kind: Any, meta: dict[str, str]) -> np.ndarray:
 
 
 def main() -> None:
-    """Run the command line."""
     import onnxruntime
 
     parser = argparse.ArgumentParser(description="Predict a folder of images.")
@@ -35,24 +34,13 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1, help="images at once")
     parser.add_argument("--state", type=Path, help="where to go on, and to leave the state")
     args = parser.parse_args()
-    if args.batch < 1:
-        parser.error(f"argument --batch: must be at least 1, got {args.batch}")
-    if not args.images.is_dir():
-        parser.error(f"argument images: must be a folder, but {args.images} is none")
+    if args.batch < 1 or not args.images.is_dir():
+        parser.error(f"images must be a folder, and --batch 1 or more: {args.images}, {args.batch}")
     session: Any = onnxruntime.InferenceSession(str(HERE / "model.onnx"))
     meta, entry = session.get_modelmeta().custom_metadata_map, session.get_inputs()[0]
     how = entry.shape[1:], np.uint8 if "uint8" in entry.type else np.float32, meta
-    state: Any = dict(np.load(HERE / "state.npz"))
-    if old := bool(args.state and args.state.exists()):
-        try:
-            left = dict(np.load(args.state))
-        except Exception:  # it may hold anything
-            left = {"": np.zeros(0)}
-        if {k: v.shape for k, v in left.items()} != {k: v.shape for k, v in state.items()}:
-            parser.error(f"argument --state: must be what this graph left, but {args.state} is not")
-        state = left
-    elif args.state and not args.state.absolute().parent.is_dir():
-        parser.error(f"argument --state: must be in a folder, but {args.state.parent} is none")
+    old = bool(args.state and args.state.is_file())
+    state: Any = dict(np.load(args.state if old else HERE / "state.npz"))
     files = sorted(path for path in args.images.iterdir() if path.suffix.lower() in KINDS)
     try:
         for some in (files[i : i + args.batch] for i in range(0, len(files), args.batch)):
@@ -64,9 +52,7 @@ def main() -> None:
                 print(json.dumps(found | {"probability": round(float(row.max() / row.sum()), 4)}))
     finally:  # also after a picture that cannot be read
         if args.state is not None:
-            part = args.state.with_name(args.state.name + ".part")
-            with part.open("wb") as file:
-                np.savez(file, **state)
+            np.savez(part := args.state.with_name(args.state.name + ".part.npz"), **state)
             part.replace(args.state)  # the former one is there until this one is whole
 
 
