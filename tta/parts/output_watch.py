@@ -24,8 +24,9 @@ class OutputWatch(nn.Module):
     """Compares the labels of a batch before and after an output rule.
 
     A rule that errs more than what it corrects gives fewer classes: on the bundled networks this
-    held in every domain in which `adanpc` or `t3a` were behind, and in none in which they were
-    ahead. So a rule is held back where the entropy of the labels after it is below that before.
+    held in 75 of 80 domains in which `adanpc` or `t3a` were a point behind, and in 4 of 36 in which
+    they were ahead. So a rule is held back where the entropy of the labels after it is below that
+    before.
 
     A rule for labels that come in runs (`lame`, `prior_correction`) has to give fewer classes. It
     takes whatever a batch shows more of for more frequent; where labels come in random order it
