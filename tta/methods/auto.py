@@ -48,7 +48,7 @@ from tta.core.prediction import Prediction
 from tta.core.registry import register
 from tta.parts.confidence_gap import ConfidenceGap
 from tta.parts.estimates import ConfidenceEstimate, confidence_accuracy
-from tta.parts.label_runs import LabelRuns
+from tta.parts.label_runs import LabelRuns, ranges_of
 from tta.parts.spread import SpreadGap
 
 __all__ = ["Auto", "AutoConfig"]
@@ -123,9 +123,7 @@ class Auto(Guard):
 
     def integer_ranges(self) -> dict[str, tuple[int, int]]:
         """Range of the last label that the source predicted."""
-        both = {"runs": self.runs, "last": self.last}
-        mine = {f"{key}.{n}": r for key, v in both.items() for n, r in v.integer_ranges().items()}
-        return super().integer_ranges() | mine
+        return super().integer_ranges() | ranges_of({"runs": self.runs, "last": self.last})
 
     def admit(self, batch: Batch) -> Verdict:
         """Let the source answer in a pause."""

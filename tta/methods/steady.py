@@ -87,7 +87,7 @@ from tta.core.guard import LEARN, Batch, Guard, Verdict
 from tta.core.registry import register
 from tta.parts.confidence_gap import ConfidenceGap
 from tta.parts.estimates import ConfidenceEstimate
-from tta.parts.label_runs import LabelRuns, persistence_in
+from tta.parts.label_runs import LabelRuns, persistence_in, ranges_of
 from tta.parts.output_watch import OutputWatch
 from tta.parts.spread import ENOUGH, SpreadGap
 
@@ -182,16 +182,14 @@ class Steady(Guard):
         self.trains = bool(context.parameters)
         self.mixes = bool(network.wrappers)  # images are normalised by what was seen of others
         harm = context.harm
-        self.rule = OutputWatch(classes, harm == "runs", self.mixes) if harm else None
+        self.output_watch = OutputWatch(classes, harm == "runs", self.mixes) if harm else None
 
     def integer_ranges(self) -> dict[str, tuple[int, int]]:
         """Range of the last labels that were predicted."""
-        both = {"runs": self.runs, "own": self.own, "shown": self.shown}
-        watched: dict[str, Any] = both | ({} if self.rule is None else {"rule": self.rule})
-        mine = {
-            f"{key}.{n}": r for key, v in watched.items() for n, r in v.integer_ranges().items()
-        }
-        return super().integer_ranges() | mine
+        watching: dict[str, Any] = {"runs": self.runs, "own": self.own, "shown": self.shown}
+        if self.output_watch is not None:
+            watching["output_watch"] = self.output_watch
+        return super().integer_ranges() | ranges_of(watching)
 
     def admit(self, batch: Batch) -> Verdict:
         """Let the source answer while labels come in runs, and hold learning back in a pause."""
@@ -207,9 +205,9 @@ class Steady(Guard):
         """Compare the batch's predictions with the source's, if it is time."""
         assert batch.prediction is not None and batch.scores is not None
         own = batch.prediction.logits
-        if self.rule is None or batch.scores is own:  # the source has answered already
+        if self.output_watch is None or batch.scores is own:  # the source has answered already
             return self._judge(batch, own)
-        held = self.rule.holds_back(own.argmax(1), batch.scores.argmax(1), batch.learning)
+        held = self.output_watch.holds_back(own.argmax(1), batch.scores.argmax(1), batch.learning)
         verdict = self._judge(batch, own if held else batch.scores)
         if not held or verdict.answer is not None or verdict.action == "source":
             return verdict
@@ -225,9 +223,9 @@ class Steady(Guard):
             before: Logits (B, C) before the output rule.
             after: Scores (B, C) after it.
         """
-        if self.rule is None:
+        if self.output_watch is None:
             return None
-        return self.rule.holds_back(before.argmax(1), after.argmax(1), learning=False)
+        return self.output_watch.holds_back(before.argmax(1), after.argmax(1), learning=False)
 
     def _judge(self, batch: Batch, answer: Tensor) -> Verdict:
         """Judge a batch to which ``answer`` (B, C) would be given."""

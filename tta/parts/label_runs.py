@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from tta.core.tracing import count_rows, is_tracing, rows_before
 
-__all__ = ["LabelRuns", "persistence", "persistence_in", "shares_in"]
+__all__ = ["LabelRuns", "persistence", "persistence_in", "ranges_of", "repeats_in", "shares_in"]
 
 HORIZON, RECENT, DOUBT = 256, 96, 3.0
 NOBODY = -1  # the label before the first image
@@ -57,24 +58,34 @@ def persistence(repeats: Any, shares: Tensor, images: Any, doubt: float, same: A
 
 def persistence_in(labels: Tensor, classes: int) -> Any:
     """Lambda of :func:`persistence` in the labels (B,) of one batch, in the order of the stream."""
+    rows: Any = count_rows(labels[:, None])
+    shares, repeats = shares_in(labels, classes), repeats_in(labels).double()
     if is_tracing():
-        rows: Any = count_rows(labels[:, None])
-        shares = shares_in(labels, classes)
-        equal = rows_before(labels.new_full((), NOBODY), labels) == labels
         pairs = (rows - 1).clamp_min(1).double()
-        return persistence(equal.sum() / pairs, shares, pairs, 0.0, 1 / rows.double())
-    count = len(labels)
-    if count < 2:
+        return persistence(repeats / pairs, shares, pairs, 0.0, 1 / rows.double())
+    if rows < 2:
         return 0.0
-    shares = torch.bincount(labels, minlength=classes).double() / count
-    repeats = (labels[1:] == labels[:-1]).double().mean()
-    return persistence(float(repeats), shares, count - 1, doubt=0.0, same=1 / count)
+    return persistence(float(repeats) / (rows - 1), shares, rows - 1, doubt=0.0, same=1 / rows)
+
+
+def repeats_in(labels: Tensor) -> Tensor:
+    """How many images of a batch have the label (B,) of the one before; 0-dimensional."""
+    return (rows_before(labels.new_full((), NOBODY), labels) == labels).sum()
 
 
 def shares_in(labels: Tensor, classes: int) -> Tensor:
     """Shares (C,) of the labels (B,) of a batch; in a graph too, which has no ``bincount``."""
     every = torch.arange(classes, device=labels.device)
     return (labels[:, None] == every).double().mean(0)
+
+
+def ranges_of(parts: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """The ``integer_ranges`` of several parts, by the names that they have in a component."""
+    return {
+        f"{key}.{name}": bounds
+        for key, part in parts.items()
+        for name, bounds in part.integer_ranges().items()
+    }
 
 
 class LabelRuns(nn.Module):

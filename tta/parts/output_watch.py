@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tta.core.tracing import count_rows, is_tracing, rows_before
-from tta.parts.label_runs import LabelRuns, persistence_in
+from tta.core.tracing import count_rows, is_tracing
+from tta.parts.label_runs import LabelRuns, persistence_in, ranges_of, repeats_in
+from tta.parts.spread import ENOUGH
 
 __all__ = ["OutputWatch"]
 
@@ -17,7 +18,7 @@ __all__ = ["OutputWatch"]
 MIXED, APART = (1024, 256), (256, 96)
 LEAST = 0.05  # persistence of the labels before the rule, above which there are runs
 ALIKE = 0.8  # of the repeats in a batch, that images of one label must have had in common before
-WHOLE = 48  # images of a batch that is judged by itself
+WHOLE = ENOUGH  # images of a batch that is judged by itself
 
 
 class OutputWatch(nn.Module):
@@ -52,8 +53,7 @@ class OutputWatch(nn.Module):
 
     def integer_ranges(self) -> dict[str, tuple[int, int]]:
         """Ranges of the last labels."""
-        both = {"before": self.before, "after": self.after}
-        return {f"{key}.{n}": r for key, v in both.items() for n, r in v.integer_ranges().items()}
+        return ranges_of({"before": self.before, "after": self.after})
 
     @torch.no_grad()
     def holds_back(self, before: Tensor, after: Tensor, learning: bool) -> Any:
@@ -90,7 +90,7 @@ class OutputWatch(nn.Module):
 
 def _entropy(shares: Tensor) -> Tensor:
     """Entropy of shares (C,) of labels, in nats."""
-    return -(shares * shares.clamp_min(1e-12).log()).sum()
+    return torch.special.entr(shares).sum()
 
 
 def _merges(before: Tensor, after: Tensor) -> Tensor:
@@ -99,7 +99,5 @@ def _merges(before: Tensor, after: Tensor) -> Tensor:
     one = after[:, None] == after
     pairs = one.sum() - rows  # an image and itself are none
     same = (one & (before[:, None] == before)).sum() - rows
-    first = before.new_full((), -1)
-    neighbours = (rows_before(first, before) == before).sum()
-    # same / pairs < ALIKE * neighbours / (rows - 1), where there are any
-    return same * (rows - 1) < ALIKE * neighbours * pairs
+    # same / pairs < ALIKE * repeats / (rows - 1), where there are any
+    return same * (rows - 1) < ALIKE * repeats_in(before) * pairs
