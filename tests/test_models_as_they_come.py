@@ -48,6 +48,36 @@ def test_a_model_that_writes_to_its_images_is_the_one_that_does_not(method: str,
     assert unseen or same(adapter.state(), plain.state())
 
 
+class Caching(nn.Module):
+    """Keeps in eval mode what it made of its weight, as the attention of LeViT does."""
+
+    def __init__(self, keeps: bool) -> None:
+        super().__init__()
+        self.keeps, self.bias_cache = keeps, {}
+        self.bias = nn.Parameter(torch.full((3, 1, 1), 0.3))
+        self.net = tiny("bn")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.keeps or x.device not in self.bias_cache:
+            self.bias_cache[x.device] = self.bias.tanh()
+        return self.net(x + self.bias_cache[x.device])
+
+
+@pytest.mark.parametrize("method", TRAINING)
+def test_a_model_that_keeps_what_it_made_of_its_weights(method: str) -> None:
+    every = {"params": "all"} if hasattr(tta.get_config(method), "params") else {}
+    found = []
+    for keeps in (True, False):
+        net = Caching(keeps)
+        adapter = wrapped(net, method, **every)
+        found.append([adapter(images(t)).detach() for t in range(3)])
+        adapter.unwrap()
+        assert not any(net._forward_pre_hooks)
+        close(net(images(0)), Caching(False).net(images(0) + net.bias.tanh()), rtol=0, atol=0)
+    for mine, its in zip(*found, strict=True):
+        close(mine, its, rtol=0, atol=0)
+
+
 def test_an_activation_that_writes_to_the_images() -> None:
     def net(inplace: bool) -> nn.Module:
         return nn.Sequential(nn.ReLU(inplace=inplace), tiny("bn"))

@@ -222,9 +222,16 @@ def test_maps_of_one_pixel_and_single_images() -> None:
 
 
 @pytest.mark.slow
-def test_maps_with_channels_last() -> None:
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("swin_tiny_patch4_window7_224", {"img_size": 32, "window_size": 2}),
+        ("test_mambaout", {}),  # whose blocks have convolutions
+    ],
+)
+def test_maps_with_channels_last(name: str, given: dict[str, int]) -> None:
     create: Any = timm.create_model
-    net = create("swin_tiny_patch4_window7_224", num_classes=10, img_size=32, window_size=2).eval()
+    net = create(name, num_classes=10, **given).eval()
     adapter = _wrapped(net, views=0)
     assert set(adapter.update.axes.values()) == {3}
     assert adapter(images(0)).isfinite().all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
@@ -37,13 +38,24 @@ class Loan:
         for p, _ in self._gradients:
             p.grad = None
         model.eval()
+        chosen: set[int] = set()
         if trained is not None:
             chosen = {id(p) for p in trained}
             for p in model.parameters():
                 p.requires_grad_(id(p) in chosen)
+        moving = chosen | {id(p) for p, _ in self._gradients}
+        self._caching = []
+        for module, _ in self._modes:
+            if _caches(module) and any(id(p) in moving for p in module._parameters.values()):
+                before = module.register_forward_pre_hook(_forget)
+                self._caching.append((module, before, module.register_forward_hook(_forget)))
 
     def end(self) -> None:
         """Put everything back, on the model's own modules."""
+        for module, *handles in self._caching:
+            for handle in handles:
+                handle.remove()
+            _forget(module)
         for p, gradient in self._gradients:
             p.grad = gradient
         for p, flag in self._flags:
@@ -52,3 +64,21 @@ class Loan:
             module.training = mode
             if self._mark:
                 module.__dict__.pop(WRAPPED, None)
+
+
+def _caches(module: nn.Module) -> list[str]:
+    """Names of dictionaries in which a module keeps in eval mode what it made of its weights.
+
+    LeViT, TinyViT, EfficientFormer and EfficientViT of timm keep their attention biases so.
+    """
+    return [name for name, held in vars(module).items() if "cache" in name and type(held) is dict]
+
+
+def _forget(module: nn.Module, *_: Any) -> None:
+    """Empty them: weights are trained, and teachers' stand in for the model's.
+
+    What is in them has a graph, which the next pass must not go back through.
+    """
+    for name in _caches(module):
+        if vars(module)[name]:
+            setattr(module, name, {})

@@ -123,12 +123,25 @@ def block_names(name: str, value: Any) -> None:
 def channel_axis(block: Block, module: nn.Module) -> int:
     """Where the channels are in what a block gives: last in sequences, mostly second in maps.
 
-    Maps (B, H, W, D) come from blocks without convolutions, as those of Swin transformers.
+    The two other axes of a map are as long as the images are high and wide, in proportion. Where
+    all three could be, maps (B, H, W, D) come from blocks without convolutions, as those of Swin
+    transformers.
     """
     if len(block.given) == 3:
         return 2
+    if len(block.given) == 4 and len(block.images) == 4:
+        second, third, last = block.given[1:]
+        channels_second = _in_proportion(third, last, block.images)
+        if channels_second != _in_proportion(second, third, block.images):
+            return 1 if channels_second else 3
     inside = (part for part in module.modules() if part is not module)
     return 1 if any(isinstance(part, (*CONVOLUTIONS, AdaptiveNorm)) for part in inside) else 3
+
+
+def _in_proportion(height: int, width: int, images: Sequence[int]) -> bool:
+    """Whether a map of this size may be of images (B, C, H, W), by one place more or less."""
+    long = max(images[-2:])
+    return abs(height * images[-1] - width * images[-2]) <= long
 
 
 def sole_tensor(args: Any, kwargs: dict[str, Any]) -> Tensor | None:
