@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ from tta.core import registry
 from tta.core.guard import LEARN
 from tta.core.health import EVERY, Monitor, effective_rank
 from tta.core.tracing import capturing
-from tta.methods.steady import RUNS, SURE
+from tta.methods.steady import RUNS, STILL_SURE, SURE
 from tta.parts.output_watch import OutputWatch
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*preset, made for:UserWarning")
@@ -405,6 +406,7 @@ def _predicted(stay: float, shown: float, count: int = 2000) -> torch.Tensor:
         (0.95, 0.2, "bn", 32, True),
         (0.8, 0.6, "bn", 32, False),  # the adapted model shows more of them
         (0.8, 0.2, "robust_bn", 10, True),
+        (0.8, 0.1, "bn", 4, True),  # so few images hide many runs
         (0.0, 0.2, "bn", 10, False),  # there are no runs
     ],
 )
@@ -527,16 +529,70 @@ def test_the_guard_answers_without_an_output_rule_that_no_stream_calls_for(
     assert all(torch.equal(v, state[k]) for k, v in guarded.state().items())
 
 
+def test_of_large_batches_of_one_class_who_shows_it_answers() -> None:
+    guard: Any = tta.wrap(tiny("bn"), "tent", guard="steady").guard
+    labels = torch.arange(40).remainder(2).repeat_interleave(128)  # of two classes, each for long
+    right = torch.rand(2, len(labels), generator=torch.Generator().manual_seed(0))
+    mine, its = (torch.where(right[i] < p, labels, 1 - labels) for i, p in enumerate((0.5, 0.95)))
+    answered = []
+    for own, said in zip(mine.split(64), its.split(64), strict=True):
+        guard._is_alert(own)
+        guard.runs.watch(said)
+        guard.own.watch(own)
+        answered.append(guard._shows_less(own, said))
+    assert sum(answered[8:]) > 0.9 * len(answered[8:])
+
+
+def _told(labels: torch.Tensor) -> Any:
+    """A batch of which both models say ``labels``, as a guard sees it."""
+    logits = 5.0 * torch.nn.functional.one_hot(labels, 10)
+    said = types.SimpleNamespace(logits=logits)
+    return types.SimpleNamespace(
+        images=labels, prediction=said, anchor=lambda: said, source=lambda: said,
+        source_of_input=lambda: said, learning=True,
+    )  # fmt: skip
+
+
+def test_after_runs_the_source_answers_until_many_images_show_none() -> None:
+    guard: Any = tta.wrap(tiny("bn"), "bn", guard="steady").guard
+    guard.runs_seen.fill_(True)
+    labels = torch.randint(0, 10, (800,), generator=torch.Generator().manual_seed(0)).split(10)
+    over = [guard._in_runs(_told(part), _told(part).prediction.logits) for part in labels[:10]]
+    assert bool(guard.runs_seen) and not any(v.action == "reset" for v in over)
+    over = [
+        guard._in_runs(_told(part), _told(part).prediction.logits).action
+        for part in labels[10:]
+        if bool(guard.runs_seen)
+    ]
+    assert over[-1] == "reset" and not bool(guard.runs_seen)
+
+
+def test_runs_are_taken_for_runs_sooner_after_the_first() -> None:
+    guard: Any = tta.wrap(tiny("bn"), "bn", guard="steady").guard
+    asked: list[float] = []
+    guard._asks, guard._in_doubt = lambda *_: True, lambda: True
+    guard._harmful = lambda count, doubt: bool(asked.append(doubt)) or True
+    batch = _told(torch.zeros(10, dtype=torch.long))
+    batch.report = types.SimpleNamespace(raw=dict)
+    for _ in range(2):
+        assert guard._judge(batch, batch.prediction.logits).action == "source"
+        guard.runs_seen.fill_(False)
+    assert asked == [SURE, STILL_SURE]
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize(("recipe", "size"), [("bn", 10), ("tent", 4)])
 @pytest.mark.parametrize("ordered", [True, False])
-def test_the_source_answers_where_batches_are_of_one_class(ordered: bool) -> None:
+def test_the_source_answers_where_batches_are_of_one_class(
+    ordered: bool, recipe: str, size: int
+) -> None:
     net, _ = models.load("cifar10_resnet20_bn")
     data = open_data("bundled").clean
     assert data is not None
     x, y = (torch.stack([torch.as_tensor(data[i][k]) for i in range(1000)]) for k in (0, 1))
     order = y.argsort(stable=True) if ordered else torch.arange(1000)
-    adapter = tta.wrap(net, "bn", guard="steady")
-    for part in order.split(10):
+    adapter = tta.wrap(net, recipe, guard="steady")
+    for part in order.split(size):  # a step of four is taken back, and a pause begins
         adapter(x[part].float() / 255)
     answered = [event for event in adapter.events if event["reason"] == "labels come in runs"]
     assert len(answered) > 30 if ordered else not answered

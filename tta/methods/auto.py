@@ -58,6 +58,7 @@ LONGEST = 4096  # batches of a pause
 ROW = 8  # images in a row of which the source is asked, if batches are smaller
 RUNS = 0.05  # persistence of labels from which they count as coming in runs
 ENOUGH = 192  # images without runs after which they have ended
+CALM_DOUBT = 1.0  # standard errors by which repeats may then exceed chance
 LAST = 64  # images by which one class is told
 SEEN = 24  # of them, at least, counted as averages do
 ONE = "one class is seen, of which the source is surer"
@@ -200,7 +201,7 @@ class Auto(Guard):
                 return None
             self.runs_seen.fill_(True)
             return Verdict(action="reset", reason=reason, answer=source)
-        if own.images() > ENOUGH and own.persistence() == 0:
+        if own.images() > ENOUGH and own.persistence(CALM_DOUBT) == 0:
             self.runs_seen.fill_(False)
             self.age.zero_()  # one class may go on, and shows as little of runs
             for average in (self.runs, self.last, self.surer):

@@ -35,19 +35,21 @@ source,
 
 in batches below ``ROW`` images, with l less ``SURE`` standard errors. The second term is what
 taking the mean of n images off them takes from l', where n is how many the norm rule takes
-statistics of. Then the source answers and nothing is learned, until there are no runs any more, or
-until the adapted model, which is tried beside it now and then, shows as much of them. Once an
-update has gone well for ``TREND`` images, ``LEFT_LATER`` stands for ``LEFT``, so that chance does
-not end it, and ``STILL_SURE`` for ``SURE`` while the source answers. Among the first 64 images runs
-cannot be told from chance, so the source answers these where batches are smaller than ``ROW``, and
-the update learns beside it; larger ones show by themselves what they are.
+statistics of; it is at most ``RUNS``, since more would hide any. Then the source answers and
+nothing is learned, until no runs are left in ``CALM`` images, or until the adapted model, which is
+tried beside it now and then, shows as much of them. Once an update has gone well for ``TREND``
+images, ``LEFT_LATER`` stands for ``LEFT``, so that chance does not end it, and ``STILL_SURE`` for
+``SURE`` while the source answers and ever after. Among the first 64 images runs cannot be told from
+chance, so the source answers these where batches are smaller than ``ROW``, and the update learns
+beside it; larger ones show by themselves what they are. In a pause all this goes on.
 
 A batch of ``ROW`` images or more shows by itself whether it has runs. While there are any, the
-source is asked on each of these, and where it shows more of the runs in the very batch (l' < l), it
-answers, and nothing that this batch moved is kept: which of the two is better changes with the
-domain. The adapted model's own predictions say too that there are runs, and need no pass: batch
-statistics leave little of runs, but over ``LONG`` images little is more than chance. In networks
-without statistics of batches only an update can hide runs, and must do so by ``SHORT``.
+source is asked on each of these, and where it shows more of the runs in the very batch (l' < l, or
+much more by the shares of labels in many batches, where this one has one class), it answers, and
+nothing that this batch moved is kept: which of the two is better changes with the domain. The
+adapted model's own predictions say too that there are runs, and need no pass: batch statistics
+leave little of runs, but over ``LONG`` images little is more than chance. In networks without
+statistics of batches only an update can hide runs, and must do so by ``SHORT``.
 
 A second sign is whether the norm rule makes predictions surer. The source's parameters under it are
 compared with the source model, since what has learned by entropy is sure of itself whether it errs
@@ -105,13 +107,17 @@ SURE, STILL_SURE = 4.0, 2.0
 LEFT, LEFT_LATER = 0.9, 0.6  # of the source's persistence, that the adapted model must show
 SURER, LEFT_SURER = 0.02, 0.4  # the same where the norm rule makes predictions so much surer
 UNSURE, APART = -0.1, 0.4  # d, and agreement with the source over its confidence, if spoilt
-ONE_CLASS = 0.25  # concentration of predicted labels, from 0 to 1, that hides runs of them
+ONE_CLASS, NOT_ONE = 0.25, 0.125  # concentration of labels, in [0, 1], that hides runs, and not
 SHOWN = 0.4  # of the persistence of labels, in the predictions of a fair model
 TRIED, ROUND = 6, 32  # of so many rows of images, in how many the adapted model is tried
+FAR = 0.3  # of the persistence, that the source must show more by the shares of many batches
 SHORT = 0.1  # of the persistence, that an update may lack where no batch statistics are taken
 ALERT, LONG = 16, 1024  # batches on alert; images over which runs are seen without a pass
 SOON = 4  # rows until then, where one class hides runs of labels
 SEEN = 56  # images, counted as averages do; runs of labels are seen among so many
+# Images that must show no runs after some, and standard errors for chance: a source that errs on
+# half of one class shows none either.
+CALM, CALM_DOUBT = 128, 1.0
 IN_RUNS = "labels come in runs"
 WITHOUT = "the output rule shows fewer classes, or less of their runs, or there are no runs"
 ONE = "one class is seen, of which the source is surer"
@@ -156,6 +162,7 @@ class Steady(Guard):
     images: Tensor  # 0-dimensional, since the last step
     alert: Tensor  # 0-dimensional, batches left on which the source is asked for runs
     runs_seen: Tensor  # 0-dimensional bool: the source answers, as labels come in runs
+    wary: Tensor  # 0-dimensional bool: the source has answered for such a reason before
     source_ahead: Tensor  # 0-dimensional bool: the source model answers in the pause
 
     def __init__(self, config: SteadyConfig, network: Backbone, context: Context) -> None:
@@ -168,7 +175,7 @@ class Steady(Guard):
         self.register_buffer("pause", torch.tensor(config.pause))
         self.register_buffer("images", torch.zeros((), dtype=whole))
         self.register_buffer("alert", torch.zeros((), dtype=whole))
-        for name in ("runs_seen", "source_ahead"):
+        for name in ("runs_seen", "wary", "source_ahead"):
             self.register_buffer(name, torch.zeros((), dtype=torch.bool))
         classes = context.num_classes
         self.gap = SpreadGap(classes)  # to the source's parameters
@@ -233,13 +240,15 @@ class Steady(Guard):
             return LEARN
         if bool(self.runs_seen):
             return self._in_runs(batch, answer)
-        if int(self.hold) > 0:
-            self.hold -= 1
-            return LEARN
+        held = int(self.hold) > 0
+        if held:
+            self._wait()
+            if bool(self.source_ahead):  # it answers, so that nothing can do harm
+                return LEARN
         assert batch.prediction is not None
         age, block = int(self.age), _block(len(batch.images))
         self.age += 1
-        if (verdict := self._few(batch)) is not None:
+        if not held and (verdict := self._few(batch)) is not None:
             return verdict
         early = anchor = None
         own, labels = batch.prediction.logits, answer.argmax(1)
@@ -256,15 +265,19 @@ class Steady(Guard):
             anchor = (batch.anchor() if self.trains else batch.prediction).logits
             self.surer.see(anchor, source)
             self.source_gap.see(own, source)
-            if self._in_doubt() and self._harmful(len(batch.images), SURE):
-                self.runs_seen.fill_(True)
+            doubt = STILL_SURE if bool(self.wary) else SURE
+            if self._in_doubt() and self._harmful(len(batch.images), doubt):
+                for seen in (self.runs_seen, self.wary):
+                    seen.fill_(True)
                 self._wait_to_try(block)
                 return Verdict(action="source", reason=self._why(), undo=True)
             early = source if self._too_early(len(batch.images)) else None
         less = wide and said is not None and self._shows_less(labels, said)
         if not self.mixes:
             anchor = source
-        verdict = self._compare(batch, anchor, age, block) or self._verdict(batch, block)
+        verdict = LEARN
+        if not held:
+            verdict = self._compare(batch, anchor, age, block) or self._verdict(batch, block)
         if less and verdict.action != "reset":
             return Verdict(action="source", reason=IN_RUNS, undo=True)
         if early is not None and verdict is LEARN:
@@ -306,7 +319,11 @@ class Steady(Guard):
         self.alert.fill_(ALERT)
         short = 0.0 if self.mixes else SHORT
         mine, its = (persistence_in(y, self.context.num_classes) for y in (own, source))
-        return mine + short < its
+        if mine + short < its:
+            return True
+        # By its own shares a batch of one class shows no run; by those of many batches it does.
+        mine, its = self.own.persistence_in(own), self.runs.persistence_in(source)
+        return mine + FAR < its
 
     def _due(self, age: int, slower: int) -> bool:
         """Whether there is a comparison; ``age`` is in batches, or in ``ROW`` of small ones."""
@@ -362,7 +379,7 @@ class Steady(Guard):
         if _block(count) == 1 and not bool(self.runs_seen):  # the better of both answers each
             return False
         mixed = self.rules[0].mixed_images(count)
-        lost = SHOWN / (mixed - 1) if mixed > 1 else 0.0
+        lost = min(SHOWN / (mixed - 1), RUNS) if mixed > 1 else 0.0
         later = bool(self.runs_seen) or int(self.age) * count >= TREND
         left = LEFT_LATER if later else LEFT
         if self.surer.mean() > SURER:
@@ -424,6 +441,12 @@ class Steady(Guard):
         reason = f"{behind:.2f} nats fewer classes than the source"
         return Verdict(action="reset", reason=reason)
 
+    def _wait(self) -> None:
+        """Count a batch of a pause; after the last one, comparisons begin anew."""
+        self.hold -= 1
+        if int(self.hold) == 0:
+            self.age.zero_()
+
     def _begin_pause(self, batches: int) -> None:
         self.hold.fill_(batches)
         self.beside.zero_()
@@ -445,8 +468,8 @@ class Steady(Guard):
             anchor = batch.anchor() if self.trains else batch.prediction
             self.surer.see(anchor.logits, source)
         self.age += 1
-        calm = self.runs.persistence() <= NO_RUNS and not self._one_class()
-        over = calm and self.runs.images() >= SEEN
+        calm = self.runs.persistence(CALM_DOUBT) <= NO_RUNS and self.runs.concentration() < NOT_ONE
+        over = calm and self.runs.images() >= CALM
         reason = "labels come in no runs any more"
         if tried and not over and not self._tries(count):
             over = not self._harmful(count, STILL_SURE if self.surer.mean() > SURER else 0.0)
@@ -460,7 +483,7 @@ class Steady(Guard):
         self.runs_seen.fill_(False)
         self.runs.forget()
         self.alert.fill_(ALERT)
-        self._begin_pause(0)
+        self._begin_pause(int(self.hold))
         return Verdict(action="reset", reason=reason, answer=batch.source().logits)
 
 

@@ -176,6 +176,16 @@ class LabelRuns(nn.Module):
         same = self._same() if self.early else 0.0
         return persistence(repeats, self.shares, self.images(), doubt, same)
 
+    def persistence_in(self, labels: Tensor) -> float:
+        """Lambda in the labels (B,) of one batch, whose shares are those of many batches.
+
+        By its own shares a batch of one class shows no run.
+        """
+        rows = len(labels)
+        if rows < 2:
+            return 0.0
+        return persistence(float(repeats_in(labels)) / (rows - 1), self.shares, rows - 1, 0.0)
+
     def concentration(self) -> float:
         """How far the labels are of one class: 0 where all are as frequent, 1 where they are equal.
 
