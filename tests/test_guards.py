@@ -260,6 +260,33 @@ def test_a_frozen_adapter_moves_nothing_of_the_guard() -> None:
     assert same(adapter.state(), before) and adapter.events == []
 
 
+@pytest.mark.parametrize("why", ["runs", "pause", "beside", "auto"])
+def test_the_source_goes_on_to_answer_where_an_adapter_is_frozen(why: str) -> None:
+    guard = "auto" if why == "auto" else "steady"
+    adapter = tta.wrap(tiny("bn"), **arguments({"update": "tent", "norm": "bn"}), guard=guard)
+    for t in range(8):  # large, or the source would answer the first ones
+        adapter(images(t, 64))
+    x = images(9, 4)
+    with adapter.frozen():
+        own = adapter(x)
+    assert adapter.health["action"] == "freeze"
+    flags = {"runs": ["runs_seen"], "pause": ["hold", "source_ahead"], "beside": ["beside"]}
+    for name in flags.get(why, ["hold"]):
+        getattr(adapter.guard, name).fill_(True)
+    source, start = tiny("bn"), tta.wrap(tiny("bn"), "bn")
+    before = adapter.state()
+    with adapter.frozen():
+        found = adapter(x)
+        assert torch.equal(found, (start if why == "beside" else source)(x))
+        assert not torch.equal(found, own) and adapter.health["action"] == "source"
+        with pytest.raises(ValueError, match="by which the source answers now"):
+            tta.export.to_function(adapter, x)
+        x.requires_grad_()
+        adapter(x).sum().backward()
+    assert x.grad is not None and bool(x.grad.any())
+    assert same(adapter.state(), before)
+
+
 def test_gradients_and_penalty() -> None:
     seen: list[dict[str, Tensor]] = []
 

@@ -383,6 +383,16 @@ def test_what_is_learned_becomes_visible_behind_the_bound():
     assert not torch.allclose(probabilities(results[24:]), fixed, atol=1e-3)
 
 
+def test_a_guard_watches_what_a_copy_predicts_and_its_source_answers_there():
+    one = tta.wrap(tiny("bn"), "bn", guard="steady")  # nothing but the guard moves
+    results = list(Pipeline(one, torch.cat([FRAMES[:8]] * 8), staleness=1))
+    assert int(one.guard.monitor.batches) == 8 and not any(r.learned for r in results)
+    one.guard.runs_seen.fill_(True)
+    results = list(Pipeline(one, FRAMES[:8], staleness=1))
+    expected = torch.log_softmax(tiny("bn")(FRAMES[:8]), 1).exp()
+    assert torch.equal(probabilities(results), expected)
+
+
 def test_an_error_of_the_learner_reaches_the_caller():
     one = adapter()
 

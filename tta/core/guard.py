@@ -224,6 +224,13 @@ class Guard(Component):
         """Decide after the model has predicted, and has learned unless it was held back."""
         raise NotImplementedError  # pragma: no cover
 
+    def hands_over(self) -> str | None:
+        """Why :meth:`judge` lets the source answer whatever comes while the adapter is frozen.
+
+        None where it does not. It must go by what the guard remembers.
+        """
+        return None
+
     def resets_after(self, batches: Tensor) -> Tensor | None:
         """Whether everything goes back to the reset point after a batch, if that is all it does.
 

@@ -57,7 +57,14 @@ def refuse(adapter: Any, example: Any) -> None:
             "`adapter` must give answers of its own to be exported, got shadow=True: wrap the "
             "model without it, or export the plain model."
         )
+    guard = adapter.guard
     if not learns(adapter):
+        if guard is not None and (reason := guard.hands_over()) is not None:
+            raise ValueError(
+                f"`guard` must let the adapted model answer to be exported, got "
+                f"{shown(guard.name)}, by which the source answers now ({reason}): reset() first, "
+                "or export the plain model."
+            )
         return
     if adapter.output is not None and adapter.output.takes_gradient:
         raise ValueError(
@@ -71,7 +78,6 @@ def refuse(adapter: Any, example: Any) -> None:
             f"{shown(min(growing))}, "
             "which grows with the stream: bound it in the component's config, or freeze() first."
         )
-    guard = adapter.guard
     if guard is not None and guard.resets_after(torch.zeros((), dtype=torch.int64)) is None:
         raise ValueError(
             f"`guard` must decide by the number of batches alone to be exported, got "

@@ -61,6 +61,7 @@ ENOUGH = 192  # images without runs after which they have ended
 CALM_DOUBT = 1.0  # standard errors by which repeats may then exceed chance
 LAST = 64  # images by which one class is told
 SEEN = 24  # of them, at least, counted as averages do
+PAUSE = "a pause after a failure"
 ONE = "one class is seen, of which the source is surer"
 LESS_SURE = 0.05  # by how much the adapted model is less sure of one class than the source
 ONE_CLASS = 0.2  # concentration of the source's labels from which it may be one class
@@ -129,13 +130,18 @@ class Auto(Guard):
     def admit(self, batch: Batch) -> Verdict:
         """Let the source answer in a pause."""
         if int(self.hold) > 0:
-            return Verdict(action="source", reason="a pause after a failure")
+            return Verdict(action="source", reason=PAUSE)
         return LEARN
+
+    def hands_over(self) -> str | None:
+        """Why the source goes on to answer where the adapter was frozen in a pause."""
+        return PAUSE if int(self.hold) > 0 else None
 
     def judge(self, batch: Batch) -> Verdict:
         """Compare with the source, if it is time."""
         if not batch.learning:
-            return LEARN
+            reason = self.hands_over()
+            return LEARN if reason is None else Verdict(action="source", reason=reason)
         if int(self.hold) > 0:
             self.hold -= 1
             return LEARN

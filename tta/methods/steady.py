@@ -119,6 +119,8 @@ SEEN = 56  # images, counted as averages do; runs of labels are seen among so ma
 # half of one class shows none either.
 CALM, CALM_DOUBT = 128, 1.0
 IN_RUNS = "labels come in runs"
+PAUSE = "a pause after a failure"
+BESIDE_SOURCE = "learns beside the source, which shows more classes"
 WITHOUT = "the output rule shows fewer classes, or less of their runs, or there are no runs"
 ONE = "one class is seen, of which the source is surer"
 SPOILT = "the norm rule makes nonsense of the images"
@@ -205,13 +207,19 @@ class Steady(Guard):
         if int(self.hold) > 0:
             # What the norm rule does harm by goes on without learning.
             action = "source" if bool(self.source_ahead) else "skip"
-            return Verdict(action=action, reason="a pause after a failure")
+            return Verdict(action=action, reason=PAUSE)
         return LEARN
 
     def judge(self, batch: Batch) -> Verdict:
         """Compare the batch's predictions with the source's, if it is time."""
         assert batch.prediction is not None and batch.scores is not None
         own = batch.prediction.logits
+        if not batch.learning and (reason := self.hands_over()) is not None:
+            # An update that is held back is compared with its own start, under the same statistics.
+            behind = reason is BESIDE_SOURCE
+            return Verdict(
+                action="source", reason=reason, answer=self._anchor(batch) if behind else None
+            )
         if self.output_watch is None or batch.scores is own:  # the source has answered already
             return self._judge(batch, own)
         held = self.output_watch.holds_back(own.argmax(1), batch.scores.argmax(1), batch.learning)
@@ -222,6 +230,14 @@ class Steady(Guard):
         if alone and verdict.action == "learn" and batch.original is None:
             return Verdict(action="source", reason=reason, answer=own)
         return replace(verdict, reason=reason, answer=own)
+
+    def hands_over(self) -> str | None:
+        """Why the source goes on to answer where it answered when the adapter was frozen."""
+        if bool(self.runs_seen):
+            return self._why()
+        if int(self.hold) > 0 and bool(self.source_ahead):
+            return PAUSE
+        return BESIDE_SOURCE if int(self.beside) > 0 else None
 
     def holds_back(self, before: Tensor, after: Tensor) -> Tensor | None:
         """Whether the output rule does harm, as a frozen guard says.
@@ -291,7 +307,7 @@ class Steady(Guard):
             return None
         assert batch.prediction is not None
         if anchor is None:
-            anchor = (batch.anchor() if self.mixes else batch.source_of_input()).logits
+            anchor = self._anchor(batch)
         self.gap.see(batch.prediction.logits, anchor)
         self.trend.see(batch.prediction.logits, anchor)
         if beside:
@@ -300,6 +316,10 @@ class Steady(Guard):
             self.beside.copy_(BESIDE * self.pause)
             return self._beside(anchor, block)
         return None
+
+    def _anchor(self, batch: Batch) -> Tensor:
+        """Logits (B, C) of the source's parameters under the present norm rule."""
+        return (batch.anchor() if self.mixes else batch.source_of_input()).logits
 
     def _is_alert(self, own: Tensor) -> bool:
         """Whether the source is asked on this batch, whose labels ``own`` (B,) may come in runs."""
@@ -421,8 +441,7 @@ class Steady(Guard):
         self.beside -= 1
         if int(self.beside) == 0:
             return self._failed(-self.trend.mean())
-        reason = "learns beside the source, which shows more classes"
-        return Verdict(action="source", reason=reason, answer=answer)
+        return Verdict(action="source", reason=BESIDE_SOURCE, answer=answer)
 
     def _verdict(self, batch: Batch, block: int) -> Verdict:
         if behind := self._behind(self.source_gap, self.config.source_margin):

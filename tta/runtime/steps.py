@@ -212,10 +212,10 @@ class Lagging(Server):
             self.copy.load_state(self.lanes.take(new), allow_nonfinite=True)
         given = self.lanes.give(images)  # before the pass, for which learning need not wait
         found = step(self.copy, images, True, used)
-        learn = learn and self.learns and self.session.learning
-        if learn:
+        learn = learn and self.session.learning
+        if learn and (self.learns or self.adapter.guard is not None):  # which watches all the same
             self._behind.append(self._learner.submit(self._learn, given, used))
-        return Step(found.probabilities, learn)
+        return Step(found.probabilities, learn and self.learns)
 
     def close(self) -> None:
         """Wait for what is still to be learned."""
