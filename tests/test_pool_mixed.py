@@ -22,6 +22,7 @@ from tests.helpers.nets import tiny
 from tta.core import registry
 from tta.core.prediction import Prediction
 from tta.runtime import StreamPool
+from tta.runtime.side_by_side import SideBySide
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 NAMES = ("a", "b", "c")
@@ -190,6 +191,38 @@ def test_frozen_streams_and_bad_images_beside_others() -> None:
     compare(pools, [batch, images(2)])
     alone.reset("b"), together.reset("b")
     assert same(before, together.stream("b").state()) is False  # it had learned before
+
+
+def test_a_stream_learns_from_the_rest_of_images_one_of_which_overflows() -> None:
+    """Without batch statistics it shows in the features, which others' gradients go through."""
+
+    def one() -> tta.Adapter:
+        return tta.wrap(tiny("ln"), "tent", lr=1e-3)
+
+    for bad in ([0], [0, 3], [0, 2]):  # of b, of b and c, of b
+        pools = both(one)
+        batch = images(1)
+        batch[bad] = 1e30
+        for pool in pools:
+            pool(batch, ROWS, create=True)
+        assert all(pools[0].stream(name).report["stepped"] for name in NAMES)
+        compare(pools, [images(2), batch])
+        assert pools[0].one_by_one is None and pools[0]._beside.passes >= 3
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_streams_with_prompts_and_without(told: bool, monkeypatch: Any) -> None:
+    """The frozen one has no prompts yet, so that its sequences are shorter."""
+    if not told:  # as of a component that does not say what it puts into sequences
+        monkeypatch.setattr(SideBySide, "_kind", lambda self, wish: repr(wish.kind))
+    parts: dict[str, Any] = {"update": "foa"}
+    pools = both(lambda: make("ln", parts, shadow=True)[1])
+    for pool in pools:
+        pool.stream("b", create=True)
+        pool.freeze("b")
+    compare(pools, [images(number) for number in range(2)])
+    assert ("gives streams other shapes" in (pools[0].one_by_one or "")) != told
+    assert not told or pools[0]._beside.passes > 0
 
 
 @pytest.mark.parametrize("kind", ["no_grad", "inference", "bfloat16", "half"])

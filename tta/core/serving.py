@@ -146,7 +146,7 @@ class Serving:
             with self._weights_at_rest() if follow else nullcontext():
                 logits = self._serve_beside(x, follow)
         except RowsOverflowError:
-            self.transaction.take_back()
+            self._take_back()
             raise
         except Exception as error:
             if (refusal := network.images.refusal(error, x)) is None:
@@ -171,7 +171,7 @@ class Serving:
             if len(held) == 0 or bool(error.rows[len(held) :].any()):
                 raise RowsOverflowError(error.rows[len(held) :]) from error
             # The weights have moved so that images overflow which had not: go on without these.
-            self.transaction.take_back()
+            self._take_back()
             self._whole = len(x)
             logits = self._serve_inputs(x, follow)
         if self.update is not None and "kept" in self.update.report:
@@ -179,6 +179,10 @@ class Serving:
         if self.learning:
             self.window.push(x)
         return logits[-len(x) :]
+
+    def _take_back(self) -> None:
+        self.transaction.take_back()
+        self.network.session.refuse()
 
     def _serve_inputs(self, x: Tensor, follow: bool) -> Tensor:
         """Predict and learn from what the input rule makes of the images."""

@@ -33,6 +33,9 @@ class Meeting(Protocol):
         """Gradients of a loss; see ``Session.gradients``."""
         ...
 
+    def refuse(self) -> None:
+        """Say that what this adapter's passes gave so far is used no more."""
+
 
 @dataclass
 class Session:
@@ -54,6 +57,7 @@ class Session:
         passed: Whether a pass of all of these was made.
         frugal: How passes that record a graph save memory; None where they do not.
         meeting: Where passes of several adapters become one; None where each runs its own.
+        inserted: Tokens that a component puts into each sequence of the present pass.
         around_backward: Entered around every backward pass.
         reentrant: Whether the model has reentrant checkpoints; None until that is known.
     """
@@ -71,6 +75,7 @@ class Session:
     passed: bool = False
     frugal: Any = None
     meeting: Meeting | None = None
+    inserted: int = 0
     around_backward: Callable[[], AbstractContextManager[None]] = nullcontext
     reentrant: bool | None = None
 
@@ -89,6 +94,11 @@ class Session:
         if self.meeting is None:
             return run(tensors, x, *args, **kw)
         return self.meeting.run(run, tensors, x, *args, **kw)
+
+    def refuse(self) -> None:
+        """Say that what passes gave so far is used no more, as features of some rows overflow."""
+        if self.meeting is not None:
+            self.meeting.refuse()
 
     def backward(self, loss: Tensor) -> None:
         """Back-propagate a scalar; every loss of a pass of the model comes here or below."""

@@ -78,7 +78,7 @@ class TokenPrompts(Remembers):
 
     def run(self, network: Backbone, x: Tensor, prompts: Tensor | None = None) -> Prediction:
         """One pass of images (B, ...) with prompts (P, D), or without any."""
-        with self._with(prompts):
+        with self._with(prompts, network):
             return network(x)
 
     def run_reading(
@@ -167,12 +167,13 @@ class TokenPrompts(Remembers):
                 handle.remove()
 
     @contextmanager
-    def _with(self, prompts: Tensor | None) -> Iterator[None]:
+    def _with(self, prompts: Tensor | None, network: Backbone) -> Iterator[None]:
         self._prompts = prompts
+        network.session.inserted = 0 if prompts is None else len(prompts)
         try:
             yield
         finally:
-            self._prompts = None
+            self._prompts, network.session.inserted = None, 0
 
     def _insert(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         if self._prompts is None:

@@ -112,6 +112,10 @@ class Member:
         """As ``Meeting.gradients``."""
         return self._ask(Gradients(self, loss, inputs))
 
+    def refuse(self) -> None:
+        """As ``Meeting.refuse``."""
+        self._lockstep.refused.add(self.number)
+
     def _live(self) -> None:
         self.begun = True
         self._go.get()
@@ -158,6 +162,7 @@ class Lockstep:
         # Queues and threads of C: a signal that raises between two lines of Python, as those of
         # a semaphore or of Thread.start, would leave a lock held that somebody waits for.
         self.back: SimpleQueue[None] = SimpleQueue()
+        self.refused: set[int] = set()  # numbers of members that have refused passes
         self.ended = False
         self.left = True  # whether threads may be there after `run`
 

@@ -28,6 +28,7 @@ from tta.runtime.lockstep import Gradients, Pass
 __all__ = ["ApartError", "SharedPass"]
 
 CLOSE = 1e-3  # of logits of a row with others beside it, relative to the largest
+LARGE_PIXEL = 1e3  # above all that pixels are taken for, levels to 255 too
 WORTH = 0.5  # of all parameters, the least share in layers that run once
 
 
@@ -103,8 +104,37 @@ class SharedPass:
             )
         return True
 
-    def differentiate(self, wishes: Sequence[Gradients]) -> None:
-        """Back-propagate losses of several adapters in one backward pass."""
+    def differentiate(self, wishes: Sequence[Gradients], refused: Mapping[int, int]) -> None:
+        """Back-propagate losses of several adapters in one backward pass.
+
+        Rows that overflow are no part of any loss, but stay in the graph of a pass that others
+        go on with, and zero times what is no number is none. So who has refused a pass for them
+        is served alone, and has no gradients of others' passes.
+
+        Args:
+            wishes: At least one.
+            refused: Numbers of members that have refused a pass, by the adapter of each.
+        """
+        alone = [wish for wish in wishes if wish.member.number in refused.values()]
+        together = [wish for wish in wishes if wish not in alone]
+        for some in ([together] if together else []) + [[wish] for wish in alone]:
+            mine = {wish.member.number for wish in some}
+            layers = (
+                layer
+                for adapter, number in refused.items()
+                if number not in mine
+                for layer in self._layers[adapter].values()
+            )
+            others = {p: p.grad for layer in layers for p in layer.parameters() if p.requires_grad}
+            try:
+                for p in others:
+                    p.grad = None
+                self._pull(some)
+            finally:
+                for p, gradient in others.items():
+                    p.grad = gradient
+
+    def _pull(self, wishes: Sequence[Gradients]) -> None:
         add = [wish.loss for wish in wishes if wish.inputs is None]
         give = [(wish, wish.inputs) for wish in wishes if wish.inputs is not None]
         self._pulling = True
@@ -192,8 +222,10 @@ class SharedPass:
                 parts[i] = _call(layers[i], weights[i], given[at], *rest, **more)
             outputs = [parts[i] for i in block]
             if all(isinstance(part, Tensor) for part in outputs):
+                _check_alike([part.shape[1:] for part in outputs], name)
                 blocks.append(torch.stack(outputs, 1))
         if len(blocks) == len(rows.blocks):
+            _check_alike([block.shape[2:] for block in blocks], name)
             return rows.of_blocks(blocks)
         return rows.join_all(parts, name)
 
@@ -219,7 +251,7 @@ class SharedPass:
         kind = x.shape[1:], x.dtype, x.device, torch.is_grad_enabled()
         if kind in self._tried:
             return True
-        three = torch.cat([x] * 3)[:3] if len(x) < 3 else x[:3]
+        three = _ordinary(torch.cat([x] * 3)[:3] if len(x) < 3 else x[:3])
         wrappers = [m for m in self._trunk.modules() if isinstance(m, AdaptiveNorm)]
         found = []
         try:
@@ -292,6 +324,7 @@ class _Rows:
         """What a layer gave to each as what it gave to all."""
         first = values[0]
         if isinstance(first, Tensor):
+            _check_alike([value.shape[1:] for value in values], name)
             return self.join(values)
         if isinstance(first, (tuple, list)) and not hasattr(first, "_fields"):
             items = [self.join_all(some, name) for some in zip(*values, strict=True)]
@@ -369,6 +402,19 @@ def _call(layer: Any, weights: Mapping[str, Tensor], *args: Any, **kwargs: Any) 
 
 def _by_image(x: Tensor, base: Any) -> Tensor:
     return F.layer_norm(x, x.shape[1:])
+
+
+def _ordinary(x: Tensor) -> Tensor:
+    """Images, smaller where they are so large that features might overflow, which says nothing."""
+    if not x.is_floating_point():
+        return x
+    largest = x.abs().flatten(1).amax(1).clamp(min=LARGE_PIXEL)
+    return x * (LARGE_PIXEL / largest).view(-1, *[1] * (x.ndim - 1))
+
+
+def _check_alike(shapes: Sequence[torch.Size], name: str) -> None:
+    if len(set(shapes)) > 1:
+        raise ApartError(f"{shown(name, 60)} gives streams other shapes")
 
 
 def _not_rows(name: str) -> str:

@@ -45,6 +45,7 @@ class SideBySide:
         self._seats: list[Seat] = []
         self._shared: SharedPass | None = None
         self._members: list[int] = []  # numbers of the seats of the streams at hand
+        self._refused: set[int] = set()  # places of those in that list that have refused passes
 
     def run_each(self, streams: Mapping[str, Any], action: Action) -> list[Any]:
         """As ``StreamStore.run_each``, in one pass where the recipe and the model allow it."""
@@ -136,6 +137,7 @@ class SideBySide:
     ) -> list[Any]:
         self._members = [self._seats.index(seat) for seat in seats]
         lockstep = Lockstep(self._serve, self.store.adapter.turns)
+        self._refused = lockstep.refused
         pairs = zip(streams, seats, strict=True)
         try:
             return lockstep.run([partial(_meet, seat.adapter, s.name, action) for s, seat in pairs])
@@ -147,9 +149,9 @@ class SideBySide:
         """Answer what calls want: passes of one kind at once, or gradients."""
         assert self._shared is not None
         if isinstance(wishes[0], Gradients):
-            self._shared.differentiate(wishes)
+            self._shared.differentiate(wishes, {self._members[i]: i for i in self._refused})
             return
-        for _, found in groupby(sorted(wishes, key=_kind), _kind):
+        for _, found in groupby(sorted(wishes, key=self._kind), self._kind):
             some = list(found)
             if len(some) == 1:
                 continue
@@ -163,9 +165,9 @@ class SideBySide:
             except Exception as error:  # what the model raises, which an adapter puts into words
                 some[0].answer = error
 
-
-def _kind(wish: Pass) -> str:
-    return repr(wish.kind)
+    def _kind(self, wish: Pass) -> str:
+        seat = self._seats[self._members[wish.member.number]]  # its adapter has its own turn now
+        return repr((wish.kind, seat.sets.session.inserted))
 
 
 def _meet(adapter: Adapter, name: str, action: Action, member: Member) -> Any:
