@@ -103,11 +103,35 @@ def test_a_picture_that_cannot_be_read_leaves_the_state(script, tmp_path):
     assert np.load(tmp_path / "s")["state_in_0"] == 11
 
 
+def test_what_is_no_picture_and_what_has_no_prediction(script, tmp_path):
+    folder = tmp_path / "in"
+    (folder / "old.png").mkdir(parents=True)
+    (folder / "._a.png").write_bytes(b"what another system keeps beside a.png")
+    for name, value in {"a": 3.0, "b": float("nan"), "c": -2.0}.items():
+        np.save(
+            folder / f"{name}.npy", np.full(SHAPE, value) * np.array([0, 0.5, 1])[:, None, None]
+        )
+    rows, _ = script(folder, "--batch", 3)
+    assert [row["file"] for row in rows] == ["a.npy", "b.npy", "c.npy"]
+    assert [row["class"] for row in rows] == [2, None, 0]
+    assert [row["probability"] for row in rows] == [0.7856, None, 0.6652]
+
+
+def test_a_probability_is_that_of_the_model_s_activation(script, tmp_path, monkeypatch):
+    monkeypatch.setitem(META, "activation", "sigmoid")
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name, value in {"a": 3.0, "b": float("nan"), "c": -2.0}.items():
+        np.save(folder / f"{name}.npy", np.full(SHAPE, value))
+    rows, _ = script(folder)
+    assert [row["probability"] for row in rows] == [0.9526, None, 0.1192]
+
+
 def test_it_goes_on_from_a_state_of_whatever_name(script, tmp_path):
     folder, state = pictures(tmp_path / "in"), tmp_path / "camera"
     for runs in (1, 2):
         rows, _ = script(folder, "--batch", 3, "--state", state)
-        assert np.load(state)["state_in_0"] == runs * len(rows) == runs * 11
+        assert dict(np.load(state)) == {"state_in_0": runs * len(rows)} and len(rows) == 11
 
 
 @pytest.mark.parametrize("other", ["junk", "keys"])
@@ -131,6 +155,7 @@ def test_what_cannot_be_is_refused_before_anything_is_predicted(script, tmp_path
     for arguments, text in [
         ((folder, "--batch", 0), "--batch 1 or more"),
         ((folder / "RGB.png",), "images must be a folder"),
+        ((folder, "--state", tmp_path / "none" / "state"), "--state in one"),
     ]:
         with pytest.raises(SystemExit):
             script(*arguments)

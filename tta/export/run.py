@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-HERE, KINDS = Path(__file__).parent, (".npy", ".png", ".jpg", ".jpeg", ".bmp", ".webp")
+HERE, ENDS = Path(__file__).parent, (".npy", ".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
 
 def read(path: Path, shape: Any, kind: Any, meta: dict[str, str]) -> np.ndarray:
@@ -27,32 +27,32 @@ def read(path: Path, shape: Any, kind: Any, meta: dict[str, str]) -> np.ndarray:
 
 
 def main() -> None:
-    import onnxruntime
-
     parser = argparse.ArgumentParser(description="Predict a folder of images.")
     parser.add_argument("images", type=Path, help="folder; .npy are (C, H, W)")
     parser.add_argument("--batch", type=int, default=1, help="images at once")
     parser.add_argument("--state", type=Path, help="where to go on, and to leave the state")
     args = parser.parse_args()
-    if args.batch < 1 or not args.images.is_dir():
-        parser.error(f"images must be a folder, and --batch 1 or more: {args.images}, {args.batch}")
-    session: Any = onnxruntime.InferenceSession(str(HERE / "model.onnx"))
-    meta, entry = session.get_modelmeta().custom_metadata_map, session.get_inputs()[0]
+    if args.batch < 1 or not (args.images.is_dir() and (args.state or HERE).parent.is_dir()):
+        parser.error(f"images must be a folder, --state in one, --batch 1 or more: {vars(args)}")
+    net: Any = __import__("onnxruntime").InferenceSession(str(HERE / "model.onnx"))
+    meta, entry = net.get_modelmeta().custom_metadata_map, net.get_inputs()[0]
     how = entry.shape[1:], np.uint8 if "uint8" in entry.type else np.float32, meta
     old = bool(args.state and args.state.is_file())
-    state: Any = dict(np.load(args.state if old else HERE / "state.npz"))
-    files = sorted(path for path in args.images.iterdir() if path.suffix.lower() in KINDS)
+    state: Any = dict(np.load(args.state if old else HERE / "state.npz"), reset=np.array([not old]))
+    files = sorted(p for p in args.images.glob("[!.]*") if p.suffix.lower() in ENDS and p.is_file())
     try:
         for some in (files[i : i + args.batch] for i in range(0, len(files), args.batch)):
-            feeds = {"images": np.stack([read(path, *how) for path in some]), **state}
-            logits, *after = session.run(None, feeds | {"reset": np.array([not old])})
-            state, old = {f"state_in_{i}": value for i, value in enumerate(after)}, True
-            for path, row in zip(some, np.exp(logits - logits.max(1, keepdims=True)), strict=True):
-                found = {"file": path.name, "class": int(row.argmax())}
-                print(json.dumps(found | {"probability": round(float(row.max() / row.sum()), 4)}))
+            rows, *new = net.run(None, state | {"images": np.stack([read(p, *how) for p in some])})
+            state = {f"state_in_{i}": v for i, v in enumerate(new)} | {"reset": np.array([False])}
+            for p, row in zip(some, rows, strict=True):  # a sigmoid is a softmax beside 0
+                beside = (row.max(), 0) if meta["activation"] == "sigmoid" else row
+                share = round(1 / float(np.exp(beside - row.max()).sum()), 4)  # NaN for none
+                top = {"class": int(row.argmax()), "probability": share}
+                print(json.dumps({"file": p.name} | (top if share >= 0 else dict.fromkeys(top))))
     finally:  # also after a picture that cannot be read
         if args.state is not None:
-            np.savez(part := args.state.with_name(args.state.name + ".part.npz"), **state)
+            part, _ = args.state.with_name(args.state.name + ".part.npz"), state.pop("reset")
+            np.savez(part, **state)
             part.replace(args.state)  # the former one is there until this one is whole
 
 
