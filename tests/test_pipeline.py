@@ -393,6 +393,16 @@ def test_a_guard_watches_what_a_copy_predicts_and_its_source_answers_there():
     assert torch.equal(probabilities(results), expected)
 
 
+def test_a_window_fills_beside_a_copy_where_nothing_learns():
+    one, other = (tta.wrap(tiny("bn"), "bn", window=4) for _ in range(2))
+    results = list(Pipeline(one, FRAMES[:8], batch_size=1, staleness=1))
+    for frame in FRAMES[:8]:
+        other(frame[None])
+    assert same(one.state(), other.state()) and not any(r.learned for r in results)
+    plain = torch.log_softmax(tiny("bn")(FRAMES[7:8]), 1).exp()
+    assert not torch.allclose(probabilities(results[7:]), plain, atol=1e-3)
+
+
 def test_an_error_of_the_learner_reaches_the_caller():
     one = adapter()
 

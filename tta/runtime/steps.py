@@ -194,6 +194,8 @@ class Lagging(Server):
     def __init__(self, adapter: Adapter, staleness: int, lanes: Lanes) -> None:
         self.adapter, self.staleness, self.lanes = adapter, staleness, lanes
         self.learns, self.session = can_learn(adapter), adapter.session
+        # What is no learning moves all the same, and the copy goes by it.
+        self.remembers = adapter.guard is not None or adapter.window is not None
         self.copy = copy_adapter(adapter)
         self.copy.freeze()
         self._learner = ThreadPoolExecutor(1, thread_name_prefix="tta-learn")
@@ -213,7 +215,7 @@ class Lagging(Server):
         given = self.lanes.give(images)  # before the pass, for which learning need not wait
         found = step(self.copy, images, True, used)
         learn = learn and self.session.learning
-        if learn and (self.learns or self.adapter.guard is not None):  # which watches all the same
+        if learn and (self.learns or self.remembers):
             self._behind.append(self._learner.submit(self._learn, given, used))
         return Step(found.probabilities, learn and self.learns)
 
