@@ -82,6 +82,16 @@ def test_totals_are_means_and_calibration_is_torchmetrics():
     assert summary["used"] == 9 / 120 and summary["late"] == 80
 
 
+def test_a_confidence_of_one_is_in_the_last_bin():
+    logits = torch.zeros(4, 10)
+    logits[:2, 0], logits[2:, 0] = 200.0, 6.0  # softmax 1.0 and 0.978: one bin of fifteen
+    labels = torch.tensor([0, 1, 0, 0])
+    summary = totals_of([(logits.log_softmax(1), labels)]).summary()
+    mean = float(logits.softmax(1)[:, 0].mean())
+    assert summary["reliability"][-1][0] == 4
+    assert summary["ece"] == pytest.approx(mean - 0.75, rel=1e-6)
+
+
 def test_images_count_for_their_own_domain_and_severity():
     logits, labels = outputs()
     totals = totals_of([(logits.log_softmax(1), labels)], ["fog", "clean"] * 20)
