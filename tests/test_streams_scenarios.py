@@ -82,6 +82,16 @@ def test_continual_and_reset_each_shift_differ_in_resets_only():
     assert not any(b.reset for b in build("reset_each_shift", reset="never"))
 
 
+@pytest.mark.parametrize(("scenario", "resets"), [("continual", [0]), ("reset_each_shift", [0, 2])])
+def test_a_domain_too_small_to_be_shown_takes_no_reset_with_it(scenario, resets):
+    sizes = {"small": 5, "fog": 20, "smaller": 4, "snow": 20}
+    domains = {name: (IMAGES[:size], LABELS[:size]) for name, size in sizes.items()}
+    stream = streams.build(scenario, domains=domains, batch_size=8, last_batch="drop")
+    assert [(b.domain, b.reset) for b in stream] == [
+        (domain, step in resets) for step, domain in enumerate(["fog", "fog", "snow", "snow"])
+    ]
+
+
 def test_gradual_ramps_each_type():
     ramp = [1, 2, 3, 4, 5, 4, 3, 2, 1]
     stream = build("gradual", batch_size=SIZE)

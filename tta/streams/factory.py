@@ -240,17 +240,22 @@ def _plan(
         segments = interleaved(visits, counts, config["batch_size"], seed)
     else:
         segments = [Segment(i, 0, count) for i, count in enumerate(counts)]
-    segments = _with_resets(segments, visits, scenario.reset)
+    # A segment that makes no batch is not seen, so no reset can be before it.
+    least = config["batch_size"] if scenario.last_batch == "drop" else 1
+    segments = _with_resets(segments, visits, scenario.reset, least)
     return Plan(visits, segments, orders.order, config["batch_size"], scenario.last_batch)
 
 
 def _with_resets(
-    segments: list[Segment], visits: Sequence[PlannedVisit], reset: str
+    segments: list[Segment], visits: Sequence[PlannedVisit], reset: str, least: int
 ) -> list[Segment]:
-    """Mark the segments before which the model is reset."""
+    """Mark the segments, of `least` samples or more, before which the model is reset."""
     marked: list[Segment] = []
     before: tuple[str, ...] | None = None
     for segment in segments:
+        if segment.stop - segment.start < least:
+            marked.append(segment)
+            continue
         domains = tuple(c.domain for c in visits[segment.visit].conditions)
         due = reset != "never" and (before is None or (reset == "shift" and domains != before))
         marked.append(Segment(segment.visit, segment.start, segment.stop, due))
