@@ -30,6 +30,8 @@ __all__ = [
     "sample_gaussian_blur", "sample_motion_blur", "sample_zoom_blur", "zoom_pair",
 ]  # fmt: skip
 
+# torch enlarges images whose sides are together up to this in vectors of channels, at most so many.
+_SMALL, _VECTOR = 128, 16
 # Up to this many pixels one dense matrix is the fastest zoom blur.
 _DENSE_PIXELS = 1600
 _MOST_TERMS = 1024  # of an average of enlargements
@@ -144,9 +146,7 @@ def apply_zoom_blur(images: Tensor, params: Params) -> Tensor:
         out = images.flatten(2).to(exact).sub_(128) @ matrix
         # A sum that is an integer to 17 bits comes from a flat region.
         return _cut(out.add_(128), 0.0, params["weights"]).view(images.shape)
-    # All channels as those of one image: torch enlarges few channels in another way, which rounds
-    # differently and depends on the number of threads.
-    source = images.flatten(0, 1)[None].float()
+    source = _channels_alike(images.flatten(0, 1)[None].float())
     total = torch.full_like(source, SLACK)
     for factor, weight in pairs:
         (high, tall, top), (wide, broad, left) = (zoom_pair(n, factor) for n in (height, width))
@@ -155,7 +155,24 @@ def apply_zoom_blur(images: Tensor, params: Params) -> Tensor:
             crop = F.interpolate(crop, (tall, broad), mode="bilinear", align_corners=True)
         rest_y, rest_x = (tall - height) // 2, (broad - width) // 2
         total.add_(crop[..., rest_y : rest_y + height, rest_x : rest_x + width], alpha=weight)
+    total = total[:, : images.shape[0] * images.shape[1]]
     return _cut(total, SLACK, params["weights"]).view(images.shape)
+
+
+def _channels_alike(source: Tensor) -> Tensor:
+    """Add channels of zeros, so that torch enlarges each channel in the same way at any number.
+
+    On a CPU it takes small images in vectors of channels, and those left over in another way, which
+    rounds differently; of large ones it takes three channels in another way, with one thread.
+
+    Args:
+        source: (1, C, H, W).
+    """
+    if source.device.type != "cpu":
+        return source
+    count, (height, width) = source.shape[1], source.shape[2:]
+    whole = -(-count // _VECTOR) * _VECTOR if height + width <= _SMALL else max(count, 4)
+    return F.pad(source, (0, 0, 0, 0, 0, whole - count)) if whole > count else source
 
 
 def _cut(averages: Tensor, slack: float, weights: Tensor) -> Tensor:

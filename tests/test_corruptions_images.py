@@ -443,6 +443,24 @@ def test_flat_images_under_the_published_zoom(side):
     assert torch.equal(corruptions.corrupt(batch, "zoom_blur", 2.5, seeds=range(len(batch))), batch)
 
 
+@pytest.mark.parametrize("size", [(63, 65), (150, 300), (224, 224)])
+def test_an_image_alone_has_the_zoom_blur_of_a_batch(size):
+    """Torch enlarges few channels by other sums, of which some end on the other side of a level."""
+    shape = (4, 3, *size)
+    batch = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0))
+    batch, before = batch.to(torch.uint8), torch.get_num_threads()
+    params = corruptions.sample("zoom_blur", shape, 5, range(4))
+    expected = corruptions.apply(batch, "zoom_blur", params)
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            for part in (1, 2):
+                found = [corruptions.apply(b, "zoom_blur", params) for b in batch.split(part)]
+                assert torch.equal(torch.cat(found), expected), (threads, part)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_flat_colours_stay_under_elastic_transform():
     colours = torch.tensor([[255, 1, 128], [3, 254, 77]], dtype=torch.uint8)
     batch = colours[:, :, None, None].expand(-1, -1, 96, 70).contiguous()
