@@ -166,6 +166,21 @@ def test_source_batches_are_needed_and_of_one_size() -> None:
     assert all(torch.equal(v, before[k]) for k, v in adapter.state().items())
 
 
+@pytest.mark.parametrize("source", [[], tta.SourceStatistics(batches=[])])
+def test_no_source_batch_is_refused_at_wrap(source: Any) -> None:
+    with pytest.raises(ValueError, match="`source` must give gtta at least one labelled batch"):
+        tta.wrap(tiny("gn"), update=open_to_all(), source=source)
+
+
+def test_levels_are_not_mixed_with_pixels() -> None:
+    levels = [((x * 255).byte(), y) for x, y in source_batches()]
+    adapter = tta.wrap(tiny("gn"), update=open_to_all(), source=levels)
+    before = adapter.state()
+    with pytest.raises(TypeError, match=r"`source` must give gtta .*float32.* got torch.uint8"):
+        adapter(images(0))
+    assert all(torch.equal(v, before[k]) for k, v in adapter.state().items())
+
+
 def test_a_loader_must_be_given_again(tmp_path: Path) -> None:
     loader = torch.utils.data.DataLoader(source_batches(), batch_size=None)  # type: ignore[arg-type]
     adapter = tta.wrap(tiny("bn"), update=open_to_all(), source=loader)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -66,6 +67,11 @@ class SourceReplay(Update):
                 f"`source` must give {self.name} labelled batches, got "
                 f"{source.contents or 'nothing'}: pass source= batches or SourceStatistics("
                 f"batches=...){self.without_batches}."
+            )
+        if isinstance(source.batches, Sequence) and len(source.batches) == 0:
+            raise ValueError(
+                f"`source` must give {self.name} at least one labelled batch, got none: pass a "
+                f"list or a data loader of (images, labels){self.without_batches}."
             )
         self.replay = Replay(source.batches)
 

@@ -133,6 +133,13 @@ class Gtta(SourceReplay):
                 f"`images` must be of the size of the source's, {tuple(images.shape[1:])}, to be "
                 f"mixed with them, got {tuple(x.shape[1:])}: resize them."
             )
+        if images.is_floating_point() != x.is_floating_point():
+            # A cast would mix levels up to 255 with pixels up to 1.
+            raise TypeError(
+                f"`source` must give gtta images of the kind that it is called with, {x.dtype}, to "
+                f"be mixed with them, got {images.dtype}: pass what the model takes, such as "
+                "images.float() / 255."
+            )
         with frozen_statistics(self.network.wrappers):
             with torch.no_grad():
                 of_source = self.network(images.to(x.dtype)).logits.float().softmax(1)
