@@ -35,6 +35,11 @@ BATCHES = [
     (ValueError, r"a batch has images.*3 channels, got shape", [pair(torch.rand(8, 1, 32, 32))]),
     (ValueError, r"a batch has images.*4 axes", [pair(torch.rand(8, 3, 32))]),
     (ValueError, r"batch 0 has images.*at least one", [pair(torch.rand(0, 3, 32, 32))]),
+    (
+        ValueError,
+        r"batch 1 has NaN or infinite values in 2 of 8 images: leave these out",
+        [pair(), pair(torch.rand(8, 3, 32, 32).index_fill(0, torch.tensor([3, 5]), NAN))],
+    ),
     (TypeError, r"labels of list: pass class numbers", [pair(y=[0] * 8)]),
     (TypeError, r"labels of torch.float32", [pair(y=torch.zeros(8))]),
     (ValueError, r"labels of shape \(7,\) for 8 images", [pair(y=torch.zeros(7).long())]),

@@ -231,6 +231,11 @@ def test_the_artefact_is_learned_and_kept(tmp_path: Path) -> None:
     assert torch.equal(read.consistency, made.consistency)  # type: ignore[arg-type]
 
 
+def test_no_consistency_is_learned_from_no_batch() -> None:
+    with pytest.raises(ValueError, match="`source` must hold at least one batch, got none"):
+        tta.collect_source(tiny("bn"), [], for_methods=["itta"])
+
+
 def test_the_model_itself_never_moves_and_is_free_of_hooks() -> None:
     net = tiny("bn")
     before = copy.deepcopy(net.state_dict())

@@ -146,6 +146,13 @@ def _check_batch(place: int, batch: Any, check: Callable[[Any], None], classes: 
         raise type(error)(
             f"{where} has images that this model cannot take: {told(error)}"
         ) from None
+    # One such pixel would spoil every mean, Fisher information or fitted network.
+    wrong = int((~images.isfinite()).flatten(1).any(1).sum()) if images.is_floating_point() else 0
+    if wrong:
+        raise ValueError(
+            f"{where} has NaN or infinite values in {wrong} of {len(images)} images: leave these "
+            "out."
+        )
     if classes is None:
         return
     if isinstance(labels, Tensor):

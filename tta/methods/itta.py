@@ -193,6 +193,11 @@ class Itta(Update):
                 if refusal is None:
                     raise
                 raise refusal from error
+            if count == 0:
+                raise ValueError(
+                    "`source` must hold at least one batch, got none: pass an iterable of "
+                    "(images, labels) that was not read to its end."
+                )
             self._hold(w)
             self.source_used = f"consistency from {count} source batches"
         else:
