@@ -84,6 +84,45 @@ def test_a_compact_file_holds_the_same(runs, tmp_path):
     assert size < sum(path.stat().st_size for path in runs.rglob("results.jsonl"))
 
 
+def test_streams_of_one_name_that_differ_are_told_apart(runs, tmp_path):
+    """Else the results of the one would replace those of the other, or be averaged with them."""
+    results = [r for r in collect([runs]) if r.setting.severity == 5 and r.seed == 0]
+    write_compact(results, tmp_path / "a.jsonl")
+    stream = results[0].about["stream"]
+    assert stream["domains"] == "fog snow" and {r.setting.options for r in results} == {""}
+
+    def other(changes, seed, **setting):
+        about = {**results[0].about, "stream": {**stream, **changes}}
+        settings = replace(results[0].setting, **setting)
+        return [replace(r, about=about, seed=seed, setting=settings) for r in results]
+
+    write_compact(other({"domains": "fog frost", "delta": "0.1"}, 0), tmp_path / "b.jsonl")
+    write_compact(other({}, 1), tmp_path / "c.jsonl")  # another seed of the first
+    found = by_setting(collect([tmp_path]))
+    assert {s.options: [r.seed for r in found[s]["tent"]] for s in found} == {
+        "domains=fog snow": [0, 1],
+        "domains=fog frost, delta=0.1": [0],
+    }
+    write_compact(other({}, 0, data="other images"), tmp_path / "d.jsonl")
+    report = Report(collect([tmp_path]), tmp_path / "report", "title")
+    assert len(report.settings) == len({s.slug for s in report.settings}) == 3
+    page = report.execute().read_text()
+    assert all(f"{s.title}</h2>" in page for s in report.settings)
+    assert "data=other images" in page
+    write_compact(collect([tmp_path / "a.jsonl"]), tmp_path / "again.jsonl")
+    assert {r.setting.options for r in collect([tmp_path / "again.jsonl"])} == {""}
+
+
+def test_results_without_words_on_their_stream_are_read(runs, tmp_path):
+    """Those of version 0.2 are, and what was measured since joins them."""
+    results = [r for r in collect([runs]) if r.setting.severity == 5 and r.seed == 0]
+    about = {key: value for key, value in results[0].about.items() if key != "stream"}
+    old = [replace(r, about=about, method=f"old {r.method}") for r in results]
+    write_compact([*results, *old], tmp_path / "record.jsonl")
+    (setting,) = by_setting(collect([tmp_path]))
+    assert setting.options == ""
+
+
 def test_a_run_that_was_cut_off_gives_what_it_finished(runs, tmp_path):
     source = next(iter(runs.rglob("source/seed0/results.jsonl")))
     text = source.read_bytes()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import warnings
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,8 @@ __all__ = [
 
 POINTS = 120  # of a curve in a compact file
 STRETCHES = 60  # more of them are not drawn
+_OF_SETTING = ("scenario", "severity", "batch_size", "seed")  # or of a run
+_WORDS = 200  # letters of a value that is told as it is
 
 
 def file_name(text: str) -> str:
@@ -53,6 +57,9 @@ class Setting:
         data: What was shifted.
         images: Of the whole stream.
         domains: Number of domains.
+        options: What tells it from others among the results that have the same model, name of the
+            stream, severity, batch size and number of images: data, domains, and arguments of
+            `tta.streams.build` that differ. Empty where nothing does.
     """
 
     model: str
@@ -63,17 +70,21 @@ class Setting:
     data: str
     images: int
     domains: int
+    options: str = ""
 
     @property
     def title(self) -> str:
         """The stream in words."""
         name = self.stream if self.stream == self.scenario else f"{self.stream} ({self.scenario})"
-        return f"{name}, severity {self.severity:g}, batches of {self.batch_size}"
+        title = f"{name}, severity {self.severity:g}, batches of {self.batch_size}"
+        return f"{title}, {self.options}" if self.options else title
 
     @property
     def slug(self) -> str:
         """For file names."""
         text = f"{self.model}-{self.stream}-s{self.severity:g}-b{self.batch_size}-n{self.images}"
+        if self.options:  # they may be long
+            text += f"-{zlib.crc32(self.options.encode()):08x}"
         return file_name(text)
 
 
@@ -89,7 +100,8 @@ class Result:
         domains: ``domain`` lines.
         curve: Images seen and errors so far, after each batch or fewer.
         stretches: (first image, one past the last, domain) of each stretch of one domain.
-        about: Versions, hardware, commit and date of the run.
+        about: Versions, hardware, commit and date of the run, and under ``stream`` the domains and
+            options of the stream.
         expected: Errors so far at the points of `curve`, if estimates of accuracy were true; None
             without estimates.
     """
@@ -135,20 +147,20 @@ def collect(paths: Iterable[str | Path]) -> list[Result]:
         FileNotFoundError: For a path that is not there.
         NoRunsError: Where nothing was found; a ValueError.
     """
-    found: dict[Any, Result] = {}
+    read: list[Result] = []
     paths = [Path(path) for path in paths]
     for path in paths:
         if not path.exists():
             raise FileNotFoundError(f"`{path}` is missing: pass folders of runs")
         files = sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]
         for file in files:
-            for result in _read(file):
-                found[result.setting, result.method, result.seed] = result
-    if not found:
+            read += _read(file)
+    if not read:
         names = " ".join(str(path) for path in paths)
         raise NoRunsError(
             f"`runs` must hold finished runs, found none in {names}: run some to their end first"
         )
+    found = {(r.setting, r.method, r.seed): r for r in _told_apart(read)}
     return list(found.values())
 
 
@@ -194,6 +206,68 @@ def write_compact(results: Sequence[Result], path: str | Path) -> None:
         part.write_bytes(encode(lines, 0))
 
 
+def _told_apart(results: Sequence[Result]) -> list[Result]:
+    """The results, with `Setting.options` of those that would share files, but not a stream."""
+    groups: dict[str, list[_Said]] = {}
+    for result in results:
+        held = groups.setdefault(result.setting.slug, [])
+        if (said := _Said.of(result)) not in held:
+            held.append(said)
+
+    def setting(result: Result) -> Setting:
+        others, mine = groups[result.setting.slug], _Said.of(result)
+        whole = [other.stream for other in others if other.stream is not None]
+        differ = [n for n in mine.known if len({other.known[n] for other in others}) > 1]
+        names = dict.fromkeys(name for stream in whole for name in stream)
+        differ += [n for n in names if len({stream.get(n) for stream in whole}) > 1]
+        values = mine.known | (mine.stream or {})
+        words = [f"{name}={values[name]}" for name in differ if name in values]
+        # What an earlier version has not said may be either.
+        default = f"no {', '.join(differ)}" if differ and mine.stream is not None else ""
+        return replace(result.setting, options=", ".join(words) or default)
+
+    return [replace(result, setting=setting(result)) for result in results]
+
+
+@dataclass(frozen=True)
+class _Said:
+    """What tells a result's stream from others.
+
+    Args:
+        known: What every result says, by name.
+        stream: What else the stream is, see `_about_stream`; None in results of version 0.2.
+    """
+
+    known: dict[str, str]
+    stream: dict[str, str] | None
+
+    @classmethod
+    def of(cls, result: Result) -> _Said:
+        setting = result.setting
+        known = {"data": setting.data, "scenario": setting.scenario}
+        return cls(known, result.about.get("stream"))
+
+
+def _about_stream(build: Mapping[str, Any]) -> dict[str, str]:
+    """What a stream is besides the figures of a `Setting`, in words by name.
+
+    Args:
+        build: The configuration of the stream, see `tta.streams.Stream.config`.
+    """
+    found: dict[str, str] = {}
+    for name, value in build.items():
+        if name in _OF_SETTING or value is None or value is False:
+            continue
+        inner = value if isinstance(value, Mapping) and len(value) < 10 else None
+        parts = {name: value} if inner is None else {f"{name}.{k}": v for k, v in inner.items()}
+        for key, part in parts.items():
+            listed = isinstance(part, list) and all(isinstance(item, str) for item in part)
+            text = " ".join(part) if listed else json.dumps(part).strip('"')
+            long = len(text) > _WORDS  # a surface, or the group of every image
+            found[key] = f"#{zlib.crc32(text.encode()):08x}" if long else text
+    return found
+
+
 def _rounded(value: Any) -> Any:
     """Six digits are more than any of these figures has meaning for."""
     if isinstance(value, float):
@@ -219,7 +293,7 @@ def _read(path: Path) -> Iterator[Result]:
     for row in rows:
         if row["kind"] == "result":
             yield Result(
-                Setting(**row["setting"]),
+                Setting(**row["setting"] | {"options": ""}),  # they depend on what is compared
                 **{
                     key: row[key]
                     for key in ("method", "seed", "summary", "domains", "stretches", "about")
@@ -272,6 +346,6 @@ def _read_run(rows: Sequence[Mapping[str, Any]]) -> Iterator[Result]:
             lines["domain"],
             (seen, wrong),
             stretches(batches),
-            about,
+            about | {"stream": _about_stream(build)},
             errors_expected(batches),
         )

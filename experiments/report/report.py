@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import html
+import zlib
 from collections.abc import Callable, Sequence, Sized
 from pathlib import Path
 from typing import Any
@@ -110,15 +111,21 @@ class Report:
         """Draw error by corruption and severity, where there are several; titles and files."""
         from experiments.report.figures import plot_heat  # slow to import
 
-        groups: dict[tuple[str, str, int, str], dict[str, list[Result]]] = {}
+        groups: dict[tuple[str, str, str], dict[str, list[Result]]] = {}
         for setting, methods in self.settings.items():
-            key = setting.model, setting.stream, setting.batch_size, setting.data
+            title = f"{setting.model}, {setting.stream}, batches of {setting.batch_size}"
+            key = title, setting.data, setting.options
             for method, results in methods.items():
                 groups.setdefault(key, {}).setdefault(method, []).extend(results)
         drawn = []
-        for (model, stream, size, _), methods in groups.items():
-            title = f"{model}, {stream}, batches of {size}"
-            path = self.folder / f"{file_name(f'{model}-{stream}-b{size}')}-heat.png"
+        titles = [title for title, _, _ in groups]
+        for (title, data, options), methods in groups.items():
+            first = next(iter(methods.values()))[0].setting
+            name = file_name(f"{first.model}-{first.stream}-b{first.batch_size}")
+            if titles.count(title) > 1:
+                name += f"-{zlib.crc32(f'{data} {options}'.encode()):08x}"
+                title = f"{title}, {options or data}"
+            path = self.folder / f"{name}-heat.png"
             if plot_heat(methods, path, f"Error by corruption and severity: {title}"):
                 drawn.append((title, path))
         return drawn

@@ -272,6 +272,7 @@ def _short_titles(settings: list[Setting]) -> list[str]:
         "severity": lambda s: f"s{s.severity:g}",
         "batch_size": lambda s: f"b{s.batch_size}",
         "images": lambda s: f"{s.images} images",
+        "options": lambda s: s.options,
     }
     titles = [setting.stream for setting in settings]
     for name, show in parts.items():
@@ -279,7 +280,8 @@ def _short_titles(settings: list[Setting]) -> list[str]:
         for setting in settings:
             groups.setdefault(setting.stream, set()).add(getattr(setting, name))
         if any(len(values) > 1 for values in groups.values()):
-            titles = [f"{t}, {show(s)}" for t, s in zip(titles, settings, strict=True)]
+            shown = [show(setting) for setting in settings]
+            titles = [f"{t}, {x}" if x else t for t, x in zip(titles, shown, strict=True)]
     return titles
 
 
