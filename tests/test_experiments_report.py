@@ -113,6 +113,42 @@ def test_streams_of_one_name_that_differ_are_told_apart(runs, tmp_path):
     assert {r.setting.options for r in collect([tmp_path / "again.jsonl"])} == {""}
 
 
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """Three seeds of a stream whose length is drawn."""
+    folder = tmp_path_factory.mktemp("drawn")
+    with pytest.MonkeyPatch.context() as patch:
+        use_tiny_models(patch)
+        patch.setattr("experiments.sweep.workers._CACHE", Cache())
+        flags = {"methods": ("tent", "source"), "domains": ["fog", "snow"], "seeds": (0, 1, 2)}
+        flags |= {"images": 20, "batch_size": 5, "scenario": "markov", "device": "cpu"}
+        Sweep(make_sweep({}, flags), folder, quiet=True).execute()
+    return folder
+
+
+def test_seeds_of_a_stream_whose_length_is_drawn_are_one_setting(drawn, tmp_path):
+    results = collect([drawn])
+    lengths = {r.seed: r.summary["images"] for r in results}
+    assert len(set(lengths.values())) == 3
+    (setting,) = found = by_setting(results)
+    assert setting.images == round(np.mean(list(lengths.values())))
+    gap = difference(found[setting]["tent"], found[setting]["source"], error)
+    assert gap is not None and gap.count == 3
+    page = Report(results, tmp_path / "report", "title").execute().read_text()
+    low, *_, high = sorted(lengths.values())
+    assert f"{low} to {high} images of 2 domains" in page
+    write_compact(results, tmp_path / "compact.jsonl")
+    assert by_setting(collect([tmp_path / "compact.jsonl"])).keys() == found.keys()
+
+
+def test_streams_of_drawn_length_on_other_images_are_not_joined(drawn, tmp_path):
+    results = collect([drawn])
+    about = {**results[0].about, "stream": {**results[0].about["stream"], "images": "30"}}
+    write_compact(results, tmp_path / "a.jsonl")
+    write_compact([replace(r, about=about, seed=r.seed + 3) for r in results], tmp_path / "b.jsonl")
+    assert {s.options for s in by_setting(collect([tmp_path]))} == {"images=20", "images=30"}
+
+
 def test_results_without_words_on_their_stream_are_read(runs, tmp_path):
     """Those of version 0.2 are, and what was measured since joins them."""
     results = [r for r in collect([runs]) if r.setting.severity == 5 and r.seed == 0]

@@ -18,6 +18,7 @@ from experiments.records.file import RESULTS, plain, stretches
 from experiments.records.health import errors_expected
 from experiments.records.lines import encode, split
 from tta.core.files import replacing
+from tta.streams.building_blocks import ARRANGEMENTS, SELECTIONS
 
 __all__ = [
     "NoRunsError",
@@ -55,7 +56,7 @@ class Setting:
         severity: Of its domains, where the scenario has not its own.
         batch_size: Of the stream.
         data: What was shifted.
-        images: Of the whole stream.
+        images: Of the whole stream; the mean over seeds where its length is drawn.
         domains: Number of domains.
         options: What tells it from others among the results that have the same model, name of the
             stream, severity, batch size and number of images: data, domains, and arguments of
@@ -160,7 +161,7 @@ def collect(paths: Iterable[str | Path]) -> list[Result]:
         raise NoRunsError(
             f"`runs` must hold finished runs, found none in {names}: run some to their end first"
         )
-    found = {(r.setting, r.method, r.seed): r for r in _told_apart(read)}
+    found = {(r.setting, r.method, r.seed): r for r in _told_apart(_of_one_length(read))}
     return list(found.values())
 
 
@@ -204,6 +205,35 @@ def write_compact(results: Sequence[Result], path: str | Path) -> None:
         lines.append(plain({"kind": "result", **row}))
     with replacing(path) as part:
         part.write_bytes(encode(lines, 0))
+
+
+def _of_one_length(results: Sequence[Result]) -> list[Result]:
+    """The results, with one number of images for all seeds of a stream whose length is drawn."""
+    groups: dict[Any, dict[int, set[int]]] = {}  # images by seed
+    keys = []
+    for result in results:
+        stream = result.about.get("stream") or {}
+        key = (replace(result.setting, images=0), *sorted(stream.items()))
+        keys.append(key if _length_is_drawn(stream) else None)
+        if keys[-1] is not None:
+            by_seed = groups.setdefault(key, {})
+            by_seed.setdefault(result.seed, set()).add(result.setting.images)
+    lengths = {
+        key: round(float(np.mean([min(images) for images in by_seed.values()])))
+        for key, by_seed in groups.items()
+        if all(len(images) == 1 for images in by_seed.values())  # else of other images
+    }
+    return [
+        replace(result, setting=replace(result.setting, images=lengths[key]))
+        if key in lengths
+        else result
+        for result, key in zip(results, keys, strict=True)
+    ]
+
+
+def _length_is_drawn(stream: Mapping[str, str]) -> bool:
+    blocks = SELECTIONS.get(stream.get("select", "")), ARRANGEMENTS.get(stream.get("arrange", ""))
+    return any(block is not None and not block.same_size for block in blocks)
 
 
 def _told_apart(results: Sequence[Result]) -> list[Result]:
@@ -252,7 +282,7 @@ def _about_stream(build: Mapping[str, Any]) -> dict[str, str]:
     """What a stream is besides the figures of a `Setting`, in words by name.
 
     Args:
-        build: The configuration of the stream, see `tta.streams.Stream.config`.
+        build: The configuration of the stream, see `tta.streams.Stream.config`, and more of it.
     """
     found: dict[str, str] = {}
     for name, value in build.items():
@@ -293,7 +323,10 @@ def _read(path: Path) -> Iterator[Result]:
     for row in rows:
         if row["kind"] == "result":
             yield Result(
-                Setting(**row["setting"] | {"options": ""}),  # they depend on what is compared
+                # Both depend on what is compared.
+                Setting(
+                    **row["setting"] | {"options": "", "images": row["summary"]["images"]},
+                ),
                 **{
                     key: row[key]
                     for key in ("method", "seed", "summary", "domains", "stretches", "about")
@@ -346,6 +379,6 @@ def _read_run(rows: Sequence[Mapping[str, Any]]) -> Iterator[Result]:
             lines["domain"],
             (seen, wrong),
             stretches(batches),
-            about | {"stream": _about_stream(build)},
+            about | {"stream": _about_stream({**build, "images": stream.images})},
             errors_expected(batches),
         )

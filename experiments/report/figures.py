@@ -49,20 +49,22 @@ def plot_stream(methods: Methods, path: Path, title: str, looks: Looks) -> None:
     first = next(iter(methods.values()))[0]
     total = first.curve[0][-1]
     window = window_of(total)
-    curves = {}
-    for method, results in methods.items():
-        errors = [running(np.array(r.curve[0]), np.array(r.curve[1]), window) for r in results]
-        curves[method] = np.array(results[0].curve[0]), np.mean(errors, axis=0)
-    draw_curves(curves, first.stretches, window, path, title, looks)
+    curves = {
+        method: _mean_curve([r.curve for r in results], window)
+        for method, results in methods.items()
+    }
+    draw_curves(curves, _stretches(methods), window, path, title, looks)
 
 
 def plot_domains(methods: Methods, path: Path, title: str, looks: Looks) -> None:
     """Error by domain; a line over a bar is the interval, or joins the values of two seeds."""
-    names = list(next(iter(methods.values()))[0].summary["domain_errors"])
+    every = [r.summary["domain_errors"] for results in methods.values() for r in results]
+    names = list(dict.fromkeys(name for domains in every for name in domains))
     errors = {}
     for method, results in methods.items():
         found = [
-            over_seeds(results, lambda r, n=name: r.summary["domain_errors"][n]) for name in names
+            over_seeds(results, lambda r, n=name: r.summary["domain_errors"].get(n))
+            for name in names
         ]
         means = [100 * e.mean if e else np.nan for e in found]
         ends = [(100 * e.low, 100 * e.high) if e else (np.nan, np.nan) for e in found]
@@ -204,12 +206,12 @@ def plot_estimates(methods: Methods, path: Path, title: str, looks: Looks) -> bo
     total = first.curve[0][-1]
     window = window_of(total)
     for axes, (method, results) in zip(grid, shown.items(), strict=True):
-        truth = _accuracy([(r.curve[0], r.curve[1]) for r in results], window)
         expected = [(r.curve[0], r.expected) for r in results if r.expected is not None]
-        seen = results[0].curve[0]
-        axes.plot(seen, truth, color=looks[method].colour, linewidth=1.8)
-        axes.plot(seen, _accuracy(expected, window), color="#333333", linewidth=1.1, linestyle="--")
-        label_domains(axes, first.stretches, total, names=False)
+        seen, errors = _mean_curve([r.curve for r in results], window)
+        _, estimated = _mean_curve(expected, window)
+        axes.plot(seen, 100 * (1 - errors), color=looks[method].colour, linewidth=1.8)
+        axes.plot(seen, 100 * (1 - estimated), color="#333333", linewidth=1.1, linestyle="--")
+        label_domains(axes, _stretches(shown), total, names=False)
         off = over_seeds(results, lambda r: r.estimate_error)
         label = "" if off is None else f": off by {off.text(100)}"
         axes.set_title(f"{short_label(method, methods)}{label}")
@@ -227,10 +229,31 @@ def plot_estimates(methods: Methods, path: Path, title: str, looks: Looks) -> bo
     return True
 
 
-def _accuracy(counts: Sequence[tuple[Sequence[float], Sequence[float]]], window: int) -> np.ndarray:
-    """Running accuracy in %, the mean of several curves of (images seen, errors so far)."""
-    errors = [running(np.array(seen), np.array(wrong), window) for seen, wrong in counts]
-    return 100 * (1 - np.mean(errors, axis=0))
+def _mean_curve(
+    counts: Sequence[tuple[Sequence[float], Sequence[float]]], window: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Images seen and the running share of errors, the mean over seeds.
+
+    Args:
+        counts: (images seen, errors so far) of each seed. Where their lengths are drawn, the mean
+            ends with the shortest one.
+        window: Images to look back on.
+    """
+    curves = [(np.array(seen), np.array(wrong)) for seen, wrong in counts]
+    errors = [running(seen, wrong, window) for seen, wrong in curves]
+    first = curves[0][0]
+    if all(np.array_equal(seen, first) for seen, _ in curves):
+        return first, np.mean(errors, axis=0)
+    end = min(seen[-1] for seen, _ in curves)
+    points = np.append(first[first < end], end)
+    found = [np.interp(points, seen, e) for (seen, _), e in zip(curves, errors, strict=True)]
+    return points, np.mean(found, axis=0)
+
+
+def _stretches(methods: Methods) -> list[tuple[int, int, str]]:
+    """The stretches of the stream with one domain each; none where seeds have others."""
+    found = [result.stretches for results in methods.values() for result in results]
+    return found[0] if all(stretches == found[0] for stretches in found) else []
 
 
 def _name_points(figure: Figure, axes: Axes, places: Sequence[tuple[float, float, str]]) -> None:

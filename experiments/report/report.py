@@ -143,7 +143,9 @@ class Report:
         table = setting_table(methods)
         self._write_table(setting.slug, table)
         domains = f"{setting.domains} domain{'s' * (setting.domains != 1)}"
-        text = f"{setting.images} images of {domains}. {describe(methods)}"
+        lengths = sorted({r.summary["images"] for rows in methods.values() for r in rows})
+        images = " to ".join(map(str, dict.fromkeys((lengths[0], lengths[-1]))))
+        text = f"{images} images of {domains}. {describe(methods)}"
         cards = [r.about["card"] for rows in methods.values() for r in rows if r.about.get("card")]
         if cards:
             text += f" Source: {'; '.join(dict.fromkeys(cards))}."
