@@ -92,6 +92,25 @@ def test_a_domain_too_small_to_be_shown_takes_no_reset_with_it(scenario, resets)
     ]
 
 
+def test_only_the_batches_that_fill_a_window_take_the_time_of_learning():
+    arguments = {"batch_size": 1, "num_samples": 12, "window": 5}
+    stream = build("single", **arguments, clock={"ratio": 2.3})
+    batches = list(stream)
+    assert [b.step for b in batches if b.adapt] == [4, 9, 16, 21, 28, 33]  # of three visits
+    assert [b.step for b in batches if b.late] == [5, 6, 10, 11, 17, 18, 22, 23, 29, 30, 34, 35]
+    assert [b.latency for b in batches[3:6]] == [1.0, 2.3, 1.0]
+    assert [(b.adapt, b.late) for b in stream.from_step(17)] == [
+        (b.adapt, b.late) for b in batches[17:]
+    ]
+    measured = build("single", **arguments, clock={"measured": True})
+    shown = []
+    for batch in measured:
+        shown.append((batch.adapt, batch.late))
+        if batch.adapt:
+            measured.stopwatch.report(adaptive=2.3, plain=1.0)
+    assert shown == [(b.adapt, b.late) for b in batches]
+
+
 def test_gradual_ramps_each_type():
     ramp = [1, 2, 3, 4, 5, 4, 3, 2, 1]
     stream = build("gradual", batch_size=SIZE)

@@ -19,7 +19,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import count, islice
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -109,18 +109,26 @@ class Clock:
         """Return how many batches go by while an adaptation of that relative cost runs."""
         return max(0, math.ceil(ratio * self.eta - NEARLY) - 1)
 
-    def turns(self, start: int = 0) -> Iterator[Turn]:
-        """Say of each batch from step `start` on what a declared ratio makes of it, without end."""
-        return islice(self._turns(), start, None)
+    def turns(
+        self, start: int = 0, wants: Callable[[int], bool] = lambda step: True
+    ) -> Iterator[Turn]:
+        """Say of each batch from step `start` on what a declared ratio makes of it, without end.
+
+        Args:
+            start: The first step that is told of.
+            wants: Whether the batch of a step is to be learned from, if there is time; others take
+                a plain forward.
+        """
+        return islice(self._turns(wants), start, None)
 
     def is_late(self, step: int) -> bool:
         """Tell whether the batch of that step is late, for a declared ratio."""
         return next(self.turns(step)).late
 
-    def _turns(self) -> Iterator[Turn]:
+    def _turns(self, wants: Callable[[int], bool]) -> Iterator[Turn]:
         ratio, server = self.ratio, _Server(self)
-        while True:
-            late, learns = server.arrive(), server.learns
+        for step in count():
+            late, learns = server.arrive(), server.learns and wants(step)
             if late or ratio is None:
                 yield Turn(late, learns and not late, 1.0)
             else:
@@ -218,10 +226,15 @@ class Stopwatch:
         """Whether there is time left to learn."""
         return self._server.learns
 
-    def tick(self) -> bool:
-        """Count the next batch and tell whether it is late."""
+    def tick(self, wanted: bool = True) -> bool:
+        """Count the next batch and tell whether it is late.
+
+        Args:
+            wanted: Whether it is to be learned from, if there is time; otherwise it takes a plain
+                forward, and is not run through `run`.
+        """
         late, self.latency = self._server.arrive(), 1.0
-        if not late and not self.learns:
+        if not late and not (self.learns and wanted):
             self.latency = self._server.serve(1.0)
         return late
 

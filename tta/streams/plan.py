@@ -129,17 +129,21 @@ class Plan:
             first += stop - start
             position += 1
         kept, which = _compact(conditions, np.concatenate(codes))
-        past = int(np.searchsorted(self._reset_steps, step, side="right"))
-        since = step - (int(self._reset_steps[past - 1]) if past else 0)
+        since = self.since_reset(step)
         return Rows(
             step=step,
             index=np.concatenate(indices),
             which=which,
             conditions=kept,
             visit=visit,
-            reset=past > 0 and since == 0,
+            reset=step in self._reset_steps,
             since_reset=since,
         )
+
+    def since_reset(self, step: int) -> int:
+        """Batches since the last reset before that of `step`, or since the start."""
+        past = int(np.searchsorted(self._reset_steps, step, side="right"))
+        return step - (int(self._reset_steps[past - 1]) if past else 0)
 
 
 def _compact(conditions: list[Condition], which: Ints) -> tuple[tuple[Condition, ...], Ints]:

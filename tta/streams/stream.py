@@ -145,7 +145,7 @@ class Stream:
         watch = self.stopwatch
         if watch is not None:
             watch.restart()
-        turns = None if self.clock is None else self.clock.turns(self._start)
+        turns = None if self.clock is None else self.clock.turns(self._start, self._wants)
         recent: deque[Tensor] = deque(maxlen=self._window or 1)
         for rows, read in self._read():
             step = rows.step
@@ -155,13 +155,19 @@ class Stream:
                 recent.extend(
                     self._images(self._plan.rows(s), {}) for s in range(step - back, step)
                 )
-            turn = Turn(late=False, learns=True, latency=None)
+            turn = Turn(late=False, learns=self._wants(step), latency=None)
             if watch is not None:
-                late = watch.tick()
-                turn = Turn(late, watch.learns and not late, None)
+                wanted = self._wants(step)
+                late = watch.tick(wanted)
+                turn = Turn(late, watch.learns and wanted and not late, None)
             elif turns is not None:
                 turn = next(turns)
             yield self._batch(rows, read, turn, recent)
+
+    def _wants(self, step: int) -> bool:
+        """Whether a batch is learned from where there is time; with a window, what fills it."""
+        window = self._window or 1
+        return self._plan.since_reset(step) % window == window - 1
 
     def _read(self) -> Iterator[tuple[Rows, dict[int, Images]]]:
         """Iterate over rows and the images that were read ahead, by number of the condition."""
@@ -185,13 +191,12 @@ class Stream:
         images = self._images(rows, read)
         names = [c.domain for c in rows.conditions]
         levels = [c.severity for c in rows.conditions]
-        window, adapt = None, turn.learns
+        window = None
         if self._window is not None:
             if rows.since_reset == 0:
                 recent.clear()
             recent.append(images)
             window = concatenate(list(recent))
-            adapt = adapt and rows.since_reset % self._window == self._window - 1
         return Batch(
             images=images,
             labels=torch.from_numpy(self._labels(rows)),
@@ -203,7 +208,7 @@ class Stream:
             severities=tuple(levels[i] for i in rows.which),
             reset=rows.reset,
             late=turn.late,
-            adapt=adapt,
+            adapt=turn.learns,
             visit=rows.visit,
             window=window,
             latency=turn.latency,
