@@ -54,6 +54,7 @@ REASONS = {
     "all left out": r"`params`=.* must leave .* something to train",
     "no classifier": r"`model` must (be a classifier|have a classifier|return logits of shape)",
     "several outputs": r"`model` must return one tensor",
+    "no second derivative": r"`source` must have a consistency .* no second derivative",
     "no denoiser": r"`source` must give .* its denoiser",
     "no plain convolution": r"`model` must begin with a plain nn.Conv2d",
     "no stages": r"`blocks` must name",

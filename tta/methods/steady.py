@@ -154,7 +154,6 @@ class Steady(Guard):
     Config = SteadyConfig
     wants_features = False
     cost = 0.1
-
     counts_images: ClassVar[bool] = True
 
     age: Tensor  # 0-dimensional, batches that were judged since learning began
@@ -170,13 +169,9 @@ class Steady(Guard):
     def __init__(self, config: SteadyConfig, network: Backbone, context: Context) -> None:
         super().__init__(config, network, context)
         self.estimator = ConfidenceEstimate()
-        whole = torch.int64
-        self.register_buffer("age", torch.zeros((), dtype=whole))
-        self.register_buffer("hold", torch.zeros((), dtype=whole))
-        self.register_buffer("beside", torch.zeros((), dtype=whole))
-        self.register_buffer("pause", torch.tensor(config.pause))
-        self.register_buffer("images", torch.zeros((), dtype=whole))
-        self.register_buffer("alert", torch.zeros((), dtype=whole))
+        for name in ("age", "hold", "beside", "pause", "images", "alert"):
+            self.register_buffer(name, torch.zeros((), dtype=torch.int64))
+        self.pause.fill_(config.pause)
         for name in ("runs_seen", "wary", "source_ahead"):
             self.register_buffer(name, torch.zeros((), dtype=torch.bool))
         classes = context.num_classes
@@ -216,10 +211,8 @@ class Steady(Guard):
         own = batch.prediction.logits
         if not batch.learning and (reason := self.hands_over()) is not None:
             # An update that is held back is compared with its own start, under the same statistics.
-            behind = reason is BESIDE_SOURCE
-            return Verdict(
-                action="source", reason=reason, answer=self._anchor(batch) if behind else None
-            )
+            answer = self._anchor(batch) if reason is BESIDE_SOURCE else None
+            return Verdict(action="source", reason=reason, answer=answer)
         if self.output_watch is None or batch.scores is own:  # the source has answered already
             return self._judge(batch, own)
         held = self.output_watch.holds_back(own.argmax(1), batch.scores.argmax(1), batch.learning)
@@ -256,9 +249,10 @@ class Steady(Guard):
             return LEARN
         if bool(self.runs_seen):
             return self._in_runs(batch, answer)
-        held = int(self.hold) > 0
-        if held:
-            self._wait()
+        if held := int(self.hold) > 0:
+            self.hold -= 1
+            if int(self.hold) == 0:  # comparisons begin anew
+                self.age.zero_()
             if bool(self.source_ahead):  # it answers, so that nothing can do harm
                 return LEARN
         assert batch.prediction is not None
@@ -459,12 +453,6 @@ class Steady(Guard):
         self.pause.mul_(2).clamp_(max=LONGEST)
         reason = f"{behind:.2f} nats fewer classes than the source"
         return Verdict(action="reset", reason=reason)
-
-    def _wait(self) -> None:
-        """Count a batch of a pause; after the last one, comparisons begin anew."""
-        self.hold -= 1
-        if int(self.hold) == 0:
-            self.age.zero_()
 
     def _begin_pause(self, batches: int) -> None:
         self.hold.fill_(batches)
