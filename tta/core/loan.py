@@ -38,15 +38,13 @@ class Loan:
         for p, _ in self._gradients:
             p.grad = None
         model.eval()
-        chosen: set[int] = set()
         if trained is not None:
             chosen = {id(p) for p in trained}
             for p in model.parameters():
                 p.requires_grad_(id(p) in chosen)
-        moving = chosen | {id(p) for p, _ in self._gradients}
         self._caching = []
         for module, _ in self._modes:
-            if _caches(module) and any(id(p) in moving for p in module._parameters.values()):
+            if _caches(module) and any(True for _ in module.parameters(recurse=False)):
                 before = module.register_forward_pre_hook(_forget)
                 self._caching.append((module, before, module.register_forward_hook(_forget)))
 
@@ -75,7 +73,7 @@ def _caches(module: nn.Module) -> list[str]:
 
 
 def _forget(module: nn.Module, *_: Any) -> None:
-    """Empty them: weights are trained, and teachers' stand in for the model's.
+    """Empty them: weights are trained, here or on source images, and teachers' stand in for them.
 
     What is in them has a graph, which the next pass must not go back through.
     """
