@@ -408,7 +408,8 @@ def render_zoo(lines: Sequence[dict[str, Any]], left: Sequence[str] = ()) -> str
     shown = markdown.table(
         ["network", "size", "norm layers", *recipes], rows, "lrl" + "c" * len(recipes)
     )
-    legend = ["`+` adapts; refused: " + ", ".join(f"`{v}` {k}" for k, v in letters.items()), ""]
+    told = "`+` adapts; refused: " + ", ".join(f"`{v}` {k}" for k, v in letters.items())
+    legend = [told + ("; `-` not run yet" if any("-" in row[3:] for row in rows) else ""), ""]
     written = markdown.note("Written by `python -m experiments zoo --page`.")
     head = [markdown.heading("Networks"), "", written, ""]
     about = (__doc__ or "").partition("\n\n")[2].strip()
