@@ -42,7 +42,7 @@ RESULTS = Path(__file__).parents[1] / "results" / "zoo.jsonl"
 BATCH = 2
 # Where all weights are trained: untrained ones, normalised by two values, have gradients without
 # bounds, and Adam's steps do not depend on their size.
-GENTLE = {"optimizer": "adam", "lr": 1e-4, "nesterov": False}
+GENTLE = {"optimizer": "adam", "lr": 1e-5, "nesterov": False}
 
 ADAPTS = "adapts"  # what is said of a recipe that works
 
