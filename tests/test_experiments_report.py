@@ -30,17 +30,21 @@ from experiments.sweep.sweep import Sweep
 from tests.helpers.tiny_models import use_tiny_models
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """Two severities, two seeds, three methods, of a tiny network."""
-    folder = tmp_path_factory.mktemp("runs")
+def _swept(folder, flags):
+    """A folder of runs of tiny networks."""
     with pytest.MonkeyPatch.context() as patch:
         use_tiny_models(patch)
         patch.setattr("experiments.sweep.workers._CACHE", Cache())
-        flags = {"methods": ("tent", "source", "eata+lame"), "domains": ["fog", "snow"]}
-        flags |= {"images": 20, "batch_size": 10, "seeds": (0, 1), "severities": (3, 5)}
         Sweep(make_sweep({}, {**flags, "device": "cpu"}), folder, quiet=True).execute()
     return folder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two severities, two seeds, three methods, of a tiny network."""
+    flags = {"methods": ("tent", "source", "eata+lame"), "domains": ["fog", "snow"]}
+    flags |= {"images": 20, "batch_size": 10, "seeds": (0, 1), "severities": (3, 5)}
+    return _swept(tmp_path_factory.mktemp("runs"), flags)
 
 
 def error(result):
@@ -116,14 +120,9 @@ def test_streams_of_one_name_that_differ_are_told_apart(runs, tmp_path):
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
     """Three seeds of a stream whose length is drawn."""
-    folder = tmp_path_factory.mktemp("drawn")
-    with pytest.MonkeyPatch.context() as patch:
-        use_tiny_models(patch)
-        patch.setattr("experiments.sweep.workers._CACHE", Cache())
-        flags = {"methods": ("tent", "source"), "domains": ["fog", "snow"], "seeds": (0, 1, 2)}
-        flags |= {"images": 20, "batch_size": 5, "scenario": "markov", "device": "cpu"}
-        Sweep(make_sweep({}, flags), folder, quiet=True).execute()
-    return folder
+    flags = {"methods": ("tent", "source"), "domains": ["fog", "snow"], "seeds": (0, 1, 2)}
+    flags |= {"images": 20, "batch_size": 5, "scenario": "markov"}
+    return _swept(tmp_path_factory.mktemp("drawn"), flags)
 
 
 def test_seeds_of_a_stream_whose_length_is_drawn_are_one_setting(drawn, tmp_path):

@@ -27,6 +27,7 @@ __all__ = [
     "by_setting",
     "collect",
     "file_name",
+    "short_hash",
     "write_compact",
 ]
 
@@ -43,6 +44,11 @@ def file_name(text: str) -> str:
     'my_net__batches_of_8'
     """
     return "".join(c if c.isalnum() or c in "._-" else "_" for c in text)
+
+
+def short_hash(text: str) -> str:
+    """Eight letters that stand for a text which is too long to be told."""
+    return f"{zlib.crc32(text.encode()):08x}"
 
 
 @dataclass(frozen=True, order=True)
@@ -85,7 +91,7 @@ class Setting:
         """For file names."""
         text = f"{self.model}-{self.stream}-s{self.severity:g}-b{self.batch_size}-n{self.images}"
         if self.options:  # they may be long
-            text += f"-{zlib.crc32(self.options.encode()):08x}"
+            text += f"-{short_hash(self.options)}"
         return file_name(text)
 
 
@@ -294,7 +300,7 @@ def _about_stream(build: Mapping[str, Any]) -> dict[str, str]:
             listed = isinstance(part, list) and all(isinstance(item, str) for item in part)
             text = " ".join(part) if listed else json.dumps(part).strip('"')
             long = len(text) > _WORDS  # a surface, or the group of every image
-            found[key] = f"#{zlib.crc32(text.encode()):08x}" if long else text
+            found[key] = f"#{short_hash(text)}" if long else text
     return found
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import html
-import zlib
 from collections.abc import Callable, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
 from experiments.records.config import BASELINE
-from experiments.report.collect import Result, Setting, by_setting, collect, file_name
+from experiments.report.collect import Result, Setting, by_setting, collect, file_name, short_hash
 from experiments.report.page import Page, Section
 from experiments.report.statistics import LEVEL, difference, verdict
 from experiments.report.tables import (
@@ -123,7 +122,7 @@ class Report:
             first = next(iter(methods.values()))[0].setting
             name = file_name(f"{first.model}-{first.stream}-b{first.batch_size}")
             if titles.count(title) > 1:
-                name += f"-{zlib.crc32(f'{data} {options}'.encode()):08x}"
+                name += f"-{short_hash(f'{data} {options}')}"
                 title = f"{title}, {options or data}"
             path = self.folder / f"{name}-heat.png"
             if plot_heat(methods, path, f"Error by corruption and severity: {title}"):

@@ -44,7 +44,7 @@ class Loan:
                 p.requires_grad_(id(p) in chosen)
         self._caching = []
         for module, _ in self._modes:
-            if _caches(module) and any(True for _ in module.parameters(recurse=False)):
+            if module._parameters and _caches(module):
                 before = module.register_forward_pre_hook(_forget)
                 self._caching.append((module, before, module.register_forward_hook(_forget)))
 

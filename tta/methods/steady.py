@@ -332,12 +332,13 @@ class Steady(Guard):
             return False
         self.alert.fill_(ALERT)
         short = 0.0 if self.mixes else SHORT
-        mine, its = (persistence_in(y, self.context.num_classes) for y in (own, source))
+        classes = self.context.num_classes
+        mine, its = (persistence_in(y, classes) for y in (own, source))
         if mine + short < its:
             return True
         # By its own shares a batch of one class shows no run; by those of many batches it does.
-        mine, its = self.own.persistence_in(own), self.runs.persistence_in(source)
-        return mine + FAR < its
+        mine = persistence_in(own, classes, self.own.shares)
+        return mine + FAR < persistence_in(source, classes, self.runs.shares)
 
     def _due(self, age: int, slower: int) -> bool:
         """Whether there is a comparison; ``age`` is in batches, or in ``ROW`` of small ones."""

@@ -56,16 +56,25 @@ def persistence(repeats: Any, shares: Tensor, images: Any, doubt: float, same: A
     return max(0.0, (repeats - chance - doubt * error) / (1 - chance))
 
 
-def persistence_in(labels: Tensor, classes: int) -> Any:
-    """Lambda of :func:`persistence` in the labels (B,) of one batch, in the order of the stream."""
+def persistence_in(labels: Tensor, classes: int, shares: Tensor | None = None) -> Any:
+    """Lambda of :func:`persistence` in the labels (B,) of one batch, in the order of the stream.
+
+    Args:
+        labels: (B,), of the batch.
+        classes: C.
+        shares: (C,), of the labels of many batches; None for those of this one, by which a batch of
+            one class shows no run.
+    """
     rows: Any = count_rows(labels[:, None])
-    shares, repeats = shares_in(labels, classes), repeats_in(labels).double()
+    if not is_tracing() and rows < 2:
+        return 0.0
+    repeats, same = repeats_in(labels).double(), 0.0
+    if shares is None:
+        shares, same = shares_in(labels, classes), 1 / (rows.double() if is_tracing() else rows)
     if is_tracing():
         pairs = (rows - 1).clamp_min(1).double()
-        return persistence(repeats / pairs, shares, pairs, 0.0, 1 / rows.double())
-    if rows < 2:
-        return 0.0
-    return persistence(float(repeats) / (rows - 1), shares, rows - 1, doubt=0.0, same=1 / rows)
+        return persistence(repeats / pairs, shares, pairs, 0.0, same)
+    return persistence(float(repeats) / (rows - 1), shares, rows - 1, 0.0, same)
 
 
 def repeats_in(labels: Tensor) -> Tensor:
@@ -175,16 +184,6 @@ class LabelRuns(nn.Module):
         repeats = repeats if is_tracing() else float(repeats)
         same = self._same() if self.early else 0.0
         return persistence(repeats, self.shares, self.images(), doubt, same)
-
-    def persistence_in(self, labels: Tensor) -> float:
-        """Lambda in the labels (B,) of one batch, whose shares are those of many batches.
-
-        By its own shares a batch of one class shows no run.
-        """
-        rows = len(labels)
-        if rows < 2:
-            return 0.0
-        return persistence(float(repeats_in(labels)) / (rows - 1), self.shares, rows - 1, 0.0)
 
     def concentration(self) -> float:
         """How far the labels are of one class: 0 where all are as frequent, 1 where they are equal.
