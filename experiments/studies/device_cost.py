@@ -162,7 +162,7 @@ def render(rows: Iterable[Mapping[str, Any]]) -> str:
         f"Images of {' or '.join(str(n) for n in sorted({row['size'] for row in rows}))} pixels on "
         f"{', '.join(sorted({row['cpu'] for row in rows}))}, at a load of {min(loads):g} to "
         f"{max(loads):g}, {' or '.join(map(str, rounds))} calls. A cell is the median over that of "
-        "the plain forward pass, the slowest of a hundred calls (p99) over it, and MB at the peak; "
+        "the plain forward pass, the slowest calls (p99) over it, and MB at the peak; "
         "the last column counts images through the model for each of the stream:"
     )
     return markdown.document([about, "", *lines[:-1]])
