@@ -23,6 +23,7 @@ from tta.core.batch_split import current_split
 from tta.core.checkpointing import is_recomputation, may_be_recomputed
 from tta.core.classifier import evaluating
 from tta.core.functional import HOOKS, bare_copy, call_with_hooks, has_hooks
+from tta.core.norm_kernels import few_passes_back, normalize_by
 from tta.core.norm_rule import NormRule
 from tta.core.session import Session
 from tta.core.tracing import is_tracing, rule_refused, source_if_refused
@@ -363,15 +364,11 @@ def batch_stats(x: Tensor, unbiased: bool = False) -> tuple[Tensor, Tensor]:
     if split is not None:
         count = count // len(x) * split.rows
         means, variances = split.gather(means), split.gather(variances)
-    if split is None and not is_tracing() and len(x) == 1:
-        mean, var = means[0], variances[0]
-    else:
-        mean = means.mean(0)
-        # Variance within images plus that between them; both are positive, so nothing cancels.
-        var = variances.mean(0) + (means - mean).square().mean(0)
+    mean, var = pooled_stats(means, variances)
     return mean, var * (count / (count - 1)) if unbiased else var
 
 
+@few_passes_back
 def instance_stats(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance per image and channel: (B, C, ...) to two (B, C), in float32.
 
@@ -433,17 +430,25 @@ def ordinary_images(
     return ~far_outside(means, variances, mean, torch.maximum(var, base.running_var) + base.eps)
 
 
-def pooled_stats(means: Tensor, variances: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance of the batch from those of its images, without some of them.
+def pooled_stats(
+    means: Tensor, variances: Tensor, kept: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Mean and variance of the batch from those of its images, or of some of them.
 
     Args:
         means: Mean of each image and channel, (B, C).
         variances: Biased variance of each image and channel, (B, C).
-        kept: (B,) bool, the images to use; without any the statistics are 0.
+        kept: (B,) bool, the images to use, all if None; without any the statistics are 0.
 
     Returns:
         Two (C,), the variance biased, as :func:`batch_stats`.
     """
+    # Variance within images plus that between them; both are positive, so nothing cancels.
+    if kept is None:
+        if not is_tracing() and len(means) == 1:
+            return means[0], variances[0]
+        mean = means.mean(0)
+        return mean, variances.mean(0) + (means - mean).square().mean(0)
     count, rows = kept.sum().clamp_min(1), kept[:, None]
     mean = torch.where(rows, means, 0.0).sum(0) / count
     spread = torch.where(rows, means - mean, 0.0).square()
@@ -489,12 +494,4 @@ def normalize(x: Tensor, mean: Tensor, var: Tensor, base: Any, eps: float | None
     if mean.ndim == 1 and not (torch.is_grad_enabled() and mean.requires_grad):
         return evaluate(x, mean, var, base, eps)
     mean, var = source_if_refused(mean, var, base, eps)
-    scale = torch.rsqrt(var + eps)
-    if base.weight is not None:
-        scale = scale * base.weight
-    if base.bias is None:
-        shift = -mean * scale
-    else:
-        shift = torch.addcmul(base.bias.to(mean.dtype), mean, scale, value=-1)
-    shape = (-1, x.shape[1]) + (1,) * (x.ndim - 2)
-    return torch.addcmul(shift.to(x.dtype).view(shape), x, scale.to(x.dtype).view(shape))
+    return normalize_by(x, mean, var, base.weight, base.bias, eps)

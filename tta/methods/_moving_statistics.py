@@ -192,16 +192,15 @@ class MovingStatistics(NormRule):
         count = math.prod(x.shape[2:])
         with torch.no_grad():
             kept = ordinary_images(means, variances, self.mean, self.var, base)
-            # Not where a gradient is wanted, whose rounding Adam's first steps would magnify.
-            plain = not is_tracing() and not means.requires_grad
-            if plain and count > 1 and len(means) == 1 and look(kept[0]):
-                var = variances[0] * (count / (count - 1)) if self.unbiased else variances[0]
-                return means[0], var, None
-            count = kept.sum() * count
+            every = not is_tracing() and look(kept.all()) is True and len(means) * count > 1
+            kept = None if every else kept
+            values: Any = len(means) * count if kept is None else kept.sum() * count
         mean, var = pooled_stats(means, variances, kept)
+        if kept is None:
+            return mean, var * (values / (values - 1)) if self.unbiased else var, None
         if self.unbiased:
-            var = var * (count / (count - 1).clamp_min(1))
-        return mean, var, count > 1
+            var = var * (values / (values - 1).clamp_min(1))
+        return mean, var, values > 1
 
 
 def all_instance_stats(x: Tensor) -> tuple[Tensor, Tensor]:
