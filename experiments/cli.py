@@ -104,6 +104,7 @@ COMMANDS = {
         "experiments.studies.device_cost",
         "what recipes cost a device's CPU, by tta bench on small networks",
     ),
+    "tuned": Command("experiments.studies.tuned", "what tta.tune gains on this machine"),
     "edge-cost": Command(
         "experiments.studies.edge_cost",
         "latency and memory of exported graphs beside the plain model's",

@@ -14,7 +14,7 @@ from tta.core.passes import Passes
 
 
 def test_a_setting_goes_to_json_and_back() -> None:
-    setting = tta.Setting(memory_format="channels_last", precision="bfloat16", threads=1)
+    setting = tta.Setting(precision="bfloat16", threads=1, keep_memory=True)
     assert tta.Setting.from_dict(setting.to_dict()) == setting
     with pytest.raises(dataclasses.FrozenInstanceError):
         setting.threads = 2  # type: ignore[misc]
@@ -23,6 +23,8 @@ def test_a_setting_goes_to_json_and_back() -> None:
     for field, value in {"memory_format": "nhwc", "precision": "int8", "threads": 0}.items():
         with pytest.raises(ValueError, match=f"^`{field}` must"):
             tta.Setting(**{field: value})
+    with pytest.raises(TypeError, match=r"^`keep_memory` must"):
+        tta.Setting(keep_memory=1)  # type: ignore[arg-type]
 
 
 def test_an_adapter_runs_with_its_setting(tmp_path) -> None:

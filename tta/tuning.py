@@ -7,18 +7,19 @@ import os
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tta.core.adapter import Adapter
-from tta.core.checks import number
+from tta.core.allocator import as_before
+from tta.core.checks import number, one_of
 from tta.core.config import SLOTS, ComponentConfig
 from tta.core.parameters import select
 from tta.core.recipe import AdapterConfig
-from tta.core.setting import Setting
+from tta.core.setting import PRECISIONS, Setting
 from tta.wrapping import wrap
 
 __all__ = ["tune"]
@@ -34,15 +35,16 @@ def tune(
     budget_s: float = 60,
     *,
     recipe: str | ComponentConfig | AdapterConfig | None = None,
+    precisions: Sequence[str] = ("float32", "bfloat16"),
     **arguments: Any,
 ) -> Setting:
     """Find the fastest setting for this model on this device by measuring.
 
-    Memory formats, thread counts (on a CPU), precisions and compilation are tried one after the
-    other, each on top of what was fastest so far. What is timed is a call of an adapter of the
-    recipe, with the passes that it makes. A change is taken when it is faster by 3 % and agrees
-    with the plain one over a short adapted stream: decisions equal for 99.9 % of images in float32,
-    for 99 % in half precision.
+    Memory formats, kept memory and thread counts (on a CPU), precisions and compilation are tried
+    one after the other, each on top of what was fastest so far. What is timed is a call of an
+    adapter of the recipe, with the passes that it makes. A change is taken when it is faster by 3 %
+    and agrees with the plain one over a short adapted stream: decisions equal for 99.9 % of images
+    in float32, for 99 % in half precision.
 
     Args:
         model: A classifier, unwrapped; it is left as it was.
@@ -51,6 +53,8 @@ def tune(
         recipe: As for :func:`tta.wrap`. By default the passes are those of a step that minimises
             entropy, forward and backward, or a forward pass where the model has no norm layer; or
             those of the slots alone, where ``arguments`` fill some.
+        precisions: Which may be tried, of ``float32``, ``bfloat16`` and ``float16``; ``float32``,
+            which is as the model comes, is among them in any case.
         **arguments: Further ones of :func:`tta.wrap`: slots, fields, ``source``, ``mean``, and so
             on. The adapter is made anew for each setting, so ``source`` should hold artefacts
             rather than batches from which they are made each time.
@@ -73,6 +77,13 @@ def tune(
             "`setting` must be left out, got one: it is what tune looks for; give its fields to "
             "tta.Setting yourself to use another."
         )
+    if isinstance(precisions, str) or not isinstance(precisions, Sequence):
+        raise TypeError(
+            f"`precisions` must be a list of names, got {type(precisions).__name__}: pass "
+            "['float32'], say."
+        )
+    for precision in precisions:
+        one_of("precisions", precision, PRECISIONS)
     end, count = time.monotonic() + budget_s, max((1, *example.shape[:1]))
     if recipe is None and not set(SLOTS) & arguments.keys():
         recipe = _recipe(model)
@@ -82,15 +93,26 @@ def tune(
             return wrap(model, dataclasses.replace(recipe, setting=setting), **arguments)
         return wrap(model, recipe, **{"batch_size": count, "setting": setting, **arguments})
 
+    return _fastest(make, example, _changes(example, precisions), end)
+
+
+def _fastest(
+    make: Callable[[Setting], Adapter],
+    example: Tensor,
+    changes: Iterable[dict[str, object]],
+    end: float,
+) -> Setting:
+    """Try one change after the other until ``end``, by the monotonic clock."""
     best = Setting()
     plain, decisions = _run(make, example, best)
     fastest, found = plain, best
-    for change in _changes(example):
+    for change in changes:
         if time.monotonic() >= end:
             break
         candidate = dataclasses.replace(best, **change)
         try:
-            seconds, logits = _run(make, example, candidate)
+            with as_before():
+                seconds, logits = _run(make, example, candidate)
         except Exception:  # whatever a kernel or a compiler that is not there raises
             continue
         difference = float((logits - decisions).abs().max())
@@ -111,16 +133,19 @@ def _recipe(model: nn.Module) -> str:
     return "tent"
 
 
-def _changes(example: Tensor) -> Iterator[dict[str, object]]:
+def _changes(example: Tensor, precisions: Sequence[str]) -> Iterator[dict[str, object]]:
     if example.ndim == 4:
         yield {"memory_format": "channels_last"}
     if example.device.type == "cpu":
+        yield {"keep_memory": True}
         most, threads = os.cpu_count() or 1, 1
         while threads <= most:
             if threads != torch.get_num_threads():
                 yield {"threads": threads}
             threads *= 2
-    yield {"precision": "bfloat16"}
+    for precision in dict.fromkeys(precisions):
+        if precision != "float32":
+            yield {"precision": precision}
     yield {"compile": "default"}
 
 

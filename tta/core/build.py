@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tta.core.adapter import Adapter
+from tta.core.allocator import keep_freed_memory
 from tta.core.backbone import Backbone
 from tta.core.checks import shown
 from tta.core.component import Context
@@ -45,6 +46,7 @@ from tta.core.parameters import norm_layers_in_words, select
 from tta.core.recipe import AdapterConfig
 from tta.core.registry import component
 from tta.core.session import Session
+from tta.core.setting import Setting
 from tta.core.source import as_source
 from tta.core.source_checks import check_parameters
 from tta.core.update import Update
@@ -199,7 +201,10 @@ def _assemble(model: nn.Module, config: AdapterConfig, injected: Injected) -> Ad
                 part.to(device)
         slots = (wrappers, update, output, guard, rule)
         adapter = Adapter(config, context, network, *slots, injected.on_event, window)
-        mode = None if config.setting is None else config.setting.compile
+        setting = config.setting or Setting()
+        if setting.keep_memory:
+            keep_freed_memory()
+        mode = setting.compile
         if mode is not None and getattr(model, "_compiled_call_impl", None) is None:
             model.compile(mode=mode)
             adapter.compiled = True

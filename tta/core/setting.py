@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tta.core.checks import mapping, nearest, one_of, told, whole_number
+from tta.core.checks import boolean, mapping, nearest, one_of, told, whole_number
 
 __all__ = ["COMPILE_MODES", "MEMORY_FORMATS", "PRECISIONS", "Setting"]
 
@@ -36,6 +36,8 @@ class Setting:
     precision: str = "float32"  # as the model comes; "bfloat16" or "float16" for autocast
     threads: int | None = None  # of torch on the CPU, for the whole process; None to leave them
     compile: str | None = None  # mode of torch.compile for the model; None for no compilation
+    # From wrap on and for the whole process, freed memory is kept for the next call (with glibc).
+    keep_memory: bool = False
     speedup: float | None = None  # plain seconds over those of this setting
     difference: float | None = None  # largest, of logits from the plain ones over a short stream
     agreement: float | None = None  # share of equal decisions over that stream, 0 to 1
@@ -48,6 +50,7 @@ class Setting:
             object.__setattr__(self, "threads", threads)
         if self.compile is not None:
             one_of("compile", self.compile, COMPILE_MODES)
+        boolean("keep_memory", self.keep_memory)
         for name in ("speedup", "difference", "agreement"):
             value = getattr(self, name)
             if value is not None and (
