@@ -19,6 +19,7 @@ from tests.helpers.declared import declared
 from tests.helpers.nets import tiny
 from tta.core.config import UpdateConfig
 from tta.core.registry import component
+from tta.core.resolve import Request, resolve
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*preset, made for:UserWarning")
 
@@ -455,3 +456,21 @@ def test_numbers_of_numpy_are_held_as_numbers_that_json_knows(name: str) -> None
 def test_a_number_of_numpy_where_the_default_is_none() -> None:
     for name, field in (("neo", "momentum"), ("unmix_tns", "momentum"), ("pea", "drift_limit")):
         assert type(getattr(tta.get_config(name, **{field: np.float32(0.5)}), field)) is float
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("cotta", {"momentum": 0.0, "nesterov": False}),
+        ("reservoir", {"buffer": 4, "clusters": 2}),
+        ("dda", {"steps": 150, "respacing": 200}),
+    ],
+)
+def test_fields_that_are_checked_together_are_given_in_any_order(
+    name: str, fields: dict[str, Any], turned: bool
+) -> None:
+    given = dict(reversed(fields.items())) if turned else fields
+    config = resolve(tiny("bn"), Request(recipe=name, overrides=given, num_classes=10))
+    (part,) = [p for p in config.components.values() if p.name == name]
+    assert part.to_dict().items() >= fields.items()

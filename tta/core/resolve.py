@@ -277,6 +277,7 @@ def _owners(chosen: Chosen, key: str) -> list[str]:
 
 def _override(chosen: Chosen, overrides: Mapping[str, Any]) -> Chosen:
     """Give each keyword to the one chosen component that has such a field."""
+    changes: dict[str, dict[str, Any]] = {}
     for key, value in overrides.items():
         owners = _owners(chosen, key)
         if not owners:
@@ -285,15 +286,20 @@ def _override(chosen: Chosen, overrides: Mapping[str, Any]) -> Chosen:
                 f"`{told(key, 40)}` is not a field of {_label(chosen)} and not an argument of "
                 "wrap: " + nearest(key, [*known, *ARGUMENTS], room=120)
             )
-        config = chosen[owners[0]]
-        assert config is not None
         if len(owners) > 1:
+            config = chosen[owners[0]]
+            assert config is not None
             raise ValueError(
                 f"`{key}` must belong to one component, but {_label(chosen)} share it: set it in a "
                 f"config object, such as {owners[0]}=tta.get_config({shown(config.name)}, "
                 f"{key}=...)."
             )
-        chosen = chosen | {owners[0]: config.override(**{key: value})}
+        changes.setdefault(owners[0], {})[key] = value
+    for slot, fields in changes.items():
+        config = chosen[slot]
+        assert config is not None
+        # All at once: fields that are checked together may only fit together.
+        chosen = chosen | {slot: config.override(**fields)}
     return chosen
 
 
