@@ -266,6 +266,27 @@ def test_a_model_in_bfloat16(case) -> None:
 
 
 @on_components
+def test_an_adapter_takes_another_dtype_after_wrap(case) -> None:
+    """Averages stay as exact as they were, whatever the model's dtype."""
+    _, plain = make(*case)
+    _, adapter = make(*case)
+    plain(images(0)), adapter(images(0))
+    kinds = {k: v.dtype for k, v in adapter.state().items() if k != "update/memory"}
+    adapter.double()
+    for t in (1, 2):
+        y = adapter(images(t).double())
+        assert y.dtype == torch.float64
+        torch.testing.assert_close(y.float(), plain(images(t)), rtol=1e-2, atol=1e-2)
+    adapter.float()
+    assert torch.isfinite(adapter(images(3))).all()
+    adapter.bfloat16()
+    assert torch.isfinite(adapter(images(4).bfloat16())).all()
+    averages = {k: v for k, v in kinds.items() if k.startswith(("norm/", "output/"))}
+    adapter.reset()
+    assert averages.items() <= {k: v.dtype for k, v in adapter.state().items()}.items()
+
+
+@on_components
 def test_channels_last_gives_the_same(case) -> None:
     _, plain = make(*case)
     net = tiny(case[0]).to(memory_format=torch.channels_last)

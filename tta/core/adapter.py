@@ -455,10 +455,13 @@ class Adapter(nn.Module):
                 part.learning = learning
 
     def _apply(self, fn: Any, recurse: bool = True) -> Adapter:
-        super()._apply(fn, recurse)
-        if self._network is not None:
-            self._network.convert(fn)
-            self._transaction.forget()
+        if self._network is None:
+            return super()._apply(fn, recurse)  # type: ignore[return-value]
+        copies = self._network.masters.move(fn)
+        for module in self.children():
+            module._apply(fn if module is self.model else copies)
+        self._network.convert(fn)
+        self._transaction.forget()
         return self
 
     def __getattr__(self, name: str) -> Any:

@@ -105,8 +105,7 @@ class Backbone:
         self._other = OtherTensors(self._callee, own_reader, session.frugal)
         places = functional.names(model, [p for _, p in masters.pairs])
         self._master_places = [
-            (names, master, p.dtype)
-            for names, (master, p) in zip(places, masters.pairs, strict=True)
+            (names, master, p) for names, (master, p) in zip(places, masters.pairs, strict=True)
         ]
         if masters.pairs or buffers.moving:
             self._prepare()
@@ -262,9 +261,9 @@ class Backbone:
     def _tensors(self, weights: Weights | None) -> dict[str, Tensor]:
         """The tensors that stand in for the model's own, by name in the module that is called."""
         found = {} if weights is None else functional.named(*weights)
-        for names, master, dtype in self._master_places:
+        for names, master, p in self._master_places:
             for name in names:
-                found[name] = found.get(name, master).to(dtype)
+                found[name] = found.get(name, master).to(p.dtype)
         return {f"{self._prefix}{name}": tensor for name, tensor in found.items()}
 
     def _check_logits(self, logits: Tensor, rows: int) -> None:
@@ -379,8 +378,6 @@ class Backbone:
         """Apply ``fn``, which moved the model to another device or dtype, to what goes with it."""
         self.buffers.convert(fn)
         self._other.forget()
-        for master, _ in self.masters.pairs:
-            master.data = fn(master.data).float()
 
     def watch_calls(self, names: Iterable[str]) -> None:
         """Record, from now on, the order in which the named layers are first called."""

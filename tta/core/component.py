@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from tta.core.config import ComponentConfig
 from tta.core.draws import Draws
 from tta.core.journal import Journal
+from tta.core.masters import KeepsDtype
 
 __all__ = ["Component", "Context", "Remembers", "log_probabilities"]
 
@@ -212,6 +213,14 @@ class Component(nn.Module):
     def image_buffers(self) -> tuple[str, ...]:
         """Lazy buffers that are uint8 or float32, as the images are that came."""
         return ()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Component:
+        """Move with the model; but averages stay as exact as at wrap, whatever the model's dtype.
+
+        Copies of the model's parameters, which are ``NamedTensors``, take the model's.
+        """
+        super()._apply(fn if type(fn) is KeepsDtype else KeepsDtype(fn), recurse)
+        return self
 
 
 def log_probabilities(adapter: Any, output: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from tta.core.backbone import Backbone
 from tta.core.component import Component, Context
 from tta.core.config import ComponentConfig
 from tta.core.loan import Loan
+from tta.core.masters import NeverHalf
 from tta.core.outputs import GIVEN
 from tta.core.oversight import without_trace
 from tta.core.prediction import Prediction, Report
@@ -87,7 +88,7 @@ class Input(Component):
     def _apply(self, fn: Any, recurse: bool = True) -> Input:
         super()._apply(fn, recurse)
         for module in self._held:
-            module._apply(fn)
+            module._apply(fn.fn if isinstance(fn, NeverHalf) else fn)
         return self
 
 

@@ -7,14 +7,39 @@ of the model uses its rounded values.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Masters"]
+__all__ = ["KeepsDtype", "Masters", "NeverHalf"]
 
 HALF = (torch.bfloat16, torch.float16)
+
+
+class KeepsDtype:
+    """What moves a tensor, without changing its dtype.
+
+    Args:
+        fn: What moves it, as ``torch.nn.Module`` applies it to all its tensors.
+    """
+
+    def __init__(self, fn: Callable[[Tensor], Tensor]) -> None:
+        self.fn = fn
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """Return the tensor where ``fn`` puts it."""
+        moved = self.fn(tensor)
+        return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+
+class NeverHalf(KeepsDtype):
+    """What moves a tensor and changes its dtype, but to float32 instead of half precision."""
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """Return what ``fn`` makes of the tensor, or that in float32."""
+        moved = self.fn(tensor)
+        return tensor.to(moved.device, torch.float32) if moved.dtype in HALF else moved
 
 
 class Masters:
@@ -35,6 +60,22 @@ class Masters:
             for master, p in zip(self.trained.values(), self.own.values(), strict=True)
             if master is not p
         ]
+
+    def move(self, fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """Move the master copies, before ``fn`` is applied to the model.
+
+        Args:
+            fn: As ``torch.nn.Module`` applies it to all its tensors.
+
+        Returns:
+            What is to be applied to copies of what is trained.
+        """
+        if not self.pairs:
+            return fn
+        whole = NeverHalf(fn)
+        for master, _ in self.pairs:
+            master.data = whole(master.data)
+        return whole
 
     def in_model(self, tensors: Iterable[Tensor]) -> list[Tensor]:
         """The model's own parameter for each tensor that is a master; others as they are."""

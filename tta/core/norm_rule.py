@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tta.core.component import Component, Context
+from tta.core.masters import NeverHalf
 
 __all__ = ["NormRule"]
 
@@ -102,3 +103,8 @@ class NormRule(Component):
     def forward(self, x: Tensor, base: Any) -> Tensor:
         """Normalise ``x`` (B, C, ...) with this rule's statistics and the base's affine part."""
         raise NotImplementedError  # pragma: no cover
+
+    def _apply(self, fn: Any, recurse: bool = True) -> NormRule:
+        """Move with the layer, whose dtype statistics take, but for half precision."""
+        nn.Module._apply(self, NeverHalf(fn), recurse)
+        return self

@@ -96,9 +96,8 @@ class Passes:
         return [p.detach() for p in self.trained], self._start()
 
     def _start(self) -> list[Tensor]:
-        if any(a.device != p.device for a, p in zip(self.start, self.trained, strict=True)):
-            self.start = [a.to(p.device) for a, p in zip(self.start, self.trained, strict=True)]
-        return self.start
+        self.start = [a.to(p.device) for a, p in zip(self.start, self.trained, strict=True)]
+        return [a.to(p.dtype) for a, p in zip(self.start, self.trained, strict=True)]
 
     def _weights(self) -> Any:
         return (self.places, self._start()) if self.trained else None

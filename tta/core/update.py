@@ -229,7 +229,9 @@ class Update(Component):
             slots = self.optimizer.state.get(p, {})
             for key, value in slots.items():
                 if key != "step":  # torch keeps the step count on the CPU
-                    slots[key] = fn(value)
+                    moved = fn(value)
+                    same = moved.dtype == p.dtype
+                    slots[key] = moved if same else value.to(moved.device, p.dtype)
         return self
 
 

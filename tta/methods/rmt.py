@@ -172,6 +172,8 @@ class Rmt(SourceReplay):
     def source_loss(self, x: Tensor) -> Tensor:
         """Cross-entropy on the next labelled source batch."""
         images, labels = self.next_batch(x.device)
+        if images.is_floating_point() and x.is_floating_point():
+            images = images.to(x.dtype)  # the model may have another dtype than at wrap
         with frozen_statistics(self.network.wrappers):
             logits = self.network(images).logits
         return F.cross_entropy(logits.float(), labels)

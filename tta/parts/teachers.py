@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tta.core.backbone import Backbone
+from tta.core.masters import KeepsDtype
 from tta.core.norm_layers import AdaptiveNorm, frozen_statistics
 from tta.core.prediction import Prediction
 from tta.core.random import CountedDraws
@@ -47,10 +48,14 @@ class NamedTensors(nn.Module):
     Args:
         tensors: The tensors, which are cloned.
         constant: Whether they are fixed at wrap rather than part of the state.
+        like_parameters: Whether they take the dtype of the model's parameters.
     """
 
-    def __init__(self, tensors: dict[str, Tensor], constant: bool) -> None:
+    def __init__(
+        self, tensors: dict[str, Tensor], constant: bool, like_parameters: bool = True
+    ) -> None:
         super().__init__()
+        self.like_parameters = like_parameters
         self._places: dict[str, tuple[nn.Module, str]] = {}
         self.hold(tensors, constant)
 
@@ -78,6 +83,12 @@ class NamedTensors(nn.Module):
     def tensors(self) -> list[Tensor]:
         """The tensors of :meth:`named`, without names."""
         return list(self.named().values())
+
+    def _apply(self, fn: Any, recurse: bool = True) -> NamedTensors:
+        """Move with the component that holds them, and take the parameters' dtype if like them."""
+        follows = self.like_parameters and type(fn) is KeepsDtype
+        super()._apply(fn.fn if follows else fn, recurse)
+        return self
 
 
 class OtherWeights(NamedTensors):
