@@ -11,6 +11,7 @@ from experiments.records.rows import Rows
 from experiments.studies.device_cost import DeviceCost
 from experiments.studies.edge_cost import EdgeCost
 from experiments.studies.edge_int8 import DOMAINS, EdgeInt8
+from experiments.studies.tuned import Tuned
 
 
 def test_rows_are_found_by_their_keys_and_replaced(tmp_path) -> None:
@@ -76,6 +77,34 @@ def test_recipes_on_a_device_are_measured_once(tmp_path, capsys) -> None:
     assert capsys.readouterr().out.count("ratio") == 2
     with pytest.raises(ValueError, match="tentt"):
         study(["tentt"])
+
+
+def test_gains_of_tuning_go_on_where_they_stopped(tmp_path, capsys) -> None:
+    page, results = tmp_path / "budgets.md", tmp_path / "rows.jsonl"
+    page.write_text("<!-- tuned -->\n<!-- /tuned -->\n")
+
+    def study(methods):
+        return Tuned(["cifar10_resnet20_bn"], methods, 0, 256, results=results, page=page)
+
+    study(["bn"]).execute()
+    study(["bn", "source"]).execute()
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    assert [(r["method"], r["allowed"]) for r in rows] == [
+        ("bn", "float32"), ("bn", "bfloat16"), ("source", "float32"), ("source", "bfloat16"),
+    ]  # fmt: skip
+    for row in rows:  # without time nothing is found, and plain is compared with plain
+        assert row["equal"] == 1 and row["error"][0] == row["error"][1] > 0
+        assert row["speedup"] > 0 and row["setting"]["threads"] is None
+    text = page.read_text()
+    assert (
+        text.count("| `bn` |") == text.count("| `source` |") == 1
+        and "100.0 %, +0.0 | plain" in text
+    )
+    capsys.readouterr()
+    study(["bn"]).execute()
+    assert "speedup" not in capsys.readouterr().out
+    with pytest.raises(ValueError, match="`images` must"):
+        Tuned(["cifar10_resnet20_bn"], ["bn"], 0, 100)
 
 
 @pytest.mark.slow

@@ -79,6 +79,26 @@ def test_other_arguments_are_refused() -> None:
         tta.tune(tiny("bn"), [1.0])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^`budget_s` must"):
         tta.tune(tiny("bn"), images(0), budget_s=-1)
+    with pytest.raises(ValueError, match=r"^`precisions` must"):
+        tta.tune(tiny("bn"), images(0), precisions=["int8"])
+    with pytest.raises(TypeError, match=r"^`precisions` must"):
+        tta.tune(tiny("bn"), images(0), precisions="float32")
+    with pytest.raises(TypeError, match=r"^`compile` must"):
+        tta.tune(tiny("bn"), images(0), compile="default")  # type: ignore[arg-type]
+
+
+def test_what_may_be_tried_can_be_restricted(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[tta.Setting] = []
+    monkeypatch.setattr(
+        "tta.tuning._run", lambda make, x, setting: (tried.append(setting), (1.0, x))[1]
+    )
+    tta.tune(tiny("bn"), images(0), precisions=["float32"], compile=False)
+    assert {s.precision for s in tried} == {"float32"}
+    assert {s.compile for s in tried} == {None}
+    assert {s.keep_memory for s in tried} == {False, True}
+    tta.tune(tiny("bn"), images(0), precisions=["float16"])
+    assert {s.precision for s in tried} == {"float32", "float16"}
+    assert {s.compile for s in tried} == {None, "default"}
 
 
 class _Named(torch.nn.Module):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tta.core.adapter import Adapter
 from tta.core.allocator import as_before
-from tta.core.checks import number, one_of
+from tta.core.checks import boolean, number, one_of
 from tta.core.config import SLOTS, ComponentConfig
 from tta.core.parameters import select
 from tta.core.recipe import AdapterConfig
@@ -36,6 +36,7 @@ def tune(
     *,
     recipe: str | ComponentConfig | AdapterConfig | None = None,
     precisions: Sequence[str] = ("float32", "bfloat16"),
+    compile: bool = True,
     **arguments: Any,
 ) -> Setting:
     """Find the fastest setting for this model on this device by measuring.
@@ -55,6 +56,7 @@ def tune(
             those of the slots alone, where ``arguments`` fill some.
         precisions: Which may be tried, of ``float32``, ``bfloat16`` and ``float16``; ``float32``,
             which is as the model comes, is among them in any case.
+        compile: Whether ``torch.compile`` may be tried, which can take minutes over the budget.
         **arguments: Further ones of :func:`tta.wrap`: slots, fields, ``source``, ``mean``, and so
             on. The adapter is made anew for each setting, so ``source`` should hold artefacts
             rather than batches from which they are made each time.
@@ -84,6 +86,7 @@ def tune(
         )
     for precision in precisions:
         one_of("precisions", precision, PRECISIONS)
+    boolean("compile", compile)
     end, count = time.monotonic() + budget_s, max((1, *example.shape[:1]))
     if recipe is None and not set(SLOTS) & arguments.keys():
         recipe = _recipe(model)
@@ -93,7 +96,7 @@ def tune(
             return wrap(model, dataclasses.replace(recipe, setting=setting), **arguments)
         return wrap(model, recipe, **{"batch_size": count, "setting": setting, **arguments})
 
-    return _fastest(make, example, _changes(example, precisions), end)
+    return _fastest(make, example, _changes(example, precisions, compile), end)
 
 
 def _fastest(
@@ -133,7 +136,9 @@ def _recipe(model: nn.Module) -> str:
     return "tent"
 
 
-def _changes(example: Tensor, precisions: Sequence[str]) -> Iterator[dict[str, object]]:
+def _changes(
+    example: Tensor, precisions: Sequence[str], compile: bool
+) -> Iterator[dict[str, object]]:
     if example.ndim == 4:
         yield {"memory_format": "channels_last"}
     if example.device.type == "cpu":
@@ -146,7 +151,8 @@ def _changes(example: Tensor, precisions: Sequence[str]) -> Iterator[dict[str, o
     for precision in dict.fromkeys(precisions):
         if precision != "float32":
             yield {"precision": precision}
-    yield {"compile": "default"}
+    if compile:
+        yield {"compile": "default"}
 
 
 def _run(make: Callable[[Setting], Adapter], x: Tensor, setting: Setting) -> tuple[float, Tensor]:

@@ -52,7 +52,7 @@ METHODS = ("neo", "bn", "alpha_bn", "robust_bn", "unmix_tns", "lame", "tent", "u
            "eata", "sar", "deyo", "roid", "rotta", "cotta")  # fmt: skip
 PRECISIONS = {"float32": ("float32",), "bfloat16": ("float32", "bfloat16")}
 BATCH, LARGE_BATCH = 64, 8  # images, of a bundled network and of one of timm
-TURNS = 3  # of both settings
+TURNS = 2  # of both settings
 SEVERITY = 5
 KEYS = ("network", "method", "allowed")
 
@@ -65,14 +65,15 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--networks", nargs="+", metavar="NAME", default=NETWORKS,
         help="bundled ones, or of timm (default: %(default)s)")  # fmt: skip
     add("--methods", nargs="+", metavar="METHOD", default=METHODS, help="default: %(default)s")
-    add("--seconds", type=float, default=30.0, metavar="S",
+    add("--seconds", type=float, default=60.0, metavar="S",
         help="that tune may take (default: %(default)s)")  # fmt: skip
-    add("--images", type=int, default=960, metavar="N",
+    add("--images", type=int, default=512, metavar="N",
         help="of the stream, on a bundled network (default: %(default)s)")  # fmt: skip
+    add("--compile", action="store_true", help="let tune try torch.compile, for minutes each")
     add("--again", action="store_true", help="measure rows again that are there")
     parser.set_defaults(
         prepare=lambda args: Tuned(
-            args.networks, args.methods, args.seconds, args.images, args.again
+            args.networks, args.methods, args.seconds, args.images, args.compile, args.again
         )
     )
 
@@ -85,6 +86,7 @@ class Tuned:
         methods: Method strings.
         seconds: That each search may take.
         images: Of the stream on a bundled network; a network of timm sees a tenth.
+        compile: Whether `torch.compile` is tried.
         again: Whether rows that are there are measured again.
         results: Where rows are kept.
         page: With the table.
@@ -96,6 +98,7 @@ class Tuned:
         methods: Sequence[str],
         seconds: float,
         images: int,
+        compile: bool = False,
         again: bool = False,
         results: Path = RESULTS,
         page: Path = PAGE,
@@ -110,12 +113,12 @@ class Tuned:
             for allowed in PRECISIONS
             for method in methods
         ]
-        self.again, self.page = again, page
+        self.compile, self.again, self.page = compile, again, page
         self.rows = Rows(results, KEYS)
 
     def execute(self) -> Path:
         """Measure what is left, and write the page; returns it."""
-        about = {"seconds": self.seconds, "images": self.images}
+        about = {"seconds": self.seconds, "images": self.images, "compile": self.compile}
         with self.rows.shown_on(self.page, MARK, render):
             for key in self.keys:
                 if self.again or not self.rows.measured(key, about):
@@ -133,7 +136,7 @@ class Tuned:
         start.unwrap()
         setting = tta.tune(
             subject.model, batches[0], self.seconds, recipe=recipe, source=subject.source,
-            precisions=PRECISIONS[key["allowed"]],
+            precisions=PRECISIONS[key["allowed"]], compile=self.compile,
         )  # fmt: skip
         seconds: dict[bool, list[float]] = {False: [], True: []}
         answers: dict[bool, Tensor] = {}
@@ -162,7 +165,7 @@ class Tuned:
         """A network, batches (B, 3, H, W) as it takes them, and labels (N,)."""
         bundled = name in models.list_models()
         subject = load_subject(name if bundled else NETWORKS[0], "bundled", CPU)
-        clean, count = subject.clean, self.images if bundled else max(self.images // 10, 64)
+        clean, count = subject.clean, self.images if bundled else max(self.images // 10, 48)
         assert isinstance(clean, ImageSet)
         pixels, labels = clean.tensor()[:count], torch.from_numpy(clean.labels)[:count].long()
         size = BATCH if bundled else LARGE_BATCH
