@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -83,6 +86,70 @@ def test_a_list_that_holds_itself_is_given_back() -> None:
     expected = wrapped(tiny("bn"), "tent")(images(0))
     first, rest = adapter(images(0))
     assert torch.equal(first, expected) and not rest[0].requires_grad
+
+
+@dataclass(slots=True)
+class Slotted:
+    logits: torch.Tensor
+    features: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Derived:
+    logits: torch.Tensor
+    features: torch.Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "features", self.logits * 2)
+        object.__setattr__(self, "top", self.logits.argmax(1))
+
+
+class With(nn.Module):
+    """A network whose answer a function makes of logits."""
+
+    def __init__(self, make: Callable[[torch.Tensor], Any]) -> None:
+        super().__init__()
+        self.net = tiny("bn")
+        self.make = make
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.make(self.net(x))
+
+
+Read = Callable[[Any], torch.Tensor]
+NESTS: list[tuple[Callable[[torch.Tensor], Any], Any, Read, Read]] = [
+    (lambda z: {"logits": z, "more": {"h": z * 2}}, None, lambda r: r["logits"],
+     lambda r: r["more"]["h"]),
+    (lambda z: (z, SimpleNamespace(h=z * 2)), 0, lambda r: r[0], lambda r: r[1].h),
+    (lambda z: [z, Slotted(z, z * 2)], 0, lambda r: r[0], lambda r: r[1].features),
+    (lambda z: Slotted(z, z * 2), None, lambda r: r.logits, lambda r: r.features),
+    (Derived, None, lambda r: r.logits, lambda r: r.features),
+    (lambda z: {"a": {"b": z}, "h": z * 2}, lambda r: r["a"]["b"], lambda r: r["a"]["b"],
+     lambda r: r["h"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["tent", "rotta", "memo", "lame"])
+@pytest.mark.parametrize(("make", "logits", "read", "other"), NESTS)
+def test_what_lies_deeper_is_replaced_and_has_neither_gradient_nor_other_rows(
+    make: Callable[[torch.Tensor], Any], logits: Any, read: Read, other: Read, method: str
+) -> None:
+    adapter = wrapped(With(make), method, logits=logits)
+    plain = wrapped(tiny("bn"), method)
+    assert torch.equal(read(adapter(images(0))), plain(images(0)))
+    bad = images(1)
+    bad[2, 0, 0, 0] = float("nan")
+    result = adapter(bad)
+    assert torch.isnan(read(result)).any(1).nonzero().flatten().tolist() == [2]
+    assert other(result).shape == (8, 10) and not other(result).requires_grad
+    assert torch.isnan(other(result)).any(1).nonzero().flatten().tolist() == [2]
+
+
+def test_what_holds_no_tensor_is_given_back_as_it_is() -> None:
+    rest = SimpleNamespace(name="net", sizes={"a": (1, 2)})
+    net = With(lambda z: {"logits": z, "rest": rest, "module": nn.Identity})
+    result = wrapped(net, "tent")(images(0))
+    assert result["rest"] is rest and result["module"] is nn.Identity
 
 
 def test_a_tuple_is_refused_with_the_place_of_its_logits() -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tta.core.checks import shown, told
 
@@ -75,26 +75,37 @@ class LogitsReader:
                 not floating point.
 
         Returns:
-            The same structure. Where a function computes the logits, their place is not known, and
-            the logits alone are returned unless they are an item of what the model returned.
+            The same structure. Where a function makes the logits of what lies there, their place is
+            not known, and the logits alone are returned.
         """
         if isinstance(result, Tensor):
             return logits
-        keys = _keys(result)
+        place, own = self._place(result)
+        found = []
+
+        def change(value: Tensor) -> Tensor:
+            if value is own:
+                found.append(value)
+                return logits
+            return _without_gradient(value, rows)
+
+        keys = [key for key in _keys(result) if key != place]
+        values = {key: _changed(_item(result, key), change, 1) for key in keys}
+        if place is not None:
+            return _with_items(result, values | {place: logits})
+        return _with_items(result, values) if found else logits
+
+    def _place(self, result: Any) -> tuple[Any, Any]:
+        """The key of the logits, or else the tensor that they are, wherever it lies."""
         if callable(self.spec):
-            own = self.spec(result)
-            place = next((key for key in keys if _item(result, key) is own), None)
-        else:
-            place = DEFAULT_NAME if self.spec is None else self.spec
-            if isinstance(place, int) and place < 0:
-                place += len(keys)
-            if place not in keys and not hasattr(type(result), "_fields"):  # as of a property
-                own = _item(result, place)
-                place = next((key for key in keys if _item(result, key) is own), place)
-        if place is None:
-            return logits
-        values = {key: _without_gradient(_item(result, key), rows) for key in keys}
-        return _with_items(result, values | {place: logits})
+            return None, self.spec(result)
+        place, keys = DEFAULT_NAME if self.spec is None else self.spec, _keys(result)
+        if isinstance(place, int) and place < 0:
+            place += len(keys)
+        if place not in keys and not hasattr(type(result), "_fields"):  # as of a property
+            own = _item(result, place)
+            place = next((key for key in keys if _item(result, key) is own), place)
+        return place, None
 
 
 def joined(results: Sequence[Any], rows: Sequence[int] | None = None, deep: int = 0) -> Any:
@@ -120,23 +131,41 @@ def last_rows(result: Any, rows: int, count: int) -> Any:
     return result if count == rows else some_rows(result, rows, lambda t: t[-count:])
 
 
-def some_rows(result: Any, rows: int, choose: Callable[[Tensor], Tensor], deep: int = 0) -> Any:
+def some_rows(result: Any, rows: int, choose: Callable[[Tensor], Tensor]) -> Any:
     """What a model returned for ``rows`` images, as for some of these."""
-    if isinstance(result, Tensor):
-        return choose(result) if result.ndim > 0 and len(result) == rows else result
-    keys = _keys(result) if deep < NESTED else []
-    values = {key: some_rows(_item(result, key), rows, choose, deep + 1) for key in keys}
-    return _with_items(result, values) if keys else result
+
+    def change(value: Tensor) -> Tensor:
+        return choose(value) if value.ndim > 0 and len(value) == rows else value
+
+    return _changed(result, change)
 
 
 def _joined(values: Sequence[Any], rows: Sequence[int], deep: int) -> Any:
     last = values[-1]
-    if isinstance(last, (tuple, list)):
+    if _is_nest(last):
         return joined(values, rows, deep) if deep < NESTED else last
     pairs = zip(values, rows, strict=True)
     if all(isinstance(v, Tensor) and v.ndim > 0 and len(v) == n for v, n in pairs):
         return torch.cat(list(values))
     return last
+
+
+def _changed(value: Any, change: Callable[[Tensor], Tensor], deep: int = 0) -> Any:
+    """What a model returned, with a function of each tensor in it; what holds none is kept."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if not _is_nest(value) or deep >= NESTED:
+        return value
+    items = {key: _item(value, key) for key in _keys(value)}
+    values = {key: _changed(item, change, deep + 1) for key, item in items.items()}
+    return value if all(values[k] is items[k] for k in items) else _with_items(value, values)
+
+
+def _is_nest(value: Any) -> bool:
+    """Whether it is there to hold what a model returns; no module, function or class is."""
+    return not (isinstance(value, (Tensor, nn.Module, type)) or callable(value)) and (
+        isinstance(value, (Mapping, tuple, list)) or bool(_keys(value))
+    )
 
 
 def _item(result: Any, key: str | int) -> Any:
@@ -155,7 +184,13 @@ def _keys(result: Any) -> list[Any]:
         return list(result)
     if isinstance(result, (tuple, list)):
         return list(range(len(result)))
-    return list(getattr(result, "__dict__", {}))
+    slots = [name for kind in type(result).__mro__ for name in _slots(kind)]
+    return [*getattr(result, "__dict__", {}), *(name for name in slots if hasattr(result, name))]
+
+
+def _slots(kind: type) -> Sequence[str]:
+    names = kind.__dict__.get("__slots__", ())
+    return [names] if isinstance(names, str) else [n for n in names if not n.startswith("__")]
 
 
 def _with_items(result: Any, values: dict[Any, Any]) -> Any:
@@ -172,12 +207,12 @@ def _with_items(result: Any, values: dict[Any, Any]) -> Any:
         except TypeError:  # a mapping that cannot be written to
             return values
         return changed
-    if dataclasses.is_dataclass(result) and not isinstance(result, type):
-        return dataclasses.replace(result, **values)
     other = copy.copy(result)
+    # A dataclass may be frozen, and need not be made by its fields alone, as replace() would do it.
+    put = object.__setattr__ if dataclasses.is_dataclass(result) else setattr
     for key, value in values.items():
         try:
-            setattr(other, key, value)
+            put(other, key, value)
         except AttributeError:
             raise TypeError(
                 f"`model` must return logits that can be replaced, got a {type(result).__name__} "
@@ -187,15 +222,9 @@ def _with_items(result: Any, values: dict[Any, Any]) -> Any:
     return other
 
 
-def _without_gradient(value: Any, rows: Tensor | None, deep: int = 0) -> Any:
-    """Detach a tensor, or those in a tuple, and spread what has a row per image over all rows."""
-    if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
-        if deep >= NESTED:
-            return value
-        return type(value)(_without_gradient(item, rows, deep + 1) for item in value)
-    if not isinstance(value, Tensor):
-        return value
-    value = value.detach()
+def _without_gradient(value: Tensor, rows: Tensor | None) -> Tensor:
+    """Detach a tensor, and spread what has a row per image over all rows."""
+    value = value.detach() if value.requires_grad else value
     if rows is None or value.ndim == 0 or len(value) != int(rows.sum()):
         return value
     filler = float("nan") if value.is_floating_point() else 0
