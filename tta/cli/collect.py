@@ -31,9 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--for",
         dest="methods",
         nargs="+",
+        action="extend",
         required=True,
         metavar="METHOD",
-        help="components or presets that the artefacts are for, such as eata",
+        help="components or presets that the artefacts are for, such as eata; may be repeated",
     )
     add("--out", required=True, metavar="FILE", help="a .safetensors file, for --source FILE")
     add(
