@@ -154,11 +154,11 @@ class Paced(Source):
         self.go.set()
 
 
-def late(policy: str, count: int) -> tuple[list, Pipeline, tta.Adapter]:
+def late(policy: str, count: int, queue: int = 8) -> tuple[list, Pipeline, tta.Adapter]:
     """A burst of frames while the first one is dealt with."""
     source = Paced(torch.cat([FRAMES] * 3)[:count])
     one = adapter()
-    pipeline = Pipeline(one, source, batch_size=4, queue=8, late=policy, max_wait=0.01)
+    pipeline = Pipeline(one, source, batch_size=4, queue=queue, late=policy, max_wait=0.01)
     found = []
     for result in pipeline:
         found.append(result)
@@ -184,6 +184,15 @@ def test_late_frames_are_predicted_without_learning():
         if results[start].learned:
             own(frames[start : start + 4])
     assert same(own.state(), one.state())
+
+
+@pytest.mark.parametrize("policy", ["skip", "drop"])
+@pytest.mark.parametrize("queue", [1, 4])
+def test_a_queue_of_one_batch_has_late_frames_too(queue, policy):
+    """One that is shorter is raised to a batch."""
+    results, pipeline, _ = late(policy, 41, queue)
+    assert not results[1].learned and results[-1].learned
+    assert pipeline.counts["skipped"] >= 4
 
 
 def test_the_oldest_frames_are_dropped():

@@ -40,7 +40,7 @@ class Batch:
 
     Args:
         frames: Of one stream, or of several where streams are not kept apart.
-        late: Whether too many others wait for this one to be learned from.
+        late: Whether too many waited, these among them, for this one to be learned from.
     """
 
     frames: list[Arrived]
@@ -231,9 +231,12 @@ class Intake:
             return None, wait
         _, line, ready = best
         frames = [line.popleft() for _ in range(ready)]
+        # With the batch itself: "skip" reads no more at twice the queue, and a queue of one batch
+        # would never have more behind it.
+        late = self.late != "wait" and self._count > self.queue
         self._count -= ready
         self._changed.notify_all()
-        return Batch(frames, self.late != "wait" and self._count > self.queue), 0.0
+        return Batch(frames, late), 0.0
 
     def _ready(self, line: deque[Arrived]) -> tuple[int, bool]:
         """How many at the head make a batch, and whether no further one fits; drops failed ones."""
