@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -74,7 +75,25 @@ def test_tuning_leaves_the_model_and_keeps_within_its_time() -> None:
     assert tta.wrap(net, "bn", setting=found)(images(0)).shape == (8, 10)
 
 
+@pytest.mark.parametrize(("budget", "compiled"), [(5, False), (60, True)])
+def test_compiling_begins_only_while_there_is_time(
+    budget: float, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+
+    def run(make: Any, x: torch.Tensor, setting: tta.Setting) -> tuple[float, torch.Tensor]:
+        tried.append(setting)
+        return 1.0, torch.zeros(8, 10)
+
+    monkeypatch.setattr("tta.tuning._run", run)
+    tta.tune(tiny("bn"), images(0), budget_s=budget)
+    assert any(setting.compile is not None for setting in tried) == compiled
+    assert any(setting.precision == "bfloat16" for setting in tried)
+
+
 def test_other_arguments_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"^`model` must be a torch.nn.Module, got int"):
+        tta.tune(3, images(0))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"^`example` must be a tensor"):
         tta.tune(tiny("bn"), [1.0])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^`budget_s` must"):

@@ -17,6 +17,7 @@ from tta.core.adapter import Adapter
 from tta.core.allocator import as_before
 from tta.core.checks import boolean, number, one_of
 from tta.core.config import SLOTS, ComponentConfig
+from tta.core.model_checks import check_model
 from tta.core.parameters import select
 from tta.core.recipe import AdapterConfig
 from tta.core.setting import PRECISIONS, Setting
@@ -27,6 +28,7 @@ __all__ = ["tune"]
 BATCHES = 6  # of the stream over which decisions are compared
 LEAST_AGREEMENT = {"float32": 0.999, "bfloat16": 0.99, "float16": 0.99}
 GAIN = 1.03  # speed-up below which a change is not worth it
+COMPILING_S = 20  # about what a compiler takes, which cannot be stopped, forward and backward
 
 
 def tune(
@@ -50,13 +52,14 @@ def tune(
     Args:
         model: A classifier, unwrapped; it is left as it was.
         example: A batch as the model will get it (B, ...), on its device.
-        budget_s: Seconds that may be spent, about; the plain setting is always measured.
+        budget_s: Seconds that may be spent, about; the plain setting is always measured, and
+            compiling is begun only while 20 are left.
         recipe: As for :func:`tta.wrap`. By default the passes are those of a step that minimises
             entropy, forward and backward, or a forward pass where the model has no norm layer; or
             those of the slots alone, where ``arguments`` fill some.
         precisions: Which may be tried, of ``float32``, ``bfloat16`` and ``float16``; ``float32``,
             which is as the model comes, is among them in any case.
-        compile: Whether ``torch.compile`` may be tried, which can take minutes over the budget.
+        compile: Whether ``torch.compile`` may be tried, which can take longer than the budget has.
         **arguments: Further ones of :func:`tta.wrap`: slots, fields, ``source``, ``mean``, and so
             on. The adapter is made anew for each setting, so ``source`` should hold artefacts
             rather than batches from which they are made each time.
@@ -69,6 +72,7 @@ def tune(
         ValueError: When the model does not take the example, or :func:`tta.wrap` refuses the
             recipe or the arguments.
     """
+    check_model(model)
     number("budget_s", budget_s, 0, 86400)
     if not isinstance(example, Tensor):
         raise TypeError(
@@ -110,7 +114,7 @@ def _fastest(
     plain, decisions = _run(make, example, best)
     fastest, found = plain, best
     for change in changes:
-        if time.monotonic() >= end:
+        if time.monotonic() >= end - (COMPILING_S if "compile" in change else 0):
             break
         candidate = dataclasses.replace(best, **change)
         try:
