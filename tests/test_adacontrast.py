@@ -285,3 +285,18 @@ def test_images_whose_features_overflow_are_left_out() -> None:
         found = adapter(x)
     assert found[1].isnan().all() and found[[0, 2, 3]].isfinite().all()
     assert adapter.report.rejected == 1 and adapter.report.selected == 3
+
+
+def test_small_first_logits_leave_the_first_batch_as_every_other() -> None:
+    """They are looked at in a pass with the source's statistics, amid a learning one."""
+    net = tiny("bn")
+    head = [module for module in net.modules() if isinstance(module, torch.nn.Linear)][-1]
+    with torch.no_grad():
+        head.weight.mul_(0.01)
+        head.bias.fill_(0.5)
+    adapter = tta.wrap(net, "adacontrast.cifar10", mean=[0.5] * 3, std=[0.5] * 3)
+    first, moved = adapter(images(0)), adapter.state()
+    adapter.reset()
+    assert torch.equal(adapter(images(0)), first)
+    for key, value in adapter.state().items():
+        assert torch.equal(value.nan_to_num(), moved[key].nan_to_num()), key

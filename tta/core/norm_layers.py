@@ -253,14 +253,14 @@ def with_statistics(
     wrappers: Iterable[AdaptiveNorm], normalise: Callable[[Tensor, Any], Tensor]
 ) -> Iterator[None]:
     """Within the block, normalise with other statistics, as :func:`normalize_by_batch` does."""
-    wrappers = list(wrappers)
-    for wrapper in wrappers:
-        wrapper.rule.override = normalise
+    before = [(wrapper.rule, wrapper.rule.override) for wrapper in wrappers]
+    for rule, _ in before:
+        rule.override = normalise
     try:
         yield
     finally:
-        for wrapper in wrappers:
-            wrapper.rule.override = None
+        for rule, override in before:  # as a learning pass may be around it
+            rule.override = override
 
 
 @contextmanager
