@@ -284,3 +284,18 @@ def test_what_is_missing_or_does_not_fit_is_refused(tmp_path) -> None:
         tta.load(tiny("bn"), tmp_path)
     again = tta.load(tiny("bn"), tmp_path, source=_source())
     assert torch.equal(again(_domain(1, 3)), adapter(_domain(1, 3)))
+
+
+def test_small_first_logits_leave_the_style_as_it_is() -> None:
+    """The model runs again for the judgement of logits that all lie in [0, 1]."""
+    net = tiny("bn")
+    with torch.no_grad():
+        net.fc.weight.mul_(0.01)
+        net.fc.bias.fill_(0.5)
+    source = tta.collect_source(net, source_batches(), ["reservoir"])
+    adapter = tta.wrap(net, "reservoir", source=source)
+    first, moved = adapter(images(0)), adapter.state()
+    adapter.reset()
+    assert torch.equal(adapter(images(0)), first)
+    for key, value in adapter.state().items():
+        assert torch.equal(value.nan_to_num(), moved[key].nan_to_num()), key
