@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,15 @@ from torch.utils.hooks import RemovableHandle
 from tta.core.checkpointing import is_recomputation
 from tta.core.classifier import size_in
 
-__all__ = ["CallOrderHook", "InputHook", "LogitHook", "drop_hooks", "next_hook", "pooled"]
+__all__ = [
+    "CallOrderHook",
+    "InputHook",
+    "LogitHook",
+    "drop_hooks",
+    "next_hook",
+    "pooled",
+    "without_own_hooks",
+]
 
 TABLES = ("_forward_hooks", "_forward_pre_hooks")
 NOTES = (
@@ -81,6 +90,22 @@ def drop_hooks(model: nn.Module, since: int, kept: Iterable[RemovableHandle]) ->
                     del hooks[number]
                     for notes in NOTES:
                         getattr(module, notes).pop(number, None)
+
+
+@contextmanager
+def without_own_hooks(model: nn.Module) -> Iterator[None]:
+    """Within the block, no hook of this package sees or changes a pass of the model."""
+    tables = [getattr(module, table) for module in model.modules() for table in TABLES]
+    before = [(hooks, dict(hooks)) for hooks in tables if any(map(_is_own, hooks.values()))]
+    try:
+        for hooks, _ in before:
+            for number in [n for n, hook in hooks.items() if _is_own(hook)]:
+                del hooks[number]
+        yield
+    finally:
+        for hooks, everything in before:  # in the order that they are called in
+            hooks.clear()
+            hooks.update(everything)
 
 
 def _is_own(hook: Any) -> bool:

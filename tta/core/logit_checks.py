@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tta.core.classifier import CONVOLUTIONS
+from tta.core.hooks import without_own_hooks
 from tta.core.input_guard import copies
 from tta.core.norm_layers import normalize_by_source, with_statistics
 from tta.core.session import Session
@@ -161,14 +162,13 @@ def ends_in_head(network: Any, x: Tensor) -> bool:
     if not any(isinstance(head, kind) and type(head).forward is kind.forward for kind in kinds):
         return False
     given: list[Tensor] = []
-    handle = head.register_forward_hook(lambda module, args, output: given.append(output.clone()))
-    try:
-        with with_statistics(network.wrappers, normalize_by_source), network.buffers.kept():
-            logits = network.reader.read(model(x.clone(), *args, **kwargs))
-    finally:
-        handle.remove()
-        if network.feature_hook is not None:
-            network.feature_hook.values = []
+    with without_own_hooks(model):  # or components would see the images twice
+        handle = head.register_forward_hook(lambda *call: given.append(call[-1].clone()))
+        try:
+            with with_statistics(network.wrappers, normalize_by_source), network.buffers.kept():
+                logits = network.reader.read(model(x.clone(), *args, **kwargs))
+        finally:
+            handle.remove()
     last = given[-1].flatten(1) if given else logits[:0]
     return last.shape == logits.shape and torch.equal(last, logits)
 

@@ -86,27 +86,21 @@ def cluster_loss(shares: Tensor) -> Tensor:
 
 @contextmanager
 def early_maps(model: nn.Module, layers: Sequence[tuple[str, bool]]) -> Iterator[list[Tensor]]:
-    """Within the block, collect what layers give out in the first pass: (B, C, ...) each.
+    """Within the block, collect what layers give out: (B, C, ...) each.
 
     Args:
-        model: Has the layers; it may run again for the judgement of its first logits.
+        model: Has the layers.
         layers: Names, and whether channels come last, as in a linear layer.
     """
     found: list[Tensor] = []
-    ended: list[bool] = []
 
     def hook(last: bool) -> Callable[..., None]:
         def see(module: nn.Module, args: Any, output: Tensor) -> None:
-            if not ended:
-                found.append(output.movedim(-1, 1) if last and output.ndim > 2 else output)
+            found.append(output.movedim(-1, 1) if last and output.ndim > 2 else output)
 
         return see
 
-    def end(module: nn.Module, args: Any, output: Any) -> None:
-        ended.append(True)
-
     handles = [model.get_submodule(name).register_forward_hook(hook(last)) for name, last in layers]
-    handles.append(model.register_forward_hook(end))
     try:
         yield found
     finally:
