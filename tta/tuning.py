@@ -124,7 +124,13 @@ def _fastest(
             continue
         difference = float((logits - decisions).abs().max())
         agreement = float((logits.argmax(1) == decisions.argmax(1)).float().mean())
-        if seconds * GAIN < fastest and agreement >= LEAST_AGREEMENT[candidate.precision]:
+        if agreement < LEAST_AGREEMENT[candidate.precision] or seconds * GAIN >= fastest:
+            continue
+        with as_before():  # once more, as something else may have kept the machine busy before
+            fastest = min(fastest, _run(make, example, best)[0])
+        if best == Setting():
+            plain = fastest
+        if seconds * GAIN < fastest:
             fastest, best = seconds, candidate
             found = dataclasses.replace(
                 best, speedup=plain / seconds, difference=difference, agreement=agreement
