@@ -168,6 +168,30 @@ def late(policy: str, count: int, queue: int = 8) -> tuple[list, Pipeline, tta.A
     return found, pipeline, one
 
 
+@pytest.mark.parametrize("policy", ["skip", "drop"])
+def test_streams_that_fill_a_batch_each_are_not_late(policy):
+    """The queue has room for these, however short it is said to be."""
+
+    class Several(Paced):
+        def __iter__(self) -> Iterator[Frame | Failure]:
+            yield Frame("x", self.frames[0])
+            self.go.wait(10)
+            for frame in self.frames[1:4]:
+                for stream in "abcdef":
+                    yield Frame(stream, frame)
+
+    source = Several(FRAMES)
+    pool = StreamPool(adapter(), capacity=8)
+    pipeline = Pipeline(pool, source, batch_size=4, queue=4, late=policy, max_wait=0.01)
+    for count, result in enumerate(pipeline):
+        assert result.learned
+        if count == 0:
+            source.go.set()
+            time.sleep(0.3)
+    assert pipeline.counts["dropped"] == pipeline.counts["skipped"] == 0
+    assert pipeline.counts["learned"] == 19
+
+
 def test_late_frames_are_predicted_without_learning():
     results, pipeline, one = late("skip", 41)
     assert [result.index for result in results] == list(range(41))

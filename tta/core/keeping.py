@@ -19,7 +19,7 @@ def check_keep(adapter: Any, keep: Any) -> None:
     Raises:
         ValueError: When ``keep`` is no such value, or is True and a rule cannot be written.
     """
-    if keep not in (False, True, "parameters"):
+    if not isinstance(keep, bool) and not (isinstance(keep, str) and keep == "parameters"):
         raise ValueError(
             f'`keep` must be False, True or "parameters", got {shown(keep)}: pass one of these.'
         )

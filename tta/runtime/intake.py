@@ -76,7 +76,7 @@ class Intake:
         apart: bool,
     ) -> None:
         self.batch_size, self.max_wait, self.late, self.apart = batch_size, max_wait, late, apart
-        self.queue = max(queue, batch_size)
+        self.queue = queue
         self.counts = {"frames": 0, "learned": 0, "skipped": 0, "dropped": 0, "failed": 0}
         self.stopped = False
         self._prepare, self._workers = prepare, workers
@@ -167,7 +167,7 @@ class Intake:
             self._waiting.setdefault(stream if self.apart else "", deque()).append(arrived)
             self._count += 1
             if self.late == "drop":
-                while self._count > 2 * self.queue:
+                while self._count > 2 * self._room():
                     self._drop_oldest()
         image.add_done_callback(lambda _: self.notify())
         return True
@@ -181,9 +181,11 @@ class Intake:
         """Frames from which on nobody reads."""
         if self.late == "drop":
             return float("inf")
-        # Each stream's batch must be able to fill.
-        most = max(self.queue, self.batch_size * len(self._waiting))
-        return most if self.late == "wait" else 2 * most
+        return self._room() if self.late == "wait" else 2 * self._room()
+
+    def _room(self) -> int:
+        """Frames that may wait: at least a batch of each stream, which must be able to fill."""
+        return max(self.queue, self.batch_size * len(self._waiting))
 
     def _drop_oldest(self) -> None:
         line = min((w for w in self._waiting.values() if w), key=lambda w: w[0].at)
@@ -233,7 +235,7 @@ class Intake:
         frames = [line.popleft() for _ in range(ready)]
         # With the batch itself: "skip" reads no more at twice the queue, and a queue of one batch
         # would never have more behind it.
-        late = self.late != "wait" and self._count > self.queue
+        late = self.late != "wait" and self._count > self._room()
         self._count -= ready
         self._changed.notify_all()
         return Batch(frames, late), 0.0

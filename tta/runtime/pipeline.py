@@ -89,7 +89,7 @@ class Pipeline:
             tensor (C, H, W) as the model takes it. None stands for that of the model's timm config,
             or pixels in [0, 1], for pictures, and for none for tensors.
         workers: Threads that decode and transform.
-        queue: Frames that may wait; at least a batch, and for "wait" one of each stream.
+        queue: Frames that may wait; at least a batch of each stream.
         late: What happens to frames that come too fast: "wait" reads no more until there is room;
             "skip" predicts without learning while more than ``queue`` wait, and reads no more at
             twice as many; "drop" drops the oldest then.
