@@ -178,8 +178,10 @@ class Tuned:
         if not bundled:
             torch.manual_seed(0)
             model = timm.create_model(name, num_classes=subject.info.num_classes).eval()
-            subject = replace(subject, name=name, model=model, source=None)
             batches = [F.interpolate(x, (224, 224)) for x in batches]
+            shown = [(batches[0], labels[:size])]  # for what methods are made of beforehand
+            source = tta.collect_source(model, shown, for_methods=["eata", "neo"])
+            subject = replace(subject, name=name, model=model, source=source)
         return subject, batches, labels[: size * len(batches)]
 
 
