@@ -56,6 +56,8 @@ def on(*groups: list[Case], where: Callable[[Case], bool] = lambda case: True):
 
 # Checks of what one component does run on components; a composition adds nothing to them.
 on_components = on(ALONE)
+# A dtype is the component's affair, whatever the network.
+on_a_network_each = on(list({case[1]["recipe"]: case for case in ALONE}.values()))
 # Checks of state and isolation run on compositions too: there the state of one component could
 # be left out, shared with another or put back in the wrong order.
 on_compositions = on(ALONE, SAMPLED_PAIRS, SAMPLED_TRIPLES)
@@ -265,7 +267,7 @@ def test_a_model_in_bfloat16(case) -> None:
     assert all(v.isfinite().all() for k, v in state.items() if k.startswith(("param/", "norm/")))
 
 
-@on_components
+@on_a_network_each
 def test_an_adapter_takes_another_dtype_after_wrap(case) -> None:
     """Averages stay as exact as they were, whatever the model's dtype."""
     _, plain = make(*case)
