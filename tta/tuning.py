@@ -118,16 +118,15 @@ def _fastest(
             break
         candidate = dataclasses.replace(best, **change)
         try:
-            with as_before():
-                seconds, logits = _run(make, example, candidate)
+            seconds, logits = _run(make, example, candidate)
         except Exception:  # whatever a kernel or a compiler that is not there raises
             continue
         difference = float((logits - decisions).abs().max())
         agreement = float((logits.argmax(1) == decisions.argmax(1)).float().mean())
         if agreement < LEAST_AGREEMENT[candidate.precision] or seconds * GAIN >= fastest:
             continue
-        with as_before():  # once more, as something else may have kept the machine busy before
-            fastest = min(fastest, _run(make, example, best)[0])
+        # Once more, as something else may have kept the machine busy before.
+        fastest = min(fastest, _run(make, example, best)[0])
         if best == Setting():
             plain = fastest
         if seconds * GAIN < fastest:
@@ -167,7 +166,7 @@ def _changes(
 
 def _run(make: Callable[[Setting], Adapter], x: Tensor, setting: Setting) -> tuple[float, Tensor]:
     """Median seconds of a call, and the logits (N, C) of a short adapted stream."""
-    with warnings.catch_warnings():
+    with as_before(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of presets for another number of classes
         adapter = make(setting)
         try:

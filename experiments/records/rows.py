@@ -6,7 +6,7 @@ A study that is stopped keeps what it has, and measures what is left when it is 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,27 @@ class Rows:
         finally:
             markdown.write_between(page, mark, render(self.rows))
         print(f"{self.path}\n{page}")
+
+    def fill(
+        self,
+        keys: Iterable[Mapping[str, Any]],
+        about: Mapping[str, Any],
+        measure: Callable[[Mapping[str, Any]], Mapping[str, Any]],
+        again: bool,
+    ) -> None:
+        """Measure what is left, and print each row as it comes.
+
+        Args:
+            keys: Of the rows.
+            about: Fields that all of them have.
+            measure: Gives the other fields of a key's row.
+            again: Whether rows that are there are measured again.
+        """
+        for key in keys:
+            if again or not self.measured(key, about):
+                row = {**key, **about, **measure(key)}
+                self.put(row)
+                print(row, flush=True)
 
     def put(self, row: Mapping[str, Any]) -> None:
         """Add a row, or replace the one of its key, and write the file."""

@@ -107,11 +107,7 @@ class DeviceCost:
     def execute(self) -> Path:
         """Measure what is left, and write the page; returns it."""
         with self.rows.shown_on(self.page, MARK, render):
-            for key in self.keys:
-                if self.again or not self.rows.measured(key, self.about):
-                    row = key | self.about | self._measure(key)
-                    self.rows.put(row)
-                    print(row, flush=True)
+            self.rows.fill(self.keys, self.about, self._measure, self.again)
         return self.page
 
     def _measure(self, key: Mapping[str, Any]) -> dict[str, Any]:

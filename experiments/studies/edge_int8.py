@@ -79,7 +79,8 @@ class EdgeInt8:
         results: Path = RESULTS,
         page: Path = PAGE,
     ) -> None:
-        self.subjects = [load_subject(name, "bundled", torch.device("cpu")) for name in names]
+        opened = [load_subject(name, "bundled", torch.device("cpu")) for name in names]
+        self.subjects = {subject.name: subject for subject in opened}
         self.methods, self.images, self.again = methods, images, again
         self.rows, self.page = Rows(results, ("model", "method")), page
 
@@ -87,17 +88,13 @@ class EdgeInt8:
         """Measure what is left, and write the page; returns it."""
         about = {"images": self.images}
         with self.rows.shown_on(self.page, MARK, render):
-            for subject in self.subjects:
-                for method in self.methods:
-                    key = {"model": subject.name, "method": method}
-                    if self.again or not self.rows.measured(key, about):
-                        row = key | about | self._measure(subject, method)
-                        self.rows.put(row)
-                        print(row, flush=True)
+            keys = [{"model": m, "method": r} for m in self.subjects for r in self.methods]
+            self.rows.fill(keys, about, self._measure, self.again)
         return self.page
 
-    def _measure(self, subject: Subject, text: str) -> dict[str, Any]:
+    def _measure(self, key: Mapping[str, Any]) -> dict[str, Any]:
         """Percent of wrong predictions by precision and domain, and sizes of the files."""
+        subject, text = self.subjects[key["model"]], key["method"]
         method = parse_method(text, subject.info.num_classes)
         pixels, labels = _shuffled(subject)
         calibration = [

@@ -154,12 +154,7 @@ class OwnNetworks:
         """Measure what is left, and write the page; returns it."""
         about = {"images": self.images}
         with self.rows.shown_on(self.page, MARK, render):
-            for key in self._keys():
-                if self.again or not self.rows.measured(key, about):
-                    subject = _subject(key["model"])
-                    row = key | about | self._measure(subject, key["order"], key["method"])
-                    self.rows.put(row)
-                    print(row, flush=True)
+            self.rows.fill(self._keys(), about, self._measure, self.again)
         return self.page
 
     def _keys(self) -> Iterator[dict[str, str]]:
@@ -169,8 +164,9 @@ class OwnNetworks:
                     for method in CASES[case].methods:
                         yield {"case": case, "model": model, "order": order, "method": method}
 
-    def _measure(self, subject: Subject, order: str, text: str) -> dict[str, Any]:
+    def _measure(self, key: Mapping[str, Any]) -> dict[str, Any]:
         """Percent of wrong predictions by domain."""
+        subject, order, text = _subject(key["model"]), key["order"], key["method"]
         clean = subject.clean
         assert isinstance(clean, ImageSet)
         pixels, labels = clean.tensor().float() / 255, torch.as_tensor(np.array(clean.labels))

@@ -115,16 +115,12 @@ class ServerLoad:
     def execute(self) -> Path:
         """Measure what is left, and write the page; returns it."""
         with self.rows.shown_on(self.page, MARK, render):
-            for way in self.ways:
-                key = {"model": self.model, "way": way}
-                if self.again or not self.rows.measured(key, self.about):
-                    row = key | self.about | self._measure(way)
-                    self.rows.put(row)
-                    print(row, flush=True)
+            keys = [{"model": self.model, "way": way} for way in self.ways]
+            self.rows.fill(keys, self.about, self._measure, self.again)
         return self.page
 
-    def _measure(self, way: str) -> dict[str, Any]:
-        method, _, frozen = way.partition(", ")
+    def _measure(self, key: Mapping[str, Any]) -> dict[str, Any]:
+        method, _, frozen = key["way"].partition(", ")
         names = [f"camera-{number}" for number in range(self.about["streams"])]
         pictures = [_png(image) for image in read_bundled().images[::20]]
         with tempfile.TemporaryDirectory() as folder, _serving(self.model, method) as server:

@@ -120,11 +120,7 @@ class Tuned:
         """Measure what is left, and write the page; returns it."""
         about = {"seconds": self.seconds, "images": self.images, "compile": self.compile}
         with self.rows.shown_on(self.page, MARK, render):
-            for key in self.keys:
-                if self.again or not self.rows.measured(key, about):
-                    row = key | about | self._measure(key)
-                    self.rows.put(row)
-                    print(row, flush=True)
+            self.rows.fill(self.keys, about, self._measure, self.again)
         return self.page
 
     def _measure(self, key: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-__all__ = ["KeepsDtype", "Masters", "NeverHalf"]
+__all__ = ["HALF", "KeepsDtype", "Masters", "NeverHalf"]
 
 HALF = (torch.bfloat16, torch.float16)
 

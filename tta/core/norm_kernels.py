@@ -1,6 +1,6 @@
 """Normalisation by statistics that depend on the images, with gradients in few passes over memory.
 
-What autograd makes of single operations goes eight times over a tensor of the size of the layer's
+What autograd makes of single operations goes nine times over a tensor of the size of the layer's
 images; its arithmetic is next to nothing, so that these passes are what it costs. The formulas are
 those of Ioffe, Szegedy (arXiv 1502.03167, section 3), in two parts, since rules do what they like
 between the statistics of images and those that they normalise by.
@@ -19,12 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tta.core.masters import HALF
 from tta.core.tracing import is_recorded
 
-__all__ = ["few_passes_back", "normalize_by"]
+__all__ = ["LARGE_MEAN", "few_passes_back", "normalize_by"]
 
-HALF = (torch.bfloat16, torch.float16)
-LARGE_MEAN = 100.0  # variances in the square of the mean
+LARGE_MEAN = 1e-2  # share of variance in the mean square below which digits would be lost
 
 Stats = tuple[Tensor, Tensor]
 
@@ -109,7 +109,7 @@ class _Statistics(torch.autograd.Function):
         count = math.prod(x.shape[2:])
         # d mean / dx = 1 / n and d var / dx = 2 (x - mean) / n
         level, slope = of_mean / count, of_var * (2 / count)
-        if bool((mean.square() > LARGE_MEAN * var).any()):  # digits would be lost in one pass
+        if bool((var < LARGE_MEAN * mean.square()).any()):  # digits would be lost in one pass
             deviation = x - _by_channel(mean, x)
             return torch.addcmul(_by_channel(level, x), deviation, _by_channel(slope, x)), None
         level = torch.addcmul(level, slope, mean, value=-1)

@@ -23,7 +23,7 @@ from tta.core.batch_split import current_split
 from tta.core.checkpointing import is_recomputation, may_be_recomputed
 from tta.core.classifier import evaluating
 from tta.core.functional import HOOKS, bare_copy, call_with_hooks, has_hooks
-from tta.core.norm_kernels import few_passes_back, normalize_by
+from tta.core.norm_kernels import LARGE_MEAN, few_passes_back, normalize_by
 from tta.core.norm_rule import NormRule
 from tta.core.session import Session
 from tta.core.tracing import is_tracing, rule_refused, source_if_refused
@@ -58,7 +58,6 @@ __all__ = [
 
 
 FAR_OUTSIDE = 30.0  # energies above this many reference variances are those of bad images
-LARGE_MEAN = 1e-2  # share of variance in the mean square below which digits would be lost
 
 
 @dataclass
