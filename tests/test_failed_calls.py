@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 import time
 import zlib
 from typing import Any
@@ -22,7 +23,7 @@ from tests.helpers.compositions import (
     label,
     make,
 )
-from tests.helpers.faults import Counting, Fault, Subject, interrupted, same, shots
+from tests.helpers.faults import AtPlace, Counting, Fault, Subject, interrupted, same, shots
 from tests.helpers.nets import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -257,42 +258,62 @@ def test_a_signal_between_a_context_and_its_block_leaves_no_mode(name: str) -> N
     assert number > 2
 
 
-def test_a_fault_at_any_line_of_a_pool_leaves_no_stream_owned() -> None:
-    """A fault is raised before each line of the pool and of views in turn."""
+POOL = tuple(f"runtime/{name}.py" for name in ("pool", "stream_view", "stream_store"))
+POOL += ("runtime/side_by_side.py", "/contextlib.py", "/threading.py")
+
+
+def test_a_signal_at_any_place_of_a_pool_leaves_no_stream_owned_and_no_lock_held() -> None:
     shared = tta.runtime.StreamPool(tta.wrap(tiny("bn"), "tent.cifar10"))
-    shared.stream("a", create=True)
-    before, left = sys.gettrace(), 0
+    rows = images(0)[:4]
+    shared(rows, list("abab"), create=True)
 
-    def trace(frame: Any, event: str, _: Any) -> Any:
-        nonlocal left
-        if not frame.f_code.co_filename.endswith(("runtime/pool.py", "runtime/stream_view.py")):
-            return None
-        left -= event == "line"
-        if left == 0:
-            sys.settrace(before)
-            raise Fault
-        return trace
+    def states() -> dict[str, Any]:
+        return {name: shared.stream(name).state() for name in "ab"}
 
-    def use() -> None:
+    before = states()
+    shared(rows, list("abab"))
+    after = states()
+
+    def enter() -> None:
         with shared.stream("a"):
             pass
-        shared.stream("a", wait=False)
-        shared.freeze("a")
-        _ = shared.stream("a").report
-        shared.stream("b", create=True)
-        shared.drop("b")
 
-    faults = 0
-    for number in range(1, 1000):
-        left = number
-        with contextlib.suppress(Fault):
-            sys.settrace(trace)
-            use()
-        sys.settrace(before)
-        if left > 0:
-            break
-        faults += 1
-        for name in shared.streams():
-            shared.stream(name, wait=False)
-    assert faults > 60
+    def make() -> None:
+        shared.stream("c", create=True)
+        shared.drop("c")
+
+    held = shared.stream("a")
+    uses = [lambda: shared(rows, list("abab")), enter, make, lambda: held(rows[:2])]
+    uses += [lambda: held.state(), lambda: shared.stream("a", wait=False)]
+    for use in uses:
+        for number in range(2000):
+            for name in "ab":
+                shared.stream(name).load_state(before[name])
+            with contextlib.suppress(Fault), AtPlace(number, POOL) as place:
+                use()
+            if not place.where:
+                break
+            assert free_for_others(shared, place.where)
+            for name in shared.streams():
+                shared.stream(name, wait=False)
+            if use is uses[0]:
+                found = states()
+                assert any(
+                    all(same(found[name], wanted[name]) for name in "ab")
+                    for wanted in (before, after)
+                ), place.where
+        assert 20 < number < 2000
     shared.close()
+
+
+def free_for_others(shared: tta.runtime.StreamPool, where: str) -> bool:
+    """Whether another thread may use a pool at once."""
+    found = []
+
+    def use() -> None:
+        found.append(shared.stream("b", wait=False).state())
+
+    other = threading.Thread(target=use, name=where, daemon=True)
+    other.start()
+    other.join(30)
+    return bool(found)

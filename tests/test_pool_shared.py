@@ -242,7 +242,9 @@ def test_a_mixed_batch_with_a_stream_of_another_changes_nothing(tmp_path: Path) 
             for batched in (True, False):
                 one.batched = batched
                 with pytest.raises(ElsewhereError):
-                    one.run_each({"c": 0, "a": 0}, lambda adapter, _: adapter(images(1)))
+                    one.run_each(
+                        {"c": 0, "a": 0}, lambda adapter, _: adapter(images(1)), wait=False
+                    )
             assert same(one.stream("c").state(), before)
 
 

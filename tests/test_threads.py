@@ -44,7 +44,7 @@ def test_calls_of_several_threads_are_served_one_after_the_other(
         try:
             for call in range(calls):
                 number = (soak_seed * threads + thread) * calls + call
-                with adapter.turns:  # the order is that of the turns
+                with adapter.turns.lock:  # the order is that of the turns
                     served.append((number, adapter(images(number))))
                 adapter.report, adapter.state()
         except BaseException as error:
@@ -93,7 +93,7 @@ def test_copies_and_children_have_turns_of_their_own() -> None:
     held, done = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with adapter.turns:
+        with adapter.turns.lock:
             held.set()
             done.wait(30)
 
@@ -104,7 +104,7 @@ def test_copies_and_children_have_turns_of_their_own() -> None:
         assert twin.turns is not adapter.turns and twin(images(0)).shape == (8, 10)
     child = os.fork()
     if child == 0:  # nobody holds anything here
-        with adapter.turns:
+        with adapter.turns.lock:
             os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
     done.set()

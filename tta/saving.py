@@ -62,7 +62,7 @@ def save(adapter: Adapter, folder: str | Path) -> None:
     folder = folder_like("folder", folder)
     if "model" not in adapter._modules:
         raise RuntimeError("this adapter was unwrapped and has no state: wrap the model again.")
-    with adapter.turns:  # no call of another thread comes between
+    with adapter.turns.lock:  # no call of another thread comes between
         tensors = {f"state:{k}": v for k, v in adapter.state().items()}
         tensors |= {f"constant:{k}": v.detach().clone() for k, v in adapter.constants().items()}
         tensors |= {f"initial:{k}": v for k, v in adapter.reset_point().items()}

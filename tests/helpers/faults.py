@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.helpers.batches import images
 from tests.helpers.compositions import Case, make
 
-__all__ = ["Counting", "Fault", "Subject", "interrupted", "same", "shots"]
+__all__ = ["AtPlace", "Counting", "Fault", "Subject", "interrupted", "same", "shots"]
 
 
 class Fault(Exception):
@@ -58,6 +59,36 @@ def interrupted(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+class AtPlace:
+    """Raises :class:`Fault` at one of the places where Python lets a signal's handler run.
+
+    These are the beginning of a function and the return of one of C; only such of code in some
+    files count, and what is on its way when the handler raises is what a signal would leave.
+
+    Args:
+        number: Of the place, from 0.
+        files: Ends of the names of the files.
+    """
+
+    def __init__(self, number: int, files: tuple[str, ...]) -> None:
+        self.left, self.files, self.where = number, files, ""
+
+    def __enter__(self) -> AtPlace:
+        sys.setprofile(self._look)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.setprofile(None)
+
+    def _look(self, frame: Any, event: str, _: Any) -> None:
+        if event in ("call", "c_return") and frame.f_code.co_filename.endswith(self.files):
+            self.left -= 1
+            if self.left < 0:
+                sys.setprofile(None)
+                self.where = f"{frame.f_code.co_name}, line {frame.f_lineno}, {event}"
+                raise Fault
 
 
 def parameters(model: nn.Module) -> list[tuple[dict[str, Any], str, Any]]:

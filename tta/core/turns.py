@@ -22,7 +22,7 @@ class GuestError(RuntimeError):
 
 
 class Turns:
-    """A lock that a thread may take several times; ``with turns: ...``.
+    """A lock that a thread may take several times; ``with turns.lock: ...``.
 
     Copies of an object, and what is unpickled, have one of their own. A process that was forked
     while another thread had its turn begins with a free one.
@@ -33,12 +33,6 @@ class Turns:
         self.reserved = ""  # why nobody but the one who set this may have a turn
         self.admitted = False  # whether that one has it
         _all.add(self)
-
-    def __enter__(self) -> None:
-        self.lock.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        self.lock.release()
 
     def __deepcopy__(self, memo: Any) -> Turns:
         return Turns()

@@ -80,7 +80,8 @@ class Intake:
         self.counts = {"frames": 0, "learned": 0, "skipped": 0, "dropped": 0, "failed": 0}
         self.stopped = False
         self._prepare, self._workers = prepare, workers
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()  # taken by itself: a signal could leave a Condition held
+        self._changed = threading.Condition(self._lock)
         self._waiting: dict[str, deque[Arrived]] = {}  # by stream, or all under one name
         self._count = 0
         self._next: dict[str, int] = {}  # number of the next frame of each stream
@@ -95,7 +96,7 @@ class Intake:
 
     def take(self) -> Batch | None:
         """The next batch, when there is one; None at the end."""
-        with self._changed:
+        with self._lock:
             while not self.stopped:
                 now = time.monotonic()
                 found, wait = self._due(now, ())
@@ -114,7 +115,7 @@ class Intake:
             most: Batches, at most.
         """
         found = [batch]
-        with self._changed:
+        with self._lock:
             while len(found) < most and not self.stopped:
                 taken = [one.frames[0].stream for one in found]
                 more, _ = self._due(time.monotonic(), taken)
@@ -125,7 +126,7 @@ class Intake:
 
     def close(self) -> None:
         """End all threads that can be ended; one that a user's iterable holds ends with that."""
-        with self._changed:
+        with self._lock:
             self.stopped = True
             self._changed.notify_all()
         for reader in self._readers:
@@ -139,7 +140,7 @@ class Intake:
 
     def fail(self, stream: str, reason: str, frames: int = 1) -> None:
         """Count and log what went wrong."""
-        with self._changed:
+        with self._lock:
             self.counts["failed"] += frames
         log.warning("stream %s: %s", shown(stream, 60), reason)
 
@@ -147,14 +148,14 @@ class Intake:
 
     def room(self) -> bool:
         """Wait until a reader may read on; False to end."""
-        with self._changed:
+        with self._lock:
             while not self.stopped and self._count >= self._limit():
                 self._changed.wait()
             return not self.stopped
 
     def put(self, frame: Frame, reader: _Reader) -> bool:
         """Queue a frame that has arrived; False to end."""
-        with self._changed:
+        with self._lock:
             if self.stopped:
                 return False
             assert self._pool is not None
@@ -174,7 +175,7 @@ class Intake:
 
     def notify(self) -> None:
         """Wake up who waits for a change."""
-        with self._changed:
+        with self._lock:
             self._changed.notify_all()
 
     def _limit(self) -> float:

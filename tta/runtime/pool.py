@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +175,10 @@ class StreamPool:
     ) -> None:
         self.adapter = adapter
         self.batched, self.shared = True, owners is not None
-        self._free = threading.Condition()  # of owners
+        # Of owners. Held by `with` of the lock itself, since a signal that raises comes between two
+        # lines of Python, such as those of Condition.__enter__, and would leave it held.
+        self._owners = threading.RLock()
+        self._free = threading.Condition(self._owners)
         self._store = StreamStore(adapter, capacity, files, owners)
         self._beside = SideBySide(self._store)
         self._snapshots = None
@@ -248,23 +250,9 @@ class StreamPool:
         rows: dict[str, list[int]] = {}
         for row, name in enumerate(names):
             rows.setdefault(name, []).append(row)
-        new = [name for name in rows if self._store.find(name) is None]
-        if new and not create:
-            self._known(new[0], create)
-        unused: list[Stream] = []  # until now, and made for this call
-        with ExitStack() as owned:
-            try:
-                for name in sorted(rows):  # in one order, or two calls would wait for each other
-                    owned.enter_context(self.stream(name, create))
-                    stream = self._store.streams[name]
-                    unused += [stream] if name in new and stream.version == 0 else []
-                found = self.run_each(
-                    rows, lambda a, name: a(images if len(rows) == 1 else images[rows[name]])
-                )
-            except BaseException:
-                for stream in unused:
-                    self._store.drop(stream)
-                raise
+        found = self.run_each(
+            rows, lambda a, name: a(images if len(rows) == 1 else images[rows[name]]), create
+        )
         read = network.reader.read
         parts = [answer if isinstance(answer, Tensor) else read(answer) for answer in found]
         logits = parts[0].new_empty((len(images), *parts[0].shape[1:]))
@@ -273,17 +261,50 @@ class StreamPool:
         return logits
 
     def run_each(
-        self, streams: Mapping[str, Any], action: Callable[[Adapter, str], Any]
+        self,
+        streams: Mapping[str, Any],
+        action: Callable[[Adapter, str], Any],
+        create: bool = False,
+        wait: bool = True,
     ) -> list[Any]:
         """What a function of adapter and name does to each stream, for tta.runtime.
 
-        For all of them, or for none where it raises; in one pass as a mixed batch is.
+        For all of them, or for none where it raises, and none was created then; in one pass as a
+        mixed batch is. Meanwhile the caller owns them.
 
         Args:
-            streams: Names of streams that are there, and that the caller owns.
+            streams: Names of streams.
             action: What to do; it must not keep the adapter.
+            create: As for :meth:`stream`.
+            wait: As for :meth:`stream`.
         """
-        return (self._beside if self.batched else self._store).run_each(streams, action)
+        new = [name for name in streams if self._store.find(name) is None]
+        if new and not create:
+            self._known(new[0])
+        views: list[StreamView] = []
+        unused: list[Stream] = []  # until now, and made for this call
+        # No ExitStack: a signal that comes while it ends leaves it in a cycle of references, and
+        # the streams with it.
+        try:
+            for name in sorted(streams):  # in one order, or two calls would wait for each other
+                views.append(self.stream(name, create, wait))
+                views[-1].__enter__()
+                stream = self._store.streams[name]
+                unused += [stream] if name in new and stream.version == 0 else []
+            serve = self._beside if self.batched else self._store
+            found = serve.run_each(streams, action)
+            unused = []
+            for view in views:
+                view.__exit__()
+            return found
+        except BaseException:
+            try:
+                for stream in unused:
+                    self._store.drop(stream)
+            finally:
+                for view in views:
+                    view.__exit__()
+            raise
 
     @property
     def one_by_one(self) -> str | None:
@@ -376,7 +397,7 @@ class StreamPool:
         self._beside.close()
         if self._snapshots is not None:
             self._snapshots.stop()
-        with self._free:
+        with self._owners:
             self._free.notify_all()  # who waits for a stream is told
 
     def owned(self, name: str) -> bool:
@@ -451,7 +472,7 @@ class StreamPool:
 
     def _own_here(self, stream: Stream, view: object, wait: bool, me: int) -> None:
         """Do so among the threads of this process."""
-        with self._free:
+        with self._owners:
             while stream.owner is not None:
                 if not wait or stream.owner[1] == me:
                     who = "this thread" if stream.owner[1] == me else "another owner"
@@ -465,7 +486,7 @@ class StreamPool:
 
     def _give_back(self, stream: Stream, view: object) -> None:
         """End the ownership of a view, if it has it."""
-        with self._free:
+        with self._owners:
             if stream.owner is not None and stream.owner[0] == id(view):
                 stream.owner = None
                 self._free.notify_all()

@@ -6,7 +6,7 @@ import logging
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,7 +94,7 @@ class Direct(Server):
 
     def serve(self, stream: str, images: Tensor, learn: bool, used: int) -> Step:
         """Serve a batch; all streams are one."""
-        with self.adapter.turns:
+        with self.adapter.turns.lock:
             return step(self.adapter, images, learn, used)
 
 
@@ -121,7 +121,7 @@ class Replaying(Direct):
 
     def serve(self, stream: str, images: Tensor, learn: bool, used: int) -> Step:
         """Serve a batch; all streams are one."""
-        with self.adapter.turns:
+        with self.adapter.turns.lock:
             captured = self._captured_for(images) if learn else None
             logits = None if captured is None else captured.serve(images)
             if logits is None:
@@ -176,10 +176,9 @@ class Pooled(Server):
         Args:
             batches: Images, and the other arguments of :func:`step`, by stream.
         """
-        with ExitStack() as owned:
-            for stream in sorted(batches):
-                owned.enter_context(self.pool.stream(stream, create=True))
-            return self.pool.run_each(batches, lambda adapter, name: step(adapter, *batches[name]))
+        return self.pool.run_each(
+            batches, lambda adapter, name: step(adapter, *batches[name]), create=True
+        )
 
 
 class Lagging(Server):
@@ -233,7 +232,7 @@ class Lagging(Server):
 
     @torch.inference_mode(False)
     def _learn(self, images: Any, used: int) -> None:
-        with self.adapter.turns, self.lanes.learning():
+        with self.adapter.turns.lock, self.lanes.learning():
             if self._lent is not None:
                 self.lanes.take(self._lent)
                 self._lent = None

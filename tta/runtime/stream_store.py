@@ -6,8 +6,8 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -99,7 +99,7 @@ class StreamStore:
         self.in_memory: OrderedDict[str, Stream] = OrderedDict()  # the least recently used first
         self.closed = False
         self.seat = Seat(self.sets)  # of the adapter itself
-        self._inside = False  # whether a call is going on
+        self._inside: int | None = None  # the thread of the call that is going on
         self._disk = threading.RLock()  # taken after the turn, never before it
         adapter.turns.reserved = RESERVED
         self._look_at_files()
@@ -119,15 +119,12 @@ class StreamStore:
         if self.closed:
             raise RuntimeError("this pool was closed: make or open another.")
 
-    @contextmanager
-    def turn(self) -> Iterator[None]:
-        """Have the model alone."""
-        if getattr(guest, "of", None) is self.adapter.turns:
+    def turn(self) -> AbstractContextManager[Any]:
+        """What has the model alone in a ``with`` block."""
+        turns = self.adapter.turns
+        if getattr(guest, "of", None) is turns or self._inside == threading.get_ident():
             raise RuntimeError(INSIDE)
-        with self.adapter.turns.lock:
-            if self._inside:  # by this thread, as it has the lock
-                raise RuntimeError(INSIDE)
-            yield
+        return turns.lock
 
     def check_there(self, stream: Stream) -> None:
         """Refuse a stream that was dropped; another one may have its name by now.
@@ -297,11 +294,12 @@ class StreamStore:
         turns = self.adapter.turns
         for stream in changed:  # before, as an exception may come at any line
             stream.version += 1
-        self._inside = turns.admitted = True
+        me = threading.get_ident()
+        turns.admitted, self._inside = True, me
         try:
             return action()
         finally:
-            self._inside = turns.admitted = False
+            turns.admitted, self._inside = False, None
 
     def write_changed(
         self, stopped: threading.Event | None = None, only: Sequence[Stream] | None = None

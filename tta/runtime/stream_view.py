@@ -84,7 +84,11 @@ class StreamView:
 
     def __exit__(self, *_: object) -> None:
         self._left = True
-        self._release(self)
+        try:
+            self._release(self)
+        except BaseException:  # a signal, before it was given back
+            self._release(self)
+            raise
 
     def __del__(self) -> None:
         if "_release" in self.__dict__:  # what a signal has kept from ending is ended here
@@ -120,9 +124,12 @@ class StreamView:
             return self._run_in_pool(action, changes)
         try:
             self._own(self)
-            return self._run_in_pool(action, changes)
-        finally:
+            result = self._run_in_pool(action, changes)
             self._release(self)
+            return result
+        except BaseException:  # also a signal that came while it was given back
+            self._release(self)
+            raise
 
     def _check(self) -> None:
         if self._left:

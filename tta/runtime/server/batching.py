@@ -64,7 +64,8 @@ class Batcher:
         self._items: deque[tuple[float, Item]] = deque()  # with the time of coming
         self._counts: Counter[str] = Counter()  # of each stream in it
         self._actions: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()  # taken by itself: a signal could leave a Condition held
+        self._changed = threading.Condition(self._lock)
         self._stopping = False
         self._thread = threading.Thread(target=self._go_on, name="tta-server", daemon=True)
         self._thread.start()
@@ -85,7 +86,7 @@ class Batcher:
         Raises:
             RefusedError: When too many wait already, or after :meth:`stop`.
         """
-        with self._changed:
+        with self._lock:
             self._check()
             if self._items and len(self._items) + len(items) > self._queue:
                 raise RefusedError(
@@ -106,7 +107,7 @@ class Batcher:
             RefusedError: After :meth:`stop`.
         """
         future: Future[Any] = Future()
-        with self._changed:
+        with self._lock:
             self._check()
             self._actions.append((action, future))
             self._changed.notify_all()
@@ -114,7 +115,7 @@ class Batcher:
 
     def stop(self) -> None:
         """Take nothing more, finish what waits, and end."""
-        with self._changed:
+        with self._lock:
             self._stopping = True
             self._changed.notify_all()
         if threading.current_thread() is not self._thread:
@@ -147,7 +148,7 @@ class Batcher:
 
     def _next(self) -> tuple[list[Any], list[Item]] | None:
         """Wait for things to do; None when there is nothing more to come."""
-        with self._changed:
+        with self._lock:
             while True:
                 self._drop_cancelled()
                 if self._actions or self._due():

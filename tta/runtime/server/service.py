@@ -6,7 +6,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -288,10 +287,7 @@ class Service:
             for name, items in batches.items():
                 if any(item.create for item in items):
                     self._make(name)
-            with ExitStack() as owned:
-                for name in batches:
-                    owned.enter_context(self.pool.stream(name, wait=False))
-                found = self.pool.run_each(acts, lambda adapter, name: acts[name](adapter))
+            found = self.pool.run_each(acts, lambda adapter, name: acts[name](adapter), wait=False)
         except Exception:
             return False
         self._observe(begun, sum(map(len, batches.values())))
