@@ -36,6 +36,13 @@ def _equal(a: tuple, b: tuple) -> bool:
 REFUSED = [
     ("unknown method", "bn", {"recipe": "tnet"}, ["unknown method 'tnet'", "'tent'"]),
     (
+        "a composition",
+        "bn",
+        {"recipe": "robust_bn+tent"},
+        ["`recipe`", "wrap(model, norm='robust_bn', update='tent')"],
+    ),
+    ("no such composition", "bn", {"recipe": "a+b"}, ["`recipe`", "wrap(model, norm='unmix_tns',"]),
+    (
         "no guard",
         "bn",
         {"recipe": "tent", "guard": "stedy"},

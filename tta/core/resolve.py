@@ -17,7 +17,7 @@ from tta.core.input_rule import DEFAULT_INPUT
 from tta.core.norm_rule import NormRule
 from tta.core.outputs import GIVEN, LogitsReader
 from tta.core.recipe import AdapterConfig
-from tta.core.registry import DEFAULT_PRESET, PRESET_CLASSES, component, get_config
+from tta.core.registry import DEFAULT_PRESET, PRESET_CLASSES, component, get_config, list_methods
 from tta.core.update import Update
 from tta.core.warn import warn
 
@@ -179,6 +179,11 @@ def _choose(request: Request) -> Chosen:
             "`recipe` must name a method, or input=, norm=, update=, output= or guard= must, got "
             "none: pass one, such as wrap(model, 'tent')."
         )
+    if isinstance(recipe, str) and "+" in recipe:
+        raise ValueError(
+            f"`recipe` must name one component, got {shown(recipe)}: give each its slot, as in "
+            f"wrap(model, {_by_slot(recipe)})."
+        )
     if _is_source(recipe):
         chosen["norm"] = None
     elif recipe is not None:
@@ -204,6 +209,19 @@ def _choose(request: Request) -> Chosen:
             )
         chosen[slot] = config
     return chosen
+
+
+def _by_slot(label: str) -> str:
+    """Keywords of wrap for what the command line writes as ``norm+update``."""
+    names = [part.strip() for part in label.split("+")]
+    found = {
+        component(base).slot: name
+        for name in names
+        if (base := name.partition(".")[0]) in list_methods()
+    }
+    if len(found) < len(names):
+        found = {"norm": "unmix_tns", "update": "eata", "output": "lame"}
+    return ", ".join(f"{slot}='{name}'" for slot, name in found.items())
 
 
 def _host(recipe: Any) -> str | None:
