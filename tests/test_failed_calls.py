@@ -258,7 +258,7 @@ def test_a_signal_between_a_context_and_its_block_leaves_no_mode(name: str) -> N
     assert number > 2
 
 
-POOL = tuple(f"runtime/{name}.py" for name in ("pool", "stream_view", "stream_store"))
+POOL = tuple(f"runtime/{name}.py" for name in ("pool", "ownership", "stream_view", "stream_store"))
 POOL += ("runtime/side_by_side.py", "/contextlib.py", "/threading.py")
 
 

@@ -175,3 +175,17 @@ def test_a_busy_moment_makes_no_setting_fast(monkeypatch: pytest.MonkeyPatch) ->
     found = tta.tune(tiny("bn"), images(0), precisions=["float32"], compile=False)
     assert found.memory_format == "channels_last" and not found.keep_memory
     assert found.speedup == pytest.approx(1.2 / 0.99)
+
+
+@pytest.mark.parametrize("method", ["source", "tent.cifar10", "lame", "robust_bn"])
+def test_half_precision_of_passes_is_not_that_of_the_logits(method: str) -> None:
+    setting = tta.Setting(precision="bfloat16")
+    adapter = tta.wrap(tiny("bn"), method, setting=setting)
+    assert adapter(images(0)).dtype == torch.float32
+    adapter.freeze()
+    assert adapter(images(0)).dtype == torch.float32
+    bad = images(1).clone()
+    bad[0] = float("nan")
+    assert adapter(bad).dtype == torch.float32
+    own = tta.wrap(tiny("bn").bfloat16(), method, setting=setting)
+    assert own(images(0).bfloat16()).dtype == torch.bfloat16

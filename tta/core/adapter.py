@@ -88,7 +88,7 @@ class Adapter(nn.Module):
         )
         if input_rule is not None:
             self._serving.inputs = Inputs(input_rule, network, context.generator)
-        self._serving.window = window
+        self._serving.window, self._serving.setting = window, config.setting
         trained = None if update is None else context.parameters.values()
         self._loan = Loan(network.model, network.masters.own.values(), trained)
 

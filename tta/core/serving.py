@@ -21,6 +21,7 @@ from tta.core.output_rule import Output
 from tta.core.outputs import last_rows
 from tta.core.oversight import Oversight
 from tta.core.prediction import Prediction, Report
+from tta.core.setting import Setting
 from tta.core.state import AdapterState
 from tta.core.transaction import Transaction
 from tta.core.update import Update
@@ -69,6 +70,7 @@ class Serving:
         )
         self.inputs: Inputs | None = None  # if there is an input rule
         self.window: Window | None = None  # if the model sees the last images too
+        self.setting: Setting | None = None  # how passes run, if not as they come
         self.seen = 0  # images of the last batch that was answered
         self.rejected = 0  # of these, images that nothing was learned from
         self._whole = 0  # images that the model was last run on, with those of the window
@@ -157,7 +159,7 @@ class Serving:
         else:
             self._forget(own)
         network.masters.write_to_model()
-        return logits
+        return logits if self.setting is None else self.setting.logits(logits, x)
 
     def _serve_beside(self, x: Tensor, follow: bool) -> Tensor:
         """Predict and learn from the last images and ``x``, and return the logits of ``x``."""

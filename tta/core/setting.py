@@ -85,6 +85,15 @@ class Setting:
             return x.contiguous(memory_format=torch.channels_last)
         return x
 
+    def logits(self, logits: Tensor, x: Tensor) -> Tensor:
+        """Logits (B, C) in the precision of the images ``x``, as without this setting.
+
+        Half precision is how passes run, and no reason for a caller to get another dtype.
+        """
+        if self.precision == "float32" or not x.is_floating_point():
+            return logits
+        return logits.to(x.dtype)
+
     @contextmanager
     def running(self, device: str) -> Iterator[None]:
         """Within the block, passes on this kind of device run with this precision and threads."""

@@ -15,7 +15,6 @@ any interleaving gives each stream, bit for bit, what it would have had alone.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,6 +42,7 @@ from tta.core.outputs import LogitsSpec
 from tta.core.prediction import Report
 from tta.runtime.hand_over import HandOver
 from tta.runtime.owners import Owners
+from tta.runtime.ownership import Ownership
 from tta.runtime.side_by_side import SideBySide
 from tta.runtime.snapshots import Snapshots
 from tta.runtime.stream_files import StreamFiles
@@ -175,11 +175,8 @@ class StreamPool:
     ) -> None:
         self.adapter = adapter
         self.batched, self.shared = True, owners is not None
-        # Of owners. Held by `with` of the lock itself, since a signal that raises comes between two
-        # lines of Python, such as those of Condition.__enter__, and would leave it held.
-        self._owners = threading.RLock()
-        self._free = threading.Condition(self._owners)
         self._store = StreamStore(adapter, capacity, files, owners)
+        self._ownership = Ownership(self._store)
         self._beside = SideBySide(self._store)
         self._snapshots = None
         self._hand_over = None if owners is None else HandOver(self._store, owners)
@@ -209,12 +206,12 @@ class StreamPool:
         view = StreamView(
             name,
             lambda action, changes: self._store.run(stream, action, changes),
-            lambda view: self._own(stream, view, wait),
-            lambda view: self._give_back(stream, view),
+            lambda view: self._ownership.begin(stream, view, wait),
+            lambda view: self._ownership.end(stream, view),
         )
         if not wait:  # refused at once
-            self._own(stream, view, wait)
-            self._give_back(stream, view)
+            self._ownership.begin(stream, view, wait)
+            self._ownership.end(stream, view)
         return view
 
     def __call__(self, images: Tensor, streams: Sequence[str], create: bool = False) -> Tensor:
@@ -397,8 +394,7 @@ class StreamPool:
         self._beside.close()
         if self._snapshots is not None:
             self._snapshots.stop()
-        with self._owners:
-            self._free.notify_all()  # who waits for a stream is told
+        self._ownership.tell()
 
     def owned(self, name: str) -> bool:
         """Whether a stream has an owner at this moment."""
@@ -458,38 +454,6 @@ class StreamPool:
             f"`stream` must be one of the pool's, got {shown(name, 60)}: pass create=True to begin "
             f"it. {nearest(name, store.streams, room=60)}"
         )
-
-    def _own(self, stream: Stream, view: object, wait: bool) -> None:
-        """Make a view the owner of a stream, or refuse to."""
-        me = threading.get_ident()
-        self._own_here(stream, view, wait, me)
-        try:
-            self._store.claim(stream, wait)  # among processes
-            self._store.check_there(stream)  # it may have been dropped meanwhile
-        except BaseException:
-            self._give_back(stream, view)
-            raise
-
-    def _own_here(self, stream: Stream, view: object, wait: bool, me: int) -> None:
-        """Do so among the threads of this process."""
-        with self._owners:
-            while stream.owner is not None:
-                if not wait or stream.owner[1] == me:
-                    who = "this thread" if stream.owner[1] == me else "another owner"
-                    raise RuntimeError(
-                        f"`stream` {shown(stream.name, 60)} must be free, but {who} has it: leave "
-                        "its with block first, or pass wait=True to wait for another thread."
-                    )
-                self._free.wait()
-                self._store.check_open()
-            stream.owner = id(view), me
-
-    def _give_back(self, stream: Stream, view: object) -> None:
-        """End the ownership of a view, if it has it."""
-        with self._owners:
-            if stream.owner is not None and stream.owner[0] == id(view):
-                stream.owner = None
-                self._free.notify_all()
 
 
 def _checked(capacity: Any, interval: Any) -> tuple[int, float | None]:
