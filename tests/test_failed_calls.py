@@ -306,6 +306,58 @@ def test_a_signal_at_any_place_of_a_pool_leaves_no_stream_owned_and_no_lock_held
     shared.close()
 
 
+BESIDE = (*POOL, "core/files.py", "core/adapter_sets.py", "tta/saving.py", "stream_files.py")
+
+
+def test_a_signal_while_a_pool_is_made_leaves_the_adapter_to_its_owner(tmp_path) -> None:
+    adapter = tta.wrap(tiny("bn"), "tent.cifar10")
+    before = adapter.state()
+    for number in range(0, 10_000, 7):
+        shared = None
+        with contextlib.suppress(Fault), AtPlace(number, BESIDE) as place:
+            shared = tta.runtime.StreamPool(adapter, folder=tmp_path / str(number), interval=None)
+        if shared is not None:
+            shared.close()
+        assert same(adapter.state(), before), place.where
+        if not place.where:
+            break
+    assert 100 < number < 10_000
+
+
+def test_a_pool_whose_closing_a_signal_has_ended_is_closed_by_the_next_call() -> None:
+    adapter = tta.wrap(tiny("bn"), "tent.cifar10")
+    before = adapter.state()
+    for number in range(0, 10_000, 3):
+        shared = tta.runtime.StreamPool(adapter)
+        shared.stream("a", create=True)(images(0))
+        with contextlib.suppress(Fault), AtPlace(number, BESIDE) as place:
+            shared.close()
+        shared.close()
+        assert shared.closed and same(adapter.state(), before), place.where
+        if not place.where:
+            break
+    assert 30 < number < 10_000
+
+
+def test_a_signal_while_an_adapter_is_saved_leaves_one_of_both_states(tmp_path) -> None:
+    adapter = tta.wrap(tiny("bn"), "tent.cifar10")
+    before = adapter.state()
+    adapter(images(0))
+    after = adapter.state()
+    for number in range(1000):
+        adapter.load_state(before)
+        tta.save(adapter, tmp_path)
+        assert len(list(tmp_path.iterdir())) == 2, number  # what is left over goes then
+        adapter.load_state(after)
+        with contextlib.suppress(Fault), AtPlace(number, ("core/files.py",)) as place:
+            tta.save(adapter, tmp_path)
+        found = tta.load(tiny("bn"), tmp_path).state()
+        assert same(found, before) or same(found, after), place.where
+        if not place.where:
+            break
+    assert 20 < number < 1000
+
+
 def free_for_others(shared: tta.runtime.StreamPool, where: str) -> bool:
     """Whether another thread may use a pool at once."""
     found = []

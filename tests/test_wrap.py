@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import re
 import sys
@@ -15,6 +16,7 @@ from torch import nn
 
 import tta
 from tests.helpers.batches import images, source_batches
+from tests.helpers.faults import AtPlace, Fault
 from tests.helpers.nets import tiny
 from tta.core import compiled
 from tta.core.classifier import find_classifier
@@ -541,3 +543,27 @@ def test_artefacts_with_a_graph_of_their_own() -> None:
     for t in range(3):
         adapter(images(t))
     assert not any(v.requires_grad for v in adapter.constants().values())
+
+
+@pytest.mark.parametrize("recipe", ["bn", "tent.cifar10", "lame"])
+def test_a_signal_at_any_place_of_wrap_leaves_the_model_as_it_was(recipe: str) -> None:
+    parts = ("build", "loan", "adapter", "norm_layers", "backbone", "state", "transaction")
+    files = (*(f"tta/core/{part}.py" for part in parts), "tta/wrapping.py", "/contextlib.py")
+    net = tiny("bn")
+    next(net.parameters()).requires_grad_(False)
+    tta.wrap(net, recipe).unwrap()
+    before = _state(net)
+    hooks = [list(m._forward_hooks) for m in net.modules()]
+    faults = 0
+    for number in range(0, 100_000, 7):
+        adapter = None
+        with contextlib.suppress(Fault), AtPlace(number, files) as place:
+            adapter = tta.wrap(net, recipe)
+        if not place.where:
+            break
+        if adapter is not None:  # Python ignores what is raised while it collects a generator
+            adapter.unwrap()
+        faults += 1
+        assert _equal(_state(net), before), place.where
+        assert [list(m._forward_hooks) for m in net.modules()] == hooks, place.where
+    assert faults > 100

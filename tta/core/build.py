@@ -28,6 +28,7 @@ from tta.core.guard import Guard
 from tta.core.head import Head, find_head
 from tta.core.hooks import LogitHook
 from tta.core.input_rule import GivenInput, Input
+from tta.core.loan import Untouched
 from tta.core.masters import Masters
 from tta.core.model_buffers import ModelBuffers
 from tta.core.model_checks import check_model
@@ -138,16 +139,19 @@ def build(
     if isinstance(injected.input, Diffusion):
         statistics = dataclasses.replace(statistics, denoiser=injected.input)
     check_parameters(statistics, model)
+    before, adapter = Untouched(model), None
     with torch.inference_mode(False):
-        adapter = _assemble(model, config, injected)
         try:
+            adapter = _assemble(model, config, injected)
             if constants is None:
                 fit(adapter, statistics)
             else:
                 load_constants(adapter, statistics, constants)
             return adapter.begin()
         except BaseException:  # an interrupt too leaves the model as it was
-            adapter.unwrap()
+            if adapter is not None:
+                adapter.unwrap()
+            before.put_back()
             raise
 
 

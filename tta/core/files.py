@@ -14,6 +14,7 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from glob import escape
+from io import FileIO
 from pathlib import Path
 
 from tta.core.checks import is_final, shown, told
@@ -76,7 +77,7 @@ def replacing_together(*paths: str | Path) -> Iterator[list[Path]]:
         if place.exists() and not place.is_file():  # such as /dev/null, which would become a file
             raise FileExistsError(errno.EEXIST, "it is no file that can be replaced", str(place))
     folder = places[0].parent
-    parts: list[tuple[Path, int]] = []
+    parts: list[tuple[Path, FileIO]] = []
     try:
         # A dead writer may have moved its first file and left the others, which belong to it: these
         # are needed until the first one is replaced.
@@ -87,19 +88,33 @@ def replacing_together(*paths: str | Path) -> Iterator[list[Path]]:
         for part, _ in parts:
             _flush(part)
         with _alone_in(folder):
-            for (part, _), place in zip(parts, places, strict=True):
-                os.replace(part, place)
+            try:
+                for (part, _), place in zip(parts, places, strict=True):
+                    os.replace(part, place)
+            except BaseException:
+                _finish([part for part, _ in parts], places)
+                raise
             for place in places[1:]:
                 remove_leftovers(place)
         with suppress(OSError):  # not every system opens folders
             _flush(folder)
     except BaseException:
-        for part, _ in parts:
-            part.unlink(missing_ok=True)
+        # Where the first one has its name already, the others that have not belong to it.
+        if parts and parts[0][0].exists():
+            for part, _ in parts:
+                part.unlink(missing_ok=True)
         raise
     finally:
         for _, handle in parts:
-            os.close(handle)
+            handle.close()
+
+
+def _finish(parts: list[Path], places: list[Path]) -> None:
+    """Give files their names, if the first one has got its own, as far as that can be done."""
+    if not parts[0].exists():
+        for part, place in zip(parts, places, strict=True):
+            with suppress(OSError):
+                os.replace(part, place)
 
 
 @contextmanager
@@ -144,29 +159,34 @@ def leftovers_of(path: str | Path) -> list[Path]:
 def remove_leftovers(path: str | Path) -> None:
     """Remove what dead writers of ``path`` have left."""
     for part in leftovers_of(path):
-        with suppress(OSError):  # it is a link, or belongs to another user
-            handle = os.open(part, os.O_RDWR | NO_LINKS)
-            try:
-                if _lock(handle):
-                    part.unlink(missing_ok=True)
-            finally:
-                os.close(handle)
+        # It may be a link, or belong to another user.
+        with suppress(OSError), FileIO(part, "r+", opener=_open) as handle:
+            if _lock(handle):
+                part.unlink(missing_ok=True)
 
 
-def _new_part(path: Path) -> tuple[Path, int]:
-    """A new file beside ``path``, and the handle that holds its lock."""
+def _new_part(path: Path) -> tuple[Path, FileIO]:
+    """A new file beside ``path``, and the handle that holds its lock.
+
+    The handle is an object, since a signal may come before anybody has it: then it is closed as it
+    is collected, and the file is a leftover that the next writer removes.
+    """
     while True:
         part = path.with_name(f"{path.name}.{secrets.token_hex(4)}{PART}")
-        handle = os.open(part, os.O_CREAT | os.O_EXCL | os.O_RDWR | NO_LINKS, 0o666)
+        handle = FileIO(part, "x+", opener=_open)
         # Another writer may have taken it for a leftover before it was locked.
         if _lock(handle) or fcntl is None:
             with suppress(FileNotFoundError):
-                if os.stat(part).st_ino == os.fstat(handle).st_ino:
+                if os.stat(part).st_ino == os.fstat(handle.fileno()).st_ino:
                     return part, handle
-        os.close(handle)
+        handle.close()
 
 
-def _lock(handle: int) -> bool:
+def _open(path: str, flags: int) -> int:
+    return os.open(path, flags | NO_LINKS, 0o666)
+
+
+def _lock(handle: FileIO) -> bool:
     """Lock a file until the handle is closed; return whether the lock was free."""
     if fcntl is None:
         return False

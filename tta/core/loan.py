@@ -7,9 +7,11 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["WRAPPED", "Loan"]
+__all__ = ["WRAPPED", "Loan", "Untouched"]
 
 WRAPPED = "_tta_wrapped"  # set on every module of a wrapped model
+# Of every module: its parts, parameters and hooks, by name.
+HELD = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, dict))
 
 
 class Loan:
@@ -62,6 +64,40 @@ class Loan:
             module.training = mode
             if self._mark:
                 module.__dict__.pop(WRAPPED, None)
+
+
+class Untouched:
+    """A model before it is wrapped, to be put back where wrapping ends early, wherever that is.
+
+    Each part of an adapter takes back what it did when it is refused. A signal comes between two of
+    their lines as well, so that there this alone is sure.
+
+    Args:
+        model: The model, which is not wrapped.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = [
+            (m, m.training, [(held, held.copy()) for held in _held(m)]) for m in model.modules()
+        ]
+        self._parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+
+    def put_back(self) -> None:
+        """Make the model what it was."""
+        for module, training, held in self._modules:
+            module.training = training
+            module.__dict__.pop(WRAPPED, None)
+            for now, before in held:  # the dictionary itself stays, since handles of hooks know it
+                now.clear()
+                now.update(before)
+        for p, flag, gradient in self._parameters:
+            p.requires_grad_(flag)
+            p.grad = gradient
+
+
+def _held(module: nn.Module) -> list[dict[str, Any]]:
+    """The dictionaries of a module's parts and hooks; a scripted one keeps its parts elsewhere."""
+    return [held for name in HELD if isinstance(held := module.__dict__.get(name), dict)]
 
 
 def _caches(module: nn.Module) -> list[str]:

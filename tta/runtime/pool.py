@@ -110,7 +110,11 @@ class StreamPool:
             _ = adapter.network  # refuses one that was unwrapped
             owners = Owners(place) if shared and place is not None else None
             files = None if place is None else _made(place, adapter)
-            self._begin(adapter, capacity, files, interval, owners)
+            try:
+                self._begin(adapter, capacity, files, interval, owners)
+            except BaseException:
+                adapter.turns.reserved = ""
+                raise
 
     @classmethod
     def open(
@@ -384,13 +388,12 @@ class StreamPool:
             OSError: When a stream could not be written; the pool then is still open.
         """
         store = self._store
-        if store.closed:
-            return
-        if save and store.files is not None:
-            self.snapshot()
-        if self._hand_over is not None:
-            self._hand_over.stop()
-        store.close()
+        if not store.closed:
+            if save and store.files is not None:
+                self.snapshot()
+            if self._hand_over is not None:
+                self._hand_over.stop()
+            store.close()
         self._beside.close()
         if self._snapshots is not None:
             self._snapshots.stop()

@@ -107,12 +107,12 @@ class StreamStore:
     def close(self) -> None:
         """Give the adapter back as it was."""
         with self.turn():
-            self.closed = True
-            self.seat.stream = None
+            self.seat.set_aside()
             self.sets.put_first()
-            self.adapter.turns.reserved = ""
             if self.owners is not None:
                 self.owners.close()
+            self.adapter.turns.reserved = ""
+            self.closed = True  # last, so that it can be done again after a signal
 
     def check_open(self) -> None:
         """Refuse to go on after :meth:`close`."""
