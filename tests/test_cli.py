@@ -190,3 +190,14 @@ def test_the_package_runs_like_the_console_script(arguments):
     done = [subprocess.run([sys.executable, *way, *arguments], capture_output=True) for way in ways]
     assert len({(d.returncode, d.stdout, d.stderr) for d in done}) == 1
     assert done[0].stdout if "eata" in arguments else done[0].stderr.startswith(b"error: ")
+
+
+@pytest.mark.parametrize("command", ["export", "bench"])
+def test_commands_that_keep_nothing_take_no_folder(out, tmp_path, command):
+    status, _, errors = out(command, "MODEL", "--folder", "states", "--out", str(tmp_path / "x"))
+    assert status == 2 and "unrecognized arguments: --folder states" in errors
+
+
+def test_help_says_what_is_done(out):
+    assert "(default: all)" in " ".join(out("bench", "--help")[1].split())
+    assert "over HTTP" in out("serve", "--help")[1]

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from tta.core.checks import is_final, is_out_of_memory, sentence, told
 from tta.version import __version__
 
-__all__ = ["COMMANDS", "end_of_pipe", "main"]
+__all__ = ["COMMANDS", "end_of_pipe", "in_words", "main"]
 
 COMMANDS = {
     "methods": "list the components, or show all about one",
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except Exception as error:
-        if (words := _in_words(error)) is None:  # a mistake of the program, or of a model's
+        if (words := in_words(error)) is None:  # a mistake of the program, or of a model's
             raise
         print(f"error: {words}", file=sys.stderr)
         return 2
@@ -77,7 +77,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     chosen = next((text for text in arguments if not text.startswith("-")), None)
     for name, about in COMMANDS.items():
-        command = commands.add_parser(name, help=about, description=f"{about.capitalize()}.")
+        command = commands.add_parser(
+            name, help=about, description=f"{about[0].upper()}{about[1:]}."
+        )
         if name == chosen:
             module = import_module(f"{__name__}.{name}")
             module.add_arguments(command)
@@ -93,7 +95,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _in_words(error: Exception) -> str | None:
+def in_words(error: Exception) -> str | None:
     """What a user can mend, in one sentence; None for other errors."""
     if is_final(error):
         return sentence(error)

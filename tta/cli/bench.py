@@ -36,8 +36,7 @@ COLUMNS = ("p50 ms", "p95 ms", "p99 ms", "ratio", "peak MB", "forwards", "backwa
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the command."""
     add_model(parser, 1)
-    add_method(parser)
-    parser.set_defaults(method=ALL)
+    add_method(parser, ALL)
     add = parser.add_argument
     add("--rounds", type=whole(1), default=ROUNDS, metavar="N",
         help=f"timed calls of each recipe (default: {ROUNDS})")  # fmt: skip

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from tta.runtime.model_strings import OpenedModel
 
 __all__ = [
+    "add_folder",
     "add_method",
     "add_model",
     "open_from",
@@ -65,13 +66,18 @@ def add_model(parser: argparse.ArgumentParser, batch_size: int = BATCH_SIZE) -> 
     )
 
 
-def add_method(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say how a model adapts; see :func:`wrap_from`."""
+def add_method(parser: argparse.ArgumentParser, default: str = METHOD) -> None:
+    """Add the flags that say how a model adapts; see :func:`wrap_from`.
+
+    Args:
+        parser: Of the command.
+        default: The method unless the user says another.
+    """
     parser.add_argument(
         "--method",
-        default=METHOD,
+        default=default,
         help="components joined by +, such as unmix_tns+eata+lame, with fields in brackets, such "
-        f"as tent[lr=1e-3] (default: {METHOD})",
+        f"as tent[lr=1e-3] (default: {default})",
     )
     parser.add_argument(
         "--source",
@@ -79,10 +85,20 @@ def add_method(parser: argparse.ArgumentParser) -> None:
         help="source artefacts, as tta collect makes them (default: those that come with the "
         "model)",
     )
+
+
+def add_folder(parser: argparse.ArgumentParser, default: str) -> None:
+    """Add the flag of commands that keep what was learned.
+
+    Args:
+        parser: Of the command.
+        default: What is done without it, in words.
+    """
     parser.add_argument(
         "--folder",
         metavar="FOLDER",
-        help="where the states of streams are kept, to go on from after a restart",
+        help="where the states of streams are kept, to go on from after a restart (default: "
+        f"{default})",
     )
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tta.cli.common import add_method, add_model, open_from, whole, wrap_from
+from tta.cli.common import add_folder, add_method, add_model, open_from, whole, wrap_from
 from tta.core.checks import parsed_json, shown, told
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--out", required=True, metavar="FILE", help="where predictions go, as JSON lines")
     add_method(parser)
+    add_folder(parser, "FILE.state")
     add("--fresh", action="store_true", help="begin anew, in place of going on with FILE")
     add(
         "--late",

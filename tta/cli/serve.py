@@ -9,7 +9,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tta.cli.common import add_method, add_model, open_from, source_from, whole, wrap_from
+from tta.cli.common import (
+    add_folder,
+    add_method,
+    add_model,
+    open_from,
+    source_from,
+    whole,
+    wrap_from,
+)
 from tta.core.checks import told
 
 if TYPE_CHECKING:
@@ -28,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's flags."""
     add_model(parser)
     add_method(parser)
+    add_folder(parser, "in memory alone")
     server = parser.add_argument_group("server")
     server.add_argument("--host", default="127.0.0.1", help="address (default: this machine alone)")
     server.add_argument("--port", type=whole(0, 65535), default=8000, help="0 for any (8000)")
