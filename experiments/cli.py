@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from importlib import import_module
 
 from experiments.records.errors import CannotGoOn
-from tta.cli import end_of_pipe
-from tta.core.checks import sentence
+from tta.cli import end_of_pipe, in_words
+from tta.core.checks import is_final, sentence
 
 __all__ = ["COMMANDS", "Command", "main"]
 
@@ -155,19 +155,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         work = args.prepare(args)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         # The user's mistake, found before anything ran; everything of ours says it in a sentence.
-        print(f"error: {sentence(error)}", file=sys.stderr)
-        return 2
+        return _say(error, 2)
     try:
         left = work.execute()
         sys.stdout.flush()
-    except (CannotGoOn, FileExistsError, UnreadablePictureError) as error:
-        print(f"error: {sentence(error)}", file=sys.stderr)
-        return 1
     except BrokenPipeError:
         return end_of_pipe()
+    except (CannotGoOn, UnreadablePictureError, OSError) as error:
+        return _say(error, 1)
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from here", file=sys.stderr)
         return 130
+    except Exception as error:
+        if not is_final(error):  # a mistake of the program
+            raise
+        return _say(error, 1)
     finally:
         ranks.leave()
     # Runs of a sweep that were refused or ran out of time are said, but are no accident.
@@ -175,6 +177,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         getattr(outcome, "status", None) == "failed" for outcome in left
     )
     return 1 if failed else 0
+
+
+def _say(error: Exception, status: int) -> int:
+    """Print an error in one sentence; returns the exit status."""
+    print(f"error: {in_words(error) or sentence(error)}", file=sys.stderr)
+    return status
 
 
 def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:

@@ -219,6 +219,8 @@ def test_image_files_are_read_ahead_with_the_same_numbers(tmp_path):
         (["--data", "/nowhere"], "`/nowhere` is missing"),
         (["--source", "/nowhere"], "`/nowhere` is missing"),
         (["--model", "cifar10_resnet20_gn", "--methods", "bn"], "norm"),
+        (["--tuned", "/nowhere"], "`tuned` must be a tuned.json, but /nowhere is not there"),
+        (["--tuned", str(Path(__file__).parent)], "`tuned` must be a tuned.json"),
     ],
 )
 def test_mistakes_are_one_sentence_and_leave_nothing(tmp_path, capsys, arguments, message):
@@ -226,6 +228,62 @@ def test_mistakes_are_one_sentence_and_leave_nothing(tmp_path, capsys, arguments
     error = capsys.readouterr().err.strip()
     assert status == 2 and message in error and "\n" not in error, error
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("content", [{"chosen": "tent"}, {"method": "tent", "chosen": 3}, 3])
+def test_a_file_that_is_not_of_tune_is_refused(tmp_path, capsys, content):
+    file = tmp_path / "tuned.json"
+    file.write_text(json.dumps(content))
+    assert run(tmp_path / "runs", "--tuned", str(file))[0] == 2
+    assert "which holds no choice" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "run",
+        "sweep",
+        "preview",
+        "tune tent --grid lr=1e-3",
+        "surface --corruptions fog snow",
+        "report",
+    ],
+)
+def test_where_nothing_can_be_written_it_is_said_in_a_sentence(tmp_path, capsys, command):
+    file = tmp_path / "a file"
+    file.touch()
+    arguments = [*command.split(), "--output", str(file / "runs")]
+    if command == "report":
+        _, folder = run(tmp_path / "runs", "--images", "10", "--methods", "source", "--quiet")
+        arguments.append(str(folder))
+        capsys.readouterr()
+    else:
+        arguments += ["--images", "10"]
+    assert cli.main(arguments) in (1, 2)
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: `") and "\n" not in error and str(file) in error
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("record --page-only --results /nowhere.jsonl", "`/nowhere.jsonl` is missing"),
+        ("overhead --rounds 0", "`rounds` must be a whole number of at least 1"),
+        ("overhead --model resnet", "unknown model 'resnet'"),
+        ("device-cost --networks resnet188", "did you mean 'resnet18'"),
+        ("tuned --networks resnet188", "`networks` must be networks of timm"),
+        ("edge-cost --networks resnet188", "`networks` must be networks of timm"),
+        ("edge-int8 --methods tentt", "did you mean 'tent'"),
+        ("edge-int8 --images 0", "`images` must be a whole number of at least 1"),
+        ("own-networks --images 0", "`images` must be a whole number of at least 1"),
+        ("live --method tentt", "did you mean 'tent'"),
+        ("corruption-errors --images 5", "`images` must be a positive multiple"),
+    ],
+)
+def test_studies_refuse_what_they_cannot_measure(capsys, command, words):
+    assert cli.main(command.split()) in (1, 2)
+    error = capsys.readouterr().err.strip()
+    assert words in error and "\n" not in error
 
 
 @pytest.mark.parametrize("arguments", [["--severity", "6"], ["--colour", "red"], []])

@@ -172,6 +172,21 @@ def test_a_run_that_was_cut_off_gives_what_it_finished(runs, tmp_path):
         collect([tmp_path])
 
 
+@pytest.mark.parametrize("kind", ["stream", "batch", "domain"])
+@pytest.mark.parametrize("damaged", [True, False])
+def test_methods_that_lack_a_line_are_left_out(runs, tmp_path, kind, damaged):
+    first, other = sorted(runs.rglob("results.jsonl"))[:2]
+    lines = first.read_bytes().splitlines(keepends=True)
+    at = next(n for n, line in enumerate(lines) if b'"kind": "%s"' % kind.encode() in line)
+    lines[at : at + 1] = [b"junk\n"] if damaged else []
+    for name, content in (("a", b"".join(lines)), ("b", other.read_bytes())):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.jsonl").write_bytes(content)
+    with pytest.warns(UserWarning, match="of which some are missing"):
+        (result,) = collect([tmp_path])
+    assert len(result.curve[0]) and result.summary["images"] == result.curve[0][-1]
+
+
 def test_intervals_are_students():
     values = [0.31, 0.35, 0.30]
     found = estimate(values)

@@ -387,6 +387,29 @@ def test_the_command_goes_on_by_itself_or_when_told(tmp_path, capsys):
     assert "must be the folder of a run" in said and "leave --resume out" in said
 
 
+def test_a_name_is_no_pattern(tmp_path):
+    arguments = ["run", "--output", str(tmp_path), "--device", "cpu", "--images", "10"]
+    arguments += ["--methods", "source", "--corruptions", "fog", "--name", "x[1]*", "--quiet"]
+    assert cli.main(arguments) == 0
+    (first,) = tmp_path.iterdir()
+    results = first / "results.jsonl"
+    results.write_bytes(b"".join(results.read_bytes().splitlines(keepends=True)[:-1]))
+    assert cli.main(arguments) == 0
+    assert list(tmp_path.iterdir()) == [first] and is_finished(first)
+
+
+@pytest.mark.parametrize("place", ["config", "stream"])
+def test_a_run_of_a_version_with_more_settings_is_refused(finished, tmp_path, capsys, place):
+    _, data, _ = finished
+    header, *rows = [row for _, row in split(data) if row is not None]
+    config = header["config"]
+    (config if place == "config" else config["streams"][0])["colour"] = "red"
+    (tmp_path / "results.jsonl").write_bytes(encode([header, *rows], 0))
+    assert cli.main(["run", "--resume", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "the settings of this version, which differ in colour: use" in error
+
+
 def test_torchs_generator_goes_on(tmp_path, monkeypatch):
     """Some models draw from it, such as those with noise in eval mode."""
 

@@ -111,6 +111,19 @@ def test_a_preview_is_words_a_picture_and_a_definition(tmp_path, capsys, scenari
 # Surfaces
 
 
+def test_a_preview_of_a_name_with_a_dot_keeps_it(tmp_path):
+    arguments = ["preview", "--scenario", "mixed", "--images", "10", "--name", "v1.2"]
+    assert cli.main([*arguments, "--output", str(tmp_path)]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"v1.2-mixed.png", "v1.2-mixed.json"}
+
+
+def test_a_surface_keeps_the_name_that_it_was_given(tmp_path):
+    path = tmp_path / "surface.jsonl"  # as the file of its rows would be called
+    arguments = ["surface", "--corruptions", "fog", "snow", "--images", "10", "--step", "2.5"]
+    assert cli.main([*arguments, "--output", str(path)]) == 0
+    assert list(tmp_path.iterdir()) == [path] and read_surface(path)["fog"]
+
+
 def test_a_surface_is_measured_and_walked(tmp_path, capsys):
     path = tmp_path / "surface.json"
     arguments = ["surface", "--corruptions", "fog", "contrast", "--images", "20"]
@@ -167,7 +180,7 @@ def test_a_surface_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr("corruptions.corrupt", stop)
     assert cli.main([*arguments, "--output", str(cut)]) == 130
-    assert len(list(read_lines(cut.with_suffix(".jsonl"), "row"))) >= 1 and not cut.exists()
+    assert len(list(read_lines(tmp_path / "cut.json.jsonl", "row"))) >= 1 and not cut.exists()
     assert cli.main([*arguments, "--seed", "1", "--output", str(cut)]) == 1
     assert "something else" in capsys.readouterr().err
     assert cli.main([*arguments, "--output", str(cut)]) == 0

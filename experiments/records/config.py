@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from experiments.records.file import plain
+from tta.core.checks import told
 from tta.streams import Scenario, get_scenario
 
 __all__ = ["BASELINE", "DEMO_METHODS", "RunConfig", "StreamConfig", "SweepConfig"]
@@ -39,6 +41,12 @@ class StreamConfig:
     images: int | None = None
     batch_size: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> StreamConfig:
+        """The stream of a configuration that `RunConfig.to_dict` wrote; see there."""
+        _check_names(cls, values)
+        return cls(**{**values, "domains": tuple(values["domains"])})
 
     @property
     def spec(self) -> Scenario:
@@ -111,16 +119,18 @@ class RunConfig:
         """Whether a results file with that header, perhaps of a former version, is of this run."""
         try:
             return RunConfig.from_dict(header["config"]).to_dict() == self.to_dict()
-        except (KeyError, TypeError):
+        except (KeyError, TypeError, ValueError):
             return False
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> RunConfig:
-        """The configuration that `to_dict` wrote."""
-        streams = [
-            StreamConfig(**{**stream, "domains": tuple(stream["domains"])})
-            for stream in values["streams"]
-        ]
+    def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
+        """The configuration that `to_dict` wrote, of this version or a former one.
+
+        Raises:
+            ValueError: For settings that this version does not have, or others than it needs.
+        """
+        _check_names(cls, values)
+        streams = [StreamConfig.from_dict(stream) for stream in values["streams"]]
         lists = {name: tuple(values.get(name, ())) for name in ("methods", "tuned", "imports")}
         return cls(**{**values, **lists, "streams": tuple(streams)})
 
@@ -167,3 +177,19 @@ class SweepConfig:
             if cell not in cells:  # severities of a stream that has its own
                 cells.append(cell)
         return cells
+
+
+def _check_names(kind: type[StreamConfig] | type[RunConfig], values: Mapping[str, Any]) -> None:
+    """Raise for settings of another version than this one, which are unknown or missing."""
+    known = {f.name: f for f in dataclasses.fields(kind)}
+    strange = [name for name in values if name not in known]
+    strange += [
+        name
+        for name, f in known.items()
+        if name not in values and f.default is f.default_factory is dataclasses.MISSING
+    ]
+    if strange:
+        raise ValueError(
+            f"`config` of the results must have the settings of this version, which differ in "
+            f"{told(', '.join(strange), 100)}: use the version that wrote them, or begin a new run"
+        )

@@ -341,15 +341,15 @@ def _read(path: Path) -> Iterator[Result]:
                 expected=row.get("expected"),
             )
     if path.name == RESULTS:
-        yield from _read_run(rows)
+        yield from _read_run(path, rows)
 
 
-def _read_run(rows: Sequence[Mapping[str, Any]]) -> Iterator[Result]:
+def _read_run(path: Path, rows: Sequence[Mapping[str, Any]]) -> Iterator[Result]:
     header = next((row for row in rows if row["kind"] == "run"), None)
     if header is None:
         return
     config = header["config"]
-    streams = {stream["name"]: StreamConfig(**stream) for stream in config["streams"]}
+    streams = {stream["name"]: StreamConfig.from_dict(stream) for stream in config["streams"]}
     builds = {row["stream"]: row["build"] for row in rows if row["kind"] == "stream"}
     about = {key: header.get(key) for key in ("started", "versions", "hardware", "git")}
     about["tuned"] = [r["chosen"] for r in config.get("tuned", [])]
@@ -363,7 +363,16 @@ def _read_run(rows: Sequence[Mapping[str, Any]]) -> Iterator[Result]:
     for (name, method), lines in own.items():
         if not lines["summary"]:
             continue
-        stream, build, summary = streams[name], builds[name], lines["summary"][-1]
+        summary = lines["summary"][-1]
+        counts = {sum(row["images"] for row in lines[kind]) for kind in ("batch", "domain")}
+        if name not in builds or counts != {summary["images"]}:
+            warnings.warn(
+                f"`{path}` must hold all lines of {method} on {name}, of which some are missing, "
+                "and is read without it: go on with the run by --resume",
+                stacklevel=4,
+            )
+            continue
+        stream, build = streams[name], builds[name]
         setting = Setting(
             config["model"],
             name,

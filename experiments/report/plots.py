@@ -233,7 +233,7 @@ def draw_curves(
             below += "\n" + textwrap.fill(f"domains between the lines: {order}", 150)
         figure.supxlabel(below, fontsize=9)
     grid[0].set_xlim(0, total)
-    grid[0].set_ylim(0, min(100.0, 1.05 * top))
+    grid[0].set_ylim(0, min(100.0, max(1.05 * top, 1.0)))  # a method may make no errors
     grid[0].locator_params(axis="x", nbins=4 if len(grid) > 1 else 10)
     with_title(figure, title, "error (%)")
     figure.savefig(path)

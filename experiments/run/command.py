@@ -75,7 +75,7 @@ def _prepare(args: argparse.Namespace) -> Run:
                 f"{args.resume}: pass a folder that a run said it wrote to, or leave --resume out "
                 "to go on with an unfinished run of the same configuration"
             )
-        config = RunConfig.from_dict(header["config"])
+        config = RunConfig.from_dict(header.get("config", {}))
         ranks.join(config.device)
         setup = load_setup(config, readers=args.readers)
         return Run(setup, args.resume.parent, folder=args.resume, show=_show(args))

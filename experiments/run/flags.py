@@ -167,13 +167,16 @@ def settings_flags(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, 
 
 def read_tuned(path: Path) -> dict[str, Any]:
     """Read a file that `experiments.sweep.tune` wrote."""
+    if not path.is_file():
+        raise FileNotFoundError(f"`tuned` must be a tuned.json, but {path} is not there: run tune")
     try:
         found = parsed_json(path.read_bytes())
     except ValueError as error:
         raise ValueError(
             f"`tuned` must be a tuned.json, but {path} is no JSON: {told(error)}"
         ) from error
-    if not isinstance(found, dict) or "chosen" not in found:
+    names = ("method", "chosen")
+    if not isinstance(found, dict) or not all(isinstance(found.get(n), str) for n in names):
         raise ValueError(f"`tuned` must be a tuned.json, got {path}, which holds no choice")
     return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def open_results(
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         return Results(folder / RESULTS)
-    found = [] if fresh else sorted(root.glob(f"*-{config.name}*"))
+    found = [] if fresh else sorted(root.glob(f"*-{escape(config.name)}*"))
     for candidate in reversed(found):
         header = read_header(candidate)
         same = header is not None and config.is_that_of(header)

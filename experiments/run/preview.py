@@ -55,8 +55,9 @@ class Previews:
         """Print, draw and write."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for name, stream in self.streams.items():
-            path = self.folder / f"{self.name}-{name}"
-            print(stream.preview(draw=path.with_suffix(".png")), end="\n\n")
-            with replacing(path.with_suffix(".json")) as part:
+            stem = self.folder / f"{self.name}-{name}"
+            picture, file = (Path(f"{stem}{ending}") for ending in (".png", ".json"))
+            print(stream.preview(draw=picture), end="\n\n")
+            with replacing(file) as part:
                 part.write_text(json.dumps(stream.config, indent=1) + "\n")
-            print(f"{path.with_suffix('.png')}\n{path.with_suffix('.json')}")
+            print(f"{picture}\n{file}")

@@ -8,7 +8,7 @@
     batch_size = 64
     seed = 0
     imports = ["my_rules"]               # modules that register components of your own
-health = true                        # figures of all methods that need no labels
+    health = true                        # figures of all methods that need no labels
 
     [[streams]]
     scenario = "dirichlet"

@@ -183,6 +183,7 @@ class CorruptionErrors:
     """
 
     def __init__(self, models: Sequence[str], images: int) -> None:
+        read_bundled().balanced(images)  # raises for a number that cannot be
         self.models = models
         self.images = images
 

@@ -21,8 +21,9 @@ from experiments.records.environment import describe_environment
 from experiments.records.rows import Rows
 from experiments.run.method_strings import parse_method
 from tta.cli import bench
+from tta.core.checks import nearest, shown
 
-__all__ = ["METHODS", "NETWORKS", "DeviceCost", "add_flags", "render"]
+__all__ = ["METHODS", "NETWORKS", "DeviceCost", "add_flags", "check_timm", "render"]
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "budgets.md"
@@ -93,6 +94,8 @@ class DeviceCost:
     ) -> None:
         for method in methods:
             parse_method(method, 1000)
+        for network in networks:
+            check_timm("networks", network)
         self.keys: list[dict[str, Any]] = [
             dict(zip(KEYS, (network, batch, count, method), strict=True))
             for network in networks
@@ -126,6 +129,25 @@ class DeviceCost:
         found = {name: round(row[name], 3) for name in bench.COLUMNS}
         found |= {"plain ms": round(plain["p50 ms"], 3), "load": round(os.getloadavg()[0], 1)}
         return found | {"cpu": describe_environment()["hardware"]["cpu"]}
+
+
+def check_timm(name: str, network: str) -> None:
+    """Raise for a network that timm does not have.
+
+    Args:
+        name: Of the argument.
+        network: In the words of timm.
+
+    Raises:
+        ValueError: For an unknown one.
+    """
+    import timm  # slow to import
+
+    known = timm.list_models()
+    if network.partition(".")[0] not in known:
+        raise ValueError(
+            f"`{name}` must be networks of timm, got {shown(network)}: {nearest(network, known, 6)}"
+        )
 
 
 def render(rows: Iterable[Mapping[str, Any]]) -> str:

@@ -31,7 +31,7 @@ from experiments.records import markdown
 from experiments.records.environment import describe_environment
 from experiments.records.rows import Rows
 from experiments.run.method_strings import parse_method
-from experiments.studies.device_cost import NETWORKS
+from experiments.studies.device_cost import NETWORKS, check_timm
 from tta.core.checks import LARGEST, whole_number
 from tta.export.onnx_graph import OPSET
 
@@ -95,6 +95,8 @@ class EdgeCost:
         self.methods = [method for method in methods if method != PLAIN]
         for method in self.methods:
             parse_method(method, 1000)
+        for network in networks:
+            check_timm("networks", network)
         self.rows = Rows(results, ("network", "method"))
 
     def execute(self) -> Path:

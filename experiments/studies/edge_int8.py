@@ -28,6 +28,7 @@ from experiments.records import markdown
 from experiments.records.rows import Rows
 from experiments.run.method_strings import parse_method
 from experiments.run.subject import Subject, load_subject
+from tta.core.checks import LARGEST, whole_number
 
 __all__ = ["RECIPES", "EdgeInt8", "add_flags", "render"]
 
@@ -81,7 +82,10 @@ class EdgeInt8:
     ) -> None:
         opened = [load_subject(name, "bundled", torch.device("cpu")) for name in names]
         self.subjects = {subject.name: subject for subject in opened}
-        self.methods, self.images, self.again = methods, images, again
+        for method in methods:
+            parse_method(method, 10)
+        self.images = whole_number("images", images, 1, LARGEST)
+        self.methods, self.again = methods, again
         self.rows, self.page = Rows(results, ("model", "method")), page
 
     def execute(self) -> Path:

@@ -99,6 +99,7 @@ class Live:
     def __init__(
         self, method: str, port: int, folder: str | Path | None, seconds: float | None
     ) -> None:
+        tta.get_config(method)  # raises for an unknown name
         self.method, self.folder = method, None if folder is None else Path(folder)
         self.port = whole_number("port", port, 0, 65535)
         self.seconds = None if seconds is None else number("seconds", seconds, 0, LARGE, above=True)

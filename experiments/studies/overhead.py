@@ -19,6 +19,7 @@ import torch
 from experiments.records.config import BASELINE, RunConfig
 from experiments.run.run import Run, load_setup
 from experiments.run.settings import make_run
+from tta.core.checks import LARGEST, whole_number
 
 __all__ = ["Overhead", "add_flags"]
 
@@ -59,15 +60,19 @@ class Overhead:
     Args:
         config: Of a run of source on one stream.
         rounds: How often each side is timed.
+
+    Raises:
+        ValueError: For a model, images or rounds that cannot be.
     """
 
     def __init__(self, config: RunConfig, rounds: int) -> None:
+        self.setup = load_setup(config)
         self.config = config
-        self.rounds = rounds
+        self.rounds = whole_number("rounds", rounds, 1, LARGEST)
 
     def execute(self) -> float:
         """Time runs and print the runner's share; returns it, as a part of the model's time."""
-        setup = load_setup(self.config)
+        setup = self.setup
         setup.clean = None  # more forward passes of the same kind
         (stream,), device = setup.streams, setup.subject.device
         count = sum(len(batch) for batch in stream)  # and so all corruptions are made

@@ -28,6 +28,7 @@ from experiments.records import markdown
 from experiments.records.rows import Rows
 from experiments.run.method_strings import parse_method
 from experiments.run.subject import Subject, load_subject
+from tta.core.checks import LARGEST, whole_number
 
 __all__ = ["CASES", "ORDERS", "Case", "OwnNetworks", "add_flags", "render"]
 
@@ -147,7 +148,8 @@ class OwnNetworks:
         results: Path = RESULTS,
         page: Path = PAGE,
     ) -> None:
-        self.cases, self.images, self.again = cases, images, again
+        self.images = whole_number("images", images, 1, LARGEST)
+        self.cases, self.again = cases, again
         self.rows, self.page = Rows(results, ("case", "model", "order", "method")), page
 
     def execute(self) -> Path:

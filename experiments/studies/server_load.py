@@ -38,7 +38,8 @@ from experiments.records import markdown
 from experiments.records.environment import describe_environment
 from experiments.records.rows import Rows
 from experiments.run.flags import amount
-from tta.core.checks import shown
+from experiments.run.method_strings import parse_method
+from tta.core.checks import number, shown, whole_number
 
 __all__ = ["WAYS", "ServerLoad", "add_flags", "percentiles", "render"]
 
@@ -108,6 +109,10 @@ class ServerLoad:
         if shutil.which("hey") is None:
             raise FileNotFoundError("`hey` must be installed, but is not: apt install hey")
         self.model, self.ways, self.hurry = model, tuple(ways), hurry
+        for way in self.ways:
+            parse_method(way.partition(", ")[0], 10)
+        number("share", share, 0, 10, above=True)
+        whole_number("streams", streams, 1, 1000)
         self.about = {"minutes": minutes, "share": share, "streams": streams}
         self.again, self.page = again, page
         self.rows = Rows(results, KEYS)
@@ -242,7 +247,8 @@ def _serving(model: str, method: str) -> Iterator[_Server]:
         line = process.stdout.readline()
         if not line.startswith("serving on "):
             raise RuntimeError(
-                f"`method` must be one that tta serve takes, got {shown(method)}: see its log."
+                f"`model` and `ways` must be what tta serve takes, got {shown(model)} with "
+                f"{shown(method)}: see what it said above"
             )
         yield _Server(process, line.split()[-1])
     finally:

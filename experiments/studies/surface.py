@@ -122,7 +122,7 @@ class Surface:
     def execute(self) -> Path:
         """Measure what is not measured, and write the file."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        kept = self.path.with_suffix(".jsonl")
+        kept = self.path.with_name(f"{self.path.name}.jsonl")
         with JsonLines(kept) as lines:
             begun = next(iter(read_lines(kept, "surface")), None)
             if begun is None:

@@ -37,6 +37,7 @@ from experiments.records.environment import describe_environment
 from experiments.records.rows import Rows
 from experiments.run.method_strings import Method, parse_method
 from experiments.run.subject import Subject, load_subject
+from experiments.studies.device_cost import check_timm
 from tta.core.allocator import as_before
 from tta.core.checks import number, whole_number
 
@@ -107,6 +108,9 @@ class Tuned:
         self.images = whole_number("images", images, 4 * BATCH, 10**6)
         for method in methods:
             parse_method(method, 10)
+        for network in networks:
+            if network not in models.list_models():
+                check_timm("networks", network)
         self.keys: list[dict[str, Any]] = [
             dict(zip(KEYS, (network, method, allowed), strict=True))
             for network in networks
