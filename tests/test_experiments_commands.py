@@ -204,6 +204,7 @@ def test_image_files_are_read_ahead_with_the_same_numbers(tmp_path):
         (["--batch-size", "0"], "`batch-size` must be a whole number of at least 1, got 0"),
         (["--seed", "-1"], "`seed` must be a whole number of at least 0"),
         (["--name", "a/b"], "`name` must be usable in a folder's name"),
+        (["--name", ".."], "`name` must be usable in a folder's name"),
         (["--option", "delta"], "`option` must be KEY=VALUE"),
         (["--option", "gama=1"], "gama"),
         (["--option", "seed=3"], "`option` must be none of the run's own arguments, got 'seed=3'"),
@@ -227,6 +228,15 @@ def test_mistakes_are_one_sentence_and_leave_nothing(tmp_path, capsys, arguments
     status, _ = run(tmp_path / "runs", *arguments)
     error = capsys.readouterr().err.strip()
     assert status == 2 and message in error and "\n" not in error, error
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "../../elsewhere", ".."])
+def test_streams_are_called_so_that_files_can_be(tmp_path, capsys, name):
+    file = tmp_path / "settings.toml"
+    file.write_text(f'[[streams]]\nscenario = "continual"\nname = "{name}"\nimages = 10\n')
+    assert run(tmp_path / "runs", "--config", str(file))[0] == 2
+    assert "`streams.name` must be usable in a folder's name" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
 
 
@@ -276,6 +286,8 @@ def test_where_nothing_can_be_written_it_is_said_in_a_sentence(tmp_path, capsys,
         ("edge-int8 --methods tentt", "did you mean 'tent'"),
         ("edge-int8 --images 0", "`images` must be a whole number of at least 1"),
         ("own-networks --images 0", "`images` must be a whole number of at least 1"),
+        ("reliability --list --guard stead", "did you mean 'steady'"),
+        ("reliability --list --seeds 77", "`seeds` must be some of the grid's, got 77"),
         ("live --method tentt", "did you mean 'tent'"),
         ("corruption-errors --images 5", "`images` must be a positive multiple"),
     ],

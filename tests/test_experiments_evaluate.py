@@ -299,6 +299,7 @@ def test_results_go_to_a_new_folder_under_runs(tmp_path, monkeypatch):
         ({"stream": [1]}, TypeError, "tta.streams.Stream or several by name, got list"),
         ({"stream": {}}, TypeError, "an empty mapping"),
         ({"stream": {"a/b": None}}, ValueError, "usable in file names, got 'a/b'"),
+        ({"stream": {"..": None}}, ValueError, "usable in file names, got '..'"),
         ({"stream": {"a": None}}, TypeError, "got NoneType as 'a'"),
         ({"stream": small_stream().from_step(2)}, ValueError, "begin at its first batch"),
         ({"stream": small_stream(classes=11)}, ValueError, "labels in 0..9.*got the label 10"),

@@ -29,6 +29,7 @@ __all__ = [
     "Conflict",
     "JsonLines",
     "Results",
+    "is_file_name",
     "make_run_folder",
     "plain",
     "read_header",
@@ -43,6 +44,11 @@ KEYS = ("kind", "stream", "method", "step", "domain")  # what makes a line the s
 
 class Busy(CannotGoOn):
     """Another process is writing the file."""
+
+
+def is_file_name(text: str) -> bool:
+    """Whether a text can be the name of a file or a folder, and not a path to elsewhere."""
+    return text not in ("", ".", "..") and not set(text) & set("/\\\0")
 
 
 def make_run_folder(root: str | Path, name: str) -> Path:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import tta
 from experiments.data import Collection
+from experiments.records.file import is_file_name
 from experiments.run.method_strings import Method, check_labels, parse_method
 from experiments.run.subject import Subject, normalise
 from models import ModelInfo
@@ -102,7 +103,7 @@ def check_streams(given: Any) -> dict[str, Stream]:
             "tta.streams.build"
         )
     for name, stream in given.items():
-        if not isinstance(name, str) or not name or set(name) & set("/\\"):
+        if not isinstance(name, str) or not is_file_name(name):
             raise ValueError(
                 f"`stream` must have names that are usable in file names, got {shown(name)}: "
                 "choose "

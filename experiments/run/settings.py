@@ -36,6 +36,7 @@ import tta.streams
 from corruptions.pictures import OnError
 from experiments.data import default_severity
 from experiments.records.config import DEMO_METHODS, RunConfig, StreamConfig, SweepConfig
+from experiments.records.file import is_file_name
 from experiments.run.subject import pick_device
 from tta.core.checks import (
     LARGEST,
@@ -265,9 +266,13 @@ def _check_run(config: RunConfig) -> None:
     one_of("match", config.match, MATCHES)
     whole_number("batch-size", config.batch_size, 1, LARGEST)
     whole_number("seed", config.seed, 0, MOST_SEED)
-    if not config.name or set(config.name) & set("/\\"):
-        raise ValueError(f"`name` must be usable in a folder's name, got {shown(config.name)}")
     names = [stream.name for stream in config.streams]
+    for name, value in (("name", config.name), *(("streams.name", name) for name in names)):
+        if not is_file_name(value):
+            raise ValueError(
+                f"`{name}` must be usable in a folder's name, got {shown(value)}: leave out "
+                "slashes, or choose another"
+            )
     if len(set(names)) != len(names):
         raise ValueError(f"`streams` must have names of their own, got {told(' '.join(names))}")
 

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 import models
+import tta
 from experiments.records.progress import Progress
 from experiments.run.flags import amount
 from experiments.run.subject import pick_device
@@ -108,6 +109,11 @@ def _prepare(args: argparse.Namespace) -> Reliability:
                 f"`methods` must be names of updates or {RECIPE}, got {shown(name)}: "
                 + nearest(name, known)
             )
+    guards = tta.list_methods(slot="guard")
+    if args.guard is not None and args.guard not in guards:
+        raise ValueError(
+            f"`guard` must be a guard, got {shown(args.guard)}: {nearest(args.guard, guards)}"
+        )
     if args.threads < 1:
         raise ValueError(f"`threads` must be at least 1, got {args.threads}")
     torch.set_num_threads(args.threads)
@@ -123,6 +129,13 @@ def _prepare(args: argparse.Namespace) -> Reliability:
         if name not in streams:
             raise ValueError(
                 f"`streams` must be some of the parts', got {shown(name)}: {nearest(name, streams)}"
+            )
+    seeds = sorted({cell.seed for cell in found})
+    for seed in args.seeds or ():
+        if seed not in seeds:
+            raise ValueError(
+                f"`seeds` must be some of the grid's, got {seed}: Known: "
+                f"{', '.join(map(str, seeds))}."
             )
     found = [
         cell
