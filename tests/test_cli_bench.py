@@ -100,6 +100,8 @@ def test_every_recipe_is_measured_or_left_out_in_words(out) -> None:
     [
         (("--size", "100000"), "`--batch-size` and images must leave room in memory"),
         (("--out", "gone/rows.jsonl"), "`out` must lie in a folder that is there, but gone is not"),
+        (("--method", "tentt"), "did you mean 'tent'"),
+        (("--method", "tent[lr="), "`method` must set fields as in tent[lr=1e-3, steps=2]"),
         (("--out", "/dev"), "`out` must be a file, got the folder /dev"),
         (("--classes", "gone"), "`classes` must be a text file"),
         (("--batch-size", "9" * 5000), "must be a whole number from 1"),
@@ -107,8 +109,8 @@ def test_every_recipe_is_measured_or_left_out_in_words(out) -> None:
     ],
 )
 def test_a_mistake_is_said_before_anything_is_measured(out, arguments, words) -> None:
-    status, _, errors = out("--method", "source", "--rounds", "1", *arguments)
-    assert status == 2 and words in errors, errors
+    status, text, errors = out("--method", "source", "--rounds", "1", *arguments)
+    assert status == 2 and words in errors and "plain forward" not in text, errors
     assert errors.count("\n") == 1 and len(errors) <= 330
 
 

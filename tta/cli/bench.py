@@ -111,10 +111,11 @@ def _rows(args: argparse.Namespace, say: Callable[[str], Any]) -> Iterator[dict[
     _check_taken(model, batches[0])
     further: dict[str, Any] = {} if args.window is None else {"window": args.window}
     opened = _with_what_methods_ask(opened, args, shape, device)
+    # Before anything is measured: it raises for an unknown method.
+    recipe, arguments = wrap_arguments(args, opened) if args.method != ALL else (None, {})
     if args.tune:
         from tta.tuning import tune
 
-        recipe, arguments = wrap_arguments(args, opened) if args.method != ALL else (None, {})
         further["setting"] = tune(
             model, batches[0], args.tune_seconds, recipe=recipe, **(arguments | further)
         )
