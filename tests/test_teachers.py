@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -429,3 +430,34 @@ def test_what_restore_mask_returns_is_checked_before_anything_changes(method, ma
         adapter(images(0))
     after = adapter.state()
     assert all(torch.equal(before[k], after[k]) for k in before if k != "rng")
+
+
+class Clash(nn.Module):
+    """A network whose layers have the names of what a teacher has."""
+
+    NAMES = ("network", "followed", "places", "tensors", "named", "copy", "hold", "average")
+    NAMES += ("predict", "like_parameters", "learn_statistics", "state", "update", "model", "rule")
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in self.NAMES:
+            self.add_module(name, nn.BatchNorm2d(3))
+        self.rest = tiny("bn")
+
+    def forward(self, x: Tensor) -> Tensor:
+        for name in self.NAMES:
+            x = self._modules[name](x)
+        return self.rest(x)
+
+
+@pytest.mark.parametrize("method", ["adacontrast", "cotta", "petta", "reservoir", "rotta", "santa"])
+def test_layers_may_have_the_names_of_what_a_teacher_has(method: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = Clash().eval()
+    adapter = tta.wrap(net, f"{method}.cifar10", source=source_batches(), **SPACE)
+    adapter(images(0))
+    tta.save(adapter, tmp_path)
+    expected = adapter(images(1))
+    torch.manual_seed(0)
+    other = tta.load(Clash().eval(), tmp_path, source=source_batches())
+    assert torch.equal(other(images(1)), expected)

@@ -59,6 +59,10 @@ class NamedTensors(nn.Module):
         self._places: dict[str, tuple[nn.Module, str]] = {}
         self.hold(tensors, constant)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Not as a module does: parts of the tree may be called as attributes of this object.
+        object.__setattr__(self, name, value)
+
     def hold(self, tensors: dict[str, Tensor], constant: bool) -> None:
         """Take in clones of more tensors."""
         for name, value in tensors.items():
