@@ -7,7 +7,11 @@ import subprocess
 import sys
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
+import timm
+import torch
+from safetensors.torch import save_file
 
 import tta
 from tta import cli
@@ -192,10 +196,28 @@ def test_the_package_runs_like_the_console_script(arguments):
     assert done[0].stdout if "eata" in arguments else done[0].stderr.startswith(b"error: ")
 
 
-@pytest.mark.parametrize("command", ["export", "bench"])
-def test_commands_that_keep_nothing_take_no_folder(out, tmp_path, command):
-    status, _, errors = out(command, "MODEL", "--folder", "states", "--out", str(tmp_path / "x"))
-    assert status == 2 and "unrecognized arguments: --folder states" in errors
+def test_a_saved_adapter_is_measured_and_exported(out, tmp_path):
+    weights, saved = str(tmp_path / "net.safetensors"), str(tmp_path / "saved")
+    net = timm.create_model("test_resnet")
+    save_file(net.state_dict(), weights)
+    adapter = tta.wrap(net, norm="robust_bn", guard=False, batch_size=2)
+    adapter(torch.randn(2, 3, 64, 64))
+    tta.save(adapter, saved)
+    moved = sorted(float(v.double().sum()) for v in adapter.state().values() if v.ndim)
+    model, common = f"timm:test_resnet@{weights}", ("--folder", saved)
+    status, text, errors = out("bench", model, *common, "--rounds", "1", "--size", "64")
+    assert (status, errors) == (0, "")
+    assert [line.split()[0] for line in text.splitlines()[2:]] == ["plain", saved]
+    status, _, errors = out("bench", model, *common, "--tune")
+    assert status == 2 and "leave --tune and --window out" in errors
+    pytest.importorskip("onnxscript")
+    status, _, errors = out("export", model, *common, "--out", str(tmp_path / "edge"))
+    assert (status, errors) == (0, "")
+    state = np.load(tmp_path / "edge" / "state.npz")
+    found = [float(state[key].astype("float64").sum()) for key in state.files]
+    assert all(min(abs(value - one) for one in found) < 1e-4 for value in moved[:4])
+    status, _, errors = out("export", model, "--folder", "none", "--out", str(tmp_path / "x"))
+    assert status == 2 and "`folder` must" in errors
 
 
 def test_help_says_what_is_done(out):

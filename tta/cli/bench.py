@@ -12,7 +12,16 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from tta.cli.common import add_method, add_model, open_from, whole, wrap_arguments, wrap_from
+from tta.cli.common import (
+    add_method,
+    add_model,
+    add_saved,
+    open_from,
+    saved_from,
+    whole,
+    wrap_arguments,
+    wrap_from,
+)
 from tta.core.checks import is_final, is_out_of_memory, new_file, sentence, told
 from tta.core.files import writing
 
@@ -37,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the command."""
     add_model(parser, 1)
     add_method(parser, ALL)
+    add_saved(parser, "measured")
     add = parser.add_argument
     add("--rounds", type=whole(1), default=ROUNDS, metavar="N",
         help=f"timed calls of each recipe (default: {ROUNDS})")  # fmt: skip
@@ -113,6 +123,13 @@ def _rows(args: argparse.Namespace, say: Callable[[str], Any]) -> Iterator[dict[
     opened = _with_what_methods_ask(opened, args, shape, device)
     # Before anything is measured: it raises for an unknown method.
     recipe, arguments = wrap_arguments(args, opened) if args.method != ALL else (None, {})
+    if args.folder is not None:
+        if args.tune or further:
+            raise ValueError(
+                "`folder` holds an adapter that is measured as it is: leave --tune and --window "
+                "out."
+            )
+        saved_from(args, opened).unwrap()  # raises for what is none
     if args.tune:
         from tta.tuning import tune
 
@@ -127,14 +144,19 @@ def _rows(args: argparse.Namespace, say: Callable[[str], Any]) -> Iterator[dict[
     base = plain["p50 ms"]
     yield {"method": PLAIN, **plain, "ratio": 1.0}
     names = [args.method] if args.method != ALL else list_methods("*")
+    if args.folder is not None:
+        names = [args.folder]
     left_out: list[dict[str, Any]] = []
     for name in names:
-        if args.method == ALL and not component(name).slot and not component(name).empties_slots:
+        if len(names) > 1 and not component(name).slot and not component(name).empties_slots:
             continue
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                adapter = wrap_from(_with(args, name), opened, **further)
+                if args.folder is None:
+                    adapter = wrap_from(_with(args, name), opened, **further)
+                else:
+                    adapter = saved_from(args, opened)
                 try:
                     found = _measured(adapter, model, batches, args.rounds)
                 finally:

@@ -19,7 +19,9 @@ __all__ = [
     "add_folder",
     "add_method",
     "add_model",
+    "add_saved",
     "open_from",
+    "saved_from",
     "source_from",
     "whole",
     "wrap_arguments",
@@ -112,6 +114,30 @@ def whole(low: int, high: int = 2**31 - 1) -> Any:
         return int(value)
 
     return read
+
+
+def add_saved(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add the flag of commands that take an adapter that was saved, see :func:`saved_from`.
+
+    Args:
+        parser: Of the command.
+        what: What is done with the adapter, in words.
+    """
+    parser.add_argument(
+        "--folder", help=f"of tta.save: the adapter in it is {what}, and --method is left out"
+    )
+
+
+def saved_from(args: argparse.Namespace, opened: OpenedModel) -> Adapter:
+    """The adapter in ``--folder``, on a model.
+
+    Raises:
+        FileNotFoundError: When there is none.
+        ValueError: When it is another model's.
+    """
+    from tta.saving import load
+
+    return load(opened.model, args.folder, source=source_from(args, opened))
 
 
 def open_from(args: argparse.Namespace) -> OpenedModel:

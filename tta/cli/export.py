@@ -6,7 +6,15 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from tta.cli.common import METHOD, add_method, add_model, open_from, wrap_from
+from tta.cli.common import (
+    METHOD,
+    add_method,
+    add_model,
+    add_saved,
+    open_from,
+    saved_from,
+    wrap_from,
+)
 from tta.cli.pictures import PictureLoader, choose_pictures, picture_files
 from tta.core.warn import warn
 
@@ -21,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the command."""
     add_model(parser)
     add_method(parser)
+    add_saved(parser, "exported as it is by now")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="where the graph goes")
     parser.add_argument(
         "--int8",
@@ -43,8 +52,11 @@ def run(args: argparse.Namespace) -> int:
     from tta.export import to_onnx
 
     opened = open_from(args)
-    bare = args.method.partition("[")[0].strip() == METHOD
-    adapter = wrap_from(args, opened, **({"guard": False} if bare else {}))
+    bare = args.folder is None and args.method.partition("[")[0].strip() == METHOD
+    if args.folder is None:
+        adapter = wrap_from(args, opened, **({"guard": False} if bare else {}))
+    else:
+        adapter = saved_from(args, opened)
     if bare:
         warn(f"{METHOD} is exported without its guard, which looks at figures of each batch.")
     picture = Image.effect_noise((LARGEST, LARGEST), 64).convert("RGB")
