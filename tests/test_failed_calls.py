@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import tta
-from tests.helpers.batches import images
+from tests.helpers.batches import images, source_batches
 from tests.helpers.compositions import (
     ALONE,
     SAMPLED_PAIRS,
@@ -369,3 +369,27 @@ def free_for_others(shared: tta.runtime.StreamPool, where: str) -> bool:
     other.start()
     other.join(30)
     return bool(found)
+
+
+@pytest.mark.parametrize("method", ["rotta.cifar10", "adacontrast.cifar10", "adanpc.cifar10"])
+@pytest.mark.parametrize("by", ["load_state", "reset"])
+def test_a_signal_while_a_state_is_put_in_leaves_the_former_or_the_new(method, by) -> None:
+    files = tuple(f"core/{name}.py" for name in ("state", "state_dict", "masters", "transaction"))
+    pixels: Any = {"mean": (0.0,), "std": (1.0,)}
+    if method.startswith("adanpc"):
+        pixels["source"] = source_batches()
+    adapter = tta.wrap(tiny("bn"), method, **pixels)
+    start = adapter.state()
+    adapter(images(0))
+    new = adapter.state() if by == "load_state" else start
+    adapter(images(1))
+    former = adapter.state()
+    for number in range(0, 10_000, 3):
+        adapter.load_state(former)
+        with contextlib.suppress(Fault), AtPlace(number, files) as place:
+            adapter.load_state(new) if by == "load_state" else adapter.reset()
+        found = adapter.state()
+        assert same(found, former) or same(found, new), place.where
+        if not place.where:
+            break
+    assert 30 < number < 10_000

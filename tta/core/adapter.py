@@ -79,7 +79,9 @@ class Adapter(nn.Module):
         self._wrappers = wrappers
         network.session.guard = guard
         slots = (wrappers, update, output, guard, input_rule, window)
-        self._state = AdapterState(config.label, context.generator, network, *slots)
+        self._state = AdapterState(
+            config.label, context.generator, context.journal, network, *slots
+        )
         self._transaction = Transaction(
             self._state, network, list(self.parts.values()), context.journal
         )

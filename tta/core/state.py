@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tta.core.backbone import Backbone
 from tta.core.component import Component
 from tta.core.guard import Guard
+from tta.core.journal import Journal
 from tta.core.norm_layers import AdaptiveNorm
 from tta.core.output_rule import Output
 from tta.core.parameter_sets import Place
@@ -44,6 +45,7 @@ class AdapterState:
     Args:
         label: The components in one word; a state belongs to adapters of the same label.
         generator: Source of all random draws.
+        journal: Of what a call writes row by row.
         network: The wrapped model.
         wrappers: The wrapped norm layers, by their names in the caller's model.
         update: The update, or None.
@@ -57,6 +59,7 @@ class AdapterState:
         self,
         label: str,
         generator: torch.Generator,
+        journal: Journal,
         network: Backbone,
         wrappers: dict[str, AdaptiveNorm],
         update: Update | None,
@@ -66,6 +69,7 @@ class AdapterState:
         window: Component | None = None,
     ) -> None:
         self.generator = generator
+        self.journal = journal
         self.network = network
         self.session = network.session
         self.update = update
@@ -234,6 +238,9 @@ class AdapterState:
             if key in values and (values[key].shape != held.shape or kind != held.dtype):
                 # Not by register_buffer, since names may have dots.
                 part._buffers[name] = held.new_empty(values[key].shape, dtype=kind)
+        for key, (place, name) in self.named_places()[1].items():
+            if key in values:  # no copy of these was made when the call began
+                self.journal.keep(place[name], ...)
         for key, own in self._lazy_own().items():
             if key in values and values[key].shape != own.shape:
                 own.data = own.new_empty(values[key].shape)  # of the optimiser, too
