@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -223,3 +224,12 @@ def test_a_saved_adapter_is_measured_and_exported(out, tmp_path):
 def test_help_says_what_is_done(out):
     assert "(default: all)" in " ".join(out("bench", "--help")[1].split())
     assert "over HTTP" in out("serve", "--help")[1]
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs a folder that nobody can write to")
+@pytest.mark.parametrize(
+    "command", [("collect", "timm:test_resnet", ".", "--for", "eata"), ("export", "timm:none")]
+)
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(out, command):
+    status, _, errors = out(*command, "--out", "/proc/x")
+    assert status == 2 and "`out` must be one that can be written to, but /proc/x is not" in errors

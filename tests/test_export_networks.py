@@ -31,9 +31,7 @@ QUICK = {  # among the slow tests, over a few batches
 }
 ALL = [*NETWORKS, REAL]
 CASES = [pytest.param(n, r, 200, marks=pytest.mark.soak) for n in ALL for r in n.recipes]
-CASES += [
-    pytest.param(n, QUICK[n.name], 6, marks=pytest.mark.slow) for n in ALL if n.name in QUICK
-]
+CASES += [pytest.param(n, QUICK[n.name], 6, marks=pytest.mark.slow) for n in ALL if n.name in QUICK]
 
 
 def _name(value: Any) -> str:

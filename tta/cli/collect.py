@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tta.cli.common import add_model, open_from, whole
+from tta.cli.common import add_model, check_writable, open_from, whole
 from tta.cli.pictures import PictureLoader, choose_pictures, picture_files
 from tta.core.checks import nearest, new_file, shown, told
 
@@ -63,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
                              + nearest(name, list_methods("*")))  # fmt: skip
         get_config(name)
     out = new_file("out", args.out)
+    check_writable("out", out)
     files = picture_files(Path(args.images))
     opened = open_from(args)
     labels = _labels(files, opened.model, opened.class_names, names)

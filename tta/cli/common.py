@@ -8,8 +8,11 @@ from __future__ import annotations
 import argparse
 import math
 import re
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from tta.core.files import writing
 
 if TYPE_CHECKING:
     from tta.core.adapter import Adapter
@@ -20,6 +23,7 @@ __all__ = [
     "add_method",
     "add_model",
     "add_saved",
+    "check_writable",
     "open_from",
     "saved_from",
     "source_from",
@@ -138,6 +142,22 @@ def saved_from(args: argparse.Namespace, opened: OpenedModel) -> Adapter:
     from tta.saving import load
 
     return load(opened.model, args.folder, source=source_from(args, opened))
+
+
+def check_writable(name: str, place: str | Path) -> None:
+    """Find out whether a file or a folder can be made, before what it is for is computed.
+
+    Args:
+        name: The argument.
+        place: Of the file or folder, which need not be there, nor need the folders above it.
+
+    Raises:
+        OSError: When it cannot.
+    """
+    above = Path(place).absolute()
+    above = next((part for part in (above, *above.parents) if part.is_dir()), above)
+    with writing(name, place), tempfile.TemporaryFile(dir=above):
+        pass
 
 
 def open_from(args: argparse.Namespace) -> OpenedModel:

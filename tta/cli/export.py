@@ -11,6 +11,7 @@ from tta.cli.common import (
     add_method,
     add_model,
     add_saved,
+    check_writable,
     open_from,
     saved_from,
     wrap_from,
@@ -51,6 +52,7 @@ def run(args: argparse.Namespace) -> int:
 
     from tta.export import to_onnx
 
+    check_writable("out", args.out)
     opened = open_from(args)
     bare = args.folder is None and args.method.partition("[")[0].strip() == METHOD
     if args.folder is None:
