@@ -23,7 +23,7 @@ from tests.helpers.compositions import (
     label,
     make,
 )
-from tests.helpers.faults import AtPlace, Counting, Fault, Subject, interrupted, same, shots
+from tests.helpers.faults import Counting, Fault, Subject, at_places, interrupted, same, shots
 from tests.helpers.nets import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -286,13 +286,11 @@ def test_a_signal_at_any_place_of_a_pool_leaves_no_stream_owned_and_no_lock_held
     uses = [lambda: shared(rows, list("abab")), enter, make, lambda: held(rows[:2])]
     uses += [lambda: held.state(), lambda: shared.stream("a", wait=False)]
     for use in uses:
-        for number in range(2000):
+        for place in at_places(POOL, most=2000):
             for name in "ab":
                 shared.stream(name).load_state(before[name])
-            with contextlib.suppress(Fault), AtPlace(number, POOL) as place:
+            with contextlib.suppress(Fault), place:
                 use()
-            if not place.where:
-                break
             assert free_for_others(shared, place.where)
             for name in shared.streams():
                 shared.stream(name, wait=False)
@@ -302,7 +300,7 @@ def test_a_signal_at_any_place_of_a_pool_leaves_no_stream_owned_and_no_lock_held
                     all(same(found[name], wanted[name]) for name in "ab")
                     for wanted in (before, after)
                 ), place.where
-        assert 20 < number < 2000
+        assert 20 < place.number < 2000
     shared.close()
 
 
@@ -312,31 +310,29 @@ BESIDE = (*POOL, "core/files.py", "core/adapter_sets.py", "tta/saving.py", "stre
 def test_a_signal_while_a_pool_is_made_leaves_the_adapter_to_its_owner(tmp_path) -> None:
     adapter = tta.wrap(tiny("bn"), "tent.cifar10")
     before = adapter.state()
-    for number in range(0, 10_000, 7):
+    for place in at_places(BESIDE, 7):
         shared = None
-        with contextlib.suppress(Fault), AtPlace(number, BESIDE) as place:
-            shared = tta.runtime.StreamPool(adapter, folder=tmp_path / str(number), interval=None)
+        with contextlib.suppress(Fault), place:
+            shared = tta.runtime.StreamPool(
+                adapter, folder=tmp_path / str(place.number), interval=None
+            )
         if shared is not None:
             shared.close()
         assert same(adapter.state(), before), place.where
-        if not place.where:
-            break
-    assert 100 < number < 10_000
+    assert 100 < place.number < 10_000
 
 
 def test_a_pool_whose_closing_a_signal_has_ended_is_closed_by_the_next_call() -> None:
     adapter = tta.wrap(tiny("bn"), "tent.cifar10")
     before = adapter.state()
-    for number in range(0, 10_000, 3):
+    for place in at_places(BESIDE, 3):
         shared = tta.runtime.StreamPool(adapter)
         shared.stream("a", create=True)(images(0))
-        with contextlib.suppress(Fault), AtPlace(number, BESIDE) as place:
+        with contextlib.suppress(Fault), place:
             shared.close()
         shared.close()
         assert shared.closed and same(adapter.state(), before), place.where
-        if not place.where:
-            break
-    assert 30 < number < 10_000
+    assert 30 < place.number < 10_000
 
 
 def test_a_signal_while_an_adapter_is_saved_leaves_one_of_both_states(tmp_path) -> None:
@@ -344,18 +340,16 @@ def test_a_signal_while_an_adapter_is_saved_leaves_one_of_both_states(tmp_path) 
     before = adapter.state()
     adapter(images(0))
     after = adapter.state()
-    for number in range(1000):
+    for place in at_places(("core/files.py",), most=1000):
         adapter.load_state(before)
         tta.save(adapter, tmp_path)
-        assert len(list(tmp_path.iterdir())) == 2, number  # what is left over goes then
+        assert len(list(tmp_path.iterdir())) == 2, place.number  # what is left over goes then
         adapter.load_state(after)
-        with contextlib.suppress(Fault), AtPlace(number, ("core/files.py",)) as place:
+        with contextlib.suppress(Fault), place:
             tta.save(adapter, tmp_path)
         found = tta.load(tiny("bn"), tmp_path).state()
         assert same(found, before) or same(found, after), place.where
-        if not place.where:
-            break
-    assert 20 < number < 1000
+    assert 20 < place.number < 1000
 
 
 def free_for_others(shared: tta.runtime.StreamPool, where: str) -> bool:
@@ -384,12 +378,10 @@ def test_a_signal_while_a_state_is_put_in_leaves_the_former_or_the_new(method, b
     new = adapter.state() if by == "load_state" else start
     adapter(images(1))
     former = adapter.state()
-    for number in range(0, 10_000, 3):
+    for place in at_places(files, 3):
         adapter.load_state(former)
-        with contextlib.suppress(Fault), AtPlace(number, files) as place:
+        with contextlib.suppress(Fault), place:
             adapter.load_state(new) if by == "load_state" else adapter.reset()
         found = adapter.state()
         assert same(found, former) or same(found, new), place.where
-        if not place.where:
-            break
-    assert 30 < number < 10_000
+    assert 30 < place.number < 10_000

@@ -16,7 +16,7 @@ from torch import nn
 
 import tta
 from tests.helpers.batches import images, source_batches
-from tests.helpers.faults import AtPlace, Fault
+from tests.helpers.faults import Fault, at_places
 from tests.helpers.nets import tiny
 from tta.core import compiled
 from tta.core.classifier import find_classifier
@@ -555,15 +555,14 @@ def test_a_signal_at_any_place_of_wrap_leaves_the_model_as_it_was(recipe: str) -
     before = _state(net)
     hooks = [list(m._forward_hooks) for m in net.modules()]
     faults = 0
-    for number in range(0, 100_000, 7):
+    for place in at_places(files, 7, most=100_000):
         adapter = None
-        with contextlib.suppress(Fault), AtPlace(number, files) as place:
+        with contextlib.suppress(Fault), place:
             adapter = tta.wrap(net, recipe)
-        if not place.where:
-            break
-        if adapter is not None:  # Python ignores what is raised while it collects a generator
+        # At the end, and where Python ignores what is raised while it collects a generator.
+        if adapter is not None:
             adapter.unwrap()
-        faults += 1
+        faults += bool(place.where)
         assert _equal(_state(net), before), place.where
         assert [list(m._forward_hooks) for m in net.modules()] == hooks, place.where
     assert faults > 100

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.helpers.batches import images
 from tests.helpers.compositions import Case, make
 
-__all__ = ["AtPlace", "Counting", "Fault", "Subject", "interrupted", "same", "shots"]
+__all__ = ["AtPlace", "Counting", "Fault", "Subject", "at_places", "interrupted", "same", "shots"]
 
 
 class Fault(Exception):
@@ -73,7 +73,8 @@ class AtPlace:
     """
 
     def __init__(self, number: int, files: tuple[str, ...]) -> None:
-        self.left, self.files, self.where = number, files, ""
+        self.number, self.files, self.where = number, files, ""
+        self.left = number
 
     def __enter__(self) -> AtPlace:
         sys.setprofile(self._look)
@@ -89,6 +90,19 @@ class AtPlace:
                 sys.setprofile(None)
                 self.where = f"{frame.f_code.co_name}, line {frame.f_lineno}, {event}"
                 raise Fault
+
+
+def at_places(files: tuple[str, ...], step: int = 1, most: int = 10_000) -> Iterator[AtPlace]:
+    """Every ``step``-th place in turn; the last one has an empty ``where``: nothing was raised.
+
+    There must be fewer than ``most``.
+    """
+    for number in range(0, most, step):
+        place = AtPlace(number, files)
+        yield place
+        if not place.where:
+            return
+    raise AssertionError(f"there are {most} places and more, the last one in {place.where}")
 
 
 def parameters(model: nn.Module) -> list[tuple[dict[str, Any], str, Any]]:
