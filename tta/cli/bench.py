@@ -13,14 +13,13 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from tta.cli.common import (
+    adapter_from,
     add_method,
     add_model,
     add_saved,
     open_from,
-    saved_from,
     whole,
     wrap_arguments,
-    wrap_from,
 )
 from tta.core.checks import is_final, is_out_of_memory, new_file, sentence, told
 from tta.core.files import writing
@@ -129,7 +128,7 @@ def _rows(args: argparse.Namespace, say: Callable[[str], Any]) -> Iterator[dict[
                 "`folder` holds an adapter that is measured as it is: leave --tune and --window "
                 "out."
             )
-        saved_from(args, opened).unwrap()  # raises for what is none
+        adapter_from(args, opened).unwrap()  # raises for what is none
     if args.tune:
         from tta.tuning import tune
 
@@ -153,10 +152,7 @@ def _rows(args: argparse.Namespace, say: Callable[[str], Any]) -> Iterator[dict[
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                if args.folder is None:
-                    adapter = wrap_from(_with(args, name), opened, **further)
-                else:
-                    adapter = saved_from(args, opened)
+                adapter = adapter_from(_with(args, name), opened, **further)
                 try:
                     found = _measured(adapter, model, batches, args.rounds)
                 finally:

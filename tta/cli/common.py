@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from tta.runtime.model_strings import OpenedModel
 
 __all__ = [
+    "adapter_from",
     "add_folder",
     "add_method",
     "add_model",
     "add_saved",
     "check_writable",
     "open_from",
-    "saved_from",
     "source_from",
     "whole",
     "wrap_arguments",
@@ -121,7 +121,7 @@ def whole(low: int, high: int = 2**31 - 1) -> Any:
 
 
 def add_saved(parser: argparse.ArgumentParser, what: str) -> None:
-    """Add the flag of commands that take an adapter that was saved, see :func:`saved_from`.
+    """Add the flag of commands that take an adapter that was saved, see :func:`adapter_from`.
 
     Args:
         parser: Of the command.
@@ -132,15 +132,22 @@ def add_saved(parser: argparse.ArgumentParser, what: str) -> None:
     )
 
 
-def saved_from(args: argparse.Namespace, opened: OpenedModel) -> Adapter:
-    """The adapter in ``--folder``, on a model.
+def adapter_from(args: argparse.Namespace, opened: OpenedModel, **further: Any) -> Adapter:
+    """The adapter in ``--folder``, on a model, or one as ``--method`` says.
+
+    Args:
+        args: What was parsed.
+        opened: The model.
+        **further: More arguments of ``tta.wrap``, where there is no folder.
 
     Raises:
-        FileNotFoundError: When there is none.
-        ValueError: When it is another model's.
+        FileNotFoundError: When the folder has none.
+        ValueError: When it is another model's, or as of :func:`wrap_from`.
     """
     from tta.saving import load
 
+    if args.folder is None:
+        return wrap_from(args, opened, **further)
     return load(opened.model, args.folder, source=source_from(args, opened))
 
 

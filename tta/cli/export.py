@@ -8,13 +8,12 @@ from typing import Any
 
 from tta.cli.common import (
     METHOD,
+    adapter_from,
     add_method,
     add_model,
     add_saved,
     check_writable,
     open_from,
-    saved_from,
-    wrap_from,
 )
 from tta.cli.pictures import PictureLoader, choose_pictures, picture_files
 from tta.core.warn import warn
@@ -55,10 +54,7 @@ def run(args: argparse.Namespace) -> int:
     check_writable("out", args.out)
     opened = open_from(args)
     bare = args.folder is None and args.method.partition("[")[0].strip() == METHOD
-    if args.folder is None:
-        adapter = wrap_from(args, opened, **({"guard": False} if bare else {}))
-    else:
-        adapter = saved_from(args, opened)
+    adapter = adapter_from(args, opened, **({"guard": False} if bare else {}))
     if bare:
         warn(f"{METHOD} is exported without its guard, which looks at figures of each batch.")
     picture = Image.effect_noise((LARGEST, LARGEST), 64).convert("RGB")

@@ -82,9 +82,7 @@ class Adapter(nn.Module):
         self._state = AdapterState(
             config.label, context.generator, context.journal, network, *slots
         )
-        self._transaction = Transaction(
-            self._state, network, list(self.parts.values()), context.journal
-        )
+        self._transaction = Transaction(self._state, network, list(self.parts.values()))
         self._serving = Serving(
             network, self._state, wrappers, update, output, self._transaction, guard, config.shadow
         )

@@ -37,7 +37,6 @@ from tta.core.norm_layers import (
     AdaptiveNorm,
     batch_norm_layers,
     insert,
-    remove,
     rows_independent,
 )
 from tta.core.norm_rule import NormRule
@@ -149,9 +148,11 @@ def build(
                 load_constants(adapter, statistics, constants)
             return adapter.begin()
         except BaseException:  # an interrupt too leaves the model as it was
-            if adapter is not None:
-                adapter.unwrap()
-            before.put_back()
+            try:
+                if adapter is not None:
+                    adapter.unwrap()
+            finally:
+                before.put_back()
             raise
 
 
@@ -173,7 +174,7 @@ def _assemble(model: nn.Module, config: AdapterConfig, injected: Injected) -> Ad
     if output is not None and output.makes_logits:
         session.logit_hook = LogitHook(output)
     wrappers: dict[str, AdaptiveNorm] = {}
-    network = rule = None
+    rule = None
     try:
         if config.norm is not None:
             wrappers = _insert_norm(model, config.norm, context, session)
@@ -214,11 +215,8 @@ def _assemble(model: nn.Module, config: AdapterConfig, injected: Injected) -> Ad
             adapter.compiled = True
         return adapter
     except BaseException:
-        if rule is not None:
+        if rule is not None:  # the model itself is put back by the caller
             rule.release()
-        if network is not None:
-            network.close()
-        remove(model, wrappers)
         raise
 
 

@@ -69,8 +69,8 @@ class Loan:
 class Untouched:
     """A model before it is wrapped, to be put back where wrapping ends early, wherever that is.
 
-    Each part of an adapter takes back what it did when it is refused. A signal comes between two of
-    their lines as well, so that there this alone is sure.
+    A signal comes between any two lines, so that no part of an adapter could be asked to take back
+    what it did.
 
     Args:
         model: The model, which is not wrapped.

@@ -23,7 +23,6 @@ from tta.core.backbone import Backbone
 from tta.core.compiled import end_visit
 from tta.core.component import Component, Remembers
 from tta.core.hooks import next_hook
-from tta.core.journal import Journal
 from tta.core.state import AdapterState, Place
 
 __all__ = ["Transaction"]
@@ -39,7 +38,6 @@ class Transaction:
         state: Everything that moves.
         network: The wrapped model.
         parts: The components whose attributes change in a call.
-        journal: Where components keep rows.
     """
 
     def __init__(
@@ -47,13 +45,12 @@ class Transaction:
         state: AdapterState,
         network: Backbone,
         parts: Sequence[Component],
-        journal: Journal,
     ) -> None:
         self.state = state
         self.network = network
         # Those inside of others too; none comes later.
         self.parts = [m for part in parts for m in part.modules() if isinstance(m, Component)]
-        self.journal = journal
+        self.journal = state.journal
         self._open = False  # whether something may have to be taken back
         self._copies = _Copies([], [])
         self._layout: Any = None  # what the copies were made for

@@ -31,7 +31,7 @@ class Turns:
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.reserved = ""  # why nobody but the one who set this may have a turn
-        self.admitted = False  # whether that one has it
+        self.admitted: int | None = None  # the thread to which that one has given it
         _all.add(self)
 
     def __deepcopy__(self, memo: Any) -> Turns:
@@ -52,7 +52,7 @@ def in_turn(method: Method) -> Method:
         if getattr(guest, "of", None) is turns:
             raise GuestError(turns.reserved)
         with turns.lock:
-            if turns.reserved and not turns.admitted:
+            if turns.reserved and turns.admitted is None:
                 raise RuntimeError(turns.reserved)
             return method(self, *args, **kwargs)
 

@@ -99,7 +99,6 @@ class StreamStore:
         self.in_memory: OrderedDict[str, Stream] = OrderedDict()  # the least recently used first
         self.closed = False
         self.seat = Seat(self.sets)  # of the adapter itself
-        self._inside: int | None = None  # the thread of the call that is going on
         self._disk = threading.RLock()  # taken after the turn, never before it
         adapter.turns.reserved = RESERVED
         self._look_at_files()
@@ -122,7 +121,7 @@ class StreamStore:
     def turn(self) -> AbstractContextManager[Any]:
         """What has the model alone in a ``with`` block."""
         turns = self.adapter.turns
-        if getattr(guest, "of", None) is turns or self._inside == threading.get_ident():
+        if getattr(guest, "of", None) is turns or turns.admitted == threading.get_ident():
             raise RuntimeError(INSIDE)
         return turns.lock
 
@@ -294,12 +293,11 @@ class StreamStore:
         turns = self.adapter.turns
         for stream in changed:  # before, as an exception may come at any line
             stream.version += 1
-        me = threading.get_ident()
-        turns.admitted, self._inside = True, me
+        turns.admitted = threading.get_ident()
         try:
             return action()
         finally:
-            turns.admitted, self._inside = False, None
+            turns.admitted = None
 
     def write_changed(
         self, stopped: threading.Event | None = None, only: Sequence[Stream] | None = None
