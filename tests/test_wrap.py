@@ -566,3 +566,21 @@ def test_a_signal_at_any_place_of_wrap_leaves_the_model_as_it_was(recipe: str) -
         assert _equal(_state(net), before), place.where
         assert [list(m._forward_hooks) for m in net.modules()] == hooks, place.where
     assert faults > 100
+
+
+def test_a_signal_after_compiling_leaves_the_model_uncompiled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    net, compile_it = tiny("bn"), nn.Module.compile
+
+    def compile_and_stop(module: nn.Module, **options: object) -> None:
+        compile_it(module, **options)
+        raise Fault
+
+    monkeypatch.setattr(nn.Module, "compile", compile_and_stop)
+    for others in (False, True):  # what the caller had compiled stays so
+        if others:
+            compile_it(net)
+        with contextlib.suppress(Fault):
+            tta.wrap(net, "bn", setting=tta.Setting(compile="default")).unwrap()
+        assert (net._compiled_call_impl is not None) == others

@@ -10,6 +10,7 @@ from torch import nn
 __all__ = ["WRAPPED", "Loan", "Untouched"]
 
 WRAPPED = "_tta_wrapped"  # set on every module of a wrapped model
+COMPILED = "_compiled_call_impl"  # what `compile` of a module sets
 # Of every module: its parts, parameters and hooks, by name.
 HELD = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, dict))
 
@@ -81,6 +82,7 @@ class Untouched:
             (m, m.training, [(held, held.copy()) for held in _held(m)]) for m in model.modules()
         ]
         self._parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+        self._model, self._compiled = model, COMPILED in vars(model)
 
     def put_back(self) -> None:
         """Make the model what it was."""
@@ -93,6 +95,8 @@ class Untouched:
         for p, flag, gradient in self._parameters:
             p.requires_grad_(flag)
             p.grad = gradient
+        if not self._compiled:
+            vars(self._model).pop(COMPILED, None)
 
 
 def _held(module: nn.Module) -> list[dict[str, Any]]:
