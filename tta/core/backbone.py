@@ -147,7 +147,7 @@ class Backbone:
             Logits (B, C), and features (B, D) if predictions carry any.
 
         Raises:
-            ImagesRefusedError: When the model raised and the shape of ``x`` is the reason.
+            ImagesRefusedError: When the model raised and shape or size of ``x`` is the reason.
             RowsOverflowError: When logits of some images are NaN or infinite.
         """
         ranks = self.session.ranks
@@ -195,14 +195,15 @@ class Backbone:
             self._check_features(features, len(x))
         except Exception as error:
             refusal = self.images.refusal(error, x)
-            refusal = rows_refusal(error, len(x), args, kwargs) if refusal is None else refusal
-            if refusal is None:
+            refusal = refusal or rows_refusal(error, len(x), args, kwargs)
+            if (refusal := refusal or self.images.size_refusal(error, x)) is None:
                 raise
             raise refusal from error
         finally:
             self.session.recording = False
             if self.feature_hook is not None:
                 self.feature_hook.values = []
+        self.images.taken = tuple(x.shape[1:])
         self.guard.take_back(x, lent)
         self.more.take_back(more)
         if self.session.belongs(x):
@@ -226,7 +227,8 @@ class Backbone:
         try:
             functional.call(self._callee, self._tensors(weights), x.clone(), *args, **kwargs)
         except Exception as error:
-            if (refusal := self.images.refusal(error, x)) is None:
+            refusal = self.images.refusal(error, x) or self.images.size_refusal(error, x)
+            if refusal is None:
                 raise
             raise refusal from error
         finally:

@@ -7,15 +7,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tta.core.checks import is_final
+from tta.core.checks import is_final, is_out_of_memory, told
 from tta.core.classifier import CONVOLUTIONS
 from tta.core.logit_checks import RowsOverflowError
 
 __all__ = ["ImageChecks", "ImagesRefusedError", "KindRefusedError"]
 
+# What torch says of images whose maps get too small for a layer.
+TOO_SMALL = (
+    "Kernel size can't be greater than actual input size",
+    "Output size is too small",
+    "Padding size should be less than",
+)
+# What models raise on images of a size that they were not made for.
+OF_SIZE = (RuntimeError, AssertionError, ValueError, IndexError)
+
 
 class ImagesRefusedError(ValueError):
-    """The model raised on images of a shape that its first layer does not take."""
+    """The model raised on images of a shape or a size that it does not take."""
 
 
 class KindRefusedError(TypeError):
@@ -31,6 +40,7 @@ class ImageChecks:
 
     def __init__(self, entry: Any) -> None:
         self.entry = entry
+        self.taken: tuple[int, ...] | None = None  # shape of an image that the model has taken
 
     def check(self, x: Any) -> None:
         """Refuse what is no batch of images, before anything changes.
@@ -88,6 +98,28 @@ class ImageChecks:
                 "convert one of them, or call under torch.autocast."
             )
         return None if reason is None else ImagesRefusedError(reason)
+
+    def size_refusal(self, error: BaseException, x: Tensor) -> ImagesRefusedError | None:
+        """Return what to raise in place of ``error`` if the size of ``x`` may be its cause.
+
+        It may where torch says so, and where the model has taken images of another size.
+        """
+        if not isinstance(error, OF_SIZE) or is_final(error) or is_out_of_memory(error):
+            return None
+        if isinstance(error, getattr(torch, "AcceleratorError", ())):  # which is no matter of size
+            return None
+        shape, reason = tuple(x.shape[1:]), told(error, 100)
+        if self.taken is not None and self.taken != shape:
+            return ImagesRefusedError(
+                f"`images` must be of a size that the model takes, such as {self.taken}, got "
+                f"{shape} ({reason}): resize them."
+            )
+        if not any(words in str(error) for words in TOO_SMALL):
+            return None
+        return ImagesRefusedError(
+            f"`images` must be larger for this model, got shape {tuple(x.shape)} ({reason}): "
+            "resize them."
+        )
 
     def _cast_apart(self, x: Tensor) -> bool:  # autocast leaves what is float64 as it is
         wide = self.entry is not None and self.entry.weight.dtype == torch.float64

@@ -253,7 +253,7 @@ class Pipeline:
         except (ValueError, TypeError) as error:
             if not str(error).startswith("`images`"):
                 raise
-            self._intake.fail(stream, told(error, 200), len(frames))
+            self._intake.fail(stream, told(error, 300), len(frames))
             return []
         return self._results(frames, step)
 
