@@ -208,7 +208,7 @@ def test_a_stream_that_stays_elsewhere_is_refused_after_a_while(running, monkeyp
         assert answer.status_code == 409 and answer.headers["retry-after"] == "1"
         text = answer.json()["detail"]
         assert text.startswith("stream 'door': `stream` 'door' must be free"), text
-        assert text.endswith("Of the other streams in this request, 1 were predicted.")
+        assert text.endswith("process. Of the other streams in this request, 1 were predicted.")
     assert running.predict("yard", rows=(2,)).json()["index"] == 1
 
 

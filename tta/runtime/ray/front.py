@@ -116,9 +116,9 @@ class Front:
         name, answer = bad[0]
         refusal = answer if isinstance(answer, RefusedError) else _refusal(answer)
         if len(rows) > 1:
-            others = len(rows) - len(bad)
+            others, words = len(rows) - len(bad), refusal.detail.rstrip(".")
             refusal.detail = (
-                f"stream {shown(name, 40)}: {refusal.detail} Of the other streams in this request, "
+                f"stream {shown(name, 40)}: {words}. Of the other streams in this request, "
                 f"{others} were predicted."
             )
         raise refusal

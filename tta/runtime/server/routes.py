@@ -60,10 +60,12 @@ def add_routes(app: Any, service: Service, decoder: Decoder, workers: ThreadPool
             await blocking(service.check_room, names)  # before the first of them is served
         rate.take({name: names.count(name) for name in names})
 
-    async def answers(request: Request, items: Sequence[Item]) -> list[dict[str, Any]]:
-        """Wait for predictions; when the client goes, what has not begun is taken back."""
+    async def answers(request: Request, items: Sequence[Item]) -> list[Any]:
+        """Wait for predictions, or why there are none; if the client goes, take back what waits."""
         service.submit(items)
-        waiting = asyncio.gather(*(asyncio.wrap_future(item.future) for item in items))
+        waiting = asyncio.gather(
+            *(asyncio.wrap_future(item.future) for item in items), return_exceptions=True
+        )
         gone = asyncio.ensure_future(_until_gone(request))
         try:
             await asyncio.wait({waiting, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -109,6 +111,7 @@ def add_routes(app: Any, service: Service, decoder: Decoder, workers: ThreadPool
                     refusal.detail = f"image {number}: {refusal.detail}"
                 raise
         found = await answers(request, items)
+        _check(found, several)
         if not probabilities:
             found = [{k: v for k, v in one.items() if k != "probabilities"} for one in found]
         return JSONResponse(found if several else found[0])
@@ -171,6 +174,22 @@ def add_routes(app: Any, service: Service, decoder: Decoder, workers: ThreadPool
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
         return HTMLResponse(PAGE, headers={"content-security-policy": POLICY})
+
+
+def _check(found: Sequence[Any], several: bool) -> None:
+    """Refuse a request of which an image was refused, and say what has become of the others."""
+    bad = [number for number, one in enumerate(found) if isinstance(one, BaseException)]
+    if not bad:
+        return
+    first = found[bad[0]]
+    if not several or not isinstance(first, RefusedError):
+        raise first
+    words = first.detail.rstrip(".")
+    if words.startswith("`image"):
+        words = f"image {bad[0]}: {words}"
+    if good := len(found) - len(bad):
+        words += f". Of the other images in this request, {good} were predicted."
+    raise RefusedError(first.status, words, first.retry_after)
 
 
 async def name_of(request: Any) -> str:

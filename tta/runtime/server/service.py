@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +68,7 @@ class Service:
         self._failure: OSError | None = None  # of writing the streams in the end
         self._watches: dict[str, StreamWatch] = {}
         self._closing = threading.Lock()
+        self._begun: set[str] = set()  # streams that this round has made
         rows = whole_number("batch_size", batch_size, 1, 4096)
         wait = number("max_wait", max_wait, 0, 60)
         gauges = {
@@ -262,6 +264,7 @@ class Service:
     def _serve(self, items: list[Item]) -> None:
         """Serve a round: the images of one stream are one batch of it, if they have one shape."""
         by_stream: dict[str, list[list[Item]]] = {}
+        self._begun.clear()
         for item in items:
             batches = by_stream.setdefault(item.stream, [])
             if batches and _shape(batches[-1][0]) == _shape(item):
@@ -285,8 +288,7 @@ class Service:
         acts = {name: self._act(items) for name, items in batches.items()}
         try:
             for name, items in batches.items():
-                if any(item.create for item in items):
-                    self._make(name)
+                self._make_for(name, items)
             found = self.pool.run_each(acts, lambda adapter, name: acts[name](adapter), wait=False)
         except Exception:
             return False
@@ -297,8 +299,7 @@ class Service:
 
     def _serve_batch(self, name: str, items: list[Item]) -> None:
         try:
-            if any(item.create for item in items):
-                self._make(name)
+            self._make_for(name, items)
             self._answer(name, items)
         except Exception as error:
             if len(items) > 1 and not isinstance(error, NOT_OF_AN_IMAGE):
@@ -308,8 +309,22 @@ class Service:
             refusal = error if isinstance(error, RefusedError) else self._refusal(error, name)
             if name in self._watches:
                 self._watches[name].failed += len(items)
+            if name in self._begun:
+                self._forget_unused(name)
             for item in items:
                 item.future.set_exception(refusal)
+
+    def _make_for(self, name: str, items: list[Item]) -> None:
+        if any(item.create for item in items) and self._make(name):
+            self._begun.add(name)
+
+    def _forget_unused(self, name: str) -> None:
+        """Forget a stream that was made for images of which none was served."""
+        with suppress(KeyError, ValueError, RuntimeError, OSError):
+            if self.pool.stream(name, wait=False).run(taken, False) == 0:
+                self.pool.drop(name)
+                self._watches.pop(name, None)
+                self._tell("dropped", name)
 
     def _answer(self, name: str, items: list[Item]) -> None:
         begun = time.monotonic()
