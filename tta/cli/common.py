@@ -161,10 +161,12 @@ def check_writable(name: str, place: str | Path) -> None:
     Raises:
         OSError: When it cannot.
     """
-    above = Path(place).absolute()
-    above = next((part for part in (above, *above.parents) if part.is_dir()), above)
-    with writing(name, place), tempfile.TemporaryFile(dir=above):
-        pass
+    whole = Path(place).absolute()
+    with writing(name, place):
+        # What is there in place of a folder above it, such as a file, is no folder to write to.
+        above = next((part for part in whole.parents if part.exists()), whole.parent)
+        with tempfile.TemporaryFile(dir=whole if whole.is_dir() else above):
+            pass
 
 
 def open_from(args: argparse.Namespace) -> OpenedModel:

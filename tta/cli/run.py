@@ -14,8 +14,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tta.cli.common import add_folder, add_method, add_model, open_from, whole, wrap_from
-from tta.core.checks import parsed_json, shown, told
+from tta.cli.common import (
+    add_folder,
+    add_method,
+    add_model,
+    check_writable,
+    open_from,
+    whole,
+    wrap_from,
+)
+from tta.core.checks import folder_like, parsed_json, path_like, shown, told
+from tta.core.files import replacing, writing
 
 if TYPE_CHECKING:
     from tta.core.adapter import Adapter
@@ -95,13 +104,14 @@ def run(args: argparse.Namespace) -> int:
     from tta.runtime.resuming import JsonLines, Order, Resumed, written
     from tta.runtime.sources import open_source
 
-    out = Path(args.out)
-    folder = Path(args.folder or f"{args.out}.state")
+    out = path_like("out", args.out)
+    folder = folder_like("folder", f"{out}.state" if args.folder is None else args.folder)
     source = open_source(args.sources, follow=args.follow)
     opened = open_from(args)
     begins = args.fresh or _nothing_in(folder, out)
     # What is refused here leaves no file behind, and takes none away.
     adapter = wrap_from(args, opened, health=True) if begins else None
+    check_writable(*(("out", out) if args.folder is None else ("folder", folder)))
     with contextlib.ExitStack() as open_now:
         lines = JsonLines(out, "out")
         open_now.callback(lines.close)
@@ -187,11 +197,10 @@ def _check_settings(args: argparse.Namespace, folder: Path, lines: JsonLines) ->
                 f"`out` must be a new file, or one with what was learned beside it, but "
                 f"{told(folder)} is not there: choose another file, or pass --fresh to replace it."
             )
-        folder.mkdir(parents=True, exist_ok=True)
-        from tta.core.files import replacing
-
-        with replacing(place) as part:
-            part.write_text(json.dumps(mine))
+        with writing("folder", folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            with replacing(place) as part:
+                part.write_text(json.dumps(mine))
         return
     try:
         theirs = parsed_json(place.read_bytes())

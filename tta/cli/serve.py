@@ -6,7 +6,6 @@ import argparse
 import os
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tta.cli.common import (
@@ -18,7 +17,7 @@ from tta.cli.common import (
     whole,
     wrap_from,
 )
-from tta.core.checks import told
+from tta.core.checks import is_final, path_like, told
 
 if TYPE_CHECKING:
     from tta.runtime.model_strings import OpenedModel
@@ -272,8 +271,16 @@ def _token(path: str | None) -> str | None:
     """The token that requests must bear, if one was set."""
     if path is None:
         return os.environ.get(TOKEN) or None
-    with Path(path).open("rb") as file:  # which may be a device, or no text
-        token = file.read(LONGEST_FILE).decode("utf-8", "replace").strip()
+    try:
+        with path_like("token-file", path).open("rb") as file:  # which may be a device, or no text
+            token = file.read(LONGEST_FILE).decode("utf-8", "replace").strip()
+    except OSError as error:
+        if is_final(error):
+            raise
+        raise type(error)(
+            f"`token-file` must be a file that can be read, but {told(path)} is not "
+            f"({told(error.strerror or error)}): check the path."
+        ) from error
     if not token:
         raise ValueError(f"`token-file` must hold a token, but {told(path)} is empty: write one.")
     return token

@@ -27,6 +27,7 @@ from tta.core.checks import (
     LARGE,
     LARGEST,
     boolean,
+    is_iterable,
     nearest,
     number,
     path_like,
@@ -206,7 +207,7 @@ class StreamPool:
             RuntimeError: When the stream has another owner and ``wait`` is False, this thread owns
                 it already, there are ``capacity`` streams and no ``folder``, or the pool is closed.
         """
-        stream = self._known(name, create, wait)
+        stream = self._known(name, boolean("create", create), boolean("wait", wait))
         view = StreamView(
             name,
             lambda action, changes: self._store.run(stream, action, changes),
@@ -242,8 +243,13 @@ class StreamPool:
         self._store.check_open()
         network = self.adapter.network
         network.check(images)
+        if isinstance(streams, str) or not is_iterable(streams):
+            raise TypeError(
+                f"`streams` must be a list with a name for each of {len(images)} images, got "
+                f"{shown(streams)}: pass a list."
+            )
         names = [string("streams", name) for name in streams]
-        if isinstance(streams, str) or len(names) != len(images):
+        if len(names) != len(images):
             raise ValueError(
                 f"`streams` must name one stream for each of {len(images)} images, got "
                 f"{len(names)} names: pass a list."
@@ -280,7 +286,7 @@ class StreamPool:
             wait: As for :meth:`stream`.
         """
         new = [name for name in streams if self._store.find(name) is None]
-        if new and not create:
+        if new and not boolean("create", create):
             self._known(new[0])
         views: list[StreamView] = []
         unused: list[Stream] = []  # until now, and made for this call
@@ -387,7 +393,7 @@ class StreamPool:
         Raises:
             OSError: When a stream could not be written; the pool then is still open.
         """
-        store = self._store
+        store, save = self._store, boolean("save", save)
         if not store.closed:
             if save and store.files is not None:
                 self.snapshot()
@@ -454,8 +460,8 @@ class StreamPool:
         if stream is not None or create:
             return stream or store.make(name, wait)
         raise KeyError(
-            f"`stream` must be one of the pool's, got {shown(name, 60)}: pass create=True to begin "
-            f"it. {nearest(name, store.streams, room=60)}"
+            f"`stream` must be one of the pool's, got {shown(name, 60)}: begin it by "
+            f"stream(..., create=True). {nearest(name, store.streams, room=60)}"
         )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 from urllib.parse import urlsplit
 
-from tta.core.checks import number, path_like, shown, whole_number
+from tta.core.checks import number, path_like, shown, told, whole_number
 from tta.runtime.frames import PICTURES, FolderSource, Several, Source
 from tta.runtime.video import LiveSource, VideoFile, camera
 
@@ -92,8 +92,20 @@ def _free(name: str, taken: set[str]) -> str:
 
 
 def _safe(address: str) -> str:
-    """An address without user, password and what may hold a token."""
-    parts = urlsplit(address)
+    """An address without user, password and what may hold a token.
+
+    Raises:
+        ValueError: When it cannot be one.
+    """
+    try:
+        parts = urlsplit(address)
+        _ = parts.port
+    except ValueError as error:
+        scheme, _, place = address.partition("://")
+        raise ValueError(
+            f"`source` must be an address such as rtsp://host/path, got "
+            f"{shown(f'{scheme}://{place.rpartition(chr(64))[2]}')} ({told(error)}): correct it."
+        ) from None
     host = parts.netloc.rpartition("@")[2]
     return f"{parts.scheme}://{host}{parts.path}"
 
@@ -129,6 +141,11 @@ def _network(address: str, name: str, timeout: float) -> LiveSource:
         raise ValueError(
             f"`source` must be an address of {', '.join(NETWORK)}, got {shown(_safe(address))}: "
             "pass a path for a file."
+        )
+    if not urlsplit(address).netloc:
+        raise ValueError(
+            f"`source` must be an address such as {scheme}://host/path, got "
+            f"{shown(_safe(address))}: name a host."
         )
     options = RTSP_OPTIONS if scheme.startswith("rtsp") else {}
     return LiveSource(address, name, _safe(address), options=options, timeout=timeout)

@@ -15,9 +15,8 @@ from typing import Any
 from tta.runtime.cloud.uplink import KIND, UPLOADS
 from tta.runtime.cloud.wire import MessageError
 from tta.runtime.extras import needed
-from tta.runtime.server.application import check_token
 from tta.runtime.server.gate import Gate, Load
-from tta.runtime.server.limits import Limits, RefusedError
+from tta.runtime.server.limits import Limits, RefusedError, check_door
 from tta.runtime.server.running import run
 from tta.version import __version__
 
@@ -134,8 +133,7 @@ def application(
     from fastapi import Request
     from fastapi.responses import JSONResponse, Response
 
-    check_token(token)
-    limits, service = Limits() if limits is None else limits, _Service()
+    limits, service = check_door(token, hosts, limits), _Service()
     # Updates take turns; others wait here, and not in the loop that receives.
     threads = ThreadPoolExecutor(4, thread_name_prefix="tta-cloud-answer")
 

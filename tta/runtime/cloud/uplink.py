@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from tta.core.checks import LARGE, number, shown, string, told
+from tta.runtime.server.limits import check_token
 
 __all__ = ["MOST_BYTES", "CallUplink", "HttpUplink", "Uplink", "UplinkError", "as_uplink"]
 
@@ -79,19 +80,24 @@ class HttpUplink(Uplink):
             authorities.
         token: What the cloud side asks for as ``Authorization: Bearer``; None for none.
         timeout: Seconds for a whole exchange.
+
+    Raises:
+        TypeError: When an argument is of the wrong kind.
+        ValueError: When there can be no such address or token.
     """
 
     def __init__(self, address: str, token: str | None = None, timeout: float = 30.0) -> None:
         super().__init__()
-        parts = urlsplit(string("address", address))
         try:
+            parts = urlsplit(string("address", address))
             port = parts.port
         except ValueError:
             port, parts = None, urlsplit("")
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        plain = address.isprintable() and " " not in address and parts.path.isascii()
+        if parts.scheme not in ("http", "https") or not parts.hostname or not plain:
             raise ValueError(
-                f"`address` must begin with http:// or https:// and name a host, got "
-                f"{shown(address, 60)}: pass what cloud.serve(...).address says."
+                f"`address` must begin with http:// or https:// and name a host, without "
+                f"spaces, got {shown(address, 60)}: pass what cloud.serve(...).address says."
             )
         self.address = address
         self._connect: Any = http.client.HTTPConnection
@@ -100,8 +106,9 @@ class HttpUplink(Uplink):
         self._host, self._port, self._path = parts.hostname, port, parts.path.rstrip("/") + UPLOADS
         self._timeout = number("timeout", timeout, 0, LARGE, above=True)
         self._headers = {"Content-Type": KIND, "Accept": KIND}
+        check_token(token)
         if token is not None:
-            self._headers["Authorization"] = f"Bearer {string('token', token)}"
+            self._headers["Authorization"] = f"Bearer {token}"
 
     def exchange(self, message: bytes) -> bytes:
         """Post the message."""

@@ -13,9 +13,8 @@ from tta.core.checks import LARGE, number, told, whole_number
 from tta.runtime.extras import needed
 from tta.runtime.ray.front import Front
 from tta.runtime.ray.replica import Replica
-from tta.runtime.server.application import check_token
 from tta.runtime.server.gate import is_loopback
-from tta.runtime.server.limits import Limits
+from tta.runtime.server.limits import Limits, check_door
 from tta.runtime.server.running import GRACE, bound, log
 
 __all__ = ["application", "run"]
@@ -70,8 +69,7 @@ def application(
             f"`make` must be a function that returns a server's application, got "
             f"{type(make).__name__}: pass one, as in docs/deployment.md."
         )
-    check_token(token)
-    limits = Limits() if limits is None else limits
+    limits = check_door(token, hosts, limits)
     wanted = {
         "num_cpus": number("cpus", cpus, 0, LARGE),
         "num_gpus": number("gpus", gpus, 0, LARGE),

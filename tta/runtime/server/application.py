@@ -11,20 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tta.core.checks import shown, told, whole_number
+from tta.core.checks import is_iterable, shown, told, whole_number
 from tta.runtime.extras import needed
 from tta.runtime.pool import StreamPool
 from tta.runtime.server.decoding import Decoder
 from tta.runtime.server.gate import Gate
-from tta.runtime.server.limits import Limits, RefusedError
+from tta.runtime.server.limits import Limits, RefusedError, check_door
 from tta.runtime.server.openapi import DESCRIPTION
 from tta.runtime.server.service import Service
 from tta.version import __version__
 
-__all__ = ["application", "check_token"]
+__all__ = ["application"]
 
 log = logging.getLogger("tta.runtime.server")
-LONGEST_TOKEN = 1000
 
 
 def application(
@@ -83,11 +82,13 @@ def application(
             f"`pool` must be a StreamPool, got {type(pool).__name__}: pass "
             "tta.runtime.StreamPool(adapter)."
         )
-    check_token(token)
-    limits = Limits() if limits is None else limits
+    limits = check_door(token, hosts, limits)
+    if transform is not None and not callable(transform):
+        raise TypeError(f"`transform` must be a function, got {shown(transform)}: pass one.")
+    names, shape = _names(class_names), _shape(shape)
     threads = ThreadPoolExecutor(whole_number("workers", workers, 1, 256), "tta-server-decode")
     decoder = Decoder(transform, shape, _dtype(pool), limits)
-    service = Service(pool, class_names, limits, batch_size, max_wait, thumbnails)
+    service = Service(pool, names, limits, batch_size, max_wait, thumbnails)
 
     @asynccontextmanager
     async def lifespan(_: Any) -> AsyncIterator[None]:
@@ -132,17 +133,27 @@ def application(
     return app
 
 
-def check_token(token: str | None) -> None:
-    """Refuse what no header can carry."""
-    if token is None:
-        return
-    plain = token.isascii() and token.isprintable() and token == token.strip()
-    if not 0 < len(token) <= LONGEST_TOKEN or not plain:
-        raise ValueError(
-            f"`token` must be 1 to {LONGEST_TOKEN} printable ASCII characters without spaces "
-            f"around them, got {len(token)}{'' if plain else ', of which some are others'}: make "
-            "one by `openssl rand -hex 32`."
+def _names(given: Any) -> list[str] | None:
+    """Names of classes, in the order of labels."""
+    if given is None:
+        return None
+    if isinstance(given, str) or not is_iterable(given):
+        raise TypeError(
+            f"`class_names` must be a list of names or None, got {shown(given)}: pass a list."
         )
+    return list(map(str, given))
+
+
+def _shape(given: Any) -> tuple[int, ...] | None:
+    """The shape of an image."""
+    if given is None:
+        return None
+    if isinstance(given, str) or not is_iterable(given):
+        raise TypeError(
+            f"`shape` must be that of an image or None, got {shown(given)}: pass a tuple such as "
+            "(3, 224, 224)."
+        )
+    return tuple(whole_number("shape", size, 1) for size in given)
 
 
 def _dtype(pool: StreamPool) -> torch.dtype:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import Any
 
-from tta.core.checks import LARGE, LARGEST, number, whole_number
+from tta.core.checks import LARGE, LARGEST, number, shown, string, whole_number
 
-__all__ = ["STOPPING", "Limits", "Rate", "RefusedError"]
+__all__ = ["STOPPING", "Limits", "Rate", "RefusedError", "check_door", "check_token"]
 
 STOPPING = "the server is stopping and takes nothing more: send it again to the next one."
+LONGEST_TOKEN = 1000
 REMEMBERED = 10_000  # streams whose rate is known; of more, the least recent begin anew
 
 
@@ -106,3 +108,39 @@ class Rate:
             self._free.move_to_end(name)
         while len(self._free) > REMEMBERED:
             self._free.popitem(last=False)
+
+
+def check_door(token: Any, hosts: Any, limits: Any) -> Limits:
+    """Refuse a door that would let in others than meant; return the limits, or the defaults.
+
+    Args:
+        token: As of :func:`tta.runtime.server.application`.
+        hosts: Likewise.
+        limits: Likewise.
+    """
+    check_token(token)
+    # In a string, every part of it would be a name.
+    if hosts is not None and (isinstance(hosts, str) or not isinstance(hosts, Collection)):
+        raise TypeError(
+            f"`hosts` must be a list of names or None, got {shown(hosts)}: pass a list."
+        )
+    if limits is not None and not isinstance(limits, Limits):
+        raise TypeError(
+            f"`limits` must be tta.runtime.server.Limits or None, got {shown(limits)}: pass "
+            "Limits(...)."
+        )
+    return Limits() if limits is None else limits
+
+
+def check_token(token: str | None) -> None:
+    """Refuse what no header can carry."""
+    if token is None:
+        return
+    string("token", token)
+    plain = token.isascii() and token.isprintable() and token == token.strip()
+    if not 0 < len(token) <= LONGEST_TOKEN or not plain:
+        raise ValueError(
+            f"`token` must be 1 to {LONGEST_TOKEN} printable ASCII characters without spaces "
+            f"around them, got {len(token)}{'' if plain else ', of which some are others'}: make "
+            "one by `openssl rand -hex 32`."
+        )

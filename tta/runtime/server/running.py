@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any
 
-from tta.core.checks import string, told
+from tta.core.checks import shown, string, told, whole_number
 from tta.runtime.extras import needed
 from tta.runtime.server.gate import is_loopback
 
@@ -20,6 +20,7 @@ log = logging.getLogger("tta.runtime.server")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 GRACE = 30  # seconds for requests that are being answered
 CONNECTIONS = 2000
+LARGEST_PORT = 65535
 
 
 def run(
@@ -41,10 +42,19 @@ def run(
 
     Raises:
         ImportError: When the extra is not installed.
+        TypeError: When an argument is of the wrong kind.
         OSError: When the address is taken, or a stream could not be written in the end.
     """
     uvicorn = needed("uvicorn", "serve")
-    service = app.state.service
+    service = getattr(getattr(app, "state", None), "service", None)
+    if service is None:
+        raise TypeError(
+            f"`app` must be what application() made, got {shown(app)}: pass "
+            "tta.runtime.server.application(pool)."
+        )
+    if on_ready is not None and not callable(on_ready):
+        raise TypeError(f"`on_ready` must be a function, got {shown(on_ready)}: pass one.")
+    grace = whole_number("grace", grace, 0)
     try:
         opened = bound(host, port)
         address = _address(opened)
@@ -83,6 +93,7 @@ def bound(host: str, port: int) -> socket.socket:
     """
     if not string("host", host):  # which would be all addresses of the machine
         raise ValueError("`host` must be a name or an address, got an empty one: leave it out.")
+    port = whole_number("port", port, 0, LARGEST_PORT)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     opened = socket.socket(family)
     try:
