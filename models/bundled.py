@@ -25,6 +25,7 @@ __all__ = [
     "IABN",
     "ITTA",
     "LONG_TAILED",
+    "SDA",
     "VARIANTS",
     "base",
     "builder",
@@ -35,6 +36,7 @@ FOLDER = Path(__file__).parent / "weights"
 IABN = "cifar10_resnet20_iabn"
 ITTA = "_itta"  # ends the names of networks that were trained further with ITTA's consistency
 LONG_TAILED = "_lt"  # ends, with the ratio, those of networks that saw few images of some classes
+SDA = "_sda"  # ends the names of networks that were tuned on projections of the diffusion model
 
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR10_STD = (0.2470, 0.2435, 0.2616)
@@ -54,7 +56,7 @@ BUNDLED: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-# Of each of the above there may be one that ends in ITTA, or in LONG_TAILED and its ratio.
+# Of each of the above there may be one that ends in ITTA, SDA, or LONG_TAILED and its ratio.
 VARIANTS: dict[str, Callable[[], nn.Module]] = {
     IABN: lambda: CifarResNet(CIFAR10_MEAN, CIFAR10_STD, norm=InstanceAwareBatchNorm2d),
 }
@@ -78,7 +80,7 @@ def base(name: str) -> str | None:
         >>> base("cifar10_resnet20_bn_lt100")
         'cifar10_resnet20_bn'
     """
-    plain = re.sub(rf"({ITTA}|{LONG_TAILED}\d+)$", "", name)
+    plain = re.sub(rf"({ITTA}|{SDA}|{LONG_TAILED}\d+)$", "", name)
     return plain if plain in BUNDLED or plain in VARIANTS else None
 
 

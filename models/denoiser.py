@@ -104,11 +104,14 @@ def _file() -> Path:
     return FOLDER / DENOISER / "weights.safetensors"
 
 
-def load_diffusion(config: str | None = None, **fields: Any) -> tta.Diffusion:
+def load_diffusion(
+    config: str | None = None, *, classifier: nn.Module | None = None, **fields: Any
+) -> tta.Diffusion:
     """The bundled diffusion model of CIFAR-10, as ``wrap(..., input=)`` takes it.
 
     Args:
         config: Name of an input rule; None for `dda`.
+        classifier: Of the images as they came, as for `tta.Diffusion`.
         **fields: Of the rule, in place of its defaults.
 
     Returns:
@@ -136,4 +139,4 @@ def load_diffusion(config: str | None = None, **fields: Any) -> tta.Diffusion:
         raise ValueError(
             f"`{_file()}` must hold weights of {DENOISER}, but cannot be read: fetch it again"
         ) from error
-    return tta.Diffusion(network.eval().requires_grad_(False), BETAS, rule)
+    return tta.Diffusion(network.eval().requires_grad_(False), BETAS, rule, classifier=classifier)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import tta
-from models.bundled import BUNDLED, CIFAR10_CLASSES, FOLDER, known
+from models.bundled import BUNDLED, CIFAR10_CLASSES, FOLDER, SDA, known
 from models.card import SourceCard, of_file
 from models.denoiser import is_trained, load_diffusion
 from tta.core.checks import boolean, nearest, path_like, shown, string
@@ -156,7 +156,8 @@ def _bundled(name: str, pretrained: bool) -> tuple[nn.Module, dict[str, Any]]:
         model.load_state_dict(weights)
         source = tta.SourceStatistics.load(folder / "source.safetensors")
         if is_trained():
-            source.denoiser = load_diffusion()
+            first = _bundled(name.removesuffix(SDA), True)[0].eval() if name.endswith(SDA) else None
+            source.denoiser = load_diffusion(classifier=first)
     return model, {
         "mean": (0.0, 0.0, 0.0),
         "std": (1.0, 1.0, 1.0),

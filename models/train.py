@@ -16,6 +16,8 @@ Some networks are made for one method, and keep the artefacts of that one alone:
   (LSA).
 * ``NAME --itta`` trains a finished network further together with ITTA's consistency loss, see
   `models.train_itta`. That gives ``NAME_itta``.
+* ``NAME --sda`` trains a finished network further on what the diffusion model makes of training
+  images, see `models.train_sda`. That gives ``NAME_sda``.
 * ``NAME --artefacts`` trains nothing: it adds to the artefacts of a network that is there what
   methods need that came later.
 * ``cifar10_denoiser`` is no classifier, see `models.train_denoiser` (DDA, SDA).
@@ -36,9 +38,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import tta
-from models import train_denoiser, train_itta
+from models import train_denoiser, train_itta, train_sda
 from models.artefacts import WIDE, add, batches, collect, save_half, swag
-from models.bundled import BUNDLED, FOLDER, IABN, ITTA, LONG_TAILED, VARIANTS, base, builder
+from models.bundled import BUNDLED, FOLDER, IABN, ITTA, LONG_TAILED, SDA, VARIANTS, base, builder
 from models.denoiser import DENOISER
 from models.load import load
 from models.training_images import accuracy, augmented, padded, read_cifar10
@@ -257,6 +259,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, help="torch threads (default: all cores)")
     parser.add_argument("--itta", action="store_true", help="train NAME_itta from what NAME is")
     parser.add_argument("--itta-epochs", type=int, default=3, help="of it (default: %(default)s)")
+    parser.add_argument("--sda", action="store_true", help="train NAME_sda from what NAME is")
+    parser.add_argument(
+        "--sda-epochs", type=int, default=train_sda.EPOCHS, help="of it (default: %(default)s)"
+    )
     parser.add_argument(
         "--long-tailed", type=int, metavar="RATIO", help="train NAME_ltRATIO on such classes"
     )
@@ -269,7 +275,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
-    for flag in ("itta_epochs", "long_tailed", "steps"):
+    for flag in ("itta_epochs", "sda_epochs", "long_tailed", "steps"):
         value = getattr(args, flag)
         if value is not None and value < 1:
             parser.error(f"`--{flag.replace('_', '-')}` must be 1 or more, got {value}: raise it")
@@ -278,15 +284,16 @@ def main(argv: list[str] | None = None) -> None:
             f"`--long-tailed` must be at most {MOST_TAILED}, got {args.long_tailed}: with more, a "
             "class has no image"
         )
-    if args.name not in BUNDLED and (args.itta or args.long_tailed or args.artefacts):
+    stages = [args.itta, args.sda, bool(args.long_tailed), args.artefacts]
+    if args.name not in BUNDLED and any(stages):
         parser.error(
-            f"`name` must be one of {', '.join(BUNDLED)} with --itta, --long-tailed or "
+            f"`name` must be one of {', '.join(BUNDLED)} with --itta, --sda, --long-tailed or "
             f"--artefacts, got {args.name}: leave the flag out"
         )
-    if args.itta + bool(args.long_tailed) + args.artefacts > 1:
+    if sum(stages) > 1:
         parser.error(
-            "`--itta` must be without --long-tailed and --artefacts, got several: leave all but "
-            "one out"
+            "`--itta` must be without --sda, --long-tailed and --artefacts, and each of them "
+            "without the others, got several: leave all but one out"
         )
     if args.itta and (refused := train_itta.refusal(args.name)):
         parser.error(refused)
@@ -308,16 +315,18 @@ def main(argv: list[str] | None = None) -> None:
         name += f"{LONG_TAILED}{args.long_tailed}"
         data = long_tailed(data, args.long_tailed)
         command += f" --long-tailed {args.long_tailed}"
-    if not args.itta:
+    if not (args.itta or args.sda):
         train(name, data, args.work, args.epochs, args.seed)
         export(name, data, args.work, f"{command} --seed {args.seed}")
         return
     if (args.work / f"{name}.pt").exists():  # perhaps of a training that was cut off
         train(name, data, args.work, args.epochs, args.seed)
-    recipe = RECIPES[name]
-    train_itta.train(name, data, args.work, args.itta_epochs, args.seed, recipe.batch_size)
-    command += f" --itta --itta-epochs {args.itta_epochs} --seed {args.seed}"
-    export(f"{name}{ITTA}", data, args.work, command)
+    stage, epochs, ending = train_itta.train, args.itta_epochs, ITTA
+    if args.sda:
+        stage, epochs, ending = train_sda.train, args.sda_epochs, SDA
+    stage(name, data, args.work, epochs, args.seed, RECIPES[name].batch_size)
+    command += f" --{ending[1:]} --{ending[1:]}-epochs {epochs} --seed {args.seed}"
+    export(f"{name}{ending}", data, args.work, command)
 
 
 if __name__ == "__main__":

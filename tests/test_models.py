@@ -104,7 +104,9 @@ def test_artefacts_are_made_as_those_that_lie_there() -> None:
     )
 
 
-@pytest.mark.parametrize(("name", "least"), [("iabn", 0.88), ("bn_lt100", 0.55), ("bn_itta", 0.9)])
+@pytest.mark.parametrize(
+    ("name", "least"), [("iabn", 0.88), ("bn_lt100", 0.55), ("bn_itta", 0.9), ("bn_sda", 0.85)]
+)
 def test_a_network_that_was_made_for_one_method_is_loaded_by_name(name: str, least: float) -> None:
     net, info = models.load(f"cifar10_resnet20_{name}")
     log = json.loads((FOLDER / info.name / "training.json").read_text())

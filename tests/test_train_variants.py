@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 import models
 import tta
-from models import bundled, denoiser, train, train_denoiser
+from models import bundled, denoiser, train, train_denoiser, train_sda
+from models.artefacts import save_half
 from models.denoiser import BETAS, DENOISER, UNet
 from models.resnet import CifarResNet, InstanceAwareBatchNorm2d
 from tests.helpers.nets import tiny
@@ -32,7 +33,7 @@ def place(tmp_path, monkeypatch):
         arrays[f"{split}_images"] = draw.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
         arrays[f"{split}_labels"] = np.arange(count) % 10
     np.savez(tmp_path / "data.npz", **arrays)
-    for module in (bundled, train, train_denoiser, denoiser, sys.modules["models.load"]):
+    for module in (bundled, train, train_denoiser, train_sda, denoiser, sys.modules["models.load"]):
         monkeypatch.setattr(module, "FOLDER", tmp_path / "weights")
     monkeypatch.setitem(bundled.BUNDLED, BN, lambda: tiny("bn"))
     for module in (train_denoiser, denoiser):
@@ -234,12 +235,50 @@ def test_a_denoiser_that_was_not_trained_is_told_how(place):
         models.load_diffusion()
 
 
+def test_sda_trains_on_what_the_diffusion_model_makes_of_images(place, monkeypatch):
+    monkeypatch.setattr(train_sda, "IMAGES", 4)
+    monkeypatch.setattr(train_sda, "CHUNK", 15)
+    command(place, DENOISER, "--steps", "2")
+    (place / "weights" / BN).mkdir()
+    tta.SourceStatistics().save(place / "weights" / BN / "source.safetensors")
+    save_half(tiny("bn").state_dict(), place / "weights" / BN / "weights.safetensors")
+    command(place, BN, "--sda", "--sda-epochs", "2", work="whole")
+    command(place, BN, "--sda", "--sda-epochs", "1", work="cut")
+    # A killed training has a part of the projections.
+    (place / "cut" / "projected" / "train-0" / "2.pt").unlink()
+    command(place, BN, "--sda", "--sda-epochs", "2", work="cut")
+    whole, cut = (
+        torch.load(place / work / f"{BN}_sda.pt", weights_only=True) for work in ("whole", "cut")
+    )
+    assert all(torch.equal(v, cut["model"][k]) for k, v in whole["model"].items())
+    assert json.loads(whole["log"])["history"] == json.loads(cut["log"])["history"]
+    images = train.read_cifar10(place / "data.npz")["train_images"]
+    places = [k * 10 + c for k in range(4) for c in range(10)]  # the first four of each class
+    made = train_sda.projected(images[places], place / "whole" / "projected" / "train-0", 0)
+    assert made.dtype == torch.uint8 and made.shape == (40, 3, 32, 32)
+    assert not torch.equal(made, images[places])
+
+    tuned, info = models.load(f"{BN}_sda")
+    first = models.load(BN)[0]
+    assert not torch.equal(tuned.fc.weight, first.fc.weight)
+    x = torch.rand(3, 3, 32, 32)
+    fields = {"steps": 3, "respacing": 100, "seed": 0, "mean": (0, 0, 0), "std": (1, 1, 1)}
+    adapter = tta.wrap(tuned, "sda", source=info.source, **fields)
+    both = adapter(x)
+    adapter.unwrap()
+    alone = tta.SourceStatistics(denoiser=models.load_diffusion())
+    projected = tta.wrap(tuned, "sda", source=alone, join=None, **fields)(x)
+    torch.testing.assert_close(both, first(x) + projected)
+
+
 @pytest.mark.parametrize(
     "flags",
     [
         ("--long-tailed", "0"),
         ("--long-tailed", "5001"),
         ("--itta", "--long-tailed", "10"),
+        ("--itta", "--sda"),
+        ("--sda", "--sda-epochs", "0"),
         ("--steps", "-1"),
     ],
 )

@@ -3,10 +3,11 @@
     python -m experiments own-networks
 
 Some methods ask for a network that was trained in their way (``models.train``): instance-aware
-layers for `note`, long-tailed classes for `lsa`, a loss for `itta`, a denoiser for `dda`. Each case
-is one network on one stream, the clean images first and then the 15 corruptions at severity 5,
-without a reset. It writes ``experiments/results/own_networks.jsonl`` and the tables in
-``docs/experiments.md``. The same command goes on where it stopped; ``--again`` measures all anew.
+layers for `note`, long-tailed classes for `lsa`, a loss for `itta`, a denoiser for `dda`, and a
+network tuned on what that makes for `sda`. Each case is one network on one stream, the clean images
+first and then the 15 corruptions at severity 5, without a reset. It writes
+``experiments/results/own_networks.jsonl`` and the tables in ``docs/experiments.md``. The same
+command goes on where it stopped; ``--again`` measures all anew.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ class Case:
 
 # Chosen of ten settings on the four corruptions that are held out, 200 images of each.
 DDA = "dda[steps=3,respacing=100,scale=2,join='entropy_sum']"
+SDA = "sda[steps=3,respacing=100,scale=2]"
 CASES = {
     "instance-aware layers": Case(
         ("cifar10_resnet20_bn", "cifar10_resnet20_iabn"),
@@ -76,6 +78,11 @@ CASES = {
         ("cifar10_resnet20_bn",),
         ("shuffled",),
         ("source", DDA, DDA.replace("'entropy_sum'", "None")),
+    ),
+    "a network for the denoiser": Case(
+        ("cifar10_resnet20_bn_sda",),
+        ("shuffled",),
+        ("source", SDA, SDA.replace("]", ",join='entropy_sum']")),
     ),
 }  # fmt: skip
 

@@ -12,9 +12,9 @@ images as they came, and the predictions are joined.
 
 Wrap the fine-tuned model and give the original one as ``tta.Diffusion(denoiser, betas,
 classifier=...)``; without it the wrapped model classifies both. The authors draw the images of the
-fine-tuning from a conditional generator; the labelled training images themselves do too (ours).
-Fine-tuning is not part of this library. The projection is that of ``dda``, which says where it
-differs from the authors'.
+fine-tuning from a conditional generator; the labelled training images themselves do too (ours), as
+in ``python -m models.train NAME --data PATH --sda``. The projection is that of ``dda``, which says
+where it differs from the authors'.
 """
 
 from __future__ import annotations
