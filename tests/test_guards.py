@@ -22,7 +22,7 @@ from tta.core import registry
 from tta.core.guard import LEARN
 from tta.core.health import EVERY, Monitor, effective_rank
 from tta.core.tracing import capturing
-from tta.methods.steady import RUNS, STILL_SURE, SURE
+from tta.methods._statistics_watch import RUNS, STILL_SURE, SURE
 from tta.parts.output_watch import OutputWatch
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*preset, made for:UserWarning")
@@ -597,7 +597,7 @@ def test_after_runs_the_source_answers_until_many_images_show_none() -> None:
 def test_runs_are_taken_for_runs_sooner_after_the_first() -> None:
     guard: Any = tta.wrap(tiny("bn"), "bn", guard="steady").guard
     asked: list[float] = []
-    guard._asks, guard._in_doubt = lambda *_: True, lambda: True
+    guard._asks, guard._in_doubt, guard._see = lambda *_: True, lambda: True, lambda *_: None
     guard._harmful = lambda count, doubt: bool(asked.append(doubt)) or True
     batch = _told(torch.zeros(10, dtype=torch.long))
     batch.report = types.SimpleNamespace(raw=dict)

@@ -130,6 +130,12 @@ class Batch:
         """Predict with the source's parameters under the present norm rule: one forward pass."""
         return self._counted(self.predictor.anchor, self.images)
 
+    def anchor_in_halves(self) -> Tensor:
+        """Logits (B, C) of the same, from each half of the batch by itself: two passes of half."""
+        halves = self.images.split(-(-len(self.images) // 2))
+        self.passes += 1
+        return torch.cat([self.predictor.anchor(half).logits for half in halves])
+
     def predict(self) -> Prediction:
         """Predict with the model as it is now, statistics at rest: one forward pass."""
         return self._counted(self.predictor.present, self.images)

@@ -62,7 +62,9 @@ one class, which hides runs, the source answers as above, and the adapted model 
 Where d < ``UNSURE`` and the two agree on hardly any image, by what the source's confidence lets one
 expect (``APART``), the norm rule makes nonsense of the images, as batch statistics do of those
 beside frames of a broken camera, and the source answers too. By itself d decides nothing: a network
-of 1,000 classes is less sure under batch statistics of few images than it is right.
+of 1,000 classes is less sure under batch statistics of few images than it is right. Whether these
+are of too few to be better than the source's is told by how many labels halves of the batch change
+(see ``BatchNoise``), and where they are, the source answers until they are not.
 
 A step that was made of fewer than ``few`` images is taken back, and no other is made in the 4096
 batches that follow: a gradient of one image is what breaks most updates.
@@ -85,13 +87,26 @@ from tta.core.backbone import Backbone
 from tta.core.checks import LARGE, LARGEST, number, whole_number
 from tta.core.component import Context
 from tta.core.config import ComponentConfig
-from tta.core.guard import LEARN, Batch, Guard, Verdict
+from tta.core.guard import LEARN, Batch, Verdict
 from tta.core.registry import register
-from tta.parts.confidence_gap import ConfidenceGap
+from tta.methods._statistics_watch import (
+    ALERT,
+    IN_RUNS,
+    NO_RUNS,
+    NOT_ONE,
+    ROUND,
+    STILL_SURE,
+    SURE,
+    SURER,
+    TREND,
+    TRIED,
+    StatisticsWatch,
+    rows_of,
+)
 from tta.parts.estimates import ConfidenceEstimate
-from tta.parts.label_runs import LabelRuns, persistence_in, ranges_of
+from tta.parts.label_runs import ranges_of
 from tta.parts.output_watch import OutputWatch
-from tta.parts.spread import ENOUGH, SpreadGap
+from tta.parts.spread import SpreadGap
 
 __all__ = ["Steady", "SteadyConfig"]
 
@@ -99,33 +114,14 @@ EARLY = (1, 2, 3, 4, 6, 8, 12, 16)  # batches after learning began on which the 
 WARY = 2  # batches between comparisons after a failure
 ALONE = 2.5  # margins by which a single batch must fall behind
 LONGEST = 4096  # batches of a pause
-TREND = 768  # images over which the update must be behind, or ahead again
 BESIDE = 2  # pauses for which an update that fell behind may go on beside the source
-RUNS, NO_RUNS = 0.05, 0.01  # persistence of labels from which, and below which, there are (no) runs
-# Standard errors by which the source must show more, and go on to; the latter also on large batches
-SURE, STILL_SURE = 4.0, 2.0
-LEFT, LEFT_LATER = 0.9, 0.6  # of the source's persistence, that the adapted model must show
-SURER, LEFT_SURER = 0.02, 0.4  # the same where the norm rule makes predictions so much surer
-UNSURE, APART = -0.1, 0.4  # d, and agreement with the source over its confidence, if spoilt
-ONE_CLASS, NOT_ONE = 0.25, 0.125  # concentration of labels, in [0, 1], that hides runs, and not
-SHOWN = 0.4  # of the persistence of labels, in the predictions of a fair model
-TRIED, ROUND = 6, 32  # of so many rows of images, in how many the adapted model is tried
-FAR = 0.3  # of the persistence, that the source must show more by the shares of many batches
-SHORT = 0.1  # of the persistence, that an update may lack where no batch statistics are taken
-ALERT, LONG = 16, 1024  # batches on alert; images over which runs are seen without a pass
-SOON = 4  # rows until then, where one class hides runs of labels
-SEEN = 56  # images, counted as averages do; runs of labels are seen among so many
 # Images that must show no runs after some, and standard errors for chance: a source that errs on
 # half of one class shows none either.
 CALM, CALM_DOUBT = 128, 1.0
-IN_RUNS = "labels come in runs"
 PAUSE = "a pause after a failure"
 BESIDE_SOURCE = "learns beside the source, which shows more classes"
 WITHOUT = "the output rule shows fewer classes, or less of their runs, or there are no runs"
-ONE = "one class is seen, of which the source is surer"
-SPOILT = "the norm rule makes nonsense of the images"
 EARLIEST = "too few images to tell whether labels come in runs"
-ROW = ENOUGH  # images in a row of which the source is asked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +144,7 @@ class SteadyConfig(ComponentConfig):
 
 
 @register("steady")
-class Steady(Guard):
+class Steady(StatisticsWatch):
     """Goes back to the source when an update predicts fewer classes than the source does."""
 
     Config = SteadyConfig
@@ -156,35 +152,23 @@ class Steady(Guard):
     cost = 0.1
     counts_images: ClassVar[bool] = True
 
-    age: Tensor  # 0-dimensional, batches that were judged since learning began
     hold: Tensor  # 0-dimensional, batches left of the pause
     beside: Tensor  # 0-dimensional, batches left in which the update learns beside the source
     pause: Tensor  # 0-dimensional, length of the next pause
     images: Tensor  # 0-dimensional, since the last step
-    alert: Tensor  # 0-dimensional, batches left on which the source is asked for runs
-    runs_seen: Tensor  # 0-dimensional bool: the source answers, as labels come in runs
-    wary: Tensor  # 0-dimensional bool: the source has answered for such a reason before
     source_ahead: Tensor  # 0-dimensional bool: the source model answers in the pause
 
     def __init__(self, config: SteadyConfig, network: Backbone, context: Context) -> None:
         super().__init__(config, network, context)
         self.estimator = ConfidenceEstimate()
-        for name in ("age", "hold", "beside", "pause", "images", "alert"):
+        for name in ("hold", "beside", "pause", "images"):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64))
         self.pause.fill_(config.pause)
-        for name in ("runs_seen", "wary", "source_ahead"):
-            self.register_buffer(name, torch.zeros((), dtype=torch.bool))
+        self.register_buffer("source_ahead", torch.zeros((), dtype=torch.bool))
         classes = context.num_classes
         self.gap = SpreadGap(classes)  # to the source's parameters
         self.trend = SpreadGap(classes, TREND)  # the same, over more images
         self.source_gap = SpreadGap(classes)  # to the source model, with its own statistics
-        self.runs = LabelRuns(classes, early=True)  # as the source predicts
-        self.own = LabelRuns(classes, early=True)  # as the adapted model does, of the same images
-        self.shown = LabelRuns(classes, LONG, LONG // 2, early=True)  # as it does, of all images
-        self.surer = ConfidenceGap()  # the source's parameters under the norm rule, than the source
-        self.rules = tuple(w.rule for w in network.wrappers[:1])  # not a module of the guard
-        self.trains = bool(context.parameters)
-        self.mixes = bool(network.wrappers)  # images are normalised by what was seen of others
         harm = context.harm
         self.output_watch = OutputWatch(classes, harm == "runs", self.mixes) if harm else None
 
@@ -256,7 +240,7 @@ class Steady(Guard):
             if bool(self.source_ahead):  # it answers, so that nothing can do harm
                 return LEARN
         assert batch.prediction is not None
-        age, block = int(self.age), _block(len(batch.images))
+        age, block = int(self.age), rows_of(len(batch.images))
         self.age += 1
         if not held and (verdict := self._few(batch)) is not None:
             return verdict
@@ -273,7 +257,7 @@ class Steady(Guard):
             self.own.watch(labels)
         if asks and source is not None:
             anchor = (batch.anchor() if self.trains else batch.prediction).logits
-            self.surer.see(anchor, source)
+            self._see(batch, anchor, source)
             self.source_gap.see(own, source)
             doubt = STILL_SURE if bool(self.wary) else SURE
             if self._in_doubt() and self._harmful(len(batch.images), doubt):
@@ -315,31 +299,6 @@ class Steady(Guard):
         """Logits (B, C) of the source's parameters under the present norm rule."""
         return (batch.anchor() if self.mixes else batch.source_of_input()).logits
 
-    def _is_alert(self, own: Tensor) -> bool:
-        """Whether the source is asked on this batch, whose labels ``own`` (B,) may come in runs."""
-        self.shown.watch(own)
-        before = int(self.alert)
-        left = ALERT if self.shown.persistence() > 0 else max(before - 1, 0)
-        self.alert.fill_(left)
-        if before == 0:  # the source's last labels were not those of the batch before this one
-            self.runs.pause()
-            self.own.pause()
-        return max(before, left) > 0
-
-    def _shows_less(self, own: Tensor, source: Tensor) -> bool:
-        """Whether there are runs, and the source's labels (B,) of this very batch show more."""
-        if max(self.shown.persistence(), self.runs.persistence(STILL_SURE)) <= RUNS:
-            return False
-        self.alert.fill_(ALERT)
-        short = 0.0 if self.mixes else SHORT
-        classes = self.context.num_classes
-        mine, its = (persistence_in(y, classes) for y in (own, source))
-        if mine + short < its:
-            return True
-        # By its own shares a batch of one class shows no run; by those of many batches it does.
-        mine = persistence_in(own, classes, self.own.shares)
-        return mine + FAR < persistence_in(source, classes, self.runs.shares)
-
     def _due(self, age: int, slower: int) -> bool:
         """Whether there is a comparison; ``age`` is in batches, or in ``ROW`` of small ones."""
         if int(self.pause) > self.config.pause and slower == 1:  # it has failed before
@@ -354,60 +313,6 @@ class Steady(Guard):
             self.runs.pause()
             self.own.pause()
         return True
-
-    def _too_early(self, count: int) -> bool:
-        """Whether runs of labels would do harm, and too few images were seen to know of any."""
-        return self.rules[0].mixed_images(count) < ROW and self.runs.images() < SEEN
-
-    def _one_class(self) -> bool:
-        """Whether nearly all images are of one class, as far as the source can tell."""
-        return self.runs.concentration() > ONE_CLASS
-
-    def _spoilt(self) -> bool:
-        """Whether the norm rule makes nonsense of the images, as beside frames of a broken camera.
-
-        A network of 1,000 classes may be less sure under batch statistics, but it says the same as
-        often as the source's confidence lets one expect.
-        """
-        agreed, expected = self.surer.agreement(), self.surer.expected()
-        far_apart = self.surer.mean() < UNSURE and agreed < APART * expected
-        return far_apart and self.runs.images() >= SEEN
-
-    def _why(self) -> str:
-        """Why the source answers until there is less doubt."""
-        if self.runs.persistence() > RUNS:
-            return IN_RUNS
-        return ONE if self._one_class() else SPOILT
-
-    def _in_doubt(self) -> bool:
-        """Whether batch statistics may do harm on this stream."""
-        return self.runs.persistence() > RUNS or self._one_class() or self._spoilt()
-
-    def _harmful(self, count: int, doubt: float) -> bool:
-        """Whether the adapted model shows less of the runs of labels than the source.
-
-        Where one class hides them, whether the norm rule makes predictions less sure.
-        """
-        alone = self._one_class() and self.runs.images() >= SEEN and self.surer.mean() < 0
-        if alone or self._spoilt():
-            return True
-        if _block(count) == 1 and not bool(self.runs_seen):  # the better of both answers each
-            return False
-        mixed = self.rules[0].mixed_images(count)
-        lost = min(SHOWN / (mixed - 1), RUNS) if mixed > 1 else 0.0
-        later = bool(self.runs_seen) or int(self.age) * count >= TREND
-        left = LEFT_LATER if later else LEFT
-        if self.surer.mean() > SURER:
-            left = LEFT_SURER
-        return self.own.persistence(0.0) + lost < left * self.runs.persistence(doubt)
-
-    def _wait_to_try(self, block: int) -> None:
-        """Begin to count rows of images until the adapted model is tried."""
-        self.age.fill_((ROUND - TRIED - SOON) * block if self._one_class() else 0)
-
-    def _tries(self, count: int) -> bool:
-        """Whether the adapted model is tried on this batch while the source answers."""
-        return int(self.age) // _block(count) % ROUND >= ROUND - TRIED
 
     def _few(self, batch: Batch) -> Verdict | None:
         """Take back a step that was made of few images."""
@@ -466,7 +371,7 @@ class Steady(Guard):
     def _in_runs(self, batch: Batch, answer: Tensor) -> Verdict:
         """Let the source answer while labels come in runs that the adapted model cannot stand."""
         source, count = batch.source_of_input().logits, len(batch.images)
-        tried, block = self._tries(count), _block(count)
+        tried, block = self._tries(count), rows_of(count)
         if self._one_class() and int(self.age) % (ROUND * block) == (ROUND - TRIED) * block:
             self.runs.forget()  # where other classes begin, those of before look like a run
         self.runs.watch(source.argmax(1))
@@ -474,10 +379,10 @@ class Steady(Guard):
             assert batch.prediction is not None
             self.own.watch(answer.argmax(1))
             anchor = batch.anchor() if self.trains else batch.prediction
-            self.surer.see(anchor.logits, source)
+            self._see(batch, anchor.logits, source)
         self.age += 1
         calm = self.runs.persistence(CALM_DOUBT) <= NO_RUNS and self.runs.concentration() < NOT_ONE
-        over = calm and self.runs.images() >= CALM
+        over = calm and self.runs.images() >= CALM and not self._noisy()
         reason = "labels come in no runs any more"
         if tried and not over and not self._tries(count):
             over = not self._harmful(count, STILL_SURE if self.surer.mean() > SURER else 0.0)
@@ -493,8 +398,3 @@ class Steady(Guard):
         self.alert.fill_(ALERT)
         self._begin_pause(int(self.hold))
         return Verdict(action="reset", reason=reason, answer=batch.source().logits)
-
-
-def _block(count: int) -> int:
-    """How many batches of so many images have a row."""
-    return -(-ROW // count)
