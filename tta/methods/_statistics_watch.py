@@ -40,6 +40,7 @@ SURE, STILL_SURE = 4.0, 2.0
 LEFT, LEFT_LATER = 0.9, 0.6  # of the source's persistence, that the adapted model must show
 SURER, LEFT_SURER = 0.02, 0.4  # the same where the norm rule makes predictions so much surer
 UNSURE, APART = -0.1, 0.4  # d, and agreement with the source over its confidence, if spoilt
+SURE_OF = 0.4  # confidence of the source, from which agreement with it tells anything
 LESS_SURE = -0.3  # d, below which noise of statistics is taken for harm
 HALVED = (
     4  # images of a batch whose halves have statistics of their own; one alone has the source's
@@ -134,7 +135,8 @@ class StatisticsWatch(Guard):
         """
         agreed, expected = self.surer.agreement(), self.surer.expected()
         far_apart = self.surer.mean() < UNSURE and agreed < APART * expected
-        return far_apart and self.runs.images() >= SEEN
+        # Of a source that is sure of nothing, few labels agree by whatever norm rule.
+        return far_apart and expected > SURE_OF and self.runs.images() >= SEEN
 
     def _noisy(self) -> bool:
         """Whether statistics are of too few images to be better than the source's."""
