@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import timm
 import torchvision
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 import tta
 from models.bundled import BUNDLED, CIFAR10_CLASSES, FOLDER, SDA, known
@@ -149,14 +149,16 @@ def _bundled(name: str, pretrained: bool) -> tuple[nn.Module, dict[str, Any]]:
     if name not in builders:
         options = [*builders, "timm:<name>", "torchvision:<name>"]
         raise ValueError(f"unknown model {shown(name)}: " + nearest(name, options))
-    model, folder = builders[name](), FOLDER / name
+    model = builders[name]()
     source = None
     if pretrained:
-        weights = {k: v.float() if v.is_floating_point() else v for k, v in _weights(folder)}
-        model.load_state_dict(weights)
-        source = tta.SourceStatistics.load(folder / "source.safetensors")
+        _fill_bundled(model, name)
+        source = tta.SourceStatistics.load(FOLDER / name / "source.safetensors")
         if is_trained():
-            first = _bundled(name.removesuffix(SDA), True)[0].eval() if name.endswith(SDA) else None
+            first = None
+            if name.endswith(SDA):  # which classifies images as they came
+                first = builders[plain := name.removesuffix(SDA)]()
+                _fill_bundled(first.eval(), plain)
             source.denoiser = load_diffusion(classifier=first)
     return model, {
         "mean": (0.0, 0.0, 0.0),
@@ -170,5 +172,7 @@ def _bundled(name: str, pretrained: bool) -> tuple[nn.Module, dict[str, Any]]:
     }
 
 
-def _weights(folder: Path) -> list[tuple[str, Tensor]]:
-    return list(load_file(str(folder / "weights.safetensors")).items())
+def _fill_bundled(model: nn.Module, name: str) -> None:
+    """Give a network the weights of a bundled one, in float32."""
+    stored = load_file(str(FOLDER / name / "weights.safetensors"))
+    model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in stored.items()})

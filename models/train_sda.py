@@ -30,7 +30,7 @@ from models.training_images import accuracy, augmented, padded
 from tta.core.files import replacing
 from tta.parts.diffusion import project, shorten
 
-__all__ = ["IMAGES", "PROJECTION", "projected", "train"]
+__all__ = ["EPOCHS", "IMAGES", "PROJECTION", "projected", "train"]
 
 IMAGES = 1000  # of each class
 CHUNK = 500  # images that are projected between two writes
@@ -50,6 +50,9 @@ def projected(images: Tensor, work: Path, seed: int) -> Tensor:
 
     Returns:
         (N, 3, 32, 32) uint8, as an adapter projects images of 8 bits.
+
+    Raises:
+        ValueError: When ``work`` holds projections of other images.
     """
     work.mkdir(parents=True, exist_ok=True)
     diffusion, parts = load_diffusion(), []
@@ -60,9 +63,15 @@ def projected(images: Tensor, work: Path, seed: int) -> Tensor:
             generator = torch.Generator().manual_seed(seed * 1000 + number)
             found = torch.cat([_projected(diffusion, some, generator) for some in part.split(100)])
             with replacing(path) as unfinished:
-                torch.save(found, unfinished)
+                torch.save({"of": part.clone(), "images": found}, unfinished)
             print(f"{path}: {time.perf_counter() - started:.0f}s", flush=True)
-        parts.append(torch.load(path, weights_only=True))
+        saved = torch.load(path, weights_only=True)
+        if not torch.equal(saved["of"], part):
+            raise ValueError(
+                f"`work` must hold projections of these images, but {path} is of others: take "
+                "another folder, or delete it."
+            )
+        parts.append(saved["images"])
     return torch.cat(parts)
 
 

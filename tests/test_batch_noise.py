@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import corruptions
 import models
@@ -29,13 +30,12 @@ def test_noise_is_harmful_where_it_is_most_of_what_changes(
     noise: int, changed: int, harmful: bool
 ) -> None:
     seen, labels = BatchNoise(), torch.arange(100)
-    assert not seen.harmful(1) and seen.is_open()
+    assert not seen.harmful(1)
     for _ in range(3):
         seen.see(labels, _other(labels, noise), _other(labels, changed))
     assert float(seen.kept) == pytest.approx(1 - noise / 100)
     assert float(seen.agreed) == pytest.approx(1 - changed / 100)
     assert seen.harmful(256) is harmful and not seen.harmful(257)
-    assert seen.is_open() is (noise > 20)
 
 
 def test_the_averages_go_back_over_so_many_images() -> None:
@@ -75,6 +75,22 @@ def test_the_source_answers_while_statistics_are_of_too_few_images(
     wrong = torch.cat(again).reshape(4, -1)
     last = (wrong[-1] != labels).float().mean().item()
     assert not bool(guard.runs_seen) and last < source[1] - 0.1
+
+
+class _Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = tiny("bn")
+
+    def forward(self, x: torch.Tensor, scale: torch.Tensor) -> Any:
+        return self.net(x * scale[:, None, None, None])
+
+
+def test_a_batch_with_arguments_of_its_own_is_not_halved() -> None:
+    adapter = tta.wrap(_Scaled(), "bn", guard="steady", logits=lambda z: z, num_classes=10)
+    assert adapter(torch.rand(8, 3, 32, 32), torch.rand(8)).shape == (8, 10)
+    guard: Any = adapter.guard
+    assert int(guard.surer.images) == 8 and int(guard.noise.images) == 0
 
 
 def test_halves_are_looked_at_where_they_have_statistics_of_their_own() -> None:

@@ -68,8 +68,9 @@ def test_of_what_runs_a_server() -> None:
         app = application(pool)
         refused(TypeError, "`on_ready` must be a function", lambda: run(app, port=0, on_ready=3))
         refused(TypeError, "`grace` must be a whole number", lambda: run(app, port=0, grace="x"))
-        assert not pool.closed  # what is refused has not begun
         refused(TypeError, "`port` must be a whole number", lambda: run(app, port="x"))
+        refused(ValueError, "`host` must be a name", lambda: run(app, host="", port=0))
+        assert not pool.closed  # what is refused has not begun
 
 
 def test_of_a_cloud() -> None:
@@ -92,8 +93,10 @@ def test_of_a_cloud() -> None:
 def test_of_an_address() -> None:
     pytest.importorskip("av")
     for address, words in [
-        ("http://[bad/", "`source` .* got 'http://\\[bad/' \\(Invalid IPv6 URL\\)"),
-        ("rtsp://me:secret@host:99999/x", "`source` .* got 'rtsp://host:99999/x' \\(Port out"),
+        ("http://[bad/", "`source` .* got 'http://\\[bad/', of which host"),
+        ("rtsp://me:secret@host:99999/x", "`source` .* got 'rtsp://host:99999/x', of which"),
+        ("rtsp://host:99999/x?token=secret", "`source` .* got 'rtsp://host:99999/x', of which"),
+        ("rtsp://me:se/secret@host/x", "`source` .* got 'rtsp://host/x', of which"),
         ("rtsp://", "`source` .* got 'rtsp://': name a host"),
     ]:
         assert "secret" not in refused(ValueError, words, lambda a=address: open_source(a))

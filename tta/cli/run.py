@@ -111,7 +111,8 @@ def run(args: argparse.Namespace) -> int:
     begins = args.fresh or _nothing_in(folder, out)
     # What is refused here leaves no file behind, and takes none away.
     adapter = wrap_from(args, opened, health=True) if begins else None
-    check_writable(*(("out", out) if args.folder is None else ("folder", folder)))
+    # Without a folder of its own, that lies beside `out`.
+    check_writable("out" if args.folder is None else "folder", folder)
     with contextlib.ExitStack() as open_now:
         lines = JsonLines(out, "out")
         open_now.callback(lines.close)

@@ -104,9 +104,8 @@ class ImageChecks:
 
         It may where torch says so, and where the model has taken images of another size.
         """
-        if not isinstance(error, OF_SIZE) or is_final(error) or is_out_of_memory(error):
-            return None
-        if isinstance(error, getattr(torch, "AcceleratorError", ())):  # which is no matter of size
+        # Kinds of their own, such as of a device or of other processes, are no matter of size.
+        if type(error) not in OF_SIZE or is_final(error) or is_out_of_memory(error):
             return None
         shape, reason = tuple(x.shape[1:]), told(error, 100)
         if self.taken is not None and self.taken != shape:

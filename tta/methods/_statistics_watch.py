@@ -42,9 +42,8 @@ SURER, LEFT_SURER = 0.02, 0.4  # the same where the norm rule makes predictions 
 UNSURE, APART = -0.1, 0.4  # d, and agreement with the source over its confidence, if spoilt
 SURE_OF = 0.4  # confidence of the source, from which agreement with it tells anything
 LESS_SURE = -0.3  # d, below which noise of statistics is taken for harm
-HALVED = (
-    4  # images of a batch whose halves have statistics of their own; one alone has the source's
-)
+# Images of a batch whose halves have statistics of their own: one image alone has the source's.
+HALVED = 4
 ONE_CLASS, NOT_ONE = 0.25, 0.125  # concentration of labels, in [0, 1], that hides runs, and not
 SHOWN = 0.4  # of the persistence of labels, in the predictions of a fair model
 TRIED, ROUND = 6, 32  # of so many rows of images, in how many the adapted model is tried
@@ -56,6 +55,7 @@ SEEN = 56  # images, counted as averages do; runs of labels are seen among so ma
 IN_RUNS = "labels come in runs"
 ONE = "one class is seen, of which the source is surer"
 SPOILT = "the norm rule makes nonsense of the images"
+HARM = "statistics of batches did harm a moment ago"
 NOISY = "statistics are of too few images"
 ROW = ENOUGH  # images in a row of which the source is asked
 TREND = 768  # images over which an update is behind, or ahead again, or has gone well
@@ -90,7 +90,9 @@ class StatisticsWatch(Guard):
         self.surer.see(anchor, source)
         count = len(batch.images)
         alone = count == self.rules[0].mixed_images(count)  # statistics are of this batch alone
-        if alone and count >= HALVED and self.noise.is_open():
+        args, kwargs = self.network.arguments  # a tensor may have a row for each image of the batch
+        whole = any(isinstance(a, Tensor) for a in (*args, *kwargs.values()))
+        if alone and not whole and count >= HALVED:
             halves = batch.anchor_in_halves()
             self.noise.see(*(z.argmax(1) for z in (anchor, halves, source)))
 
@@ -148,7 +150,9 @@ class StatisticsWatch(Guard):
             return IN_RUNS
         if self._one_class():
             return ONE
-        return NOISY if self._noisy() else SPOILT
+        if self._noisy():
+            return NOISY
+        return SPOILT if self._spoilt() else HARM
 
     def _in_doubt(self) -> bool:
         """Whether batch statistics may do harm on this stream."""
@@ -158,7 +162,8 @@ class StatisticsWatch(Guard):
     def _harmful(self, count: int, doubt: float) -> bool:
         """Whether the adapted model shows less of the runs of labels than the source.
 
-        Where one class hides them, whether the norm rule makes predictions less sure.
+        Where one class hides them, whether the norm rule makes predictions less sure. Nonsense and
+        noise are harm without any runs.
         """
         alone = self._one_class() and self.runs.images() >= SEEN and self.surer.mean() < 0
         if alone or self._spoilt() or self._noisy():

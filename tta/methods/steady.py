@@ -61,7 +61,8 @@ Where d > ``SURER``, ``LEFT_SURER`` stands for ``LEFT``. Where d < 0 and the sou
 one class, which hides runs, the source answers as above, and the adapted model is tried sooner.
 Where d < ``UNSURE`` and the two agree on hardly any image, by what the source's confidence lets one
 expect (``APART``), the norm rule makes nonsense of the images, as batch statistics do of those
-beside frames of a broken camera, and the source answers too. By itself d decides nothing: a network
+beside frames of a broken camera, and the source answers too, unless its confidence is below
+``SURE_OF``: then few labels agree by whatever rule. By itself d decides nothing: a network
 of 1,000 classes is less sure under batch statistics of few images than it is right. Whether these
 are of too few to be better than the source's is told by how many labels halves of the batch change
 (see ``BatchNoise``), and where they are, the source answers until they are not.
@@ -369,7 +370,7 @@ class Steady(StatisticsWatch):
             gap.forget()
 
     def _in_runs(self, batch: Batch, answer: Tensor) -> Verdict:
-        """Let the source answer while labels come in runs that the adapted model cannot stand."""
+        """Let the source answer while statistics of batches do harm, in runs of labels mostly."""
         source, count = batch.source_of_input().logits, len(batch.images)
         tried, block = self._tries(count), rows_of(count)
         if self._one_class() and int(self.age) % (ROUND * block) == (ROUND - TRIED) * block:
@@ -383,10 +384,10 @@ class Steady(StatisticsWatch):
         self.age += 1
         calm = self.runs.persistence(CALM_DOUBT) <= NO_RUNS and self.runs.concentration() < NOT_ONE
         over = calm and self.runs.images() >= CALM and not self._noisy()
-        reason = "labels come in no runs any more"
+        reason = "there are no runs of labels, and no noise"
         if tried and not over and not self._tries(count):
             over = not self._harmful(count, STILL_SURE if self.surer.mean() > SURER else 0.0)
-            reason = "the adapted model shows the runs too"
+            reason = "the adapted model shows the runs too, and no noise"
             self._wait_to_try(block)
         if not tried or over:
             self.own.forget()

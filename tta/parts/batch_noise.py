@@ -9,7 +9,6 @@ __all__ = ["BatchNoise"]
 
 SPAN = 256  # images that the averages go back over
 KEPT = 0.7  # share of labels that halves of a batch leave, above which the noise is small
-CLEAR = 0.8  # from which it need not be looked at again
 NOISE = 0.7  # of the labels that the norm rule changes in all, from which noise is the larger harm
 
 
@@ -22,7 +21,7 @@ class BatchNoise(nn.Module):
     noise turns over; how many differ from the source's, what the norm rule changes in all. Where
     the one is nearly as much as the other, there is little that the rule has put right:
 
-        1 - kept >= NOISE (1 - agreed)
+        1 - kept > NOISE (1 - agreed),   kept < KEPT
 
     Three networks of ImageNet (EfficientNet-lite0 to 2) were shown clean photographs, and some
     with five corruptions of two severities, in batches of 16. In 16 of these 30 cases this held,
@@ -47,10 +46,6 @@ class BatchNoise(nn.Module):
         share = len(whole) / self.images.clamp_min(len(whole))
         for average, other in ((self.kept, halves), (self.agreed, source)):
             average += share * ((whole == other).float().mean() - average)
-
-    def is_open(self) -> bool:
-        """Whether it may become harmful: noise that is small among many images stays so."""
-        return float(self.images) < SPAN // 2 or float(self.kept) < CLEAR
 
     def harmful(self, least: int) -> bool:
         """Whether the source errs less, by at least ``least`` images."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeGuard
 from urllib.parse import urlsplit
 
-from tta.core.checks import number, path_like, shown, told, whole_number
+from tta.core.checks import number, path_like, shown, whole_number
 from tta.runtime.frames import PICTURES, FolderSource, Several, Source
 from tta.runtime.video import LiveSource, VideoFile, camera
 
@@ -100,11 +101,12 @@ def _safe(address: str) -> str:
     try:
         parts = urlsplit(address)
         _ = parts.port
-    except ValueError as error:
+    except ValueError:  # whose words may hold the password
         scheme, _, place = address.partition("://")
+        place = re.split(r"[?#]", place.rpartition("@")[2])[0]
         raise ValueError(
-            f"`source` must be an address such as rtsp://host/path, got "
-            f"{shown(f'{scheme}://{place.rpartition(chr(64))[2]}')} ({told(error)}): correct it."
+            "`source` must be an address such as rtsp://host:554/path, got "
+            f"{shown(f'{scheme}://{place}')}, of which host and port cannot be read: correct it."
         ) from None
     host = parts.netloc.rpartition("@")[2]
     return f"{parts.scheme}://{host}{parts.path}"

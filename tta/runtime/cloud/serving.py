@@ -16,7 +16,7 @@ from tta.runtime.cloud.uplink import KIND, UPLOADS
 from tta.runtime.cloud.wire import MessageError
 from tta.runtime.extras import needed
 from tta.runtime.server.gate import Gate, Load
-from tta.runtime.server.limits import Limits, RefusedError, check_door
+from tta.runtime.server.limits import Limits, RefusedError, check_access
 from tta.runtime.server.running import run
 from tta.version import __version__
 
@@ -133,7 +133,7 @@ def application(
     from fastapi import Request
     from fastapi.responses import JSONResponse, Response
 
-    limits, service = check_door(token, hosts, limits), _Service()
+    limits, service = check_access(token, hosts, limits), _Service()
     # Updates take turns; others wait here, and not in the loop that receives.
     threads = ThreadPoolExecutor(4, thread_name_prefix="tta-cloud-answer")
 

@@ -97,7 +97,8 @@ class HttpUplink(Uplink):
         if parts.scheme not in ("http", "https") or not parts.hostname or not plain:
             raise ValueError(
                 f"`address` must begin with http:// or https:// and name a host, without "
-                f"spaces, got {shown(address, 60)}: pass what cloud.serve(...).address says."
+                f"spaces and with an ASCII path, got {shown(address, 60)}: pass what "
+                "cloud.serve(...).address says."
             )
         self.address = address
         self._connect: Any = http.client.HTTPConnection

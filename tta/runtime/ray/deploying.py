@@ -14,7 +14,7 @@ from tta.runtime.extras import needed
 from tta.runtime.ray.front import Front
 from tta.runtime.ray.replica import Replica
 from tta.runtime.server.gate import is_loopback
-from tta.runtime.server.limits import Limits, check_door
+from tta.runtime.server.limits import Limits, check_access
 from tta.runtime.server.running import GRACE, bound, log
 
 __all__ = ["application", "run"]
@@ -69,7 +69,7 @@ def application(
             f"`make` must be a function that returns a server's application, got "
             f"{type(make).__name__}: pass one, as in docs/deployment.md."
         )
-    limits = check_door(token, hosts, limits)
+    limits = check_access(token, hosts, limits)
     wanted = {
         "num_cpus": number("cpus", cpus, 0, LARGE),
         "num_gpus": number("gpus", gpus, 0, LARGE),

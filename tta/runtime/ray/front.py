@@ -16,7 +16,7 @@ from tta.runtime.extras import needed
 from tta.runtime.ray.replica import Answer, Asked
 from tta.runtime.server.events import Events
 from tta.runtime.server.gate import Gate, Load
-from tta.runtime.server.limits import Limits, RefusedError
+from tta.runtime.server.limits import Limits, RefusedError, with_others
 from tta.runtime.server.page import PAGE, POLICY
 from tta.runtime.server.routes import after_of, name_of, parts_of
 
@@ -116,11 +116,8 @@ class Front:
         name, answer = bad[0]
         refusal = answer if isinstance(answer, RefusedError) else _refusal(answer)
         if len(rows) > 1:
-            others, words = len(rows) - len(bad), refusal.detail.rstrip(".")
-            refusal.detail = (
-                f"stream {shown(name, 40)}: {words}. Of the other streams in this request, "
-                f"{others} were predicted."
-            )
+            words = f"stream {shown(name, 40)}: {refusal.detail}"
+            refusal.detail = with_others(words, len(rows) - len(bad), "streams")
         raise refusal
 
     async def create_named(self, request: Any) -> Any:

@@ -16,7 +16,7 @@ from tta.runtime.extras import needed
 from tta.runtime.pool import StreamPool
 from tta.runtime.server.decoding import Decoder
 from tta.runtime.server.gate import Gate
-from tta.runtime.server.limits import Limits, RefusedError, check_door
+from tta.runtime.server.limits import Limits, RefusedError, check_access
 from tta.runtime.server.openapi import DESCRIPTION
 from tta.runtime.server.service import Service
 from tta.version import __version__
@@ -82,7 +82,7 @@ def application(
             f"`pool` must be a StreamPool, got {type(pool).__name__}: pass "
             "tta.runtime.StreamPool(adapter)."
         )
-    limits = check_door(token, hosts, limits)
+    limits = check_access(token, hosts, limits)
     if transform is not None and not callable(transform):
         raise TypeError(f"`transform` must be a function, got {shown(transform)}: pass one.")
     names, shape = _names(class_names), _shape(shape)

@@ -10,7 +10,15 @@ from typing import Any
 
 from tta.core.checks import LARGE, LARGEST, number, shown, string, whole_number
 
-__all__ = ["STOPPING", "Limits", "Rate", "RefusedError", "check_door", "check_token"]
+__all__ = [
+    "STOPPING",
+    "Limits",
+    "Rate",
+    "RefusedError",
+    "check_access",
+    "check_token",
+    "with_others",
+]
 
 STOPPING = "the server is stopping and takes nothing more: send it again to the next one."
 LONGEST_TOKEN = 1000
@@ -110,8 +118,13 @@ class Rate:
             self._free.popitem(last=False)
 
 
-def check_door(token: Any, hosts: Any, limits: Any) -> Limits:
-    """Refuse a door that would let in others than meant; return the limits, or the defaults.
+def with_others(words: str, others: int, what: str) -> str:
+    """A refusal's sentence, and what has become of the rest of the request."""
+    return f"{words.rstrip('.')}. Of the other {what} in this request, {others} were predicted."
+
+
+def check_access(token: Any, hosts: Any, limits: Any) -> Limits:
+    """Check who is let in and how much; return the limits, or the defaults.
 
     Args:
         token: As of :func:`tta.runtime.server.application`.

@@ -16,7 +16,7 @@ from tta.runtime.server import openapi
 from tta.runtime.server.batching import Item
 from tta.runtime.server.decoding import Decoder
 from tta.runtime.server.gate import ClientGoneError
-from tta.runtime.server.limits import Rate, RefusedError
+from tta.runtime.server.limits import Rate, RefusedError, with_others
 from tta.runtime.server.page import PAGE, POLICY
 from tta.runtime.server.service import Service
 
@@ -111,7 +111,7 @@ def add_routes(app: Any, service: Service, decoder: Decoder, workers: ThreadPool
                     refusal.detail = f"image {number}: {refusal.detail}"
                 raise
         found = await answers(request, items)
-        _check(found, several)
+        _raise_refused(found, several)
         if not probabilities:
             found = [{k: v for k, v in one.items() if k != "probabilities"} for one in found]
         return JSONResponse(found if several else found[0])
@@ -176,7 +176,7 @@ def add_routes(app: Any, service: Service, decoder: Decoder, workers: ThreadPool
         return HTMLResponse(PAGE, headers={"content-security-policy": POLICY})
 
 
-def _check(found: Sequence[Any], several: bool) -> None:
+def _raise_refused(found: Sequence[Any], several: bool) -> None:
     """Refuse a request of which an image was refused, and say what has become of the others."""
     bad = [number for number, one in enumerate(found) if isinstance(one, BaseException)]
     if not bad:
@@ -184,11 +184,11 @@ def _check(found: Sequence[Any], several: bool) -> None:
     first = found[bad[0]]
     if not several or not isinstance(first, RefusedError):
         raise first
-    words = first.detail.rstrip(".")
-    if words.startswith("`image"):
+    words = first.detail
+    if words.startswith("`image"):  # else it is the stream, or the server, that is named
         words = f"image {bad[0]}: {words}"
     if good := len(found) - len(bad):
-        words += f". Of the other images in this request, {good} were predicted."
+        words = with_others(words, good, "images")
     raise RefusedError(first.status, words, first.retry_after)
 
 

@@ -55,6 +55,7 @@ def run(
     if on_ready is not None and not callable(on_ready):
         raise TypeError(f"`on_ready` must be a function, got {shown(on_ready)}: pass one.")
     grace = whole_number("grace", grace, 0)
+    _check_place(host, port)
     try:
         opened = bound(host, port)
         address = _address(opened)
@@ -91,9 +92,7 @@ def bound(host: str, port: int) -> socket.socket:
     Raises:
         OSError: When it is taken, or no such address.
     """
-    if not string("host", host):  # which would be all addresses of the machine
-        raise ValueError("`host` must be a name or an address, got an empty one: leave it out.")
-    port = whole_number("port", port, 0, LARGEST_PORT)
+    _check_place(host, port)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     opened = socket.socket(family)
     try:
@@ -106,6 +105,12 @@ def bound(host: str, port: int) -> socket.socket:
             f"({told(getattr(error, 'strerror', None) or error)}): pass another, or 0 for any."
         ) from error
     return opened
+
+
+def _check_place(host: Any, port: Any) -> None:
+    if not string("host", host):  # which would be all addresses of the machine
+        raise ValueError("`host` must be a name or an address, got an empty one: leave it out.")
+    whole_number("port", port, 0, LARGEST_PORT)
 
 
 def _address(bound: socket.socket) -> str:
