@@ -243,13 +243,13 @@ class StreamPool:
         self._store.check_open()
         network = self.adapter.network
         network.check(images)
-        if isinstance(streams, str) or not is_iterable(streams):
+        if not is_iterable(streams):
             raise TypeError(
                 f"`streams` must be a list with a name for each of {len(images)} images, got "
                 f"{shown(streams)}: pass a list."
             )
         names = [string("streams", name) for name in streams]
-        if len(names) != len(images):
+        if isinstance(streams, str) or len(names) != len(images):
             raise ValueError(
                 f"`streams` must name one stream for each of {len(images)} images, got "
                 f"{len(names)} names: pass a list."
