@@ -78,8 +78,7 @@ class Replica:
     """
 
     def __init__(self, make: Callable[[], Any]) -> None:
-        context = needed("ray.serve", "ray").get_replica_context()
-        self.name = context.replica_id.unique_id
+        self.name = needed("ray.serve", "ray").get_replica_context().replica_id.unique_id
         self.app = make()
         self.service = self.app.state.service
         if not self.service.pool.shared:
