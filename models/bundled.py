@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from safetensors.torch import load_file
 from torch import nn
 
 from models.conv_vit import ConvViT
@@ -29,6 +30,7 @@ __all__ = [
     "VARIANTS",
     "base",
     "builder",
+    "give_weights",
     "known",
 ]
 
@@ -87,3 +89,8 @@ def base(name: str) -> str | None:
 def builder(name: str) -> Callable[[], nn.Module]:
     """What builds the network of a name that `base` knows, with random weights."""
     return (BUNDLED | VARIANTS)[str(base(name))]
+
+
+def give_weights(model: nn.Module, name: str) -> None:
+    """Give a network the weights that are stored under a name, in its own dtype."""
+    model.load_state_dict(load_file(str(FOLDER / name / "weights.safetensors")))

@@ -10,11 +10,10 @@ from typing import Any, Literal, get_args
 
 import timm
 import torchvision
-from safetensors.torch import load_file
 from torch import nn
 
 import tta
-from models.bundled import BUNDLED, CIFAR10_CLASSES, FOLDER, SDA, known
+from models.bundled import BUNDLED, CIFAR10_CLASSES, FOLDER, SDA, give_weights, known
 from models.card import SourceCard, of_file
 from models.denoiser import is_trained, load_diffusion
 from tta.core.checks import boolean, nearest, path_like, shown, string
@@ -152,13 +151,13 @@ def _bundled(name: str, pretrained: bool) -> tuple[nn.Module, dict[str, Any]]:
     model = builders[name]()
     source = None
     if pretrained:
-        _fill_bundled(model, name)
+        give_weights(model, name)
         source = tta.SourceStatistics.load(FOLDER / name / "source.safetensors")
         if is_trained():
             first = None
             if name.endswith(SDA):  # which classifies images as they came
                 first = builders[plain := name.removesuffix(SDA)]()
-                _fill_bundled(first.eval(), plain)
+                give_weights(first.eval(), plain)
             source.denoiser = load_diffusion(classifier=first)
     return model, {
         "mean": (0.0, 0.0, 0.0),
@@ -170,9 +169,3 @@ def _bundled(name: str, pretrained: bool) -> tuple[nn.Module, dict[str, Any]]:
         "crop": 1.0,
         "interpolation": "",
     }
-
-
-def _fill_bundled(model: nn.Module, name: str) -> None:
-    """Give a network the weights of a bundled one, in float32."""
-    stored = load_file(str(FOLDER / name / "weights.safetensors"))
-    model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in stored.items()})

@@ -40,7 +40,19 @@ from torch import Tensor, nn
 import tta
 from models import train_denoiser, train_itta, train_sda
 from models.artefacts import WIDE, add, batches, collect, save_half, swag
-from models.bundled import BUNDLED, FOLDER, IABN, ITTA, LONG_TAILED, SDA, VARIANTS, base, builder
+from models.bundled import (
+    BUNDLED,
+    FOLDER,
+    IABN,
+    ITTA,
+    LONG_TAILED,
+    SDA,
+    VARIANTS,
+    base,
+    builder,
+    give_weights,
+)
+from models.checkpoints import keep
 from models.denoiser import DENOISER
 from models.load import load
 from models.training_images import accuracy, augmented, padded, read_cifar10
@@ -98,7 +110,7 @@ def train(name: str, data: dict[str, Tensor], work: Path, epochs: int | None, se
     torch.manual_seed(seed)
     model = builder(name)()
     if recipe.begin is not None:
-        model.load_state_dict(load_file(str(FOLDER / recipe.begin / "weights.safetensors")))
+        give_weights(model, recipe.begin)
     if recipe.channels_last:
         model = model.to(memory_format=torch.channels_last)
     if recipe.optimizer == "sgd":
@@ -159,16 +171,8 @@ def train(name: str, data: dict[str, Tensor], work: Path, epochs: int | None, se
             "loss": round(running / steps_per_epoch, 4),
             "test_accuracy": accuracy(model, data["test_images"], data["test_labels"]),
         }
-        log["history"].append(row)
-        print(name, row, f"{log['seconds']:.0f}s", flush=True)
-        state = {
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "scheduler": scheduler.state_dict(),
-            "log": json.dumps(log),
-        }
-        with replacing(checkpoint) as part:
-            torch.save(state, part)
+        moved = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+        keep(checkpoint, log, row, **{key: part.state_dict() for key, part in moved.items()})
 
 
 def _one_cycle(

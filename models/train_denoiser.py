@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from models.artefacts import save_half
+from models.checkpoints import keep
 from models.denoiser import BETAS, DENOISER, FOLDER, UNet
 from tta.core.files import replacing
 
@@ -94,17 +95,9 @@ def train(images: Tensor, held: Tensor, work: Path, steps: int, seed: int) -> No
         log["seconds"] += time.perf_counter() - started
         row = {"step": step + 1, "loss": round(running / (step + 1 - begun), 5)}
         row["test_loss"] = round(_loss(averaged, held[:HELD]), 5)
-        log["history"].append(row)
-        print(DENOISER, row, f"{log['seconds']:.0f}s", flush=True)
-        state = {
-            "model": model.state_dict(),
-            "averaged": averaged.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "log": json.dumps(log),
-            "done": step + 1,
-        }
-        with replacing(checkpoint) as part:
-            torch.save(state, part)
+        moved = {"model": model, "averaged": averaged, "optimizer": optimizer}
+        states = {key: part.state_dict() for key, part in moved.items()}
+        keep(checkpoint, log, row, done=step + 1, **states)
         running, started, begun = 0.0, time.perf_counter(), step + 1
 
 

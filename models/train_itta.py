@@ -19,13 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from models.bundled import BUNDLED, FOLDER, ITTA
+from models.bundled import BUNDLED, ITTA
+from models.checkpoints import begin_with, keep
 from models.training_images import accuracy, augmented, padded
 from tta.core.classifier import find_classifier
-from tta.core.files import replacing
 from tta.parts.itta import identity, learn
 
 __all__ = ["DEPTH", "refusal", "train"]
@@ -57,7 +56,7 @@ def train(
     """
     model = BUNDLED[name]().eval()
     images, labels = data["train_images"], data["train_labels"]
-    checkpoint, finished = work / f"{name}{ITTA}.pt", work / f"{name}.pt"
+    checkpoint = work / f"{name}{ITTA}.pt"
     log: dict[str, Any] = {"name": name + ITTA, "seed": seed, "epochs": epochs, "seconds": 0.0}
     log["history"] = []
     head: Any = find_classifier(model)
@@ -68,12 +67,8 @@ def train(
         model.load_state_dict(saved["model"])
         consistency, optimizers = saved["consistency"], saved["optimizers"]
         log = json.loads(saved["log"]) | {"epochs": epochs}
-    elif finished.exists():
-        model.load_state_dict(torch.load(finished, weights_only=True)["model"])
     else:
-        print(f"{name}: from the weights in {FOLDER / name}", flush=True)
-        stored = load_file(str(FOLDER / name / "weights.safetensors"))
-        model.load_state_dict(stored)  # to float32
+        begin_with(model, name, work)
     bordered = padded(images)
 
     def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -95,13 +90,5 @@ def train(
         row: dict[str, Any] = {"epoch": epoch + 1}
         row |= {key: round(sum(v) / len(v), 4) for key, v in figures.items()}
         row["test_accuracy"] = accuracy(model, data["test_images"], data["test_labels"])
-        log["history"].append(row)
-        print(log["name"], row, f"{log['seconds']:.0f}s", flush=True)
-        state = {
-            "model": model.state_dict(),
-            "consistency": consistency,
-            "optimizers": optimizers,
-            "log": json.dumps(log),
-        }
-        with replacing(checkpoint) as part:
-            torch.save(state, part)
+        moved = {"model": model.state_dict(), "consistency": consistency, "optimizers": optimizers}
+        keep(checkpoint, log, row, **moved)

@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor
 
 import tta
-from models.bundled import BUNDLED, FOLDER, SDA
+from models.bundled import BUNDLED, SDA
+from models.checkpoints import begin_with, keep
 from models.denoiser import load_diffusion
 from models.training_images import accuracy, augmented, padded
 from tta.core.files import replacing
@@ -113,7 +113,7 @@ def train(
     model = BUNDLED[name]()
     optimizer = torch.optim.SGD(model.parameters(), RATE, MOMENTUM, weight_decay=DECAY)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, FALLS)
-    checkpoint, finished = work / f"{name}{SDA}.pt", work / f"{name}.pt"
+    checkpoint = work / f"{name}{SDA}.pt"
     log: dict[str, Any] = {"name": name + SDA, "seed": seed, "epochs": epochs, "seconds": 0.0}
     log["history"] = []
     if checkpoint.exists():
@@ -122,11 +122,8 @@ def train(
         optimizer.load_state_dict(saved["optimizer"])
         schedule.load_state_dict(saved["schedule"])
         log = json.loads(saved["log"]) | {"epochs": epochs}
-    elif finished.exists():
-        model.load_state_dict(torch.load(finished, weights_only=True)["model"])
     else:
-        print(f"{name}: from the weights in {FOLDER / name}", flush=True)
-        model.load_state_dict(load_file(str(FOLDER / name / "weights.safetensors")))
+        begin_with(model, name, work)
     for epoch in range(len(log["history"]), epochs):
         started = time.perf_counter()
         generator = torch.Generator().manual_seed(seed * 1000 + epoch)
@@ -147,13 +144,5 @@ def train(
             "test_accuracy": accuracy(model, data["test_images"], data["test_labels"]),
             "projected_test_accuracy": accuracy(model, tests, data["test_labels"][: len(tests)]),
         }
-        log["history"].append(row)
-        print(log["name"], row, f"{log['seconds']:.0f}s", flush=True)
-        state = {
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "schedule": schedule.state_dict(),
-            "log": json.dumps(log),
-        }
-        with replacing(checkpoint) as part:
-            torch.save(state, part)
+        moved = {"model": model, "optimizer": optimizer, "schedule": schedule}
+        keep(checkpoint, log, row, **{key: part.state_dict() for key, part in moved.items()})

@@ -33,7 +33,7 @@ def place(tmp_path, monkeypatch):
     monkeypatch.setitem(bundled.BUNDLED, NAME, lambda: tiny("bn"))
     recipe = replace(train.RECIPES[NAME], batch_size=16, bfloat16=False, channels_last=False)
     monkeypatch.setitem(train.RECIPES, NAME, recipe)
-    for module in (bundled, train, train_itta, sys.modules["models.load"]):
+    for module in (bundled, train, sys.modules["models.load"]):
         monkeypatch.setattr(module, "FOLDER", tmp_path)
     (tmp_path / NAME).mkdir()
     stored = {k: v.half() for k, v in tiny("bn").state_dict().items() if v.is_floating_point()}

@@ -33,7 +33,7 @@ def place(tmp_path, monkeypatch):
         arrays[f"{split}_images"] = draw.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
         arrays[f"{split}_labels"] = np.arange(count) % 10
     np.savez(tmp_path / "data.npz", **arrays)
-    for module in (bundled, train, train_denoiser, train_sda, denoiser, sys.modules["models.load"]):
+    for module in (bundled, train, train_denoiser, denoiser, sys.modules["models.load"]):
         monkeypatch.setattr(module, "FOLDER", tmp_path / "weights")
     monkeypatch.setitem(bundled.BUNDLED, BN, lambda: tiny("bn"))
     for module in (train_denoiser, denoiser):
