@@ -13,6 +13,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from tta.core.arguments import check_without_tensors, split_arguments
 from tta.core.backbone import Backbone
 from tta.core.checks import boolean
+from tta.core.compiled import COMPILED
 from tta.core.component import Component, Context
 from tta.core.guard import Guard
 from tta.core.input_rule import Input, Inputs
@@ -253,7 +254,7 @@ class Adapter(nn.Module):
             network.buffers.give_back()
         self._loan.end()
         if self.compiled:
-            model.__dict__.pop("_compiled_call_impl", None)
+            vars(model).pop(COMPILED, None)
         if self.input is not None:
             self.input.release()
         self._network = None

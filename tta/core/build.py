@@ -18,6 +18,7 @@ from tta.core.adapter import Adapter
 from tta.core.allocator import keep_freed_memory
 from tta.core.backbone import Backbone
 from tta.core.checks import shown
+from tta.core.compiled import COMPILED
 from tta.core.component import Context
 from tta.core.config import ComponentConfig, UpdateConfig
 from tta.core.denoiser import Diffusion
@@ -210,7 +211,7 @@ def _assemble(model: nn.Module, config: AdapterConfig, injected: Injected) -> Ad
         if setting.keep_memory:
             keep_freed_memory()
         mode = setting.compile
-        if mode is not None and getattr(model, "_compiled_call_impl", None) is None:
+        if mode is not None and getattr(model, COMPILED, None) is None:
             model.compile(mode=mode)
             adapter.compiled = True
         return adapter

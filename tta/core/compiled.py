@@ -20,7 +20,9 @@ from torch import nn
 
 from tta.core.turns import Turns
 
-__all__ = ["end_visit", "has_graphs", "is_compiled", "without_graphs"]
+__all__ = ["COMPILED", "end_visit", "has_graphs", "is_compiled", "without_graphs"]
+
+COMPILED = "_compiled_call_impl"  # what `compile` of a module sets on it
 
 
 class _Visit:
@@ -90,5 +92,5 @@ def has_graphs(model: nn.Module) -> bool:
 
 def is_compiled(module: nn.Module) -> bool:
     """Whether ``torch.compile`` was applied to a module."""
-    compiled = getattr(module, "_compiled_call_impl", None) is not None
+    compiled = getattr(module, COMPILED, None) is not None
     return compiled or hasattr(module, "_orig_mod")

@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import nn
 
+from tta.core.compiled import COMPILED
+
 __all__ = ["WRAPPED", "Loan", "Untouched"]
 
 WRAPPED = "_tta_wrapped"  # set on every module of a wrapped model
-COMPILED = "_compiled_call_impl"  # what `compile` of a module sets
 # Of every module: its parts, parameters and hooks, by name.
 HELD = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, dict))
 
