@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -16,12 +15,12 @@ import torch
 
 import tta
 from tests.helpers import own_models
+from tests.helpers.processes import CLEAN
 from tests.helpers.videos import SIZE, folder, picture, video
 from tta import cli
 from tta.runtime.resuming import JsonLines
 
 OWN = "tests.helpers.own_models"
-FORK = multiprocessing.get_context("fork")
 FLAGS = ("--device", "cpu", "--method", "tent.cifar10", "--follow", "0")
 
 
@@ -104,16 +103,16 @@ def test_a_run_that_is_whole_writes_nothing_again_and_one_that_grew_goes_on(out,
     assert out(*command, "--fresh")[0] == 0 and lines(file) == lines(whole)
 
 
+def _go(command: list[str], log: Path) -> None:
+    torch.set_num_threads(1)
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 2)
+    os._exit(cli.main(command))
+
+
 def killed(command: list[str], after: float, log: Path) -> bool:
     """Run the command in a process that is killed; whether it had ended before."""
-
-    def go() -> None:
-        torch.set_num_threads(1)
-        with log.open("w") as file:
-            os.dup2(file.fileno(), 2)
-        os._exit(cli.main(command))
-
-    life = FORK.Process(target=go)
+    life = CLEAN.Process(target=_go, args=(command, log))
     life.start()
     life.join(after)
     ended = life.exitcode is not None
@@ -155,6 +154,7 @@ def test_a_signal_ends_it_with_all_that_was_learned(out, tmp_path):
             time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGTERM)
 
+    before = set(threading.enumerate())
     stopper = threading.Thread(target=stop)
     stopper.start()
     assert out(*command)[0] == 130
@@ -162,7 +162,7 @@ def test_a_signal_ends_it_with_all_that_was_learned(out, tmp_path):
     pool = tta.runtime.StreamPool.open(own_models.net(), f"{file}.state")
     assert pool.stream("yard").run(lambda adapter: adapter._serving.taken) == 6
     pool.close()
-    assert not [t for t in threading.enumerate() if t.name.startswith("tta-")]
+    assert not [t for t in set(threading.enumerate()) - before if t.name.startswith("tta-")]
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])

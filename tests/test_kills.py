@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import signal
@@ -18,13 +17,13 @@ import tta
 from experiments.run.folder import is_finished
 from tests.helpers.batches import images
 from tests.helpers.nets import tiny
+from tests.helpers.processes import CLEAN
 from tests.helpers.results import figures
 from tests.helpers.soak import RESULT, Share, shares
 from tta.core.files import leftovers_of
 from tta.core.state_dict import checksum
 
 ROOT = RESULT.parents[2]
-FORK = multiprocessing.get_context("fork")
 
 # Saves
 
@@ -88,14 +87,14 @@ def test_saves_that_are_killed(share: Share, soak_seed, tmp_path: Path, record_p
     chain = _Chain()
     tta.save(tta.wrap(tiny("bn"), "rdumb.cifar10", seed=3), folder)
     found = [tmp_path / f"reader-{n}" for n in range(2)]
-    readers = [FORK.Process(target=_go_on_reading, args=(folder, file, stop)) for file in found]
+    readers = [CLEAN.Process(target=_go_on_reading, args=(folder, file, stop)) for file in found]
     for reader in readers:
         reader.start()
     hits = kills = position = 0
     try:
         while hits < share.count and kills < 20 * share.count:
             before = (folder / "config.json").stat().st_mtime_ns
-            writer = FORK.Process(target=_go_on_saving, args=(folder,))
+            writer = CLEAN.Process(target=_go_on_saving, args=(folder,))
             writer.start()
             while (folder / "config.json").stat().st_mtime_ns == before:  # its first save is done
                 assert writer.is_alive()

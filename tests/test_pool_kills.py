@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import multiprocessing
 import os
 import random
 import time
@@ -18,11 +17,11 @@ import tta
 from tests.helpers.batches import images
 from tests.helpers.faults import same
 from tests.helpers.nets import tiny
+from tests.helpers.processes import CLEAN
 from tests.helpers.soak import Share, shares
 from tta.core import files
 from tta.runtime import StreamPool
 
-FORK = multiprocessing.get_context("fork")
 NAMES = ("a", "b", "c")
 INTERVAL = 0.6  # seconds
 SERVED = "guard/monitor.batches"  # in a state: how many batches there were
@@ -118,7 +117,7 @@ def test_pools_that_are_killed(share: Share, soak_seed, tmp_path: Path, record_p
         disk = ("fine", "fine", "fine", "full", "fine", "fine", "fine", "read-only")[(kill + 3) % 8]
         log = tmp_path / f"{kill}.log"
         arguments = (folder, log, chance.randrange(1 << 30), disk)
-        life = FORK.Process(target=_go_on_serving, args=arguments)
+        life = CLEAN.Process(target=_go_on_serving, args=arguments)
         life.start()
         while not log.exists() or "served" not in log.read_text():
             assert life.is_alive()

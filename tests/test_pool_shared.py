@@ -22,12 +22,13 @@ import tta
 from tests.helpers.batches import images
 from tests.helpers.faults import same
 from tests.helpers.nets import tiny
+from tests.helpers.processes import CLEAN
 from tests.helpers.served import npy, serving
 from tta.core import files
 from tta.runtime import StreamPool, owners
 from tta.runtime.owners import POLL, ElsewhereError, Owners, making
 
-FORK = multiprocessing.get_context("fork")
+FORK = multiprocessing.get_context("fork")  # where the test is of what a fork inherits
 
 
 def wrapped() -> tta.Adapter:
@@ -89,6 +90,7 @@ def test_an_owner_within_its_block_is_let_finish(tmp_path: Path) -> None:
 
 
 def _serve_and_hang(folder: Path, ready: Any) -> None:
+    torch.set_num_threads(1)
     pool = another(folder)
     with pool.stream("a") as view:
         view(images(1))
@@ -104,7 +106,7 @@ def test_a_killed_owner_leaves_its_streams_where_its_last_snapshot_was(tmp_path:
         view(images(0))
     alone(images(0))
     here, there = multiprocessing.Pipe()
-    process = FORK.Process(target=_serve_and_hang, args=(tmp_path / "p", there), daemon=True)
+    process = CLEAN.Process(target=_serve_and_hang, args=(tmp_path / "p", there), daemon=True)
     process.start()
     try:
         assert here.poll(60)
@@ -125,6 +127,7 @@ def _batch(name: str, number: int) -> torch.Tensor:
 
 
 def _use_at_random(folder: Path, log: Path, seed: int, seconds: float) -> None:
+    torch.set_num_threads(1)
     chance, end = random.Random(seed), time.monotonic() + seconds
     handle = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     with another(folder, interval=0.2) as pool:
@@ -143,7 +146,7 @@ def test_processes_that_take_streams_from_each_other(killed: bool, tmp_path: Pat
     made(tmp_path / "p").close()
     log = tmp_path / "log"
     users = [
-        FORK.Process(target=_use_at_random, args=(tmp_path / "p", log, seed, 8.0), daemon=True)
+        CLEAN.Process(target=_use_at_random, args=(tmp_path / "p", log, seed, 8.0), daemon=True)
         for seed in range(3)
     ]
     for user in users:

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import zlib
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -29,6 +30,16 @@ from tta.runtime.server.running import bound
 from tta.runtime.server.watch import StreamWatch
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left() -> Iterator[None]:
+    before = set(threading.enumerate())
+    yield
+    end = time.monotonic() + 10  # a server has told them to end, and waits for none
+    while left := [t for t in set(threading.enumerate()) - before if t.name.startswith("tta-")]:
+        assert time.monotonic() < end, left
+        time.sleep(0.01)
 
 
 def alone(method: str = "tent.cifar10") -> tta.Adapter:

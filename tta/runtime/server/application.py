@@ -87,6 +87,8 @@ def application(
         raise TypeError(f"`transform` must be a function, got {shown(transform)}: pass one.")
     names, shape = _names(class_names), _shape(shape)
     threads = ThreadPoolExecutor(whole_number("workers", workers, 1, 256), "tta-server-decode")
+    # What waits for the model is apart from what decodes, so that neither holds the other up.
+    waiters = ThreadPoolExecutor(8, "tta-server-wait")
     decoder = Decoder(transform, shape, _dtype(pool), limits)
     service = Service(pool, names, limits, batch_size, max_wait, thumbnails)
 
@@ -98,6 +100,7 @@ def application(
             service.close()
         except OSError as error:
             log.error("%s", error)
+        waiters.shutdown(wait=False)  # last: closing the service answers who waits
 
     app = fastapi.FastAPI(
         title="tta serve", version=__version__, description=DESCRIPTION, lifespan=lifespan,
@@ -129,7 +132,7 @@ def application(
         words = f"`{asked}` must be one that this server has, got {got}: see /openapi.json."
         return JSONResponse({"detail": words}, error.status_code, error.headers)
 
-    add_routes(app, service, decoder, threads)
+    add_routes(app, service, decoder, threads, waiters)
     return app
 
 

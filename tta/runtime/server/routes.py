@@ -27,7 +27,13 @@ LONGEST_NUMBER = 18  # digits
 PARTS = "tta.parts"  # in a request's scope: what :func:`parts_of` has taken from it elsewhere
 
 
-def add_routes(app: Any, service: Service, decoder: Decoder, workers: ThreadPoolExecutor) -> None:
+def add_routes(
+    app: Any,
+    service: Service,
+    decoder: Decoder,
+    workers: ThreadPoolExecutor,
+    waiters: ThreadPoolExecutor,
+) -> None:
     """Add all routes to an application.
 
     Args:
@@ -35,13 +41,12 @@ def add_routes(app: Any, service: Service, decoder: Decoder, workers: ThreadPool
         service: Does the work.
         decoder: Of images.
         workers: Threads that decode.
+        waiters: Threads that wait for the model.
     """
     from fastapi import Request
     from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 
     rate = Rate(service.limits.rate)
-    # What waits for the model is apart from what decodes, so that neither holds the other up.
-    waiters = ThreadPoolExecutor(8, thread_name_prefix="tta-server-wait")
 
     async def blocking(function: Any, *args: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(waiters, function, *args)
