@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tta
-from tests.helpers.capturable import RECIPES, named
+from tests.helpers.capturable import LEARNING, RECIPES, named
 from tests.helpers.exported import make
 from tests.helpers.fake_gpu import DEVICE, on_fake_gpu
 from tests.helpers.faults import same
 from tests.helpers.nets import tiny
+from tta.core.learning_step import LearningStep
 from tta.core.step_function import Step, at_least_1d, moving_keys
 from tta.core.tracing import NoLoopError, capturing
 from tta.runtime import Pipeline, StreamPool
@@ -30,6 +31,7 @@ SHAPE = (3, 16, 16)
 draws = torch.Generator().manual_seed(3)
 BATCHES = [torch.randn(4, *SHAPE, generator=draws) * (1 + 0.3 * i) + 0.2 * i for i in range(7)]
 FRAMES = torch.cat(BATCHES)
+LEARNS = {"norm": "unmix_tns", "update": "tent.cifar10"}
 CLOSE = 1e-6  # of logits and states, of which the largest differences were 1.2e-7 and 2.8e-7
 
 
@@ -64,6 +66,27 @@ def test_replays_give_what_the_adapter_gives(recipe, bitwise):
     assert one._context.draws.call == other._context.draws.call
 
 
+@pytest.mark.parametrize("recipe", LEARNING, ids=named)
+def test_replays_learn_as_the_adapter_does(recipe):
+    one, other = make(recipe, tiny("bn")), make(recipe, tiny("bn"))
+    one(BATCHES[0]), other(BATCHES[0])
+    captured = Captured(one, BATCHES[1], StandIn())
+    assert same(one.state(), other.state())
+    for number, images in enumerate(BATCHES[1:]):
+        if number == 3:  # the adapter serves one itself
+            one(images), other(images)
+            continue
+        if number == 4:
+            one.reset(), other.reset()
+        logits = captured.serve(images)
+        assert logits is not None
+        assert (logits - other(images)).abs().max() < CLOSE
+        assert one.report.keys() == other.report.keys() and one.report["stepped"] is True
+        assert one.report["loss"] == pytest.approx(other.report["loss"], rel=1e-5)
+    assert difference(one.state(), other.state()) <= CLOSE
+    assert all(p.grad is None for p in one.model.parameters())
+
+
 @pytest.mark.parametrize("recipe", [r for r, _ in RECIPES], ids=named)
 def test_on_a_gpu_nothing_waits_for_values(recipe):
     """Operations that would, and copies to the device, are refused; no GPU is needed for that."""
@@ -87,6 +110,24 @@ def test_on_a_gpu_nothing_waits_for_values(recipe):
     assert ways
     # Norm rules, of which there is one a layer, go on as they are.
     assert ways[0] is False or "norm" not in recipe or "output" in recipe
+
+
+@pytest.mark.parametrize("recipe", LEARNING, ids=named)
+def test_learning_on_a_gpu_waits_for_no_values(recipe, monkeypatch):
+    """But for the backward pass itself, which autograd runs on real devices alone."""
+    adapter = make(recipe, tiny("bn"))
+    adapter(BATCHES[0])
+    mode = FakeTensorMode()
+    there = on_fake_gpu(adapter, mode)
+    zeros = lambda _, inputs: [torch.zeros_like(p) for p in inputs]  # noqa: E731
+    monkeypatch.setattr(there.session, "gradients", zeros)
+    with mode, torch.no_grad(), capturing(False):
+        images = torch.rand(4, *SHAPE, device=DEVICE)
+        step = LearningStep(there, images)
+        state = [held[key] for held, key in step.places()]
+        with room._Waits():
+            fine, logits, after, _ = step.advance(images, state)
+    assert {t.device for t in (fine, logits, *state, *after)} == {DEVICE}
 
 
 def test_a_loop_that_ends_by_a_value_is_not_captured():
@@ -118,7 +159,9 @@ class Looking(nn.Sequential):
 @pytest.mark.parametrize(
     ("make_it", "why"),
     [
-        (lambda: tta.wrap(tiny("bn"), "tent.cifar10"), "tent learns by more than norm and output"),
+        (lambda: tta.wrap(tiny("bn"), "sar"), "it waits for values, by"),
+        (lambda: tta.wrap(tiny("bn"), "note"), "must have a state of fixed shapes"),
+        (lambda: tta.wrap(tiny("bn"), "adacontrast", mean=0.5, std=0.5), "keeps rows of earlier"),
         (lambda: tta.wrap(tiny("bn"), "bn", guard="periodic"), "periodic looks at each batch"),
         (lambda: tta.wrap(tiny("bn"), "bn", health=True), "looks at each batch"),
         (lambda: tta.wrap(tiny("bn"), "bn", window=8), "`window` must be left out"),
@@ -188,7 +231,7 @@ def rows(results: list) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "recipe", [{"norm": "unmix_tns"}, {"output": "neo"}, {"recipe": "source"}], ids=named
+    "recipe", [{"norm": "unmix_tns"}, {"output": "neo"}, {"recipe": "source"}, LEARNS], ids=named
 )
 def test_a_pipeline_with_graphs_gives_what_it_gives_without(recipe, caplog):
     with caplog.at_level(logging.INFO, "tta.runtime"):
@@ -212,13 +255,14 @@ def test_a_pipeline_with_graphs_gives_what_it_gives_without(recipe, caplog):
     assert caplog.text.count("are captured") == 1
 
 
-def test_bad_frames_are_served_by_the_adapter():
+@pytest.mark.parametrize("recipe", [{"norm": "unmix_tns"}, LEARNS], ids=named)
+def test_bad_frames_are_served_by_the_adapter(recipe):
     """NaN rows, and images of which features overflow: as without, and nothing is learned twice."""
     frames = FRAMES.clone()
     frames[9] = math.nan
     frames[14] = 3e38
-    pipeline, results, one = run({"norm": "unmix_tns"}, frames)
-    other, expected, own = without({"norm": "unmix_tns"}, frames)
+    pipeline, results, one = run(recipe, frames)
+    other, expected, own = without(recipe, frames)
     assert [r.index for r in results] == [r.index for r in expected]
     assert pipeline.counts == other.counts and pipeline.counts["failed"] == 2
     assert (rows(results) - rows(expected)).abs().max() < CLOSE
@@ -226,9 +270,10 @@ def test_bad_frames_are_served_by_the_adapter():
     assert pipeline._replaying is not None and pipeline._replaying.replayed == 4
 
 
-def test_whoever_reads_or_changes_the_adapter_meanwhile_sees_the_stream():
+@pytest.mark.parametrize("recipe", [{"norm": "unmix_tns"}, LEARNS], ids=named)
+def test_whoever_reads_or_changes_the_adapter_meanwhile_sees_the_stream(recipe):
     """State, report, freeze, reset and a state that is loaded, between replays."""
-    one, own = make({"norm": "unmix_tns"}, tiny("bn")), make({"norm": "unmix_tns"}, tiny("bn"))
+    one, own = make(recipe, tiny("bn")), make(recipe, tiny("bn"))
     changes: dict[int, Any] = {
         3: lambda adapter: adapter.freeze(),
         4: lambda adapter: adapter.unfreeze(),
@@ -288,10 +333,10 @@ def test_late_batches_and_autocast_are_served_by_the_adapter():
 
 
 def test_where_nothing_is_captured_the_pipeline_goes_on_and_says_why_once(caplog):
-    pipeline, results, one = run({"recipe": "tent.cifar10"}, FRAMES)
-    _, expected, own = without({"recipe": "tent.cifar10"}, FRAMES)
+    pipeline, results, one = run({"recipe": "sar"}, FRAMES)
+    _, expected, own = without({"recipe": "sar"}, FRAMES)
     assert torch.equal(rows(results), rows(expected)) and same(one.state(), own.state())
-    why = "steps are not captured: tent learns by more than norm and output rules"
+    why = "steps are not captured: it waits for values, by _local_scalar_dense"
     assert pipeline.graphs == why and caplog.text.count(why) == 1
 
     caplog.clear()

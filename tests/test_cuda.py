@@ -19,7 +19,7 @@ from experiments.cli import main
 from experiments.records.file import read_lines
 from tests.helpers import ranks
 from tests.helpers.batches import images, source_batches
-from tests.helpers.capturable import RECIPES, named
+from tests.helpers.capturable import LEARNING, RECIPES, named
 from tests.helpers.compositions import CASES
 from tests.helpers.exported import make
 from tests.helpers.nets import tiny
@@ -176,7 +176,7 @@ def test_streams_move_to_a_gpu_and_back(tmp_path) -> None:
         torch.testing.assert_close(logits, alone(images(9).cuda()).cpu(), rtol=CLOSE, atol=CLOSE)
 
 
-@pytest.mark.parametrize("recipe", [recipe for recipe, _ in RECIPES], ids=named)
+@pytest.mark.parametrize("recipe", [recipe for recipe, _ in RECIPES] + LEARNING, ids=named)
 def test_a_captured_step_gives_what_the_adapter_gives(recipe) -> None:
     one, other = make(recipe, tiny("bn").cuda()), make(recipe, tiny("bn").cuda())
     one(images(0).cuda()), other(images(0).cuda())
@@ -201,7 +201,7 @@ def test_what_waits_for_values_is_not_captured_and_the_device_goes_on() -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"graphs": True}, {"staleness": 2}], ids=str)
-@pytest.mark.parametrize("recipe", ["unmix_tns", "tent.cifar10"])
+@pytest.mark.parametrize("recipe", ["unmix_tns", "tent.cifar10", "sar"])
 def test_a_pipeline_gives_what_a_loop_gives(recipe, options) -> None:
     """Bit for bit but for graphs, and with staleness in the end; while others use the device."""
     frames = torch.cat([images(number) for number in range(8)]).cpu()
@@ -231,7 +231,7 @@ def test_a_pipeline_gives_what_a_loop_gives(recipe, options) -> None:
         same = close(one.state()[key], value)
         assert same if options else same and torch.equal(one.state()[key], value), key
     if "graphs" in options:
-        assert ("are captured" in pipeline.graphs) == (recipe == "unmix_tns")
+        assert ("are captured" in pipeline.graphs) == (recipe != "sar")
 
 
 def test_the_study_of_a_gpu_runs(tmp_path) -> None:

@@ -8,7 +8,7 @@ import torch
 
 import tta
 
-__all__ = ["RECIPES", "named"]
+__all__ = ["LEARNING", "RECIPES", "named"]
 
 BOUNDED = tta.get_config("adanpc", capacity=20, ball_radius=0.6)
 CODED = {"output": "lsa", "source": [(torch.rand(40, 3, 16, 16), torch.arange(40) % 10)]}
@@ -31,6 +31,17 @@ RECIPES: list[tuple[dict[str, Any], bool]] = [
     ({"output": BOUNDED}, True),
     ({"output": "persistence"}, False),
     ({"norm": "robust_bn", "output": "neo"}, False),
+]
+# Those that learn by gradients.
+LEARNING: list[dict[str, Any]] = [
+    {"update": "tent.cifar10"},
+    {"update": "tent.imagenet"},
+    {"update": tta.get_config("tent", optimizer="adamw", weight_decay=0.1, steps=2)},
+    {"norm": "unmix_tns", "update": "tent.cifar10"},
+    {"norm": "robust_bn", "update": "tent.imagenet", "output": "prior_correction"},
+    {"update": tta.get_config("tent", params="all")},
+    {"update": "zerosiam"},
+    {"update": "shot_im"},
 ]
 
 

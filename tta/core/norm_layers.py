@@ -26,7 +26,7 @@ from tta.core.functional import HOOKS, bare_copy, call_with_hooks, has_hooks
 from tta.core.norm_kernels import LARGE_MEAN, few_passes_back, normalize_by
 from tta.core.norm_rule import NormRule
 from tta.core.session import Session
-from tta.core.tracing import is_tracing, rule_refused, source_if_refused
+from tta.core.tracing import is_recorded, is_tracing, rule_refused, source_if_refused
 
 __all__ = [
     "FAR_OUTSIDE",
@@ -384,7 +384,7 @@ def instance_stats(x: Tensor) -> tuple[Tensor, Tensor]:
     count = math.prod(x.shape[2:])
     wide = x.dtype if x.dtype == torch.float64 else torch.float32
     mean = x.mean(axes, dtype=wide)
-    if is_tracing():
+    if is_recorded():
         deviation = x.to(wide) - mean.view(*mean.shape, *(1 for _ in axes))
         return mean, deviation.square().mean(axes)
     square = torch.linalg.vector_norm(x, dim=axes, dtype=wide).square() / count

@@ -106,6 +106,10 @@ class Serving:
                 scores = torch.where(held, prediction.logits, scores)
         return prediction, self._answer(scores.detach().to(prediction.logits.dtype), None)
 
+    def learned(self, x: Tensor) -> Any:
+        """Answer images and learn from them, all of them, where no value can be looked at."""
+        return self._answer(self._answered(x, False, True, None)[1], None)
+
     @property
     def learning(self) -> bool:
         """Whether the adapter is not frozen."""

@@ -16,7 +16,17 @@ from tta.core.state import GUARD, Place
 from tta.core.traced_pass import check_one_pass
 from tta.core.tracing import is_tracing, recording, tracing_step
 
-__all__ = ["BATCHES", "Step", "learns", "moving_keys", "refuse", "to_function"]
+__all__ = [
+    "BATCHES",
+    "Step",
+    "at_least_1d",
+    "check_learning",
+    "fits",
+    "learns",
+    "moving_keys",
+    "refuse",
+    "to_function",
+]
 
 SMALL = 1 << 16  # elements
 BATCHES = f"{GUARD}monitor.batches"  # what a guard that resets goes by
@@ -66,6 +76,21 @@ def refuse(adapter: Any, example: Any) -> None:
                 "or export the plain model."
             )
         return
+    check_learning(adapter)
+    if guard is not None and guard.resets_after(torch.zeros((), dtype=torch.int64)) is None:
+        raise ValueError(
+            f"`guard` must decide by the number of batches alone to be exported, got "
+            f"{shown(guard.name)}, which looks at figures of each batch: wrap with guard=False or "
+            "'periodic', or freeze() first."
+        )
+
+
+def check_learning(adapter: Adapter) -> None:
+    """Refuse norm and output rules that cannot go on learning in a graph.
+
+    Raises:
+        ValueError: When one takes gradients, or its state grows.
+    """
     if adapter.output is not None and adapter.output.takes_gradient:
         raise ValueError(
             f"`output` must learn without gradients to be exported, got "
@@ -77,12 +102,6 @@ def refuse(adapter: Any, example: Any) -> None:
             "`adapter` must have a state of fixed shapes to be exported, got "
             f"{shown(min(growing))}, "
             "which grows with the stream: bound it in the component's config, or freeze() first."
-        )
-    if guard is not None and guard.resets_after(torch.zeros((), dtype=torch.int64)) is None:
-        raise ValueError(
-            f"`guard` must decide by the number of batches alone to be exported, got "
-            f"{shown(guard.name)}, which looks at figures of each batch: wrap with guard=False or "
-            "'periodic', or freeze() first."
         )
 
 
@@ -137,6 +156,8 @@ class Step(nn.Module):
         adapter: Whose call it is.
         keys: Of the state, as :func:`moving_keys` gives them.
     """
+
+    by_tensors = (False, True)  # ways for components to decide, while no value is known
 
     def __init__(self, adapter: Adapter, keys: list[str]) -> None:
         super().__init__()
@@ -207,7 +228,7 @@ class Step(nn.Module):
 
     def advance(
         self, images: Tensor, state: list[Tensor]
-    ) -> tuple[Tensor, Tensor, list[Tensor], dict[str, Any]]:
+    ) -> tuple[Tensor, Tensor, list[Tensor], list[tuple[Any, dict[str, Any]]]]:
         """Serve a batch whose shape is known, where no value is, as on a GPU.
 
         Args:
@@ -216,25 +237,33 @@ class Step(nn.Module):
 
         Returns:
             Whether images, logits and state are all numbers (0-dimensional bool); logits (B, C);
-            the state after the batch, which is that before it where they are not; and figures of
-            the output rule.
+            the state after the batch, which is that before it where they are not; and components
+            with the figures of their reports.
         """
         adapter: Adapter = self.__dict__["adapter"]
         before = self._pack(state)
         own = [value if i in self.packed else value.clone() for i, value in enumerate(state)]
         with recording(adapter):
             _, logits, after = self._serve(adapter, images, self._unpack(before.clone(), own))
-            figures = {} if adapter.output is None else adapter.output.report.raw()
+            parts: list[Any] = [] if adapter.output is None else [adapter.output]
+            figures = [(part, part.report.raw()) for part in parts]
         joined = self._pack(after)
         fine = self._defined(joined, after) & logits.isfinite().all()
-        if images.is_floating_point():
-            fine = fine & (torch.linalg.vector_norm(images, dtype=torch.float32) <= LARGE)
+        for fit in fits(images):
+            fine = fine & fit
         after = [
             value if i in self.packed else torch.where(fine, value, old)
             for i, (value, old) in enumerate(zip(after, state, strict=True))
         ]
         joined = torch.where(fine, joined, before)
         return fine, logits, self._unpack(joined, after), figures
+
+    def begin(self) -> bool:
+        """Whether it can be called or replayed now."""
+        return True
+
+    def end(self) -> None:
+        """Nothing is counted outside of the state."""
 
     def places(self) -> list[Place]:
         """Where the adapter holds each tensor of the state, in the order of ``keys``."""
@@ -313,3 +342,10 @@ class Step(nn.Module):
 def at_least_1d(value: Tensor) -> Tensor:
     """A tensor with an axis where it has none."""
     return value.reshape(1) if value.ndim == 0 else value
+
+
+def fits(images: Tensor) -> list[Tensor]:
+    """Whether norm layers can take the numbers (0-dimensional bool); nothing for integers."""
+    if not images.is_floating_point():
+        return []
+    return [torch.linalg.vector_norm(images, dtype=torch.float32) <= LARGE]

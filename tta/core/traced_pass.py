@@ -77,6 +77,7 @@ def traced_pass(network: Any, x: Tensor, tensors: dict[str, Tensor]) -> Predicti
     hook = network.feature_hook
     if hook is not None:
         hook.values = []
+    network.session.recording = torch.is_grad_enabled()
     with network._other.afresh():  # torch.export puts tensors without values into the model
         result, features = network._other(tensors, x.clone(), *args, **kwargs), None
     if network._prefix:

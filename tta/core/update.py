@@ -13,7 +13,7 @@ from tta.core.backbone import Backbone
 from tta.core.component import Component, Context
 from tta.core.config import ComponentConfig, UpdateConfig
 from tta.core.guard import DEFAULT_GUARD
-from tta.core.optimizer import make_optimizer
+from tta.core.optimizer import UnseenSteps, make_optimizer
 from tta.core.prediction import Prediction, Report
 from tta.core.selection_pass import RowSelector
 from tta.core.source import SourceStatistics
@@ -61,6 +61,7 @@ class Update(Component):
         self.parameters_adapted = context.parameters
         self.report = Report()
         self.left_out: list[nn.Parameter] = []  # whose gradients of this batch are dropped
+        self.unseen: UnseenSteps | None = None  # takes the steps where no value can be looked at
         self.selection_pass = RowSelector(network, context.rows_independent)
         self.register_buffer("resets", torch.zeros((), dtype=torch.int64))
         self.optimizer = self._make_optimizer()
@@ -164,7 +165,8 @@ class Update(Component):
                 where a parameter got none); it may change them in place.
 
         Returns:
-            Whether the parameters moved. Gradients are cleared either way.
+            Whether the parameters moved; while a step is captured, a 0-dimensional bool. Gradients
+            are cleared either way.
         """
         params = list(self.optimized().values())
         if gradients is None and not loss.requires_grad:
@@ -174,10 +176,14 @@ class Update(Component):
                 "requires_grad_(False) out of it."
             )
         self.optimizer.zero_grad()  # gradients that somebody else has left there
-        if gradients is None:
-            self.network.session.backward(loss)
-        else:
+        if gradients is not None:
             for p, g in zip(self.parameters_adapted.values(), gradients, strict=True):
+                p.grad = g
+        elif self.unseen is None:
+            self.network.session.backward(loss)
+        else:  # a parameter's own node would run on the stream that made it
+            found = self.network.session.gradients(loss, params)
+            for p, g in zip(params, found, strict=True):
                 p.grad = g
         for p in self.left_out:
             p.grad = None
@@ -190,7 +196,13 @@ class Update(Component):
             self._ask_guard()
         grads = [p.grad for p in params if p.grad is not None]
         total = torch.nn.utils.get_total_norm(grads) if grads else loss.detach()
-        moved = bool(torch.isfinite(loss.detach() + total))
+        finite = torch.isfinite(loss.detach() + total)
+        if self.unseen is not None:
+            moved: Any = finite & (total > 0)
+            self.unseen.step(self.optimizer, moved)
+            self.optimizer.zero_grad()
+            return moved
+        moved = bool(finite)
         if moved:
             # With gradients of zero, only momentum or weight decay moves anything.
             certain = bool(grads) and bool(total > 0) and self.config.lr > 0

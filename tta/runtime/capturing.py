@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from tta.core.adapter import Adapter
 from tta.core.checks import told
 from tta.core.compiled import is_compiled
+from tta.core.learning_step import LearningStep
 from tta.core.prediction import Report
 from tta.core.rehearsal import rehearse, undone
 from tta.core.step_function import at_least_1d, to_function
@@ -141,7 +142,8 @@ class Captured:
         self.adapter, self.graph = adapter, graph
         self._refuse()
         try:
-            self._step = to_function(adapter, images)
+            learns = adapter.update is not None
+            self._step = LearningStep(adapter, images) if learns else to_function(adapter, images)
             expected = rehearse(adapter, [images, images])
         except ValueError as error:
             raise NotCapturedError(str(error)) from error
@@ -157,7 +159,9 @@ class Captured:
                 self.graph.ready(self._call)
                 self._put(start)
                 for _ in expected:
+                    self._step.begin()
                     self.graph.replay()
+                    self._step.end()
                     found.append(self.logits.clone())
             finally:
                 self._put(start)
@@ -184,25 +188,25 @@ class Captured:
         adapter = self.adapter
         with torch.inference_mode(False), torch.no_grad():
             self._take_up()
+            if not self._step.begin():
+                return None
             self.images.copy_(images)
             self.graph.replay()
             if not bool(self.fine):
                 return None
+            self._step.end()
             serving = adapter._serving
             serving.seen, serving.rejected = len(images), 0
             adapter._context.draws.call += 1
-            if adapter.output is not None:
-                figures = self.figures.items()
-                kept = {k: v.clone() if isinstance(v, Tensor) else v for k, v in figures}
-                adapter.output.report = Report(kept)
+            for part, figures in self.figures:
+                kept = {k: v.clone() if isinstance(v, Tensor) else v for k, v in figures.items()}
+                part.report = Report(kept)
         return self.logits
 
     def _refuse(self) -> None:
         """Refuse what would be exported as something else than it is."""
         adapter, reason = self.adapter, ""
-        if adapter.update is not None:
-            reason = f"{adapter.update.name} learns by more than norm and output rules"
-        elif adapter.guard is not None:
+        if adapter.guard is not None:
             reason = f"{adapter.guard.name} looks at each batch"
         elif adapter.config.setting is not None:
             reason = "the adapter runs by a setting of its own"
@@ -213,7 +217,9 @@ class Captured:
 
     def _choose(self) -> None:
         """Find out whether components may go on as on a GPU, or must decide by tensors."""
-        for self._by_tensors in (False, True):
+        generator, reason = self.adapter._context.generator, ""
+        for way in self._step.by_tensors:
+            self._by_tensors, drawn = way, generator.get_state()
             try:
                 with _Waits():
                     self._call()
@@ -222,6 +228,8 @@ class Captured:
             except NoLoopError as error:
                 raise NotCapturedError(told(error)) from error
             else:
+                if not torch.equal(generator.get_state(), drawn):
+                    raise NotCapturedError("it draws random numbers")
                 return
         raise NotCapturedError(reason)
 
