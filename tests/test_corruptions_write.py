@@ -163,9 +163,9 @@ def test_resumes_after_kills(layout, tmp_path):
             PIL.Image.fromarray(image).save(path)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     names = ["gaussian_noise", "motion_blur", "jpeg_compression"]
-    rest = ["--corruptions", *names, "--processes", "2", "--quiet"]
-    assert start(["write", layout, str(data), str(whole), *rest]).wait() == 0
-    command = ["write", layout, str(data), str(killed), *rest]
+    rest = ["--corruptions", *names, "--quiet", "--processes"]
+    assert main(["write", layout, str(data), str(whole), *rest, "1"]) == 0
+    command = ["write", layout, str(data), str(killed), *rest, "2"]
     chance = random.Random(0)
     finished_at = {}
     kills = 0

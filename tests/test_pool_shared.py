@@ -146,14 +146,14 @@ def test_processes_that_take_streams_from_each_other(killed: bool, tmp_path: Pat
     made(tmp_path / "p").close()
     log = tmp_path / "log"
     users = [
-        CLEAN.Process(target=_use_at_random, args=(tmp_path / "p", log, seed, 8.0), daemon=True)
+        CLEAN.Process(target=_use_at_random, args=(tmp_path / "p", log, seed, 5.0), daemon=True)
         for seed in range(3)
     ]
     for user in users:
         user.start()
     try:
         if killed:
-            time.sleep(4)
+            time.sleep(2.5)
             users[0].kill()
         for user in users:
             user.join(120)
