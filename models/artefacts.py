@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 import tta
@@ -172,4 +172,5 @@ def save_half(tensors: dict[str, Tensor], path: Path, wide: tuple[str, ...] = ()
         return t.to(torch.bfloat16 if name.startswith(wide) else torch.float16)
 
     small = {name: stored(name, t) for name, t in tensors.items()}
-    save_file({n: t.detach().contiguous() for n, t in small.items()}, str(path))
+    with replacing(path) as part:  # `save_file` would give nobody else the right to read it
+        part.write_bytes(save({n: t.detach().contiguous() for n, t in small.items()}))

@@ -440,6 +440,8 @@ def test_who_may_ask() -> None:
     with serving(hosts=["cams.example"]) as server:
         for host in ("cams.example", "cams.example:80", "localhost:1", "[::1]:8000", "10.0.0.9"):
             assert server.get("/healthz", headers={"Host": host}).status_code == 200, host
+            head = server.client.head("/healthz", headers={"Host": host})
+            assert head.status_code == 200 and not head.content
         for host in ("evil.example", "evil.example:8000", "127.0.0.1.evil.example", ""):
             server.refused(403, "`Host`", server.get("/healthz", headers={"Host": host}))
         mine = server.address

@@ -241,7 +241,10 @@ def test_sda_trains_on_what_the_diffusion_model_makes_of_images(place, monkeypat
     command(place, DENOISER, "--steps", "2")
     (place / "weights" / BN).mkdir()
     tta.SourceStatistics().save(place / "weights" / BN / "source.safetensors")
-    save_half(tiny("bn").state_dict(), place / "weights" / BN / "weights.safetensors")
+    weights = place / "weights" / BN / "weights.safetensors"
+    save_half(tiny("bn").state_dict(), weights)
+    (place / "plain").touch()
+    assert weights.stat().st_mode == (place / "plain").stat().st_mode  # as the umask has it
     command(place, BN, "--sda", "--sda-epochs", "2", work="whole")
     command(place, BN, "--sda", "--sda-epochs", "1", work="cut")
     # A killed training has a part of the projections.
