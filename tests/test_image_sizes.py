@@ -14,6 +14,7 @@ from tta.core.image_checks import ImagesRefusedError
 from tta.runtime import Pipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+FIXED = {"input_size": (3, 12, 12), "fixed_input_size": True}
 GOOD, SMALL = torch.rand(2, 3, 12, 12), torch.rand(2, 3, 2, 2)
 
 
@@ -58,6 +59,15 @@ def test_a_model_of_one_size_is_known_by_what_it_has_taken(error, recipe) -> Non
     words = r"such as \(3, 12, 12\), got \(3, 2, 2\) \(Input height doesn't match model\)"
     refused(ImagesRefusedError, words, lambda: adapter(SMALL))
     assert all(torch.equal(value, before[key]) for key, value in adapter.state().items())
+
+
+@pytest.mark.parametrize("said", [{"image_size": 12}, {"pretrained_cfg": FIXED}], ids=str)
+def test_a_model_that_says_its_size_is_known_by_it(said) -> None:
+    net = Fixed()
+    for name, value in said.items():
+        setattr(net, name, value)
+    words = r"such as \(3, 12, 12\), got \(3, 2, 2\) \(Input height doesn't match model\)"
+    refused(ImagesRefusedError, words, lambda: tta.wrap(net, "tent.cifar10")(SMALL))
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ class Backbone:
         self.result: Any = None  # what the model returned for the images
         self.wrappers = [m for m in model.modules() if isinstance(m, AdaptiveNorm)]
         self.entry = first_layer(model)
-        self.images = ImageChecks(self.entry)
+        self.images = ImageChecks(model, self.entry)
         self.arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         self._first_pass = False  # whether the next pass is the first of a call
         order = head.linear if features and head.function is None else None

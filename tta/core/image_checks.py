@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tta.core.checks import is_final, is_out_of_memory, told
-from tta.core.classifier import CONVOLUTIONS
+from tta.core.classifier import CONVOLUTIONS, declared_sizes
 from tta.core.logit_checks import RowsOverflowError
 
 __all__ = ["ImageChecks", "ImagesRefusedError", "KindRefusedError"]
@@ -35,11 +35,13 @@ class ImageChecks:
     """What can be said of images against a model's first layer.
 
     Args:
+        model: The classifier.
         entry: The layer that takes the images; None where none is known to.
     """
 
-    def __init__(self, entry: Any) -> None:
+    def __init__(self, model: nn.Module, entry: Any) -> None:
         self.entry = entry
+        self.made_for = _fixed_size(model)
         self.taken: tuple[int, ...] | None = None  # shape of an image that the model has taken
 
     def check(self, x: Any) -> None:
@@ -102,15 +104,18 @@ class ImageChecks:
     def size_refusal(self, error: BaseException, x: Tensor) -> ImagesRefusedError | None:
         """Return what to raise in place of ``error`` if the size of ``x`` may be its cause.
 
-        It may where torch says so, and where the model has taken images of another size.
+        It may where torch says so, and where the model has taken images of another size, or was
+        made for one.
         """
         # Kinds of their own, such as of a device or of other processes, are no matter of size.
         if type(error) not in OF_SIZE or is_final(error) or is_out_of_memory(error):
             return None
-        shape, reason = tuple(x.shape[1:]), told(error, 100)
-        if self.taken is not None and self.taken != shape:
+        shape, reason, known = tuple(x.shape[1:]), told(error, 100), self.taken
+        if known is None and self.made_for is not None:
+            known = (*shape[: -len(self.made_for)], *self.made_for)
+        if known is not None and known != shape:
             return ImagesRefusedError(
-                f"`images` must be of a size that the model takes, such as {self.taken}, got "
+                f"`images` must be of a size that the model takes, such as {known}, got "
                 f"{shape} ({reason}): resize them."
             )
         if not any(words in str(error) for words in TOO_SMALL):
@@ -154,3 +159,13 @@ class ImageChecks:
                 "them to what the model takes."
             )
         return None
+
+
+def _fixed_size(model: nn.Module) -> tuple[int, ...] | None:
+    """Height and width of the images that a model was made for, where it takes no others."""
+    if sizes := declared_sizes(model, 2):
+        return sizes[0]
+    said: Any = getattr(model, "pretrained_cfg", None)
+    fixed = isinstance(said, dict) and said.get("fixed_input_size")
+    size = said.get("input_size") if fixed else None
+    return tuple(size[1:]) if isinstance(size, (tuple, list)) and len(size) == 3 else None
