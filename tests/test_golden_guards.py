@@ -19,12 +19,13 @@ WEIGHTS = {"atol": 5e-5, "rtol": 0.0}
 ASR = sorted((GOLDEN / "set-d").glob("asr_*.npz"))
 
 
-def _asr(trace: Trace) -> tta.Adapter:
+def _asr(trace: Trace, official: bool) -> tta.Adapter:
     p = trace.params
     host = tta.get_config(
         "eta",
         entropy_margin=p["e_margin"] / trace.log_classes,
         redundancy_margin=p["d_margin"],
+        official=official,
         **trace.optimizer(),
     )
     guard = tta.get_config(
@@ -38,12 +39,13 @@ def _asr(trace: Trace) -> tta.Adapter:
     return tta.wrap(trace.model(), update=host, guard=guard)
 
 
+@pytest.mark.parametrize("official", [False, True])  # of the host, whose own reset it changes
 @pytest.mark.parametrize("path", ASR, ids=lambda path: path.stem)
-def test_asr(path) -> None:
+def test_asr(path, official: bool) -> None:
     """Outputs, resets, what stays of them, Fisher, means, penalties."""
     trace = Trace(path)
     check_source(trace)
-    adapter, first = _asr(trace), int(trace.arrays["first_reset_after_batch"])
+    adapter, first = _asr(trace, official), int(trace.arrays["first_reset_after_batch"])
     resets = 0
     for t, x in enumerate(trace.tensor("inputs")):
         close(adapter(x), trace.tensor("outputs")[t], **LIMIT)

@@ -685,14 +685,26 @@ def test_events_are_kept_and_told() -> None:
     assert adapter.events == []
 
 
-def test_periodic_is_rdumb() -> None:
-    wide = {"entropy_margin": 10.0, "redundancy_margin": 10.0, "lr": 0.05}
+@pytest.mark.parametrize("official", [False, True])
+def test_periodic_is_rdumb(official: bool) -> None:
+    """The class average, which an official host's own reset keeps, goes as well."""
+    margin = 0.5 if official else 10.0  # what the average changes is which images are redundant
+    wide = {"entropy_margin": 10.0, "redundancy_margin": margin, "lr": 0.05, "official": official}
     periodic = tta.get_config("periodic", every=3)
     adapter = tta.wrap(tiny("gn"), "eta", guard=periodic, **wide)
     rdumb = tta.wrap(tiny("gn"), "rdumb", reset_every=3, **wide)
     for t in range(8):
         assert torch.equal(adapter(images(t)), rdumb(images(t)))
     assert adapter.report.resets == 2
+
+
+def test_a_reset_of_asr_clears_the_class_average_of_an_official_host() -> None:
+    host = tta.get_config("eta", entropy_margin=10.0, redundancy_margin=10.0, official=True)
+    guard = tta.get_config("asr", threshold=1.0)  # no mean prediction is above ln C
+    adapter = tta.wrap(tiny("gn"), update=host, guard=guard)
+    adapter(images(0))
+    assert adapter.health["action"] == "reset"
+    assert adapter.state()["update/ema_probs"].isnan().all()
 
 
 @pytest.mark.parametrize(
