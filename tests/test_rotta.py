@@ -54,6 +54,30 @@ def _rotta(net: nn.Module | None = None, **fields) -> tta.Adapter:
 # The norm rule -----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("method", ["rotta", "petta", "note"])
+def test_an_official_memory_brings_official_layers(method: str) -> None:
+    """Without it the rule for bad images went on acting under ``official=True``."""
+    given = {} if method == "note" else RAW
+    for official in (True, False):
+        source = source_batches() if method == "petta" else None
+        adapter = tta.wrap(tiny("bn"), method, official=official, source=source, **given)
+        assert adapter.config.norm is not None and adapter.config.norm.official is official
+    named = tta.get_config("bn")
+    adapter = tta.wrap(tiny("bn"), norm=named, update=tta.get_config("note", official=True))
+    assert adapter.config.norm == named
+
+
+def test_an_official_rotta_takes_in_bad_images() -> None:
+    """As the formula has it: each layer a twentieth of the way to the statistics of the batch."""
+    net, x = tiny("bn"), 300 * images(1)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    adapter = _rotta(net, official=True, memory_size=len(x), update_every=len(x))
+    adapter(x)
+    name = next(k for k in before if k.endswith("running_mean")).removesuffix(".running_mean")
+    moved = adapter.state()[f"update/teacher.{name}.mean"] - before[f"{name}.running_mean"]
+    assert (moved.abs() > 0.1).all()
+
+
 def test_statistics_move_and_normalise() -> None:
     """(1 - a) old + a batch, biased, in use at once; frozen as they are."""
     net = nn.Sequential(nn.Flatten(2), nn.BatchNorm1d(3), nn.Flatten(), nn.Linear(6, 2)).eval()
@@ -451,7 +475,7 @@ def test_a_memory_of_another_length_is_refused() -> None:
 
 def test_keywords_reach_the_norm_rule_that_it_brings() -> None:
     adapter = tta.wrap(tiny("bn"), "rotta.cifar10", batch_weight=0.25, official=True, **RAW)
-    assert adapter.config.norm == tta.get_config("robust_bn", batch_weight=0.25)
+    assert adapter.config.norm == tta.get_config("robust_bn", batch_weight=0.25, official=True)
     assert adapter.config.update is not None and adapter.config.update.official
     for norm in ("source", "bn"):
         with pytest.raises(ValueError, match="`batch_weight` is not a field of"):

@@ -13,6 +13,7 @@ from tta.core.checks import LARGEST, whole_number
 from tta.core.component import Context
 from tta.core.config import UpdateConfig
 from tta.core.prediction import Prediction
+from tta.core.registry import get_config
 from tta.core.update import Update
 from tta.parts.augment import Augmenter
 from tta.parts.losses import entropy
@@ -50,6 +51,14 @@ class ImageMemoryUpdate(Update):
     # (memory_size, 0) before the first batch, then (memory_size, C, H, W): uint8 pixels while all
     # images are such, and else float32 as the model takes them
     memory: Tensor
+
+    @classmethod
+    def brings(cls, config: Any) -> dict[str, Any]:
+        """The default rules, of which that for norm layers is official where the update is."""
+        found = super().brings(config)
+        if config.official and "norm" in found:
+            found["norm"] = get_config(found["norm"], official=True)
+        return found
 
     def __init__(self, config: Any, network: Backbone, context: Context) -> None:
         super().__init__(config, network, context)
