@@ -54,6 +54,17 @@ def test_with_the_source_mean_nothing_moves_before_the_first_batch(momentum: flo
         close(adapter(images(0)), expected)
 
 
+def test_an_official_moving_average_starts_at_zero_with_the_source_mean_too() -> None:
+    """Features less a tenth of their mean, plus the source's mean."""
+    net: Any = tiny("gn")
+    mean = torch.cat([_features(tiny("gn"), x) for x, _ in source_batches()]).mean(0)
+    h = _features(tiny("gn"), images(0))
+    adapter = wrapped(net, "neo", momentum=0.1, use_source_mean=True, official=True)
+    close(adapter.state()["output/centre"], torch.zeros_like(mean))
+    expected = (h - 0.1 * h.mean(0) + mean) @ net.fc.weight.T.detach() + net.fc.bias.detach()
+    close(adapter(images(0)), expected)
+
+
 def test_balanced_is_the_mean_over_classes_of_a_loop() -> None:
     net: Any = tiny("gn")
     reference = torch.cat([_features(net, x) for x, _ in source_batches()]).mean(0)

@@ -18,7 +18,8 @@ same where the logits are those of the features and of the weights at hand.
 
 Ours, and not the authors': ``use_source_mean=True`` adds the mean of the source's features, without
 which the logits of features that are not centred, as after a ReLU, all move by W times that mean;
-m then starts there. ``balanced=True`` replaces m - r, with r the source's mean or 0, by
+m then starts there, but for a moving average under ``official=True``, which starts at 0 as without.
+``balanced=True`` replaces m - r, with r the source's mean or 0, by
 
     1/C sum_c d_c,   d_c = sum_{b: y_b = c} (h_b - r) / (n_c + 4),   y_b = argmax_k z_bk
 
@@ -55,7 +56,7 @@ class NeoConfig(ComponentConfig):
     momentum: float | None = None  # a, weight of the new batch; None = the mean of all images
     use_source_mean: bool = False  # add the mean of the source's features (ours)
     balanced: bool = False  # every predicted class counts once (ours)
-    official: bool = False  # without the rule for bad images
+    official: bool = False  # without the rule for bad images; a moving average starts at 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -100,7 +101,8 @@ class Neo(ShiftRule):
         """
         if self.config.use_source_mean:
             self.fit_mean(source, network)
-            self.centre.copy_(self.feature_mean)
+            if self.config.momentum is None or not self.config.official:
+                self.centre.copy_(self.feature_mean)
 
     def source_artefacts(self) -> dict[str, Any]:
         """The mean of the features, where it is used."""
