@@ -89,6 +89,22 @@ def test_a_component_in_another_slot_is_refused(arguments_: dict[str, Any], word
         tta.wrap(tiny("bn"), **arguments_)
 
 
+@pytest.mark.parametrize("update", ["cotta", "deyo", "petal", "roid"])
+def test_views_and_teachers_do_not_move_the_components_of_unmix_tns(update) -> None:
+    """One batch moves them by the pass over it alone: as far as tent's, which has no other."""
+    moved = {}
+    for name in ("tent", update):
+        given = arguments({"update": name})
+        adapter = tta.wrap(tiny("bn"), norm="unmix_tns.cifar10", **given)
+        start = adapter.state()
+        adapter(images(0))
+        moved[name] = {k: v for k, v in adapter.state().items() if k.startswith("norm/")}
+    assert any(not torch.equal(start[key], value) for key, value in moved[update].items())
+    assert moved["tent"].keys() == moved[update].keys()
+    for key, value in moved["tent"].items():
+        torch.testing.assert_close(moved[update][key], value)
+
+
 if __name__ == "__main__":
     PAGE.write_text(_page_with(table()))
     sys.exit(0)

@@ -13,7 +13,8 @@ with w = ``source_weight``. Papers and repositories disagree on which side alpha
 the source model here, 0 batch statistics. The batch variance is the unbiased one, as in the public
 code (``unbiased=False`` gives the biased one), and variances are mixed, not standard deviations.
 Gradients flow through the batch part; ``official=True`` treats the mixture as a constant, as that
-code does. The paper's Core loss is not part of this rule.
+code does. BatchNorm1d and 3d are mixed too, where that code changes BatchNorm2d alone. The paper's
+Core loss is not part of this rule.
 """
 
 from __future__ import annotations

@@ -17,6 +17,10 @@ Paper and code differ: a published review reads the paper as one random number p
 statistics shared by the batch; the official code draws per channel and normalises per image, and so
 does this. BatchNorm1d keeps its source statistics, as in that code. Differences from the code: the
 components are drawn from the adapter's own generator, and wrapping keeps subclasses' activations.
+Under an update there is one set of components, moved by its passes over the batch that it learns
+from (each of ``steps``, both of SAR's): a teacher shares them, and passes of a teacher, over views,
+destroyed images or source images, or for the answer after a step, leave them as they are. In that
+code every pass moves them, and copies of the model have their own.
 
 Bad images. A frame whose pixels are 255 times too large would shift all components for hundreds of
 batches. An image is bad in a layer where, in more than half of the channels, its energy
