@@ -24,6 +24,7 @@ from tta.core.health import EVERY, Monitor, effective_rank
 from tta.core.tracing import capturing
 from tta.methods._statistics_watch import RUNS, STILL_SURE, SURE
 from tta.parts.output_watch import OutputWatch
+from tta.parts.spread import SpreadGap
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*preset, made for:UserWarning")
 
@@ -435,18 +436,47 @@ def _predicted(stay: float, shown: float, count: int = 2000) -> torch.Tensor:
         (0.8, 0.2, "robust_bn", 10, True),
         (0.8, 0.1, "bn", 4, True),  # so few images hide many runs
         (0.0, 0.2, "bn", 10, False),  # there are no runs
+        (0.8, 0.2, None, 10, True),  # an update hides them by itself
+        (0.8, 0.6, None, 10, False),
     ],
 )
 def test_runs_do_harm_where_the_adapted_model_shows_less_of_them_than_the_source(
-    stay: float, own: float, norm: str, size: int, harmful: bool
+    stay: float, own: float, norm: str | None, size: int, harmful: bool
 ) -> None:
-    guard: Any = tta.wrap(tiny("bn"), "tent", norm=norm, guard="steady").guard
+    net = tiny("gn" if norm is None else "bn")
+    guard: Any = tta.wrap(net, "tent", norm=norm, guard="steady").guard
     for mine, its in zip(
         _predicted(stay, own).split(size), _predicted(stay, 0.5).split(size), strict=True
     ):
         guard.runs.watch(its)
         guard.own.watch(mine)
     assert (guard.runs.persistence() > RUNS and guard._harmful(size, SURE)) is harmful
+
+
+def test_runs_are_looked_for_in_small_batches_on_networks_without_batch_statistics() -> None:
+    adapter = tta.wrap(tiny("gn"), "shot_im", guard="steady", mean=0.5, std=0.5)
+    for seed in range(8):
+        adapter(images(seed, 10))
+    guard: Any = adapter.guard
+    assert float(guard.runs.images()) > 0 and float(guard.own.images()) > 0
+    for _ in range(40):  # one class after the other, of which the update shows none
+        said, mine = torch.full((10,), 3), torch.arange(10)
+        guard.runs.watch(said), guard.own.watch(mine)
+        guard.runs.watch(said + 1), guard.own.watch(mine)
+    guard.age.zero_()
+    adapter(images(9, 10))
+    assert adapter.health["action"] == "source" and "runs" in adapter.health["reason"]
+
+
+def test_to_be_far_ahead_once_is_no_credit_for_later() -> None:
+    even, one = torch.zeros(48, 4), torch.eye(4)[:1].repeat(48, 1) * 50
+    bounded, free = SpreadGap(4, 768, 0.1), SpreadGap(4, 768)
+    for _ in range(4):
+        bounded.see(even, one), free.see(even, one)
+    assert bounded.mean() == pytest.approx(0.1) and bounded.last() == pytest.approx(math.log(4))
+    for _ in range(2):
+        bounded.see(one, even), free.see(one, even)
+    assert bounded.mean() < 0 < free.mean()
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ which is asked from time to time, shows each of these. See :mod:`tta.methods.ste
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -146,7 +147,7 @@ class StatisticsWatch(Guard):
 
     def _why(self) -> str:
         """Why the source answers until there is less doubt."""
-        if self.runs.persistence() > RUNS:
+        if self.runs.persistence() > RUNS or not self.mixes:
             return IN_RUNS
         if self._one_class():
             return ONE
@@ -170,7 +171,7 @@ class StatisticsWatch(Guard):
             return True
         if rows_of(count) == 1 and not bool(self.runs_seen):  # the better of both answers each
             return False
-        mixed = self.rules[0].mixed_images(count)
+        mixed = self.rules[0].mixed_images(count) if self.mixes else math.inf
         lost = min(SHOWN / (mixed - 1), RUNS) if mixed > 1 else 0.0
         later = bool(self.runs_seen) or int(self.age) * count >= TREND
         left = LEFT_LATER if later else LEFT

@@ -13,6 +13,9 @@ on networks of all norm layers.
     g = H(mean_b p_b) - H(mean_b p_b'),   p' by the source's parameters under the same norm rule
     averaged g < -margin ln C, and below 0 over ``TREND`` images: the update has fallen behind
 
+To the longer average g counts as ``AHEAD`` ln C at most: a loss that asks for many classes, as that
+of ``shot_im``, shows far more of them than there are, and would live on this when it fails.
+
 Some updates fall behind at first and are far ahead later, and nobody can tell these from the others
 when it happens. So an update that has fallen behind goes on beside the source: it learns, and the
 source's parameters answer. Once g is above 0 over ``TREND`` images its own answers are given again.
@@ -49,7 +52,8 @@ much more by the shares of labels in many batches, where this one has one class)
 nothing that this batch moved is kept: which of the two is better changes with the domain. The
 adapted model's own predictions say too that there are runs, and need no pass: batch statistics
 leave little of runs, but over ``LONG`` images little is more than chance. In networks without
-statistics of batches only an update can hide runs, and must do so by ``SHORT``.
+statistics of batches only an update can hide runs; there n is infinite, and in large batches it
+must do so by ``SHORT``.
 
 A second sign is whether the norm rule makes predictions surer. The source's parameters under it are
 compared with the source model, since what has learned by entropy is sure of itself whether it errs
@@ -113,6 +117,7 @@ __all__ = ["Steady", "SteadyConfig"]
 
 EARLY = (1, 2, 3, 4, 6, 8, 12, 16)  # batches after learning began on which the update is compared
 WARY = 2  # batches between comparisons after a failure
+AHEAD = 0.1  # of ln C, by which an update may be ahead for that to count later
 ALONE = 2.5  # margins by which a single batch must fall behind
 LONGEST = 4096  # batches of a pause
 BESIDE = 2  # pauses for which an update that fell behind may go on beside the source
@@ -168,7 +173,7 @@ class Steady(StatisticsWatch):
         self.register_buffer("source_ahead", torch.zeros((), dtype=torch.bool))
         classes = context.num_classes
         self.gap = SpreadGap(classes)  # to the source's parameters
-        self.trend = SpreadGap(classes, TREND)  # the same, over more images
+        self.trend = SpreadGap(classes, TREND, AHEAD * math.log(classes))  # over more images
         self.source_gap = SpreadGap(classes)  # to the source model, with its own statistics
         harm = context.harm
         self.output_watch = OutputWatch(classes, harm == "runs", self.mixes) if harm else None
@@ -247,7 +252,7 @@ class Steady(StatisticsWatch):
             return verdict
         early = anchor = None
         own, labels = batch.prediction.logits, answer.argmax(1)
-        asks = self.mixes and self._asks(age, block)
+        asks = (self.mixes or self.trains) and self._asks(age, block)
         wide = block == 1 and (self.mixes or self.trains)
         alert = wide and self._is_alert(own.argmax(1))
         source = said = None
@@ -257,16 +262,17 @@ class Steady(StatisticsWatch):
             self.runs.watch(said)
             self.own.watch(labels)
         if asks and source is not None:
-            anchor = (batch.anchor() if self.trains else batch.prediction).logits
-            self._see(batch, anchor, source)
-            self.source_gap.see(own, source)
+            if self.mixes:
+                anchor = (batch.anchor() if self.trains else batch.prediction).logits
+                self._see(batch, anchor, source)
+                self.source_gap.see(own, source)
             doubt = STILL_SURE if bool(self.wary) else SURE
             if self._in_doubt() and self._harmful(len(batch.images), doubt):
                 for seen in (self.runs_seen, self.wary):
                     seen.fill_(True)
                 self._wait_to_try(block)
                 return Verdict(action="source", reason=self._why(), undo=True)
-            early = source if self._too_early(len(batch.images)) else None
+            early = source if self.mixes and self._too_early(len(batch.images)) else None
         less = wide and said is not None and self._shows_less(labels, said)
         if not self.mixes:
             anchor = source
@@ -379,8 +385,9 @@ class Steady(StatisticsWatch):
         if tried:
             assert batch.prediction is not None
             self.own.watch(answer.argmax(1))
-            anchor = batch.anchor() if self.trains else batch.prediction
-            self._see(batch, anchor.logits, source)
+            if self.mixes:
+                anchor = batch.anchor() if self.trains else batch.prediction
+                self._see(batch, anchor.logits, source)
         self.age += 1
         calm = self.runs.persistence(CALM_DOUBT) <= NO_RUNS and self.runs.concentration() < NOT_ONE
         over = calm and self.runs.images() >= CALM and not self._noisy()

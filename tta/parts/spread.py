@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -31,6 +33,7 @@ class SpreadGap(nn.Module):
     Args:
         classes: C.
         span: Images that the average goes back over.
+        most: By which batches count as ahead, in nats.
     """
 
     gap: Tensor  # 0-dimensional, in nats
@@ -39,9 +42,9 @@ class SpreadGap(nn.Module):
     sums: Tensor  # (2, C), of the probabilities of both predictions, of images that wait
     waiting: Tensor  # 0-dimensional, how many wait
 
-    def __init__(self, classes: int, span: int = SPAN) -> None:
+    def __init__(self, classes: int, span: int = SPAN, most: float = math.inf) -> None:
         super().__init__()
-        self.span = span
+        self.span, self.most = span, most
         for name in ("gap", "images", "latest", "waiting"):
             self.register_buffer(name, torch.zeros(()))
         self.register_buffer("sums", torch.zeros(2, classes))
@@ -56,7 +59,8 @@ class SpreadGap(nn.Module):
         mine, its = torch.special.entr(self.sums / count).sum(1)
         self.images.copy_((self.images + count).clamp_max(self.span))
         self.latest.copy_(mine - its)
-        self.gap += count / self.images.clamp_min(count) * (self.latest - self.gap)
+        share = count / self.images.clamp_min(count)
+        self.gap += share * (self.latest.clamp_max(self.most) - self.gap)
         self.sums.zero_()
         self.waiting.zero_()
 
