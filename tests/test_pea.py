@@ -272,3 +272,25 @@ def test_what_is_missing_or_of_another_model_is_refused() -> None:
     adapter(images(0))
     with pytest.raises(ValueError, match="`keep` must be False for pea"):
         adapter.unwrap(keep=True)
+
+
+def test_activations_whose_squares_overflow_are_left_alone() -> None:
+    """As in the last block of a deep network with random weights."""
+    adapter = _wrapped(views=0)
+    adapter(images(0))
+    update: Any = adapter.update
+    name = next(iter(update.axes))
+    mean, covariance = (update._held(kind, name) for kind in ("mean", "covariance"))
+    mean.zero_(), covariance.copy_(torch.eye(len(mean)))
+    before = adapter.state()
+    far = torch.full((2, 5, len(mean)), 1e37)
+    far[0] = 1.0
+    weights = {name: torch.ones(())}
+    update._held("block_covariance_root", name).fill_(10.0)
+    with torch.no_grad():
+        moved = update._aligned(weights, {}, True, name, far)
+    assert moved.isfinite().all() and torch.equal(moved[1], far[1])
+    assert not torch.equal(moved[0], far[0])
+    assert all(
+        torch.equal(v.nan_to_num(9), before[k].nan_to_num(9)) for k, v in adapter.state().items()
+    )

@@ -323,7 +323,9 @@ class Pea(ForwardUpdate):
                 self._held("block_covariance_root", name),
                 self.group_size,
             )
-            rows = rows + weight * (target - rows)
+            moved = rows + weight * (target - rows)
+            # Activations of rows that lie so far out that they would overflow stay as they are.
+            rows = torch.where(moved.isfinite().all(1, keepdim=True), moved, rows)
         shape = x.movedim(self.axes[name], -1).shape
         return rows.view(shape).movedim(-1, self.axes[name]).to(x.dtype)
 
@@ -335,6 +337,8 @@ class Pea(ForwardUpdate):
         drift = self._held("drift", name)
         with torch.autocast(rows.device.type, enabled=False):
             new_mean, new_covariance = rows.mean(0), _covariance(rows)
+        if not bool(new_covariance.isfinite().all()):  # squares overflow long before the rows do
+            return False
         jumps = False
         if bool(mean.isnan().any()):
             mean.copy_(new_mean)
