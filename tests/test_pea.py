@@ -281,7 +281,8 @@ def test_activations_whose_squares_overflow_are_left_alone() -> None:
     update: Any = adapter.update
     name = next(iter(update.axes))
     mean, covariance = (update._held(kind, name) for kind in ("mean", "covariance"))
-    mean.zero_(), covariance.copy_(torch.eye(len(mean)))
+    mean.zero_()
+    covariance.copy_(torch.eye(len(mean)))
     before = adapter.state()
     far = torch.full((2, 5, len(mean)), 1e37)
     far[0] = 1.0
