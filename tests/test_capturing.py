@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tta
+from tests.helpers.batches import source_batches
 from tests.helpers.capturable import LEARNING, RECIPES, named
 from tests.helpers.exported import make
 from tests.helpers.fake_gpu import DEVICE, on_fake_gpu
@@ -177,6 +178,14 @@ def test_what_cannot_be_captured_is_said(make_it, why):
     with pytest.raises(NotCapturedError, match=why):
         Captured(adapter, BATCHES[1], StandIn())
     assert same(adapter.state(), before) and torch.isfinite(adapter(BATCHES[1])).all()
+
+
+def test_an_update_that_trains_nothing_is_not_captured():
+    adapter = tta.wrap(tiny("ln"), "pea", source=source_batches(), mean=0.5, std=0.5)
+    images = torch.rand(4, 3, 32, 32)
+    adapter(images)
+    with pytest.raises(NotCapturedError, match="pea moves tensors of its own, and trains nothing"):
+        Captured(adapter, images, StandIn())
 
 
 def plain() -> list[nn.Module]:

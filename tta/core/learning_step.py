@@ -39,6 +39,8 @@ class LearningStep:
         refuse(adapter, images)
         check_learning(adapter)
         update: Any = adapter.update
+        if update.optimizer is None:
+            raise ValueError(f"{update.name} moves tensors of its own, and trains nothing")
         places, by_rows = adapter._state.named_places()
         if by_rows:
             raise ValueError(f"{update.name} keeps rows of earlier batches, {shown(min(by_rows))}")
