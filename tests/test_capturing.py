@@ -22,6 +22,7 @@ from tests.helpers.nets import tiny
 from tta.core.learning_step import LearningStep
 from tta.core.step_function import Step, at_least_1d, moving_keys
 from tta.core.tracing import NoLoopError, capturing
+from tta.methods.tent import Tent
 from tta.runtime import Pipeline, StreamPool
 from tta.runtime import capturing as room
 from tta.runtime.capturing import Captured, NotCapturedError, StandIn, standing_in
@@ -178,6 +179,47 @@ def test_what_cannot_be_captured_is_said(make_it, why):
     with pytest.raises(NotCapturedError, match=why):
         Captured(adapter, BATCHES[1], StandIn())
     assert same(adapter.state(), before) and torch.isfinite(adapter(BATCHES[1])).all()
+
+
+class EverySecond(Tent):
+    """Learns from every second batch, by a count that is kept in Python."""
+
+    count = 0
+
+    def step(self, *args: Any, **kwargs: Any) -> bool:
+        self.count += 1
+        return super().step(*args, **kwargs) if self.count % 2 else False
+
+
+@pytest.mark.parametrize("lr", [1e-3, 1e-6])
+def test_a_step_that_learns_otherwise_than_the_adapter_is_not_captured(lr, monkeypatch):
+    adapter = tta.wrap(tiny("bn"), "tent.cifar10", lr=lr)
+    adapter(BATCHES[0])
+    monkeypatch.setattr(adapter.update, "__class__", EverySecond)
+    before = adapter.state()
+    with pytest.raises(NotCapturedError, match=r"what it learns then differs|nothing is learned"):
+        Captured(adapter, BATCHES[1], StandIn())
+    assert same(adapter.state(), before)
+
+
+def test_an_interrupted_replay_leaves_counts_as_weights() -> None:
+    class Interrupted(StandIn):
+        armed = False
+
+        def replay(self) -> None:
+            super().replay()
+            if self.armed:
+                raise KeyboardInterrupt
+
+    one, other = (make({"update": "tent.cifar10"}, tiny("bn")) for _ in range(2))
+    one(BATCHES[0]), other(BATCHES[0])
+    graph = Interrupted()
+    captured = Captured(one, BATCHES[1], graph)
+    graph.armed = True
+    with pytest.raises(KeyboardInterrupt):
+        captured.serve(BATCHES[1])
+    other(BATCHES[1])
+    assert difference(one.state(), other.state()) <= CLOSE
 
 
 def test_an_update_that_trains_nothing_is_not_captured():

@@ -436,21 +436,32 @@ def _predicted(stay: float, shown: float, count: int = 2000) -> torch.Tensor:
         (0.8, 0.2, "robust_bn", 10, True),
         (0.8, 0.1, "bn", 4, True),  # so few images hide many runs
         (0.0, 0.2, "bn", 10, False),  # there are no runs
-        (0.8, 0.2, None, 10, True),  # an update hides them by itself
-        (0.8, 0.6, None, 10, False),
     ],
 )
 def test_runs_do_harm_where_the_adapted_model_shows_less_of_them_than_the_source(
-    stay: float, own: float, norm: str | None, size: int, harmful: bool
+    stay: float, own: float, norm: str, size: int, harmful: bool
 ) -> None:
-    net = tiny("gn" if norm is None else "bn")
-    guard: Any = tta.wrap(net, "tent", norm=norm, guard="steady").guard
+    guard: Any = tta.wrap(tiny("bn"), "tent", norm=norm, guard="steady").guard
     for mine, its in zip(
         _predicted(stay, own).split(size), _predicted(stay, 0.5).split(size), strict=True
     ):
         guard.runs.watch(its)
         guard.own.watch(mine)
     assert (guard.runs.persistence() > RUNS and guard._harmful(size, SURE)) is harmful
+
+
+@pytest.mark.parametrize(
+    ("stay", "own", "size", "hidden"),
+    [(0.95, 0.1, 10, True), (0.95, 0.6, 10, False), (0.95, 0.1, 64, False), (0.0, 0.1, 10, False)],
+)
+def test_an_update_may_hide_runs_by_itself(
+    stay: float, own: float, size: int, hidden: bool
+) -> None:
+    guard: Any = tta.wrap(tiny("gn"), "tent", guard="steady").guard
+    both = (_predicted(stay, share).split(size) for share in (own, 0.7))
+    for mine, its in zip(*both, strict=True):
+        guard.runs.watch(its), guard.own.watch(mine)
+    assert guard._hidden(size) is hidden
 
 
 def test_runs_are_looked_for_in_small_batches_on_networks_without_batch_statistics() -> None:
@@ -465,7 +476,11 @@ def test_runs_are_looked_for_in_small_batches_on_networks_without_batch_statisti
         guard.runs.watch(said + 1), guard.own.watch(mine)
     guard.age.zero_()
     adapter(images(9, 10))
-    assert adapter.health["action"] == "source" and "runs" in adapter.health["reason"]
+    assert adapter.health["action"] == "reset" and "runs" in adapter.health["reason"]
+    start = adapter.reset_point()
+    assert all(torch.equal(v, start[k]) for k, v in adapter.state().items() if "param/" in k)
+    assert torch.equal(adapter(images(9, 10)), tiny("gn")(images(9, 10)))  # in the pause
+    assert float(guard.runs.images()) == 0
 
 
 def test_to_be_far_ahead_once_is_no_credit_for_later() -> None:

@@ -194,7 +194,8 @@ class Guard(Component):
     # Components in other slots of that recipe, where they suit the model.
     companions: ClassVar[dict[str, str]] = {}
     keeps_healthy: ClassVar[bool] = False  # has a snapshot, see ``remember``
-    resets_all: ClassVar[bool] = False  # its "reset" takes along what survives ``adapter.reset()``
+    # Buffers of the update that its "reset" clears though they survive ``adapter.reset()``.
+    clears: ClassVar[tuple[str, ...]] = ()
     wants_features: ClassVar[bool] = False  # reads features where the model has any
 
     frozen: Tensor  # 0-dimensional bool: nothing is learned

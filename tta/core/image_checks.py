@@ -111,8 +111,9 @@ class ImageChecks:
         if type(error) not in OF_SIZE or is_final(error) or is_out_of_memory(error):
             return None
         shape, reason, known = tuple(x.shape[1:]), told(error, 100), self.taken
-        if known is None and self.made_for is not None:
-            known = (*shape[: -len(self.made_for)], *self.made_for)
+        entry = self.entry  # where channels come first, sizes are last
+        if known is None and isinstance(entry, CONVOLUTIONS) and x.ndim == entry.weight.ndim == 4:
+            known = self.made_for and (shape[0], *self.made_for)
         if known is not None and known != shape:
             return ImagesRefusedError(
                 f"`images` must be of a size that the model takes, such as {known}, got "
@@ -163,6 +164,8 @@ class ImageChecks:
 
 def _fixed_size(model: nn.Module) -> tuple[int, ...] | None:
     """Height and width of the images that a model was made for, where it takes no others."""
+    if any(getattr(module, "strict_img_size", True) is False for module in model.modules()):
+        return None  # as timm's transformers with dynamic_img_size=True
     if sizes := declared_sizes(model, 2):
         return sizes[0]
     said: Any = getattr(model, "pretrained_cfg", None)

@@ -43,7 +43,7 @@ class LearningStep:
             raise ValueError(f"{update.name} moves tensors of its own, and trains nothing")
         places, by_rows = adapter._state.named_places()
         if by_rows:
-            raise ValueError(f"{update.name} keeps rows of earlier batches, {shown(min(by_rows))}")
+            raise ValueError(f"it keeps rows of earlier batches, in {shown(min(by_rows))}")
         if adapter.session.frugal is not None:
             raise ValueError("its passes are cut up to save memory")
         self.adapter, self.update = adapter, update
@@ -57,7 +57,7 @@ class LearningStep:
         }
         self._places, self._undefined = list(mine.values()), [name in undefined for name in mine]
         self._taken = torch.zeros((), dtype=torch.float64, device=images.device)
-        self._counts: list[Tensor] = []  # of parameters that move
+        self._counts: list[Tensor] = []  # as :class:`UnseenSteps` has them
 
     def places(self) -> list[Place]:
         """Where the adapter holds what moves, but for the optimiser's step counts."""
@@ -76,7 +76,11 @@ class LearningStep:
     def end(self) -> None:
         """Count the steps of a replay that has moved the adapter."""
         for count in self._counts:
-            count += self.update.config.steps
+            count += 1
+
+    def trained(self) -> list[Tensor]:
+        """Copies of all that the optimiser moves."""
+        return [p.detach().clone() for p in self.update.optimized().values()]
 
     def advance(
         self, images: Tensor, state: list[Tensor]

@@ -74,7 +74,8 @@ class UnseenSteps:
 
     def __init__(self, taken: Tensor) -> None:
         self.taken = taken
-        self.counts: list[Tensor] = []  # those that stand still meanwhile
+        # Torch's own counts, on the CPU, which the caller has to raise: once for each time in here.
+        self.counts: list[Tensor] = []
         self.moved: list[Tensor] = []  # whether each step has moved anything, 0-dimensional bool
 
     @torch.no_grad()
@@ -90,7 +91,6 @@ class UnseenSteps:
             optimizer.step()
             return
         self.taken += 1
-        self.counts = []
         for group in optimizer.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if params:

@@ -317,7 +317,8 @@ class Oversight:
         healthy = verdict.action == "restore" and verdict.towards == "healthy"
         held = self.guard.healthy() if healthy else self.network.session.reset_point
         now = self.state.moving()
-        kept = {*COUNTS} if self.guard.resets_all else {*COUNTS, *self.state.surviving()}
+        cleared = {f"update/{name}" for name in self.guard.clears}
+        kept = {*COUNTS, *(self.state.surviving() - cleared)}
         targets = {k: v for k, v in held.items() if k in now and k not in kept}
         if verdict.only is not None:
             targets = {key: value for key, value in targets.items() if verdict.only(key)}

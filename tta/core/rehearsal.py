@@ -19,13 +19,23 @@ class _Over(Exception):
     """Ends a rehearsal, so that the adapter's transaction takes everything back."""
 
 
-def rehearse(adapter: Adapter, batches: Sequence[Tensor]) -> list[Tensor]:
-    """What the adapter would return for each batch, (B, C); it is as before afterwards."""
+def rehearse(
+    adapter: Adapter, batches: Sequence[Tensor], after: Callable[[], None] | None = None
+) -> list[Tensor]:
+    """What the adapter would return for each batch, (B, C); it is as before afterwards.
+
+    Args:
+        adapter: What :func:`tta.wrap` returned.
+        batches: Images (B, ...) each.
+        after: Looks at the adapter after the last one.
+    """
     found: list[Tensor] = []
 
     def run() -> None:
         for images in batches:
             found.append(adapter.network.reader.read(adapter(images)))
+        if after is not None:
+            after()
 
     undone(adapter, run)
     return found

@@ -265,6 +265,10 @@ class Step(nn.Module):
     def end(self) -> None:
         """Nothing is counted outside of the state."""
 
+    def trained(self) -> list[Tensor]:
+        """Nothing: there is no optimiser."""
+        return []
+
     def places(self) -> list[Place]:
         """Where the adapter holds each tensor of the state, in the order of ``keys``."""
         return self._places(self.__dict__["adapter"])

@@ -77,9 +77,12 @@ def traced_pass(network: Any, x: Tensor, tensors: dict[str, Tensor]) -> Predicti
     hook = network.feature_hook
     if hook is not None:
         hook.values = []
-    network.session.recording = torch.is_grad_enabled()
-    with network._other.afresh():  # torch.export puts tensors without values into the model
-        result, features = network._other(tensors, x.clone(), *args, **kwargs), None
+    network.session.recording = torch.is_grad_enabled() and not is_tracing()  # to learn from it
+    try:
+        with network._other.afresh():  # torch.export puts tensors without values into the model
+            result, features = network._other(tensors, x.clone(), *args, **kwargs), None
+    finally:
+        network.session.recording = False
     if network._prefix:
         result, features = result
     if hook is not None:

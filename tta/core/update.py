@@ -181,9 +181,10 @@ class Update(Component):
                 p.grad = g
         elif self.unseen is None:
             self.network.session.backward(loss)
-        else:  # a parameter's own node would run on the stream that made it
-            found = self.network.session.gradients(loss, params)
-            for p, g in zip(params, found, strict=True):
+        else:  # autograd's AccumulateGrad would run on the stream on which it was made
+            asked = [p for p in params if p.requires_grad]
+            found = self.network.session.gradients(loss, asked)
+            for p, g in zip(asked, found, strict=True):
                 p.grad = g
         for p in self.left_out:
             p.grad = None
@@ -201,7 +202,7 @@ class Update(Component):
             moved: Any = finite & (total > 0)
             self.unseen.step(self.optimizer, moved)
             self.optimizer.zero_grad()
-            return moved
+            return moved if self.config.lr > 0 else torch.zeros_like(moved)
         moved = bool(finite)
         if moved:
             # With gradients of zero, only momentum or weight decay moves anything.

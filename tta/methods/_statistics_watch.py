@@ -7,7 +7,6 @@ which is asked from time to time, shows each of these. See :mod:`tta.methods.ste
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -63,7 +62,10 @@ TREND = 768  # images over which an update is behind, or ahead again, or has gon
 
 
 class StatisticsWatch(Guard):
-    """A guard that knows where the source errs less than what normalises by other images."""
+    """A guard that knows where the source errs less than what normalises by other images.
+
+    And, on networks where nothing does, where an update hides runs of labels by itself.
+    """
 
     age: Tensor  # 0-dimensional, batches that were judged since learning began
     alert: Tensor  # 0-dimensional, batches left on which the source is asked for runs
@@ -147,7 +149,7 @@ class StatisticsWatch(Guard):
 
     def _why(self) -> str:
         """Why the source answers until there is less doubt."""
-        if self.runs.persistence() > RUNS or not self.mixes:
+        if self.runs.persistence() > RUNS:
             return IN_RUNS
         if self._one_class():
             return ONE
@@ -171,13 +173,18 @@ class StatisticsWatch(Guard):
             return True
         if rows_of(count) == 1 and not bool(self.runs_seen):  # the better of both answers each
             return False
-        mixed = self.rules[0].mixed_images(count) if self.mixes else math.inf
+        mixed = self.rules[0].mixed_images(count)
         lost = min(SHOWN / (mixed - 1), RUNS) if mixed > 1 else 0.0
         later = bool(self.runs_seen) or int(self.age) * count >= TREND
         left = LEFT_LATER if later else LEFT
         if self.surer.mean() > SURER:
             left = LEFT_SURER
         return self.own.persistence(0.0) + lost < left * self.runs.persistence(doubt)
+
+    def _hidden(self, count: int) -> bool:
+        """Whether an update hides runs by itself, in small batches without batch statistics."""
+        its = self.runs.persistence(SURE)
+        return rows_of(count) > 1 and its > RUNS and self.own.persistence(0.0) + SHORT < its
 
     def _wait_to_try(self, block: int) -> None:
         """Begin to count rows of images until the adapted model is tried."""

@@ -79,7 +79,7 @@ class Asr(Guard):
     host = "eta"
     host_fields: ClassVar[dict[str, Any]] = {"nesterov": True}
     cost = 1.1
-    resets_all = True  # the class average of a host under ``official=True``, too
+    clears = ("ema_probs",)  # the class average of a host under ``official=True``, too
 
     threshold: Tensor  # 0-dimensional, c in nats
     penalty_weight: Tensor  # 0-dimensional, for the next batch

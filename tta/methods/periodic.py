@@ -45,7 +45,7 @@ class Periodic(Guard):
 
     Config = PeriodicConfig
     cost = 0.1
-    resets_all = True  # RDumb undefines the class average, which EATA's own reset keeps
+    clears = ("ema_probs",)  # RDumb undefines the class average, which EATA's own reset keeps
 
     def __init__(self, config: PeriodicConfig, network: Backbone, context: Context) -> None:
         super().__init__(config, network, context)

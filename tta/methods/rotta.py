@@ -48,7 +48,7 @@ are clean, with noise at severity 5 and clean again, the error is then 17, 88 an
 it ends at or below the source's. A floor for variances, even at the source's own, left more than 90
 %: such a network bears little mismatch of means either (decision 20). On the bundled network the
 smallest variance is never under 1e-4 of the median, and in the traces never under 0.05.
-``robust_bn`` with ``official=True`` has neither rule, nor that of ``rotta`` with it.
+``robust_bn`` with ``official=True`` has neither rule, and an official ``rotta`` brings that one.
 
 Statistics move by the share a at every update and no faster, so where a domain lasts only a few
 hundred images they do not arrive before it ends; ``robust_bn`` on its own moves with every batch.

@@ -52,8 +52,8 @@ much more by the shares of labels in many batches, where this one has one class)
 nothing that this batch moved is kept: which of the two is better changes with the domain. The
 adapted model's own predictions say too that there are runs, and need no pass: batch statistics
 leave little of runs, but over ``LONG`` images little is more than chance. In networks without
-statistics of batches only an update can hide runs; there n is infinite, and in large batches it
-must do so by ``SHORT``.
+statistics of batches only an update can hide runs, and must do so by ``SHORT``; in small batches it
+goes back to the start then, and a pause follows in which the source answers.
 
 A second sign is whether the norm rule makes predictions surer. The source's parameters under it are
 compared with the source model, since what has learned by entropy is sure of itself whether it errs
@@ -266,8 +266,10 @@ class Steady(StatisticsWatch):
                 anchor = (batch.anchor() if self.trains else batch.prediction).logits
                 self._see(batch, anchor, source)
                 self.source_gap.see(own, source)
+            elif self._hidden(len(batch.images)):
+                return self._failed_in_runs(source)
             doubt = STILL_SURE if bool(self.wary) else SURE
-            if self._in_doubt() and self._harmful(len(batch.images), doubt):
+            if self.mixes and self._in_doubt() and self._harmful(len(batch.images), doubt):
                 for seen in (self.runs_seen, self.wary):
                     seen.fill_(True)
                 self._wait_to_try(block)
@@ -367,6 +369,15 @@ class Steady(StatisticsWatch):
         reason = f"{behind:.2f} nats fewer classes than the source"
         return Verdict(action="reset", reason=reason)
 
+    def _failed_in_runs(self, source: Tensor) -> Verdict:
+        """Go back to the start where an update hides runs by itself; the source answers a while."""
+        self._begin_pause(int(self.pause))
+        self.pause.mul_(2).clamp_(max=LONGEST)
+        self.source_ahead.fill_(True)
+        self.runs.forget()
+        self.own.forget()
+        return Verdict(action="reset", reason=IN_RUNS, answer=source)
+
     def _begin_pause(self, batches: int) -> None:
         self.hold.fill_(batches)
         self.beside.zero_()
@@ -385,9 +396,8 @@ class Steady(StatisticsWatch):
         if tried:
             assert batch.prediction is not None
             self.own.watch(answer.argmax(1))
-            if self.mixes:
-                anchor = batch.anchor() if self.trains else batch.prediction
-                self._see(batch, anchor.logits, source)
+            anchor = batch.anchor() if self.trains else batch.prediction
+            self._see(batch, anchor.logits, source)
         self.age += 1
         calm = self.runs.persistence(CALM_DOUBT) <= NO_RUNS and self.runs.concentration() < NOT_ONE
         over = calm and self.runs.images() >= CALM and not self._noisy()

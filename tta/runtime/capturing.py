@@ -38,6 +38,8 @@ __all__ = [
 
 # Of logits, as a share of the largest of the batch where that is above 1; TF32 has 10 bits.
 TOLERANCE = 1e-2
+# Of what two steps move, in norm: Adam's first steps magnify the rounding of small gradients.
+SHARE = 0.3
 WARM_UPS = 3  # in which libraries choose kernels and take their memory
 # Operations that wait for values, or whose results have a length that depends on these.
 WAIT = {
@@ -144,7 +146,10 @@ class Captured:
         try:
             learns = adapter.update is not None
             self._step = LearningStep(adapter, images) if learns else to_function(adapter, images)
-            expected = rehearse(adapter, [images, images])
+            learned: list[list[Tensor]] = [self._step.trained()]
+            expected = rehearse(
+                adapter, [images, images], lambda: learned.append(self._step.trained())
+            )
         except ValueError as error:
             raise NotCapturedError(str(error)) from error
         self.images = images.detach().clone()
@@ -159,10 +164,13 @@ class Captured:
                 self.graph.ready(self._call)
                 self._put(start)
                 for _ in expected:
-                    self._step.begin()
+                    whole = self._step.begin()
                     self.graph.replay()
+                    if learned[0] and not (whole and bool(self.fine)):
+                        raise NotCapturedError("nothing is learned from the images at hand")
                     self._step.end()
                     found.append(self.logits.clone())
+                learned.append(self._step.trained())
             finally:
                 self._put(start)
 
@@ -173,6 +181,7 @@ class Captured:
         except Exception as error:  # of the model or the device, which the adapter may survive
             raise NotCapturedError(f"{type(error).__name__}: {told(error, 160)}") from error
         self._check(found, expected)
+        self._check_learned(*learned)
 
     def fits(self, images: Tensor) -> bool:
         """Whether images are like those that this was captured for."""
@@ -191,8 +200,15 @@ class Captured:
             if not self._step.begin():
                 return None
             self.images.copy_(images)
-            self.graph.replay()
-            if not bool(self.fine):
+            self.fine.zero_()
+            try:
+                self.graph.replay()
+                fine = bool(self.fine)
+            except BaseException:  # a signal, while the device was waited for
+                if bool(self.fine):
+                    self._step.end()
+                raise
+            if not fine:
                 return None
             self._step.end()
             serving = adapter._serving
@@ -261,6 +277,23 @@ class Captured:
                     f"its logits then differ by {far:.2g}: the model decides by values in Python, "
                     "or draws random numbers"
                 )
+
+    def _check_learned(
+        self, before: list[Tensor], theirs: list[Tensor], ours: list[Tensor]
+    ) -> None:
+        """Compare what two steps move with what they are to move.
+
+        As a share of it, since one step moves logits by less than rounding does.
+        """
+        moved, apart = (
+            sum(float((a - b).float().norm()) ** 2 for a, b in zip(theirs, other, strict=True))
+            for other in (before, ours)
+        )
+        if apart > SHARE**2 * moved:
+            raise NotCapturedError(
+                "what it learns then differs: the method or the model counts calls in Python, or "
+                "draws random numbers"
+            )
 
 
 class _WaitsError(Exception):

@@ -94,13 +94,16 @@ def application(
 
     @asynccontextmanager
     async def lifespan(_: Any) -> AsyncIterator[None]:
-        yield
-        threads.shutdown(wait=False)
         try:
-            service.close()
-        except OSError as error:
-            log.error("%s", error)
-        waiters.shutdown(wait=False)  # last: closing the service answers who waits
+            yield
+        finally:
+            threads.shutdown(wait=False)
+            try:
+                service.close()
+            except OSError as error:
+                log.error("%s", error)
+            finally:
+                waiters.shutdown(wait=False)  # last: closing the service answers who waits
 
     app = fastapi.FastAPI(
         title="tta serve", version=__version__, description=DESCRIPTION, lifespan=lifespan,
