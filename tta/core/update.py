@@ -199,10 +199,10 @@ class Update(Component):
         total = torch.nn.utils.get_total_norm(grads) if grads else loss.detach()
         finite = torch.isfinite(loss.detach() + total)
         if self.unseen is not None:
-            moved: Any = finite & (total > 0)
-            self.unseen.step(self.optimizer, moved)
+            stepped: Any = finite & (total > 0)
+            self.unseen.step(self.optimizer, stepped)
             self.optimizer.zero_grad()
-            return moved if self.config.lr > 0 else torch.zeros_like(moved)
+            return stepped if self.config.lr > 0 else stepped & False
         moved = bool(finite)
         if moved:
             # With gradients of zero, only momentum or weight decay moves anything.
