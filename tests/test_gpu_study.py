@@ -28,9 +28,9 @@ def test_all_of_it_in_small(tmp_path, capsys) -> None:
         assert row["difference"] == 0 and row["equal"] == 1
         assert row["why"] or 0 <= row["replayed"] < 1e-4
     replayed = {row["recipe"]: row["graphs_ms"] for row in rows[4:8]}
-    assert replayed["unmix_tns"] > 0 and replayed["lame"] is None and replayed["tent"] is None
+    assert replayed["unmix_tns"] > 0 and replayed["tent"] > 0 and replayed["lame"] is None
     assert rows[8]["equal"] and rows[8]["ratio"] > 0
-    assert "are captured" in rows[9]["outcome"] and "tent learns" in rows[10]["outcome"]
+    assert all("are captured" in row["outcome"] for row in rows[9:11])
     assert all(rows[9][way] > 0 for way in ("loop", "pipeline", "staleness", "graphs"))
     assert rows[11]["share"] > 0
     text = page.read_text()
