@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tta.core.component import Component
+from tta.core.foreach import foreach
 
 __all__ = [
     "AVERAGED",
@@ -47,8 +48,6 @@ AVERAGED = (
     "source_concentration",
     "source_estimated_accuracy",
 )
-
-foreach: Any = torch  # the foreach operations are not in its type stubs
 
 
 class Monitor(Component):

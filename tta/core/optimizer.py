@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tta.core.foreach import foreach
+
 __all__ = ["UnseenSteps", "make_optimizer"]
 
 ADAM_EPS = 1e-8
-foreach: Any = torch  # the foreach operations are not in its type stubs
 
 
 def make_optimizer(

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tta.core.foreach import foreach
+
 __all__ = ["ParameterSet", "ParameterSets", "Place"]
 
 Place = tuple[dict[str, Any], str]  # where a tensor is held: a dict, and the key in it
 SMALL = 1 << 22  # values
-foreach: Any = torch  # the foreach operations are not in its type stubs
 
 
 @dataclass(frozen=True, eq=False)

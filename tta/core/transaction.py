@@ -22,13 +22,13 @@ from tta.core import autocast
 from tta.core.backbone import Backbone
 from tta.core.compiled import end_visit
 from tta.core.component import Component, Remembers
+from tta.core.foreach import foreach
 from tta.core.hooks import next_hook
 from tta.core.state import AdapterState, Place
 
 __all__ = ["Transaction"]
 
 Result = TypeVar("Result")
-foreach: Any = torch  # the foreach operations are not in its type stubs
 
 
 class Transaction:

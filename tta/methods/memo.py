@@ -43,6 +43,7 @@ from tta.core.backbone import Backbone
 from tta.core.checks import LARGE, number, shown, whole_number
 from tta.core.component import Context
 from tta.core.config import ComponentConfig, UpdateConfig
+from tta.core.foreach import foreach
 from tta.core.logit_checks import RowsOverflowError, overflow
 from tta.core.outputs import joined
 from tta.core.prediction import Prediction, Report
@@ -55,7 +56,6 @@ from tta.parts.losses import marginal_entropy
 
 __all__ = ["Memo", "MemoConfig"]
 
-foreach: Any = torch  # the foreach operations are not in its type stubs
 PRIOR = "alpha_bn"
 
 

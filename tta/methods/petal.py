@@ -40,6 +40,7 @@ from torch import Tensor
 from tta.core.backbone import Backbone
 from tta.core.checks import LARGE, fraction, number, one_of, shown, whole_number
 from tta.core.component import Context
+from tta.core.foreach import foreach
 from tta.core.prediction import Prediction
 from tta.core.registry import register
 from tta.core.source import SourceStatistics, missing_artefact
@@ -48,8 +49,6 @@ from tta.parts.posterior import diagonal_swag, prior
 from tta.parts.teachers import NamedTensors, low_values, restore
 
 __all__ = ["Petal", "PetalConfig"]
-
-foreach: Any = torch  # the foreach operations are not in its type stubs
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tta.core.backbone import Backbone
+from tta.core.foreach import foreach
 from tta.core.norm_layers import normalize_by_source, with_statistics
 
 __all__ = ["Moments", "diagonal_swag", "prior"]
 
-foreach: Any = torch  # the foreach operations are not in its type stubs
 
 # PETAL's schedule for CIFAR: the first rate in the first epoch, then linearly to the last over
 # three epochs.

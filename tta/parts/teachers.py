@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tta.core.backbone import Backbone
+from tta.core.foreach import foreach
 from tta.core.masters import KeepsDtype
 from tta.core.norm_layers import AdaptiveNorm, frozen_statistics
 from tta.core.prediction import Prediction
@@ -33,7 +34,6 @@ __all__ = [
     "restore",
 ]
 
-foreach: Any = torch  # the foreach operations are not in its type stubs
 
 SAMPLE = 1 << 15  # values that are sorted to bound a quantile
 CHUNK = 256  # images in a joint pass of several views

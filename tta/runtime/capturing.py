@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from tta.core.adapter import Adapter
 from tta.core.checks import told
 from tta.core.compiled import is_compiled
+from tta.core.foreach import foreach
 from tta.core.learning_step import LearningStep
 from tta.core.prediction import Report
 from tta.core.rehearsal import rehearse, undone
@@ -49,7 +50,6 @@ WAIT = {
 }  # fmt: skip
 INDEX = {"aten::index", "aten::index_put", "aten::index_put_"}
 COPY = {"aten::_to_copy", "aten::copy_", "aten::where", *INDEX}  # what they get from elsewhere
-foreach: Any = torch  # the foreach operations are not in its type stubs
 _stands_in = False
 
 
