@@ -16,6 +16,7 @@ import torch
 import tta
 from tests.helpers import own_models
 from tests.helpers.processes import CLEAN
+from tests.helpers.threads import no_thread_left
 from tests.helpers.videos import SIZE, folder, picture, video
 from tta import cli
 from tta.runtime.resuming import JsonLines
@@ -154,15 +155,14 @@ def test_a_signal_ends_it_with_all_that_was_learned(out, tmp_path):
             time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    before = set(threading.enumerate())
-    stopper = threading.Thread(target=stop)
-    stopper.start()
-    assert out(*command)[0] == 130
-    stopper.join()
-    pool = tta.runtime.StreamPool.open(own_models.net(), f"{file}.state")
-    assert pool.stream("yard").run(lambda adapter: adapter._serving.taken) == 6
-    pool.close()
-    assert not [t for t in set(threading.enumerate()) - before if t.name.startswith("tta-")]
+    with no_thread_left():
+        stopper = threading.Thread(target=stop)
+        stopper.start()
+        assert out(*command)[0] == 130
+        stopper.join()
+        pool = tta.runtime.StreamPool.open(own_models.net(), f"{file}.state")
+        assert pool.stream("yard").run(lambda adapter: adapter._serving.taken) == 6
+        pool.close()
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])

@@ -17,6 +17,7 @@ import tta
 from tests.helpers.batches import images
 from tests.helpers.faults import same
 from tests.helpers.nets import tiny
+from tests.helpers.threads import no_thread_left
 from tests.helpers.videos import SIZE, folder, picture, video
 from tta.runtime import Pipeline, Source, StreamPool, open_source
 from tta.runtime.frames import Failure, Frame
@@ -29,10 +30,8 @@ METHOD = "tent.cifar10"
 
 @pytest.fixture(autouse=True)
 def no_thread_is_left() -> Iterator[None]:
-    before = set(threading.enumerate())
-    yield
-    left = {t for t in threading.enumerate() if t.name.startswith("tta-")} - before
-    assert not left, left
+    with no_thread_left():
+        yield
 
 
 def adapter(method: str = METHOD, **extra) -> tta.Adapter:

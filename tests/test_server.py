@@ -22,6 +22,7 @@ import tta
 from tests.helpers.nets import tiny
 from tests.helpers.refusals import refused
 from tests.helpers.served import npy, picture, png, safetensors, serving, to_tensor
+from tests.helpers.threads import no_thread_left
 from tta.runtime import StreamPool
 from tta.runtime.server import Limits, application
 from tta.runtime.server.batching import Batcher, Item
@@ -34,12 +35,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 @pytest.fixture(autouse=True)
 def no_thread_is_left() -> Iterator[None]:
-    before = set(threading.enumerate())
-    yield
-    end = time.monotonic() + 10  # a server has told them to end, and waits for none
-    while left := [t for t in set(threading.enumerate()) - before if t.name.startswith("tta-")]:
-        assert time.monotonic() < end, left
-        time.sleep(0.01)
+    with no_thread_left(within=10):  # a server has told them to end, and waits for none
+        yield
 
 
 def alone(method: str = "tent.cifar10") -> tta.Adapter:
