@@ -82,7 +82,7 @@ class Backbone:
         self.result: Any = None  # what the model returned for the images
         self.wrappers = [m for m in model.modules() if isinstance(m, AdaptiveNorm)]
         self.entry = first_layer(model)
-        self.images = ImageChecks(model, self.entry)
+        self.images = ImageChecks(self.entry)
         self.arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         self._first_pass = False  # whether the next pass is the first of a call
         order = head.linear if features and head.function is None else None
@@ -196,7 +196,7 @@ class Backbone:
         except Exception as error:
             refusal = self.images.refusal(error, x)
             refusal = refusal or rows_refusal(error, len(x), args, kwargs)
-            if (refusal := refusal or self.images.size_refusal(error, x)) is None:
+            if (refusal := refusal or self.images.size_refusal(error, x, self.model)) is None:
                 raise
             raise refusal from error
         finally:
@@ -227,8 +227,8 @@ class Backbone:
         try:
             functional.call(self._callee, self._tensors(weights), x.clone(), *args, **kwargs)
         except Exception as error:
-            refusal = self.images.refusal(error, x) or self.images.size_refusal(error, x)
-            if refusal is None:
+            refusal = self.images.refusal(error, x)
+            if (refusal := refusal or self.images.size_refusal(error, x, self.model)) is None:
                 raise
             raise refusal from error
         finally:

@@ -18,7 +18,13 @@ from torch import Tensor, nn
 from tta.core.adapter import Adapter
 from tta.core.build import Injected, build
 from tta.core.checks import is_iterable, told, whole_number
-from tta.core.classifier import CONVOLUTIONS, declared_sizes, evaluating, first_layer
+from tta.core.classifier import (
+    CONVOLUTIONS,
+    declared_sizes,
+    evaluating,
+    first_layer,
+    timm_configs,
+)
 from tta.core.config import UpdateConfig
 from tta.core.memory_use import PeakBytes, held_bytes
 from tta.core.model_buffers import ModelBuffers
@@ -114,9 +120,8 @@ def example_shape(
     axes = entry.weight.ndim - 2 if isinstance(entry, CONVOLUTIONS) else 2
     if sizes := declared_sizes(model, axes):
         return (rows, getattr(entry, "in_channels", 3), *sizes[0])
-    for name in ("pretrained_cfg", "default_cfg"):
-        said = getattr(model, name, None)
-        size = said.get("input_size") if isinstance(said, dict) else None
+    for said in timm_configs(model):
+        size = said.get("input_size")
         if isinstance(size, (tuple, list)) and all(isinstance(n, int) for n in size):
             return (rows, *size)
     if not isinstance(entry, CONVOLUTIONS):

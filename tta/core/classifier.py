@@ -31,6 +31,7 @@ __all__ = [
     "num_classes",
     "size_in",
     "size_out",
+    "timm_configs",
 ]
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -265,6 +266,14 @@ def declared_sizes(model: nn.Module, axes: int) -> list[tuple[int, ...]]:
             if whole and all(isinstance(n, int) and n > 0 for n in sizes):
                 found[tuple(sizes)] = None
     return list(found)
+
+
+def timm_configs(model: nn.Module) -> Iterator[dict[str, Any]]:
+    """What a model says of its weights and images, under both of timm's names for it."""
+    for name in ("pretrained_cfg", "default_cfg"):
+        said = getattr(model, name, None)
+        if isinstance(said, dict):
+            yield said
 
 
 def _dtype(model: nn.Module) -> torch.dtype:

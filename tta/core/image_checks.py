@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tta.core.checks import is_final, is_out_of_memory, told
-from tta.core.classifier import CONVOLUTIONS, declared_sizes
+from tta.core.classifier import CONVOLUTIONS, declared_sizes, timm_configs
 from tta.core.logit_checks import RowsOverflowError
 
 __all__ = ["ImageChecks", "ImagesRefusedError", "KindRefusedError"]
@@ -35,13 +35,11 @@ class ImageChecks:
     """What can be said of images against a model's first layer.
 
     Args:
-        model: The classifier.
         entry: The layer that takes the images; None where none is known to.
     """
 
-    def __init__(self, model: nn.Module, entry: Any) -> None:
+    def __init__(self, entry: Any) -> None:
         self.entry = entry
-        self.made_for = _fixed_size(model)
         self.taken: tuple[int, ...] | None = None  # shape of an image that the model has taken
 
     def check(self, x: Any) -> None:
@@ -101,7 +99,9 @@ class ImageChecks:
             )
         return None if reason is None else ImagesRefusedError(reason)
 
-    def size_refusal(self, error: BaseException, x: Tensor) -> ImagesRefusedError | None:
+    def size_refusal(
+        self, error: BaseException, x: Tensor, model: nn.Module
+    ) -> ImagesRefusedError | None:
         """Return what to raise in place of ``error`` if the size of ``x`` may be its cause.
 
         It may where torch says so, and where the model has taken images of another size, or was
@@ -113,7 +113,8 @@ class ImageChecks:
         shape, reason, known = tuple(x.shape[1:]), told(error, 100), self.taken
         entry = self.entry  # where channels come first, sizes are last
         if known is None and isinstance(entry, CONVOLUTIONS) and x.ndim == entry.weight.ndim == 4:
-            known = self.made_for and (shape[0], *self.made_for)
+            size = _fixed_size(model)
+            known = size and (shape[0], *size)
         if known is not None and known != shape:
             return ImagesRefusedError(
                 f"`images` must be of a size that the model takes, such as {known}, got "
@@ -168,7 +169,8 @@ def _fixed_size(model: nn.Module) -> tuple[int, ...] | None:
         return None  # as timm's transformers with dynamic_img_size=True
     if sizes := declared_sizes(model, 2):
         return sizes[0]
-    said: Any = getattr(model, "pretrained_cfg", None)
-    fixed = isinstance(said, dict) and said.get("fixed_input_size")
-    size = said.get("input_size") if fixed else None
-    return tuple(size[1:]) if isinstance(size, (tuple, list)) and len(size) == 3 else None
+    for said in timm_configs(model):
+        size = said.get("input_size")
+        if said.get("fixed_input_size") and isinstance(size, (tuple, list)) and len(size) == 3:
+            return tuple(size[1:])
+    return None

@@ -49,11 +49,10 @@ class LearningStep:
         self.adapter, self.update = adapter, update
         undefined = set(adapter._state.keys_of("undefined_as_nan", but=""))
         # The optimiser's step counts are on the CPU; one on the device stands in for them.
-        counts = [slots.get("step") for slots in update.optimizer.state.values()]
         mine = {
-            name: (held, key)
-            for name, (held, key) in places.items()
-            if not any(held[key] is count for count in counts)
+            name: place
+            for name, place in places.items()
+            if not (name.startswith("optim/") and place[1] == "step")
         }
         self._places, self._undefined = list(mine.values()), [name in undefined for name in mine]
         self._taken = torch.zeros((), dtype=torch.float64, device=images.device)

@@ -331,13 +331,14 @@ class Pea(ForwardUpdate):
 
     def _move(self, name: str, rows: Tensor) -> bool:
         """Move the statistics of a block towards rows (n, d); returns whether they jumped."""
-        if len(rows) < 2 or not bool(rows.isfinite().all()):
+        if len(rows) < 2:
             return False
         mean, covariance = self._held("mean", name), self._held("covariance", name)
         drift = self._held("drift", name)
         with torch.autocast(rows.device.type, enabled=False):
             new_mean, new_covariance = rows.mean(0), _covariance(rows)
-        if not bool(new_covariance.isfinite().all()):  # squares overflow long before the rows do
+        # Nor is it where a row is not; and squares overflow long before the rows do.
+        if not bool(new_covariance.isfinite().all()):
             return False
         jumps = False
         if bool(mean.isnan().any()):

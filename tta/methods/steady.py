@@ -127,6 +127,7 @@ CALM, CALM_DOUBT = 128, 1.0
 PAUSE = "a pause after a failure"
 BESIDE_SOURCE = "learns beside the source, which shows more classes"
 WITHOUT = "the output rule shows fewer classes, or less of their runs, or there are no runs"
+FEWER = "nats fewer classes than the source"
 EARLIEST = "too few images to tell whether labels come in runs"
 
 
@@ -252,8 +253,8 @@ class Steady(StatisticsWatch):
             return verdict
         early = anchor = None
         own, labels = batch.prediction.logits, answer.argmax(1)
-        asks = (self.mixes or self.trains) and self._asks(age, block)
-        wide = block == 1 and (self.mixes or self.trains)
+        watched = self.mixes or self.trains  # else nothing can hide runs of labels
+        asks, wide = watched and self._asks(age, block), watched and block == 1
         alert = wide and self._is_alert(own.argmax(1))
         source = said = None
         if asks or alert:
@@ -267,7 +268,9 @@ class Steady(StatisticsWatch):
                 self._see(batch, anchor, source)
                 self.source_gap.see(own, source)
             elif self._hidden(len(batch.images)):
-                return self._failed_in_runs(source)
+                self.runs.forget()
+                self.own.forget()
+                return self._failed(IN_RUNS, source)
             doubt = STILL_SURE if bool(self.wary) else SURE
             if self.mixes and self._in_doubt() and self._harmful(len(batch.images), doubt):
                 for seen in (self.runs_seen, self.wary):
@@ -349,34 +352,28 @@ class Steady(StatisticsWatch):
             return LEARN
         self.beside -= 1
         if int(self.beside) == 0:
-            return self._failed(-self.trend.mean())
+            return self._failed(f"{-self.trend.mean():.2f} {FEWER}")
         return Verdict(action="source", reason=BESIDE_SOURCE, answer=answer)
 
     def _verdict(self, batch: Batch, block: int) -> Verdict:
         if behind := self._behind(self.source_gap, self.config.source_margin):
-            failed = self._failed(behind)
-            self.source_ahead.fill_(True)
-            return replace(failed, answer=batch.source().logits)
+            return self._failed(f"{behind:.2f} {FEWER}", batch.source().logits)
         if int(self.age) > 4 * int(self.pause) and int(self.pause) > self.config.pause:
             self.pause.copy_(torch.div(self.pause, 2, rounding_mode="floor"))
             self.age.fill_((EARLY[-1] + 1) * block)
         return LEARN
 
-    def _failed(self, behind: float) -> Verdict:
-        """Go back to the start, and learn nothing for a while."""
-        self._begin_pause(int(self.pause))
-        self.pause.mul_(2).clamp_(max=LONGEST)
-        reason = f"{behind:.2f} nats fewer classes than the source"
-        return Verdict(action="reset", reason=reason)
+    def _failed(self, reason: str, source: Tensor | None = None) -> Verdict:
+        """Go back to the start, and learn nothing for a while.
 
-    def _failed_in_runs(self, source: Tensor) -> Verdict:
-        """Go back to the start where an update hides runs by itself; the source answers a while."""
+        Args:
+            reason: Why.
+            source: Logits (B, C) of the source model, where it answers in the pause.
+        """
         self._begin_pause(int(self.pause))
         self.pause.mul_(2).clamp_(max=LONGEST)
-        self.source_ahead.fill_(True)
-        self.runs.forget()
-        self.own.forget()
-        return Verdict(action="reset", reason=IN_RUNS, answer=source)
+        self.source_ahead.fill_(source is not None)
+        return Verdict(action="reset", reason=reason, answer=source)
 
     def _begin_pause(self, batches: int) -> None:
         self.hold.fill_(batches)
