@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -126,9 +127,16 @@ class Batch:
         """Whether the source has predicted this batch already."""
         return self._source is not None
 
-    def anchor(self) -> Prediction:
-        """Predict with the source's parameters under the present norm rule: one forward pass."""
-        return self._counted(self.predictor.anchor, self.images)
+    def anchor(self, statistics: Any = None, batches: int = 0) -> Prediction:
+        """Predict with the source's parameters under the present norm rule: one forward pass.
+
+        Args:
+            statistics: State of the norm rules that these parameters have moved, as
+                :class:`tta.parts.teachers.OtherStatistics`; None for that of the adapted model.
+            batches: How many this one stands for by which that state moves; 0 for none.
+        """
+        predict = partial(self.predictor.anchor, statistics=statistics, batches=batches)
+        return self._counted(predict, self.images)
 
     def anchor_in_halves(self) -> Tensor:
         """Logits (B, C) of the same, from each half of the batch by itself: two passes of half."""
@@ -231,6 +239,9 @@ class Guard(Component):
     def judge(self, batch: Batch) -> Verdict:
         """Decide after the model has predicted, and has learned unless it was held back."""
         raise NotImplementedError  # pragma: no cover
+
+    def after_return(self) -> None:
+        """Called when "restore" or "reset" has been carried out."""
 
     def hands_over(self) -> str | None:
         """Why :meth:`judge` lets the source answer whatever comes while the adapter is frozen.

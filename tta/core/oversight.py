@@ -17,6 +17,7 @@ from tta.core.norm_layers import (
     AdaptiveNorm,
     frozen_statistics,
     normalize_by_source,
+    part_of_batch,
     with_statistics,
 )
 from tta.core.output_rule import Output
@@ -36,12 +37,18 @@ Predict = Callable[[Tensor, bool, bool], tuple[Prediction, Tensor]]
 
 
 @contextmanager
-def without_trace(network: Backbone) -> Iterator[None]:
-    """Let neither statistics nor the model's own buffers move, nor what it returned last."""
+def without_trace(network: Backbone, moving: bool = False) -> Iterator[None]:
+    """Let neither statistics nor the model's own buffers move, nor what it returned last.
+
+    Args:
+        network: The wrapped model.
+        moving: Whether statistics move after all, which are then of the pass alone.
+    """
     own = {name: b.clone() for name, b in network.buffers.tensors().items()}
     result = network.result
     try:
-        with torch.set_grad_enabled(network.session.following), frozen_statistics(network.wrappers):
+        frozen = frozen_statistics([] if moving else network.wrappers)
+        with torch.set_grad_enabled(network.session.following), frozen:
             yield
     finally:
         if own:
@@ -81,10 +88,25 @@ class Passes:
             self.result = network.result
         return found
 
-    def anchor(self, x: Tensor) -> Prediction:
-        """Predict with the source's parameters under the present norm rule."""
-        with without_trace(self.network):
-            return self.network(x, self._weights())
+    def anchor(self, x: Tensor, statistics: Any = None, batches: int = 0) -> Prediction:
+        """Predict with the source's parameters under the present norm rule.
+
+        Args:
+            x: Images (B, ...).
+            statistics: State of the norm rules that is the source's own; None for the present one.
+            batches: As if so many had passed, the state of its own moves.
+        """
+        network = self.network
+        if statistics is None:
+            with without_trace(network):
+                return network(x, self._weights())
+        places, values = self._weights() or ([], [])
+        weights = [*places, *statistics.places], [*values, *statistics.tensors()]
+        with (
+            without_trace(network, moving=batches > 0),
+            part_of_batch(network.wrappers, max(batches, 1)),
+        ):
+            return network(x, weights)
 
     def present(self, x: Tensor) -> Prediction:
         """Predict as a frozen adapter does."""
@@ -330,3 +352,4 @@ class Oversight:
                 if key.startswith(PARTLY) and now[key].is_floating_point()
             }
         self.state.copy_in(targets)
+        self.guard.after_return()

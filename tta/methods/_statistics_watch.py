@@ -19,6 +19,7 @@ from tta.parts.batch_noise import BatchNoise
 from tta.parts.confidence_gap import ConfidenceGap
 from tta.parts.label_runs import LabelRuns, persistence_in
 from tta.parts.spread import ENOUGH
+from tta.parts.teachers import OtherStatistics
 
 __all__ = [
     "ALERT",
@@ -71,6 +72,7 @@ class StatisticsWatch(Guard):
     alert: Tensor  # 0-dimensional, batches left on which the source is asked for runs
     runs_seen: Tensor  # 0-dimensional bool: the source answers, as statistics of batches do harm
     wary: Tensor  # 0-dimensional bool: the source has answered for such a reason before
+    unseen: Tensor  # 0-dimensional, batches by which the adapted model's averages are further on
 
     def __init__(self, config: Any, network: Backbone, context: Context) -> None:
         super().__init__(config, network, context)
@@ -87,6 +89,30 @@ class StatisticsWatch(Guard):
         self.rules = tuple(w.rule for w in network.wrappers[:1])  # not a module of the guard
         self.trains = bool(context.parameters)
         self.mixes = bool(network.wrappers)  # images are normalised by what was seen of others
+        # Averages over batches belong to the weights that moved them: the source's have their own.
+        own = any(rule.state_dict() and not rule.learns_apart for rule in self.rules)
+        self.averages = OtherStatistics(network) if self.trains and own else None
+        if self.averages is not None:
+            self.register_buffer("unseen", torch.zeros((), dtype=torch.int64))
+
+    def after_return(self) -> None:
+        """Begin with the same averages over batches as the adapted model."""
+        if self.averages is not None:
+            self.averages.follow()
+            self.unseen.zero_()
+
+    def _anchor(self, batch: Batch) -> Tensor:
+        """Logits (B, C) of the source's parameters under the norm rule, with their own averages.
+
+        Of the source model, on networks where no norm rule acts.
+        """
+        if not self.mixes:
+            return batch.source_of_input().logits
+        if self.averages is None or not batch.learning:
+            return batch.anchor(self.averages).logits
+        batches = int(self.unseen)
+        self.unseen.zero_()
+        return batch.anchor(self.averages, batches).logits
 
     def _see(self, batch: Batch, anchor: Tensor, source: Tensor) -> None:
         """Take in what the source's parameters say under the norm rule, and the source model."""

@@ -25,8 +25,10 @@ for four pauses.
 
 The source's parameters are asked on eight of the first 16 batches after learning began and on every
 ``every``-th from then on: 4 % of the cost of an update that makes a forward and a backward pass. Of
-batches below ``ROW`` images as many as have these are asked in a row, and count as one.
-While they answer they are asked on every batch, and after a failure on every second.
+batches below ``ROW`` images as many as have these are asked in a row, and count as one. Norm rules
+that average over batches have averages of their own for them, since those of the learned weights
+make nonsense of theirs; between two questions they move as far as the others. While the source's
+parameters answer they are asked on every batch, and after a failure on every second.
 
 Batch statistics fail in another way, where classes come in runs: they make every batch look mixed.
 There the source model itself is asked from time to time, for some images in a row, and its
@@ -238,6 +240,8 @@ class Steady(StatisticsWatch):
         """Judge a batch to which ``answer`` (B, C) would be given."""
         if not batch.learning:
             return LEARN
+        if self.averages is not None:
+            self.unseen += batch.learned
         if bool(self.runs_seen):
             return self._in_runs(batch, answer)
         if held := int(self.hold) > 0:
@@ -264,7 +268,7 @@ class Steady(StatisticsWatch):
             self.own.watch(labels)
         if asks and source is not None:
             if self.mixes:
-                anchor = (batch.anchor() if self.trains else batch.prediction).logits
+                anchor = self._anchor(batch) if self.trains else batch.prediction.logits
                 self._see(batch, anchor, source)
                 self.source_gap.see(own, source)
             elif self._hidden(len(batch.images)):
@@ -306,10 +310,6 @@ class Steady(StatisticsWatch):
             self.beside.copy_(BESIDE * self.pause)
             return self._beside(anchor, block)
         return None
-
-    def _anchor(self, batch: Batch) -> Tensor:
-        """Logits (B, C) of the source's parameters under the present norm rule."""
-        return (batch.anchor() if self.mixes else batch.source_of_input()).logits
 
     def _due(self, age: int, slower: int) -> bool:
         """Whether there is a comparison; ``age`` is in batches, or in ``ROW`` of small ones."""
@@ -393,8 +393,8 @@ class Steady(StatisticsWatch):
         if tried:
             assert batch.prediction is not None
             self.own.watch(answer.argmax(1))
-            anchor = batch.anchor() if self.trains else batch.prediction
-            self._see(batch, anchor.logits, source)
+            anchor = self._anchor(batch) if self.trains else batch.prediction.logits
+            self._see(batch, anchor, source)
         self.age += 1
         calm = self.runs.persistence(CALM_DOUBT) <= NO_RUNS and self.runs.concentration() < NOT_ONE
         over = calm and self.runs.images() >= CALM and not self._noisy()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tta.core.backbone import Backbone
 from tta.core.foreach import foreach
-from tta.core.masters import KeepsDtype
+from tta.core.masters import KeepsDtype, NeverHalf
 from tta.core.norm_layers import AdaptiveNorm, frozen_statistics
 from tta.core.prediction import Prediction
 from tta.core.random import CountedDraws
@@ -25,6 +25,7 @@ from tta.core.state_dict import copy_tensors
 
 __all__ = [
     "NamedTensors",
+    "OtherStatistics",
     "OtherWeights",
     "ensemble",
     "low_values",
@@ -170,6 +171,30 @@ class OtherWeights(NamedTensors):
         """Move towards the student: ``t <- momentum t + (1 - momentum) s`` for every weight."""
         weights = self.tensors()[: len(self.followed)]
         foreach._foreach_lerp_(weights, [p.detach() for p in self.followed], 1 - momentum)
+
+
+class OtherStatistics(NamedTensors):
+    """The norm rules' state once more, which other weights of the same model move.
+
+    Args:
+        network: The wrapped model.
+    """
+
+    def __init__(self, network: Backbone) -> None:
+        state = _norm_state(network.model)
+        super().__init__({n: v for n, (_, v) in state.items()}, False, like_parameters=False)
+        self.network = network
+        self.places = [[now] for now, _ in state.values()]
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """Take over the state as it is."""
+        self.copy({name: value for name, (_, value) in _norm_state(self.network.model).items()})
+
+    def _apply(self, fn: Any, recurse: bool = True) -> OtherStatistics:
+        """Move with the component that holds them, and take a dtype as the norm rules do."""
+        super()._apply(NeverHalf(fn.fn if type(fn) is KeepsDtype else fn), recurse)
+        return self
 
 
 def _norm_state(model: nn.Module) -> dict[str, tuple[str, Tensor]]:
