@@ -18,7 +18,7 @@ RULES = ["robust_bn", "bn_ema", "unmix_tns"]
 
 def learned(norm: str, **fields: Any) -> Any:
     """An adapter that learns fast, whose guard takes no batch statistics for harm."""
-    adapter = tta.wrap(tiny("bn"), "tent", norm=norm, guard="steady", **LEARNED, **fields)
+    adapter: Any = tta.wrap(tiny("bn"), "tent", norm=norm, guard="steady", **LEARNED, **fields)
     adapter.guard._harmful = lambda count, doubt: False
     return adapter
 
