@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import re
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -17,6 +19,7 @@ from scipy import stats
 import tta
 from experiments import cli
 from experiments.records.config import DEMO_METHODS
+from experiments.records.lines import encode
 from experiments.report import collect, run_table, write_compact
 from experiments.report.collect import by_setting
 from experiments.report.plots import draw_domains, plot_errors, plot_running
@@ -37,6 +40,20 @@ def _swept(folder, flags):
         patch.setattr("experiments.sweep.workers._CACHE", Cache())
         Sweep(make_sweep({}, {**flags, "device": "cpu"}), folder, quiet=True).execute()
     return folder
+
+
+def test_runs_with_other_artefacts_of_the_source_are_told_apart(runs, tmp_path):
+    """They are other results of one method, stream and seed; what is as usual is not said."""
+    for name, special in (("a", {}), ("b", {"source": "mine.safetensors", "on_error": "raise"})):
+        shutil.copytree(runs, tmp_path / name)
+        for path in (tmp_path / name).rglob("results.jsonl"):
+            first, *others = path.read_bytes().splitlines(keepends=True)
+            header = json.loads(first)
+            number = header.pop("check").split("-")[0]
+            header["config"] |= special
+            path.write_bytes(encode([header], int(number)) + b"".join(others))
+    options = {r.setting.options for r in collect([tmp_path])}
+    assert options == {"no source", "source=mine.safetensors"}
 
 
 @pytest.fixture(scope="module")

@@ -66,6 +66,13 @@ class StreamConfig:
         return self.spec.severities(self.severity, self.options)
 
 
+# Of a `RunConfig`: what decides its results, but is not in the name of a result, and its default.
+_USUAL = {
+    "source": None, "clean": None, "classes": None, "labels": None, "on_error": "raise",
+    "match": "name",
+}  # fmt: skip
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """One run: every method on every stream.
@@ -114,6 +121,19 @@ class RunConfig:
     def to_dict(self) -> dict[str, Any]:
         """Nested JSON types."""
         return plain(dataclasses.asdict(self))
+
+    @staticmethod
+    def told_of(values: Mapping[str, Any]) -> dict[str, Any]:
+        """What decides results besides model, data, streams, methods and seed, where it is special.
+
+        Args:
+            values: A configuration as `to_dict` wrote it, of this version or a former one.
+        """
+        return {
+            name: values[name]
+            for name, usual in _USUAL.items()
+            if values.get(name, usual) not in (usual, None)
+        }
 
     def is_that_of(self, header: dict[str, Any]) -> bool:
         """Whether a results file with that header, perhaps of a former version, is of this run."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.records.config import BASELINE, StreamConfig
+from experiments.records.config import BASELINE, RunConfig, StreamConfig
 from experiments.records.errors import CannotGoOn
 from experiments.records.file import RESULTS, plain, stretches
 from experiments.records.health import errors_expected
@@ -352,6 +352,7 @@ def _read_run(path: Path, rows: Sequence[Mapping[str, Any]]) -> Iterator[Result]
     streams = {stream["name"]: StreamConfig.from_dict(stream) for stream in config["streams"]}
     builds = {row["stream"]: row["build"] for row in rows if row["kind"] == "stream"}
     about = {key: header.get(key) for key in ("started", "versions", "hardware", "git")}
+    special = RunConfig.told_of(config)
     about["tuned"] = [r["chosen"] for r in config.get("tuned", [])]
     about["card"] = header["model"].get("card")
     about["origin"] = header["data"]["origin"]
@@ -394,6 +395,6 @@ def _read_run(path: Path, rows: Sequence[Mapping[str, Any]]) -> Iterator[Result]
             lines["domain"],
             (seen, wrong),
             stretches(batches),
-            about | {"stream": _about_stream({**build, "images": stream.images})},
+            about | {"stream": _about_stream({**build, "images": stream.images, **special})},
             errors_expected(batches),
         )
