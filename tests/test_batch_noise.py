@@ -22,6 +22,12 @@ def _other(labels: torch.Tensor, count: int) -> torch.Tensor:
     return torch.where(torch.arange(len(labels)) < count, labels + 1, labels)
 
 
+def _sure(labels: torch.Tensor, confidence: float = 0.5) -> torch.Tensor:
+    """Logits (B, 101) of the labels (B,) with a confidence."""
+    share = nn.functional.one_hot(labels, 101) * (confidence - (1 - confidence) / 100)
+    return (share + (1 - confidence) / 100).log()
+
+
 @pytest.mark.parametrize(
     ("noise", "changed", "harmful"),
     [(50, 50, True), (40, 55, True), (50, 90, False), (20, 20, False), (0, 0, False)],
@@ -32,7 +38,7 @@ def test_noise_is_harmful_where_it_is_most_of_what_changes(
     seen, labels = BatchNoise(), torch.arange(100)
     assert not seen.harmful(1)
     for _ in range(3):
-        seen.see(labels, _other(labels, noise), _other(labels, changed))
+        seen.see(*(_sure(y) for y in (labels, _other(labels, noise), _other(labels, changed))))
     assert float(seen.kept) == pytest.approx(1 - noise / 100)
     assert float(seen.agreed) == pytest.approx(1 - changed / 100)
     assert seen.harmful(256) is harmful and not seen.harmful(257)
@@ -41,8 +47,25 @@ def test_noise_is_harmful_where_it_is_most_of_what_changes(
 def test_the_averages_go_back_over_so_many_images() -> None:
     seen, labels = BatchNoise(), torch.arange(64)
     for change in (64, 0, 0, 0, 0, 0):
-        seen.see(labels, _other(labels, change), labels)
+        seen.see(_sure(labels), _sure(_other(labels, change)), _sure(labels))
     assert float(seen.kept) == pytest.approx(1 - 0.75**2 / 4) and float(seen.agreed) == 1
+
+
+@pytest.mark.parametrize(
+    ("whole", "halves", "noise", "unlike"),
+    [(0.3, 0.2, 50, False), (0.25, 0.2, 50, True), (0.3, 0.15, 50, False), (0.25, 0.2, 20, False)],
+)
+def test_images_are_unlike_where_confidence_is_low_even_without_noise(
+    whole: float, halves: float, noise: int, unlike: bool
+) -> None:
+    seen, labels = BatchNoise(), torch.arange(100)
+    assert not seen.unlike(0)
+    for _ in range(3):
+        seen.see(_sure(labels, whole), _sure(_other(labels, noise), halves), _sure(labels, 0.5))
+    assert seen.sure.tolist() == pytest.approx([whole, halves, 0.5], abs=1e-4)
+    assert seen.unlike(256) is unlike and not seen.unlike(257)
+    seen.see(torch.full((100, 101), float("inf")), _sure(labels), _sure(labels))
+    assert bool(seen.sure.isfinite().all())
 
 
 @pytest.fixture(scope="module")

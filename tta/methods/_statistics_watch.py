@@ -53,11 +53,12 @@ SHORT = 0.1  # of the persistence, that an update may lack where no batch statis
 ALERT, LONG = 16, 1024  # batches on alert; images over which runs are seen without a pass
 SOON = 4  # rows until then, where one class hides runs of labels, or statistics are noise
 SEEN = 56  # images, counted as averages do; runs of labels are seen among so many
+LONGER = 192  # images, of several domains, before those of a batch are taken for too unlike
 IN_RUNS = "labels come in runs"
 ONE = "one class is seen, of which the source is surer"
 SPOILT = "the norm rule makes nonsense of the images"
 HARM = "statistics of batches did harm a moment ago"
-NOISY = "statistics are of too few images"
+NOISY = "statistics are of too few images, or of images that are unlike"
 ROW = ENOUGH  # images in a row of which the source is asked
 TREND = 768  # images over which an update is behind, or ahead again, or has gone well
 
@@ -123,7 +124,7 @@ class StatisticsWatch(Guard):
         whole = any(isinstance(a, Tensor) for a in (*args, *kwargs.values()))
         if alone and not whole and count >= HALVED:
             halves = batch.anchor_in_halves()
-            self.noise.see(*(z.argmax(1) for z in (anchor, halves, source)))
+            self.noise.see(anchor, halves, source)
 
     def _is_alert(self, own: Tensor) -> bool:
         """Whether the source is asked on this batch, whose labels ``own`` (B,) may come in runs."""
@@ -170,8 +171,9 @@ class StatisticsWatch(Guard):
         return far_apart and expected > SURE_OF and self.runs.images() >= SEEN
 
     def _noisy(self) -> bool:
-        """Whether statistics are of too few images to be better than the source's."""
-        return self.surer.mean() < LESS_SURE and self.noise.harmful(SEEN)
+        """Whether statistics are of too few images, or of images too unlike, to do good."""
+        few = self.surer.mean() < LESS_SURE and self.noise.harmful(SEEN)
+        return few or self.noise.unlike(LONGER)
 
     def _why(self) -> str:
         """Why the source answers until there is less doubt."""

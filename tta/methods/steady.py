@@ -70,8 +70,9 @@ expect (``APART``), the norm rule makes nonsense of the images, as batch statist
 beside frames of a broken camera, and the source answers too, unless its confidence is below
 ``SURE_OF``: then few labels agree by whatever rule. By itself d decides nothing: a network
 of 1,000 classes is less sure under batch statistics of few images than it is right. Whether these
-are of too few to be better than the source's is told by how many labels halves of the batch change
-(see ``BatchNoise``), and where they are, the source answers until they are not.
+are of too few to be better than the source's is told by how many labels halves of the batch change,
+whether they are of images too unlike each other by what halves do to the confidence (see
+``BatchNoise``), and where they are, the source answers until they are not.
 
 A step that was made of fewer than ``few`` images is taken back, and no other is made in the 4096
 batches that follow: a gradient of one image is what breaks most updates.
