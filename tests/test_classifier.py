@@ -46,10 +46,12 @@ def test_the_adapter_learns_with_a_classifier_defined_first() -> None:
 
 
 def test_an_odd_size_leaves_the_order_of_definition() -> None:
-    net = HeadFirst(size=40)
+    net = HeadFirst(size=41)
     assert find_classifier(net) is net.middle
     with pytest.raises(ValueError, match=r"`model` must return logits of shape \(B, 6\)"):
-        tta.wrap(net, "tent.cifar10")(torch.rand(4, 3, 40, 40))
+        tta.wrap(net, "tent.cifar10")(torch.rand(4, 3, 41, 41))
+    rare = HeadFirst(size=40)
+    assert find_classifier(rare) is rare.head
 
 
 def test_a_layer_of_another_size_called_later_is_not_the_classifier() -> None:

@@ -86,11 +86,16 @@ def _torchvision(name: str, **more: Any) -> Callable[[], nn.Module]:
     return build
 
 
+def _head(net: nn.Module) -> nn.Linear | nn.Conv2d:
+    """The last layer with weights, which is the classifier of all these networks."""
+    return [m for m in net.modules() if isinstance(m, (nn.Linear, nn.Conv2d))][-1]
+
+
 def _randomised(build: Callable[[], nn.Module], shape: tuple[int, ...]) -> nn.Module:
     """The network with random weights, and running statistics near those of random images."""
     torch.manual_seed(0)
-    net = build()
-    head = [m for m in net.modules() if isinstance(m, nn.Linear)][-1]
+    net: Any = build()
+    head = _head(net)
     if not bool(head.weight.any()):  # all classes would be equal, and any of them the largest
         nn.init.normal_(head.weight, std=0.1)
     with torch.no_grad():
@@ -212,7 +217,7 @@ def compare(
         By size, what :func:`tests.helpers.exported.differences` gives.
     """
     net, found = network.build(), {}
-    width = [m for m in net.modules() if isinstance(m, nn.Linear)][-1].in_features
+    width = _head(net).weight.shape[1]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of small batches, which every rule treats in its way
         adapter = make(RECIPES[recipe], net, width, network.classes)

@@ -436,9 +436,10 @@ class Adapter(nn.Module):
         """Keep what the guard did in this call, and tell the caller."""
         if self.guard is None:
             return
-        for event in self._serving.take_events():
-            self.guard.events.append(event)
-            if self._on_event is not None:
+        events = self._serving.take_events()
+        self.guard.events.extend(events)  # all of them, whatever the caller's function raises
+        if self._on_event is not None:
+            for event in events:
                 self._on_event(event)
 
     @in_turn

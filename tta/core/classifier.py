@@ -38,6 +38,11 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # A dry run of a large network takes a second or more, so its result is kept for the next wrap.
 _FOUND: WeakKeyDictionary[nn.Module, tuple[tuple[int, ...], nn.Module]] = WeakKeyDictionary()
 PROBE_SIZES = (224, 32, 64, 28, 299)  # of the images that the dry run tries, in pixels
+# Those that it tries for a model which takes a single size, and has refused all of the above.
+RARE_SIZES = (
+    8, 10, 12, 14, 16, 20, 24, 36, 40, 48, 50, 56, 60, 72, 80, 84, 96, 100, 112, 120, 128, 144, 160,
+    192, 200, 240, 256, 288, 320, 336, 384, 448, 512,
+)  # fmt: skip
 DECLARED_SIZES = ("img_size", "image_size")  # where a module says what it takes
 
 
@@ -216,8 +221,12 @@ def _dry_run(
     reader = LogitsReader() if reader is None else reader
     tensors = [*model.parameters(), *model.buffers()]
     places = functional.names(model, tensors)
+    by_value = False
     with torch.no_grad(), evaluating(model), without_graphs():
-        for shape in _probe_shapes(model):
+        usual, rare = list(_probe_shapes(model)), list(_rare_shapes(model))
+        for place, shape in enumerate(usual + rare):
+            if by_value and place >= len(usual):
+                break  # it looks at values, whatever the size
             if before is not None:
                 before()
             try:
@@ -226,7 +235,8 @@ def _dry_run(
                 held = functional.named(places, meta)
                 storages = [t.untyped_storage()._cdata for t in meta]
                 result = torch.func.functional_call(model, held, (x,), tie_weights=False)
-            except Exception:  # whatever a model raises on an image that it does not take
+            except Exception as error:  # whatever a model raises on an image that it does not take
+                by_value = "meta" in str(error).lower()
                 continue
             # A tensor is written to in place, gets other data, or another is put into its place.
             moving = [
@@ -253,6 +263,13 @@ def _probe_shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:
         yield (2, 3, size, size)
     if isinstance(entry, nn.Linear):
         yield (2, entry.in_features)
+
+
+def _rare_shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:
+    entry = first_layer(model)
+    if isinstance(entry, nn.Conv2d):
+        for size in RARE_SIZES:
+            yield (2, entry.in_channels, size, size)
 
 
 def declared_sizes(model: nn.Module, axes: int) -> list[tuple[int, ...]]:

@@ -32,6 +32,7 @@ HOOKS = (
 # What a module and its copy have in common, besides their tensors: what the model puts among its
 # buffers itself is the model's.
 SHARED = ("_buffers", "_non_persistent_buffers_set", *HOOKS)
+OF_TORCH = frozenset(vars(nn.Module()))  # attributes that every module has
 
 
 def names(model: nn.Module, tensors: Iterable[Tensor]) -> list[list[str]]:
@@ -66,7 +67,8 @@ def call(model: nn.Module, tensors: dict[str, Tensor], *args: Any, **kwargs: Any
 def copy_structure(model: nn.Module, buffers: bool = True) -> nn.Module:
     """Copy the modules of a model, with the same tensors and hooks in them.
 
-    What else is to be in both, a module names by a method ``shared_by_copies``.
+    What else is to be in both, a module names by a method ``shared_by_copies``. Attributes that
+    nothing can copy, such as locks and open files, are in both too.
 
     Args:
         model: Any module.
@@ -81,7 +83,25 @@ def copy_structure(model: nn.Module, buffers: bool = True) -> nn.Module:
             t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None
         ]
         same += [value for value in held.values() if isinstance(value, Tensor)]
-    return copy.deepcopy(model, {id(value): value for value in same})
+    try:
+        return copy.deepcopy(model, {id(value): value for value in same})
+    except Exception:  # whatever an attribute of the caller's raises
+        same += _not_copied(model, same)
+        return copy.deepcopy(model, {id(value): value for value in same})
+
+
+def _not_copied(model: nn.Module, same: list[Any]) -> list[Any]:
+    """Attributes of the modules that cannot be copied, beside what is in both."""
+    found: list[Any] = []
+    for module in model.modules():
+        for name, value in module.__dict__.items():
+            if name in OF_TORCH:
+                continue
+            try:
+                copy.deepcopy(value, {id(known): known for known in same})
+            except Exception:  # whatever it raises
+                found.append(value)
+    return found
 
 
 def _nothing(module: nn.Module) -> tuple[()]:

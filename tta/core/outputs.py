@@ -205,7 +205,7 @@ def _with_items(result: Any, values: dict[Any, Any]) -> Any:
             for key, value in values.items():
                 changed[key] = value
         except TypeError:  # a mapping that cannot be written to
-            return values
+            return _made_of(type(result), values)
         return changed
     other = copy.copy(result)
     # A dataclass may be frozen, and need not be made by its fields alone, as replace() would do it.
@@ -220,6 +220,16 @@ def _with_items(result: Any, values: dict[Any, Any]) -> Any:
                 "alone."
             ) from None
     return other
+
+
+def _made_of(kind: Any, values: dict[Any, Any]) -> Any:
+    """A mapping of a kind that cannot be written to, or the dict where it is not made of one."""
+    try:
+        made = kind(values)
+        same = isinstance(made, Mapping) and dict(made) == values
+    except Exception:  # whatever the caller's class raises, also where tensors are compared
+        return values
+    return made if same else values
 
 
 def _without_gradient(value: Tensor, rows: Tensor | None) -> Tensor:

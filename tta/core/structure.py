@@ -7,13 +7,15 @@ norm rules are the same objects in both, so that the copy takes next to no memor
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tta.core import functional
 from tta.core.classifier import dry_run
@@ -21,6 +23,7 @@ from tta.core.compiled import has_graphs
 from tta.core.frugal import Frugal
 from tta.core.norm_layers import AdaptiveNorm, with_statistics
 from tta.core.outputs import LogitsReader
+from tta.core.tracing import is_tracing
 
 __all__ = ["OtherTensors"]
 
@@ -46,6 +49,7 @@ class OtherTensors:
         self.reader = reader
         self._copy: nn.Module | None = None
         self._in_place: bool | None = None  # None until it is known
+        self._doubted = False  # whether the first pass has to show it
         self._own = [
             (module._parameters, key, p)
             for module in model.modules()
@@ -57,7 +61,17 @@ class OtherTensors:
         if self._in_place is None:
             # Another copy is made by the first pass: the model may be in train mode until all parts
             # of its adapter are there, and what its `eval` does besides is to be in the copy too.
-            self._in_place = not _has_trusted_copy(self.model, self.reader)
+            trusted = _has_trusted_copy(self.model, self.reader)
+            self._in_place, self._doubted = not trusted, trusted is None
+
+    def _decide(self, args: Any, kwargs: Any) -> None:
+        """Find out by a pass of its own what none without values has shown."""
+        found = functional.copy_structure(self.model)
+        try:
+            self._in_place = not _uses_its_own_tensors(found, args, kwargs)
+        except Exception:  # the model raises on these images, as it will again
+            return
+        self._doubted = False
 
     @property
     def copied(self) -> bool:
@@ -76,6 +90,8 @@ class OtherTensors:
         if not tensors:
             return self.model(*args, **kwargs)
         self.prepare()
+        if self._doubted and not is_tracing():
+            self._decide(args, kwargs)
         if self._copy is None and not self._in_place:
             self._copy = functional.copy_structure(self.model)
         target = self.model if self._copy is None else self._copy
@@ -105,8 +121,8 @@ class OtherTensors:
         return self.__dict__ | {"_copy": None}
 
 
-def _has_trusted_copy(model: nn.Module, reader: LogitsReader) -> bool:
-    """Whether a copy of a model's structure uses its own tensors alone.
+def _has_trusted_copy(model: nn.Module, reader: LogitsReader) -> bool | None:
+    """Whether a copy of a model's structure uses its own tensors alone; None where none can tell.
 
     In the dry run every tensor of the copy is replaced by one without values. A function that
     refers to the model itself from outside its modules would mix these with real ones, and fail.
@@ -121,9 +137,48 @@ def _has_trusted_copy(model: nn.Module, reader: LogitsReader) -> bool:
     theirs = dict(found.named_parameters(remove_duplicate=False))
     if ours.keys() != theirs.keys() or any(theirs[name] is not p for name, p in ours.items()):
         return False
-    wrappers = [m for m in found.modules() if isinstance(m, AdaptiveNorm)]
-    with with_statistics(wrappers, _unchanged):
-        return dry_run(found, reader) is not None
+    with with_statistics(_wrappers(found), _unchanged):
+        return True if dry_run(found, reader) is not None else None
+
+
+def _uses_its_own_tensors(copied: nn.Module, args: Any, kwargs: Any) -> bool:
+    """Whether a copy, given clones of its tensors, computes with none of those that it had before.
+
+    One forward pass, for a model that looks at values, or takes images of a rare size.
+    """
+    for module in copied.modules():
+        functional.take_hooks_off(module)
+    tensors = [*copied.parameters(), *copied.buffers()]
+    held = functional.named(
+        functional.names(copied, tensors), [t.detach().clone() for t in tensors]
+    )
+    devices = {t.device for t in tensors if t.device.type == "cuda"}
+    watch = _Watch(tensors)
+    with (
+        torch.no_grad(), torch.random.fork_rng(list(devices)),
+        with_statistics(_wrappers(copied), _unchanged), watch,
+    ):  # fmt: skip
+        torch.func.functional_call(copied, held, args, kwargs, tie_weights=False)
+    return not watch.seen
+
+
+class _Watch(TorchDispatchMode):
+    """Notices whether an operation is given one of some tensors, or a view of it."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.seen = False
+        self._storages = {t.untyped_storage()._cdata for t in tensors}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for value in tree_leaves((args, kwargs)):
+            if isinstance(value, Tensor):
+                self.seen = self.seen or value.untyped_storage()._cdata in self._storages
+        return func(*args, **(kwargs or {}))
+
+
+def _wrappers(model: nn.Module) -> list[AdaptiveNorm]:
+    return [m for m in model.modules() if isinstance(m, AdaptiveNorm)]
 
 
 def _unchanged(x: Tensor, base: Any) -> Tensor:
