@@ -155,6 +155,20 @@ def test_a_layer_that_one_image_gives_one_value(tmp_path, norm: str) -> None:
     assert found["logits"] < 1e-5 and found["state"] < 1e-5 and found["decisions"] == 0
 
 
+def test_classes_of_next_to_no_probability(tmp_path) -> None:
+    """LAME adds 1e-10 to each probability, which an exporter must not take for nothing."""
+    net = tiny("bn")
+    head = [m for m in net.modules() if isinstance(m, nn.Linear)][-1]
+    with torch.no_grad():
+        head.weight.mul_(200)
+    adapter = tta.wrap(net, "lame")
+    images = next(stream(1, [4], SHAPE, seed=0))
+    assert net(images).softmax(1).min() < 1e-12
+    graph = Graph(tta.export.to_onnx(adapter, tmp_path / "g", images))
+    found = differences(graph, adapter, stream(3, [4], SHAPE, seed=1))
+    assert found["logits"] < 1e-3 and found["decisions"] == 0
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_state_that_is_no_number_is_refused(exported, bad) -> None:
     """The source answers, and the state stays as it came, until a reset heals it."""

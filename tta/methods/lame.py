@@ -19,6 +19,7 @@ for a lone image under "linear" a prediction pulled towards itself.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -169,7 +170,10 @@ class Lame(Output):
 
     def _traced(self, logits: Tensor, weights: Tensor) -> Tensor:
         """The same in a graph: the assignment, or the prediction where there is none."""
-        found = assign(-torch.log(logits.softmax(1) + 1e-10), weights)
+        # log(p + 1e-10) by logarithms: exporters take so small a summand for zero.
+        shares = logits.log_softmax(1)
+        least = torch.full_like(shares, math.log(1e-10))
+        found = assign(-torch.stack([shares, least]).logsumexp(0), weights)
         if self.config.official:
             return found
         without = (rows_of(logits) == 1) | weights.isnan().any()
