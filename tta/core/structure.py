@@ -66,10 +66,10 @@ class OtherTensors:
 
     def _decide(self, args: Any, kwargs: Any) -> None:
         """Find out by a pass of its own what none without values has shown."""
-        found = functional.copy_structure(self.model)
         try:
+            found = functional.copy_structure(self.model)
             self._in_place = not _uses_its_own_tensors(found, args, kwargs)
-        except Exception:  # the model raises on these images, as it will again
+        except Exception:  # the model raises on these images, as it will again in its own pass
             return
         self._doubted = False
 
