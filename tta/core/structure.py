@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tta.core import functional
 from tta.core.classifier import dry_run
@@ -152,6 +152,7 @@ def _uses_its_own_tensors(copied: nn.Module, args: Any, kwargs: Any) -> bool:
     held = functional.named(
         functional.names(copied, tensors), [t.detach().clone() for t in tensors]
     )
+    args, kwargs = tree_map_only(Tensor, torch.clone, (args, kwargs))  # which it may write to
     devices = {t.device for t in tensors if t.device.type == "cuda"}
     watch = _Watch(tensors)
     with (
