@@ -177,4 +177,4 @@ class Lame(Output):
         if self.config.official:
             return found
         without = (rows_of(logits) == 1) | weights.isnan().any()
-        return torch.where(without, logits.log_softmax(1), found)
+        return torch.where(without, shares, found)
