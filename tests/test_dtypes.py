@@ -47,3 +47,33 @@ def test_source_batches_follow_the_model() -> None:
     ).double()
     assert adapter(images(0).double()).dtype == torch.float64
     assert adapter.report.stepped
+
+
+@pytest.mark.parametrize("method", ["rotta", "adacontrast"])
+def test_averages_of_a_teacher_are_never_in_half_precision(method: str) -> None:
+    adapter = tta.wrap(tiny("bn"), method, mean=(0.0,), std=(1.0,))
+    with pytest.warns(UserWarning, match="convert the model before wrap"):
+        adapter.bfloat16()
+    adapter(images(0).bfloat16())
+    averages = {k: v for k, v in adapter.state().items() if k.endswith((".mean", ".var"))}
+    assert {k.split("/")[0] for k in averages} == {"norm", "update"}
+    assert {v.dtype for v in averages.values()} == {torch.float32}
+
+
+def test_averages_of_an_inner_method_keep_their_dtype() -> None:
+    pixels = {"mean": (0.0,), "std": (1.0,)}
+    adapter = tta.wrap(tiny("bn"), "reservoir", inner="eata", source=source_batches(), **pixels)
+    before = adapter.state()
+    with pytest.warns(UserWarning, match="convert the model before wrap"):
+        adapter.bfloat16()
+    kept = {k: v.dtype for k, v in before.items() if ".inner." in k}
+    assert kept and kept == {k: v.dtype for k, v in adapter.state().items() if ".inner." in k}
+
+
+def test_a_model_in_half_precision_is_no_reason_for_a_warning(
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    adapter = tta.wrap(tiny("bn").bfloat16(), "tent.cifar10")
+    adapter.half()
+    tta.wrap(tiny("bn"), "neo").half()
+    assert not [w for w in recwarn if "half precision" in str(w.message)]

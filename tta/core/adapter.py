@@ -32,6 +32,7 @@ from tta.core.traced_pass import is_tracing, traced_answer
 from tta.core.transaction import Transaction
 from tta.core.turns import Turns, in_turn
 from tta.core.update import Update
+from tta.core.warn import warn
 from tta.core.window import WINDOW, Window
 
 __all__ = ["Adapter"]
@@ -459,11 +460,18 @@ class Adapter(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Adapter:
         if self._network is None:
             return super()._apply(fn, recurse)  # type: ignore[return-value]
-        copies = self._network.masters.move(fn)
+        masters = self._network.masters
+        rounded = masters.rounds
+        copies = masters.move(fn)
         for module in self.children():
             module._apply(fn if module is self.model else copies)
         self._network.convert(fn)
         self._transaction.forget()
+        if masters.rounds and not rounded:
+            warn(
+                "`adapter` trains weights that are now in half precision, which loses small steps: "
+                "convert the model before wrap(), which then trains float32 copies."
+            )
         return self
 
     def __getattr__(self, name: str) -> Any:

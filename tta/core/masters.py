@@ -77,6 +77,11 @@ class Masters:
             master.data = whole(master.data)
         return whole
 
+    @property
+    def rounds(self) -> bool:
+        """Whether steps are rounded to half precision, as no master copy takes them."""
+        return any(p.dtype in HALF for p in self.trained.values())
+
     def in_model(self, tensors: Iterable[Tensor]) -> list[Tensor]:
         """The model's own parameter for each tensor that is a master; others as they are."""
         own = {id(master): p for master, p in self.pairs}

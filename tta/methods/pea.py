@@ -138,7 +138,7 @@ class Pea(ForwardUpdate):
         self.axes = {block.name: channel_axis(block, modules[block.name]) for block in found}
         self.hooks = _Hooks()
         for kind in (*MOVING, *ARTEFACTS):
-            setattr(self, kind, NamedTensors({}, kind in ARTEFACTS, like_parameters=False))
+            setattr(self, kind, NamedTensors({}, kind in ARTEFACTS, "its own"))
         for block in found:
             hook = modules[block.name].register_forward_hook(partial(self.hooks, block.name))
             network.handles.append(hook)

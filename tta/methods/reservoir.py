@@ -184,10 +184,13 @@ class Reservoir(Update):
         make: Any = component(config.host.name)
         self.inner: Any = make(config.host, network, context)
         self.optimizer = self.inner.optimizer
-        live = self._live()
-        empty = {name: torch.full_like(value, float("nan")) for name, value in live.items()}
         for k in range(config.clusters):
-            setattr(self, f"set{k}", NamedTensors(empty if k else live, constant=False))
+            held = NamedTensors({}, constant=False)
+            for name, value in self._live().items():
+                first = torch.full_like(value, float("nan")) if k else value
+                dtype = "its own" if name.startswith(INNER) else "as parameters"
+                held.hold({name: first}, False, dtype)
+            setattr(self, f"set{k}", held)
         self.anchor = OtherWeights(network, context.parameters, constant=True)
         self.layers = early_layers(network.model)
         self.style_net: tuple[nn.Module, ...] = ()  # in a tuple, since it is no part of this one

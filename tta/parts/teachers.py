@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,9 @@ __all__ = [
 SAMPLE = 1 << 15  # values that are sorted to bound a quantile
 CHUNK = 256  # images in a joint pass of several views
 
+# Averages over batches move by steps that half precision would round away, so they never take it.
+Dtype = Literal["as parameters", "as averages", "its own"]
+
 
 class NamedTensors(nn.Module):
     """Tensors by parameter name, as buffers, so that devices, copies and state are generic.
@@ -49,22 +52,23 @@ class NamedTensors(nn.Module):
     Args:
         tensors: The tensors, which are cloned.
         constant: Whether they are fixed at wrap rather than part of the state.
-        like_parameters: Whether they take the dtype of the model's parameters.
+        dtype: Which dtype they take when the adapter takes another one, where :meth:`hold` says no
+            other.
     """
 
     def __init__(
-        self, tensors: dict[str, Tensor], constant: bool, like_parameters: bool = True
+        self, tensors: dict[str, Tensor], constant: bool, dtype: Dtype = "as parameters"
     ) -> None:
         super().__init__()
-        self.like_parameters = like_parameters
         self._places: dict[str, tuple[nn.Module, str]] = {}
+        self._dtype, self._dtypes = dtype, dict[str, Dtype]()
         self.hold(tensors, constant)
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Not as a module does: parts of the tree may be called as attributes of this object.
         object.__setattr__(self, name, value)
 
-    def hold(self, tensors: dict[str, Tensor], constant: bool) -> None:
+    def hold(self, tensors: dict[str, Tensor], constant: bool, dtype: Dtype | None = None) -> None:
         """Take in clones of more tensors."""
         for name, value in tensors.items():
             *path, key = name.split(".")
@@ -74,7 +78,7 @@ class NamedTensors(nn.Module):
             holder._buffers[key] = value.detach().clone()
             if constant:
                 holder._non_persistent_buffers_set.add(key)
-            self._places[name] = holder, key
+            self._places[name], self._dtypes[name] = (holder, key), dtype or self._dtype
 
     def copy(self, values: Mapping[str, Tensor]) -> None:
         """Take over values by name."""
@@ -90,9 +94,11 @@ class NamedTensors(nn.Module):
         return list(self.named().values())
 
     def _apply(self, fn: Any, recurse: bool = True) -> NamedTensors:
-        """Move with the component that holds them, and take the parameters' dtype if like them."""
-        follows = self.like_parameters and type(fn) is KeepsDtype
-        super()._apply(fn.fn if follows else fn, recurse)
+        """Move with the component that holds them, each to the dtype that it is to take."""
+        whole = fn.fn if type(fn) is KeepsDtype else fn
+        moves = {"as parameters": whole, "as averages": NeverHalf(whole), "its own": fn}
+        for name, (holder, key) in self._places.items():
+            holder._buffers[key] = moves[self._dtypes[name]](holder._buffers[key])
         return self
 
 
@@ -116,7 +122,8 @@ class OtherWeights(NamedTensors):
     ) -> None:
         state = _norm_state(network.model) if own_statistics else {}
         super().__init__({n: p.detach() for n, p in parameters.items()}, constant)
-        self.hold({name: value for name, (_, value) in state.items()}, constant=False)
+        averages = {name: value for name, (_, value) in state.items()}
+        self.hold(averages, constant=False, dtype="as averages")
         self.network = network
         self.followed = list(parameters.values())
         self.places = network.names(self.followed) + [[now] for now, _ in state.values()]
@@ -182,7 +189,7 @@ class OtherStatistics(NamedTensors):
 
     def __init__(self, network: Backbone) -> None:
         state = _norm_state(network.model)
-        super().__init__({n: v for n, (_, v) in state.items()}, False, like_parameters=False)
+        super().__init__({n: v for n, (_, v) in state.items()}, False, "as averages")
         self.network = network
         self.places = [[now] for now, _ in state.values()]
 
@@ -190,11 +197,6 @@ class OtherStatistics(NamedTensors):
     def follow(self) -> None:
         """Take over the state as it is."""
         self.copy({name: value for name, (_, value) in _norm_state(self.network.model).items()})
-
-    def _apply(self, fn: Any, recurse: bool = True) -> OtherStatistics:
-        """Move with the component that holds them, and take a dtype as the norm rules do."""
-        super()._apply(NeverHalf(fn.fn if type(fn) is KeepsDtype else fn), recurse)
-        return self
 
 
 def _norm_state(model: nn.Module) -> dict[str, tuple[str, Tensor]]:
