@@ -105,10 +105,14 @@ class StatisticsWatch(Guard):
     def _anchor(self, batch: Batch) -> Tensor:
         """Logits (B, C) of the source's parameters under the norm rule, with their own averages.
 
-        Of the source model, on networks where no norm rule acts.
+        Of the source model, on networks where no norm rule acts; the answer as it is, where nothing
+        is trained.
         """
         if not self.mixes:
             return batch.source_of_input().logits
+        if not self.trains:
+            assert batch.prediction is not None
+            return batch.prediction.logits
         if self.averages is None or not batch.learning:
             return batch.anchor(self.averages).logits
         batches = int(self.unseen)

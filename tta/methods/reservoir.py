@@ -188,8 +188,8 @@ class Reservoir(Update):
             held = NamedTensors({}, constant=False)
             for name, value in self._live().items():
                 first = torch.full_like(value, float("nan")) if k else value
-                dtype = "its own" if name.startswith(INNER) else "as parameters"
-                held.hold({name: first}, False, dtype)
+                own = name.startswith(INNER)
+                held.hold({name: first}, False, "its own" if own else "as parameters")
             setattr(self, f"set{k}", held)
         self.anchor = OtherWeights(network, context.parameters, constant=True)
         self.layers = early_layers(network.model)

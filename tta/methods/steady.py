@@ -269,7 +269,7 @@ class Steady(StatisticsWatch):
             self.own.watch(labels)
         if asks and source is not None:
             if self.mixes:
-                anchor = self._anchor(batch) if self.trains else batch.prediction.logits
+                anchor = self._anchor(batch)
                 self._see(batch, anchor, source)
                 self.source_gap.see(own, source)
             elif self._hidden(len(batch.images)):
@@ -392,9 +392,8 @@ class Steady(StatisticsWatch):
             self.runs.forget()  # where other classes begin, those of before look like a run
         self.runs.watch(source.argmax(1))
         if tried:
-            assert batch.prediction is not None
             self.own.watch(answer.argmax(1))
-            anchor = self._anchor(batch) if self.trains else batch.prediction.logits
+            anchor = self._anchor(batch)
             self._see(batch, anchor, source)
         self.age += 1
         calm = self.runs.persistence(CALM_DOUBT) <= NO_RUNS and self.runs.concentration() < NOT_ONE
