@@ -385,3 +385,20 @@ def test_a_signal_while_a_state_is_put_in_leaves_the_former_or_the_new(method, b
         found = adapter.state()
         assert same(found, former) or same(found, new), place.where
     assert 30 < place.number < 10_000
+
+
+AUGMENTING = ["adacontrast", "cotta", "rotta", "santa", "rmt", "memo", "spa", "roid"]
+
+
+@pytest.mark.parametrize("method", AUGMENTING)
+def test_no_signal_is_lost_in_a_generator_of_views(method: str) -> None:
+    # An exception in a generator that is dropped half-way leaves nobody's frame: Python swallows
+    # it, and torch.no_grad around the generator may go on for the rest of the call.
+    subject = Subject(("bn", {"recipe": method}), BATCHES)
+    for place in at_places(("torch/utils/_contextlib.py",), 3, most=3000):
+        with contextlib.suppress(Fault), place:
+            subject.adapter(subject.batch)
+            assert not place.where, place.where
+        problem = subject.harm()
+        assert problem is None, f"{problem}: {place.where}"
+    assert place.number > 0

@@ -155,7 +155,8 @@ class Adacontrast(Update):
         draws = fork(self.context.generator, x.device)
 
         def view(recipe: Recipe) -> Tensor:
-            return next(self.augmenter.views(x, 1, draws, recipe))
+            (made,) = self.augmenter.views(x, 1, draws, recipe)
+            return made
 
         weak, query, key = view(weak_view), view(strong_view), view(strong_view)
         with learning_pass(self.network.wrappers):
