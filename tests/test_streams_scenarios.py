@@ -328,6 +328,24 @@ def test_markov_quotas_and_strict_sequence():
     assert 4 < counts["fog"] / counts["frost"] < 6
 
 
+@pytest.mark.parametrize(("correlations"), [(0.95, None), (None, 0.85), (None, None)])
+def test_markov_keeps_an_imbalance_beside_one_that_needs_quotas(correlations):
+    of_classes, of_domains = correlations
+    domains, _, labels = shown(
+        build(
+            "markov",
+            class_correlation=of_classes,
+            class_imbalance=10,
+            domain_correlation=of_domains,
+            domain_imbalance=5,
+            max_state_samples=1000,
+        )
+    )
+    counts = np.bincount(labels, minlength=CLASSES)
+    assert 7 < counts[0] / counts[-1] < 14
+    assert 3.5 < np.mean(domains == NAMES[0]) / np.mean(domains == NAMES[-1]) < 6.5
+
+
 def test_markov_chain_is_stationary_where_possible():
     chain = make_chain(10, 0.95, 10.0)
     n = len(chain.stay)

@@ -6,7 +6,8 @@ the Kronecker product of the chains'. In a chain of n states, state i stays with
 and moves to each other state with (1 - c_i)/(n - 1), so its stationary mass is proportional to
 1/(1 - c_i). An imbalance IF between head and tail is therefore 1 - c_i = (1 - c_max) IF^(i/(n-1)),
 possible while (1 - c_max) IF <= 1 - 1/n; beyond that all c_i = c_max and a state closes once its
-quota, which decays by IF, is used up.
+quota is used up. Quotas are of pairs and decay by both imbalances, also by one that its chain makes
+by itself: with the same quota for its head and its tail, heads would close first and level it.
 """
 
 from __future__ import annotations
@@ -27,11 +28,13 @@ class Chain:
 
     Args:
         stay: (n,) self-transition probabilities.
-        quota: (n,) relative quotas, 1 for all where the chain itself makes the imbalance.
+        quota: (n,) relative quotas, which decay by the imbalance.
+        closes: Whether it takes them to make the imbalance.
     """
 
     stay: np.ndarray
     quota: np.ndarray
+    closes: bool
 
 
 def make_chain(states: int, correlation: float | None, imbalance: float) -> Chain:
@@ -46,8 +49,8 @@ def make_chain(states: int, correlation: float | None, imbalance: float) -> Chai
     ranks = np.arange(states) / max(1, states - 1)
     decay = exp(log(np.array(float(imbalance))) * ranks)
     if c_max < 1.0 and (1.0 - c_max) * imbalance <= 1.0 - 1.0 / states + 1e-12:
-        return Chain(1.0 - (1.0 - c_max) * decay, np.ones(states))
-    return Chain(np.full(states, c_max), 1.0 / decay)
+        return Chain(1.0 - (1.0 - c_max) * decay, 1.0 / decay, closes=False)
+    return Chain(np.full(states, c_max), 1.0 / decay, closes=imbalance > 1)
 
 
 class _UniformFeed:
@@ -120,6 +123,8 @@ def markov(
     class_chain = make_chain(len(classes), class_correlation, class_imbalance)
     domain_chain = make_chain(int(pool.which.max()) + 1, domain_correlation, domain_imbalance)
     shares = np.outer(domain_chain.quota, class_chain.quota)
+    if not (domain_chain.closes or class_chain.closes):
+        shares = np.ones_like(shares)
     quota = np.maximum(1, np.floor(most * shares + 1e-9)).astype(int)
     sequential = domain_correlation == 1.0
     states = _States(rings, quota, sequential)
