@@ -157,8 +157,12 @@ def test_domains_by_name():
     fly = Collection("d", read_bundled())
     assert resolve_domains([], fly) == tuple(corruptions.list_corruptions())
     assert resolve_domains(["saturate"], fly) == ("saturate",)
+    assert resolve_domains([], fly, ["snow", "fog"]) == ("snow", "fog")
+    assert resolve_domains(["fog"], fly, ["snow", "fog"]) == ("fog",)
     stored = Collection("d", None, ("speckle_noise", "snow", "shot_noise"), lambda n, s: None)
     assert resolve_domains([], stored) == ("shot_noise", "snow")
+    assert resolve_domains([], stored, ["snow", "shot_noise"]) == ("snow", "shot_noise")
+    assert resolve_domains([], stored, ["snow", "fog"]) == ("shot_noise", "snow")  # has no fog
     assert resolve_domains([], Collection("d", None, ("night", "day"), lambda n, s: None)) == (
         "day",
         "night",

@@ -336,3 +336,20 @@ def test_totals_with_other_metrics_are_refused(monkeypatch):
     monkeypatch.setitem(METRICS, "two", Metric("two", lambda p: p.probs[:, :2], "words"))
     with pytest.raises(ValueError, match="one number per image"):
         score(logits.argmax(1), logits.log_softmax(1), labels)
+
+
+def test_errors_by_recurrence_and_of_walks():
+    right = torch.tensor([[0.9, 0.1]]).log().repeat(4, 1)
+    totals = Totals(2)
+    for number, wrong in enumerate((4, 2, 1)):
+        labels = torch.tensor([1] * wrong + [0] * (4 - wrong))
+        scores = score(right.argmax(1), right, labels)
+        row = {"images": 4, "errors": wrong, "seconds": 0.1, "selected": 0, "resets": 0}
+        row |= {"late": False, "concentration": 0.0, "recurrence": number // 2}
+        totals.add(row, scores, ["a+b"] * 4 if number < 2 else ["b+c"] * 4, [(5.0, 0.25)] * 4)
+    found = totals.summary()
+    assert found["recurrence_errors"] == [6 / 8, 1 / 4]
+    assert found["mean_error"] == found["error"] == 7 / 12  # and not (6 / 8 + 1 / 4) / 2
+    again = Totals.from_state(*totals.state()).summary()
+    assert again["recurrence_errors"] == found["recurrence_errors"]
+    assert again["mean_error"] == found["mean_error"]

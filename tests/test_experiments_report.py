@@ -423,3 +423,18 @@ def test_the_words_come_from_the_intervals(runs):
     single = {name: found[:1] for name, found in methods.items()}
     assert "One seed: no interval" in describe(single)
     assert describe({"source": methods["source"]}) == ""
+
+
+def test_errors_by_visit_are_drawn_where_domains_come_again(runs, tmp_path):
+    flags = {"methods": ("tent", "source"), "domains": ["fog", "snow"], "seeds": (0, 1)}
+    flags |= {"images": 10, "batch_size": 5, "scenario": "recurring", "options": {"visits": 3}}
+    found = collect([_swept(tmp_path / "swept", flags)])
+    for result in found:
+        errors = result.summary["recurrence_errors"]
+        assert len(errors) == 3 and np.mean(errors) == pytest.approx(result.summary["error"])
+    Report(found, tmp_path / "again", "test").execute()
+    (path,) = (tmp_path / "again").glob("*-visits.png")
+    with Image.open(path) as picture:
+        assert len(np.unique(picture)) > 10
+    Report(collect([runs]), tmp_path / "once", "test").execute()
+    assert not list((tmp_path / "once").glob("*-visits.png"))

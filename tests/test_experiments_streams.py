@@ -22,7 +22,8 @@ from experiments.studies.surface import fill_in
 from experiments.sweep.tune import HELD_OUT, candidates, with_fields
 from tests.helpers.nets import tiny
 from tests.helpers.tiny_models import use_tiny_models
-from tta.streams.walk import best_path
+from tta.streams.schedules import ROTTA_ORDER
+from tta.streams.walk import best_path, walk_domains
 
 
 @pytest.fixture(autouse=True)
@@ -108,6 +109,21 @@ def test_a_preview_is_words_a_picture_and_a_definition(tmp_path, capsys, scenari
     assert stream.config == config and len(json.dumps(config)) < 1500
 
 
+@pytest.mark.parametrize(
+    ("scenario", "options", "domains"),
+    [
+        ("recurring", ["visits=1"], ROTTA_ORDER),
+        ("walk", ["difficulty=hard", "total=200", "speed=5"], walk_domains("hard")),
+        ("continual", [], corruptions.list_corruptions()),
+    ],
+)
+def test_a_scenario_has_its_own_domains_where_none_are_named(tmp_path, scenario, options, domains):
+    arguments = ["preview", "--scenario", scenario, "--images", "10", "--output", str(tmp_path)]
+    assert cli.main([*arguments, *(a for o in options for a in ("--option", o))]) == 0
+    config = json.loads((tmp_path / f"preview-{scenario}.json").read_text())
+    assert config["domains"] == list(domains)
+
+
 # Surfaces
 
 
@@ -140,13 +156,13 @@ def test_a_surface_is_measured_and_walked(tmp_path, capsys):
 
     both = images.tensor()
     for name, key in (("fog", "fog"), ("contrast", "fog+contrast")):
-        seeds = image_seeds(0, key, images.index)
+        seeds = image_seeds(0, key, images.index, 2.5)
         both = corruptions.corrupt(both, name, 2.5, seeds=seeds)
     assert surface["fog"]["contrast"][10][10] == pytest.approx(accuracy(both))
     assert surface["contrast"]["fog"][0][0] == pytest.approx(accuracy(images.tensor()))
 
     arguments = ["run", "--scenario", "walk", "--option", f"surface={path}", "--images", "20"]
-    arguments += ["--option", "total=100", "--corruptions", "fog", "contrast", "--device", "cpu"]
+    arguments += ["--option", "total=100", "--device", "cpu"]
     arguments += ["--methods", "source", "--output", str(tmp_path / "runs"), "--quiet"]
     arguments += ["--option", "target=30.0"]
     assert cli.main(arguments) == 0

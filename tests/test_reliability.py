@@ -18,6 +18,7 @@ from experiments.studies.reliability_grid import GRIDS, PARTS, Cell, Choice, Gri
 from experiments.studies.reliability_paired import Played, estimates, paired, play, recovery
 from experiments.studies.reliability_photos import load_photos, why_not
 from experiments.studies.reliability_run import Runner, read_results
+from experiments.sweep.benchmark import DOMAINS
 from tests.helpers.tiny_models import fake_load, use_tiny_models
 from tta.core.registry import component
 
@@ -35,7 +36,7 @@ def small(monkeypatch, tmp_path):
     monkeypatch.setitem(GRIDS, "quick", FEW)
     domains = ("fog", "contrast")
     for name, stream in reliability_grid.BY_NAME.items():
-        if not stream.domains and not stream.spec.own_severities:
+        if stream.domains == DOMAINS and not stream.spec.own_severities:
             changed = replace(stream, domains=domains)
             monkeypatch.setitem(reliability_grid.BY_NAME, name, changed)
     monkeypatch.chdir(tmp_path)

@@ -79,9 +79,10 @@ def _main(settings: Mapping[Setting, Methods]) -> Iterator[str]:
     yield markdown.heading("Main results", 2)
     yield ""
     yield (
-        "Mean error over the domains in %, with 95 % intervals over seeds (Student's t) where "
-        "there are three or more, and the number of seeds in brackets; images are those of the "
-        "table above. The lowest of each column is bold. An empty cell was not run, or cannot be: "
+        "Mean error over the domains in % (of a walk: over its images), with 95 % intervals over "
+        "seeds (Student's t) where there are three or more, and the number of seeds in brackets; "
+        "images are those of the table above. The lowest of each column is bold. An empty cell was "
+        "not run, or cannot be: "
         "rules for BatchNorm on a model without it."
     )
     for model in dict.fromkeys(setting.model for setting in settings):
@@ -143,8 +144,8 @@ def _collapses(settings: Mapping[Setting, Methods]) -> Iterator[str]:
     yield markdown.heading("Collapses", 3)
     yield ""
     yield (
-        "More than ten points above the source model. Concentration is the negative entropy of a "
-        "batch's mean prediction: -2.3 for ten classes alike, 0 for one alone."
+        "More than ten points above the source model. Concentration is the negative entropy of the "
+        "softmax of a batch's mean logits: -2.3 for ten classes alike, 0 for one alone."
     )
     yield ""
     shown = []

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from experiments.report.collect import Result
-from experiments.report.plots import draw_curves, draw_domains, running, window_of
+from experiments.report.plots import draw_curves, draw_domains, running, seen_of, window_of
 from experiments.report.statistics import over_seeds
 from experiments.report.style import (
     DPI,
@@ -37,6 +37,7 @@ __all__ = [
     "plot_heat",
     "plot_reliability",
     "plot_stream",
+    "plot_visits",
 ]
 
 Methods = Mapping[str, Sequence[Result]]
@@ -53,7 +54,7 @@ def plot_stream(methods: Methods, path: Path, title: str, looks: Looks) -> None:
         method: _mean_curve([r.curve for r in results], window)
         for method, results in methods.items()
     }
-    draw_curves(curves, _stretches(methods), window, path, title, looks)
+    draw_curves(curves, _stretches(methods), seen_of(window), path, title, looks)
 
 
 def plot_domains(methods: Methods, path: Path, title: str, looks: Looks) -> None:
@@ -155,6 +156,31 @@ def plot_cost(methods: Methods, path: Path, title: str, looks: Looks) -> None:
     tidy(axes, "both")
     with_title(figure, title, "accuracy, mean over domains (%)")
     figure.savefig(path)
+
+
+def plot_visits(methods: Methods, path: Path, title: str, looks: Looks) -> bool:
+    """Error at each showing of all domains; means over seeds.
+
+    Args:
+        methods: Results by method.
+        path: Where the PNG goes.
+        title: What the picture shows.
+        looks: Of all methods.
+
+    Returns:
+        False, and nothing drawn, where the domains come once.
+    """
+    curves = {
+        method: (
+            np.arange(1, len(results[0].summary["recurrence_errors"]) + 1),
+            np.mean([r.summary["recurrence_errors"] for r in results], axis=0),
+        )
+        for method, results in methods.items()
+        if all("recurrence_errors" in r.summary for r in results)
+    }
+    if curves:
+        draw_curves(curves, [], "visit of all domains", path, title, looks, first=1)
+    return bool(curves)
 
 
 @styled

@@ -25,7 +25,15 @@ from experiments.report.style import (
     with_title,
 )
 
-__all__ = ["draw_curves", "draw_domains", "plot_errors", "plot_running", "running", "window_of"]
+__all__ = [
+    "draw_curves",
+    "draw_domains",
+    "plot_errors",
+    "plot_running",
+    "running",
+    "seen_of",
+    "window_of",
+]
 
 Values = Sequence[float]  # one for each domain, in %
 PANELS = 4  # small plots beside each other
@@ -169,31 +177,32 @@ def plot_running(
         wrong = np.cumsum([row["errors"] for row in rows])
         curves[method] = seen, running(seen, wrong, window)
     parts = stretches(next(iter(batches.values())))
-    draw_curves(curves, parts, window, path, title, looks_of(methods or batches))
+    draw_curves(curves, parts, seen_of(window), path, title, looks_of(methods or batches))
 
 
 @styled
 def draw_curves(
     curves: Mapping[str, tuple[np.ndarray, np.ndarray]],
     parts: Sequence[tuple[int, int, str]],
-    window: int,
+    below: str,
     path: str | Path,
     title: str,
     looks: Mapping[str, Look],
+    first: int = 0,
 ) -> None:
-    """Running errors of methods in one plot, or in small ones beside the baseline's if many.
+    """Errors of methods in one plot, or in small ones beside the baseline's if many.
 
     Args:
-        curves: Images seen and share of errors, by method.
+        curves: Images or visits seen, and share of errors, by method.
         parts: Stretches of the stream with one domain each, see `label_domains`.
-        window: Images that errors look back on.
+        below: What stands below the plot.
         path: Where the PNG goes.
         title: What the picture shows.
         looks: Of all methods.
+        first: Where the horizontal axis begins.
     """
     total = int(next(iter(curves.values()))[0][-1])
     top = 100 * max(float(np.nanmax(errors)) for _, errors in curves.values())
-    below = f"images seen (error over the last {window})"
     if len(curves) <= MANY:
         figure, axes = make_figure(4.8)
         for method, (seen, errors) in curves.items():
@@ -232,9 +241,9 @@ def draw_curves(
             order = ", ".join(name for _, _, name in parts)
             below += "\n" + textwrap.fill(f"domains between the lines: {order}", 150)
         figure.supxlabel(below, fontsize=9)
-    grid[0].set_xlim(0, total)
+    grid[0].set_xlim(first, total)
     grid[0].set_ylim(0, min(100.0, max(1.05 * top, 1.0)))  # a method may make no errors
-    grid[0].locator_params(axis="x", nbins=4 if len(grid) > 1 else 10)
+    grid[0].locator_params(axis="x", nbins=4 if len(grid) > 1 else 10, integer=True)
     with_title(figure, title, "error (%)")
     figure.savefig(path)
 
@@ -242,6 +251,11 @@ def draw_curves(
 def window_of(total: int) -> int:
     """Images that a running figure of a stream of so many looks back on."""
     return min(max(total // 24, 50), 2000)
+
+
+def seen_of(window: int) -> str:
+    """What stands below errors over so many images."""
+    return f"images seen (error over the last {window})"
 
 
 def running(seen: np.ndarray, wrong: np.ndarray, window: int) -> np.ndarray:

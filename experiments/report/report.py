@@ -86,6 +86,7 @@ class Report:
             plot_estimates,
             plot_reliability,
             plot_stream,
+            plot_visits,
         )
         from experiments.report.style import looks_of
 
@@ -96,6 +97,7 @@ class Report:
         kinds: list[tuple[str, Callable[..., bool | None], str]] = [
             ("stream", plot_stream, "Error over the stream"),
             ("domains", plot_domains, "Error by domain; lines are intervals, or join two seeds"),
+            ("visits", plot_visits, "Error by visit, of all domains"),
             ("cost", plot_cost, "Accuracy against cost"),
             ("reliability", plot_reliability, "Accuracy by confidence; dots are bins' means"),
             ("estimates", plot_estimates, "Accuracy, true and as estimated without labels"),

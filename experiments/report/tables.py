@@ -18,14 +18,15 @@ from experiments.report.statistics import Estimate, difference, over_seeds
 __all__ = ["HEALTH_NOTES", "NOTES", "TIME_NOTES", "Table", "csv_rows", "overview", "setting_table"]
 
 NOTES = {
-    "error": "mean over the domains of the share of errors, in %",
+    "error": "share of errors in %, mean over the domains; of a walk, over its images",
     "vs source": "paired difference to source with the same seed, in points; negative is better",
     "worst": "error in the domain with most errors, in %",
     "clean": "error on clean images with the adapter frozen, before and after the stream, in %",
     "NLL": "negative log-likelihood in nats",
     "Brier": "Brier score, from 0 to 2",
     "ECE": "expected calibration error over 15 bins, in %",
-    "conc.": "concentration, negative entropy of a batch's mean prediction; 0 is a collapse",
+    "conc.": "concentration, negative entropy of the softmax of a batch's mean logits; 0 is a "
+    "collapse",
     "used": "share of samples in a loss, in %",
     "resets": "times the model went back to its start",
     "late": "share of images that came while the method was busy, in %",

@@ -12,7 +12,7 @@ from experiments.records.config import RunConfig, StreamConfig
 from experiments.run.domains import Shifts
 from tta.streams import Stream
 
-__all__ = ["build_stream"]
+__all__ = ["build_stream", "read_options"]
 
 
 def build_stream(config: StreamConfig, run: RunConfig, shifts: Shifts, crop: int) -> Stream:
@@ -28,7 +28,7 @@ def build_stream(config: StreamConfig, run: RunConfig, shifts: Shifts, crop: int
         ValueError: For options that the scenario does not have or that do not fit the images.
     """
     smooth = config.spec.smooth
-    options = dict(config.options)
+    options = read_options(config)
     if options.pop("ccc", False):  # functions, which no file of settings can hold
         if not smooth:
             known = [name for name, spec in tta.streams.SCENARIOS.items() if spec.smooth]
@@ -37,8 +37,6 @@ def build_stream(config: StreamConfig, run: RunConfig, shifts: Shifts, crop: int
                 "elsewhere images are corrupted before they are cropped; leave it out"
             )
         options |= {"before": corruptions.CropAndFlip(crop), "after": corruptions.Jpeg()}
-    if isinstance(options.get("surface"), str):
-        options["surface"] = read_surface(options["surface"])
 
     def choose(images: LabelledSet) -> LabelledSet:
         return images if config.images is None else images.balanced(config.images)
@@ -53,6 +51,14 @@ def build_stream(config: StreamConfig, run: RunConfig, shifts: Shifts, crop: int
         **arguments,
         **options,
     )
+
+
+def read_options(config: StreamConfig) -> dict[str, Any]:
+    """The options of a stream, with what is in the files that they name."""
+    options = dict(config.options)
+    if isinstance(options.get("surface"), str):
+        options["surface"] = read_surface(options["surface"])
+    return options
 
 
 def _check_num_samples(wanted: Any, arguments: dict[str, Any]) -> None:

@@ -1,7 +1,8 @@
 """Shifted domains that all methods share, so that an image is not corrupted anew by each method.
 
-Every image has its own corruption seed, drawn from (seed, corruption, position in the whole set).
-So it looks the same for every method, whatever the batch size and the choice of other images.
+Every image has its own corruption seed, drawn from (seed, corruption, severity, position in the
+whole set). So it looks the same for every method, whatever the batch size and the choice of other
+images.
 """
 
 from __future__ import annotations
@@ -21,11 +22,21 @@ from tta.streams.sources import CLEAN
 
 __all__ = ["Shifts", "corrupt_set", "image_seeds", "resolve_domains"]
 
+USUAL = 5  # severity of results that were made when all severities had the same draws
 
-def resolve_domains(names: Sequence[str], data: Collection) -> tuple[str, ...]:
-    """The domains called `names`, or all that `data` has, in the benchmark's order.
+
+def resolve_domains(
+    names: Sequence[str], data: Collection, usual: Sequence[str] | None = None
+) -> tuple[str, ...]:
+    """The domains called `names`, or the usual ones.
 
     Images that are not stored as domains may also be shown as they are, as the domain "clean".
+
+    Args:
+        names: Corruptions or stored domains; empty for the usual ones.
+        data: Where they come from.
+        usual: Those of a scenario, in its order. Where `data` lacks one of them, and without, all
+            that it has are shown, in the benchmark's order.
 
     Raises:
         ValueError: For a name that is neither a stored domain of `data` nor a corruption.
@@ -36,11 +47,11 @@ def resolve_domains(names: Sequence[str], data: Collection) -> tuple[str, ...]:
         ordered = sorted(data.stored, key=lambda name: (ranks.get(name, len(ranks)), name))
         # Held-out corruptions lie in the published folders too, and are no part of the 15.
         default = [name for name in ordered if name in ranks] or ordered
-        known = ordered
+        known: Sequence[str] = ordered
     else:
         default, known = benchmark, [CLEAN, *corruptions.list_corruptions(extra=True)]
     if not names:
-        return tuple(default)
+        return tuple(usual if usual and set(usual) <= {*known} else default)
     for name in names:
         if name not in known:
             raise ValueError(
@@ -52,9 +63,13 @@ def resolve_domains(names: Sequence[str], data: Collection) -> tuple[str, ...]:
     return tuple(names)
 
 
-def image_seeds(seed: int, corruption: str, index: np.ndarray) -> Tensor:
-    """One int64 seed per image, a function of its position `index` (N,) in the whole set."""
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{corruption}".encode()))
+def image_seeds(seed: int, corruption: str, index: np.ndarray, severity: float = USUAL) -> Tensor:
+    """One int64 seed per image, a function of its position `index` (N,) in the whole set.
+
+    Severities have draws of their own; those of the usual one are of before they had.
+    """
+    key = f"{seed}/{corruption}" + ("" if severity == USUAL else f"/{severity:g}")
+    generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
     drawn = torch.randint(0, 2**62, (int(index.max()) + 1,), generator=generator)
     return drawn[torch.from_numpy(index)]
 
@@ -63,7 +78,7 @@ def corrupt_set(
     images: ImageSet, corruption: str, severity: float, seed: int, device: torch.device
 ) -> Tensor:
     """Corrupt a whole set: (N, 3, H, W) uint8 on `device`."""
-    seeds = image_seeds(seed, corruption, images.index)
+    seeds = image_seeds(seed, corruption, images.index, severity)
     return corruptions.corrupt(images.tensor().to(device), corruption, severity, seeds=seeds)
 
 

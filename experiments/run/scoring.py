@@ -18,7 +18,7 @@ from experiments.run.totals import Totals
 from tta import Adapter
 from tta.core.component import log_probabilities
 from tta.core.prediction import Report
-from tta.streams import Batch, Clock, Stopwatch, Stream
+from tta.streams import Batch, Stopwatch, Stream
 from tta.streams.reading import read_ahead
 
 __all__ = ["Images", "Step", "clean_error", "iter_evaluate"]
@@ -131,7 +131,7 @@ def iter_evaluate(
             if full or done == end or (every is not None and done % every == 0):
                 if rest.stopwatch is not None:
                     totals.utilities.spent = rest.stopwatch.spent
-                yield _score(adapter, block, totals, rest.clock), totals
+                yield _score(adapter, block, totals, rest), totals
                 block, begun = [], time.perf_counter()
     finally:
         passes.close()
@@ -194,7 +194,7 @@ def _logits(adapter: Adapter, images: Tensor) -> Tensor:
 
 
 def _score(
-    adapter: Adapter, block: Sequence[_Predicted], totals: Totals, clock: Clock | None
+    adapter: Adapter, block: Sequence[_Predicted], totals: Totals, stream: Stream
 ) -> list[Step]:
     """Compute the figures of some batches, and add them to the totals."""
     output = torch.cat([predicted.output for predicted in block])
@@ -221,11 +221,13 @@ def _score(
             "seconds": predicted.timer.seconds(),
             **predicted.health,
         }
+        if (recurrence := stream.recurrence(batch.visit)) is not None:
+            row["recurrence"] = recurrence
         totals.add(row, scores, batch.domains, batch.severities)
-        if clock is not None and predicted.latency is not None:
+        if stream.clock is not None and predicted.latency is not None:
             row["latency"] = predicted.latency
             right = ~scores.values["error"].astype(bool)
-            totals.utilities.add(clock, right, batch.late, predicted.latency)
+            totals.utilities.add(stream.clock, right, batch.late, predicted.latency)
         totals.forwards += predicted.forwards
         totals.backwards += predicted.backwards
         tally = totals.by_domain.get(batch.domain)

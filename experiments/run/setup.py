@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from experiments.data import FolderSet, LabelledSet
-from experiments.records.config import RunConfig
-from experiments.run.build_streams import build_stream
+from experiments.data import Collection, FolderSet, LabelledSet
+from experiments.records.config import RunConfig, StreamConfig
+from experiments.run.build_streams import build_stream, read_options
 from experiments.run.cache import Cache
 from experiments.run.domains import Shifts, resolve_domains
 from experiments.run.method_strings import Method, parse_methods
@@ -82,10 +82,7 @@ def load_setup(
     subject: Subject = cache.get("subject", wanted, lambda: load_subject(*wanted))
     data = subject.data
     methods = parse_methods(config.methods, subject.info.num_classes, config.health)
-    resolved = tuple(
-        replace(stream, domains=resolve_domains(stream.domains, data)) for stream in config.streams
-    )
-    config = replace(config, streams=resolved)
+    config = replace(config, streams=tuple(_with_domains(s, data) for s in config.streams))
     _warn_of_tuned_domains(config)
     clean = _choose_clean(subject, [stream.images for stream in config.streams])
     shifts: Shifts = cache.get(
@@ -108,6 +105,12 @@ def load_setup(
         _pick_readers(readers, data.files or isinstance(clean, FolderSet), device),
         shifts,
     )
+
+
+def _with_domains(stream: StreamConfig, data: Collection) -> StreamConfig:
+    """The stream with the names of its domains, those of its scenario where it has none."""
+    usual = stream.spec.default_domains(read_options(stream))
+    return replace(stream, domains=resolve_domains(stream.domains, data, usual))
 
 
 def _warn_of_tuned_domains(config: RunConfig) -> None:

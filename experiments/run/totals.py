@@ -131,6 +131,8 @@ class Totals:
         batches: Batches seen; the stream goes on at this step.
         everything: All images.
         by_domain: The images of each domain, in the order in which the domains first came.
+        by_recurrence: [errors, images] of each showing of all domains, where they come again.
+        pairs: Whether two corruptions are shown at once, as on a walk.
         seconds: Time of the adapter alone.
         selected: Samples in a loss.
         resets: Resets by the scenario or by the method itself.
@@ -148,6 +150,8 @@ class Totals:
     batches: int = 0
     everything: Tally = field(default_factory=Tally)
     by_domain: dict[str, Tally] = field(default_factory=dict)
+    by_recurrence: list[list[int]] = field(default_factory=list)
+    pairs: bool = False
     seconds: float = 0.0
     selected: int = 0
     resets: int = 0
@@ -191,6 +195,12 @@ class Totals:
         self.resets = row["resets"]
         self.late += row["images"] if row["late"] else 0
         self.concentration += row["concentration"]
+        if "recurrence" in row:
+            if row["recurrence"] == len(self.by_recurrence):
+                self.by_recurrence.append([0, 0])
+            held = self.by_recurrence[row["recurrence"]]
+            held[:] = held[0] + row["errors"], held[1] + row["images"]
+        self.pairs = self.pairs or any(isinstance(severity, tuple) for severity in severities)
         for (name, severity), rows in _rows_by(domains, severities).items():
             tally = Tally.of(scores if rows is None else scores.rows(rows), severity)
             self.by_domain.setdefault(name, Tally()).add(tally)
@@ -202,14 +212,18 @@ class Totals:
         errors = {name: tally.errors / tally.images for name, tally in self.by_domain.items()}
         shifted = {name: error for name, error in errors.items() if name != CLEAN} or errors
         worst = max(shifted, key=lambda name: shifted[name])
+        # A walk passes its pairs at different lengths, and its figure is that of the whole stream.
+        mean = self.error if self.pairs else float(np.mean(list(shifted.values())))
+        again = [wrong / images for wrong, images in self.by_recurrence]
         scored = self.everything.scored
         return {
             "images": self.images,
             **self.everything.means("summary"),
-            "mean_error": float(np.mean(list(shifted.values()))),
+            "mean_error": mean,
             "worst_error": shifted[worst],
             "worst_domain": worst,
             "domain_errors": errors,
+            **({"recurrence_errors": again} if len(again) > 1 else {}),
             "ece": self.calibration.error() if scored else math.nan,
             "reliability": self.calibration.reliability() if scored else [],
             "concentration": self.concentration / self.batches,

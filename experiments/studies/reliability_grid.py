@@ -15,7 +15,7 @@ from typing import Any
 
 import tta
 from experiments.records.config import StreamConfig
-from experiments.sweep.benchmark import EXPENSIVE, STREAMS, all_methods, bundled_models
+from experiments.sweep.benchmark import DOMAINS, EXPENSIVE, STREAMS, all_methods, bundled_models
 from tta.core.registry import component
 from tta.core.update import Update
 from tta.runtime.method_strings import PLUS
@@ -71,7 +71,7 @@ PHOTO_DOMAINS = ("gaussian_noise", "defocus_blur", "fog", "contrast", "jpeg_comp
 
 def _stream(name: str, scenario: str, **fields: Any) -> StreamConfig:
     return StreamConfig(
-        **{"name": name, "scenario": scenario, "domains": (), "images": 500} | fields
+        **{"name": name, "scenario": scenario, "domains": DOMAINS, "images": 500} | fields
     )
 
 

@@ -30,6 +30,7 @@ class Played:
     Args:
         wrong: Of each batch, (B,) whether each image's prediction is wrong.
         domains: Of each image, its domain.
+        pairs: Whether two corruptions are shown at once, as on a walk.
         actions: How often a guard did what; empty without health figures.
         estimated: Of each batch with an estimate of accuracy: the estimator, the estimate, images
             and errors.
@@ -37,6 +38,7 @@ class Played:
 
     wrong: list[Wrong] = field(default_factory=list)
     domains: list[str] = field(default_factory=list)
+    pairs: bool = False
     actions: Counter[str] = field(default_factory=Counter)
     estimated: list[tuple[str, float, int, int]] = field(default_factory=list)
 
@@ -46,7 +48,9 @@ class Played:
         return np.concatenate(self.wrong)
 
     def mean_error(self) -> float:
-        """Mean error over the domains, as in the record: of the shifted ones if there are any."""
+        """The record's figure: the mean over shifted domains if there are any; a walk's error."""
+        if self.pairs:
+            return float(self.all_wrong.mean())
         names, places = np.unique(np.array(self.domains), return_inverse=True)
         errors = np.bincount(places, self.all_wrong) / np.bincount(places)
         shifted = errors[names != CLEAN]
@@ -72,6 +76,7 @@ def play(adapter: Adapter, batches: Iterable[Batch], subject: Subject) -> Played
         scored = labels >= 0
         wrong = wrong[scored].numpy()
         played.wrong.append(wrong)
+        played.pairs = played.pairs or isinstance(batch.severity, tuple)
         played.domains += [d for d, s in zip(batch.domains, scored.tolist(), strict=True) if s]
         health = adapter.health
         if health:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import corruptions
 import models
 import tta
 from experiments.records.config import BASELINE, RunConfig, StreamConfig
@@ -31,13 +32,15 @@ from tta.core.registry import component
 from tta.core.update import Update
 from tta.runtime.method_strings import PLUS
 
-__all__ = ["Benchmark", "BenchmarkRun", "add_flags", "without_replay"]
+__all__ = ["DOMAINS", "Benchmark", "BenchmarkRun", "add_flags", "without_replay"]
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "experiments" / "results" / "record.jsonl"
 PAGE = ROOT / "docs" / "record.md"
 SEEDS = (0, 1, 2)
 EXPENSIVE = 10.0  # forward passes that a component adds to those of the model, or more
+# On every stream, also where a scenario has others or another order, so that streams compare.
+DOMAINS = tuple(corruptions.list_corruptions())
 COMPOSED = ("unmix_tns+eata", "unmix_tns+lame", "eata+lame")
 
 
@@ -60,7 +63,7 @@ class Entry:
 
 def _entry(name: str, images: int, options: dict[str, Any] | None = None, **rest: Any) -> Entry:
     stream = StreamConfig(
-        name=name, scenario=name, domains=(), images=images, options=options or {}
+        name=name, scenario=name, domains=DOMAINS, images=images, options=options or {}
     )
     return Entry(stream=stream, **rest)
 

@@ -14,6 +14,7 @@ from tta.streams.building_blocks import (
     SELECTIONS,
     BuildingBlock,
     Schedule,
+    options_of,
 )
 from tta.streams.schedules import CANONICAL_ORDER, ROTTA_ORDER
 
@@ -86,9 +87,18 @@ class Scenario:
         return (severity,) if own is None else tuple(sorted({*own(options)}))
 
     def default_domains(self, options: Mapping[str, Any]) -> list[str]:
-        """List the domains where the caller names none, given all options."""
-        own = SCHEDULES[self.schedule].domains
-        return list(self.order if own is None else own(options))
+        """List the domains where the caller names none.
+
+        Args:
+            options: Those that `build` is given; others have their defaults.
+
+        >>> SCENARIOS["walk"].default_domains({"difficulty": "hard"})
+        ['gaussian_noise', 'shot_noise', 'impulse_noise', 'contrast']
+        """
+        schedule = SCHEDULES[self.schedule]
+        if schedule.domains is None:
+            return list(self.order)
+        return list(schedule.domains({**options_of(schedule), **options}))
 
     def with_choices(self, **given: str | None) -> Scenario:
         """Return the scenario with other choices.

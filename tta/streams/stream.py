@@ -85,6 +85,21 @@ class Stream:
             f"{c['batch_size']}, seed {c['seed']})"
         )
 
+    def recurrence(self, visit: int) -> int | None:
+        """Which showing of all domains a visit belongs to, from 0; None where they come once.
+
+        Args:
+            visit: Its number, as in :attr:`Batch.visit`.
+
+        >>> import numpy as np
+        >>> from tta.streams import build
+        >>> data = np.zeros((20, 8, 8, 3), dtype=np.uint8), np.arange(20) % 4
+        >>> stream = build("recurring", data, domains=["clean"], batch_size=10, visits=2)
+        >>> [stream.recurrence(batch.visit) for batch in stream]
+        [0, 0, 1, 1]
+        """
+        return self._plan.visits[visit].cycle if self._config["schedule"] == "recurring" else None
+
     def from_step(self, n: int) -> Stream:
         """Return the stream from batch `n` of the whole stream on; no image before it is made.
 

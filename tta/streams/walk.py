@@ -186,8 +186,13 @@ def walk(
 
 
 def default_domains(options: Mapping[str, Any]) -> list[str]:
-    """List the domains of a walk whose caller names none."""
-    return walk_domains(options["difficulty"])
+    """List the domains of a walk whose caller names none: of its surface, or the published ones."""
+    surface = options["surface"]
+    if not isinstance(surface, Mapping) or not surface:
+        return walk_domains(options["difficulty"])
+    names = {key[0] if isinstance(key, tuple) and key else key for key in surface}
+    usual = [name for name in CANONICAL_ORDER if name in names]
+    return usual + sorted(str(name) for name in names.difference(usual))
 
 
 def fit_walk(domains: Domains, names: Sequence[str], options: dict[str, Any]) -> None:
