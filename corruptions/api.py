@@ -106,7 +106,8 @@ def sample(
     Args:
         name: One of `list_corruptions(extra=True)`.
         shape: (B, 3, H, W) of the images; (B, 1, H, W) for grey ones gives the same draws.
-        severity: 0 (clean) to 5; fractions interpolate the published constants.
+        severity: 0 (clean) to 5; fractions interpolate the published constants, or average the
+            discs of defocus_blur and the zooms of zoom_blur.
         seeds: (B,) int64, any values.
         parameters: "cifar" and "imagenet" force the constants published for 32x32 and 224x224
             images; "auto" chooses by the short side and interpolates in between.
@@ -238,7 +239,8 @@ def corrupt(
             any device. Grey images stay grey: each gets the luma of what the recipe makes of
             three equal channels.
         name: One of `list_corruptions(extra=True)`.
-        severity: 1 to 5 as published; fractions interpolate the constants, 0 returns a copy.
+        severity: 1 to 5 as published; fractions interpolate the constants (defocus_blur and
+            zoom_blur average the filters instead), 0 returns a copy.
         generator: Draws one seed for each image. With neither this nor `seeds`, seeds come from
             the operating system and no call repeats another. No global generator is used.
         seeds: (B,) int64: fixes each image's draws, whatever batch it is in.

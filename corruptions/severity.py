@@ -7,7 +7,9 @@ The scripts publish two sets of constants: one for 32x32 (CIFAR-10-C) and one fo
 (ImageNet-C), each for severities 1 to 5. In between, every constant moves linearly: over severity
 from one level to the next (level 0 is the clean image), and over the short side of the image, on
 a log2 scale, from the 32 set to the 224 set. At 32 and below, and at 224 and above, a set holds
-as published. Constants that count something are rounded to the nearest integer at the end.
+as published. Constants that count something are rounded to the nearest integer at the end. The disc
+of defocus_blur and the factors of zoom_blur are sets of pixels and of pictures, between which there
+is nothing: there the filters of the surrounding published points are averaged (`mixture`).
 """
 
 from __future__ import annotations

@@ -61,7 +61,8 @@ class NamedTensors(nn.Module):
     ) -> None:
         super().__init__()
         self._places: dict[str, tuple[nn.Module, str]] = {}
-        self._dtype, self._dtypes = dtype, dict[str, Dtype]()
+        self._dtype: Dtype = dtype
+        self._dtypes: dict[str, Dtype] = {}
         self.hold(tensors, constant)
 
     def __setattr__(self, name: str, value: Any) -> None:
