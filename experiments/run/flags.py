@@ -111,8 +111,8 @@ def add_settings(parser: argparse.ArgumentParser, methods: bool = True) -> None:
         "--corruptions",
         nargs="+",
         metavar="NAME",
-        help="domains in stream order, 'clean' for images as they are (default: the 15 in "
-        "canonical order, or all of DATA's own)",
+        help="domains in stream order, 'clean' for images as they are (default: those of "
+        "the scenario, mostly the 15 in canonical order, or all of DATA's own where it lacks one)",
     )
     add(
         "--severity",
