@@ -27,7 +27,7 @@ class StreamConfig:
     Args:
         name: For tables and file names.
         scenario: One of `tta.streams.list_scenarios()`.
-        domains: Corruptions or stored domains, in stream order; empty for the usual ones of the scenario.
+        domains: Corruptions or stored domains, in stream order; empty for the scenario's own.
         severity: 1 to 5.
         images: Images of each domain, as many of each class; None for all.
         batch_size: Images per batch; None for the run's.
