@@ -262,8 +262,9 @@ def _figures(name: str, record: Record) -> str:
     if not rows:
         return ""
     about = (
-        "Mean error over the domains in %, and in brackets the difference to the model without "
-        "adaptation, in points: below 0 it helps. CIFAR-10 with corruptions of severity 5 "
+        "Mean error over the domains in % (of a walk: over its images), and in brackets the "
+        "difference to the model without adaptation, in points: below 0 it helps. CIFAR-10 with "
+        "corruptions of severity 5 "
         "(`gradual` and `walk` have their own), published fields, nothing tuned; see the "
         "[record](../record.md) for the streams, seeds and intervals."
     )

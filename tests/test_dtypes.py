@@ -52,8 +52,9 @@ def test_source_batches_follow_the_model() -> None:
 @pytest.mark.parametrize("method", ["rotta", "adacontrast"])
 def test_averages_of_a_teacher_are_never_in_half_precision(method: str) -> None:
     adapter = tta.wrap(tiny("bn"), method, mean=(0.0,), std=(1.0,))
-    with pytest.warns(UserWarning, match="convert the model before wrap"):
-        adapter.bfloat16()
+    with pytest.warns(UserWarning, match="convert the model before wrap") as caught:
+        adapter.bfloat16().half().bfloat16()
+    assert [w.filename for w in caught] == [__file__]
     adapter(images(0).bfloat16())
     averages = {k: v for k, v in adapter.state().items() if k.endswith((".mean", ".var"))}
     assert {k.split("/")[0] for k in averages} == {"norm", "update"}

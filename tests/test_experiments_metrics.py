@@ -353,3 +353,18 @@ def test_errors_by_recurrence_and_of_walks():
     again = Totals.from_state(*totals.state()).summary()
     assert again["recurrence_errors"] == found["recurrence_errors"]
     assert again["mean_error"] == found["mean_error"]
+    numbers, tensors = totals.state()
+    del numbers["by_recurrence"]  # as in a snapshot of before there was any
+    with pytest.raises(ValueError, match="by_recurrence: they are those of an earlier version"):
+        Totals.from_state(numbers, tensors)
+
+
+def test_a_batch_may_pass_over_a_whole_recurrence():
+    totals = Totals(2)
+    right = torch.tensor([[0.9, 0.1]]).log().repeat(2, 1)
+    for number in (0, 2):
+        scores = score(right.argmax(1), right, torch.tensor([0, 1]))
+        row = {"images": 2, "errors": 1, "seconds": 0.1, "selected": 0, "resets": 0}
+        row |= {"late": False, "concentration": 0.0, "recurrence": number}
+        totals.add(row, scores, ["fog"] * 2, [5, 5])
+    assert totals.summary()["recurrence_errors"] == [0.5, 0.5]

@@ -156,7 +156,7 @@ def test_a_surface_is_measured_and_walked(tmp_path, capsys):
 
     both = images.tensor()
     for name, key in (("fog", "fog"), ("contrast", "fog+contrast")):
-        seeds = image_seeds(0, key, images.index, 2.5)
+        seeds = image_seeds(0, key, images.index)
         both = corruptions.corrupt(both, name, 2.5, seeds=seeds)
     assert surface["fog"]["contrast"][10][10] == pytest.approx(accuracy(both))
     assert surface["contrast"]["fog"][0][0] == pytest.approx(accuracy(images.tensor()))

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+import corruptions
 import tta
 from experiments import cli
+from experiments.data import read_bundled
 from experiments.studies import reliability, reliability_grid, reliability_page
 from experiments.studies.reliability_episodes import UNSCORED
 from experiments.studies.reliability_figures import Gap, estimator_errors, gap_of, mean_gap, points
@@ -19,6 +22,7 @@ from experiments.studies.reliability_paired import Played, estimates, paired, pl
 from experiments.studies.reliability_photos import load_photos, why_not
 from experiments.studies.reliability_run import Runner, read_results
 from experiments.sweep.benchmark import DOMAINS
+from tests.helpers.nets import tiny
 from tests.helpers.tiny_models import fake_load, use_tiny_models
 from tta.core.registry import component
 
@@ -175,6 +179,17 @@ def test_the_mean_error_is_over_shifted_domains():
         domains=["fog", "snow", "fog", "clean"],
     )
     assert played.mean_error() == pytest.approx((1.0 + 0.0) / 2)
+
+
+def test_a_walk_s_error_is_over_images_also_where_every_batch_is_mixed():
+    stream = tta.streams.build(
+        "walk", read_bundled().balanced(20), transform=corruptions.corrupt, speed=1, total=64,
+        batch_size=16,
+    )  # fmt: skip
+    subject = SimpleNamespace(preprocess=lambda x: x, device=torch.device("cpu"))
+    played = play(tta.wrap(tiny("bn"), "source"), stream, subject)
+    assert len({*played.domains}) > 1 and played.pairs
+    assert played.mean_error() == played.all_wrong.mean()
 
 
 def test_a_run_pairs_with_source_and_with_the_method_alone():

@@ -436,7 +436,16 @@ class Clash(nn.Module):
     """A network whose layers have the names of what a teacher has."""
 
     NAMES = ("network", "followed", "places", "tensors", "named", "copy", "hold", "average")
-    NAMES += ("predict", "like_parameters", "learn_statistics", "state", "update", "model", "rule")
+    NAMES += (
+        "predict",
+        "_dtypes",
+        "_places",
+        "learn_statistics",
+        "state",
+        "update",
+        "model",
+        "rule",
+    )
 
     def __init__(self) -> None:
         super().__init__()

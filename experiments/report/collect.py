@@ -19,6 +19,7 @@ from experiments.records.health import errors_expected
 from experiments.records.lines import encode, split
 from tta.core.files import replacing
 from tta.streams.building_blocks import ARRANGEMENTS, SELECTIONS
+from tta.streams.scenarios import Scenario, get_scenario
 
 __all__ = [
     "NoRunsError",
@@ -333,15 +334,18 @@ def _read(path: Path) -> Iterator[Result]:
                 Setting(
                     **row["setting"] | {"options": "", "images": row["summary"]["images"]},
                 ),
-                **{
-                    key: row[key]
-                    for key in ("method", "seed", "summary", "domains", "stretches", "about")
-                },
+                summary=_as_now(row["summary"], get_scenario(row["setting"]["scenario"])),
+                **{key: row[key] for key in ("method", "seed", "domains", "stretches", "about")},
                 curve=(row["curve"][0], row["curve"][1]),
                 expected=row.get("expected"),
             )
     if path.name == RESULTS:
         yield from _read_run(path, rows)
+
+
+def _as_now(summary: dict[str, Any], scenario: Scenario) -> dict[str, Any]:
+    """A summary whose mean is over images on a walk, where it was over pairs once."""
+    return summary | {"mean_error": summary["error"]} if scenario.smooth else summary
 
 
 def _read_run(path: Path, rows: Sequence[Mapping[str, Any]]) -> Iterator[Result]:
@@ -391,7 +395,7 @@ def _read_run(path: Path, rows: Sequence[Mapping[str, Any]]) -> Iterator[Result]
             setting,
             method,
             header["seed"],
-            summary,
+            _as_now(summary, stream.spec),
             lines["domain"],
             (seen, wrong),
             stretches(batches),

@@ -170,13 +170,14 @@ def plot_visits(methods: Methods, path: Path, title: str, looks: Looks) -> bool:
     Returns:
         False, and nothing drawn, where the domains come once.
     """
+    known = {m: [r for r in rs if "recurrence_errors" in r.summary] for m, rs in methods.items()}
     curves = {
         method: (
             np.arange(1, len(results[0].summary["recurrence_errors"]) + 1),
             np.mean([r.summary["recurrence_errors"] for r in results], axis=0),
         )
-        for method, results in methods.items()
-        if all("recurrence_errors" in r.summary for r in results)
+        for method, results in known.items()
+        if results
     }
     if curves:
         draw_curves(curves, [], "visit of all domains", path, title, looks, first=1)

@@ -136,7 +136,7 @@ class Report:
         for model, table in overview(self.results).items():
             self._write_table(f"overview-{file_name(model)}", table)
             tables.append(f"<h3>{html.escape(model)}</h3>" + table.html())
-        text = "Mean error over the domains in %, lowest of each column in bold."
+        text = "Mean error over the domains in % (of a walk: over its images), lowest in bold."
         return Section("All streams", [text], tables)
 
     def _setting(self, setting: Setting) -> Section:

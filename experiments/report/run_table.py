@@ -21,7 +21,7 @@ NOTHING = "-"  # a cell without a figure
 
 # Header of each figure after the domains, and what it means.
 LEGEND = {
-    "mean": "mean error over the domains",
+    "mean": "mean error over the domains; of a walk, over its images",
     "clean": "error on clean images after the stream, adapter frozen",
     "img/s": "images per second of the adapter alone",
     "used": "share of samples in the loss of an update, in %",

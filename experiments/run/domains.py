@@ -1,8 +1,7 @@
 """Shifted domains that all methods share, so that an image is not corrupted anew by each method.
 
-Every image has its own corruption seed, drawn from (seed, corruption, severity, position in the
-whole set). So it looks the same for every method, whatever the batch size and the choice of other
-images.
+Every image has its own corruption seed, drawn from (seed, corruption, position in the whole set).
+So it looks the same for every method, whatever the batch size and the choice of other images.
 """
 
 from __future__ import annotations
@@ -21,8 +20,6 @@ from tta.core.checks import nearest, shown
 from tta.streams.sources import CLEAN
 
 __all__ = ["Shifts", "corrupt_set", "image_seeds", "resolve_domains"]
-
-USUAL = 5  # severity of results that were made when all severities had the same draws
 
 
 def resolve_domains(
@@ -63,13 +60,12 @@ def resolve_domains(
     return tuple(names)
 
 
-def image_seeds(seed: int, corruption: str, index: np.ndarray, severity: float = USUAL) -> Tensor:
+def image_seeds(seed: int, corruption: str, index: np.ndarray) -> Tensor:
     """One int64 seed per image, a function of its position `index` (N,) in the whole set.
 
-    Severities have draws of their own; those of the usual one are of before they had.
+    All severities have it in common: with others, results so far would have no partners.
     """
-    key = f"{seed}/{corruption}" + ("" if severity == USUAL else f"/{severity:g}")
-    generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{corruption}".encode()))
     drawn = torch.randint(0, 2**62, (int(index.max()) + 1,), generator=generator)
     return drawn[torch.from_numpy(index)]
 
@@ -78,7 +74,7 @@ def corrupt_set(
     images: ImageSet, corruption: str, severity: float, seed: int, device: torch.device
 ) -> Tensor:
     """Corrupt a whole set: (N, 3, H, W) uint8 on `device`."""
-    seeds = image_seeds(seed, corruption, images.index, severity)
+    seeds = image_seeds(seed, corruption, images.index)
     return corruptions.corrupt(images.tensor().to(device), corruption, severity, seeds=seeds)
 
 

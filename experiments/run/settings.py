@@ -12,7 +12,7 @@
 
     [[streams]]
     scenario = "dirichlet"
-    domains = ["fog", "snow"]            # default: all
+    domains = ["fog", "snow"]            # default: the scenario's
     severity = 5
     images = 1000                        # of each domain, or "all"
     options = { delta = 0.1 }

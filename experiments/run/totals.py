@@ -131,7 +131,8 @@ class Totals:
         batches: Batches seen; the stream goes on at this step.
         everything: All images.
         by_domain: The images of each domain, in the order in which the domains first came.
-        by_recurrence: [errors, images] of each showing of all domains, where they come again.
+        by_recurrence: [errors, images] of each showing of all domains, where they come again; a
+            batch counts where its first image does.
         pairs: Whether two corruptions are shown at once, as on a walk.
         seconds: Time of the adapter alone.
         selected: Samples in a loss.
@@ -196,7 +197,7 @@ class Totals:
         self.late += row["images"] if row["late"] else 0
         self.concentration += row["concentration"]
         if "recurrence" in row:
-            if row["recurrence"] == len(self.by_recurrence):
+            while len(self.by_recurrence) <= row["recurrence"]:
                 self.by_recurrence.append([0, 0])
             held = self.by_recurrence[row["recurrence"]]
             held[:] = held[0] + row["errors"], held[1] + row["images"]
@@ -214,7 +215,7 @@ class Totals:
         worst = max(shifted, key=lambda name: shifted[name])
         # A walk passes its pairs at different lengths, and its figure is that of the whole stream.
         mean = self.error if self.pairs else float(np.mean(list(shifted.values())))
-        again = [wrong / images for wrong, images in self.by_recurrence]
+        again = [wrong / images for wrong, images in self.by_recurrence if images]
         scored = self.everything.scored
         return {
             "images": self.images,
@@ -255,7 +256,7 @@ class Totals:
         """Totals that go on where `state` was taken.
 
         Raises:
-            ValueError: The state holds sums of other metrics than those of now.
+            ValueError: The state holds sums of other metrics than those of now, or lacks figures.
         """
         numbers = dict(numbers)
         metrics = numbers.pop("metrics", None)
@@ -263,6 +264,11 @@ class Totals:
             raise ValueError(
                 f"`totals` must hold sums of the metrics {', '.join(METRICS)}, got "
                 + (", ".join(metrics) if metrics else "those of an earlier version")
+            )
+        if missing := cls.__dataclass_fields__.keys() - numbers.keys() - {"calibration"}:
+            raise ValueError(
+                f"`totals` must hold all figures, got none of {', '.join(sorted(missing))}: they "
+                "are those of an earlier version"
             )
         numbers["everything"] = Tally(**numbers["everything"])
         numbers["utilities"] = Utilities(**numbers["utilities"])

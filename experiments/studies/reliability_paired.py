@@ -76,7 +76,7 @@ def play(adapter: Adapter, batches: Iterable[Batch], subject: Subject) -> Played
         scored = labels >= 0
         wrong = wrong[scored].numpy()
         played.wrong.append(wrong)
-        played.pairs = played.pairs or isinstance(batch.severity, tuple)
+        played.pairs = played.pairs or any(isinstance(s, tuple) for s in batch.severities)
         played.domains += [d for d, s in zip(batch.domains, scored.tolist(), strict=True) if s]
         health = adapter.health
         if health:

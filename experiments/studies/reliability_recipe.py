@@ -41,8 +41,9 @@ def mean_error(rows: Sequence[Row]) -> float:
 
 def unknown(rows: Sequence[Row]) -> Lines:
     yield (
-        "Mean error over the domains in %, points above source, and how far that is from the "
-        "lowest figure that any method or composition has in the [record](record.md)."
+        "Mean error over the domains in % (of a walk: over its images), points above source, and "
+        "how far that is from the lowest figure that any method or composition has in the "
+        "[record](record.md)."
     )
     for model, own in by(rows, lambda row: row["model"]).items():
         table = []

@@ -165,7 +165,7 @@ class Surface:
             for s2 in self.levels:
                 twice = once
                 if s2 > 0:
-                    seeds = image_seeds(seed, f"{first}+{second}", self.clean.index, s2)
+                    seeds = image_seeds(seed, f"{first}+{second}", self.clean.index)
                     twice = corruptions.corrupt(once, second, s2, seeds=seeds)
                 accuracies.append(100 * self._accuracy(twice))
                 self.progress.advance(

@@ -469,8 +469,8 @@ class Adapter(nn.Module):
         self._transaction.forget()
         if masters.rounds and not rounded:
             warn(
-                "`adapter` trains weights that are now in half precision, which loses small steps: "
-                "convert the model before wrap(), which then trains float32 copies."
+                "`adapter` has weights to train that are now in half precision, which loses small "
+                "steps: convert the model before wrap(), which then trains float32 copies."
             )
         return self
 

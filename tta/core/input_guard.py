@@ -10,6 +10,8 @@ from torch import Tensor
 
 __all__ = ["ArgumentGuard", "InputGuard", "copies", "rows_refusal"]
 
+ENDLESS = 1 << 32  # bytes
+
 
 class InputGuard:
     """Gives a model its images, or copies of them if the model writes to its input.
@@ -30,7 +32,7 @@ class InputGuard:
     def lend(self, x: Tensor) -> tuple[Tensor, int]:
         """Return the tensor to give the model for ``x`` (B, ...), and that tensor's version."""
         if self.writes or _kind(x) not in self._tried:
-            x = x.clone()
+            x = _copy(x)
         return x, x._version
 
     def take_back(self, x: Tensor, lent: tuple[Tensor, int]) -> None:
@@ -85,10 +87,8 @@ class ArgumentGuard:
 
 def copies(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments of a model with copies of the tensors."""
-    own = [value.clone() if isinstance(value, Tensor) else value for value in args]
-    named = {
-        k: value.clone() if isinstance(value, Tensor) else value for k, value in kwargs.items()
-    }
+    own = [_copy(value) if isinstance(value, Tensor) else value for value in args]
+    named = {k: _copy(value) if isinstance(value, Tensor) else value for k, value in kwargs.items()}
     return tuple(own), named
 
 
@@ -120,4 +120,22 @@ def _kind(x: Tensor) -> tuple[Any, ...]:
 
 
 def _bits(x: Tensor) -> Tensor:
-    return x.detach().contiguous().view(torch.uint8)
+    return _once(x).detach().contiguous().view(torch.uint8)
+
+
+def _copy(x: Tensor) -> Tensor:
+    """A clone, in which values that are repeated beyond any memory are repeated likewise."""
+    return _once(x).clone().expand_as(x) if _is_endless(x) else x.clone()
+
+
+def _once(x: Tensor) -> Tensor:
+    """The tensor with what it repeats beyond any memory once; others as they are."""
+    if not _is_endless(x):
+        return x
+    return x[tuple(slice(None) if stride else slice(1) for stride in x.stride())]
+
+
+def _is_endless(x: Tensor) -> bool:
+    """Whether a tensor would take gigabytes, and repeats values by strides of 0."""
+    large = x.layout == torch.strided and x.numel() * x.element_size() > ENDLESS
+    return large and 0 in x.stride()

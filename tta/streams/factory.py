@@ -59,7 +59,7 @@ def build(
         domains: Names for `transform` ("clean" is the dataset as it is), or a mapping from name
             to a dataset, or from name to a mapping from severity to a dataset, or a list of
             datasets or of pairs (name, dataset); without names they are "0", "1", ... Default: the
-            15 corruptions in the scenario's published order, or "clean" without `transform`.
+            corruptions that the scenario was published with, or "clean" without `transform`.
         severity: 0 to 5, for all domains; `gradual` and `walk` have their own.
         batch_size: Samples per batch; `single` always has 1.
         seed: Seed of all draws; the global generators are neither read nor advanced.

@@ -86,7 +86,7 @@ class Stream:
         )
 
     def recurrence(self, visit: int) -> int | None:
-        """Which showing of all domains a visit belongs to, from 0; None where they come once.
+        """Which showing of all domains a visit belongs to, from 0; None unless they recur.
 
         Args:
             visit: Its number, as in :attr:`Batch.visit`.
@@ -98,7 +98,9 @@ class Stream:
         >>> [stream.recurrence(batch.visit) for batch in stream]
         [0, 0, 1, 1]
         """
-        return self._plan.visits[visit].cycle if self._config["schedule"] == "recurring" else None
+        return (
+            self._plan.visits[visit].cycle if self._config.get("schedule") == "recurring" else None
+        )
 
     def from_step(self, n: int) -> Stream:
         """Return the stream from batch `n` of the whole stream on; no image before it is made.

@@ -186,13 +186,21 @@ def walk(
 
 
 def default_domains(options: Mapping[str, Any]) -> list[str]:
-    """List the domains of a walk whose caller names none: of its surface, or the published ones."""
-    surface = options["surface"]
-    if not isinstance(surface, Mapping) or not surface:
-        return walk_domains(options["difficulty"])
-    names = {key[0] if isinstance(key, tuple) and key else key for key in surface}
+    """List the domains of a walk whose caller names none.
+
+    They are the published ones of the difficulty, or those of a surface that lacks some of these.
+    """
+    published, surface = walk_domains(options["difficulty"]), options["surface"]
+    names: set[str] = set()
+    for key, inner in surface.items() if isinstance(surface, Mapping) else ():
+        pair = (
+            key if isinstance(key, tuple) else (key, *(inner if isinstance(inner, Mapping) else ()))
+        )
+        names.update(str(name) for name in pair)
+    if names.issuperset(published) or not names:
+        return published
     usual = [name for name in CANONICAL_ORDER if name in names]
-    return usual + sorted(str(name) for name in names.difference(usual))
+    return usual + sorted(names.difference(usual))
 
 
 def fit_walk(domains: Domains, names: Sequence[str], options: dict[str, Any]) -> None:
