@@ -38,9 +38,13 @@ def find_pictures(root: str | Path) -> list[str]:
 
     Hidden files and folders, and the folder ``__MACOSX`` of unpacked archives, are left out.
     """
-    found = []
+    found, seen = [], set[str]()
     for folder, inner, files in os.walk(root, followlinks=True):
-        inner[:] = [name for name in inner if not name.startswith((".", "__MACOSX"))]
+        if (place := os.path.realpath(folder)) in seen:  # a link to a folder above, or twice
+            inner.clear()
+            continue
+        seen.add(place)
+        inner[:] = sorted(name for name in inner if not name.startswith((".", "__MACOSX")))
         here = Path(folder).relative_to(root)
         found += [(here / name).as_posix() for name in files if is_picture(name)]
     return sorted(path for path in found if Path(root, path).is_file())

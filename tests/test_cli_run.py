@@ -209,8 +209,14 @@ def test_what_is_not_of_the_same_run_is_refused(out, tmp_path):
     other.mkdir()
     (other / "precious").write_text("x")
     status, _, errors = out(*command, "--fresh", "--folder", other)
-    assert status == 2 and "`folder` must be one that this command has made" in errors
+    assert status == 2 and "empty, or one that this command has made" in errors
     assert (other / "precious").exists() and file.read_bytes() == before
+    status, _, errors = out(*command[:3], "--out", tmp_path / "new.jsonl", "--folder", other)
+    assert status == 2 and "holds 'precious'" in errors
+    assert [path.name for path in other.iterdir()] == ["precious"]
+    (tmp_path / "out.jsonl.state" / "mine.txt").write_text("x")
+    assert out(*command, "--fresh")[0] == 0  # takes away what it has made, and nothing else
+    assert (tmp_path / "out.jsonl.state" / "mine.txt").read_text() == "x"
 
 
 def test_a_command_that_is_refused_leaves_and_takes_no_file(out, tmp_path):
@@ -369,6 +375,10 @@ def test_class_folders_go_by_name_number_or_place(out, tmp_path):
     some = {"kind 7": ["a"], "kind 2": ["b"]}
     assert _labels(some, model, names, ["cafa"]) == {"kind 2": 2, "kind 7": 7}
     assert _labels({"3": ["a"], "9": ["b"]}, model, None, ["cafa"]) == {"3": 3, "9": 9}
+    from_one = {str(n): ["a"] for n in range(1, 11)}
+    assert _labels(from_one, model, None, ["cafa"]) == {str(n): n - 1 for n in range(1, 11)}
+    with pytest.raises(ValueError, match="by the names of classes, got 'kind 1x': did you mean"):
+        _labels({"kind 1x": ["a"]} | some, model, names, ["cafa"], given=True)
     ten = {f"n{n:04}": [str(n)] for n in range(10)}
     assert _labels(ten, model, None, ["cafa"]) == {f"n{n:04}": n for n in range(10)}
     with pytest.raises(ValueError, match="subfolder for each of 10 classes"):

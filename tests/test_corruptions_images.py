@@ -264,6 +264,9 @@ def tree(tmp_path):
 def test_hidden_files_are_no_pictures(tree):
     names = ["cat/a.png", "cat/b.png", "cat/c.jpg", "dog/a.png", "dog/huge.png"]
     assert pictures.find_pictures(tree) == names
+    (tree / "cat" / "loop").symlink_to("..")  # leads to the pictures again, and for ever
+    assert pictures.find_pictures(tree) == names
+    (tree / "cat" / "loop").unlink()
     options = layouts.Options(("fog",), (1,))
     assert layouts.Folder.open(tree, options).paths == tuple(names)
 

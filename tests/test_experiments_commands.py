@@ -240,6 +240,20 @@ def test_streams_are_called_so_that_files_can_be(tmp_path, capsys, name):
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_settings_file_takes_what_tune_has_chosen(tmp_path, capsys):
+    (tmp_path / "tuned.json").write_text(json.dumps({"method": "bn", "chosen": "bn"}))
+    file = tmp_path / "settings.toml"
+    file.write_text(f'methods = ["source"]\ntuned = ["{tmp_path / "tuned.json"}"]\n')
+    few = ["--config", str(file), "--corruptions", "fog", "--images", "10"]
+    assert run(tmp_path / "runs", *few)[0] == 0
+    rows = [json.loads(line) for path in (tmp_path / "runs").rglob("results.jsonl")
+            for line in path.read_text().splitlines()]  # fmt: skip
+    assert {r["method"] for r in rows if r["kind"] == "summary"} == {"source", "bn"}
+    file.write_text("tuned = 3\n")
+    assert run(tmp_path / "runs", "--config", str(file))[0] == 2
+    assert "`tuned` must be a list" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("content", [{"chosen": "tent"}, {"method": "tent", "chosen": 3}, 3])
 def test_a_file_that_is_not_of_tune_is_refused(tmp_path, capsys, content):
     file = tmp_path / "tuned.json"

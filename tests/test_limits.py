@@ -390,3 +390,20 @@ def test_numbers_of_numpy_become_those_of_python() -> None:
     adapter = tta.wrap(tiny("bn"), config.replace(optimizer="adam"))
     assert tta.AdapterConfig.from_json(adapter.config.to_json()) == adapter.config
     adapter(images(0))
+
+
+def test_an_argument_that_repeats_beyond_memory_is_not_written_out() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = tiny("gn")
+
+        def forward(self, x: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
+            return self.net(x if scale is None else x * scale[0])
+
+    adapter = tta.wrap(Scaled(), "tent.cifar10")
+    scale = torch.full((1,), 2.0).expand(2**62)
+    for t in range(2):  # lent as a copy, and then as it is
+        assert torch.isfinite(adapter(images(t), scale=scale)).all()
+    adapter.reset()
+    assert torch.equal(adapter(images(0), scale=scale), tiny("gn")(images(0) * 2).detach())

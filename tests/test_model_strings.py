@@ -191,3 +191,18 @@ def test_random_weights_are_those_of_the_seed():
 def test_numbers_are_checked(value):
     with pytest.raises(argparse.ArgumentError, match="from 1 to 2147483647"):
         flags("m", "--batch-size", value)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path) -> None:
+    path = tmp_path / "classes.txt"
+    path.write_bytes("\ufeffcat\ndog\n".encode())
+    assert read_class_names(path) == ("cat", "dog")
+
+
+def test_a_model_without_values_is_refused(tmp_path, monkeypatch) -> None:
+    (tmp_path / "empty_ones.py").write_text(
+        "from torch import nn\ndef net(): return nn.Linear(4, 2, device='meta')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match="`model` must hold weights, got 'empty_ones:net'"):
+        open_model("empty_ones:net")

@@ -161,7 +161,8 @@ def settings_flags(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, 
     flags["domains"] = args.corruptions
     flags["images"] = "all" if args.images == "all" else number_of_images(args.images, None)
     flags["options"] = parse_options(args.option)
-    flags["tuned"] = [read_tuned(path) for path in getattr(args, "tuned", [])]
+    tuned = [*map(Path, settings.get("tuned", [])), *getattr(args, "tuned", [])]
+    flags["tuned"] = [read_tuned(path) for path in tuned]
     return settings, flags
 
 

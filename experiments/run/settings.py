@@ -137,7 +137,7 @@ KINDS: dict[str, Callable[[str, Any], Any]] = {
     "options": _options,
     "streams": lambda name, value: None,  # tables, checked one by one
     "sweep": lambda name, value: None,
-    "tuned": lambda name, value: None,
+    "tuned": _strings,
     "health": boolean,
 }
 

@@ -66,7 +66,8 @@ def run(args: argparse.Namespace) -> int:
     check_writable("out", out)
     files = picture_files(Path(args.images))
     opened = open_from(args)
-    labels = _labels(files, opened.model, opened.class_names, names)
+    given = args.classes is not None
+    labels = _labels(files, opened.model, opened.class_names, names, given)
     chosen = choose_pictures(files, labels, args.most, args.seed)
     device = next(opened.model.parameters()).device
     loader = PictureLoader(chosen, opened.transform, args.batch_size, device)
@@ -83,18 +84,37 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _labels(
-    files: dict[str, list[str]], model: Any, names: Sequence[str] | None, methods: Sequence[str]
+    files: dict[str, list[str]],
+    model: Any,
+    names: Sequence[str] | None,
+    methods: Sequence[str],
+    given: bool = False,
 ) -> dict[str, int]:
-    """The label of each class folder: by the model's names, by number, or by place."""
+    """The label of each class folder: by the model's names, by number, or by place.
+
+    Args:
+        files: Pictures of each folder.
+        model: The classifier.
+        names: Of its classes.
+        methods: For which artefacts are collected.
+        given: Whether the caller gave the names, so that folders of other names are a mistake.
+    """
     from tta.core.classifier import num_classes
 
-    folders, classes = sorted(files), num_classes(model)
+    numbered = all(name.isdecimal() for name in files)
+    folders, classes = sorted(files, key=int if numbered else None), num_classes(model)
     if folders == [""]:
         _check_unlabelled(methods)
         return {"": 0}
     if names is not None and set(folders) <= set(names):
         return {folder: list(names).index(folder) for folder in folders}
-    if all(f.isdecimal() and int(f) < classes for f in folders):
+    if names is not None and given:
+        other = sorted(set(folders) - set(names))
+        raise ValueError(
+            f"`FOLDER` must have subfolders by the names of classes, got {shown(other[0], 60)}: "
+            + nearest(other[0], names)
+        )
+    if numbered and int(folders[-1]) < classes:
         return {folder: int(folder) for folder in folders}
     if len(folders) == classes:
         return {folder: label for label, folder in enumerate(folders)}

@@ -83,9 +83,21 @@ class PictureLoader:
                 images.append(image)
                 labels.append(label)
             if images and (len(images) == self.batch_size or number == len(self.files)):
-                yield torch.stack(images).to(self.device), torch.tensor(labels, device=self.device)
+                yield self._joined(images), torch.tensor(labels, device=self.device)
                 images, labels = [], []
             self._progress(number)
+
+    def _joined(self, images: list[Tensor]) -> Tensor:
+        import torch
+
+        sizes = {tuple(image.shape) for image in images}
+        if len(sizes) > 1:
+            few = " and ".join(str(size) for size in sorted(sizes)[:2])
+            raise ValueError(
+                f"`FOLDER` must hold pictures that the model's transform brings to one size, got "
+                f"{few}: give the model a transform that resizes, or take --batch-size 1."
+            )
+        return torch.stack(images).to(self.device)
 
     def end(self) -> None:
         """Say what was left out."""

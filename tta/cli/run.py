@@ -41,6 +41,9 @@ QUEUE = 64
 INTERVAL = 10.0  # seconds
 SETTINGS = "run.json"
 STREAMS = "streams"  # in the folder, what each has learned
+# What else it holds: of the pool, and of this command.
+POOL = ("config.json", "adapter.safetensors", "start.safetensors")
+LINES = ("events.jsonl", "order.jsonl")
 SAME = ("model", "weights", "method", "source", "batch_size", "seed")  # to go on with a run
 SHOWN_STREAMS = 3
 CLEAR, END = "\r\x1b[K", "\n"  # of a line on a terminal
@@ -116,6 +119,7 @@ def run(args: argparse.Namespace) -> int:
     with contextlib.ExitStack() as open_now:
         lines = JsonLines(out, "out")
         open_now.callback(lines.close)
+        _check_own(folder, out)
         if begins and (args.fresh or (folder / SETTINGS).is_file()):
             _clear(folder)
             lines.clear()
@@ -178,14 +182,25 @@ def _nothing_in(folder: Path, out: Path) -> bool:
     return not predicted and not any((folder / STREAMS).glob("*"))
 
 
+def _check_own(folder: Path, out: Path) -> None:
+    """Refuse a folder of something else, such as a pool's, a saved adapter's or the user's own."""
+    if not folder.is_dir() or (folder / SETTINGS).is_file():
+        return
+    own = (out.name, SETTINGS) if out.resolve().parent == folder.resolve() else (SETTINGS,)
+    # Writers that were killed leave hidden files.
+    others = [p.name for p in folder.iterdir() if not p.name.startswith((".", *own))]
+    if others:
+        raise ValueError(
+            f"`folder` must be new, empty, or one that this command has made, but {told(folder)} "
+            f"holds {shown(min(others), 60)}: choose another."
+        )
+
+
 def _clear(folder: Path) -> None:
     """Remove what an earlier run has learned, and nothing else."""
-    if folder.exists() and any(folder.iterdir()) and not (folder / SETTINGS).is_file():
-        raise ValueError(
-            f"`folder` must be one that this command has made to be replaced, but {told(folder)} "
-            "is another: choose another, or remove it."
-        )
-    shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(folder / STREAMS, ignore_errors=True)
+    for name in (*POOL, *LINES, SETTINGS):
+        (folder / name).unlink(missing_ok=True)
 
 
 def _check_settings(args: argparse.Namespace, folder: Path, lines: JsonLines) -> None:

@@ -125,14 +125,15 @@ def _bits(x: Tensor) -> Tensor:
 
 def _copy(x: Tensor) -> Tensor:
     """A clone, in which values that are repeated beyond any memory are repeated likewise."""
-    return _once(x).clone().expand_as(x) if _is_endless(x) else x.clone()
+    return _once(x).expand_as(x) if _is_endless(x) else x.clone()
 
 
 def _once(x: Tensor) -> Tensor:
-    """The tensor with what it repeats beyond any memory once; others as they are."""
+    """A copy with what is repeated beyond any memory once; other tensors as they are."""
     if not _is_endless(x):
         return x
-    return x[tuple(slice(None) if stride else slice(1) for stride in x.stride())]
+    once = x[tuple(slice(None) if stride else slice(1) for stride in x.stride())]
+    return once.clone(memory_format=torch.contiguous_format)
 
 
 def _is_endless(x: Tensor) -> bool:

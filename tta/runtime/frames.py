@@ -7,6 +7,7 @@ is decoded later by other threads, and a :class:`Failure` for each error that it
 from __future__ import annotations
 
 import os
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -199,9 +200,11 @@ def listed(folder: Path) -> list[tuple[str, os.stat_result]]:
             if name.lower().endswith(PICTURES) and not name.startswith("."):
                 path = os.path.join(here, name)
                 try:
-                    found.append((path, os.stat(path)))
+                    seen = os.stat(path)
                 except OSError:  # gone meanwhile, or a link to nothing
                     continue
+                if stat.S_ISREG(seen.st_mode):  # a pipe would be waited for
+                    found.append((path, seen))
     return sorted(found)
 
 

@@ -129,6 +129,11 @@ def open_model(
     place = file if at else weights
     where = pick_device(device)
     opened = _opened(name, text, place)
+    if any(t.is_meta for t in (*opened.model.parameters(), *opened.model.buffers())):
+        raise ValueError(
+            f"`model` must hold weights, got {shown(text, 80)}, which is on the meta device: build "
+            "it on a device with memory."
+        )
     opened.model = opened.model.to(where).eval()
     if class_names is not None:
         opened.class_names = tuple(class_names)
@@ -167,7 +172,7 @@ def read_class_names(path: str | Path) -> tuple[str, ...]:
     try:
         if place.stat().st_size > MOST_BYTES:
             raise ValueError("it is too large")
-        lines = place.read_text(encoding="utf-8").splitlines()
+        lines = place.read_text(encoding="utf-8-sig").splitlines()
     except (ValueError, OSError) as error:
         kind: Any = ValueError if isinstance(error, ValueError) else type(error)
         raise kind(
