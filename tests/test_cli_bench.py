@@ -54,6 +54,12 @@ def test_one_recipe_is_measured_beside_the_plain_forward(out) -> None:
     assert tent[0] <= tent[1] <= tent[2] and tent[4] > plain[4] > 0
 
 
+def test_a_model_in_half_precision_gets_images_like_it(capsys) -> None:
+    own = ["bench", "tests.helpers.own_models:half", "--device", "cpu", "--size", "16"]
+    assert cli.main([*own, "--method", "tent.cifar10", "--rounds", "3"]) == 0
+    assert list(_rows(capsys.readouterr().out)) == ["plain forward", "tent.cifar10"]
+
+
 def test_rows_go_to_a_file_too(out, tmp_path) -> None:
     file = tmp_path / "rows.jsonl"
     before = torch.get_num_threads()

@@ -373,6 +373,16 @@ def test_a_model_that_keeps_tensors_of_a_pass_with_their_graph_can_lag():
     assert len(list(Pipeline(one, FRAMES[:16], batch_size=4, staleness=1))) == 16
 
 
+def test_a_pipeline_that_lags_may_be_read_in_inference_mode():
+    found = []
+    for mode in (False, True):
+        one = adapter()
+        with torch.inference_mode(mode):
+            count = len(list(Pipeline(one, FRAMES, batch_size=4, staleness=2)))
+        found.append((count, torch.cat([p.detach().flatten() for p in one.parameters()])))
+    assert found[0][0] == found[1][0] == 37 and torch.equal(found[0][1], found[1][1])
+
+
 @pytest.mark.parametrize("staleness", [1, 3])
 def test_predictions_lag_behind_by_no_more_than_the_bound(staleness):
     """The learner is held up; predictions go on to the bound, and in the end all is learned."""

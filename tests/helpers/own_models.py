@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tests.helpers.nets import tiny
 
-__all__ = ["NAMES", "broken", "model", "named", "net", "number", "pair", "slow",
+__all__ = ["NAMES", "broken", "half", "model", "named", "net", "number", "pair", "slow",
            "to_pixels"]  # fmt: skip
 
 NAMES = tuple(f"kind {i}" for i in range(10))
@@ -35,6 +35,10 @@ def model():
 
 def named():
     return net(), to_pixels, NAMES
+
+
+def half():
+    return net().half(), to_pixels, NAMES
 
 
 def pair():

@@ -21,11 +21,11 @@ from tta.cli.common import (
     whole,
     wrap_arguments,
 )
+from tta.cli.pictures import like_weights
 from tta.core.checks import is_final, is_out_of_memory, new_file, sentence, told
 from tta.core.files import writing
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from tta.core.adapter import Adapter
@@ -113,13 +113,14 @@ def _rows(args: argparse.Namespace, say: Callable[[str], Any]) -> Iterator[dict[
 
     opened = open_from(args)
     model = opened.model.eval()
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    like = like_weights(model)
+    device = like.device
     shape = _shape(model, args)
-    batches = [torch.rand(shape, generator=torch.Generator().manual_seed(args.seed + t)).to(device)
+    batches = [torch.rand(shape, generator=torch.Generator().manual_seed(args.seed + t)).to(like)
                for t in range(4)]  # fmt: skip
     _check_taken(model, batches[0])
     further: dict[str, Any] = {} if args.window is None else {"window": args.window}
-    opened = _with_what_methods_ask(opened, args, shape, device)
+    opened = _with_what_methods_ask(opened, args, shape, like)
     # Before anything is measured: it raises for an unknown method.
     recipe, arguments = wrap_arguments(args, opened) if args.method != ALL else (None, {})
     if args.folder is not None:
@@ -188,7 +189,7 @@ def _with(args: argparse.Namespace, method: str) -> argparse.Namespace:
 
 
 def _with_what_methods_ask(
-    opened: OpenedModel, args: argparse.Namespace, shape: tuple[int, ...], device: torch.device
+    opened: OpenedModel, args: argparse.Namespace, shape: tuple[int, ...], like: Tensor
 ) -> OpenedModel:
     """Random source images and pixels as they come, where the user has none: costs are the same."""
     import torch
@@ -203,7 +204,7 @@ def _with_what_methods_ask(
         images = torch.rand((SOURCE_IMAGES, *shape[1:]), generator=chance)
         try:
             labels = torch.randint(num_classes(opened.model), (SOURCE_IMAGES,), generator=chance)
-            more["source"] = [(images.to(device), labels.to(device))]
+            more["source"] = [(images.to(like), labels.to(like.device))]
         except (TypeError, ValueError):  # nobody knows the classes
             pass
     return dataclasses.replace(opened, **more)

@@ -69,8 +69,7 @@ def run(args: argparse.Namespace) -> int:
     given = args.classes is not None
     labels = _labels(files, opened.model, opened.class_names, names, given)
     chosen = choose_pictures(files, labels, args.most, args.seed)
-    device = next(opened.model.parameters()).device
-    loader = PictureLoader(chosen, opened.transform, args.batch_size, device)
+    loader = PictureLoader(chosen, opened.transform, args.batch_size, opened.model)
     found = collect_source(opened.model, loader, names)
     loader.end()
     if not set(found.contents) - {"batches"}:
@@ -79,7 +78,8 @@ def run(args: argparse.Namespace) -> int:
             f"{told(', '.join(names))}: leave --source out for these."
         )
     found.save(out)
-    print(f"{', '.join(found.contents)} from {len(chosen):,} pictures in {out}")
+    read = len(chosen) - len(loader.unreadable)
+    print(f"{', '.join(found.contents)} from {read:,} pictures in {out}")
     return 0
 
 

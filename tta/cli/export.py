@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     if example.shape[-1] == LARGEST:  # a transform that leaves pictures as large as they are
         transform = _fitted(transform)
         example = transform(picture)[None]
-    calibration = None if args.int8 is None else _calibration(args, transform, device)
+    calibration = None if args.int8 is None else _calibration(args, transform, adapter.model)
     folder = to_onnx(adapter, args.out, example.to(device), calibration=calibration)
     if calibration is not None:
         calibration.end()
@@ -79,7 +79,7 @@ def _fitted(transform: Any) -> Any:
     return lambda picture: transform(ImageOps.fit(picture, (SIZE, SIZE)))
 
 
-def _calibration(args: argparse.Namespace, transform: Any, device: Any) -> PictureLoader:
+def _calibration(args: argparse.Namespace, transform: Any, model: Any) -> PictureLoader:
     files = picture_files(Path(args.int8))
     chosen = choose_pictures(files, dict.fromkeys(files, 0), IMAGES, args.seed)
-    return PictureLoader(chosen, transform, args.batch_size, device)
+    return PictureLoader(chosen, transform, args.batch_size, model)

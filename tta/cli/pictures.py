@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 from tta.core.checks import told
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from tta.runtime.model_strings import Transform
 
@@ -57,18 +56,33 @@ def choose_pictures(
     return found
 
 
+def like_weights(model: nn.Module) -> Tensor:
+    """A tensor of the dtype and on the device of the images that a model takes."""
+    import torch
+
+    weights = (p for p in model.parameters() if p.is_floating_point())
+    return next(weights, torch.empty(())).detach()
+
+
 class PictureLoader:
-    """Batches of pictures with their labels, as often as asked; what cannot be read is left out."""
+    """Batches of pictures with their labels, as often as asked; what cannot be read is left out.
+
+    Args:
+        files: Paths and labels.
+        transform: A picture to a tensor.
+        batch_size: Pictures in a batch.
+        model: On whose device, and in whose dtype, they are given.
+    """
 
     def __init__(
         self,
         files: Sequence[tuple[str, int]],
         transform: Transform,
         batch_size: int,
-        device: torch.device,
+        model: nn.Module,
     ) -> None:
         self.files, self.transform = files, transform
-        self.batch_size, self.device = batch_size, device
+        self.batch_size, self.like = batch_size, like_weights(model)
         self.unreadable: set[str] = set()
         self._drawn = 0.0
 
@@ -83,7 +97,7 @@ class PictureLoader:
                 images.append(image)
                 labels.append(label)
             if images and (len(images) == self.batch_size or number == len(self.files)):
-                yield self._joined(images), torch.tensor(labels, device=self.device)
+                yield self._joined(images), torch.tensor(labels, device=self.like.device)
                 images, labels = [], []
             self._progress(number)
 
@@ -97,7 +111,7 @@ class PictureLoader:
                 f"`FOLDER` must hold pictures that the model's transform brings to one size, got "
                 f"{few}: give the model a transform that resizes, or take --batch-size 1."
             )
-        return torch.stack(images).to(self.device)
+        return torch.stack(images).to(self.like)
 
     def end(self) -> None:
         """Say what was left out."""

@@ -190,6 +190,7 @@ class Lagging(Server):
         lanes: Of the device.
     """
 
+    @torch.inference_mode(False)  # in which no tensor is made that can be changed
     def __init__(self, adapter: Adapter, staleness: int, lanes: Lanes) -> None:
         self.adapter, self.staleness, self.lanes = adapter, staleness, lanes
         self.learns, self.session = can_learn(adapter), adapter.session
@@ -203,6 +204,7 @@ class Lagging(Server):
         self._new: Any = None  # state that is given to the copy
         self._lent: Any = lanes.give(self._tensors())
 
+    @torch.inference_mode(False)
     def serve(self, stream: str, images: Tensor, learn: bool, used: int) -> Step:
         """Predict a batch at once, as soon as learning is not too far behind."""
         while self._behind and (self._behind[0].done() or len(self._behind) > self.staleness):
@@ -218,6 +220,7 @@ class Lagging(Server):
             self._behind.append(self._learner.submit(self._learn, given, used))
         return Step(found.probabilities, learn and self.learns)
 
+    @torch.inference_mode(False)
     def close(self) -> None:
         """Wait for what is still to be learned."""
         self._learner.shutdown()
