@@ -498,3 +498,15 @@ def test_a_thousand_streams() -> None:
         with shared.stream(f"camera {number}") as view:
             assert torch.equal(view(batch), expected[1]), number
     refused(RuntimeError, "`capacity`", lambda: shared.stream("one more", create=True))
+
+
+def test_one_stream_is_saved_by_run(tmp_path) -> None:
+    adapter = tta.wrap(tiny("bn"), "robust_bn")
+    with tta.runtime.StreamPool(adapter) as pool:
+        view = pool.stream("a", create=True)
+        view(images(0))
+        view.run(lambda one: tta.save(one, tmp_path / "saved"), changes=False)
+        expected = view.state()
+    found = tta.load(tiny("bn"), tmp_path / "saved").state()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], value) for key, value in expected.items())

@@ -53,7 +53,9 @@ class StreamView:
         return self._run(lambda adapter: adapter(*args, **kwargs))
 
     def run(self, action: Callable[[Adapter], Result], changes: bool = True) -> Result:
-        """What a function of the adapter does while that holds this stream, for tta.runtime.
+        """What a function of the adapter does while that holds this stream.
+
+        So ``view.run(lambda adapter: tta.save(adapter, folder), changes=False)`` saves one stream.
 
         Args:
             action: What to do; it must not keep the adapter.
