@@ -146,7 +146,8 @@ def run(args: argparse.Namespace) -> int:
             queue=args.queue,
             late=args.late,
         )
-        watch = _Watch(pool, pipeline, events, sum(done.values()), starts, [lines, order])
+        before = sum(1 for _ in lines)
+        watch = _Watch(pool, pipeline, events, before, starts, [lines, order])
         try:
             with _ended_by_signals(pipeline) as signals:
                 _write_all(args, pipeline, opened, lines, watch, done)
