@@ -50,12 +50,14 @@ class Schedule(BuildingBlock):
             the severity that `build` is given.
         smooth: Whether severities move in small steps and several corruptions are combined, so
             that images can only be transformed as they are shown.
+        recurs: Whether all domains come again and again, a cycle of visits each time.
         domains: options -> the domains where the caller names none and gives a transform; None
             for the scenario's own.
     """
 
     severities: Callable[[Mapping[str, Any]], Sequence[float]] | None = None
     smooth: bool = False
+    recurs: bool = False
     domains: Callable[[Mapping[str, Any]], Sequence[str]] | None = None
 
 
@@ -66,7 +68,7 @@ SCHEDULES: dict[str, Schedule] = {
         function=schedules.ramped, fit=schedules.fit_ramped, severities=schedules.ramped_severities
     ),
     "alternated": Schedule(function=schedules.alternated),
-    "recurring": Schedule(function=schedules.recurring, fit=schedules.fit_recurring),
+    "recurring": Schedule(function=schedules.recurring, fit=schedules.fit_recurring, recurs=True),
     "walk": Schedule(
         function=walk.walk,
         fit=walk.fit_walk,

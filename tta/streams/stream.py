@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tta.core.checks import LARGEST, whole_number
 from tta.streams.batch import MIXED, Batch
+from tta.streams.building_blocks import SCHEDULES
 from tta.streams.clock import Clock, Stopwatch, Turn
 from tta.streams.draws import Draws
 from tta.streams.items import concatenate
@@ -98,9 +99,9 @@ class Stream:
         >>> [stream.recurrence(batch.visit) for batch in stream]
         [0, 0, 1, 1]
         """
-        return (
-            self._plan.visits[visit].cycle if self._config.get("schedule") == "recurring" else None
-        )
+        schedule = SCHEDULES.get(self._config.get("schedule", ""))
+        recurs = schedule is not None and schedule.recurs
+        return self._plan.visits[visit].cycle if recurs else None
 
     def from_step(self, n: int) -> Stream:
         """Return the stream from batch `n` of the whole stream on; no image before it is made.
